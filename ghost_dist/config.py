@@ -1,0 +1,334 @@
+"""Typed configuration of a run: YAML sections, ``--set section.field=value`` and their checks.
+
+A configuration is frozen once it is resolved; it is written to ``RUN/config.yaml`` and a run only
+continues under an equal one. Unknown keys are errors that name the nearest known key. What depends
+on the model (number of layers, hidden size) is checked where the model's headers are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ghost_dist.errors import ConfigError
+from ghost_dist.spans import Span, check_spans, parse_spans
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(_Section):
+    """Where the model is and how it is computed."""
+
+    path: str = Field(min_length=1)
+    """Local Hugging Face checkpoint folder (safetensors), or a hub id."""
+    dtype: Dtype = "auto"
+    """Compute dtype; auto: the checkpoint's on a GPU, float32 on a CPU."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null: its default branch."""
+    trust_remote_code: bool = False
+    """Run Python files found in the checkpoint. Never done unless this is true."""
+
+
+class CalibrationConfig(_Section):
+    """Which text the statistics are taken over."""
+
+    source: str = Field(default="c4", min_length=1)
+    """A .txt, .jsonl or .parquet file, or a name for ``datasets.load_dataset``; c4: allenai/c4."""
+    windows: int = Field(default=32, ge=1)
+    """Number of windows; they are packed end to end, so none holds padding."""
+    window_length: int = Field(default=2048, ge=2)
+    """Tokens per window."""
+    seed: int = 0
+    """Order of the documents of a ``datasets`` source; files are read from the beginning."""
+    special_tokens: bool = False
+    """Whether the tokenizer adds its own special tokens (BOS, EOS) to every document."""
+    window_bos: bool = False
+    """Whether each window begins with the BOS token (Gemma needs it)."""
+    ranges: int | None = Field(default=None, ge=1)
+    """Window ranges, the unit of commit and retry; null: 2 per fold."""
+
+
+class SelectionConfig(_Section):
+    """Which layers are removed."""
+
+    criterion: Literal["cosine"] = "cosine"
+    """cosine: the span whose ends are most alike, per token (LLM-Streamline)."""
+    remove: int | None = Field(default=None, ge=1)
+    """Number of layers to remove; the criterion picks them."""
+    spans: tuple[Span, ...] | None = None
+    """Explicit half-open spans, [[11, 18]]; overrides criterion and remove."""
+
+    @field_validator("spans", mode="before")
+    @classmethod
+    def _read_spans(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return parse_spans(value)
+        spans = []
+        for pair in value:
+            if isinstance(pair, Span):
+                spans.append(pair)
+            elif isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair):
+                spans.append(Span(*pair))
+            else:
+                raise ValueError(f"{pair!r} is not a [start, stop] pair of integers")
+        return tuple(spans)
+
+    @model_validator(mode="after")
+    def _spans_or_number(self) -> SelectionConfig:
+        if self.spans is None and self.remove is None:
+            raise ValueError(
+                "say which layers go: spans (--spans 11:18) or their number (--remove 7)"
+            )
+        if self.spans is not None:
+            if not self.spans:
+                raise ValueError("spans is empty; give at least one [start, stop]")
+            check_spans(self.spans, num_layers=1 << 30)  # against the model once it is known
+        return self
+
+
+class RelativeRidge(_Section):
+    """Ridge as a multiple of the median diagonal entry of the Gram matrix."""
+
+    relative: float = Field(gt=0, allow_inf_nan=False)
+
+
+class AbsoluteRidge(_Section):
+    """Ridge added to the Gram matrix as it is (the paper: 1e-6)."""
+
+    absolute: float = Field(ge=0, allow_inf_nan=False)
+
+
+class OperatorConfig(_Section):
+    """What takes the place of the removed layers."""
+
+    name: Literal["ghost", "none"] = "ghost"
+    """ghost: x -> x W with a dense W (the paper); none: cut only."""
+    ridge: Literal["auto"] | RelativeRidge | AbsoluteRidge = "auto"
+    """auto: the grid value with the least held-out residual; {relative: r}; {absolute: a}."""
+    folds: int = Field(default=4, ge=2)
+    """Folds of the held-out residual; windows are dealt to folds range by range."""
+    row_weights: Literal["none"] = "none"
+    """How tokens are weighted in the least squares; none: alike."""
+    choose: Literal["residual"] = "residual"
+    """What ranks candidate fits: residual, the held-out boundary residual."""
+    dtype: Literal["model", "float32"] = "model"
+    """Dtype of the operator in the exported checkpoint."""
+
+
+class EngineConfig(_Section):
+    """How the model is run over the windows."""
+
+    kind: Literal["auto", "resident"] = "auto"
+    """resident: layers up to the last boundary on one device."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto: a GPU if there is one, else the CPU."""
+    batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Windows per forward; auto: as the device's memory allows."""
+
+
+class EvaluationConfig(_Section):
+    """What the dense, the pruned and the recovered model are compared on."""
+
+    corpora: dict[str, str] = Field(default_factory=dict)
+    """Name of each corpus to its text file or dataset."""
+    windows: int | None = Field(default=None, ge=1)
+    """Windows of each corpus, from its beginning; null: all whole windows."""
+    window_length: int = Field(default=2048, ge=2)
+    """Tokens per window."""
+
+    @field_validator("corpora")
+    @classmethod
+    def _plain_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"corpus name {name!r} may hold letters, digits, - and _ only")
+        return value
+
+
+class ExportConfig(_Section):
+    """How the recovered checkpoint is written."""
+
+    max_shard_bytes: int = Field(default=5_000_000_000, ge=1)
+    """Largest safetensors shard, bytes; a larger single tensor has a shard of its own."""
+
+
+class OutputConfig(_Section):
+    """Where the run goes."""
+
+    path: str = Field(min_length=1)
+    """The RUN folder: statistics, operators, checkpoint, result.json."""
+
+
+class Config(_Section):
+    """A whole run. Sections and fields are documented in ``docs/configuration.md``."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    selection: SelectionConfig
+    operator: OperatorConfig = OperatorConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    output: OutputConfig
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """Read a YAML file (or nothing) and lay ``section.field`` overrides on it.
+
+    Parameters
+    ----------
+    path
+        YAML file with sections as in :class:`Config`; None for an empty one.
+    overrides
+        ``"section.field"`` (or deeper) to value; strings are not parsed here.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or any key or value is not valid; the message names the field,
+        what was given, what is allowed, and for an unknown key the nearest known one.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"Configuration file {path} cannot be read: {error.strerror}."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
+        tree = loaded
+    for key, value in overrides.items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{key}: {parent} is a value, not a section.")
+            node = child
+        node[leaf] = value
+    return config_from_tree(tree)
+
+
+def parse_set(assignment: str) -> tuple[str, Any]:
+    """Split ``section.field=value``; the value is read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If there is no ``=``, no section, or the value is not YAML.
+    """
+    key, separator, text = assignment.partition("=")
+    key = key.strip()
+    if not separator or "." not in key:
+        raise ConfigError(
+            f"--set {assignment}: expected section.field=value, for example "
+            "--set calibration.windows=64."
+        )
+    try:
+        return key, _exponents_as_floats(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> Config:
+    """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
+    try:
+        return Config.model_validate(_exponents_as_floats(dict(tree)))
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """Nested plain values of ``config``, ready for YAML or JSON; spans become pairs."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    spans = config.selection.spans
+    tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
+    return tree
+
+
+def fingerprint(value: Any) -> str:
+    """Hex sha256 of a JSON-serialisable value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Describe ``section.field`` entries in which two configuration trees differ."""
+    lines = []
+    for section in sorted({*old, *new}):
+        before, after = old.get(section) or {}, new.get(section) or {}
+        for field in sorted({*before, *after}):
+            a, b = before.get(field), after.get(field)
+            if a != b:
+                lines.append(f"{section}.{field}: {a!r} in RUN, {b!r} now")
+    return lines
+
+
+def _exponents_as_floats(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-6`` (no dot) as text; nobody means text by it."""
+    if isinstance(value, dict):
+        return {key: _exponents_as_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_exponents_as_floats(item) for item in value]
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        where = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+            lines.append(f"Unknown configuration key {where}: {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"Configuration field {where} is missing.")
+        elif item["type"] == "literal_error" and isinstance(item["input"], str):
+            allowed = str(item.get("ctx", {}).get("expected", ""))
+            words = [word.strip("' ") for word in allowed.replace(" or ", ",").split(",")]
+            near = difflib.get_close_matches(item["input"], words, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}: got {item['input']!r}, expected {allowed}.{hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message} (got {item['input']!r}).")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for parent in parents:
+        field = model.model_fields.get(parent)
+        annotation = field.annotation if field is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
