@@ -25,7 +25,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=False, validate_default=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -82,7 +86,9 @@ class SelectionConfig(_Section):
         for pair in value:
             if isinstance(pair, Span):
                 spans.append(pair)
-            elif isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair):
+            elif (
+                isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair)
+            ):
                 spans.append(Span(*pair))
             else:
                 raise ValueError(f"{pair!r} is not a [start, stop] pair of integers")

@@ -59,7 +59,7 @@ def check_spans(spans: Iterable[Span], num_layers: int) -> tuple[Span, ...]:
     """
     merged: list[Span] = []
     for span in sorted(spans):
-        if len(span) <= 0:
+        if span.stop <= span.start:
             raise ConfigError(f"Span {span} is empty: its stop must be greater than its start.")
         if span.start < 0 or span.stop > num_layers:
             raise ConfigError(

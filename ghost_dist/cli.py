@@ -1,0 +1,162 @@
+"""The ``ghost-dist`` command: arguments to a configuration, a configuration to the pipeline.
+
+Exit codes: 0 done, 1 the work failed, 2 the command or configuration is wrong, 130 and 143
+stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continues it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn, get_args
+
+import typer
+from rich.console import Console
+
+from ghost_dist import __version__
+from ghost_dist.errors import ConfigError, GhostDistError
+
+app = typer.Typer(
+    name="ghost-dist",
+    help="Recover large language models whose decoder layers were pruned, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any configuration field; repeat."),
+]
+Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A RUN folder made by recover.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"ghost-dist {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def recover(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|CONFIG.yaml",
+            help="Checkpoint folder, hub id, or a YAML file that holds the whole run.",
+        ),
+    ],
+    out: Annotated[str | None, typer.Option("--out", help="RUN folder.")] = None,
+    remove: Annotated[
+        int | None, typer.Option("--remove", help="Number of layers to remove.")
+    ] = None,
+    spans: Annotated[
+        str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")
+    ] = None,
+    operator: Annotated[str | None, typer.Option("--operator", help="ghost or none.")] = None,
+    assignments: Set = None,
+) -> None:
+    """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
+    from ghost_dist.config import load_config, parse_set
+    from ghost_dist.pipeline.recover import recover as run_recover
+    from ghost_dist.report.terminal import print_result
+
+    is_file = model.endswith((".yaml", ".yml"))
+    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
+    given = {"output.path": out, "selection.remove": remove, "selection.spans": spans}
+    given["operator.name"] = operator
+    overrides.update({key: value for key, value in given.items() if value is not None})
+    overrides.update(parse_set(assignment) for assignment in assignments or ())
+    config = load_config(Path(model) if is_file else None, overrides)
+    print_result(run_recover(config), Path(config.output.path))
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")
+    ] = None,
+) -> None:
+    """Prune and recover the small model shipped with the package: no network, two minutes."""
+    from ghost_dist.demo import run_demo
+
+    run_demo(Path(out) if out is not None else None)
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Check every hash of a run's statistics; says what is damaged and what to re-run."""
+    from ghost_dist.run_folder import RunFolder
+    from ghost_dist.statistics.store import StatisticsStore
+
+    RunFolder.stored_config(run)
+    store = StatisticsStore.open(run / "statistics.zarr")
+    damaged, missing = store.damaged(), store.missing()
+    for range_id, reason in damaged.items():
+        typer.echo(f"range {range_id}: DAMAGED. {reason}")
+    if missing:
+        typer.echo(f"not yet run: ranges {', '.join(map(str, missing))}")
+    sound = len(store.committed()) - len(damaged)
+    typer.echo(f"{sound} of {len(store.plan.ranges)} ranges are sound.")
+    if damaged or missing:
+        typer.echo(f"To run just the others: ghost-dist recover {run / 'config.yaml'} --out {run}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _add_stage(stage: Stage) -> None:
+    """Define the command that does one stage of a finished or stopped run again."""
+
+    def command(run: Run, assignments: Set = None) -> None:
+        from ghost_dist.pipeline.again import run_stage_again
+
+        Console().print_json(data=run_stage_again(run, stage, assignments or ()))
+
+    command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
+    app.command(name=stage)(command)
+
+
+for _stage in get_args(Stage):
+    _add_stage(_stage)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point of the ``ghost-dist`` command; never returns."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app(arguments)
+    except SystemExit as stopped:
+        if stopped.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            _fail("stopped. The same command continues.", int(stopped.code))
+        raise
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except GhostDistError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(
+            f"{error.strerror or error}{where}. What was finished is kept; the same command "
+            "continues once this is mended.",
+            1,
+        )
+    sys.exit(0)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(
+        f"error: {message}", markup=False, highlight=False, soft_wrap=True, style="red"
+    )
+    sys.exit(code)

@@ -1,0 +1,95 @@
+"""Files that are either whole or absent, whatever kills the process or the machine.
+
+A file appears under its final name only when its bytes are on the disk: written under a temporary
+name in the same folder, fsynced, renamed, and the folder fsynced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_SUFFIX = ".ghost-partial"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; on a clean exit it becomes ``path``, else it is removed.
+
+    The writer only has to close its file: it is fsynced here.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Create or replace ``path`` with ``content``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Create or replace ``path`` with indented JSON; NaN is refused."""
+    write_bytes(path, json_bytes(value))
+
+
+def create_bytes(path: Path, content: bytes) -> bool:
+    """Create ``path`` only if it does not exist; True if this call created it.
+
+    The content is complete before the name exists (a hard link is the atomic step), so of several
+    processes exactly one wins and nobody ever reads half a file.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.write_bytes(content)
+        fsync_file(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON with a final newline; NaN and Inf raise ``ValueError``."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Force the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Force every file and folder below ``path``, and ``path`` itself, to the disk."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            fsync_file(Path(folder, name))
+        fsync_folder(Path(folder))

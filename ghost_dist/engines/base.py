@@ -1,0 +1,59 @@
+"""What every engine does: push boundary streams of token windows into a sink.
+
+An engine owns the model and the order of computation; a sink (``statistics/collect.py``) owns the
+sums. Boundary ``b`` is the residual stream entering layer ``b``; the last one is the stream that
+the final norm would receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Sink(Protocol):
+    """Takes streams; within a window boundaries ascend, across windows any interleaving comes."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Boundaries that must be pushed, ascending."""
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        """Take one window's stream, shape (T, C), compute dtype, on the engine's device.
+
+        The tensor is not written to afterwards, so a sink may keep it.
+        """
+
+
+class Engine(Protocol):
+    """Runs the unpruned model up to its last boundary; no head, no cache, no gradient."""
+
+    hidden_size: int
+    device: torch.device
+
+    def run(
+        self,
+        tokens: Tokens,
+        windows: Sequence[int],
+        sink: Sink,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Push the sink's boundaries for the given windows.
+
+        Parameters
+        ----------
+        tokens
+            int32, shape (num_windows, T); every row is full, there is no padding.
+        windows
+            Row numbers to run, in this order.
+        sink
+            Where the streams go.
+        advance
+            Called with the number of tokens just finished.
+        """

@@ -1,0 +1,92 @@
+"""The whole truncated model on one device.
+
+Only layers below the last boundary are built and loaded. Windows go through in batches; every
+boundary that the sink wants is taken from the layer's own input, so nothing is recomputed and no
+list of hidden states is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghost_dist.checkpoint.load import Decoder
+from ghost_dist.engines.base import Sink, Tokens
+
+AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens per forward when the batch is left to us: enough to fill the device's matrix units."""
+
+
+class ResidentEngine:
+    """Runs a loaded decoder window batch by window batch.
+
+    Parameters
+    ----------
+    decoder
+        Layers 0 to the last boundary - 1, on one device.
+    batch
+        Windows per forward.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int) -> None:
+        self._decoder = decoder
+        self._batch = batch
+        self.hidden_size = decoder.hidden_size
+        self.device = decoder.device
+
+    def run(
+        self,
+        tokens: Tokens,
+        windows: Sequence[int],
+        sink: Sink,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Push the sink's boundaries for the given windows; see ``engines.base.Engine``."""
+        last = sink.boundaries[-1]
+        assert last <= self._decoder.num_layers, "a boundary lies above the layers that were loaded"
+        current: list[int] = []
+
+        def push(boundary: int, stream_BTC: Tensor) -> None:
+            for window, stream_TC in zip(current, stream_BTC, strict=True):
+                sink(boundary, window, stream_TC)
+
+        with torch.inference_mode(), self._tapped(sink.boundaries, push):
+            for first in range(0, len(windows), self._batch):
+                current[:] = windows[first : first + self._batch]
+                batch_BT = torch.from_numpy(tokens[current]).to(self.device, torch.int64)
+                stream_BTC = self._decoder(batch_BT)
+                if last == self._decoder.num_layers:
+                    push(last, stream_BTC)
+                advance(batch_BT.numel())
+
+    @contextlib.contextmanager
+    def _tapped(
+        self, boundaries: Sequence[int], push: Callable[[int, Tensor], None]
+    ) -> Iterator[None]:
+        def tap(boundary: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                push(boundary, args[0] if args else kwargs["hidden_states"])
+
+            return hook
+
+        handles = [
+            self._decoder.layers[boundary].register_forward_pre_hook(
+                tap(boundary), with_kwargs=True
+            )
+            for boundary in boundaries
+            if boundary < self._decoder.num_layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def auto_batch(device: torch.device, window_length: int) -> int:
+    """Windows per forward that fill the device: at least 1."""
+    return max(1, AUTO_BATCH_TOKENS[device.type] // window_length)

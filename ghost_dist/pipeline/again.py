@@ -1,0 +1,65 @@
+"""One stage of a run done again, on what its RUN folder already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ghost_dist.config import Config, config_from_tree, config_tree, parse_set
+from ghost_dist.durable import write_bytes
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.recover import Stage, recover
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+
+OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {
+    "select": (),
+    "calibrate": (),
+    "solve": ("operator",),
+    "export": ("operator.dtype", "export"),
+    "evaluate": ("evaluation",),
+}
+"""What may be changed with a stage: fields that no earlier stage depends on."""
+
+
+def run_stage_again(
+    path: Path, stage: Stage, assignments: Sequence[str], reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Do a stage again, with changes to the fields in :data:`OPEN_FIELDS`.
+
+    Earlier stages are only run where they are missing. The changed configuration becomes the
+    run's own, so ``recover`` afterwards redoes what depends on it and nothing else.
+
+    Raises
+    ------
+    ConfigError
+        If a change concerns a field that an earlier stage depends on.
+    """
+    stored = RunFolder.stored_config(path)
+    config = _changed(stored, stage, assignments)
+    if config != stored:
+        with RunFolder(stored):  # nobody else works on it while its configuration is replaced
+            text = yaml.safe_dump(config_tree(config), sort_keys=False)
+            write_bytes(path / "config.yaml", text.encode())
+    return recover(config, reporter, again=stage)
+
+
+def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config:
+    tree = config_tree(stored)
+    for assignment in assignments:
+        key, value = parse_set(assignment)
+        if not key.startswith(OPEN_FIELDS[stage]) or not OPEN_FIELDS[stage]:
+            allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage]) or "nothing"
+            raise ConfigError(
+                f"--set {key} cannot be changed with {stage}: earlier stages depend on it "
+                f"({allowed} can). Start another RUN with recover."
+            )
+        section, *path = key.split(".")
+        node = tree[section]
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return config_from_tree(tree)

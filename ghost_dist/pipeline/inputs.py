@@ -1,0 +1,190 @@
+"""Everything a run needs, opened and checked before any work: fail in seconds, not in hours."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghost_dist.calibration.windows import TokenWindows, build_windows
+from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
+from ghost_dist.checkpoint.load import load_tokenizer
+from ghost_dist.checkpoint.reader import (
+    Checkpoint,
+    model_fingerprint,
+    open_checkpoint,
+    resolve_checkpoint,
+)
+from ghost_dist.config import Config
+from ghost_dist.engines.resident import auto_batch
+from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.progress import Reporter
+from ghost_dist.solver.selection import check_remove
+from ghost_dist.spans import check_spans
+
+_MOMENT_MATRICES = 2  # gram and cross
+_FLOAT64_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run works on; every field has been checked against the others."""
+
+    config: Config
+    source: Checkpoint
+    architecture: Architecture
+    tokenizer: Any
+    model_fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    num_ranges: int
+    evaluation: dict[str, TokenWindows]
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What decides the numbers besides model and tokens; part of every fingerprint."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "batch": self.batch,
+        }
+
+
+def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
+    """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedArchitectureError, CalibrationError
+        If the model or a text cannot be used.
+    ConfigError
+        If a field does not fit the model or the machine.
+    """
+    model = config.model
+    path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+    source = open_checkpoint(path)
+    architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
+    num_layers = architecture.num_layers
+    if config.selection.spans is not None:
+        check_spans(config.selection.spans, num_layers)
+    elif config.selection.remove is not None:
+        check_remove(config.selection.remove, num_layers)
+    device = _device(config.engine.device)
+    num_ranges = _num_ranges(config)
+    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    evaluation = {
+        name: build_windows(
+            corpus,
+            tokenizer,
+            windows=config.evaluation.windows,
+            window_length=config.evaluation.window_length,
+            seed=config.calibration.seed,
+            special_tokens=False,
+            window_bos=config.calibration.window_bos,
+            vocab_size=architecture.vocab_size,
+        )
+        for name, corpus in config.evaluation.corpora.items()
+    }
+    _warn_without_bos(config, architecture, tokenizer, reporter)
+    return RunInputs(
+        config=config,
+        source=source,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        model_fingerprint=model_fingerprint(source),
+        device=device,
+        dtype=_dtype(config, source, device),
+        batch=(
+            auto_batch(device, config.calibration.window_length)
+            if config.engine.batch == "auto"
+            else config.engine.batch
+        ),
+        num_ranges=num_ranges,
+        evaluation=evaluation,
+    )
+
+
+def check_disk_space(inputs: RunInputs, folder: Path, num_spans: int, ranges_left: int) -> None:
+    """Refuse a run whose files will not fit, before it starts.
+
+    Raises
+    ------
+    RunFolderError
+        With the bytes needed, by what, and the bytes free.
+    """
+    width = inputs.architecture.hidden_size
+    statistics = ranges_left * num_spans * _MOMENT_MATRICES * width * width * _FLOAT64_BYTES
+    operators = num_spans * width * width * _FLOAT64_BYTES
+    checkpoint = inputs.source.nbytes
+    needed = statistics + operators + checkpoint
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunFolderError(
+            f"Not enough disk space at {folder}: about {needed / 1e9:.2f} GB needed (statistics "
+            f"{statistics / 1e9:.2f}, operators {operators / 1e9:.2f}, checkpoint "
+            f"{checkpoint / 1e9:.2f}), {free / 1e9:.2f} GB free. Free some, choose another --out, "
+            "or give fewer calibration.ranges."
+        )
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if name.startswith("cuda"):
+        if not available:
+            raise ConfigError(
+                f"engine.device={name}, but torch sees no CUDA device. Use engine.device=cpu, or "
+                "install a CUDA build of torch and check that nvidia-smi shows the GPU."
+            )
+        index = int(name.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"engine.device={name}, but this machine has {torch.cuda.device_count()} GPUs "
+                f"(cuda:0 to cuda:{torch.cuda.device_count() - 1})."
+            )
+    return torch.device(name)
+
+
+def _dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:
+    """The compute dtype; auto is the checkpoint's own on a GPU and float32 on a CPU.
+
+    CPUs without bf16 or fp16 matrix units compute in half precision many times slower, and the
+    statistics are the better for float32.
+    """
+    if config.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        return dtype
+    return torch.float32 if device.type == "cpu" else source.dtype
+
+
+def _num_ranges(config: Config) -> int:
+    calibration, folds = config.calibration, config.operator.folds
+    ranges = calibration.ranges or min(2 * folds, calibration.windows)
+    if ranges > calibration.windows:
+        raise ConfigError(
+            f"calibration.ranges={ranges} is more than calibration.windows={calibration.windows}; "
+            "each range holds at least one window."
+        )
+    if ranges < folds:
+        raise ConfigError(
+            f"operator.folds={folds} needs at least {folds} window ranges, but there are {ranges} "
+            f"(calibration.windows={calibration.windows}). Give more windows or fewer folds."
+        )
+    return ranges
+
+
+def _warn_without_bos(
+    config: Config, architecture: Architecture, tokenizer: Any, reporter: Reporter
+) -> None:
+    """Gemma's residual stream is degenerate without BOS, and nothing else would say so."""
+    expects_bos = "gemma" in architecture.model_type and tokenizer.bos_token_id is not None
+    if expects_bos and not config.calibration.window_bos:
+        reporter.warn(
+            f"{architecture.model_type} models expect every window to begin with BOS; their "
+            "perplexity without it means little. Set calibration.window_bos=true."
+        )

@@ -1,0 +1,135 @@
+"""The main job: from a checkpoint to a recovered checkpoint, in one process, resumable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from typing import Any, Literal
+
+import torch
+
+from ghost_dist import __version__
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.config import Config, config_tree, fingerprint
+from ghost_dist.durable import json_bytes, write_bytes
+from ghost_dist.pipeline.inputs import RunInputs, open_inputs
+from ghost_dist.pipeline.stages import STAGES, Solution, Stages
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+
+Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
+_LIBRARIES = ("torch", "transformers", "datasets", "zarr", "safetensors", "numpy")
+
+
+def recover(
+    config: Config,
+    reporter: Reporter | None = None,
+    *,
+    again: Stage | None = None,
+) -> dict[str, Any]:
+    """Run every stage that is not done yet and write ``RUN/result.json``.
+
+    Parameters
+    ----------
+    config
+        The whole run.
+    reporter
+        Where progress goes; None is a reporter on standard error.
+    again
+        Do this stage again although it is done, and stop after it; stages before it are done
+        first where they are missing.
+
+    Returns
+    -------
+    dict
+        The content of ``result.json`` (keys in ``docs/result.md``); with ``again`` before
+        ``export``, only the outputs of that stage.
+
+    Raises
+    ------
+    GhostDistError
+        Whatever cannot be done, by its own class; what is finished is kept, and the same call
+        continues.
+    """
+    reporter = reporter or Reporter()
+    with RunFolder(config) as run:
+        reporter = Reporter(run.events, reporter.console)
+        reporter.event("run-start", version=__version__)
+        inputs = open_inputs(config, reporter)
+        if again is not None:
+            run.forget(again)
+        stages = Stages(inputs, run, reporter)
+        tokens = stages.tokens()
+        spans = stages.select(tokens)
+        reporter.say(f"removing layers {', '.join(map(str, spans))}")
+        if again == "select":
+            return {"spans": [[s.start, s.stop] for s in spans]}
+        store = stages.calibrate(tokens, spans)
+        if again == "calibrate":
+            return {"ranges": len(store.plan.ranges)}
+        solution = stages.solve(store)
+        if again == "solve":
+            return {"fit": solution.fits}
+        stages.export(spans, solution)
+        perplexities = stages.evaluate(spans, solution)
+        result = _result(inputs, run, spans, solution, perplexities, store.plan_fingerprint)
+        content = json_bytes(result)
+        write_bytes(run.checkpoint / "result.json", content)
+        write_bytes(run.result, content)
+        reporter.event("run-end")
+        return result
+
+
+def _result(
+    inputs: RunInputs,
+    run: RunFolder,
+    spans: tuple[Span, ...],
+    solution: Solution,
+    perplexities: dict[str, dict[str, float]],
+    statistics: str,
+) -> dict[str, Any]:
+    records = {stage: run.outputs(stage) for stage in STAGES}
+    return {
+        "spans": [[s.start, s.stop] for s in spans],
+        "operator": inputs.config.operator.name,
+        "ridge": [fit["ridge"] for fit in solution.fits],
+        "fit": solution.fits,
+        "perplexity": perplexities,
+        "parameters": {
+            "before": _num_parameters(inputs.source),
+            "after": _num_parameters(open_checkpoint(run.checkpoint)),
+        },
+        "timings_s": {stage: record["seconds"] for stage, record in records.items() if record},
+        "peak_bytes": {
+            kind: max(record[f"peak_{kind}_bytes"] for record in records.values() if record)
+            for kind in ("device", "host")
+        },
+        "tokens": records["tokens"]["num_tokens"],
+        "reload_max_abs_difference": records["export"]["reload_max_abs_difference"],
+        "versions": {
+            "ghost_dist": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+        "device": _device_name(inputs.device),
+        "fingerprint": fingerprint(
+            {
+                "statistics": statistics,
+                "operators": solution.files,
+                "config": {k: v for k, v in config_tree(inputs.config).items() if k != "output"},
+            }
+        ),
+    }
+
+
+def _num_parameters(checkpoint: Checkpoint) -> int:
+    """Numbers stored in a checkpoint; tied weights are stored, and counted, once."""
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,58 @@
+"""A finished run as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
+    """Print perplexities, fits and where the checkpoint lies, from the content of result.json."""
+    console = console or Console()
+    spans = ", ".join(f"[{start}, {stop})" for start, stop in result["spans"])
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    console.print(
+        f"removed layers {spans}; operator {result['operator']}; parameters {before:,} -> {after:,} "
+        f"({after / before - 1:+.1%})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["perplexity"]:
+        table = Table("perplexity", "dense", "pruned", "recovered", "gap closed")
+        for name, value in result["perplexity"].items():
+            table.add_row(
+                name,
+                *(f"{value[variant]:.2f}" for variant in ("dense", "pruned", "recovered")),
+                _gap_closed(value),
+            )
+        console.print(table)
+    if result["fit"]:
+        table = Table(
+            "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / C"
+        )
+        for fit in result["fit"]:
+            table.add_row(
+                f"[{fit['span'][0]}, {fit['span'][1]})".replace("[", r"\["),
+                f"{fit['relative_ridge']:.1e}",
+                f"{fit['residual']:.3f}",
+                f"{fit['r2']:.3f}",
+                f"{fit['condition']:.1e}",
+                f"{fit['tokens_per_channel']:.0f}",
+            )
+        console.print(table)
+    console.print(
+        f"checkpoint: {run / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _gap_closed(value: Mapping[str, float]) -> str:
+    """Share of the perplexity that pruning cost which recovery gives back."""
+    cost = value["pruned"] - value["dense"]
+    if cost <= 0:
+        return "-"
+    return f"{(value['pruned'] - value['recovered']) / cost:.0%}"

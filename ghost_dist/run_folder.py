@@ -1,0 +1,155 @@
+"""The RUN folder: who may use it, for which configuration, and which stages are done.
+
+Layout: ``config.yaml``, ``tokens.safetensors``, ``statistics.zarr/``, ``operators/``,
+``checkpoint/``, ``stages/*.json`` (one record per finished stage), ``events.jsonl``,
+``result.json``. A stage is done when its record names the fingerprint of its inputs; records are
+written last, so a stage killed half way is simply run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from ghost_dist.config import Config, config_from_tree, config_tree, differing_fields
+from ghost_dist.durable import create_bytes, write_json
+from ghost_dist.errors import RunFolderError, RunMismatchError
+
+
+class RunFolder:
+    """A RUN folder held by this process; a context manager that keeps others out.
+
+    Raises
+    ------
+    RunFolderError
+        If the folder holds something else, cannot be written, or another process uses it.
+    RunMismatchError
+        If it belongs to another configuration; names every field that differs.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.output.path).expanduser()
+        self.tokens = self.path / "tokens.safetensors"
+        self.statistics = self.path / "statistics.zarr"
+        self.operators = self.path / "operators"
+        self.checkpoint = self.path / "checkpoint"
+        self.events = self.path / "events.jsonl"
+        self.result = self.path / "result.json"
+        self._stages = self.path / "stages"
+        self._lock: int | None = None
+
+    @staticmethod
+    def stored_config(path: Path) -> Config:
+        """The configuration that a RUN folder was made with.
+
+        Raises
+        ------
+        RunFolderError
+            If there is none.
+        """
+        try:
+            tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunFolderError(
+                f"{path} is not a RUN folder: its config.yaml cannot be read ({error})."
+            ) from error
+        tree["output"]["path"] = str(path)  # the folder may have been moved
+        return config_from_tree(tree)
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self._take()
+            self._check_config()
+        except RunFolderError:
+            self._release()
+            raise
+        except OSError as error:
+            self._release()
+            raise RunFolderError(
+                f"The output folder {self.path} cannot be used: {error.strerror or error}. "
+                "Choose another one with --out."
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
+        """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
+        record = self._read(stage)
+        return record["outputs"] if record.get("inputs") == inputs else None
+
+    def outputs(self, stage: str) -> dict[str, Any]:
+        """Outputs recorded for a stage whatever its inputs; empty if it never finished."""
+        outputs: dict[str, Any] = self._read(stage).get("outputs", {})
+        return outputs
+
+    def finish(self, stage: str, inputs: str, outputs: Mapping[str, Any]) -> None:
+        """Record that a stage is done; its output files must be on the disk already."""
+        write_json(self._stages / f"{stage}.json", {"inputs": inputs, "outputs": dict(outputs)})
+
+    def forget(self, stage: str) -> None:
+        """Make a stage run again."""
+        (self._stages / f"{stage}.json").unlink(missing_ok=True)
+
+    def _read(self, stage: str) -> dict[str, Any]:
+        try:
+            record = json.loads((self._stages / f"{stage}.json").read_bytes())
+        except (OSError, ValueError):
+            return {}  # never finished, or cut short by a failing disk: the stage is run again
+        return record if isinstance(record, dict) else {}
+
+    def _take(self) -> None:
+        fresh = not self.path.exists() or not any(self.path.iterdir())
+        ours = (self.path / ".lock").exists() or (self.path / "config.yaml").exists()
+        if not fresh and not ours:
+            raise RunFolderError(
+                f"The output folder {self.path} is not empty and is no RUN folder of ghost_dist. "
+                "Nothing was changed; choose another one with --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = (self.path / ".lock").read_text().strip() or "unknown"
+            raise RunFolderError(
+                f"Another process ({holder}) works on {self.path}. Wait for it, or stop it; its "
+                "finished work is kept either way."
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+
+    def _check_config(self) -> None:
+        self.operators.mkdir(exist_ok=True)
+        self._stages.mkdir(exist_ok=True)
+        text = yaml.safe_dump(config_tree(self.config), sort_keys=False)
+        if create_bytes(self.path / "config.yaml", text.encode()):
+            return
+        stored = config_tree(self.stored_config(self.path))
+        differing = differing_fields(stored, config_tree(self.config))
+        differing = [line for line in differing if not line.startswith("output.path")]
+        if differing:
+            raise RunMismatchError(
+                f"{self.path} holds a run of another configuration:\n  "
+                + "\n  ".join(differing)
+                + "\nUse another --out for this configuration, or the same one to continue."
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

@@ -1,0 +1,389 @@
+"""Statistics on disk: every window range counted exactly once, whatever died on the way.
+
+Layout below ``RUN/statistics.zarr``::
+
+    ledger/plan.json                 what is counted: created once, never changed
+    ledger/00003.json                commit manifest of range 3: created once, last
+    ranges/00003/<attempt>/<span>/gram_CC ...   Zarr arrays of one attempt
+
+A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
+create-only manifest that holds every block's sha256. Only manifests are believed: an attempt
+without one is rubbish, and the first manifest of a range wins. Ranges are summed in id order, so
+the result is bitwise the same whatever was killed and re-run.
+
+Zarr alone would not do: a missing chunk reads back as the fill value, and the default codecs carry
+no checksum. So chunks have CRC32C, the fill value is NaN, empty chunks are written, and readers
+compare the hash in the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from ghost_dist.config import fingerprint
+from ghost_dist.durable import (
+    TEMPORARY_SUFFIX,
+    create_bytes,
+    fsync_folder,
+    fsync_tree,
+    json_bytes,
+)
+from ghost_dist.errors import CorruptStoreError, RunMismatchError
+from ghost_dist.spans import Span
+from ghost_dist.statistics.moments import Moments
+
+CHUNK_BYTES = 64 << 20
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StatisticsPlan:
+    """What a store counts; two runs may share a store only if this is equal.
+
+    Attributes
+    ----------
+    inputs
+        Fingerprints and settings that decide the numbers: model, tokens, dtype, device type,
+        batch, tensor-parallel degree.
+    hidden_size
+        Width C.
+    spans
+        Half-open spans as [start, stop] pairs.
+    ranges
+        Window ids of each range; together they hold every window once.
+    window_length
+        Tokens per window.
+    """
+
+    inputs: Mapping[str, Any]
+    hidden_size: int
+    spans: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, ...], ...]
+    window_length: int
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, as written to ``plan.json``."""
+        tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"format": FORMAT, **tree}
+
+
+class StatisticsStore:
+    """The Zarr store and its ledger under one folder.
+
+    Parameters
+    ----------
+    path
+        ``RUN/statistics.zarr``; created if absent.
+    plan
+        What is to be counted.
+
+    Raises
+    ------
+    RunMismatchError
+        If the folder holds statistics of another plan; the message names what differs.
+    """
+
+    def __init__(self, path: Path, plan: StatisticsPlan) -> None:
+        self.path, self.plan = path, plan
+        self._ledger = path / "ledger"
+        self._ledger.mkdir(parents=True, exist_ok=True)
+        self.plan_fingerprint = fingerprint(plan.tree())
+        plan_path = self._ledger / "plan.json"
+        if not create_bytes(plan_path, json_bytes(plan.tree())):
+            _check_same_plan(plan_path, plan.tree())
+        fsync_folder(path)
+
+    @staticmethod
+    def open(path: Path) -> StatisticsStore:
+        """Open what is there, by its own plan.
+
+        Raises
+        ------
+        CorruptStoreError
+            If there is no readable plan.
+        """
+        plan_path = path / "ledger" / "plan.json"
+        tree = _read_json(plan_path)
+        if tree.pop("format", None) != FORMAT:
+            raise CorruptStoreError(f"{plan_path} is not a plan of format {FORMAT}.")
+        try:
+            plan = StatisticsPlan(
+                inputs=tree["inputs"],
+                hidden_size=tree["hidden_size"],
+                spans=tuple((a, b) for a, b in tree["spans"]),
+                ranges=tuple(tuple(ids) for ids in tree["ranges"]),
+                window_length=tree["window_length"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptStoreError(f"{plan_path} lacks a field of a plan: {error}.") from error
+        return StatisticsStore(path, plan)
+
+    def committed(self) -> tuple[int, ...]:
+        """Ids of the ranges that have a manifest, ascending; hashes are not checked here."""
+        return tuple(i for i in range(len(self.plan.ranges)) if self._manifest_path(i).exists())
+
+    def missing(self) -> tuple[int, ...]:
+        """Ids of the ranges that still have to be run, ascending."""
+        done = set(self.committed())
+        return tuple(i for i in range(len(self.plan.ranges)) if i not in done)
+
+    def commit(self, range_id: int, moments: Mapping[Span, Moments]) -> bool:
+        """Write one attempt at a range and commit it; False if another attempt was first.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or not writable; then nothing is committed.
+        """
+        attempt = uuid.uuid4().hex
+        folder = self._range_folder(range_id) / attempt
+        try:
+            arrays = {}
+            for span, sums in moments.items():
+                for name, tensor in sums.arrays().items():
+                    key = f"{span.start}-{span.stop}/{name}"
+                    arrays[key] = _write_array(folder / key, tensor.cpu().numpy())
+            fsync_tree(folder)
+            for parent in (folder.parent, folder.parent.parent, self.path):
+                fsync_folder(parent)
+            body = {
+                "range": range_id,
+                "attempt": attempt,
+                "plan": self.plan_fingerprint,
+                "windows": list(self.plan.ranges[range_id]),
+                "num_tokens": {
+                    f"{span.start}-{span.stop}": sums.num_tokens for span, sums in moments.items()
+                },
+                "arrays": arrays,
+            }
+            manifest = json_bytes({**body, "sha256": fingerprint(body)})
+            won = create_bytes(self._manifest_path(range_id), manifest)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if not won:
+            shutil.rmtree(folder, ignore_errors=True)
+        return won
+
+    def read(self, range_id: int) -> dict[Span, Moments]:
+        """Moments of a committed range, every hash checked.
+
+        Raises
+        ------
+        CorruptStoreError
+            Naming the range and the array, if anything differs from its manifest.
+        """
+        manifest = self._read_manifest(range_id)
+        folder = self._range_folder(range_id) / manifest["attempt"]
+        moments = {}
+        for start, stop in self.plan.spans:
+            key = f"{start}-{stop}"
+            arrays = {
+                name.removeprefix(f"{key}/"): torch.from_numpy(
+                    self._read_array(folder / name, expected, range_id)
+                )
+                for name, expected in manifest["arrays"].items()
+                if name.startswith(f"{key}/")
+            }
+            try:
+                moments[Span(start, stop)] = Moments.from_arrays(
+                    manifest["num_tokens"][key], arrays
+                )
+            except TypeError as error:
+                raise CorruptStoreError(
+                    f"Range {range_id} lacks arrays of span {key}: {error}.", (range_id,)
+                ) from error
+        return moments
+
+    def damaged(self) -> dict[int, str]:
+        """Every committed range that cannot be read as its manifest says, with the reason."""
+        reasons = {}
+        for range_id in self.committed():
+            try:
+                self.read(range_id)
+            except CorruptStoreError as error:
+                reasons[range_id] = str(error)
+        return reasons
+
+    def discard(self, range_id: int) -> None:
+        """Take back the commit of a damaged range, so that it is run again.
+
+        The manifest is kept beside the ledger for inspection; the arrays go with the next sweep.
+        """
+        target = self._ledger / f"damaged-{range_id:05d}-{uuid.uuid4().hex}.json"
+        self._manifest_path(range_id).rename(target)
+        fsync_folder(self._ledger)
+
+    def sweep(self) -> int:
+        """Remove attempts without a manifest and temporary files; returns how many.
+
+        Call it only while no other process writes to this store.
+        """
+        removed = 0
+        for path in self._ledger.glob(f".*{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
+            removed += 1
+        for folder in sorted((self.path / "ranges").glob("*")):
+            kept = None
+            if folder.name.isdigit() and self._manifest_path(int(folder.name)).exists():
+                try:
+                    kept = self._read_manifest(int(folder.name))["attempt"]
+                except CorruptStoreError:
+                    continue  # whatever is damaged is reported and discarded, not swept away
+            for attempt in sorted(folder.glob("*")):
+                if attempt.name != kept:
+                    shutil.rmtree(attempt)
+                    removed += 1
+        return removed
+
+    def total(self, range_ids: Sequence[int] | None = None) -> dict[Span, Moments]:
+        """Sum over committed ranges in id order; all of the plan unless ids are given.
+
+        Raises
+        ------
+        CorruptStoreError
+            If a range is not committed or damaged.
+        """
+        total: dict[Span, Moments] = {}
+        for _, moments in self.iterate(range_ids):
+            total = {span: total[span] + sums if total else sums for span, sums in moments.items()}
+        return total
+
+    def iterate(
+        self, range_ids: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, dict[Span, Moments]]]:
+        """Committed ranges in id order, one at a time; see :meth:`total` for what is raised."""
+        wanted = range(len(self.plan.ranges)) if range_ids is None else sorted(range_ids)
+        absent = tuple(i for i in wanted if not self._manifest_path(i).exists())
+        if absent:
+            raise CorruptStoreError(
+                f"Ranges {list(absent)} are not committed; run calibrate again.", absent
+            )
+        for range_id in wanted:
+            yield range_id, self.read(range_id)
+
+    def _range_folder(self, range_id: int) -> Path:
+        return self.path / "ranges" / f"{range_id:05d}"
+
+    def _manifest_path(self, range_id: int) -> Path:
+        return self._ledger / f"{range_id:05d}.json"
+
+    def _read_manifest(self, range_id: int) -> dict[str, Any]:
+        path = self._manifest_path(range_id)
+        try:
+            manifest = _read_json(path)
+            recorded = manifest.pop("sha256", None)
+            faults = [
+                name
+                for name, got, expected in (
+                    ("hash", recorded, fingerprint(manifest)),
+                    ("range", manifest.get("range"), range_id),
+                    ("plan", manifest.get("plan"), self.plan_fingerprint),
+                    ("windows", manifest.get("windows"), list(self.plan.ranges[range_id])),
+                    ("num_tokens", manifest.get("num_tokens"), self._num_tokens(range_id)),
+                )
+                if got != expected
+            ]
+            attempt = manifest.get("attempt")
+            if not (isinstance(attempt, str) and attempt.isalnum()):
+                faults.append("attempt")
+        except CorruptStoreError as error:
+            raise CorruptStoreError(str(error), (range_id,)) from error
+        if faults:
+            raise CorruptStoreError(
+                f"Manifest {path} of range {range_id} is not as it was committed: "
+                f"{', '.join(faults)} differ. Re-run this range.",
+                (range_id,),
+            )
+        return manifest
+
+    def _num_tokens(self, range_id: int) -> dict[str, int]:
+        tokens = len(self.plan.ranges[range_id]) * self.plan.window_length
+        return {f"{start}-{stop}": tokens for start, stop in self.plan.spans}
+
+    def _read_array(
+        self, path: Path, expected: Mapping[str, Any], range_id: int
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        where = f"{path.relative_to(self.path)} of range {range_id}"
+        try:
+            array = zarr.open_array(path, mode="r")
+            values = np.asarray(array[...])
+        except Exception as error:  # zarr raises many kinds; each means that it cannot be read
+            raise CorruptStoreError(
+                f"{where} cannot be read ({type(error).__name__}: {error}). Re-run this range.",
+                (range_id,),
+            ) from error
+        found = _describe_array(values)
+        for key, value in expected.items():
+            if found.get(key) != value:
+                raise CorruptStoreError(
+                    f"{where} has {key} {found.get(key)}, but {value} was committed. "
+                    "Re-run this range.",
+                    (range_id,),
+                )
+        return values
+
+
+def _write_array(path: Path, values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
+    """Write one array in column chunks; returns its entry in the manifest."""
+    chunks = list(values.shape)
+    row_bytes = values.dtype.itemsize * (values.shape[0] if values.ndim == 2 else 1)
+    chunks[-1] = max(1, min(values.shape[-1], CHUNK_BYTES // row_bytes))
+    array = zarr.create_array(
+        path,
+        shape=values.shape,
+        chunks=tuple(chunks),
+        dtype=values.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=float("nan"),
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+    return _describe_array(values)
+
+
+def _describe_array(values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
+    return {
+        "shape": list(values.shape),
+        "dtype": str(values.dtype),
+        "sha256": hashlib.sha256(np.ascontiguousarray(values).data).hexdigest(),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(tree, dict):
+        raise CorruptStoreError(f"{path} does not hold a JSON object.")
+    return tree
+
+
+def _check_same_plan(path: Path, wanted: Mapping[str, Any]) -> None:
+    found = _read_json(path)
+    flat_found = {**found, **found.get("inputs", {})}
+    flat_wanted = {**wanted, **wanted["inputs"]}
+    differing = [
+        f"{key}: {flat_found.get(key)!r} in the store, {value!r} now"
+        for key, value in flat_wanted.items()
+        if key != "inputs" and flat_found.get(key) != value
+    ]
+    if differing or set(flat_found) != set(flat_wanted):
+        raise RunMismatchError(
+            f"The statistics in {path.parent.parent} are of other inputs:\n  "
+            + "\n  ".join(differing or ["fields of another version"])
+            + "\nUse another output.path, or remove that folder to start over."
+        )

@@ -1,0 +1,61 @@
+# Sourced by the other scripts: makes the virtual environment .venv of this checkout and installs
+# the package with the given extras into it. torch goes first and by its exact version, so that pip
+# takes the CPU build where there is no NVIDIA GPU and never pulls gigabytes of CUDA by accident.
+#
+#   source launch/environment.sh [EXTRAS]      # for example: dev
+#
+# PYTHON=python3.12 chooses the interpreter; GHOST_DIST_VENV=DIR another place for the environment.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${1:-}
+venv=${GHOST_DIST_VENV:-.venv}
+torch=torch==2.13.0
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "error: ghost_dist needs Python 3.11 or 3.12; found $(python3 --version 2>&1). Set PYTHON=..." >&2
+  return 1
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+  python=$(find_python)
+  echo "making $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
+fi
+# shellcheck disable=SC1091
+source "$venv/bin/activate"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+if ! python -c 'import torch' 2>/dev/null; then
+  index=()
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    echo "installing torch for CUDA"
+  else
+    echo "installing torch for the CPU (no NVIDIA GPU found)"
+    cpu=https://download.pytorch.org/whl/cpu
+    # Only where it can be reached: behind a mirror the default index decides.
+    if python - "$cpu" <<'PY' 2>/dev/null; then
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)
+PY
+      index=(--index-url "$cpu" --extra-index-url https://pypi.org/simple)
+    fi
+  fi
+  python -m pip install --quiet "${index[@]}" "$torch"
+fi
+
+# Again only when what is to be installed has changed.
+stamp="$venv/.ghost-dist-installed"
+wanted="$(cksum <pyproject.toml) $extras $PWD"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  echo "installing ghost_dist${extras:+[$extras]}"
+  python -m pip install --quiet --editable ".${extras:+[$extras]}"
+  echo "$wanted" >"$stamp"
+fi

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything CI checks: formatting, lints, types, tests. Arguments go to pytest.
+#
+#   bash launch/test.sh                          # the normal suite, under 25 minutes on 2 cores
+#   bash launch/test.sh -m gpu                   # on a machine with an NVIDIA GPU
+#   bash launch/test.sh -m chaos_nightly         # hundreds of injected faults
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
+ruff check .
+ruff format --check .
+mypy
+if [ $# -eq 0 ]; then
+  set -- -m "not gpu and not chaos_nightly"
+fi
+exec python -m pytest "$@"

@@ -1,0 +1,226 @@
+"""The store and its ledger: committed once, whole or not at all, and no damage goes unnoticed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+
+from ghost_dist.config import fingerprint
+from ghost_dist.errors import CorruptStoreError, RunMismatchError
+from ghost_dist.spans import Span
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+
+C, LENGTH = 8, 16
+SPANS = (Span(1, 3), Span(4, 5))
+PLAN = StatisticsPlan(
+    inputs={"model": "m", "tokens": "t", "batch": 1},
+    hidden_size=C,
+    spans=((1, 3), (4, 5)),
+    ranges=((0, 1), (2, 3), (4,)),
+    window_length=LENGTH,
+)
+
+
+def moments(seed, windows=2):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        span: Moments(windows * LENGTH, draw(C, C), draw(C, C), draw(C), draw(C), draw(C))
+        for span in SPANS
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = StatisticsStore(tmp_path / "statistics.zarr", PLAN)
+    for range_id, windows in enumerate((2, 2, 1)):
+        assert store.commit(range_id, moments(range_id, windows))
+    return store
+
+
+def equal(a, b):
+    return all(
+        a[span].num_tokens == b[span].num_tokens
+        and all(torch.equal(a[span].arrays()[n], b[span].arrays()[n]) for n in a[span].arrays())
+        for span in SPANS
+    )
+
+
+def array_file(store, range_id, name):
+    """The one chunk file of an array, found without the code under test."""
+    found = (store.path / "ranges" / f"{range_id:05d}").glob(f"*/{name}/c/**/0")
+    [path] = [path for path in found if path.is_file()]
+    return path
+
+
+def test_reads_back_bitwise_in_another_process_image(store):
+    again = StatisticsStore.open(store.path)
+    assert again.plan == PLAN
+    assert again.committed() == (0, 1, 2)
+    assert equal(again.read(1), moments(1))
+
+
+def test_total_is_the_sum_in_id_order(store):
+    a, b, c = moments(0), moments(1), moments(2, 1)
+    assert equal(store.total(), {s: (a[s] + b[s]) + c[s] for s in SPANS})
+    assert equal(store.total([2, 0]), {s: a[s] + c[s] for s in SPANS})
+
+
+def test_order_of_commits_does_not_matter(store, tmp_path):
+    other = StatisticsStore(tmp_path / "other.zarr", PLAN)
+    for range_id, windows in ((2, 1), (0, 2), (1, 2)):
+        other.commit(range_id, moments(range_id, windows))
+    assert equal(other.total(), store.total())
+
+
+def test_first_commit_wins_and_leaves_no_second_attempt(store):
+    assert not store.commit(0, moments(99))
+    assert equal(store.read(0), moments(0))
+    assert len(list((store.path / "ranges" / "00000").iterdir())) == 1
+
+
+def test_incomplete_store_has_no_total(tmp_path):
+    store = StatisticsStore(tmp_path / "s.zarr", PLAN)
+    store.commit(1, moments(1))
+    assert store.missing() == (0, 2)
+    with pytest.raises(CorruptStoreError, match=r"\[0, 2\] are not committed"):
+        store.total()
+
+
+def test_attempt_without_manifest_is_rubbish(store):
+    orphan = store.path / "ranges" / "00001" / "deadbeef"
+    orphan.mkdir()
+    (orphan / "x").write_text("half")
+    (store.path / "ledger" / ".00002.json.abc.ghost-partial").write_text("{")
+    assert equal(store.read(1), moments(1))
+    assert store.sweep() == 2
+    assert not orphan.exists()
+    assert store.sweep() == 0
+    assert store.damaged() == {}
+
+
+def flip(path, position=40):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped bit": lambda store: flip(array_file(store, 1, "1-3/gram_CC")),
+    "truncated chunk": lambda store: array_file(store, 1, "4-5/cross_CC").write_bytes(
+        b"1234567890"
+    ),
+    "empty chunk": lambda store: array_file(store, 1, "4-5/cross_CC").write_bytes(b""),
+    "deleted chunk": lambda store: array_file(store, 1, "1-3/sum_x_C").unlink(),
+    "deleted array": lambda store: next(
+        (store.path / "ranges" / "00001").glob("*/1-3/sumsq_y_C/zarr.json")
+    ).unlink(),
+    "flipped bit in the manifest": lambda store: flip(store.path / "ledger" / "00001.json", 90),
+    "half a manifest": lambda store: (store.path / "ledger" / "00001.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_only_that_range_is_run_again(store, kind):
+    before = store.total()
+    DAMAGE[kind](store)
+    damaged = store.damaged()
+    assert list(damaged) == [1], damaged
+    with pytest.raises(CorruptStoreError) as caught:
+        store.total()
+    assert caught.value.range_ids == (1,)
+    store.sweep()
+    store.discard(1)
+    assert store.missing() == (1,)
+    assert store.commit(1, moments(1))
+    store.sweep()
+    assert store.damaged() == {}
+    assert equal(store.total(), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("windows", [0, 1]), ("num_tokens", {"1-3": 32, "4-5": 64}), ("plan", "x"), ("range", 0)],
+)
+def test_forged_manifest_is_refused_although_its_own_hash_is_right(store, field, value):
+    path = store.path / "ledger" / "00001.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest[field] = value
+    path.write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
+    with pytest.raises(CorruptStoreError, match=f"range 1 is not as it was committed.*{field}"):
+        store.read(1)
+
+
+def test_manifest_of_another_range_is_refused(store):
+    source = store.path / "ledger" / "00000.json"
+    (store.path / "ledger" / "00001.json").write_bytes(source.read_bytes())
+    assert list(store.damaged()) == [1]
+
+
+def test_other_inputs_are_refused_by_name(store):
+    plan = StatisticsPlan(**{**PLAN.__dict__, "inputs": {**PLAN.inputs, "batch": 2}})
+    with pytest.raises(RunMismatchError, match="batch: 1 in the store, 2 now"):
+        StatisticsStore(store.path, plan)
+
+
+def test_full_disk_commits_nothing(tmp_path, monkeypatch):
+    store = StatisticsStore(tmp_path / "s.zarr", PLAN)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ghost_dist.statistics.store.fsync_tree", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(0, moments(0))
+    assert store.committed() == ()
+    assert list((store.path / "ranges" / "00000").iterdir()) == []
+    monkeypatch.undo()
+    assert store.commit(0, moments(0))
+
+
+def test_chunks_are_protected_in_the_zarr_metadata(store):
+    """A reader without our ledger is protected too: CRC32C, NaN where a chunk is missing."""
+    [path] = (store.path / "ranges" / "00000").glob("*/1-3/gram_CC")
+    array = zarr.open_array(path, mode="r")
+    assert "crc32c" in str(array.metadata.codecs).lower()
+    assert torch.isnan(torch.tensor(float(array.fill_value)))
+
+
+def test_killed_writer_leaves_nothing_that_counts(tmp_path):
+    """A writer is killed in the middle of commits; whatever is committed is whole."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_store import StatisticsStore, PLAN, moments
+from pathlib import Path
+store = StatisticsStore(Path(sys.argv[1]), PLAN)
+print("ready", flush=True)
+while True:
+    for range_id, windows in ((0, 2), (1, 2), (2, 1)):
+        store.commit(range_id, moments(range_id, windows))
+        store._manifest_path(range_id).unlink()
+"""
+    for number in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "s.zarr")], stdout=subprocess.PIPE
+        )
+        with writer:
+            assert writer.stdout.readline() == b"ready\n"
+            try:
+                writer.wait(timeout=0.1 + 0.13 * number)
+            except subprocess.TimeoutExpired:
+                writer.kill()
+        store = StatisticsStore.open(tmp_path / "s.zarr")
+        assert store.damaged() == {}
+        for range_id in store.committed():
+            assert equal(store.read(range_id), moments(range_id, len(PLAN.ranges[range_id])))
+        store.sweep()

@@ -1,0 +1,94 @@
+"""Configuration: what a user may write, and what they are told when it is wrong."""
+
+import pytest
+import yaml
+
+from ghost_dist.config import (
+    AbsoluteRidge,
+    config_from_tree,
+    config_tree,
+    differing_fields,
+    fingerprint,
+    load_config,
+    parse_set,
+)
+from ghost_dist.errors import ConfigError
+from ghost_dist.spans import Span
+
+MINIMAL = {"model.path": "m", "selection.remove": 3, "output.path": "r"}
+
+
+def test_file_and_overrides_make_one_configuration(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: m}\nselection: {spans: [[11, 18]]}\noutput: {path: r}\n"
+        "operator: {ridge: {absolute: 1e-6}}\n"
+    )
+    config = load_config(path, {"calibration.windows": 64})
+    assert config.selection.spans == (Span(11, 18),)
+    assert config.operator.ridge == AbsoluteRidge(absolute=1e-6)
+    assert config.calibration.windows == 64
+
+
+def test_tree_round_trips_through_yaml():
+    config = load_config(None, {**MINIMAL, "selection.spans": "3:5,7:9"})
+    assert config_from_tree(yaml.safe_load(yaml.safe_dump(config_tree(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.pth": "x"}, r"model\.pth.*did you mean path"),
+        ({"calbration.windows": 3}, "did you mean calibration"),
+        ({"operator.name": "ghst"}, "ghst.*Did you mean ghost"),
+        ({"selection.remove": 0}, r"selection\.remove.*got 0"),
+        ({"selection.remove": None}, "which layers go"),
+        ({"selection.spans": [[3]]}, "pair of integers"),
+        ({"selection.spans": []}, "spans is empty"),
+        ({"selection.spans": "5:3"}, "empty"),
+        ({"operator.ridge": {"absolute": -1}}, "absolute"),
+        ({"operator.folds": 1}, r"operator\.folds"),
+        ({"engine.device": "gpu"}, r"engine\.device"),
+        ({"evaluation.corpora": {"a b": "f"}}, "letters, digits"),
+        ({"model": "x"}, "model"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, {**MINIMAL, **changes})
+
+
+def test_missing_sections_are_named():
+    with pytest.raises(ConfigError, match=r"model(.|\n)*selection(.|\n)*output"):
+        load_config(None, {})
+
+
+@pytest.mark.parametrize("text", ["calibration.windows", "windows=3", "a.b=[1"])
+def test_set_needs_section_field_value(text):
+    with pytest.raises(ConfigError, match="--set"):
+        parse_set(text)
+
+
+def test_set_reads_yaml_and_exponents():
+    assert parse_set("operator.ridge={absolute: 1e-6}") == ("operator.ridge", {"absolute": 1e-6})
+    assert parse_set("model.path=1e") == ("model.path", "1e")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\xff"])
+def test_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(path, {})
+
+
+def test_differences_name_the_field():
+    a = config_tree(load_config(None, MINIMAL))
+    b = config_tree(load_config(None, {**MINIMAL, "calibration.windows": 7}))
+    assert differing_fields(a, b) == ["calibration.windows: 32 in RUN, 7 now"]
+    assert differing_fields(a, a) == []
+
+
+def test_fingerprint_ignores_key_order_only():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})

@@ -1,0 +1,73 @@
+"""Imports go down the table of docs/design.md only, and heavy libraries have one importer each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ghost_dist"
+
+ROWS = [
+    {"errors"},
+    {"durable", "spans"},
+    {"config"},
+    {"progress", "run_folder"},
+    {"checkpoint"},
+    {"calibration", "statistics"},
+    {"engines", "evaluation"},
+    {"solver"},
+    {"export", "report"},
+    {"pipeline"},
+    {"assets"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+"""Lowest first. A part may import parts of lower rows and itself."""
+
+ONLY_IMPORTERS = {
+    "ray": "cluster/",
+    "deepspeed": "engines/",
+    "matplotlib": "report/",
+    "lm_eval": "evaluation/",
+    "zarr": "statistics/",
+    "typer": "cli.py",
+}
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    rows = {part: number for number, parts in enumerate(ROWS) for part in parts}
+    own = part_of(path)
+    assert own in rows, f"{own} has no row in the table"
+    for module in imports_of(path):
+        if not module.startswith("ghost_dist."):
+            continue
+        other = module.split(".")[1]
+        assert other == own or rows[other] < rows[own], f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize(("library", "place"), ONLY_IMPORTERS.items())
+def test_heavy_libraries_have_one_place(library, place):
+    importers = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if any(name.split(".")[0] == library for name in imports_of(path))
+    }
+    assert all(name.startswith(place) for name in importers), importers

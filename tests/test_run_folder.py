@@ -1,0 +1,103 @@
+"""The RUN folder: who may use it and for which configuration."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ghost_dist.config import load_config
+from ghost_dist.errors import RunFolderError, RunMismatchError
+from ghost_dist.run_folder import RunFolder
+
+
+def config(path, **changes):
+    return load_config(
+        None, {"model.path": "m", "selection.remove": 3, "output.path": str(path), **changes}
+    )
+
+
+def test_same_configuration_continues(tmp_path):
+    with RunFolder(config(tmp_path / "run")) as run:
+        run.finish("solve", "abc", {"x": 1})
+    with RunFolder(config(tmp_path / "run")) as run:
+        assert run.record("solve", "abc") == {"x": 1}
+        assert run.record("solve", "other inputs") is None
+        run.forget("solve")
+        assert run.record("solve", "abc") is None
+
+
+def test_other_configuration_is_refused_by_field(tmp_path):
+    with RunFolder(config(tmp_path / "run")):
+        pass
+    with (
+        pytest.raises(RunMismatchError, match=r"calibration\.windows: 32 in RUN, 9 now"),
+        RunFolder(config(tmp_path / "run", **{"calibration.windows": 9})),
+    ):
+        pass
+
+
+def test_a_moved_run_is_still_the_same(tmp_path):
+    with RunFolder(config(tmp_path / "run")):
+        pass
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with RunFolder(config(tmp_path / "moved")):
+        pass
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunFolderError, match="not empty"), RunFolder(config(tmp_path)):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(RunFolderError, match="run"), RunFolder(config(tmp_path / "run")):
+        pass
+
+
+def test_second_process_is_refused(tmp_path):
+    code = (
+        "import sys; from ghost_dist.config import load_config; "
+        "from ghost_dist.run_folder import RunFolder\n"
+        "with RunFolder(load_config(None, {'model.path': 'm', 'selection.remove': 3, "
+        "'output.path': sys.argv[1]})):\n"
+        "    print('held', flush=True); input()"
+    )
+    path = str(tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunFolderError, match=f"process {holder.pid}"), RunFolder(config(path)):
+            pass
+        holder.kill()
+    with RunFolder(config(path)):  # the lock dies with its holder
+        pass
+
+
+def test_half_written_record_means_not_done(tmp_path):
+    with RunFolder(config(tmp_path / "run")) as run:
+        (run.path / "stages" / "solve.json").write_text('{"inputs": "abc", "outp')
+        assert run.record("solve", "abc") is None
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(RunFolderError, match="not a RUN folder"):
+        RunFolder.stored_config(tmp_path)
+
+
+def test_read_only_place(tmp_path, monkeypatch):
+    # Root may write anywhere, so the refusal of the file system is injected.
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with (
+        pytest.raises(RunFolderError, match="Permission denied"),
+        RunFolder(config(tmp_path / "r")),
+    ):
+        pass
