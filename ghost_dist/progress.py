@@ -62,7 +62,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Show a stage of ``total`` units, ``done`` of them finished before; gives ``advance(n)``."""
+        """Show a stage of ``total`` units, ``done`` of them already finished; gives ``advance``."""
         self.event("stage-start", stage=name, total=total, unit=unit, done=done)
         began = time.monotonic()
         show = self._bar if self.console.is_terminal else self._lines

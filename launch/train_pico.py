@@ -55,7 +55,7 @@ VOCABULARY_SIZE = 3072
 WINDOW = 1024  # tokens that one training or evaluation window predicts from
 VALIDATION_WINDOWS = 64
 SPLITS = ("train", "validation")
-EVALUATIONS = 40  # evenly spaced over a training run
+EVALUATIONS = 25  # evenly spaced over a training run
 
 # Shape legend: B windows of a batch, T tokens of a window, V vocabulary.
 

@@ -36,6 +36,7 @@ class ResidentEngine:
         self._decoder = decoder
         self._batch = batch
         self.hidden_size = decoder.hidden_size
+        self.num_layers = decoder.num_layers
         self.device = decoder.device
 
     def run(

@@ -192,7 +192,7 @@ class Stages:
         return Solution(operators, recorded["fits"], recorded["files"])
 
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
-        """Write the recovered checkpoint; it gets its name only after a fresh process reloads it."""
+        """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
         inputs, config = self._inputs, self._inputs.config
         operators = self._as_exported(solution)
         wanted = {

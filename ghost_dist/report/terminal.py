@@ -16,8 +16,8 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     spans = ", ".join(f"[{start}, {stop})" for start, stop in result["spans"])
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     console.print(
-        f"removed layers {spans}; operator {result['operator']}; parameters {before:,} -> {after:,} "
-        f"({after / before - 1:+.1%})",
+        f"removed layers {spans}; operator {result['operator']}; "
+        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})",
         markup=False,
         highlight=False,
         soft_wrap=True,

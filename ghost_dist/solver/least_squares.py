@@ -146,7 +146,7 @@ def fit_least_squares(
     quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
     absolute = float(scale_Z[0])
     relative = absolute / scale if scale > 0 else 0.0
-    gram_ZZ = centred(total).gram_ZZ if affine else total.gram_ZZ
+    gram_ZZ = about(total, total).gram_ZZ if affine else total.gram_ZZ
     return (
         prior_ZC + change_ZC,
         bias_C,
@@ -183,15 +183,16 @@ def held_out_errors(
     errors: dict[float, Tensor] = {c: torch.zeros_like(total.sumsq_y_C) for c in candidates}
     for fold in folds:
         training = total - fold
-        fitted = centred(training) if affine else training
+        fitted, held_out = training, fold
+        if affine:
+            fitted, held_out = about(training, training), about(fold, training)
         for candidate in tuple(errors):
             factor_ZZ = cholesky_factor(fitted.gram_ZZ, candidate * scale_Z)
             if factor_ZZ is None:
                 del errors[candidate]
                 continue
             map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
-            bias_C = _bias(training, map_ZC) if affine else None
-            errors[candidate] = errors[candidate] + map_error(fold, map_ZC, bias_C)
+            errors[candidate] = errors[candidate] + map_error(held_out, map_ZC)
     return errors
 
 
@@ -205,35 +206,46 @@ def solve(
     SingularGramError
         If the damped Gram matrix is not positive definite in float64.
     """
-    fitted = centred(moments) if affine else moments
+    fitted = about(moments, moments) if affine else moments
     factor_ZZ = cholesky_factor(fitted.gram_ZZ, penalty_Z)
     if factor_ZZ is None:
         raise singular(where, fitted, float(penalty_Z[0]))
     map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
-    return map_ZC, _bias(moments, map_ZC) if affine else None, factor_ZZ
+    bias_C = None
+    if affine:
+        bias_C = (moments.sum_y_C - map_ZC.T @ moments.sum_z_Z) / moments.sum_weights_1
+    return map_ZC, bias_C, factor_ZZ
 
 
-def map_error(moments: WideMoments, map_ZC: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """Per target ``||Y - Z B - 1 b'||^2`` over the moments' rows, shape (C,)."""
+def map_error(moments: WideMoments, map_ZC: Tensor) -> Tensor:
+    """Per target ``||Y - Z B||^2`` over the moments' rows, shape (C,)."""
     # (B'G B)_jj - 2 (B'K)_jj in one product: columns of B against columns of G B - 2 K.
     product_ZC = moments.gram_ZZ @ map_ZC - 2 * moments.cross_ZC
-    error_C = moments.sumsq_y_C + (map_ZC * product_ZC).sum(0)
-    if bias_C is None:
-        return error_C
-    sum_left_C = moments.sum_y_C - map_ZC.T @ moments.sum_z_Z
-    return error_C + bias_C * (moments.sum_weights_1 * bias_C - 2 * sum_left_C)
+    return moments.sumsq_y_C + (map_ZC * product_ZC).sum(0)
 
 
-def centred(moments: WideMoments) -> WideMoments:
-    """Moments of the same rows less their means (weighted means where rows are weighted)."""
-    mean_z_Z = moments.sum_z_Z / moments.sum_weights_1
+def about(moments: WideMoments, reference: WideMoments) -> WideMoments:
+    """Moments of the same rows less the (weighted) means of the reference's rows.
+
+    About its own means a fit has an unpenalised bias; about those of the training rows, a fold's
+    error is that of the map with the bias fitted there.
+    """
+    mean_z_Z = reference.sum_z_Z / reference.sum_weights_1
+    mean_y_C = reference.sum_y_C / reference.sum_weights_1
+    weight = moments.sum_weights_1
+    left_z_Z = moments.sum_z_Z - weight * mean_z_Z
+    left_y_C = moments.sum_y_C - weight * mean_y_C
     return replace(
         moments,
-        gram_ZZ=moments.gram_ZZ - torch.outer(mean_z_Z, moments.sum_z_Z),
-        cross_ZC=moments.cross_ZC - torch.outer(mean_z_Z, moments.sum_y_C),
-        sum_z_Z=torch.zeros_like(moments.sum_z_Z),
-        sum_y_C=torch.zeros_like(moments.sum_y_C),
-        sumsq_y_C=moments.sumsq_y_C - moments.sum_y_C.square() / moments.sum_weights_1,
+        gram_ZZ=moments.gram_ZZ
+        - torch.outer(mean_z_Z, moments.sum_z_Z)
+        - torch.outer(left_z_Z, mean_z_Z),
+        cross_ZC=moments.cross_ZC
+        - torch.outer(mean_z_Z, moments.sum_y_C)
+        - torch.outer(left_z_Z, mean_y_C),
+        sum_z_Z=left_z_Z,
+        sum_y_C=left_y_C,
+        sumsq_y_C=moments.sumsq_y_C - mean_y_C * (moments.sum_y_C + left_y_C),
     )
 
 
@@ -288,10 +300,6 @@ def singular(where: str, moments: WideMoments, ridge: float) -> SingularGramErro
     smallest = float(eigenvalues_Z[0])
     condition = float(eigenvalues_Z[-1]) / smallest if smallest > 0 else float("inf")
     return SingularGramError(where, ridge, condition, moments.num_tokens)
-
-
-def _bias(moments: WideMoments, map_ZC: Tensor) -> Tensor:
-    return (moments.sum_y_C - map_ZC.T @ moments.sum_z_Z) / moments.sum_weights_1
 
 
 def _target_variance(total: WideMoments, prior_ZC: Tensor) -> Tensor:

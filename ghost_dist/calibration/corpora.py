@@ -1,0 +1,191 @@
+"""Where the text comes from: a local file, a local dataset folder, or a dataset of the hub.
+
+A source is written as one of::
+
+    FILE[:COLUMN]                          .txt, .jsonl, .json or .parquet (see files.py)
+    FOLDER[:CONFIG[:SPLIT[:COLUMN]]]       Dataset.save_to_disk, or a folder of data files
+    NAME[:CONFIG[:SPLIT[:COLUMN]]]         a name for datasets.load_dataset, streamed
+
+A part may be empty: ``NAME::test``. ``c4`` and ``wikitext2`` are short names; write ``./c4`` for a
+local folder of that name. Code that a dataset carries is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghost_dist.calibration.documents import Document, as_document, pick_column
+from ghost_dist.calibration.files import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    read_rows,
+    read_text,
+)
+from ghost_dist.errors import CalibrationError
+
+ALIASES = {"c4": "allenai/c4:en", "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
+"""Short names of hub datasets; a split and a column may still follow as fourth and fifth parts."""
+
+_SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
+_SHUFFLE_BUFFER = 10_000  # documents; of C4 that is about 20 MB
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """An opened source."""
+
+    name: str
+    """The source as the user wrote it, for messages."""
+    documents: Iterator[Document]
+    """Documents in their final order; of a text file, the pieces of its one document."""
+    one_text: bool
+    """Whether ``documents`` are pieces to be joined without a separator."""
+
+
+def open_corpus(source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT) -> Corpus:
+    """Find a source and start reading it; nothing is held beyond a buffer of documents.
+
+    Parameters
+    ----------
+    source
+        As in the module's description; ``~`` is expanded, paths are relative to the working
+        directory.
+    seed
+        Shuffles the documents of a dataset: all of a saved one, through a buffer of 10,000 of a
+        streamed one (whose shards are shuffled too). None keeps the dataset's order. Files are
+        always read from the beginning.
+    split
+        Split of a dataset whose source names none.
+
+    Raises
+    ------
+    CalibrationError
+        If there is no such source, or it cannot be read.
+    """
+    name, *parts = source.split(":")
+    if name in ALIASES:
+        parts = [*ALIASES[name].split(":"), *parts]
+        return _dataset(source, parts, None, seed, split)
+    for count in range(len(parts), -1, -1):  # a path may itself hold colons: the longest one wins
+        path = Path(":".join([name, *parts[:count]])).expanduser()
+        if path.is_file():
+            return _file(source, path, parts[count:])
+        if path.is_dir():
+            return _dataset(source, [str(path), *parts[count:]], path, seed, split)
+    if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
+        raise CalibrationError(
+            f"There is no file or folder {source} (working directory {Path.cwd()}). Give an "
+            "existing one, or the name of a dataset such as allenai/c4:en."
+        )
+    return _dataset(source, [name, *parts], None, seed, split)
+
+
+def _file(source: str, path: Path, parts: list[str]) -> Corpus:
+    column = ":".join(parts) or None
+    if path.name.endswith(TEXT_SUFFIXES):
+        if column is not None:
+            raise CalibrationError(f"{path} is plain text, so it has no column {column!r}.")
+        return Corpus(source, read_text(path), one_text=True)
+    if path.name.endswith(_SUFFIXES):
+        return Corpus(source, read_rows(path, column), one_text=False)
+    raise CalibrationError(
+        f"The name of {path} does not say how to read it; known endings are {', '.join(_SUFFIXES)}."
+        " Rename the file: plain text ends in .txt."
+    )
+
+
+def _dataset(
+    source: str, parts: list[str], folder: Path | None, seed: int | None, split: str
+) -> Corpus:
+    name, config, named_split, column, *rest = [part or None for part in parts] + [None] * 3
+    if any(rest) or name is None:
+        raise CalibrationError(
+            f"The source {source} has too many parts; expected DATASET:CONFIG:SPLIT:COLUMN."
+        )
+    tried = f"dataset {name}, config {config or '(default)'}, split {named_split or split}"
+    try:
+        if folder is not None and _is_saved(folder):
+            rows = _load_saved(folder, config, named_split, split)
+        else:
+            import datasets
+
+            rows = datasets.load_dataset(name, config, split=named_split or split, streaming=True)
+        if seed is not None:
+            rows = _shuffle(rows, seed)
+    except CalibrationError:
+        raise
+    except Exception as error:  # hub, network, file formats: each library has its own exceptions
+        raise CalibrationError(
+            f"Cannot open {source} ({tried}): {type(error).__name__}: {error} "
+            "Check the name and the parts after the colons; without network, give a local .txt, "
+            ".jsonl or .parquet file or a dataset folder instead."
+        ) from error
+    return Corpus(source, _documents(rows, column, tried), one_text=False)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of a Dataset or a DatasetDict wrote this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _load_saved(folder: Path, config: str | None, named_split: str | None, split: str) -> Any:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if config is not None:
+        raise CalibrationError(
+            f"{folder} was written by save_to_disk and has no config {config!r}; leave it empty: "
+            "FOLDER::SPLIT."
+        )
+    if isinstance(saved, datasets.DatasetDict):
+        wanted = named_split or split
+        if wanted not in saved:
+            raise CalibrationError(
+                f"{folder} has no split {wanted!r}; its splits are {', '.join(saved)}. Name one: "
+                "FOLDER::SPLIT."
+            )
+        return saved[wanted]
+    if named_split is not None and named_split != str(saved.split):
+        raise CalibrationError(
+            f"{folder} holds one dataset without splits (its own is {saved.split}), not "
+            f"{named_split!r}; leave the split away."
+        )
+    return saved
+
+
+def _shuffle(rows: Any, seed: int) -> Any:
+    import datasets
+
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    # In memory: the indices of a saved dataset would otherwise be cached in the user's folder.
+    return rows.shuffle(seed=seed, keep_in_memory=True)
+
+
+def _documents(rows: Any, column: str | None, tried: str) -> Iterator[Document]:
+    """Documents of a dataset; a failure of the library or the network names the row."""
+    number = 0
+    try:
+        if rows.column_names:  # known up front: other columns (images, say) are not decoded
+            column = pick_column(rows.column_names, column, f"The {tried}")
+            rows = rows.select_columns([column])
+        for row in rows:
+            column = pick_column(row, column, f"The {tried}")
+            document = as_document(row[column], f"{tried}, row {number},")
+            if document is not None:
+                yield document
+            number += 1
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"Reading the {tried} failed after {number} rows: {type(error).__name__}: {error} "
+            "Try again; without network, give a local file instead."
+        ) from error

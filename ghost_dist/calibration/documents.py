@@ -1,0 +1,117 @@
+"""What a document is: a text, or a chat that the tokenizer's own template turns into one.
+
+A row of a JSONL file, a parquet file or a dataset holds its document in one column. Which one is
+found here, the same way for every kind of source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from ghost_dist.errors import CalibrationError
+
+Chat: TypeAlias = list[dict[str, Any]]
+Document: TypeAlias = str | Chat
+
+COLUMNS = ("text", "content", "messages", "conversations")
+"""Columns that are recognised without being named, the first one present wins."""
+
+# ShareGPT rows say "from" and "value" where chat templates expect "role" and "content".
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
+
+
+def pick_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
+    """Name of the column that holds the document.
+
+    Raises
+    ------
+    CalibrationError
+        If ``wanted`` is not there, or if nothing is wanted and no known column is there; lists
+        the columns found.
+    """
+    found = list(columns)
+    for name in (wanted,) if wanted is not None else COLUMNS:
+        if name in found:
+            return name
+    expected = f"no column {wanted!r}" if wanted is not None else f"none of {', '.join(COLUMNS)}"
+    raise CalibrationError(
+        f"{where} has {expected}; its columns are {', '.join(found) or '(none)'}. Name the column "
+        "that holds the text after a colon: FILE:COLUMN, or DATASET:CONFIG:SPLIT:COLUMN."
+    )
+
+
+def as_document(value: Any, where: str) -> Document | None:
+    """The cell of a row as a document; None if the cell is null.
+
+    Raises
+    ------
+    CalibrationError
+        If it is neither text nor a list of messages, or holds text that UTF-8 cannot write.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_unicode(value, where)
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return [dict(item) for item in value]
+    raise CalibrationError(
+        f"{where} holds {type(value).__name__} {str(value)[:60]!r}; expected a text, or a chat as "
+        "a list of messages. Name another column, or leave this row out."
+    )
+
+
+def render_chat(tokenizer: Any, chat: Chat, where: str) -> str:
+    """The text of a chat by the tokenizer's chat template, special tokens written out in it.
+
+    Messages are ``{"role", "content"}``; ``{"from", "value"}`` of ShareGPT is translated.
+
+    Raises
+    ------
+    CalibrationError
+        If the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise CalibrationError(
+            f"{where} is a chat, and this tokenizer has no chat template. Take a text corpus, or "
+            "the tokenizer of the instruction-tuned model."
+        )
+    messages = [_message(item, where) for item in chat]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # the template is a program of the model's author
+        raise CalibrationError(
+            f"{where}: the tokenizer's chat template refuses the messages "
+            f"({type(error).__name__}: {error}). Their roles are "
+            f"{', '.join(str(message.get('role')) for message in messages[:8])}."
+        ) from error
+    _check_unicode(text, where)
+    return text
+
+
+def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One message with the keys of chat templates; null entries, which parquet adds, are gone."""
+    message = {key: value for key, value in item.items() if value is not None}
+    if "from" in message and "role" not in message:
+        speaker = message.pop("from")
+        if speaker not in _SHAREGPT_ROLES:
+            raise CalibrationError(
+                f"{where} has a message from {speaker!r}; expected one of "
+                f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or leave this row out."
+            )
+        message = {"role": _SHAREGPT_ROLES[speaker], "content": message.pop("value", "")} | message
+    return message
+
+
+def _check_unicode(text: str, where: str) -> None:
+    # JSON may hold "\\ud800" alone: a str in Python, but no text that a tokenizer can read.
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{where} holds half of a surrogate pair (character {error.start}), which is not valid "
+            "Unicode. Repair the row, or leave it out."
+        ) from error

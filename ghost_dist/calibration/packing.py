@@ -1,0 +1,184 @@
+"""Lays the tokens of a corpus end to end: one stream, no padding, nothing between documents lost.
+
+Without special tokens the stream is the tokenisation of one text, the documents joined by a blank
+line as perplexity and GPTQ code does; with them, each document is tokenised alone and brings the
+BOS and EOS that its tokenizer adds. Chats are joined as their template wrote them: it has already
+placed its special tokens, so none are added.
+
+Notes
+-----
+How a text is cut into tokens may depend on what follows, so the first N tokens of a long text are
+not simply those of a prefix. They are taken from a growing prefix once two prefixes, the second a
+quarter longer, agree on all of them, or the text has ended. Prefixes grow geometrically, so the
+work is at most a small multiple of one tokenisation, whatever the size of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ghost_dist.calibration.corpora import Corpus
+from ghost_dist.calibration.documents import render_chat
+
+TokenArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+OnProgress: TypeAlias = Callable[[int, int], None]
+"""Called with (tokens done, tokens needed); done is an estimate from the characters read."""
+
+SEPARATOR = "\n\n"
+_CHARACTERS_PER_TOKEN = 4.0  # first guess; corrected by what the text gives
+_LEAST_GROWTH = 1 << 14  # characters
+
+
+def pack_tokens(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    needed: int | None,
+    special_tokens: bool,
+    on_progress: OnProgress | None = None,
+    least_growth: int = _LEAST_GROWTH,
+) -> TokenArray:
+    """First ``needed`` tokens of a corpus; fewer if it ends before.
+
+    Parameters
+    ----------
+    corpus
+        Opened source; it is read no further than needed.
+    tokenizer
+        A transformers tokenizer.
+    needed
+        Number of tokens; None: all, which holds the whole text in memory.
+    special_tokens
+        Whether each document gets the tokenizer's own special tokens.
+    on_progress
+        See :data:`OnProgress`; not called when ``needed`` is None.
+    least_growth
+        Smallest step of a prefix, characters. Does not change the result.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (at most ``needed``,).
+    """
+    report = _Reports(needed, on_progress)
+    if special_tokens and not corpus.one_text:
+        return _pack_documents(corpus, tokenizer, needed, report)
+    prefix = _Prefix(_pieces(corpus, tokenizer))
+
+    def encode(text: str) -> TokenArray:
+        return _encode(tokenizer, text, special_tokens)
+
+    return _first_tokens(prefix, encode, needed, report, least_growth)
+
+
+def _first_tokens(
+    prefix: _Prefix,
+    encode: Callable[[str], TokenArray],
+    needed: int | None,
+    report: _Reports,
+    least_growth: int,
+) -> TokenArray:
+    target = float("inf") if needed is None else needed * _CHARACTERS_PER_TOKEN + least_growth
+    before: TokenArray | None = None
+    while True:
+        text = prefix.grow(target, report)
+        tokens = encode(text)
+        if needed is None or prefix.ended:
+            return tokens[:needed]
+        size = len(text)
+        if len(tokens) < needed:
+            per_token = size / max(len(tokens), 1)
+            target = max(1.5 * size, 1.1 * needed * per_token) + least_growth
+            continue
+        if before is not None and np.array_equal(before, tokens[:needed]):
+            return before
+        before = tokens[:needed]
+        target = 1.25 * size + least_growth
+
+
+def _pack_documents(
+    corpus: Corpus, tokenizer: Any, needed: int | None, report: _Reports
+) -> TokenArray:
+    parts: list[TokenArray] = []
+    count = 0
+    for number, document in enumerate(corpus.documents):
+        if needed is not None and count >= needed:
+            break
+        if isinstance(document, str):
+            tokens = _encode(tokenizer, document, special_tokens=bool(document))
+        else:
+            text = render_chat(tokenizer, document, _where(corpus, number))
+            tokens = _encode(tokenizer, text, special_tokens=False)
+        parts.append(tokens)
+        count += len(tokens)
+        report(count / needed if needed else 0.0)
+    return np.concatenate([np.empty(0, np.int64), *parts])[:needed]
+
+
+def _pieces(corpus: Corpus, tokenizer: Any) -> Iterator[str]:
+    """The corpus as pieces of one text."""
+    for number, document in enumerate(corpus.documents):
+        if not isinstance(document, str):
+            yield render_chat(tokenizer, document, _where(corpus, number))
+            continue
+        if number and not corpus.one_text:
+            yield SEPARATOR
+        yield document
+
+
+def _where(corpus: Corpus, number: int) -> str:
+    return f"Document {number} of {corpus.name}"
+
+
+def _encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
+    # verbose=False: the text is longer than the model's context by intention, so no warning.
+    encoded = tokenizer(
+        text,
+        add_special_tokens=special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+
+class _Prefix:
+    """The beginning of a text that comes in pieces."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self._text = ""
+        self.ended = False
+
+    def grow(self, target: float, report: _Reports) -> str:
+        """The first ``target`` characters, or all; ``ended`` says that there are no more."""
+        parts, size = [self._text], len(self._text)
+        while size < target:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self.ended = True
+                break
+            parts.append(piece)
+            size += len(piece)
+            report(size / target)
+        self._text = "".join(parts)
+        return self._text if size <= target else self._text[: int(target)]
+
+
+class _Reports:
+    """Progress as a fraction, told in at most a hundred steps that never go back."""
+
+    def __init__(self, needed: int | None, on_progress: OnProgress | None) -> None:
+        self._needed = needed
+        self._on_progress = on_progress
+        self._percent = 0
+
+    def __call__(self, fraction: float) -> None:
+        percent = int(100 * min(fraction, 1.0))
+        if self._needed is None or self._on_progress is None or percent <= self._percent:
+            return
+        self._percent = percent
+        self._on_progress(self._needed * percent // 100, self._needed)

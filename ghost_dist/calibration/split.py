@@ -1,0 +1,51 @@
+"""Deals windows to ranges and ranges to folds: the train / held-out split is by window.
+
+A range is a run of consecutive windows, the unit of commit and retry. Fold ``k`` of ``K`` holds out
+the ranges ``k, k + K, k + 2 K, ...``, so every fold samples the whole corpus, every window is held
+out exactly once, and no window lies on both sides. Windows are packed end to end: where two ranges
+meet, one document may continue into the next, which is a neighbourhood of one window per border.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from ghost_dist.errors import ConfigError
+
+
+def assign_ranges(num_windows: int, num_ranges: int, *, folds: int = 1) -> list[range]:
+    """Cut ``range(num_windows)`` into consecutive ranges whose sizes differ by at most one.
+
+    Parameters
+    ----------
+    num_windows
+        Windows to deal.
+    num_ranges
+        Number of ranges; the first ones are the longer ones.
+    folds
+        Folds that the ranges are to serve; each needs a range of its own.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer windows than ranges, or fewer ranges than folds.
+    """
+    if num_ranges < 1 or num_windows < num_ranges:
+        raise ConfigError(
+            f"{num_windows} calibration windows cannot be cut into {num_ranges} ranges: each holds "
+            "at least one window. Raise calibration.windows, or lower calibration.ranges or "
+            "operator.folds."
+        )
+    if num_ranges < folds:
+        raise ConfigError(
+            f"{num_ranges} window ranges cannot serve {folds} folds: each fold holds out ranges of "
+            "its own. Raise calibration.ranges, or lower operator.folds."
+        )
+    size, longer = divmod(num_windows, num_ranges)
+    starts = [index * size + min(index, longer) for index in range(num_ranges + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def fold_of_range(range_id: int, folds: int) -> int:
+    """The fold that holds this range out."""
+    return range_id % folds

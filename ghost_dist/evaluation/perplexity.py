@@ -1,0 +1,208 @@
+"""Perplexity over fixed windows: sums of nats and of predicted tokens, divided once at the end.
+
+Each window of T tokens is run alone, without KV cache, and predicts its last T - 1 tokens. Logits
+are computed in the model's dtype and turned into nats in float32.
+
+The body runs once a batch; the head runs over few tokens at a time, since the logits of a window
+may be larger than the model's layers (2048 tokens x 128k entries are 1 GiB in float32). The head
+is the model's own ``forward`` with its body answering from what it computed before, so that
+soft-capping and logit scales of every family stay where their authors put them. A model that
+cannot be run so gives its logits in one piece; the result is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.errors import GhostDistError
+
+# Shapes: B windows of a batch, T tokens of a window, N = B (T - 1) predictions, C width, V entries.
+
+_LOGITS_AT_ONCE = 1 << 25  # entries: 128 MiB in float32
+_PROBE_TOKENS = 16
+
+
+class NonFiniteLossError(GhostDistError):
+    """The loss of a window is NaN or Inf, so no perplexity of it would mean anything."""
+
+    def __init__(self, window: int, source: str) -> None:
+        super().__init__(
+            f"The loss of window {window} of {source} is not finite (NaN or Inf). The weights may "
+            "be damaged, or the dtype may overflow: try model.dtype=float32 or bfloat16."
+        )
+        self.window, self.source = window, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.window, self.source))
+
+
+@dataclass(frozen=True, eq=False)
+class PerplexityResult:
+    """Sums, so that results of disjoint windows add up."""
+
+    nats_per_window: np.ndarray[Any, np.dtype[np.float64]]
+    """Negative log likelihood of each window, nats, float64, shape (num_windows,)."""
+    num_tokens: int
+    """Number of predicted tokens, ``T - 1`` of each window."""
+
+    @property
+    def nats_sum(self) -> float:
+        """Negative log likelihood of all windows, nats."""
+        return math.fsum(self.nats_per_window)
+
+    @property
+    def value(self) -> float:
+        """Perplexity: exp of the nats per predicted token."""
+        nats_per_token = self.nats_sum / self.num_tokens
+        return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def perplexity(
+    model: Any,
+    windows: TokenWindows,
+    *,
+    batch: int,
+    device: torch.device | str,
+    on_progress: Callable[[int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of a causal language model over windows.
+
+    Parameters
+    ----------
+    model
+        A transformers model with a language-model head, on ``device``; evaluated without dropout.
+    windows
+        Token windows; at least two tokens each.
+    batch
+        Windows per forward.
+    device
+        Where the tokens go.
+    on_progress
+        Called with the number of tokens just finished, ``T`` for each window.
+
+    Raises
+    ------
+    NonFiniteLossError
+        If the loss of a window is NaN or Inf; names the first such window.
+    """
+    assert batch >= 1, "a forward takes a window at least"
+    assert windows.window_length >= 2, "a window must predict something"
+    nats = np.zeros(windows.num_windows, dtype=np.float64)
+    with torch.inference_mode(), _evaluating(model):
+        logits_of: _LogitsOf | None = None
+        for first in range(0, windows.num_windows, batch):
+            rows = windows.tokens[first : first + batch].astype(np.int64)
+            ids_BT = torch.from_numpy(rows).to(device)
+            if logits_of is None:
+                chunks = _answers_from_body(model, ids_BT[:1, :_PROBE_TOKENS])
+                logits_of = _logits_in_chunks if chunks else _logits_at_once
+            nats_B = _nats(logits_of(model, ids_BT), ids_BT)
+            nats[first : first + batch] = nats_B
+            bad = np.flatnonzero(~np.isfinite(nats_B))
+            if bad.size:
+                raise NonFiniteLossError(first + int(bad[0]), windows.source)
+            if on_progress is not None:
+                on_progress(ids_BT.numel())
+    return PerplexityResult(nats, windows.num_windows * (windows.window_length - 1))
+
+
+def _nats(logits: Iterator[Tensor], ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Nats of each window; ``logits`` come as (n, V) for consecutive predictions."""
+    targets_N = ids_BT[:, 1:].reshape(-1)
+    nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=ids_BT.device)
+    start = 0
+    for logits_nV in logits:
+        stop = start + logits_nV.shape[0]
+        nats_N[start:stop] = torch.nn.functional.cross_entropy(
+            logits_nV.float(), targets_N[start:stop].to(logits_nV.device), reduction="none"
+        )
+        start = stop
+    assert start == len(targets_N), "every prediction has its logits"
+    result: np.ndarray[Any, np.dtype[np.float64]] = (
+        nats_N.view(ids_BT.shape[0], -1).sum(dim=1).cpu().numpy()
+    )
+    return result
+
+
+_LogitsOf: TypeAlias = Callable[[Any, Tensor], Iterator[Tensor]]
+
+
+def _logits_at_once(model: Any, ids_BT: Tensor) -> Iterator[Tensor]:
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    yield from logits_BTV[:, :-1]
+
+
+def _logits_in_chunks(model: Any, ids_BT: Tensor) -> Iterator[Tensor]:
+    body = model.base_model
+    output = body(input_ids=ids_BT, use_cache=False)
+    hidden_NC = output.last_hidden_state[:, :-1].flatten(0, 1)
+    ids_N = ids_BT[:, :-1].flatten()
+    size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    for start in range(0, len(ids_N), size):
+        piece = slice(start, start + size)
+        with _answering(body, output, hidden_NC[None, piece]):
+            logits_nV = model(input_ids=ids_N[None, piece], use_cache=False).logits[0]
+        yield logits_nV
+
+
+def _answers_from_body(model: Any, ids_1T: Tensor) -> bool:
+    """Whether the model gives the same logits when its body answers with given hidden states.
+
+    Tried on the second half of a few tokens, where a body that ran again would not know the first.
+    """
+    body = getattr(model, "base_model", model)
+    if body is model:
+        return False
+    half = ids_1T.shape[1] // 2
+    expected = model(input_ids=ids_1T, use_cache=False).logits[:, half:].float()
+    try:
+        output = body(input_ids=ids_1T, use_cache=False)
+        with _answering(body, output, output.last_hidden_state[:, half:]) as calls:
+            got = model(input_ids=ids_1T[:, half:], use_cache=False).logits.float()
+    except (AttributeError, TypeError, KeyError, IndexError):
+        return False
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
+    scale = float(expected.abs().max())
+    return len(calls) == 1 and torch.allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+@contextlib.contextmanager
+def _answering(body: Any, output: Any, hidden_1TC: Tensor) -> Iterator[list[None]]:
+    """Let ``body`` return ``output`` with other hidden states; gives a list that grows per call."""
+    answer = copy.copy(output)
+    answer["last_hidden_state"] = hidden_1TC
+    calls: list[None] = []
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        calls.append(None)
+        return answer
+
+    own = body.__dict__.get("forward")  # an instance may have one already (accelerate's hooks)
+    body.forward = forward
+    try:
+        yield calls
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,182 @@
+"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`, and healing of later layers.
+
+Legend: C hidden width, F width of the MLP's inner layer. ``X = A + H @ down`` is the stream
+entering layer ``start``: H (T, F) the input of the down_proj of layer ``start - 1``, A (T, C) what
+the stream is without that product, a bias of down_proj included (``wide.shift`` puts it there).
+Y is the stream entering layer ``stop``. All from the moments of ``[A, H]`` against Y.
+
+Notes
+-----
+The classes of maps are nested, so fitted on the same rows without a ridge the errors are too::
+
+    replaceme    Y ~ A + H down T            T (C, C)
+    fold         Y ~ A + H D                 D (F, C)
+    ghost-joint  Y ~ A P + H Q               W = P, down = Q P^-1
+
+Each shrinks to the plain cut: T to I, D to down, (P, Q) to (I, down). So few samples per feature
+give the original model back and not zero. None of this holds where the model norms the MLP's
+output before adding it (Gemma 2 and 3): there X is not linear in H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghost_dist.config import AbsoluteRidge, RelativeRidge
+from ghost_dist.errors import GhostDistError
+from ghost_dist.solver.least_squares import Fit, fit_least_squares
+from ghost_dist.solver.operators import Repair
+from ghost_dist.statistics.wide import WideMoments, combine, retarget, take
+
+MAX_CONDITION = 1e6
+"""Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new
+down_proj is wrong by 2^-9, and P multiplies that by up to its condition number."""
+
+
+class SingularOperatorError(GhostDistError):
+    """The operator P of a joint fit cannot be divided out of the down_proj.
+
+    Attributes
+    ----------
+    span
+        The span as text, ``"[start, stop)"``.
+    condition, limit
+        2-norm condition number of P and the largest one accepted.
+    """
+
+    def __init__(self, span: str, condition: float, limit: float) -> None:
+        super().__init__(
+            f"The operator P of the joint fit of span {span} has condition number "
+            f"{condition:.3g}, above {limit:.3g}, so that down_proj = Q P^-1 would be noise. Give "
+            "a larger ridge (operator.ridge={relative: 0.1}), more calibration windows, or use "
+            "operator.name=ghost or fold."
+        )
+        self.span, self.condition, self.limit = span, condition, limit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.span, self.condition, self.limit))
+
+
+def fit_ghost_joint(
+    span: str,
+    folds: Sequence[WideMoments],
+    down_FC: Tensor,
+    ridge: str | RelativeRidge | AbsoluteRidge,
+    *,
+    affine: bool = False,
+    max_condition: float = MAX_CONDITION,
+) -> tuple[Repair, Fit]:
+    """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
+
+    Parameters
+    ----------
+    span
+        Named in errors.
+    folds
+        Moments of ``[A, H]``, disjoint windows, at least two.
+    down_FC
+        The model's down_proj of layer ``start - 1``, (F, C), in by out, float64.
+    ridge
+        As for ``ghost``; relative to the median diagonal of A's and of H's gram, each for itself.
+    affine
+        Fit a bias at the boundary too.
+    max_condition
+        Of P.
+
+    Returns
+    -------
+    repair, fit
+        With ``weight_CC`` and ``down_FC``. Cost: 3 (C + F)^2 float64 beside the folds.
+
+    Raises
+    ------
+    SingularGramError
+        If no ridge asked for gives a Cholesky factor.
+    SingularOperatorError
+        If P is too close to singular for Q P^-1.
+    """
+    inner, width = down_FC.shape
+    eye_CC = torch.eye(width, dtype=down_FC.dtype, device=down_FC.device)
+    map_ZC, bias_C, fit = fit_least_squares(
+        span, folds, torch.cat((eye_CC, down_FC)), ridge, blocks=(width, inner), affine=affine
+    )
+    p_CC, q_FC = map_ZC.split([width, inner])
+    singular_C = torch.linalg.svdvals(p_CC)
+    condition = float(singular_C[0] / singular_C[-1])
+    if not condition <= max_condition:
+        raise SingularOperatorError(span, condition, max_condition)
+    new_down_FC = torch.linalg.solve(p_CC, q_FC, left=False)
+    return Repair(weight_CC=p_CC, bias_C=bias_C, down_FC=new_down_FC), fit
+
+
+def fit_fold(
+    span: str,
+    folds: Sequence[WideMoments],
+    down_FC: Tensor,
+    ridge: str | RelativeRidge | AbsoluteRidge,
+    *,
+    affine: bool = False,
+) -> tuple[Repair, Fit]:
+    """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine).
+
+    Parameters as for :func:`fit_ghost_joint`.
+    """
+    return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, affine=affine)
+
+
+def fit_replaceme(
+    span: str,
+    folds: Sequence[WideMoments],
+    down_FC: Tensor,
+    ridge: str | RelativeRidge | AbsoluteRidge,
+    *,
+    affine: bool = False,
+) -> tuple[Repair, Fit]:
+    """ReplaceMe (arXiv 2505.02819, equation 5): ``Y - A ~ (H down) T``, folded: down <- down T.
+
+    Its published form shrinks T to zero with ``alpha``, 0 by default; here T shrinks to I.
+    Parameters as for :func:`fit_ghost_joint`.
+    """
+    outputs = [combine(fold, down_FC) for fold in fold_targets(folds, down_FC)]
+    eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
+    map_CC, bias_C, fit = fit_least_squares(span, outputs, eye_CC, ridge, affine=affine)
+    return Repair(down_FC=down_FC @ map_CC, bias_C=bias_C), fit
+
+
+def refit_down(
+    where: str,
+    folds: Sequence[WideMoments],
+    down_FC: Tensor,
+    ridge: str | RelativeRidge | AbsoluteRidge,
+    *,
+    affine: bool = False,
+) -> tuple[Repair, Fit]:
+    """Refit one down_proj from moments of its input H against ``Y - A``, towards the original.
+
+    For sequential healing H and A come from the recovered model, and Y is the dense model's stream
+    entering the next layer; ``fit.residual`` is relative to the original weight, so above 1 the
+    original is the better one on held-out windows.
+
+    Parameters
+    ----------
+    where
+        The layer or span, named in errors.
+    folds
+        Moments with Z = H, (F), and targets ``Y - A``, (C); at least two.
+    down_FC, ridge, affine
+        As for :func:`fit_ghost_joint`.
+    """
+    new_down_FC, bias_C, fit = fit_least_squares(where, folds, down_FC, ridge, affine=affine)
+    return Repair(down_FC=new_down_FC, bias_C=bias_C), fit
+
+
+def fold_targets(folds: Sequence[WideMoments], down_FC: Tensor) -> list[WideMoments]:
+    """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y."""
+    inner, width = down_FC.shape
+    keep_a_ZC = torch.zeros(width + inner, width, dtype=down_FC.dtype, device=down_FC.device)
+    keep_a_ZC[:width].fill_diagonal_(1)
+    return [take(retarget(fold, keep_a_ZC), slice(width, None)) for fold in folds]

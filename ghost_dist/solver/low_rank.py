@@ -1,0 +1,146 @@
+"""`low-rank`: ``x -> x + x U V`` by reduced-rank regression, its rank chosen on held-out moments.
+
+Legend: C hidden width, T tokens, r rank.
+
+Notes
+-----
+With ``M = (G + D)^-1 K`` the full-rank ridge solution of the change ``Y - X``, the best M of rank r
+under the same penalty minimises ``tr((M - M_r)' (G + D) (M - M_r))`` (the loss is that plus a
+constant), so it is ``M_r = M V V'`` with V the r leading eigenvectors of ``M' (G + D) M``
+(Izenman 1975; Eckart-Young in the whitened coordinates): ``U = M V``, (C, r), and ``V'``, (r, C).
+It is exact, unlike cutting off the singular values of M itself. As V has orthonormal columns, the
+held-out error of every rank comes from one pass over the eigenvectors v_k:
+
+    ||Y - X - X M_r||^2 = tr(Y - X)'(Y - X) - sum_{k <= r} v_k' (2 M'K - M'G M) v_k
+
+with G and K of the rows held out. Cost beside the ridge's: (folds + 1) eigendecompositions C x C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghost_dist.config import AbsoluteRidge, RelativeRidge
+from ghost_dist.errors import ConfigError
+from ghost_dist.solver.least_squares import (
+    Fit,
+    about,
+    add_all,
+    fit_least_squares,
+    ridge_scale,
+    solve,
+)
+from ghost_dist.solver.operators import Repair
+from ghost_dist.statistics.wide import WideMoments, retarget
+
+RANK_TOLERANCE = 0.01
+"""A rank is good enough if its held-out residual is within this fraction of the best rank's."""
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """The rank taken and the held-out residual of every rank.
+
+    Attributes
+    ----------
+    rank
+        r.
+    residuals
+        Held-out ``||Y - X - X U V||^2 / ||Y - X||^2``; the index is the rank, 0 to C.
+    """
+
+    rank: int
+    residuals: tuple[float, ...]
+
+
+def fit_low_rank(
+    span: str,
+    folds: Sequence[WideMoments],
+    ridge: str | RelativeRidge | AbsoluteRidge,
+    *,
+    rank: int | None = None,
+    affine: bool = False,
+) -> tuple[Repair, Fit, RankChoice]:
+    """Fit the operator of one span.
+
+    Parameters
+    ----------
+    span
+        Named in errors.
+    folds
+        Moments with Z = X, of disjoint windows, at least two.
+    ridge
+        As for ``ghost``; chosen at full rank.
+    rank
+        r; None: the least rank whose held-out residual is within RANK_TOLERANCE of the best.
+    affine
+        Fit a bias too.
+
+    Returns
+    -------
+    repair, fit, choice
+        ``repair.low_rank`` is (U, V); ``fit`` describes the full-rank solution it is cut from.
+
+    Raises
+    ------
+    ConfigError
+        If the rank is not in 1 to C.
+    SingularGramError
+        If no ridge asked for gives a Cholesky factor.
+    """
+    width = folds[0].gram_ZZ.shape[0]
+    if rank is not None and not 1 <= rank <= width:
+        raise ConfigError(
+            f"operator.rank={rank} of span {span} must be in 1 to {width}, the hidden size; "
+            "operator.name=ghost has full rank."
+        )
+    eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].gram_ZZ.device)
+    _, _, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine)
+    changes = [retarget(fold, eye_CC) for fold in folds]
+    total = add_all(changes)
+    if isinstance(ridge, AbsoluteRidge):
+        penalty_C = torch.full_like(total.sum_z_Z, ridge.absolute)
+    else:
+        penalty_C = fit.relative_ridge * ridge_scale(total.gram_ZZ)
+
+    unexplained = 0.0
+    explained_C = torch.zeros_like(total.sumsq_y_C)
+    for change in changes:
+        training = total - change
+        map_CC, vectors_CC = _leading(span, training, penalty_C, affine=affine)
+        held_out = about(change, training) if affine else change
+        unexplained += float(held_out.sumsq_y_C.sum())
+        gain_CC = 2 * held_out.cross_ZC - held_out.gram_ZZ @ map_CC
+        explained_C += ((map_CC @ vectors_CC) * (gain_CC @ vectors_CC)).sum(0)
+    explained_R = torch.cat((explained_C.new_zeros(1), explained_C.cumsum(0)))
+    cut = float(total.sumsq_y_C.sum())
+    residual_R = (unexplained - explained_R) / (cut if cut > 0 else 1.0)
+    if rank is None:
+        good = torch.nonzero(residual_R <= (1 + RANK_TOLERANCE) * residual_R.min())
+        rank = max(1, int(good[0]))
+
+    map_CC, vectors_CC = _leading(span, total, penalty_C, affine=affine)
+    v_Cr = vectors_CC[:, :rank]
+    u_Cr = map_CC @ v_Cr
+    bias_C = None
+    if affine:
+        left_C = total.sum_y_C - v_Cr @ (u_Cr.T @ total.sum_z_Z)
+        bias_C = left_C / total.sum_weights_1
+    repair = Repair(low_rank=(u_Cr, v_Cr.T.contiguous()), bias_C=bias_C)
+    return repair, fit, RankChoice(rank, tuple(residual_R.tolist()))
+
+
+def _leading(
+    span: str, moments: WideMoments, penalty_C: Tensor, *, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """M, and the eigenvectors of ``M' (G + D) M`` as columns, largest eigenvalue first."""
+    map_CC, _, _ = solve(span, moments, penalty_C, affine=affine)
+    cross_CC = (about(moments, moments) if affine else moments).cross_ZC
+    # (G + D) M = K, so the matrix is M'K; symmetric but for rounding.
+    explained_CC = map_CC.T @ cross_CC
+    _, vectors_CC = torch.linalg.eigh((explained_CC + explained_CC.T) / 2)
+    return map_CC, vectors_CC.flip(1)

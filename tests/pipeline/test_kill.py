@@ -1,0 +1,150 @@
+"""SIGKILL at random moments: the same call continues, and the operators are bitwise the same."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from ghost_dist.config import config_tree
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
+
+KILLS = 24
+
+
+def run_in_child(tree, log, again):
+    import torch
+
+    from ghost_dist.config import config_from_tree
+    from ghost_dist.pipeline.recover import recover
+
+    torch.set_num_threads(1)
+    # A file, not the terminal: a killed writer must not garble what pytest prints.
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    recover(config_from_tree(tree), again=again)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children fork from a server that has imported everything once: a start takes no seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ghost_dist.pipeline.recover"])
+    return context
+
+
+def outputs(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
+
+
+def wait_and_kill(process, delay_s):
+    """True if the process was still at work when it was killed."""
+    process.start()
+    process.join(delay_s)
+    if process.exitcode is not None:
+        assert process.exitcode == 0
+        return False
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return True
+
+
+@pytest.mark.timeout(600)
+def test_killed_runs_end_in_bitwise_equal_operators(make_config, tmp_path, processes):
+    def start(run):
+        config = make_config(
+            output__path=str(run),
+            selection__spans=[[1, 3], [5, 6]],
+            calibration__windows=32,
+            calibration__ranges=16,
+        )
+        arguments = (config_tree(config), str(tmp_path / "log.txt"), "solve")
+        return processes.Process(target=run_in_child, args=arguments)
+
+    calm = tmp_path / "calm"
+    warm_up = start(tmp_path / "warm-up")
+    warm_up.start()
+    warm_up.join()
+    began = time.monotonic()
+    process = start(calm)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    duration_s = time.monotonic() - began
+
+    chance = random.Random(0)
+    kills = runs = 0
+    while kills < KILLS:
+        run = tmp_path / f"disturbed-{runs}"
+        runs += 1
+        interrupted = True
+        while interrupted:
+            interrupted = wait_and_kill(start(run), chance.uniform(0.1, 0.9) * duration_s)
+            kills += interrupted
+        assert outputs(run) == outputs(calm)
+        store = StatisticsStore.open(run / "statistics.zarr")
+        assert store.damaged() == {}
+        assert store.missing() == ()
+        counted = [w for i in store.committed() for w in store.plan.ranges[i]]
+        assert counted == list(range(32))
+
+
+@pytest.mark.timeout(300)
+def test_kill_during_export_leaves_no_checkpoint_that_looks_complete(
+    make_config, tmp_path, processes
+):
+    config = make_config()
+    expected = recover(make_config(output__path=str(tmp_path / "calm")))
+    recover(config, again="solve")
+    run = tmp_path / "run"
+    chance = random.Random(1)
+    kills = 0
+    while not (run / "result.json").exists():
+        process = processes.Process(
+            target=run_in_child, args=(config_tree(config), str(tmp_path / "log.txt"), None)
+        )
+        interrupted = wait_and_kill(process, chance.uniform(0.2, 3.0) if kills < 4 else 120)
+        kills += interrupted
+        # Whatever bears the final name has been reloaded and compared.
+        assert (
+            not (run / "checkpoint").exists()
+            or (run / "stages" / "export.json").exists()
+            or (run / "checkpoint" / "model.safetensors").exists()
+        )
+    assert kills >= 3
+    result = recover(config)
+    assert result["fingerprint"] == expected["fingerprint"]
+    assert not (run / "checkpoint.unverified").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals_are_told_and_continue(make_config, tmp_path, number):
+    """The real command, in a process of its own."""
+    import subprocess
+    import sys
+
+    import yaml
+
+    config = make_config(calibration__windows=64, calibration__ranges=64)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config_tree(config)))
+    command = [sys.executable, "-m", "ghost_dist", "recover", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    ledger = tmp_path / "run" / "statistics.zarr" / "ledger"
+    with process:
+        while not (ledger / "00000.json").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        error = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert "The same command continues" in error
+    assert "Traceback" not in error
+    calm = make_config(
+        calibration__windows=64, calibration__ranges=64, output__path=str(tmp_path / "calm")
+    )
+    recover(calm, again="solve")
+    recover(config, again="solve")
+    assert outputs(tmp_path / "run") == outputs(tmp_path / "calm")

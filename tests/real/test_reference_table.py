@@ -1,0 +1,82 @@
+"""The design's reference table on a trained 32-layer model, one span of it.
+
+All three spans: ``python tests/benchmarks/reference_table.py``, about ten minutes on 2 cores.
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from ghost_dist.config import load_config
+from ghost_dist.pipeline.recover import recover
+
+TABLE = {
+    "wikitext2": {"dense": 34.25, "pruned": 59.14, "recovered": 43.50},
+    "ptb": {"dense": 40.79, "pruned": 73.38, "recovered": 54.49},
+}
+
+
+def plain_perplexity(folder, text, windows):
+    """In a fresh process with nothing but transformers."""
+    code = f"""
+import json, math, torch, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    {str(folder)!r}, trust_remote_code=True, dtype=torch.float32)
+text = open({str(text)!r}, encoding="utf-8").read()
+ids = tokenizer(text, add_special_tokens=False)["input_ids"][: {windows} * 1024]
+tokens = torch.tensor(ids).view({windows}, 1024)
+nats = 0.0
+with torch.inference_mode():
+    for window in tokens.split(1):
+        logits = model(window, use_cache=False).logits
+        nats += torch.nn.functional.cross_entropy(
+            logits[0, :-1], window[0, 1:], reduction="sum").item()
+print(json.dumps(math.exp(nats / ({windows} * 1023))))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/"
+    )
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
+    data = shared / "data"
+    config = load_config(
+        None,
+        {
+            "model.path": str(shared / "models" / "wiki-llama-32l"),
+            "model.dtype": "float32",
+            "calibration.source": str(data / "calibration.txt"),
+            "calibration.windows": 64,
+            "calibration.window_length": 1024,
+            "selection.spans": "11:18",
+            "operator.name": "ghost",
+            "operator.ridge": {"absolute": 1e-6},
+            "operator.row_weights": "none",
+            "operator.choose": "residual",
+            "engine.device": "cpu",
+            "evaluation.corpora": {
+                "wikitext2": str(data / "wikitext2-test.txt"),
+                "ptb": str(data / "ptb-test.txt"),
+            },
+            "evaluation.windows": 32,
+            "evaluation.window_length": 1024,
+            "output.path": str(tmp_path / "run"),
+        },
+    )
+    result = recover(config)
+    for corpus, row in TABLE.items():
+        for variant, value in row.items():
+            assert result["perplexity"][corpus][variant] == pytest.approx(value, rel=5e-3)
+    plain = plain_perplexity(tmp_path / "run" / "checkpoint", data / "ptb-test.txt", 32)
+    assert plain == pytest.approx(result["perplexity"]["ptb"]["recovered"], rel=1e-3)
+    assert math.isfinite(result["fit"][0]["condition"])
+    assert transformers.__version__ == result["versions"]["transformers"]
+    assert torch.__version__.startswith(result["versions"]["torch"].split("+")[0])
