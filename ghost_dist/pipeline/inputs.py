@@ -82,10 +82,11 @@ def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
             tokenizer,
             windows=config.evaluation.windows,
             window_length=config.evaluation.window_length,
-            seed=config.calibration.seed,
+            seed=None,
             special_tokens=False,
             window_bos=config.calibration.window_bos,
             vocab_size=architecture.vocab_size,
+            split="test",
         )
         for name, corpus in config.evaluation.corpora.items()
     }

@@ -66,6 +66,13 @@ class Stages:
         def work() -> dict[str, Any]:
             needed = calibration.windows * calibration.window_length
             with self._reporter.stage("calibration text", needed, "tokens") as advance:
+                done = 0
+
+                def on_progress(tokens: int, _: int) -> None:
+                    nonlocal done
+                    advance(tokens - done)
+                    done = tokens
+
                 windows = build_windows(
                     calibration.source,
                     inputs.tokenizer,
@@ -75,8 +82,9 @@ class Stages:
                     special_tokens=calibration.special_tokens,
                     window_bos=calibration.window_bos,
                     vocab_size=inputs.architecture.vocab_size,
+                    on_progress=on_progress,
                 )
-                advance(needed)
+                advance(needed - done)
             save_windows(self._run.tokens, windows)
             return {"fingerprint": windows.fingerprint, "num_tokens": int(windows.tokens.size)}
 
