@@ -13,7 +13,7 @@ local folder of that name. Code that a dataset carries is never run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Corpus:
 
     name: str
     """The source as the user wrote it, for messages."""
-    documents: Iterator[Document]
+    documents: Generator[Document]
     """Documents in their final order; of a text file, the pieces of its one document."""
     one_text: bool
     """Whether ``documents`` are pieces to be joined without a separator."""
@@ -73,7 +73,8 @@ def open_corpus(source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT) -
     if name in ALIASES:
         parts = [*ALIASES[name].split(":"), *parts]
         return _dataset(source, parts, None, seed, split)
-    for count in range(len(parts), -1, -1):  # a path may itself hold colons: the longest one wins
+    # A path may itself hold colons: the longest one that exists wins.
+    for count in range(len(parts), -1, -1) if name else ():
         path = Path(":".join([name, *parts[:count]])).expanduser()
         if path.is_file():
             return _file(source, path, parts[count:])
@@ -123,7 +124,7 @@ def _dataset(
         raise
     except Exception as error:  # hub, network, file formats: each library has its own exceptions
         raise CalibrationError(
-            f"Cannot open {source} ({tried}): {type(error).__name__}: {error} "
+            f"Cannot open {source} ({tried}): {_reason(error)} "
             "Check the name and the parts after the colons; without network, give a local .txt, "
             ".jsonl or .parquet file or a dataset folder instead."
         ) from error
@@ -169,7 +170,7 @@ def _shuffle(rows: Any, seed: int) -> Any:
     return rows.shuffle(seed=seed, keep_in_memory=True)
 
 
-def _documents(rows: Any, column: str | None, tried: str) -> Iterator[Document]:
+def _documents(rows: Any, column: str | None, tried: str) -> Generator[Document]:
     """Documents of a dataset; a failure of the library or the network names the row."""
     number = 0
     try:
@@ -186,6 +187,10 @@ def _documents(rows: Any, column: str | None, tried: str) -> Iterator[Document]:
         raise
     except Exception as error:
         raise CalibrationError(
-            f"Reading the {tried} failed after {number} rows: {type(error).__name__}: {error} "
+            f"Reading the {tried} failed after {number} rows: {_reason(error)} "
             "Try again; without network, give a local file instead."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}."

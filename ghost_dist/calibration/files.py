@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,7 +27,7 @@ _PIECE_BYTES = 1 << 16
 _PARQUET_ROWS = 256
 
 
-def read_text(path: Path, piece_bytes: int = _PIECE_BYTES) -> Iterator[str]:
+def read_text(path: Path, piece_bytes: int = _PIECE_BYTES) -> Generator[str]:
     """Yield a text file in pieces; joined they are what ``Path.read_text`` gives.
 
     Raises
@@ -56,7 +56,7 @@ def read_text(path: Path, piece_bytes: int = _PIECE_BYTES) -> Iterator[str]:
             taken += len(piece)
 
 
-def read_rows(path: Path, column: str | None) -> Iterator[Document]:
+def read_rows(path: Path, column: str | None) -> Generator[Document]:
     """Yield the documents of a JSONL or parquet file; null cells are left out.
 
     Parameters

@@ -6,6 +6,7 @@ No window holds padding; what does not fill a whole window is left out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -110,9 +111,10 @@ def build_windows(
         )
     needed = None if windows is None else windows * text_length
     corpus = open_corpus(source, seed=seed, split=split)
-    stream = pack_tokens(
-        corpus, tokenizer, needed=needed, special_tokens=special_tokens, on_progress=on_progress
-    )
+    with contextlib.closing(corpus.documents):
+        stream = pack_tokens(
+            corpus, tokenizer, needed=needed, special_tokens=special_tokens, on_progress=on_progress
+        )
     count = len(stream) // text_length
     if count < (windows or 1):
         raise CalibrationError(

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
+from ghost_dist.checkpoint.surgery import Operator
 from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.spans import Span
 
-
-@dataclass(frozen=True)
-class Operator:
-    """What acts on the residual stream in place of a removed span.
-
-    Attributes
-    ----------
-    weight_CC
-        W of shape (C_in, C_out): rows are tokens, ``x -> x @ W + bias``.
-    bias_C
-        Shape (C,), or None.
-    """
-
-    weight_CC: Tensor
-    bias_C: Tensor | None = None
+__all__ = ["Operator", "load_operator", "operator_path", "rounded", "save_operator"]
 
 
 def save_operator(folder: Path, span: Span, operator: Operator) -> str:

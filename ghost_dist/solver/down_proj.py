@@ -1,4 +1,4 @@
-"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`, and healing of later layers.
+"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`, and sequential healing.
 
 Legend: C hidden width, F width of the MLP's inner layer. ``X = A + H @ down`` is the stream
 entering layer ``start``: H (T, F) the input of the down_proj of layer ``start - 1``, A (T, C) what
@@ -104,7 +104,7 @@ def fit_ghost_joint(
     map_ZC, bias_C, fit = fit_least_squares(
         span, folds, torch.cat((eye_CC, down_FC)), ridge, blocks=(width, inner), affine=affine
     )
-    p_CC, q_FC = map_ZC.split([width, inner])
+    p_CC, q_FC = map_ZC[:width], map_ZC[width:]
     singular_C = torch.linalg.svdvals(p_CC)
     condition = float(singular_C[0] / singular_C[-1])
     if not condition <= max_condition:

@@ -252,8 +252,13 @@ def about(moments: WideMoments, reference: WideMoments) -> WideMoments:
 def ridge_scale(gram_ZZ: Tensor, blocks: Sequence[int] = ()) -> Tensor:
     """What a relative ridge of 1 adds to each diagonal entry: its block's median; shape (Z,)."""
     diagonal_Z = gram_ZZ.diagonal()
-    parts = diagonal_Z.split(list(blocks)) if blocks else (diagonal_Z,)
-    return torch.cat([part.median().expand(part.shape) for part in parts])
+    scale_Z = torch.empty_like(diagonal_Z)
+    first = 0
+    for width in blocks or (len(diagonal_Z),):
+        scale_Z[first : first + width] = diagonal_Z[first : first + width].median()
+        first += width
+    assert first == len(diagonal_Z), "the blocks' widths do not add up to the regressors"
+    return scale_Z
 
 
 def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> Tensor | None:

@@ -53,8 +53,8 @@ def fit_stream_norm(
     map_ZC, bias_C, fit = fit_least_squares(
         span, folds, prior_ZC, ridge, blocks=(width, width), affine=affine
     )
-    weight_CC, norm_weight_CC = map_ZC.split(width)
-    return Repair(weight_CC=weight_CC, norm_weight_CC=norm_weight_CC, bias_C=bias_C), fit
+    repair = Repair(weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C)
+    return repair, fit
 
 
 def fit_stream(

@@ -5,6 +5,7 @@ Legend: T tokens (rows), C hidden width, B block width. State: four numbers per 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -88,4 +89,4 @@ def rotate(rows_TC: Tensor) -> Tensor:
         low, high = pairs.unbind(2)
         rotated = torch.stack((low + high, low - high), dim=2)
         half *= 2
-    return rotated.reshape(num_rows, width) * block**-0.5
+    return rotated.reshape(num_rows, width) / math.sqrt(block)

@@ -8,6 +8,7 @@ together. ``num_tokens`` of weighted moments counts every row, rows of weight 0 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -57,7 +58,7 @@ def row_weights(treatment: RowWeights, y_TC: Tensor) -> Tensor | None:
     norm_T = torch.linalg.vector_norm(y_TC, dim=1, dtype=torch.float64)
     inverse_T = torch.where(norm_T > 0, 1 / norm_T, 0.0)
     if treatment == "inverse-norm":
-        return y_TC.shape[1] ** 0.5 * inverse_T
+        return inverse_T * math.sqrt(y_TC.shape[1])
     if treatment == "clip":
         bound = CLIP_MULTIPLE * norm_T.median()
         return torch.where(norm_T > bound, bound * inverse_T, 1.0)

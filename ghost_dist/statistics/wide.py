@@ -189,8 +189,11 @@ def add_product(total_MN: Tensor, a_TM: Tensor, b_TN: Tensor, *, float64_product
     if float64_products:
         total_MN.addmm_(a_TM.double().T, b_TN.double())
     else:
-        for a_tM, b_tN in zip(a_TM.split(FLUSH_TOKENS), b_TN.split(FLUSH_TOKENS), strict=True):
-            total_MN.add_(_float32_product(a_tM.T, b_tN))
+        if a_TM.dtype != b_TN.dtype:  # exact products of two bf16 numbers need both to be bf16
+            a_TM, b_TN = a_TM.float(), b_TN.float()
+        for first in range(0, len(a_TM), FLUSH_TOKENS):
+            rows = slice(first, first + FLUSH_TOKENS)
+            total_MN.add_(_float32_product(a_TM[rows].T, b_TN[rows]))
 
 
 def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:

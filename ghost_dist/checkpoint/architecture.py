@@ -1,0 +1,320 @@
+"""Where a decoder-only model keeps its layers, embeddings, final norm and head.
+
+The model is built on the meta device from ``config.json``, so no weight is read; a family that
+cannot be cut is refused here, by name. Only families whose code is part of transformers are
+handled: the recovered checkpoint must not depend on code that came with the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ghost_dist.checkpoint.layer_fields import LayerFields, find_layer_fields
+from ghost_dist.checkpoint.layer_fields import cut_config as cut_fields
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.twin import cut_difference, empty_model
+from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
+from ghost_dist.spans import Span
+
+_FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")
+"""Names that say it where the norm is not declared behind the layers."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What has to be known of a family to cut its models.
+
+    Attributes
+    ----------
+    model_type
+        The family, as in ``config.json``.
+    num_layers, hidden_size, vocab_size
+        Sizes of the uncut model.
+    config_class, base_class, causal_lm_class
+        Names of classes of transformers.
+    base_prefix
+        Path of the base model in the causal LM, such as ``"model"``.
+    layers, embeddings, final_norm, head
+        Module paths in the causal LM, such as ``"model.layers"``.
+    final_norm_class
+        Name of the final norm's class.
+    rotary
+        Path of the rotary embedding that all layers share, or None.
+    tensor_prefix
+        Prefix of layer tensors in the checkpoint files; ``layers``, or it without ``base_prefix``.
+    fields
+        Per-layer fields of the configuration.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    config_class: str
+    base_class: str
+    causal_lm_class: str
+    base_prefix: str
+    layers: str
+    embeddings: str
+    final_norm: str
+    final_norm_class: str
+    head: str
+    rotary: str | None
+    tensor_prefix: str
+    fields: LayerFields
+
+    @property
+    def per_layer_fields(self) -> tuple[str, ...]:
+        """Names of all configuration fields that a cut may change."""
+        f = self.fields
+        return (*f.count_names, *f.lists, *f.indices, *f.counts, *f.changed, *f.removed)
+
+    def in_base(self, path: str) -> str:
+        """A module path of the causal LM as seen from the base model."""
+        return path.removeprefix(self.base_prefix + ".")
+
+    def in_files(self, path: str) -> str:
+        """A module path of the causal LM as the checkpoint files spell it."""
+        return path if self.tensor_prefix == self.layers else self.in_base(path)
+
+
+def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
+    """Find the parts of the model and try representative cuts on the meta device.
+
+    ``trust_remote_code`` only changes what a refusal says: model code from a checkpoint is not run.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If the family cannot be cut, naming it and the reason.
+    CheckpointError
+        If ``config.json`` is not valid for its family, or the files lack layers.
+    """
+    config = _read_config(checkpoint, trust_remote_code)
+    family = config.model_type
+    model_class = _causal_lm_class(config)
+    fields = find_layer_fields(config)
+    try:
+        model = empty_model(model_class, config)
+    except Exception as error:
+        raise UnsupportedArchitectureError(
+            f"Family {family}: {model_class.__name__} cannot be built from "
+            f"{checkpoint.path / 'config.json'}: {error}"
+        ) from error
+    base = getattr(model, model.base_model_prefix, None)
+    if not isinstance(base, nn.Module) or base is model:
+        raise _refused(family, f"{model_class.__name__} has no base model inside")
+    layers = _layer_list(model, config)
+    parent = layers.rpartition(".")[0]
+    paths = {id(module): path for path, module in model.named_modules()}
+    embeddings = paths.get(id(model.get_input_embeddings()))
+    head = paths.get(id(model.get_output_embeddings()))
+    if embeddings is None or head is None:
+        raise _refused(family, "its token embeddings or its head could not be found")
+    final_norm = _final_norm(model, layers, config)
+    architecture = Architecture(
+        model_type=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        config_class=type(config).__name__,
+        base_class=type(base).__name__,
+        causal_lm_class=model_class.__name__,
+        base_prefix=model.base_model_prefix,
+        layers=layers,
+        embeddings=embeddings,
+        final_norm=final_norm,
+        final_norm_class=type(model.get_submodule(final_norm)).__name__,
+        head=head,
+        rotary=_child(model, parent, ("rotary", "rope")),
+        tensor_prefix=_tensor_prefix(checkpoint, layers, model.base_model_prefix, config),
+        fields=fields,
+    )
+    _refuse_shared_weights(model, layers, family)
+    for spans in _trial_cuts(architecture.num_layers):
+        check_cut(architecture, checkpoint.config, spans, model)
+    return architecture
+
+
+def cut_config(
+    config: Mapping[str, Any], spans: Sequence[Span], architecture: Architecture
+) -> dict[str, Any]:
+    """``config`` (of the uncut model) with every per-layer field cut; pure."""
+    return cut_fields(config, spans, architecture.fields)
+
+
+def check_cut(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    spans: Sequence[Span],
+    model: Any = None,
+) -> None:
+    """Prove on the meta device that the cut configuration describes the layers that stay.
+
+    Parameters
+    ----------
+    architecture, config
+        Of the uncut model.
+    spans
+        Checked and sorted.
+    model
+        The uncut model on the meta device, if it is at hand.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        Naming the first layer and setting that would change.
+    """
+    config_class = getattr(transformers, architecture.config_class)
+    model_class = getattr(transformers, architecture.causal_lm_class)
+    if model is None:
+        model = empty_model(model_class, config_class.from_dict(dict(config)))
+    cut = ", ".join(map(str, spans))
+    try:
+        twin = empty_model(
+            model_class, config_class.from_dict(cut_config(config, spans, architecture))
+        )
+    except Exception as error:
+        raise _refused(
+            architecture.model_type, f"no model can be built without layers {cut}: {error}"
+        ) from error
+    difference = cut_difference(
+        model.get_submodule(architecture.layers), twin.get_submodule(architecture.layers), spans
+    )
+    if difference is not None:
+        raise _refused(
+            architecture.model_type,
+            f"its configuration cannot express the model without layers {cut}: {difference}",
+        )
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    raw = checkpoint.config
+    family = raw.get("model_type")
+    where = checkpoint.path / "config.json"
+    if not isinstance(family, str):
+        raise CheckpointError(f"{where} has no model_type, so the model's family is unknown.")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        raise _refused(
+            family,
+            f"the checkpoint is quantised ({method}); give the checkpoint in bfloat16, float16 or "
+            "float32",
+        )
+    if family not in CONFIG_MAPPING:
+        code = "auto_map" in raw
+        flag = " trust_remote_code does not change that." if code and trust_remote_code else ""
+        raise _refused(
+            family,
+            f"transformers {transformers.__version__} does not know it"
+            + (f" (its code comes with the checkpoint).{flag}" if code else ""),
+        )
+    try:
+        config = CONFIG_MAPPING[family].from_dict(dict(raw))
+    except Exception as error:
+        raise CheckpointError(f"{where} is not a valid {family} configuration: {error}") from error
+    if config.is_encoder_decoder:
+        raise _refused(family, "it is an encoder-decoder; only decoder-only models can be cut")
+    if config.get_text_config() is not config:
+        raise _refused(
+            family,
+            "it wraps a language model with other modalities; give the language model by itself",
+        )
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise _refused(family, "its configuration has no number of layers")
+    return config
+
+
+def _causal_lm_class(config: Any) -> type[Any]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _refused(config.model_type, "transformers has no causal language model of it")
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: type[Any] = found[0] if isinstance(found, (list, tuple)) else found
+    return model_class
+
+
+def _layer_list(model: Any, config: Any) -> str:
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    }
+    outer = {p: m for p, m in lists.items() if not any(p.startswith(o + ".") for o in lists)}
+    found = [path for path, module in outer.items() if len(module) == config.num_hidden_layers]
+    if len(found) != 1 or len(outer) != 1:
+        listed = ", ".join(f"{path} ({len(module)})" for path, module in outer.items()) or "none"
+        raise _refused(
+            config.model_type,
+            f"its {config.num_hidden_layers} layers are not the one list of the model "
+            f"(lists found: {listed})",
+        )
+    return str(found[0])
+
+
+def _final_norm(model: Any, layers: str, config: Any) -> str:
+    parent, _, name = layers.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    after = children[[child for child, _ in children].index(name) + 1 :]
+    norms = [child for child, module in after if "norm" in type(module).__name__.lower()]
+    norms = norms or [child for child, _ in children if child in _FINAL_NORMS]
+    if len(norms) != 1:
+        raise _refused(
+            config.model_type,
+            f"there is not exactly one norm behind the layers (found: {norms or 'none'})",
+        )
+    return f"{parent}.{norms[0]}"
+
+
+def _child(model: Any, parent: str, words: tuple[str, ...]) -> str | None:
+    for name, _ in model.get_submodule(parent).named_children():
+        if any(word in name for word in words):
+            return f"{parent}.{name}"
+    return None
+
+
+def _tensor_prefix(checkpoint: Checkpoint, layers: str, base_prefix: str, config: Any) -> str:
+    for prefix in (layers, layers.removeprefix(base_prefix + ".")):
+        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+        found = {int(m[1]) for name in checkpoint.tensors if (m := pattern.match(name))}
+        missing = sorted(set(range(config.num_hidden_layers)) - found)
+        if found and missing:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tensors {prefix}.{missing[0]}.*, though config.json "
+                f"says {config.num_hidden_layers} layers. Download or copy the checkpoint again."
+            )
+        if found:
+            return str(prefix)
+    raise CheckpointError(
+        f"{checkpoint.path} has no tensors {layers}.*, which the layers of family "
+        f"{config.model_type} should be called."
+    )
+
+
+def _refuse_shared_weights(model: Any, layers: str, family: str) -> None:
+    modules = [id(m) for layer in model.get_submodule(layers) for m in layer.modules()]
+    tied = [
+        name
+        for pair in getattr(model, "all_tied_weights_keys", {}).items()
+        for name in pair
+        if name.startswith(layers + ".")
+    ]
+    if len(set(modules)) != len(modules) or tied:
+        raise _refused(family, "layers share weights, so a layer cannot be removed by itself")
+
+
+def _trial_cuts(num_layers: int) -> list[tuple[Span, ...]]:
+    """Cuts that shift numbers by odd and even amounts, drop the first layer, or only the end."""
+    cuts = [(Span(0, 1),), (Span(1, 3),), (Span(num_layers // 2, num_layers),)]
+    return [spans for spans in cuts if spans[-1].stop <= num_layers and len(spans[0]) < num_layers]
+
+
+def _refused(family: str, reason: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(f"Family {family} is not supported: {reason}.")

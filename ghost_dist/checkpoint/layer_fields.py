@@ -1,0 +1,168 @@
+"""Which fields of a model configuration speak of single layers, and the configuration after a cut.
+
+Whatever a family computes from the layer's number (every sixth layer attends globally, the first
+three have a dense MLP) becomes explicit here, because the numbers change when layers go. That the
+result describes the same layers is not believed but checked, in ``twin.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ghost_dist.errors import UnsupportedArchitectureError
+from ghost_dist.spans import Span, kept_layers
+
+_INDEX_LISTS = {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"}
+_PREFIX_COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+_PATTERNS = {
+    "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
+    "no_rope_layers": ("no_rope_layer_interval",),
+    "moe_layers": ("interleave_moe_layer_step",),
+}
+"""Fields that only generate an explicit one; they would be wrong after a cut."""
+
+_ENTANGLED = {
+    "num_kv_shared_layers": "later layers reuse the keys and values of earlier ones",
+    "hidden_size_per_layer_input": "each layer has an input of its own beside the residual stream",
+    "scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's number",
+    "per_layer_config": "its configuration overrides fields of single layers",
+    "rescale_every": "weights are rescaled by the layer's number",
+}
+_NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "_limit", "_section", "_sizes")
+
+
+@dataclass(frozen=True)
+class LayerFields:
+    """The per-layer content of a configuration of ``num_layers`` layers.
+
+    Attributes
+    ----------
+    num_layers
+        Layers of the uncut model.
+    count_names
+        Names under which their number is stored; the first is the family's own.
+    lists
+        One entry per layer: a list, or a string of one letter per layer.
+    indices
+        Lists of layer numbers.
+    counts
+        How many of the first layers differ from the rest.
+    changed
+        Fields that get another value whatever is cut, such as a step that becomes 1.
+    removed
+        Fields that are left out.
+    """
+
+    num_layers: int
+    count_names: tuple[str, ...]
+    lists: Mapping[str, Sequence[Any] | str]
+    indices: Mapping[str, tuple[int, ...]]
+    counts: Mapping[str, int]
+    changed: Mapping[str, Any]
+    removed: tuple[str, ...]
+
+
+def find_layer_fields(config: Any) -> LayerFields:
+    """Sort the fields of a transformers configuration.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If a field says that layers depend on each other beyond the residual stream.
+    """
+    fields = config.to_dict()
+    family = config.model_type
+    for name, reason in _ENTANGLED.items():
+        if fields.get(name):
+            raise UnsupportedArchitectureError(
+                f"Family {family} is not supported: {reason} ({name}={fields[name]!r}), so a layer "
+                "cannot be removed by itself."
+            )
+    if "shared" in (fields.get("indexer_types") or ()):
+        raise UnsupportedArchitectureError(
+            f"Family {family} is not supported: layers reuse the token selection of earlier ones "
+            "(indexer_types), so a layer cannot be removed by itself."
+        )
+    num_layers: int = config.num_hidden_layers
+    own_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    lists: dict[str, Any] = {}
+    indices: dict[str, tuple[int, ...]] = {}
+    for name, value in fields.items():
+        if name.endswith(_NOT_PER_LAYER) or name.startswith("mtp_"):
+            continue
+        if isinstance(value, str) and len(value) == num_layers and name.endswith("pattern"):
+            lists[name] = value
+        if not isinstance(value, (list, tuple)):
+            continue
+        if name in _INDEX_LISTS or (_are_layer_numbers(name, value, num_layers)):
+            indices[name] = tuple(value)
+        elif len(value) == num_layers:
+            lists[name] = list(value)
+    changed: dict[str, Any] = {name: 0 for name in _MTP_COUNTS if fields.get(name)}
+    step = fields.get("decoder_sparse_step")
+    if isinstance(step, int) and step > 1:
+        dense = {i for i in range(num_layers) if (i + 1) % step}
+        indices["mlp_only_layers"] = tuple(sorted(dense | set(indices.get("mlp_only_layers", ()))))
+        changed["decoder_sparse_step"] = 1
+    return LayerFields(
+        num_layers=num_layers,
+        count_names=tuple(dict.fromkeys((own_name, "num_hidden_layers"))),
+        lists=lists,
+        indices=indices,
+        counts={n: fields[n] for n in _PREFIX_COUNTS if isinstance(fields.get(n), int)},
+        changed=changed,
+        removed=tuple(
+            pattern
+            for explicit, patterns in _PATTERNS.items()
+            if explicit in lists or explicit in indices
+            for pattern in patterns
+        )
+        + tuple(name for name in fields if name.startswith("mtp_") and name not in changed),
+    )
+
+
+def cut_config(
+    config: Mapping[str, Any], spans: Sequence[Span], fields: LayerFields
+) -> dict[str, Any]:
+    """The configuration without the removed layers; nothing else changes.
+
+    Parameters
+    ----------
+    config
+        Content of ``config.json``, or ``to_dict()`` of a configuration.
+    spans
+        What goes, checked and sorted. Without spans nothing changes.
+    fields
+        Of the uncut model.
+    """
+    cut = copy.deepcopy(dict(config))
+    if not spans:
+        return cut
+    kept = kept_layers(spans, fields.num_layers)
+    position = {old: new for new, old in enumerate(kept)}
+    for name in [name for name in fields.count_names if name in cut] or fields.count_names[:1]:
+        cut[name] = len(kept)
+    for name, values in fields.lists.items():
+        chosen = [values[layer] for layer in kept]
+        cut[name] = "".join(chosen) if isinstance(values, str) else chosen
+    for name, layers in fields.indices.items():
+        cut[name] = [position[layer] for layer in layers if layer in position]
+    for name, count in fields.counts.items():
+        cut[name] = sum(layer < count for layer in kept)
+    cut.update(fields.changed)
+    for name in fields.removed:
+        cut.pop(name, None)
+    return cut
+
+
+def _are_layer_numbers(name: str, value: Sequence[Any], num_layers: int) -> bool:
+    return (
+        0 < len(value) < num_layers
+        and ("layer" in name or "idx" in name or "indices" in name)
+        and all(type(item) is int and 0 <= item < num_layers for item in value)
+        and len(set(value)) == len(value)
+    )

@@ -1,0 +1,254 @@
+"""Models with weights: the layers below a boundary, a whole causal LM, a tokenizer.
+
+transformers reads the files, so conversions that a family needs (fused experts, renamed tensors)
+are its own. What it only warns about is an error here: a tensor that is missing from the files
+would be drawn at random, and one that holds NaN would spoil every sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
+from ghost_dist.spans import Span
+
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
+class Decoder:
+    """Embeddings and the first layers of a model; ends at the boundary above its last layer.
+
+    Attributes
+    ----------
+    layers
+        The decoder layers; the input of layer b is boundary b.
+    num_layers
+        How many.
+    hidden_size
+        Width C of the residual stream.
+    dtype, device
+        Of the weights.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self._model = model
+        self._norm = _Boundary()
+        layers = model.get_submodule(architecture.in_base(architecture.layers))
+        assert isinstance(layers, nn.ModuleList), "the layer list moved"
+        model.set_submodule(architecture.in_base(architecture.final_norm), self._norm)
+        self.layers = layers
+        self.num_layers = len(layers)
+        self.hidden_size = architecture.hidden_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """The stream entering layer ``num_layers``.
+
+        Parameters
+        ----------
+        input_ids
+            int64, shape (B, T), on ``device``; full rows, no padding.
+
+        Returns
+        -------
+        Tensor
+            Shape (B, T, C), dtype ``dtype``. No key-value cache is kept.
+        """
+        stream_BTC: Tensor = self._model(input_ids=input_ids, use_cache=False)[0]
+        return stream_BTC
+
+
+def load_decoder(
+    path: Path,
+    architecture: Architecture,
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,  # noqa: ARG001 - model code from a checkpoint is never run
+) -> Decoder:
+    """Build and read embeddings and layers ``0 .. num_layers - 1``; nothing above is read.
+
+    The host holds little more than the truncated model at any time.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+    UnsupportedArchitectureError
+        If a layer does not hand its output, unchanged, to the next one.
+    """
+    assert 0 < num_layers <= architecture.num_layers, "no such boundary"
+    config_class = getattr(transformers, architecture.config_class)
+    model_class = getattr(transformers, architecture.base_class)
+    above = (
+        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
+    )
+    raw = open_checkpoint(path).config
+    config = config_class.from_dict(cut_config(raw, above, architecture))
+    norm = architecture.in_base(architecture.final_norm) + "."
+    model = _load(model_class, path, dtype, device, ignore=norm, config=config)
+    decoder = Decoder(model, architecture)
+    _check_stream(decoder, architecture)
+    return decoder
+
+
+def load_causal_lm(
+    path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """The whole model with its head, in evaluation mode.
+
+    Code in the checkpoint is run only with ``trust_remote_code``, and only if transformers does
+    not know the family.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+    """
+    known = open_checkpoint(path).config.get("model_type") in CONFIG_MAPPING
+    return _load(
+        transformers.AutoModelForCausalLM,
+        path,
+        dtype,
+        device,
+        trust_remote_code=trust_remote_code and not known,
+    )
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it cannot be read.
+    """
+    try:
+        if not any(found for pattern in _TOKENIZER_FILES for found in path.glob(pattern)):
+            raise FileNotFoundError("none of its files is there")
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} has no tokenizer that can be read: {error}. Copy tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        ) from error
+
+
+class _Boundary(nn.Module):
+    """Stands where the final norm was and lets the stream through."""
+
+    def forward(self, stream_BTC: Tensor) -> Tensor:
+        return stream_BTC
+
+
+def _load(
+    model_class: Any,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    ignore: str | None = None,
+    **arguments: Any,
+) -> Any:
+    if device.type != "cpu":
+        arguments["device_map"] = {"": device}
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded by transformers: {error}") from error
+    missing = sorted(
+        name for name in info["missing_keys"] if ignore is None or not name.startswith(ignore)
+    )
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors that the model needs: {shown}. They would be "
+            "random numbers. Download or copy the checkpoint again."
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"{path}: tensor {name} holds NaN or Inf as {str(dtype).removeprefix('torch.')}. "
+                "If the checkpoint has a wider dtype its numbers may overflow: try "
+                "model.dtype=bfloat16 or float32. Else download or copy it again."
+            )
+    return model.requires_grad_(False).eval()
+
+
+@torch.inference_mode()
+def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
+    """Run two tokens and see that each layer's output is the next one's input, and the last one
+    what the final norm would get: only then does removing a span mean what we take it to mean.
+    """
+    inputs: list[Any] = []
+    outputs: list[Any] = []
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs.get("hidden_states"))
+
+    def after(_: Any, __: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    watched: list[Callable[[], None]] = []
+    for module in (*decoder.layers, decoder._norm):
+        watched.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        watched.append(module.register_forward_hook(after).remove)
+    try:
+        result = decoder(torch.zeros(1, 2, dtype=torch.int64, device=decoder.device))
+    finally:
+        for remove in watched:
+            remove()
+    joined = len(inputs) == decoder.num_layers + 1 and all(
+        given is taken for given, taken in zip(outputs[:-1], inputs[1:], strict=True)
+    )
+    whole = result.shape == (1, 2, architecture.hidden_size) and torch.equal(result, outputs[-1])
+    if not joined or not whole:
+        raise UnsupportedArchitectureError(
+            f"Family {architecture.model_type} is not supported: its layers do not hand one "
+            "residual stream from each to the next and to the final norm."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load report (we raise what it would tell); other warnings stay."""
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+
+    def no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(no_report)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_report)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

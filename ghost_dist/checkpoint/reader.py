@@ -1,0 +1,231 @@
+"""A Hugging Face checkpoint folder as names, shapes and byte ranges.
+
+Only ``config.json``, the index and the safetensors headers are read here, so that opening a
+checkpoint of any size takes well under a second and finds every missing or truncated file before
+work begins. Weights in pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghost_dist.checkpoint.safetensors_header import TensorInfo, read_header
+from ghost_dist.errors import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PROBE_BYTES = 4096
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; its headers are sound and its files have the sizes they should have.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    config
+        Content of ``config.json``.
+    tensors
+        Every tensor by name.
+    headers
+        Raw safetensors header of each shard by file name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    headers: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype that most bytes of the checkpoint have."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes if tensor.dtype in _FLOATS else 0
+        return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a checkpoint folder and check all of it but the numbers.
+
+    Parameters
+    ----------
+    path
+        Folder with ``config.json`` and ``model.safetensors``, or an index and its shards. Shards
+        may be symbolic links (as in the Hugging Face cache); their names must be plain file names.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, unreadable, truncated or damaged, if the index and the shards
+        disagree or name a file outside the folder, or if there are only pickle weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give a Hugging Face checkpoint folder.")
+    config = _read_json(path / "config.json")
+    weight_map: Mapping[str, str] = {}
+    if (path / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    elif (path / INDEX).is_file():
+        weight_map = _read_index(path / INDEX)
+        files = sorted(set(weight_map.values()))
+    else:
+        raise _no_safetensors(path)
+    headers: dict[str, bytes] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        headers[file], found = read_header(path / file)
+        for name, tensor in found.items():
+            if weight_map.get(name, file) != file:
+                continue
+            if name in tensors:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is in {tensors[name].file} and in {file}, and the "
+                    "index does not say which holds. Repair the index."
+                )
+            tensors[name] = tensor
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise CheckpointError(
+            f"{path / INDEX} names {len(absent)} tensors that their shard does not hold, the first "
+            f"is {absent[0]} in {weight_map[absent[0]]}. Download or copy the checkpoint again."
+        )
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensor. Download or copy the checkpoint again.")
+    return Checkpoint(path, config, tensors, headers)
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """Hex sha256 that tells checkpoints apart without reading all of them.
+
+    Covers ``config.json``, every header and file size, and the first and last 4 KiB of every
+    tensor. A change deep inside one tensor alone is not seen: hashing 140 GB at every start would
+    cost more than the calibration.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for file, header in checkpoint.headers.items():
+        path = checkpoint.path / file
+        digest.update(f"\n{file} {path.stat().st_size}\n".encode())
+        digest.update(header)
+        tensors = [t for t in checkpoint.tensors.values() if t.file == file]
+        with path.open("rb") as shard:
+            for tensor in sorted(tensors, key=lambda t: t.offset):
+                last = max(tensor.offset, tensor.offset + tensor.nbytes - _PROBE_BYTES)
+                for offset in (tensor.offset, last):
+                    shard.seek(offset)
+                    digest.update(shard.read(min(_PROBE_BYTES, tensor.nbytes)))
+    return digest.hexdigest()
+
+
+def resolve_checkpoint(
+    path_or_id: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Path:
+    """The checkpoint folder: a local one as it is, else a snapshot of the hub repository.
+
+    Only safetensors, JSON, tokenizer and licence files are downloaded; Python files only with
+    ``trust_remote_code``, pickle files never.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such folder and the hub has no such repository, refuses it, or cannot be
+        reached.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or folder.exists() or str(path_or_id).startswith((".", "~")):
+        raise CheckpointError(
+            f"{path_or_id} is not a folder. Give a Hugging Face checkpoint folder or a hub id."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{path_or_id} is neither a folder nor a hub id (owner/name): {error}"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise CheckpointError(
+            f"{path_or_id}{at} is not a local folder and could not be fetched from the hub: "
+            f"{error} Check the name, your access and the connection, or give a folder."
+        ) from error
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map. Download or copy it again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in {"", ".", ".."} or file != os.path.basename(file):
+            raise CheckpointError(
+                f"{path}: tensor {name} is said to be in {file!r}, which is not a plain file name "
+                "in the checkpoint folder. Such an index is not followed."
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {name} is in {file!r}, which is not a safetensors file. Pickle "
+                "weights are never loaded."
+            )
+    for file in sorted(set(weight_map.values())):
+        if not (path.parent / file).is_file():
+            raise CheckpointError(
+                f"{path} names {file}, which is not in the folder. Download or copy it."
+            )
+    return weight_map
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing, so {path.parent} is not a Hugging Face checkpoint folder."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return content
+
+
+def _no_safetensors(path: Path) -> CheckpointError:
+    pickles = sorted(
+        file.name for suffix in (".bin", ".pt", ".pth", ".ckpt") for file in path.glob(f"*{suffix}")
+    )
+    if pickles:
+        return CheckpointError(
+            f"{path} has pickle weights only ({pickles[0]}); loading a pickle can run any code, so "
+            "it is never done. Convert the checkpoint once, in a place you trust, with "
+            "model.save_pretrained(...) of transformers, which writes safetensors."
+        )
+    return CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}. Download or copy them.")

@@ -1,0 +1,87 @@
+"""A model without storage, built from a cut configuration, says what every module should hold.
+
+The twin of a cut model is made by the family's own code on the meta device. A kept layer must be
+the same there as in the uncut model in everything but its number: same modules, same shapes, same
+settings. So a configuration that was cut wrongly (a sliding window where attention was full, a
+dense MLP where experts were) is found for any family, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghost_dist.spans import Span, kept_layers
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def empty_model(model_class: type[Any], config: Any) -> Any:
+    """An instance of ``model_class`` on the meta device: shapes, no storage."""
+    with torch.device("meta"):
+        return model_class(config).eval()
+
+
+def cut_difference(uncut: nn.ModuleList, twin: nn.ModuleList, spans: Sequence[Span]) -> str | None:
+    """How the layers that stay differ from those of the twin, or None if they do not.
+
+    Parameters
+    ----------
+    uncut, twin
+        Layer lists of the model before the cut and of the one built from the cut configuration.
+    spans
+        What is cut.
+    """
+    kept = kept_layers(spans, len(uncut))
+    if len(twin) != len(kept):
+        return f"{len(twin)} layers instead of {len(kept)}"
+    for new, old in enumerate(kept):
+        difference = _layer_difference(uncut[old], twin[new], old, new)
+        if difference is not None:
+            return f"layer {old}, which becomes layer {new}: {difference}"
+    return None
+
+
+def plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The public attributes of a module that are numbers, flags, texts or collections of them."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training" and _is_plain(value):
+            yield name, value
+
+
+def _layer_difference(uncut: nn.Module, twin: nn.Module, old: int, new: int) -> str | None:
+    modules = dict(uncut.named_modules())
+    twins = dict(twin.named_modules())
+    if modules.keys() != twins.keys():
+        return f"modules {sorted(modules.keys() ^ twins.keys())} are not in both"
+    for path, module in modules.items():
+        other = twins[path]
+        where = f"{path or 'layer'}: "
+        if type(module) is not type(other):
+            return f"{where}{type(module).__name__} becomes {type(other).__name__}"
+        shapes, other_shapes = _shapes(module), _shapes(other)
+        if shapes != other_shapes:
+            return f"{where}shapes {shapes} become {other_shapes}"
+        settings, other_settings = dict(plain_settings(module)), dict(plain_settings(other))
+        for name in settings.keys() | other_settings.keys():
+            before, after = settings.get(name), other_settings.get(name)
+            is_number = type(before) is int and before == old and after == new
+            if before != after and not is_number:
+                return f"{where}{name}={before!r} becomes {after!r}"
+    return None
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(isinstance(item, _PLAIN) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(item, _PLAIN) for pair in value.items() for item in pair)
+    return isinstance(value, _PLAIN)

@@ -1,0 +1,77 @@
+"""The modeling file of a recovered checkpoint, and what ``config.json`` says about it.
+
+The model type is the family's with ``ghost_`` before it: under the family's own name transformers
+would load the checkpoint without its operators and only warn.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.spans import Span, operator_positions
+
+TEMPLATE = "modeling_template.py.txt"
+
+
+def modeling_file_name(architecture: Architecture) -> str:
+    """Name of the Python file in the checkpoint folder."""
+    return f"modeling_ghost_{architecture.model_type.replace('-', '_')}.py"
+
+
+def modeling_source(architecture: Architecture, operators: Mapping[Span, Operator]) -> str:
+    """Text of the Python file: the template with the family's names put in."""
+    template = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
+    return string.Template(template).substitute(
+        version=importlib.metadata.version("ghost_dist"),
+        base_model_type=architecture.model_type,
+        base_config=architecture.config_class,
+        base_model=architecture.base_class,
+        base_causal_lm=architecture.causal_lm_class,
+        base_prefix=architecture.base_prefix,
+        model_type=f"ghost_{architecture.model_type}",
+        config=f"Ghost{architecture.config_class}",
+        model=f"Ghost{architecture.base_class}",
+        causal_lm=f"Ghost{architecture.causal_lm_class}",
+        layers=architecture.in_base(architecture.layers),
+        final_norm=architecture.in_base(architecture.final_norm),
+        final_norm_class=architecture.final_norm_class,
+        float32_modules='("ghost",)' if keeps_float32(operators) else "()",
+    )
+
+
+def ghost_config(
+    cut: Mapping[str, Any],
+    architecture: Architecture,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Operator],
+) -> dict[str, Any]:
+    """The cut ``config.json`` with the operators and the way to their code."""
+    module = modeling_file_name(architecture).removesuffix(".py")
+    return {
+        **cut,
+        "architectures": [f"Ghost{architecture.causal_lm_class}"],
+        "auto_map": {
+            "AutoConfig": f"{module}.Ghost{architecture.config_class}",
+            "AutoModel": f"{module}.Ghost{architecture.base_class}",
+            "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
+        },
+        "ghost_operators": [
+            {"boundary": position, "bias": operators[span].bias_C is not None}
+            for span, position in operator_positions(spans).items()
+            if span in operators
+        ],
+        "model_type": f"ghost_{architecture.model_type}",
+    }
+
+
+def keeps_float32(operators: Mapping[Span, Operator]) -> bool:
+    """Whether the operators stay in float32 in a model of another dtype: if one is given so."""
+    return any(operator.weight_CC.dtype == torch.float32 for operator in operators.values())

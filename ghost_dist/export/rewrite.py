@@ -1,0 +1,239 @@
+"""Write the recovered checkpoint from the byte ranges of the original; no model is built.
+
+    headers -> new names -> shards (copied) -> config.json, modeling file, side files -> rename
+
+Everything is written in a hidden folder beside the target, brought to the disk, and gets its name
+as the last step, so a folder of that name is a whole checkpoint whatever happened before.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
+from ghost_dist.checkpoint.reader import INDEX, Checkpoint
+from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
+from ghost_dist.errors import ExportError
+from ghost_dist.export.modeling import (
+    ghost_config,
+    keeps_float32,
+    modeling_file_name,
+    modeling_source,
+)
+from ghost_dist.export.shards import NewTensor, plan_shards, write_shard
+from ghost_dist.export.side_files import copy_side_files, name_tokenizer_class
+from ghost_dist.spans import Span, kept_layers, operator_positions
+
+_SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def export_checkpoint(
+    source: Checkpoint,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Operator],
+    out: Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    extra_files: Mapping[str, bytes | Path] | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Write a Hugging Face checkpoint folder of the recovered model.
+
+    Parameters
+    ----------
+    source, architecture
+        The original.
+    spans
+        What is removed; sorted and joined, as ``check_spans`` gives them.
+    operators
+        By span; W of shape (C_in, C_out). A float32 operator is stored and computed in float32,
+        any other is stored in the dtype of the checkpoint. Without operators the result is a plain
+        checkpoint of the family and needs no code.
+    out
+        New folder, or an empty one.
+    max_shard_bytes
+        Most bytes of tensor data in one file.
+    extra_files
+        More files by name: their content, or a file to copy.
+    advance
+        Called with the number of bytes just written.
+
+    Raises
+    ------
+    ExportError
+        If ``out`` is not empty, space is short, an operator has a wrong shape or is not finite, or
+        writing fails; nothing is left behind then.
+    UnsupportedArchitectureError
+        If the family's configuration cannot express this cut.
+    """
+    out = Path(out)
+    extra_files = extra_files or {}
+    check_cut(architecture, source.config, spans)
+    tensors = _new_tensors(source, architecture, spans, operators)
+    try:
+        _check_target(out, sum(tensor.nbytes for tensor in tensors))
+        partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
+        _sweep(out)
+        try:
+            partial_out.mkdir(parents=True)
+            _write_weights(partial_out, tensors, max_shard_bytes, advance or (lambda _: None))
+            copy_side_files(source, partial_out)
+            _write_config(partial_out, source, architecture, spans, operators)
+            for name, content in extra_files.items():
+                if isinstance(content, Path):
+                    content = content.read_bytes()
+                (partial_out / name).write_bytes(content)
+            fsync_tree(partial_out)
+            partial_out.rename(out)
+            fsync_folder(out.parent)
+        finally:
+            shutil.rmtree(partial_out, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(
+            f"The checkpoint could not be written to {out}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}. Nothing was left there; free "
+            "space or choose another place and export again."
+        ) from error
+
+
+def _new_tensors(
+    source: Checkpoint,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Operator],
+) -> list[NewTensor]:
+    """Tensors of the new checkpoint: the old ones in their order, renumbered, then operators."""
+    kept = kept_layers(spans, architecture.num_layers)
+    position = {old: new for new, old in enumerate(kept)}
+    layer_name = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.(.*)")
+    tensors = []
+    for tensor in sorted(source.tensors.values(), key=lambda t: (t.file, t.offset)):
+        name = tensor.name
+        match = layer_name.fullmatch(name)
+        if match is not None:
+            # Layers from num_layers on predict further tokens (MTP) with what lies below them.
+            if int(match[1]) not in position:
+                continue
+            name = f"{architecture.tensor_prefix}.{position[int(match[1])]}.{match[2]}"
+        elif name.startswith(("mtp.", "model.mtp.")):
+            continue
+        place = (source.path / tensor.file, tensor.offset)
+        tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
+    dtype = torch.float32 if keeps_float32(operators) else source.dtype
+    for span, boundary in operator_positions(spans).items():
+        if span in operators:
+            path = (
+                f"{architecture.tensor_prefix}.{boundary}"
+                if boundary < len(kept)
+                else architecture.in_files(architecture.final_norm)
+            )
+            tensors += _operator_tensors(span, operators[span], path, architecture, dtype)
+    return tensors
+
+
+def _operator_tensors(
+    span: Span, operator: Operator, path: str, architecture: Architecture, dtype: torch.dtype
+) -> list[NewTensor]:
+    width = architecture.hidden_size
+    parts: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "weight": (operator.weight_CC, (width, width))
+    }
+    if operator.bias_C is not None:
+        parts["bias"] = (operator.bias_C, (width,))
+    tensors = []
+    for part, (value, shape) in parts.items():
+        if tuple(value.shape) != shape:
+            raise ExportError(
+                f"The {part} of the operator of span {span} has shape {tuple(value.shape)}, "
+                f"expected {shape}."
+            )
+        stored = value.detach().to("cpu", dtype)
+        if not torch.isfinite(stored).all():
+            raise ExportError(
+                f"The {part} of the operator of span {span} holds NaN or Inf as {dtype}. Solve "
+                "again, or set operator.dtype=float32."
+            )
+        nbytes = stored.numel() * stored.element_size()
+        name = f"{path}.ghost.{part}"
+        tensors.append(
+            NewTensor(name, _DTYPE_NAMES[dtype], shape, nbytes, partial(_transposed_bytes, stored))
+        )
+    return tensors
+
+
+def _transposed_bytes(value: Tensor) -> bytes:
+    """W (in, out) as the weight (out, in) of ``nn.Linear``; a bias as it is."""
+    rows = value.T.contiguous() if value.ndim > 1 else value.contiguous()
+    return rows.view(torch.uint8).numpy().tobytes()
+
+
+def _write_weights(
+    folder: Path, tensors: list[NewTensor], max_shard_bytes: int, advance: Callable[[int], None]
+) -> None:
+    shards = plan_shards(tensors, max_shard_bytes)
+    for file, content in shards.items():
+        write_shard(folder / file, content, advance)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "weight_map": {t.name: file for file, content in shards.items() for t in content},
+        }
+        (folder / INDEX).write_bytes(json_bytes(index))
+
+
+def _write_config(
+    folder: Path,
+    source: Checkpoint,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Operator],
+) -> None:
+    config = cut_config(source.config, spans, architecture)
+    config.pop("auto_map", None)
+    if operators:
+        config = ghost_config(config, architecture, spans, operators)
+        text = modeling_source(architecture, operators)
+        (folder / modeling_file_name(architecture)).write_text(text, encoding="utf-8")
+        name_tokenizer_class(source, folder)
+    (folder / "config.json").write_bytes(json_bytes(config))
+
+
+def _check_target(out: Path, nbytes: int) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(
+            f"{out} exists and is not an empty folder; nothing was written. Choose another place "
+            "or remove it."
+        )
+    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if nbytes + _SLACK_BYTES > free:
+        raise ExportError(
+            f"Not enough disk space at {existing} for the checkpoint: "
+            f"{(nbytes + _SLACK_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Nothing was "
+            "written; free space or choose another place."
+        )
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed exports of this folder left, unless their process still runs."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)

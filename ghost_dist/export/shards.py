@@ -1,0 +1,136 @@
+"""Safetensors shards from byte ranges of other files: copied, not decoded.
+
+Memory is one copy buffer, or one operator, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ghost_dist.checkpoint.safetensors_header import DTYPE_BITS
+from ghost_dist.errors import ExportError
+
+_BUFFER_BYTES = 8 << 20
+_ALIGNMENT = 8
+_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write.
+
+    Attributes
+    ----------
+    name, dtype, shape, nbytes
+        As the new header says it; dtype by safetensors' name.
+    source
+        File and first byte to copy from, or a function that gives the bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: tuple[Path, int] | Callable[[], bytes]
+
+
+def plan_shards(
+    tensors: Sequence[NewTensor], max_shard_bytes: int
+) -> dict[str, tuple[NewTensor, ...]]:
+    """Deal tensors, in order, to files of at most ``max_shard_bytes`` of tensor data each.
+
+    A tensor that is larger by itself has a file of its own. Names are those transformers expects.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": tuple(shards[0])}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": tuple(shard)
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int], None]) -> None:
+    """Write one safetensors file; ``advance`` is called with the bytes just written.
+
+    Raises
+    ------
+    ExportError
+        If a source file ends before its tensor does.
+    OSError
+        If the disk is full or a file cannot be read or written.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])  # keeps all aligned
+    with path.open("xb") as target:
+        target.write(_header(tensors))
+        for tensor in tensors:
+            if callable(tensor.source):
+                content = tensor.source()
+                assert len(content) == tensor.nbytes, "the header is already written"
+                target.write(content)
+                advance(tensor.nbytes)
+            else:
+                file, offset = tensor.source
+                with file.open("rb", buffering=0) as source:
+                    _copy(source.fileno(), target, offset, tensor.nbytes, file, advance)
+
+
+def _header(tensors: Sequence[NewTensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _copy(
+    source: int,
+    target: BinaryIO,
+    offset: int,
+    nbytes: int,
+    file: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Copy a byte range, inside the kernel where the file systems can (some share the blocks)."""
+    target.flush()
+    in_kernel = hasattr(os, "copy_file_range")
+    end = offset + nbytes
+    while offset < end:
+        wanted = min(_BUFFER_BYTES, end - offset)
+        if in_kernel:
+            try:
+                copied = os.copy_file_range(source, target.fileno(), wanted, offset)
+            except OSError as error:
+                if error.errno not in _NOT_IN_KERNEL:
+                    raise
+                in_kernel = False
+                continue
+        else:
+            copied = os.write(target.fileno(), os.pread(source, wanted, offset))
+        if copied == 0:
+            raise ExportError(
+                f"{file} ended at byte {offset}, expected {end}: the source checkpoint changed "
+                "during the export. Check it and export again."
+            )
+        offset += copied
+        advance(copied)

@@ -1,0 +1,188 @@
+"""Loaded models against plain transformers, and weights that must not be used."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, NUM_LAYERS, random_tokens, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from ghost_dist.checkpoint.load import load_causal_lm, load_decoder, load_tokenizer
+from ghost_dist.checkpoint.reader import INDEX
+from ghost_dist.errors import CheckpointError
+
+CPU = torch.device("cpu")
+
+
+def hidden_states(folder, dtype=torch.float32):
+    """Boundaries 0 .. L of the whole model; the last one before the final norm."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    last = []
+    norms = [m for n, m in model.named_modules() if n.count(".") in (1, 2) and "norm" in n]
+    outer = [m for m in norms if "layers" not in type(m).__name__]
+    outer[-1].register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with torch.inference_mode():
+        states = model(random_tokens(), output_hidden_states=True, use_cache=False).hidden_states
+    return [*states[:-1], last[-1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_boundary_is_that_of_the_whole_model(checkpoint, family):
+    source, architecture = checkpoint(family)
+    expected = hidden_states(source.path)
+    for boundary in (1, 2, 5, NUM_LAYERS):
+        decoder = load_decoder(
+            source.path, architecture, num_layers=boundary, dtype=torch.float32, device=CPU
+        )
+        assert len(decoder.layers) == decoder.num_layers == boundary
+        taken = {}
+        for index, layer in enumerate(decoder.layers):
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, i=index: taken.update(
+                    {i: args[0] if args else kwargs["hidden_states"]}
+                ),
+                with_kwargs=True,
+            )
+        with torch.inference_mode():
+            taken[boundary] = decoder(random_tokens())
+        for index, stream in taken.items():
+            assert torch.equal(stream, expected[index]), index
+
+
+def test_only_the_layers_below_are_held(checkpoint):
+    source, architecture = checkpoint("llama")
+    decoder = load_decoder(
+        source.path, architecture, num_layers=2, dtype=torch.bfloat16, device=CPU
+    )
+    names = [name for name, _ in decoder._model.named_parameters()]
+    assert not any("lm_head" in n or n.startswith(("norm", "layers.2")) for n in names)
+    assert {p.dtype for p in decoder._model.parameters()} == {torch.bfloat16} == {decoder.dtype}
+
+
+def test_quiet_but_not_deaf(checkpoint, capfd, caplog):
+    source, architecture = checkpoint("mixtral")
+    before = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.enable_progress_bar()
+    try:
+        load_decoder(source.path, architecture, num_layers=2, dtype=torch.float32, device=CPU)
+        assert transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            transformers.utils.logging.disable_progress_bar()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.warning("something real")
+    assert "something real" in capfd.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_checkpoint("llama", tmp_path / "llama", max_shard_size="1GB")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite(checkpoint, folder, name, value):
+    rewrite(folder, lambda t: t[name].view(-1)[-1:].fill_(value))
+    _, architecture = checkpoint("llama")
+    short = name.removeprefix("model.")
+    with pytest.raises(CheckpointError, match=f"{short} holds NaN or Inf"):
+        load_decoder(folder, architecture, num_layers=3, dtype=torch.float32, device=CPU)
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or Inf"):
+        load_causal_lm(folder, dtype=torch.float32, device=CPU)
+
+
+def test_damage_above_the_last_boundary_is_not_read(checkpoint, folder):
+    rewrite(folder, lambda t: t["model.layers.4.mlp.down_proj.weight"].fill_(float("nan")))
+    _, architecture = checkpoint("llama")
+    load_decoder(folder, architecture, num_layers=4, dtype=torch.float32, device=CPU)
+
+
+def test_overflow_in_a_narrower_dtype(folder):
+    rewrite(folder, lambda t: t["model.layers.1.mlp.down_proj.weight"].fill_(1e6))
+    load_causal_lm(folder, dtype=torch.float32, device=CPU)
+    with pytest.raises(CheckpointError, match="as float16"):
+        load_causal_lm(folder, dtype=torch.float16, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"]
+)
+def test_missing_tensors_are_never_drawn_at_random(checkpoint, folder, name):
+    rewrite(folder, lambda t: t.pop(name))
+    _, architecture = checkpoint("llama")
+    short = name.removeprefix("model.")
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors that the model needs: {short}"):
+        load_decoder(folder, architecture, num_layers=3, dtype=torch.float32, device=CPU)
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensors that the model needs: {name}"):
+        load_causal_lm(folder, dtype=torch.float32, device=CPU)
+
+
+def test_missing_head(folder):
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load_causal_lm(folder, dtype=torch.float32, device=CPU)
+
+
+def test_missing_expert(tmp_path):
+    folder = save_checkpoint("mixtral", tmp_path / "m", max_shard_size="1GB")
+    names = load_file(folder / "model.safetensors")
+    victim = next(name for name in names if "layers.1." in name and "experts.2.w1" in name)
+    rewrite(folder, lambda t: t.pop(victim))
+    with pytest.raises(CheckpointError, match="experts"):
+        load_causal_lm(folder, dtype=torch.float32, device=CPU)
+
+
+def test_tensor_of_another_shape(checkpoint, folder):
+    rewrite(folder, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(128, 32)}))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_causal_lm(folder, dtype=torch.float32, device=CPU)
+
+
+def test_tied_embeddings(checkpoint):
+    source, _ = checkpoint("qwen3")
+    assert "lm_head.weight" not in source.tensors
+    model = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_code_in_a_checkpoint_is_not_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "evil.LlamaConfig",
+        "AutoModelForCausalLM": "evil.LlamaForCausalLM",
+        "AutoTokenizer": "evil.T",
+    }
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    (folder / "evil.py").write_text("raise SystemExit('this ran')")
+    load_causal_lm(folder, dtype=torch.float32, device=CPU)
+    load_causal_lm(folder, dtype=torch.float32, device=CPU, trust_remote_code=True)
+
+
+def test_tokenizer_that_is_not_there(folder):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_shard_that_vanishes_between_opening_and_loading(checkpoint, tmp_path):
+    source, architecture = checkpoint("llama")
+    copied = shutil.copytree(source.path, tmp_path / "copy")
+    index = json.loads((copied / INDEX).read_text())["weight_map"]
+    (copied / index["model.layers.0.mlp.down_proj.weight"]).unlink()
+    with pytest.raises(CheckpointError):
+        load_decoder(copied, architecture, num_layers=2, dtype=torch.float32, device=CPU)

@@ -1,0 +1,84 @@
+"""Cut models in memory against the uncut model whose removed layers are told to do nothing."""
+
+import pytest
+import torch
+from families import (
+    CUTS,
+    FAMILIES,
+    NUM_LAYERS,
+    oracle_logits,
+    random_operators,
+    random_tokens,
+    rounding,
+)
+
+from ghost_dist.checkpoint.load import load_causal_lm
+from ghost_dist.checkpoint.surgery import Operator, insert_operators, remove_layers
+
+CPU = torch.device("cpu")
+TOKENS = random_tokens()
+
+
+def load(source, dtype=torch.float32):
+    return load_causal_lm(source.path, dtype=dtype, device=CPU)
+
+
+def logits(model, tokens=TOKENS):
+    with torch.inference_mode():
+        return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_and_recovered(checkpoint, family, cut):
+    source, architecture = checkpoint(family)
+    spans, operators = CUTS[cut], random_operators(CUTS[cut])
+    model = load(source)
+    pruned = oracle_logits(model, architecture.layers, spans, {}, TOKENS)
+    recovered = oracle_logits(model, architecture.layers, spans, operators, TOKENS)
+    assert (pruned - recovered).abs().max() > 1e-2 * pruned.abs().max()
+    remove_layers(model, architecture, spans)
+    assert (logits(model) - pruned).abs().max() <= rounding(pruned)
+    handles = insert_operators(model, architecture, spans, operators)
+    assert (logits(model) - recovered).abs().max() <= rounding(recovered)
+    arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(TOKENS[:1], use_cache=True, **arguments)
+    assert torch.equal(cached, model.generate(TOKENS[:1], use_cache=False, **arguments))
+    for handle in handles:
+        handle.remove()
+    assert (logits(model) - pruned).abs().max() <= rounding(pruned)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt_oss"])
+def test_cut_model_saves_and_loads_as_its_family(checkpoint, tmp_path, family):
+    """The configuration in memory is cut too: transformers itself reloads the pruned model."""
+    source, architecture = checkpoint(family)
+    model = load(source)
+    remove_layers(model, architecture, CUTS["two"])
+    model.save_pretrained(tmp_path)
+    again = load_causal_lm(tmp_path, dtype=torch.float32, device=CPU)
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.num_hidden_layers == NUM_LAYERS - 3
+
+
+def test_precision_of_operators(checkpoint):
+    """float32 operators are computed in float32, others in the dtype of the model."""
+    source, architecture = checkpoint("llama")
+    spans = CUTS["middle"]
+    x, seen = torch.randn(1, 3, 64).bfloat16(), {}
+    exact = random_operators(spans)[spans[0]]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = load(source, torch.bfloat16)
+        remove_layers(model, architecture, spans)
+        operator = Operator(exact.weight_CC.to(dtype))
+        insert_operators(model, architecture, spans, {spans[0]: operator})
+        layer = model.get_submodule(architecture.layers)[spans[0].start]
+        hook = next(iter(layer._forward_pre_hooks.values()))
+        (seen[dtype], *_), _ = hook(layer, (x,), {})
+        assert seen[dtype].dtype == torch.bfloat16
+    in_float32 = (x.float() @ exact.weight_CC).bfloat16()
+    in_bfloat16 = torch.nn.functional.linear(x, exact.weight_CC.T.contiguous().bfloat16())
+    assert torch.equal(seen[torch.float32], in_float32)
+    assert torch.equal(seen[torch.bfloat16], in_bfloat16)
+    assert torch.equal(seen[torch.float64], in_bfloat16)
+    assert not torch.equal(in_float32, in_bfloat16)

@@ -1,0 +1,181 @@
+"""Tiny random models of every family that is tested, saved as checkpoints.
+
+Six layers, hidden size 64, vocabulary 128. Weights are drawn from N(0, 0.08^2), norms from
+N(1, 0.08^2), so that no layer is close to the identity and a wrong wiring shows in the logits.
+"""
+
+import torch
+import transformers
+
+from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.spans import Span
+
+NUM_LAYERS = 6
+HIDDEN = 64
+VOCAB = 128
+
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2, "intermediate_size": 96}
+_HEAD = {"head_dim": 16}
+_MOE = {"num_experts_per_tok": 2}
+
+
+def _config(name, **fields):
+    return lambda: getattr(transformers, name)(**fields)
+
+
+FAMILIES = {
+    "llama": _config("LlamaConfig", **_GQA),
+    "mistral": _config("MistralConfig", **_GQA, **_HEAD, sliding_window=8),
+    "qwen2": _config(
+        "Qwen2Config", **_GQA, use_sliding_window=True, sliding_window=8, max_window_layers=3
+    ),
+    "qwen3": _config("Qwen3Config", **_GQA, **_HEAD, tie_word_embeddings=True),
+    "gemma2": _config("Gemma2Config", **_GQA, **_HEAD, sliding_window=8, query_pre_attn_scalar=16),
+    "gemma3": _config(
+        "Gemma3TextConfig",
+        **_GQA,
+        **_HEAD,
+        sliding_window=8,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=16,
+    ),
+    "phi3": _config("Phi3Config", **_GQA, sliding_window=8),
+    "olmo2": _config("Olmo2Config", **_GQA),
+    "gpt_neox": _config("GPTNeoXConfig", **_COMMON, intermediate_size=96),
+    "mixtral": _config("MixtralConfig", **_GQA, **_MOE, num_local_experts=4, sliding_window=None),
+    "qwen3_moe": _config(
+        "Qwen3MoeConfig",
+        **_GQA,
+        **_HEAD,
+        **_MOE,
+        num_experts=4,
+        moe_intermediate_size=32,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "gpt_oss": _config(
+        "GptOssConfig", **_GQA, **_HEAD, **_MOE, num_local_experts=4, sliding_window=8
+    ),
+    "opt": _config(
+        "OPTConfig", **_COMMON, ffn_dim=96, word_embed_proj_dim=HIDDEN, do_layer_norm_before=True
+    ),
+    "gpt2": _config(
+        "GPT2Config",
+        n_embd=HIDDEN,
+        n_layer=NUM_LAYERS,
+        n_head=4,
+        n_positions=128,
+        vocab_size=VOCAB,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "smollm3": _config("SmolLM3Config", **_GQA, no_rope_layer_interval=3, use_sliding_window=False),
+    "deepseek_v3": _config(
+        "DeepseekV3Config",
+        **{**_GQA, "num_key_value_heads": 4},
+        **_MOE,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=2,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+    ),
+}
+"""Name to a function that makes the configuration."""
+
+CUTS = {
+    "middle": (Span(2, 4),),
+    "two": (Span(1, 2), Span(3, 5)),
+    "first": (Span(0, 2),),
+    "second": (Span(1, 4),),
+    "last": (Span(2, 3), Span(4, 6)),
+}
+"""Spans at every kind of place; odd and even shifts of the layers behind them."""
+
+
+def random_model(family, dtype=torch.float32, seed=0):
+    """A causal LM with random weights, in evaluation mode."""
+    config = FAMILIES[family]()
+    generator = torch.Generator().manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.08
+            is_scale = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
+            centre = 1.0 if is_scale and "gemma" not in family else 0.0
+            parameter.copy_(centre + noise)
+    return model.to(dtype)
+
+
+def save_checkpoint(family, folder, dtype=torch.float32, max_shard_size="60KB"):
+    """Save a random model as a sharded checkpoint; returns the folder."""
+    random_model(family, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def random_tokens(rows=2, length=24, seed=0):
+    """int64 tokens of shape (rows, length), special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def random_operators(spans, dtype=torch.float32):
+    """One non-symmetric W (C, C) per span, far from the identity; every other one with a bias."""
+    operators = {}
+    for number, span in enumerate(spans):
+        generator = torch.Generator().manual_seed(100 + span.start)
+        weight_CC = torch.eye(HIDDEN) + torch.randn(HIDDEN, HIDDEN, generator=generator) / 8
+        bias_C = torch.randn(HIDDEN, generator=generator) if number % 2 else None
+        operators[span] = Operator(
+            weight_CC.to(dtype), None if bias_C is None else bias_C.to(dtype)
+        )
+    return operators
+
+
+@torch.inference_mode()
+def oracle_logits(model, layers, spans, operators, tokens):
+    """Logits of the recovered model from the uncut one, by none of the code under test.
+
+    Every removed layer is told to give back its input, the first of a span to give ``x W + b``.
+    """
+    stack = model.get_submodule(layers)
+    handles = []
+    for span in spans:
+        for index in range(span.start, span.stop):
+
+            def skip(_, args, kwargs, output, operator=operators.get(span), index=index, span=span):
+                x = args[0] if args else kwargs["hidden_states"]
+                if operator is not None and index == span.start:
+                    x = x @ operator.weight_CC.to(x.dtype)
+                    if operator.bias_C is not None:
+                        x = x + operator.bias_C.to(x.dtype)
+                return (x, *output[1:]) if isinstance(output, tuple) else x
+
+            handles.append(stack[index].register_forward_hook(skip, with_kwargs=True))
+    try:
+        return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rounding(logits, num_layers=NUM_LAYERS, factor=16):
+    """Difference that other summation orders may cause: one rounding per layer, in quadrature."""
+    eps = torch.finfo(logits.dtype).eps
+    return factor * num_layers**0.5 * eps * float(logits.abs().max())

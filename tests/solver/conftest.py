@@ -1,0 +1,45 @@
+"""Rows with a known answer, shared by the operators' tests."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.wide import WideMoments
+
+
+def moments_of(x, y):
+    """Plain moments of rows, by direct float64 products."""
+    return Moments(len(x), x.T @ x, x.T @ y, x.sum(0), y.sum(0), (y * y).sum(0))
+
+
+def wide_of(z, y, w=None):
+    """Wide moments of rows with factors w, by direct float64 products."""
+    w = torch.ones(len(z), dtype=torch.float64) if w is None else w
+    zw, yw = z * w[:, None], y * w[:, None]
+    return WideMoments(
+        len(z), zw.T @ zw, zw.T @ yw, zw.T @ w, yw.T @ w, (yw * yw).sum(0), (w @ w).reshape(1)
+    )
+
+
+def in_folds(make, folds, *arrays):
+    """``make`` of the rows of each fold, dealt in turn."""
+    return [make(*(array[f::folds] for array in arrays)) for f in range(folds)]
+
+
+def normal(*shape, seed):
+    """Standard normal float64 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def rows():
+    """Functions that make rows and their moments."""
+    return SimpleNamespace(moments_of=moments_of, wide_of=wide_of, in_folds=in_folds, normal=normal)

@@ -1,0 +1,234 @@
+"""The held-out residual of candidates, exact and projected, and the choice of spans."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghost_dist.errors import ConfigError
+from ghost_dist.solver.least_squares import RIDGE_GRID
+from ghost_dist.solver.recoverability import (
+    HeldOut,
+    choose_spans,
+    cost_map,
+    exact_held_out,
+    projected_held_out,
+    relative_residual,
+)
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import SpanCollector
+from ghost_dist.statistics.recoverability import PairCollector, candidate_spans, projection
+
+L, T, C, WINDOWS, FOLDS = 7, 60, 12, 8, 4
+CPU = torch.device("cpu")
+
+
+def streams(rows):
+    """Seven layers; 2, 3 and 4 together are exactly linear, the others are not; channel 5 is
+    massive."""
+    x = 2 * rows.normal(WINDOWS, T, C, seed=0)
+    x[..., 5] *= 50
+    states = [x]
+    for layer in range(L):
+        if layer in (2, 3, 4):
+            x = x + x @ (0.1 * rows.normal(C, C, seed=10 + layer))
+        else:
+            x = x + torch.tanh(x @ rows.normal(C, C, seed=10 + layer))
+        states.append(x)
+    return torch.stack(states)
+
+
+def collect_folds(make, hidden):
+    folds = []
+    for f in range(FOLDS):
+        collector = make()
+        for window in range(f, WINDOWS, FOLDS):
+            for boundary in collector.boundaries:
+                collector(boundary, window, hidden[boundary, window])
+        folds.append(collector.result())
+    return folds
+
+
+def exact(hidden, spans):
+    folds = collect_folds(lambda: SpanCollector(spans, C, CPU), hidden)
+    return {span: exact_held_out(span, [fold[span] for fold in folds]) for span in spans}
+
+
+def projected(hidden, spans, columns):
+    make = lambda: PairCollector(spans, C, CPU, columns)  # noqa: E731
+    folds = collect_folds(make, hidden)
+    held_out = {}
+    for start, stops in make().stops.items():
+        of_start = [fold[start] for fold in folds]
+        held_out |= projected_held_out(start, stops, of_start, projection(C, columns))
+    return held_out
+
+
+def test_exact_is_the_residual_of_rows_never_fitted_on(rows):
+    hidden = streams(rows)
+    span = Span(1, 3)
+    held_out = exact(hidden, [span])[span]
+    x, y = hidden[1].reshape(-1, C), hidden[3].reshape(-1, C)
+    fold = (torch.arange(WINDOWS) % FOLDS).repeat_interleave(T)
+    ridge = held_out.relative_ridge * float((x.T @ x).diagonal().median())
+    total = 0.0
+    for f in range(FOLDS):
+        x_t, y_t = x[fold != f], y[fold != f]
+        gram = x_t.T @ x_t + ridge * torch.eye(C, dtype=torch.float64)
+        m = torch.linalg.solve(gram, x_t.T @ (y_t - x_t))
+        total += float((y[fold == f] - x[fold == f] - x[fold == f] @ m).square().sum())
+    assert held_out.residual == pytest.approx(total, rel=1e-9)
+    assert held_out.cut == pytest.approx(float((y - x).square().sum()), rel=1e-9)
+    assert held_out.energy == pytest.approx(float(y.square().sum()), rel=1e-9)
+    assert held_out.standard_error == 0
+
+
+def test_projected_estimates_agree_with_the_exact_ones_within_their_error(rows):
+    hidden = streams(rows)
+    spans = candidate_spans(L, 1, 4)
+    truth, estimate = exact(hidden, spans), projected(hidden, spans, 256)
+    assert estimate.keys() == truth.keys()
+    scores = []
+    for span in spans:
+        t, e = truth[span], estimate[span]
+        assert e.cut == pytest.approx(t.cut, rel=1e-9)
+        assert e.energy == pytest.approx(t.energy, rel=1e-9)
+        if t.residual > 1e-6 * t.cut:
+            assert 0 < e.standard_error < 0.2 * e.residual
+            scores.append((e.residual - t.residual) / e.standard_error)
+    # All spans share one R, so the scores are no independent sample; none may be absurd.
+    assert max(map(abs, scores)) < 4
+    assert math.sqrt(sum(s * s for s in scores) / len(scores)) < 2
+
+
+def test_standard_error_is_the_spread_over_projections(rows, monkeypatch):
+    """Estimates under 60 independent projections scatter as the standard error says."""
+    hidden = streams(rows)
+    span = Span(0, 2)
+    estimates, errors = [], []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(100 + seed)
+        signs = (torch.randint(0, 2, (C, 32), generator=generator) * 2 - 1).double() / 32**0.5
+        monkeypatch.setattr(
+            "ghost_dist.statistics.recoverability.projection", lambda *_, signs=signs: signs
+        )
+        folds = collect_folds(lambda: PairCollector([span], C, CPU, 32), hidden)
+        held_out = projected_held_out(0, (2,), [fold[0] for fold in folds], signs)[span]
+        estimates.append(held_out.residual)
+        errors.append(held_out.standard_error)
+    truth = exact(hidden, [span])[span].residual
+    estimates, errors = torch.tensor(estimates), torch.tensor(errors)
+    # 60 samples: the standard deviation is known to 9 %, the mean to std / sqrt(60).
+    assert float(errors.mean() / estimates.std()) == pytest.approx(1, abs=0.3)
+    assert abs(float(estimates.mean()) - truth) < 4 * float(estimates.std()) / 60**0.5
+
+
+def test_uncorrelated_residuals_are_estimated_exactly(rows):
+    """Signs square to 1: channels whose residuals are orthogonal add up exactly, massive or not."""
+    x = torch.cat((torch.eye(C, dtype=torch.float64), -torch.eye(C, dtype=torch.float64))) * 5
+    noise = torch.diag(torch.logspace(0, 4, C, dtype=torch.float64))
+    hidden = torch.stack((x, x + torch.cat((noise, noise))))[:, None].expand(2, WINDOWS, -1, -1)
+    estimate = projected(hidden, [Span(0, 1)], 4)[Span(0, 1)]
+    truth = exact(hidden, [Span(0, 1)])[Span(0, 1)]
+    assert estimate.residual == pytest.approx(truth.residual, rel=1e-6)
+
+
+def test_the_linear_span_is_the_best_of_its_length(rows):
+    hidden = streams(rows)
+    for held_out in (
+        exact(hidden, candidate_spans(L, 3, 3)),
+        projected(hidden, candidate_spans(L, 3, 3), 16),
+    ):
+        cost = cost_map(L, held_out)
+        assert choose_spans(cost, 3, 1) == (Span(2, 5),)
+        assert cost[2, 5] < 1e-9
+    protected = cost_map(L, exact(hidden, candidate_spans(L, 3, 3, protect=(4,))))
+    assert choose_spans(protected, 3, 1)[0].stop <= 4
+
+
+def test_ridge_is_chosen_for_each_pair(rows):
+    held_out = projected(streams(rows), candidate_spans(L, 1, 4), 16)
+    chosen = {h.relative_ridge for h in held_out.values()}
+    assert chosen <= set(RIDGE_GRID)
+    assert len(chosen) > 1
+
+
+def test_cost_map_holds_nan_where_nothing_was_computed():
+    held_out = {Span(1, 3): HeldOut(3.0, 0.0, 5.0, 12.0, 10, 0.1)}
+    cost = cost_map(4, held_out)
+    assert cost.shape == (4, 5)
+    assert cost[1, 3] == pytest.approx(0.25)
+    assert cost.isnan().sum() == 19
+    assert cost_map(4, held_out, lambda h: h.residual / h.cut)[1, 3] == pytest.approx(0.6)
+    assert relative_residual(HeldOut(-1e-9, 0.0, 5.0, 12.0, 10, 0.1)) == 0
+
+
+def brute_force(cost, remove, max_spans, min_length, max_length, protect):
+    """Least total cost over all subsets of layers, by their runs."""
+    layers = len(cost)
+    best = None
+    for gone in itertools.combinations(range(layers), remove):
+        if set(gone) & set(protect):
+            continue
+        runs = []
+        for layer in gone:
+            if runs and runs[-1][1] == layer:
+                runs[-1][1] = layer + 1
+            else:
+                runs.append([layer, layer + 1])
+        if len(runs) > max_spans or not all(min_length <= b - a <= max_length for a, b in runs):
+            continue
+        total = sum(cost[a][b] for a, b in runs)
+        if math.isfinite(total) and (best is None or total < best):
+            best = total
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layers=st.integers(2, 9),
+    remove=st.integers(1, 8),
+    max_spans=st.integers(1, 4),
+    min_length=st.integers(1, 3),
+    max_length=st.integers(1, 6),
+    protect=st.sets(st.integers(0, 8), max_size=2),
+    missing=st.floats(0, 0.5),
+    seed=st.integers(0, 2**16),
+)
+def test_choice_equals_brute_force(
+    layers, remove, max_spans, min_length, max_length, protect, missing, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(layers, layers + 1, generator=generator, dtype=torch.float64)
+    cost[torch.rand(layers, layers + 1, generator=generator) < missing] = math.nan
+    expected = None
+    if remove < layers:
+        expected = brute_force(cost.tolist(), remove, max_spans, min_length, max_length, protect)
+    options = {"min_length": min_length, "max_length": max_length, "protect": protect}
+    if expected is None:
+        with pytest.raises(ConfigError, match="No choice"):
+            choose_spans(cost, remove, max_spans, **options)
+        return
+    spans = choose_spans(cost, remove, max_spans, **options)
+    assert sum(float(cost[s.start, s.stop]) for s in spans) == pytest.approx(expected, rel=1e-12)
+    assert sum(map(len, spans)) == remove
+    assert len(spans) <= max_spans
+    assert all(a.stop < b.start for a, b in itertools.pairwise(spans))
+    assert all(min_length <= len(s) <= max_length for s in spans)
+
+
+def test_planted_spans_and_equal_costs():
+    cost = torch.ones(10, 11, dtype=torch.float64)
+    cost[1, 3] = cost[6, 9] = 0.1
+    assert choose_spans(cost, 5, 2) == (Span(1, 3), Span(6, 9))
+    # Of equal costs: fewest spans first, then the earliest.
+    assert choose_spans(torch.zeros(6, 7, dtype=torch.float64), 2, 2) == (Span(0, 2),)
+
+
+def test_eighty_layers_take_no_time():
+    cost = torch.rand(80, 81, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spans = choose_spans(cost, 24, 4, max_length=40)
+    assert sum(map(len, spans)) == 24

@@ -1,0 +1,164 @@
+"""Wide moments against direct products, and every derived moment against its own rows."""
+
+import pytest
+import torch
+
+from ghost_dist.statistics import wide as wide_module
+from ghost_dist.statistics.moments import MomentsAccumulator
+from ghost_dist.statistics.wide import (
+    WideAccumulator,
+    WideMoments,
+    as_wide,
+    combine,
+    norm_features,
+    retarget,
+    shift,
+    stream_moments,
+    take,
+)
+
+C, F, T, WINDOWS = 12, 31, 40, 5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def rows(seed=0, dtype=torch.float64):
+    """A, H and Y of several windows, with a massive channel and shifted means."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(WINDOWS, T, C, generator=generator, dtype=torch.float64) + 1
+    a[:, :, 3] *= 300
+    h = torch.randn(WINDOWS, T, F, generator=generator, dtype=torch.float64).relu()
+    y = a @ torch.randn(C, C, generator=generator, dtype=torch.float64) + 2
+    return a.to(dtype), h.to(dtype), y.to(dtype)
+
+
+def direct(z, y, w=None):
+    z, y = z.reshape(-1, z.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
+    w2 = torch.ones(len(z), dtype=torch.float64) if w is None else w.reshape(-1).double() ** 2
+    zw = z * w2[:, None]
+    return WideMoments(
+        len(z), zw.T @ z, zw.T @ y, zw.sum(0), w2 @ y, w2 @ (y * y), w2.sum().reshape(1)
+    )
+
+
+def accumulate(a, h, y, w=None, **options):
+    accumulator = WideAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
+    for i in range(len(a)):
+        accumulator.add((a[i], h[i]), y[i], None if w is None else w[i])
+    return accumulator.result()
+
+
+def assert_close(got, expected, rtol=1e-12):
+    assert got.num_tokens == expected.num_tokens
+    assert got.arrays().keys() == expected.arrays().keys()
+    for name, array in got.arrays().items():
+        other = expected.arrays()[name]
+        assert array.shape == other.shape, name
+        assert array.dtype == torch.float64, name
+        assert (array - other).abs().max() <= rtol * other.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_columns", [1, 7, 43, 4096])
+def test_sums_equal_direct_products_whatever_the_blocks(dtype, block_columns):
+    a, h, y = rows(dtype=dtype)
+    got = accumulate(a, h, y, block_columns=block_columns)
+    assert_close(got, direct(torch.cat((a, h), -1), y))
+
+
+def test_weights_scale_rows_and_are_squared_in_every_sum():
+    a, h, y = rows()
+    w = torch.rand(WINDOWS, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w[:, 0] = 0
+    got = accumulate(a, h, y, w, block_columns=8)
+    assert_close(got, direct(torch.cat((a, h), -1), y, w))
+    assert got.num_tokens == WINDOWS * T
+    kept = accumulate(a[:, 1:], h[:, 1:], y[:, 1:], w[:, 1:])
+    assert (got.gram_ZZ - kept.gram_ZZ).abs().max() <= 1e-12 * kept.gram_ZZ.abs().max()
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_parts_add_up_to_the_whole(of):
+    a, h, y = rows()
+    parts = [accumulate(a, h, y, block_columns=9, part=part, of=of) for part in range(of)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    assert_close(total, accumulate(a, h, y), rtol=1e-14)
+    assert all(part.cross_ZC.count_nonzero() < total.cross_ZC.count_nonzero() for part in parts)
+
+
+def test_float32_products_flushed_into_float64(monkeypatch):
+    monkeypatch.setattr(wide_module, "has_full_rate_float64", lambda device: False)
+    monkeypatch.setattr(wide_module, "FLUSH_TOKENS", 16)
+    a, h, y = rows(dtype=torch.bfloat16)
+    got = accumulate(a, h, y)
+    expected = direct(torch.cat((a, h), -1), y)
+    # 16 float32 additions of exact products, against the correlation scale of each entry.
+    diagonal = expected.gram_ZZ.diagonal().sqrt()
+    error = (got.gram_ZZ - expected.gram_ZZ).abs() / torch.outer(diagonal, diagonal)
+    assert 0 < error.max() <= 16 * 2**-24
+
+
+def test_windows_in_any_order_and_chunking():
+    a, h, y = rows()
+    order = [3, 0, 4, 1, 2]
+    assert_close(accumulate(a[order], h[order], y[order]), accumulate(a, h, y), rtol=1e-14)
+    halves = accumulate(a[:2], h[:2], y[:2]) + accumulate(a[2:], h[2:], y[2:])
+    assert_close(halves, accumulate(a, h, y), rtol=1e-14)
+    assert_close(accumulate(a, h, y) - accumulate(a[:2], h[:2], y[:2]),
+                 accumulate(a[2:], h[2:], y[2:]), rtol=1e-10)  # fmt: skip
+
+
+def test_arrays_round_trip():
+    moments = accumulate(*rows())
+    back = WideMoments.from_arrays(moments.num_tokens, moments.arrays())
+    assert back == moments
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_stream_moments_equal_accumulating_the_stream(bias):
+    a, h, y = rows()
+    generator = torch.Generator().manual_seed(2)
+    down = torch.randn(F, C, generator=generator, dtype=torch.float64)
+    b = torch.randn(C, generator=generator, dtype=torch.float64) if bias else None
+    accumulator = MomentsAccumulator(C, CPU)
+    for i in range(WINDOWS):
+        accumulator.add(a[i] + h[i] @ down + (0 if b is None else b), y[i])
+    assert_close(stream_moments(accumulate(a, h, y), down, b), accumulator.result(), rtol=1e-11)
+
+
+def test_derived_moments_equal_direct_ones():
+    a, h, y = rows()
+    z = torch.cat((a, h), -1)
+    generator = torch.Generator().manual_seed(3)
+    w = torch.rand(WINDOWS, T, generator=generator, dtype=torch.float64)
+    mix = torch.randn(C + F, 5, generator=generator, dtype=torch.float64)
+    change = torch.randn(C + F, C, generator=generator, dtype=torch.float64)
+    constant = torch.randn(C + F, generator=generator, dtype=torch.float64)
+    moments = accumulate(a, h, y, w)
+    assert_close(combine(moments, mix), direct(z @ mix, y, w), rtol=1e-11)
+    assert_close(take(moments, slice(C, None)), direct(h, y, w))
+    assert_close(retarget(moments, change), direct(z, y - z @ change, w), rtol=1e-11)
+    assert_close(shift(moments, constant), direct(z + constant, y, w))
+
+
+def test_plain_moments_are_wide_ones():
+    a, _, y = rows()
+    accumulator = MomentsAccumulator(C, CPU)
+    for i in range(WINDOWS):
+        accumulator.add(a[i], y[i])
+    assert_close(as_wide(accumulator.result()), direct(a, y))
+
+
+def test_norm_features_are_llamas_rmsnorm():
+    x = torch.randn(T, C, generator=torch.Generator().manual_seed(4)) * 50
+    same, normed = norm_features(x, 1e-5)
+    assert same is x
+    expected = torch.nn.functional.rms_norm(x, (C,), eps=1e-5)
+    torch.testing.assert_close(normed, expected, rtol=1e-6, atol=1e-6)
+    assert norm_features(x.bfloat16(), 1e-5)[1].dtype == torch.bfloat16
