@@ -359,6 +359,7 @@ def train(arguments: argparse.Namespace) -> int:
         print(" ".join(f"{name}={value}" for name, value in point.items()), flush=True)
         if held_out < best:
             best = held_out
+            run["kept_step"] = step
             save(model, arguments.corpus, arguments.out)
         # Beside the folder, not in it: the folder is shipped as it is.
         write_json(arguments.out.with_name(arguments.out.name + ".training.json"), run)
@@ -469,7 +470,7 @@ def mean_loss(model: Any, loss_of: Callable[..., Tensor], windows: Tensor) -> fl
     """Mean loss over all windows, in batches of 16, without dropout."""
     model.eval()
     # A batch of another size would compile again, so a last, smaller one is left out.
-    batches = [batch for batch in windows.split(16) if len(batch) == min(16, len(windows))]
+    batches = [batch for batch in torch.split(windows, 16) if len(batch) == min(16, len(windows))]
     losses = [window_loss(model, loss_of, batch) for batch in batches]
     model.train()
     return float(torch.stack(losses).mean())
@@ -556,7 +557,9 @@ def measure(arguments: argparse.Namespace) -> int:
     }
     prompt = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
     ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
-    result["sample"] = tokenizer.decode(model.generate(ids, max_new_tokens=120, do_sample=False)[0])
+    torch.manual_seed(0)  # drawn, not greedy: the likeliest token of a model this small repeats
+    sample = model.generate(ids, max_new_tokens=120, do_sample=True, temperature=0.7)
+    result["sample"] = tokenizer.decode(sample[0])
     print(json.dumps(result, indent=1))
     return 0
 
@@ -565,7 +568,7 @@ def measure(arguments: argparse.Namespace) -> int:
 def model_perplexity(model: Any, windows: Tensor) -> float:
     """Perplexity over windows (B, T): each predicts its T - 1 last tokens from those before."""
     nats, num_tokens = 0.0, 0
-    for batch in windows.split(8):
+    for batch in torch.split(windows, 8):
         logits = model(batch, use_cache=False).logits.float()
         targets = batch[:, 1:].flatten()
         nats += float(

@@ -159,12 +159,12 @@ def oracle_logits(model, layers, spans, operators, tokens):
     for span in spans:
         for index in range(span.start, span.stop):
 
-            def skip(_, args, kwargs, output, operator=operators.get(span), index=index, span=span):
+            def skip(_, args, kwargs, output, index=index, span=span):
                 x = args[0] if args else kwargs["hidden_states"]
-                if operator is not None and index == span.start:
-                    x = x @ operator.weight_CC.to(x.dtype)
-                    if operator.bias_C is not None:
-                        x = x + operator.bias_C.to(x.dtype)
+                if span in operators and index == span.start:
+                    x = x @ operators[span].weight_CC.to(x.dtype)
+                    if operators[span].bias_C is not None:
+                        x = x + operators[span].bias_C.to(x.dtype)
                 return (x, *output[1:]) if isinstance(output, tuple) else x
 
             handles.append(stack[index].register_forward_hook(skip, with_kwargs=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,9 @@ def _load(
 ) -> Any:
     if device.type != "cpu":
         arguments["device_map"] = {"": device}
+    reports: list[str] = []
     try:
-        with _quiet():
+        with _quiet() as reports:
             model, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
@@ -181,7 +183,9 @@ def _load(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded by transformers: {error}") from error
+        raise CheckpointError(
+            "\n".join((f"{path} cannot be loaded by transformers: {error}", *reports))
+        ) from error
     missing = sorted(
         name for name in info["missing_keys"] if ignore is None or not name.startswith(ignore)
     )
@@ -236,19 +240,27 @@ def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no load report (we raise what it would tell); other warnings stay."""
+def _quiet() -> Iterator[list[str]]:
+    """No progress bars and no load report (what it would tell we raise); other warnings stay.
+
+    Yields a list that holds the reports that were kept back, for an error message.
+    """
     logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
     bars = transformers.utils.logging.is_progress_bar_enabled()
+    reports: list[str] = []
 
-    def no_report(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+    def keep_report(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" in message:
+            reports.append(re.sub(r"\x1b\[[0-9;]*m", "", message))
+            return False
+        return True
 
-    logger.addFilter(no_report)
+    logger.addFilter(keep_report)
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        yield reports
     finally:
-        logger.removeFilter(no_report)
+        logger.removeFilter(keep_report)
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -23,7 +23,8 @@ def save_operator(folder: Path, span: Span, operator: Operator) -> str:
     if operator.bias_C is not None:
         tensors["bias"] = operator.bias_C.detach().cpu().contiguous()
     path = operator_path(folder, span)
-    metadata = {"span": f"{span.start}:{span.stop}", "convention": "y = x @ weight + bias"}
+    # One entry only: safetensors writes several in random order, and the file must be bitwise so.
+    metadata = {"ghost_dist": f"span {span.start}:{span.stop}, y = x @ weight + bias"}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -352,4 +352,4 @@ class Stages:
             torch.cuda.max_memory_allocated(self._inputs.device) if cuda else 0
         )
         self._run.finish(name, inputs, outputs)
-        return outputs
+        return self._run.outputs(name)  # as a later process will read it

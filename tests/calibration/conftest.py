@@ -21,7 +21,8 @@ from tokenizers import (
 
 BOS, EOS = "<bos>", "<eos>"
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] "
+    "or m.tool_calls is defined %}"
     "{{ raise_exception('no such role') }}{% endif %}"
     "<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
 )
@@ -83,13 +84,16 @@ def whole_text(text):
 
 def digits_from_right(text):
     """Numbers in threes from their end: where a number is cut depends on how it goes on."""
-    tokenizer = byte_level(text)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    groups = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d{1,3}(?=(\d{3})*\b)"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    numbers = " 1234567890" * 1000  # so that threes of digits become tokens
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = _trained(groups, numbers + text, alphabet=alphabet)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

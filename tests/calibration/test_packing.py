@@ -53,16 +53,16 @@ def test_prefixes_give_the_stream_of_the_whole_text(tokenizers_by_kind, text, ki
         assert stream.tolist() == whole[:needed]
 
 
-@pytest.mark.parametrize("needed", range(900, 1300, 7))
+@pytest.mark.parametrize("needed", range(105, 225, 5))
 def test_text_whose_end_changes_its_beginning(tokenizers_by_kind, needed):
-    # The 1000 digits are grouped from their right end: a prefix that stops inside them is wrong.
+    # The 1000 digits, characters 900 to 1900, are grouped from their right end. The first prefix
+    # stops inside of them with all tokens that are needed, most often with the wrong ones.
     tokenizer = tokenizers_by_kind["digits_from_right"]
-    text = "the parser\n" * 250 + "1234567890" * 100 + " and then" * 2000
-    whole = ids(tokenizer, text)
+    text = " argument" * 100 + "1234567890" * 100 + " and then" * 2000
     stream = pack_tokens(
-        one_text(text), tokenizer, needed=needed, special_tokens=False, least_growth=500
+        one_text(text), tokenizer, needed=needed, special_tokens=False, least_growth=1000
     )
-    assert stream.tolist() == whole[:needed]
+    assert stream.tolist() == ids(tokenizer, text)[:needed]
 
 
 def test_pieces_do_not_matter(tokenizers_by_kind, text):
@@ -123,6 +123,13 @@ def test_special_tokens_are_added_to_each_document(tokenizer, text):
     assert stream.tolist().count(0) == 3
     part = pack_tokens(several(documents), tokenizer, needed=300, special_tokens=True)
     assert part.tolist() == expected[:300]
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_documents_are_read_only_as_far_as_needed(tokenizer, text, special_tokens):
+    endless = itertools.cycle([text[:500], text[500:900]])
+    stream = pack_tokens(several(endless), tokenizer, needed=3000, special_tokens=special_tokens)
+    assert len(stream) == 3000
 
 
 def test_a_text_file_with_special_tokens_is_one_document(tokenizer, text):

@@ -109,7 +109,7 @@ def _saved(config, folder, **changes):
         (lambda: transformers.T5Config(num_layers=2), "encoder-decoder"),
         (lambda: transformers.BertConfig(num_hidden_layers=2), "norm behind the layers"),
         (lambda: transformers.ViTConfig(num_hidden_layers=2), "no causal language model"),
-        (lambda: transformers.Gemma3Config(), "other modalities"),
+        (transformers.Gemma3Config, "other modalities"),
         (
             lambda: transformers.Gemma3nTextConfig(**SMALL, num_kv_shared_layers=2),
             "keys and values of earlier",

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.modules["ghost_dist"] = None
 
-import torch
-import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()

@@ -116,7 +116,8 @@ def test_result_has_the_documented_keys_and_true_figures(make_config, text_file,
     assert set(result["timings_s"]) == {
         "tokens", "select", "calibrate", "solve", "export", "evaluate",
     }  # fmt: skip
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").open()]
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     assert [e["event"] for e in events].count("range-committed") == 8
 
 

@@ -1,0 +1,162 @@
+"""Exported folders, loaded by plain transformers in a fresh process, against two references.
+
+The process cannot import ghost_dist. One reference is the recovered model in memory, as the
+pipeline has it; the other is made from the uncut model by none of the code under test.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    CUTS,
+    FAMILIES,
+    NUM_LAYERS,
+    oracle_logits,
+    random_operators,
+    random_tokens,
+    rounding,
+    save_checkpoint,
+)
+
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.load import load_causal_lm
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.surgery import Operator, insert_operators, remove_layers
+from ghost_dist.errors import ExportError
+from ghost_dist.export.rewrite import export_checkpoint
+from ghost_dist.export.verify import reload_logits, verify_reload
+
+CPU = torch.device("cpu")
+TOKENS = random_tokens()
+GRID = [(family, cut) for family in FAMILIES for cut in CUTS]
+
+
+@pytest.fixture(scope="session")
+def reloaded(checkpoint, tmp_path_factory):
+    """Logits of every family and cut, from one fresh process."""
+    root = tmp_path_factory.mktemp("exported")
+    for family, cut in GRID:
+        source, architecture = checkpoint(family)
+        out = root / f"{family}-{cut}"
+        operators = random_operators(CUTS[cut])
+        export_checkpoint(source, architecture, CUTS[cut], operators, out, max_shard_bytes=60_000)
+    folders = {(family, cut): root / f"{family}-{cut}" for family, cut in GRID}
+    found = reload_logits(
+        dict.fromkeys(folders.values(), TOKENS.numpy()), dtype=torch.float32, device=CPU
+    )
+    return {key: found[folder] for key, folder in folders.items()}
+
+
+def recovered(source, architecture, spans, operators, dtype=torch.float32):
+    model = load_causal_lm(source.path, dtype=dtype, device=CPU)
+    remove_layers(model, architecture, spans)
+    insert_operators(model, architecture, spans, operators)
+    return model
+
+
+@pytest.mark.parametrize(("family", "cut"), GRID)
+def test_reloaded_logits(checkpoint, reloaded, family, cut):
+    source, architecture = checkpoint(family)
+    spans, operators = CUTS[cut], random_operators(CUTS[cut])
+    found = reloaded[family, cut]
+    uncut = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    expected = oracle_logits(uncut, architecture.layers, spans, operators, TOKENS)
+    assert (found - expected).abs().max() <= rounding(expected)
+    model = recovered(source, architecture, spans, operators)
+    with torch.inference_mode():
+        in_memory = torch.cat([model(row[None], use_cache=False).logits for row in TOKENS])
+    assert (found - in_memory).abs().max() <= rounding(in_memory, factor=4)
+
+
+@pytest.mark.parametrize("operator_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_bfloat16_checkpoints(tmp_path, family, operator_dtype):
+    source = open_checkpoint(save_checkpoint(family, tmp_path / "m", dtype=torch.bfloat16))
+    architecture = inspect_architecture(source)
+    spans = CUTS["last"]
+    operators = random_operators(spans, operator_dtype)
+    export_checkpoint(source, architecture, spans, operators, tmp_path / "out")
+    model = recovered(source, architecture, spans, operators, torch.bfloat16)
+    verify_reload(tmp_path / "out", model, TOKENS.numpy(), dtype=torch.bfloat16, device=CPU)
+    stored = {t.dtype for n, t in open_checkpoint(tmp_path / "out").tensors.items() if "ghost" in n}
+    assert stored == {"F32" if operator_dtype == torch.float32 else "BF16"}
+
+
+def test_cut_only_needs_no_code(checkpoint, tmp_path):
+    source, architecture = checkpoint("gemma3")
+    spans = CUTS["two"]
+    export_checkpoint(source, architecture, spans, {}, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "gemma3_text"
+    assert "auto_map" not in config
+    model = recovered(source, architecture, spans, {})
+    verify_reload(tmp_path / "out", model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+    uncut = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    expected = oracle_logits(uncut, architecture.layers, spans, {}, TOKENS)
+    again = load_causal_lm(tmp_path / "out", dtype=torch.float32, device=CPU)
+    with torch.inference_mode():
+        assert (again(TOKENS).logits - expected).abs().max() <= rounding(expected)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    source, architecture = checkpoint("llama")
+    out = tmp_path_factory.mktemp("verify") / "out"
+    export_checkpoint(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]), out)
+    return out
+
+
+def test_verify_finds_another_operator(checkpoint, exported):
+    """A transposed W is the mistake that a symmetric one would hide."""
+    source, architecture = checkpoint("llama")
+    (span,) = CUTS["middle"]
+    operator = random_operators(CUTS["middle"])[span]
+    model = recovered(source, architecture, (span,), {span: Operator(operator.weight_CC.T)})
+    with pytest.raises(ExportError, match="does not reproduce the recovered model"):
+        verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+
+
+def test_verify_finds_nan(checkpoint, exported, tmp_path):
+    source, architecture = checkpoint("llama")
+    model = recovered(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ExportError, match="does not reproduce"):
+        verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+
+
+def test_verify_finds_a_lost_operator(exported, tmp_path):
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "ghost_operators": []}))
+    with pytest.raises(ExportError, match=r"unexpected tensors \['model.layers.2.ghost.weight'\]"):
+        reload_logits({broken: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
+
+
+def test_only_our_code_is_run(exported, tmp_path):
+    strange = shutil.copytree(exported, tmp_path / "strange")
+    (strange / "more.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(ExportError, match=r"more\.py.*not run"):
+        reload_logits({strange: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
+
+
+def test_user_cache_stays_clean(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    reload_logits({exported: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_timeout(exported):
+    with pytest.raises(ExportError, match="more than 0 s"):
+        reload_logits({exported: TOKENS.numpy()}, dtype=torch.float32, device=CPU, timeout_s=0.01)
+
+
+def test_tokens_are_taken_as_integers(exported):
+    narrow = TOKENS.numpy().astype(np.int32)
+    found = reload_logits({exported: narrow}, dtype=torch.float32, device=CPU)[exported]
+    assert found.shape == (2, 24, 128)
+    assert NUM_LAYERS == 6
