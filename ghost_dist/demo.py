@@ -34,7 +34,7 @@ def run_demo(out: Path | None, console: Console | None = None) -> None:
             "model": {"path": str(PICO)},
             "calibration": {
                 "source": str(text_folder / "calibration.txt"),
-                "windows": 128,
+                "windows": 64,
                 "window_length": 1024,
             },
             "selection": {"remove": 4},

@@ -6,7 +6,6 @@ would load the checkpoint without its operators and only warn.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.resources
 import string
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ghost_dist import __version__
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.surgery import Operator
 from ghost_dist.spans import Span, operator_positions
@@ -30,7 +30,7 @@ def modeling_source(architecture: Architecture, operators: Mapping[Span, Operato
     """Text of the Python file: the template with the family's names put in."""
     template = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
     return string.Template(template).substitute(
-        version=importlib.metadata.version("ghost_dist"),
+        version=__version__,
         base_model_type=architecture.model_type,
         base_config=architecture.config_class,
         base_model=architecture.base_class,

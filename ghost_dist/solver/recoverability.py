@@ -147,14 +147,28 @@ def projected_held_out(
 
 
 def relative_residual(held_out: HeldOut) -> float:
-    """The default cost of a span: ``residual / ||Y||^2``, clipped below at 0."""
+    """``residual / ||Y||^2``: the share of the energy of the stream that repair does not explain.
+
+    Not ``residual / cut``, which is smallest where the cut does most harm, nor ``residual`` alone,
+    which grows with the stream along the depth.
+    """
     return max(0.0, held_out.residual / held_out.energy)
+
+
+def lost_log_energy(held_out: HeldOut) -> float:
+    """The default cost of a span: ``-log(1 - residual / ||Y||^2)``, at most 27.6.
+
+    1 - residual / ||Y||^2 is the share of the energy that the repaired stream still explains; what
+    several spans in a row explain is about the product of their shares, so the logarithms add.
+    For single spans of one length it ranks as :func:`relative_residual` does.
+    """
+    return -math.log(max(1e-12, 1.0 - relative_residual(held_out)))
 
 
 def cost_map(
     num_layers: int,
     held_out: Mapping[Span, HeldOut],
-    cost: Callable[[HeldOut], float] = relative_residual,
+    cost: Callable[[HeldOut], float] = lost_log_energy,
 ) -> Tensor:
     """The recoverability map: a cost per candidate, (L, L + 1) float64, indexed [start, stop].
 

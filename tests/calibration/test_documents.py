@@ -11,7 +11,7 @@ def test_messages_are_rendered_by_the_template(tokenizer):
 
 def test_sharegpt_messages_mean_the_same(tokenizer):
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    sharegpt = [{"from": speaker, "value": speaker} for speaker in roles]
+    sharegpt = [{"from": speaker, "value": speaker, "role": None} for speaker in roles]
     messages = [{"role": role, "content": speaker} for speaker, role in roles.items()]
     assert render_chat(tokenizer, sharegpt, "") == render_chat(tokenizer, messages, "")
 

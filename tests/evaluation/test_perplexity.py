@@ -87,6 +87,15 @@ def test_the_head_sees_few_tokens_at_a_time(family, monkeypatch):
         assert predictions == [20, 20, 20, 20, 12]
 
 
+def test_a_model_that_names_no_body(monkeypatch):
+    model, windows = make_model("Llama"), make_windows()
+    monkeypatch.setattr(type(model), "base_model_prefix", "")
+    assert model.base_model is model
+    result = perplexity(model, windows, batch=2, device="cpu")
+    np.testing.assert_allclose(result.nats_per_window, plain_nats(model, windows), rtol=2e-6)
+    assert "forward" not in model.__dict__
+
+
 @pytest.mark.parametrize("family", ["Llama", "OPT"])
 def test_the_body_runs_once_a_batch(family):
     model, calls = make_model(family), []
