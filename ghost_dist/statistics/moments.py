@@ -106,7 +106,9 @@ class MomentsAccumulator:
             sums.gram_CC.addmm_(x64_TC.T, x64_TC)
             sums.cross_CC.addmm_(x64_TC.T, y64_TC)
         else:
-            for x_tC, y_tC in zip(x_TC.split(FLUSH_TOKENS), y_TC.split(FLUSH_TOKENS), strict=True):
+            for first in range(0, x_TC.shape[0], FLUSH_TOKENS):
+                x_tC = x_TC[first : first + FLUSH_TOKENS]
+                y_tC = y_TC[first : first + FLUSH_TOKENS]
                 sums.gram_CC.add_(_float32_product(x_tC.T, x_tC))
                 sums.cross_CC.add_(_float32_product(x_tC.T, y_tC))
         sums.sum_x_C.add_(x64_TC.sum(0))
