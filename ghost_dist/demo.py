@@ -37,7 +37,7 @@ def run_demo(out: Path | None, console: Console | None = None) -> None:
                 "windows": 64,
                 "window_length": 1024,
             },
-            "selection": {"remove": 4},
+            "selection": {"remove": 5},  # of 20
             "evaluation": {
                 "corpora": {"python-stdlib": str(text_folder / "evaluation.txt")},
                 "windows": 32,

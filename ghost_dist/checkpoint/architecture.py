@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ghost_dist.checkpoint.layer_fields import LayerFields, find_layer_fields
+from ghost_dist.checkpoint.layer_fields import LayerFields, find_layer_fields, read_config
 from ghost_dist.checkpoint.layer_fields import cut_config as cut_fields
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import cut_difference, empty_model
@@ -176,11 +176,11 @@ def check_cut(
     config_class = getattr(transformers, architecture.config_class)
     model_class = getattr(transformers, architecture.causal_lm_class)
     if model is None:
-        model = empty_model(model_class, config_class.from_dict(dict(config)))
+        model = empty_model(model_class, read_config(config_class, config))
     cut = ", ".join(map(str, spans))
     try:
         twin = empty_model(
-            model_class, config_class.from_dict(cut_config(config, spans, architecture))
+            model_class, read_config(config_class, cut_config(config, spans, architecture))
         )
     except Exception as error:
         raise _refused(
@@ -218,7 +218,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             + (f" (its code comes with the checkpoint).{flag}" if code else ""),
         )
     try:
-        config = CONFIG_MAPPING[family].from_dict(dict(raw))
+        config = read_config(CONFIG_MAPPING[family], raw)
     except Exception as error:
         raise CheckpointError(f"{where} is not a valid {family} configuration: {error}") from error
     if config.is_encoder_decoder:

@@ -159,6 +159,22 @@ def cut_config(
     return cut
 
 
+def read_config(config_class: type[Any], raw: Mapping[str, Any]) -> Any:
+    """A transformers configuration from the content of ``config.json``.
+
+    ``from_dict`` alone does not know how transformers spells Infinity and NaN in JSON.
+    """
+    return config_class.from_dict(_with_floats(dict(raw)))
+
+
+def _with_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def _are_layer_numbers(name: str, value: Sequence[Any], num_layers: int) -> bool:
     return (
         0 < len(value) < num_layers

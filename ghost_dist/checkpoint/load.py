@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
@@ -98,7 +99,7 @@ def load_decoder(
         (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
     )
     raw = open_checkpoint(path).config
-    config = config_class.from_dict(cut_config(raw, above, architecture))
+    config = read_config(config_class, cut_config(raw, above, architecture))
     norm = architecture.in_base(architecture.final_norm) + "."
     model = _load(model_class, path, dtype, device, ignore=norm, config=config)
     decoder = Decoder(model, architecture)

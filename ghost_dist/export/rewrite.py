@@ -9,6 +9,7 @@ as the last step, so a folder of that name is a whole checkpoint whatever happen
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -212,7 +213,8 @@ def _write_config(
         text = modeling_source(architecture, operators)
         (folder / modeling_file_name(architecture)).write_text(text, encoding="utf-8")
         name_tokenizer_class(source, folder)
-    (folder / "config.json").write_bytes(json_bytes(config))
+    # Not json_bytes: configurations of some families hold Infinity, and keep it.
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_target(out: Path, nbytes: int) -> None:

@@ -9,6 +9,7 @@ import transformers
 from families import CUTS, FAMILIES, NUM_LAYERS, VOCAB, save_checkpoint
 
 from ghost_dist.checkpoint.architecture import check_cut, cut_config, inspect_architecture
+from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers
@@ -53,7 +54,7 @@ def test_cut_config_describes_the_layers_that_stay(checkpoint, family, cut):
     assert json.dumps(source.config) == before
     check_cut(architecture, source.config, CUTS[cut])
     kept = kept_layers(CUTS[cut], NUM_LAYERS)
-    read = type(FAMILIES[family]()).from_dict(config)
+    read = read_config(type(FAMILIES[family]()), config)
     assert read.num_hidden_layers == len(kept)
     types = getattr(FAMILIES[family](), "layer_types", None)
     if types is not None:
