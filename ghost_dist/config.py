@@ -259,8 +259,9 @@ def parse_set(assignment: str) -> tuple[str, Any]:
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
     """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
+    required: dict[str, Any] = {"model": {}, "selection": {}, "output": {}}
     try:
-        return Config.model_validate(_exponents_as_floats(dict(tree)))
+        return Config.model_validate(_exponents_as_floats({**required, **tree}))
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
 
@@ -291,6 +292,9 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     return lines
 
 
+_ARGUMENTS = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
+
+
 def _exponents_as_floats(value: Any) -> Any:
     """YAML 1.1 reads ``1e-6`` (no dot) as text; nobody means text by it."""
     if isinstance(value, dict):
@@ -316,7 +320,8 @@ def _describe(error: ValidationError) -> str:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}."
             lines.append(f"Unknown configuration key {where}: {hint}")
         elif item["type"] == "missing":
-            lines.append(f"Configuration field {where} is missing.")
+            hint = _ARGUMENTS.get(where, "")
+            lines.append(f"Configuration field {where} is missing{hint}.")
         elif item["type"] == "literal_error" and isinstance(item["input"], str):
             allowed = str(item.get("ctx", {}).get("expected", ""))
             words = [word.strip("' ") for word in allowed.replace(" or ", ",").split(",")]

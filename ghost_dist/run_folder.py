@@ -67,6 +67,8 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         try:
             self._take()
+            self.operators.mkdir(exist_ok=True)
+            self._stages.mkdir(exist_ok=True)
             self._check_config()
         except RunFolderError:
             self._release()
@@ -86,6 +88,14 @@ class RunFolder:
         traceback: TracebackType | None,
     ) -> None:
         self._release()
+
+    def begin(self) -> None:
+        """Bind the folder to this configuration; call it once the inputs have been checked.
+
+        Before that nothing is bound, so a mistake can be corrected under the same ``--out``.
+        """
+        text = yaml.safe_dump(config_tree(self.config), sort_keys=False)
+        create_bytes(self.path / "config.yaml", text.encode())
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
@@ -134,10 +144,7 @@ class RunFolder:
         os.write(self._lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
 
     def _check_config(self) -> None:
-        self.operators.mkdir(exist_ok=True)
-        self._stages.mkdir(exist_ok=True)
-        text = yaml.safe_dump(config_tree(self.config), sort_keys=False)
-        if create_bytes(self.path / "config.yaml", text.encode()):
+        if not (self.path / "config.yaml").exists():
             return
         stored = config_tree(self.stored_config(self.path))
         differing = differing_fields(stored, config_tree(self.config))

@@ -59,7 +59,7 @@ def test_mistakes_are_named(changes, message):
 
 
 def test_missing_sections_are_named():
-    with pytest.raises(ConfigError, match=r"model(.|\n)*selection(.|\n)*output"):
+    with pytest.raises(ConfigError, match=r"MODEL(.|\n)*--remove(.|\n)*--out"):
         load_config(None, {})
 
 

@@ -19,6 +19,7 @@ def config(path, **changes):
 
 def test_same_configuration_continues(tmp_path):
     with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
         run.finish("solve", "abc", {"x": 1})
     with RunFolder(config(tmp_path / "run")) as run:
         assert run.record("solve", "abc") == {"x": 1}
@@ -28,8 +29,8 @@ def test_same_configuration_continues(tmp_path):
 
 
 def test_other_configuration_is_refused_by_field(tmp_path):
-    with RunFolder(config(tmp_path / "run")):
-        pass
+    with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
     with (
         pytest.raises(RunMismatchError, match=r"calibration\.windows: 32 in RUN, 9 now"),
         RunFolder(config(tmp_path / "run", **{"calibration.windows": 9})),
@@ -37,9 +38,16 @@ def test_other_configuration_is_refused_by_field(tmp_path):
         pass
 
 
+def test_a_run_that_never_began_binds_nothing(tmp_path):
+    with RunFolder(config(tmp_path / "run", **{"model.path": "a typing mistake"})):
+        pass  # its inputs were refused
+    with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
+
+
 def test_a_moved_run_is_still_the_same(tmp_path):
-    with RunFolder(config(tmp_path / "run")):
-        pass
+    with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
     (tmp_path / "run").rename(tmp_path / "moved")
     with RunFolder(config(tmp_path / "moved")):
         pass
@@ -81,6 +89,7 @@ def test_second_process_is_refused(tmp_path):
 
 def test_half_written_record_means_not_done(tmp_path):
     with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
         (run.path / "stages" / "solve.json").write_text('{"inputs": "abc", "outp')
         assert run.record("solve", "abc") is None
 

@@ -62,6 +62,7 @@ def recover(
             run.forget(again)
         stages = Stages(inputs, run, reporter)
         tokens = stages.tokens()
+        run.begin()
         spans = stages.select(tokens)
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":

@@ -282,6 +282,9 @@ def test_bad_input_is_refused_before_any_work(make_config, tmp_path, changes, er
         recover(make_config(**{key.replace(".", "__"): value for key, value in changes.items()}))
     assert not (tmp_path / "run" / "checkpoint").exists()
     assert not list((tmp_path / "run").glob("statistics.zarr/ranges/*"))
+    # Corrected under the same --out, it works.
+    with RunFolder(make_config()):
+        pass
 
 
 def test_full_disk_is_refused_with_the_figures(make_config, monkeypatch):
