@@ -245,12 +245,12 @@ def test_failed_export_leaves_nothing_that_looks_complete(make_config, tmp_path,
 def test_stage_again_with_another_ridge(make_config, tmp_path):
     recover(make_config())
     before = operators(tmp_path / "run")
-    run_stage_again(tmp_path / "run", "solve", ["operator.ridge={relative: 0.3}"])
+    run_stage_again(tmp_path / "run", "solve", ["operator.ridge={relative: 0.7}"])
     assert operators(tmp_path / "run") != before
     config = RunFolder.stored_config(tmp_path / "run")
-    assert config_tree(config)["operator"]["ridge"] == {"relative": 0.3}
+    assert config_tree(config)["operator"]["ridge"] == {"relative": 0.7}
     result = recover(config)  # export follows the new operator
-    assert result["fit"][0]["relative_ridge"] == pytest.approx(0.3)
+    assert result["fit"][0]["relative_ridge"] == pytest.approx(0.7)
     exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
     solved = load_file(tmp_path / "run" / "operators" / "3-5.safetensors")["weight"]
     [name] = [name for name in exported if "ghost" in name]
