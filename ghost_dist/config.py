@@ -43,7 +43,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id; null: its default branch."""
     trust_remote_code: bool = False
-    """Run Python files found in the checkpoint. Never done unless this is true."""
+    """Let a tokenizer that comes as Python code run. Model code from a checkpoint is never run."""
 
 
 class CalibrationConfig(_Section):

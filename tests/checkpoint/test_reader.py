@@ -175,11 +175,16 @@ def test_fingerprint_sees_weights_config_and_nothing_else(folder, tmp_path):
     before = model_fingerprint(open_checkpoint(folder))
     copied = shutil.copytree(folder, tmp_path / "copy")
     assert model_fingerprint(open_checkpoint(copied)) == before
+    header = copied / shards(folder)[0].name
+    header.write_bytes(header.read_bytes().replace(b'"pt"', b'"tp"', 1))
+    assert model_fingerprint(open_checkpoint(copied)) != before
     tensors = load_file(shards(folder)[0])
     name = next(iter(tensors))
     tensors[name].view(-1)[-1] += 1e-3
     save_file(tensors, shards(folder)[0], metadata={"format": "pt"})
     assert model_fingerprint(open_checkpoint(folder)) != before
+    copied = shutil.copytree(folder, tmp_path / "another")
+    before = model_fingerprint(open_checkpoint(copied))
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     assert model_fingerprint(open_checkpoint(copied)) != before
