@@ -2,13 +2,13 @@
 # the package with the given extras into it. torch goes first and by its exact version, so that pip
 # takes the CPU build where there is no NVIDIA GPU and never pulls gigabytes of CUDA by accident.
 #
-#   source launch/environment.sh [EXTRAS]      # for example: dev
+#   extras=dev; source launch/environment.sh   # without extras: leave the variable unset
 #
 # PYTHON=python3.12 chooses the interpreter; GHOST_DIST_VENV=DIR another place for the environment.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-}
+extras=${extras:-}
 venv=${GHOST_DIST_VENV:-.venv}
 torch=torch==2.13.0
 

@@ -4,8 +4,9 @@
 #   bash launch/test.sh                          # the normal suite, under 25 minutes on 2 cores
 #   bash launch/test.sh -m gpu                   # on a machine with an NVIDIA GPU
 #   bash launch/test.sh -m chaos_nightly         # hundreds of injected faults
+extras=dev
 # shellcheck source=launch/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 ruff format --check .
 mypy
