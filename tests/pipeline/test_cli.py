@@ -1,0 +1,103 @@
+"""The ghost-dist command: exit codes, messages, and the demo as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ghost_dist.cli import main
+from ghost_dist.config import config_tree
+from ghost_dist.pipeline.recover import recover
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return stopped.value.code or 0, printed.out, printed.err
+
+
+@pytest.fixture
+def solved(make_config, tmp_path):
+    recover(make_config(), again="solve")
+    return tmp_path / "run"
+
+
+def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
+    assert run(capsys, "verify", solved)[:2] == (0, "8 of 8 ranges are sound.\n")
+    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob("*/3-5/cross_CC/c/0/0")
+    chunk.unlink()
+    (solved / "statistics.zarr" / "ledger" / "00005.json").unlink()
+    code, out, _ = run(capsys, "verify", solved)
+    assert code == 1
+    assert "range 3: DAMAGED" in out
+    assert "not yet run: ranges 5" in out
+    assert "6 of 8 ranges are sound" in out
+    assert f"ghost-dist recover {solved / 'config.yaml'}" in out
+
+
+def test_the_command_that_verify_prints_repairs(solved, capsys):
+    before = (solved / "operators" / "3-5.safetensors").read_bytes()
+    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob("*/3-5/cross_CC/c/0/0")
+    chunk.write_bytes(b"")
+    code, out, err = run(capsys, "recover", solved / "config.yaml", "--out", solved)
+    assert code == 0
+    assert "range 3" in err
+    assert "checkpoint" in out
+    assert (solved / "operators" / "3-5.safetensors").read_bytes() == before
+    assert run(capsys, "verify", solved)[0] == 0
+
+
+def test_solve_again_prints_the_fit(solved, capsys):
+    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge={relative: 0.7}")
+    assert code == 0
+    assert json.loads(out)["fit"][0]["relative_ridge"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["recover", "m", "--out", "r"], 2, "--remove 7"),
+        (["recover", "m", "--remove", "3"], 2, "--out RUN"),
+        (["recover", "m", "--remove", "3", "--operator", "gost", "--out", "r"], 2, "mean ghost"),
+        (["recover", "m", "--spans", "5-7", "--out", "r"], 2, "start:stop"),
+        (["recover", "no.yaml"], 2, "no.yaml cannot be read"),
+        (["recover", "./nowhere", "--remove", "3", "--out", "r"], 1, "nowhere"),
+        (["verify", "nowhere"], 1, "not a RUN folder"),
+        (["recover"], 2, "MODEL"),
+        (["recuver"], 2, "recover"),
+    ],
+)
+def test_mistakes_give_a_message_and_a_code(
+    capsys, tmp_path, monkeypatch, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(capsys, *arguments)
+    assert got == code
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_set_wins_over_the_file(make_config, tmp_path, capsys):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config_tree(make_config())))
+    code, _, _ = run(capsys, "recover", path, "--set", "operator.name=none", "--spans", "2:4")
+    assert code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["operator"], result["spans"]) == ("none", [[2, 4]])
+
+
+@pytest.mark.timeout(600)
+def test_demo_closes_part_of_the_gap(tmp_path):
+    command = [sys.executable, "-m", "ghost_dist", "demo", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert "python-stdlib" in done.stdout
+    assert "gap closed" in done.stdout
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    value = result["perplexity"]["python-stdlib"]
+    assert sum(stop - start for start, stop in result["spans"]) == 5  # a quarter of 20
+    assert value["dense"] < value["recovered"] < value["pruned"]
+    assert (value["pruned"] - value["recovered"]) / (value["pruned"] - value["dense"]) > 0.3
