@@ -1,0 +1,64 @@
+"""``recover`` from end to end on every family: what is exported reloads and is better than the cut.
+
+The reload is checked by the run itself, in a process without ghost_dist; here the result is looked
+at from outside.
+"""
+
+import json
+import string
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, VOCAB, save_checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ghost_dist.config import load_config
+from ghost_dist.pipeline.recover import recover
+
+TEXT = (string.printable[:94] + " the quick brown fox jumps over the lazy dog. ") * 60
+
+
+def save_tokenizer(folder):
+    """One token a character, ids 3 and up."""
+    characters = {character: 3 + i for i, character in enumerate(string.printable[:95])}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **characters}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_recovered(family, tmp_path):
+    model = tmp_path / "model"
+    save_checkpoint(family, model)
+    save_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    run = tmp_path / "run"
+    result = recover(
+        load_config(
+            None,
+            {
+                "model.path": str(model),
+                "calibration.source": str(text),
+                "calibration.windows": 32,
+                "calibration.window_length": 64,
+                "calibration.window_bos": True,
+                "selection.spans": [[1, 2], [4, 5]],
+                "engine.device": "cpu",
+                "output.path": str(run),
+            },
+        )
+    )
+    config = json.loads((run / "checkpoint" / "config.json").read_text())
+    assert config["model_type"].startswith("ghost_")
+    assert all(fit["residual"] < 1 for fit in result["fit"]), "no better than the plain cut"
+    tokens = torch.randint(3, VOCAB - 30, (1, 16), generator=torch.Generator().manual_seed(1))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        run / "checkpoint", trust_remote_code=True, dtype=torch.float32
+    )
+    assert len(loaded.get_submodule(loaded.base_model_prefix).state_dict()) > 0
+    assert torch.isfinite(loaded(tokens).logits).all()
