@@ -128,7 +128,9 @@ def test_evaluated_perplexity_is_that_of_the_exported_checkpoint(make_config, te
         evaluation__window_length=64,
     )
     result = recover(config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "run" / "checkpoint", trust_remote_code=True
+    )
     ids = tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"][: 4 * 64]
     tokens = torch.tensor(ids).view(4, 64)
     values = logits(tmp_path / "run" / "checkpoint", tokens, trust_remote_code=True)

@@ -25,7 +25,8 @@ def plain_perplexity(folder, text, windows):
     """In a fresh process with nothing but transformers."""
     code = f"""
 import json, math, torch, transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})
+tokenizer = transformers.AutoTokenizer.from_pretrained(
+    {str(folder)!r}, trust_remote_code=True)
 model = transformers.AutoModelForCausalLM.from_pretrained(
     {str(folder)!r}, trust_remote_code=True, dtype=torch.float32)
 text = open({str(text)!r}, encoding="utf-8").read()
@@ -40,7 +41,12 @@ with torch.inference_mode():
 print(json.dumps(math.exp(nats / ({windows} * 1023))))
 """
     output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/"
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,  # a question would be a failure
+        text=True,
+        cwd="/",
     )
     return json.loads(output.stdout.splitlines()[-1])
 
