@@ -44,7 +44,7 @@ def recover(
     Returns
     -------
     dict
-        The content of ``result.json`` (keys in ``docs/result.md``); with ``again`` before
+        The content of ``result.json`` (keys in ``docs/configuration.md``); with ``again`` before
         ``export``, only the outputs of that stage.
 
     Raises

@@ -212,9 +212,11 @@ class Stages:
             **inputs.numerics,
         }
         unverified = self._run.path / "checkpoint.unverified"
+        replaced = self._run.path / "checkpoint.replaced"
 
         def work() -> dict[str, Any]:
             shutil.rmtree(unverified, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
             try:
                 with self._reporter.stage("export", inputs.source.nbytes, "bytes") as advance:
                     export_checkpoint(
@@ -228,11 +230,15 @@ class Stages:
                         advance=advance,
                     )
                 difference = self._verify(unverified, spans, operators)
-                shutil.rmtree(self._run.checkpoint, ignore_errors=True)
+                # An older checkpoint loses its name before it is removed: a kill in the middle of
+                # the removal must not leave half of it under the name of a whole one.
+                if self._run.checkpoint.exists():
+                    self._run.checkpoint.rename(replaced)
                 unverified.rename(self._run.checkpoint)
                 fsync_folder(self._run.path)
             finally:
                 shutil.rmtree(unverified, ignore_errors=True)
+                shutil.rmtree(replaced, ignore_errors=True)
             return {"reload_max_abs_difference": difference}
 
         if not (self._run.checkpoint / "config.json").exists():

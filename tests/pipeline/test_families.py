@@ -60,5 +60,4 @@ def test_family_is_recovered(family, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         run / "checkpoint", trust_remote_code=True, dtype=torch.float32
     )
-    assert len(loaded.get_submodule(loaded.base_model_prefix).state_dict()) > 0
     assert torch.isfinite(loaded(tokens).logits).all()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config import config_tree
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore
@@ -107,12 +108,9 @@ def test_kill_during_export_leaves_no_checkpoint_that_looks_complete(
         )
         interrupted = wait_and_kill(process, chance.uniform(0.2, 3.0) if kills < 4 else 120)
         kills += interrupted
-        # Whatever bears the final name has been reloaded and compared.
-        assert (
-            not (run / "checkpoint").exists()
-            or (run / "stages" / "export.json").exists()
-            or (run / "checkpoint" / "model.safetensors").exists()
-        )
+        if (run / "checkpoint").exists():  # whatever bears the final name is whole
+            tensors = open_checkpoint(run / "checkpoint").tensors
+            assert sum("ghost" in name for name in tensors) == 1
     assert kills >= 3
     result = recover(config)
     assert result["fingerprint"] == expected["fingerprint"]
