@@ -55,12 +55,14 @@ def recover(
     ],
     out: Annotated[str | None, typer.Option("--out", help="RUN folder.")] = None,
     remove: Annotated[
-        int | None, typer.Option("--remove", help="Number of layers to remove.")
+        str | None, typer.Option("--remove", help="How much goes: 7 layers, 20%, or 4GB.")
     ] = None,
     spans: Annotated[
         str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")
     ] = None,
-    operator: Annotated[str | None, typer.Option("--operator", help="ghost or none.")] = None,
+    operator: Annotated[
+        str | None, typer.Option("--operator", help="auto, ghost, ghost-joint, fold, ...")
+    ] = None,
     assignments: Set = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
@@ -70,7 +72,8 @@ def recover(
 
     is_file = model.endswith((".yaml", ".yml"))
     overrides: dict[str, Any] = {} if is_file else {"model.path": model}
-    given = {"output.path": out, "selection.remove": remove, "selection.spans": spans}
+    given: dict[str, Any] = {"output.path": out, "selection.spans": spans}
+    given["selection.remove"] = int(remove) if remove and remove.isdigit() else remove
     given["operator.name"] = operator
     overrides.update({key: value for key, value in given.items() if value is not None})
     overrides.update(parse_set(assignment) for assignment in assignments or ())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,18 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span, check_spans, parse_spans
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Criterion = Literal["recoverability", "cosine", "angular", "block-influence", "paper"]
+OperatorName = Literal[
+    "ghost",
+    "ghost-joint",
+    "fold",
+    "replaceme",
+    "linear-patch",
+    "linear-patch-hadamard",
+    "low-rank",
+    "none",
+]
+RowWeights = Literal["none", "drop-first", "inverse-norm", "clip"]
 
 
 class _Section(BaseModel):
@@ -68,12 +81,28 @@ class CalibrationConfig(_Section):
 class SelectionConfig(_Section):
     """Which layers are removed."""
 
-    criterion: Literal["cosine"] = "cosine"
-    """cosine: the span whose ends are most alike, per token (LLM-Streamline)."""
-    remove: int | None = Field(default=None, ge=1)
-    """Number of layers to remove; the criterion picks them."""
+    criterion: Criterion = "recoverability"
+    """recoverability: least held-out residual after repair; cosine (LLM-Streamline), angular
+    (PruneMe), block-influence (ShortGPT), paper (the published code's score)."""
+    remove: Annotated[int, Field(ge=1)] | str | None = None
+    """How much goes: 7 layers, 20% of the parameters, or 4GB of the checkpoint's bytes."""
     spans: tuple[Span, ...] | None = None
     """Explicit half-open spans, [[11, 18]]; overrides criterion and remove."""
+    max_spans: int = Field(default=1, ge=1)
+    """recoverability: most separate spans to remove."""
+    min_length: int = Field(default=1, ge=1)
+    """recoverability: fewest layers of a span."""
+    max_length: int | None = Field(default=None, ge=1)
+    """recoverability: most layers of a span; null: all that are removed."""
+    protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers that stay whatever the criterion says."""
+
+    @field_validator("remove")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parse_size(value)
+        return value
 
     @field_validator("spans", mode="before")
     @classmethod
@@ -104,6 +133,15 @@ class SelectionConfig(_Section):
             if not self.spans:
                 raise ValueError("spans is empty; give at least one [start, stop]")
             check_spans(self.spans, num_layers=1 << 30)  # against the model once it is known
+        if self.max_spans > 1 and self.criterion != "recoverability":
+            raise ValueError(
+                f"max_spans={self.max_spans} needs criterion=recoverability; {self.criterion} "
+                "decides the number of spans itself"
+            )
+        if self.max_length is not None and self.max_length < self.min_length:
+            raise ValueError(
+                f"max_length={self.max_length} is less than min_length={self.min_length}"
+            )
         return self
 
 
@@ -122,18 +160,73 @@ class AbsoluteRidge(_Section):
 class OperatorConfig(_Section):
     """What takes the place of the removed layers."""
 
-    name: Literal["ghost", "none"] = "ghost"
-    """ghost: x -> x W with a dense W (the paper); none: cut only."""
+    name: Literal["auto"] | OperatorName = "auto"
+    """auto: ghost-joint, or ghost where the layer before the gap does not allow it; ghost: x -> x W
+    (the paper); ghost-joint: that and a new down_proj before the gap; fold, replaceme: only that;
+    low-rank: x -> x + x U V; linear-patch, linear-patch-hadamard: a diagonal; none: cut only."""
     ridge: Literal["auto"] | RelativeRidge | AbsoluteRidge = "auto"
-    """auto: the grid value with the least held-out residual; {relative: r}; {absolute: a}."""
+    """auto: chosen on held-out windows; {relative: r} to the median of the Gram's diagonal;
+    {absolute: a}, as it is (the paper: 1e-6)."""
     folds: int = Field(default=4, ge=2)
-    """Folds of the held-out residual; windows are dealt to folds range by range."""
-    row_weights: Literal["none"] = "none"
-    """How tokens are weighted in the least squares; none: alike."""
-    choose: Literal["residual"] = "residual"
-    """What ranks candidate fits: residual, the held-out boundary residual."""
+    """Folds of the held-out windows, dealt range by range."""
+    affine: bool = False
+    """Fit a bias too."""
+    features: Literal["auto", "stream", "stream+norm"] = "auto"
+    """ghost, ghost-joint: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what
+    ``choose`` prefers. With ghost-joint, stream+norm takes one more pass over the windows."""
+    rank: int | None = Field(default=None, ge=1)
+    """low-rank: rank of U V; null: least rank within 1 % of the best held-out residual."""
+    row_weights: Literal["auto"] | RowWeights = "none"
+    """How tokens are weighted in the least squares: none, drop-first (position 0 does not count),
+    inverse-norm (1/||y||), clip (massive ones bounded); auto: none or inverse-norm, with twice the
+    statistics."""
+    choose: Literal["kl", "residual"] = "kl"
+    """What settles whatever is auto: kl, the divergence from the dense model on held-out windows;
+    residual, the held-out boundary residual, and of row weights none."""
+    refit: Literal["parallel", "sequential"] = "parallel"
+    """sequential: each later span is fitted on the stream of the already recovered model."""
+    heal: bool = False
+    """After the operators, refit every later down_proj towards the dense model's stream."""
     dtype: Literal["model", "float32"] = "model"
     """Dtype of the operator in the exported checkpoint."""
+
+    @model_validator(mode="after")
+    def _fitting_together(self) -> OperatorConfig:
+        if self.features == "stream+norm" and self.name not in ("auto", "ghost", "ghost-joint"):
+            raise ValueError(
+                f"features=stream+norm needs name=ghost or ghost-joint, not {self.name}"
+            )
+        if self.rank is not None and self.name != "low-rank":
+            raise ValueError(f"rank={self.rank} needs name=low-rank, not {self.name}")
+        if self.affine and self.name in ("none", "linear-patch", "linear-patch-hadamard"):
+            raise ValueError(f"affine=true has no meaning for name={self.name}")
+        if self.choose == "kl" and self.folds < 3:
+            raise ValueError(
+                f"choose=kl holds out one of {self.folds} folds and fits on the others, which need "
+                "at least 2: give folds >= 3, or choose=residual"
+            )
+        return self
+
+
+class RefineConfig(_Section):
+    """Distillation: only the operators are trained, against the dense model."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimiser steps; 0: none."""
+    batch: int = Field(default=8, ge=1)
+    """Windows per step."""
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    """Peak of AdamW's learning rate; 3 % warm-up, then cosine to 0."""
+    loss: Literal["kl", "hidden"] = "kl"
+    """kl: KL divergence of the logits; hidden: squared error of the normed last stream."""
+    top_k: int | None = Field(default=None, ge=1)
+    """kl: only the dense model's k likeliest tokens, renormalised; null: all."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """kl: of both distributions."""
+    every: int = Field(default=25, ge=1)
+    """Steps between two looks at the held-out loss; the state is saved then."""
+    patience: int = Field(default=8, ge=1)
+    """Looks without improvement before it stops."""
 
 
 class EngineConfig(_Section):
@@ -187,6 +280,7 @@ class Config(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     selection: SelectionConfig
     operator: OperatorConfig = OperatorConfig()
+    refine: RefineConfig = RefineConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
@@ -272,6 +366,25 @@ def config_tree(config: Config) -> dict[str, Any]:
     spans = config.selection.spans
     tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
     return tree
+
+
+def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
+    """``"20%"`` as a fraction, or ``"4GB"``, ``"512MiB"`` as bytes.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or not greater than 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kMGT]?)(i?)B)", text.strip())
+    if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) >= 100):
+        raise ValueError(
+            "give a number of layers (7), a share of the parameters (20%), or bytes (4GB, 512MiB)"
+        )
+    if match[2]:
+        return "fraction", float(match[1]) / 100
+    power = " kMGT".index(match[3] or " ")
+    return "bytes", float(match[1]) * (1024 if match[4] else 1000) ** power
 
 
 def fingerprint(value: Any) -> str:

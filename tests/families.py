@@ -7,7 +7,7 @@ N(1, 0.08^2), so that no layer is close to the identity and a wrong wiring shows
 import torch
 import transformers
 
-from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.spans import Span
 
 NUM_LAYERS = 6
@@ -157,20 +157,50 @@ def random_operators(spans, dtype=torch.float32):
     """One non-symmetric W (C, C) per span, far from the identity; every other one with a bias."""
     operators = {}
     for number, span in enumerate(spans):
-        generator = torch.Generator().manual_seed(100 + span.start)
-        weight_CC = torch.eye(HIDDEN) + torch.randn(HIDDEN, HIDDEN, generator=generator) / 8
-        bias_C = torch.randn(HIDDEN, generator=generator) if number % 2 else None
-        operators[span] = Operator(
-            weight_CC.to(dtype), None if bias_C is None else bias_C.to(dtype)
+        draw = _normal(100 + span.start)
+        weight_CC = torch.eye(HIDDEN) + draw(HIDDEN, HIDDEN) / 8
+        bias_C = draw(HIDDEN) if number % 2 else None
+        operators[span] = Repair(
+            weight_CC.to(dtype), bias_C=None if bias_C is None else bias_C.to(dtype)
         )
     return operators
+
+
+REPAIR_KINDS = ("ghost-joint", "fold", "low-rank", "stream+norm")
+
+
+def random_repairs(kind, spans, architecture, dtype=torch.float32):
+    """Repairs of another form; a span whose down_proj cannot be refitted has a plain W."""
+    repairs = {}
+    for span in spans:
+        draw = _normal(200 + span.start)
+        weight_CC = (torch.eye(HIDDEN) + draw(HIDDEN, HIDDEN) / 8).to(dtype)
+        size = architecture.inner_sizes.get(span.start - 1)
+        if kind in ("ghost-joint", "fold") and size is not None:
+            down_FC = (draw(size, HIDDEN) / 12).to(dtype)
+            repairs[span] = Repair(None if kind == "fold" else weight_CC, down_FC=down_FC)
+        elif kind == "low-rank":
+            pair = (draw(HIDDEN, 5).to(dtype) / 4, draw(5, HIDDEN).to(dtype) / 4)
+            repairs[span] = Repair(low_rank=pair, bias_C=draw(HIDDEN).to(dtype))
+        elif kind == "stream+norm":
+            normed_CC = (draw(HIDDEN, HIDDEN) / 8).to(dtype)
+            repairs[span] = Repair(weight_CC, normed_CC, norm_eps=1e-5)
+        else:
+            repairs[span] = Repair(weight_CC)
+    return repairs
+
+
+def _normal(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
 
 
 @torch.inference_mode()
 def oracle_logits(model, layers, spans, operators, tokens):
     """Logits of the recovered model from the uncut one, by none of the code under test.
 
-    Every removed layer is told to give back its input, the first of a span to give ``x W + b``.
+    Every removed layer is told to give back its input, the first of a span to give what the
+    operator makes of it; a replaced down_proj is told its new product.
     """
     stack = model.get_submodule(layers)
     handles = []
@@ -180,17 +210,42 @@ def oracle_logits(model, layers, spans, operators, tokens):
             def skip(_, args, kwargs, output, index=index, span=span):
                 x = args[0] if args else kwargs["hidden_states"]
                 if span in operators and index == span.start:
-                    x = x @ operators[span].weight_CC.to(x.dtype)
-                    if operators[span].bias_C is not None:
-                        x = x + operators[span].bias_C.to(x.dtype)
+                    x = _repaired(operators[span], x)
                 return (x, *output[1:]) if isinstance(output, tuple) else x
 
             handles.append(stack[index].register_forward_hook(skip, with_kwargs=True))
+        if span in operators and operators[span].down_FC is not None:
+            module = _down(stack[span.start - 1])
+
+            def product(module, args, output, span=span):
+                new = args[0] @ operators[span].down_FC.to(output.dtype)
+                return new if module.bias is None else new + module.bias
+
+            handles.append(module.register_forward_hook(product))
     try:
         return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _down(layer):
+    for path in ("mlp.down_proj", "mlp.dense_4h_to_h", "fc2", "feed_forward.down_proj"):
+        try:
+            return layer.get_submodule(path)
+        except AttributeError:
+            continue
+    raise AssertionError("no down_proj")
+
+
+def _repaired(repair, x):
+    y = x if repair.weight_CC is None else x @ repair.weight_CC.to(x.dtype)
+    if repair.norm_weight_CC is not None:
+        normed = x / (x.square().mean(-1, keepdim=True) + repair.norm_eps).sqrt()
+        y = y + normed @ repair.norm_weight_CC.to(x.dtype)
+    if repair.low_rank is not None:
+        y = y + x @ (repair.low_rank[0] @ repair.low_rank[1]).to(x.dtype)
+    return y if repair.bias_C is None else y + repair.bias_C.to(x.dtype)
 
 
 def rounding(logits, num_layers=NUM_LAYERS, factor=16):

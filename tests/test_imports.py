@@ -15,7 +15,7 @@ ROWS = [
     {"checkpoint"},
     {"calibration", "statistics"},
     {"engines", "evaluation"},
-    {"solver"},
+    {"solver", "refine"},
     {"export", "report"},
     {"pipeline"},
     {"assets"},

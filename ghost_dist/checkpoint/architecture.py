@@ -7,6 +7,7 @@ handled: the recovered checkpoint must not depend on code that came with the ori
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class Architecture:
         Path of the rotary embedding that all layers share, or None.
     tensor_prefix
         Prefix of layer tensors in the checkpoint files; ``layers``, or it without ``base_prefix``.
+    norm_eps
+        Epsilon of the final norm.
+    down_projections
+        Layer to the path within it, such as ``"mlp.down_proj"``, of the one linear module that ends
+        its MLP; layers with experts have none. Whether its output is added to the stream as it is
+        shows only when it runs (``load.adds_mlp_output``).
+    inner_sizes
+        Layer to the width F that its down_proj reads.
     fields
         Per-layer fields of the configuration.
     """
@@ -69,6 +78,9 @@ class Architecture:
     head: str
     rotary: str | None
     tensor_prefix: str
+    norm_eps: float
+    down_projections: Mapping[int, str]
+    inner_sizes: Mapping[int, int]
     fields: LayerFields
 
     @property
@@ -120,6 +132,8 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
     if embeddings is None or head is None:
         raise _refused(family, "its token embeddings or its head could not be found")
     final_norm = _final_norm(model, layers, config)
+    tensor_prefix = _tensor_prefix(checkpoint, layers, model.base_model_prefix, config)
+    down = _down_projections(model.get_submodule(layers), checkpoint, tensor_prefix, config)
     architecture = Architecture(
         model_type=family,
         num_layers=config.num_hidden_layers,
@@ -135,13 +149,30 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
         final_norm_class=type(model.get_submodule(final_norm)).__name__,
         head=head,
         rotary=_child(model, parent, ("rotary", "rope")),
-        tensor_prefix=_tensor_prefix(checkpoint, layers, model.base_model_prefix, config),
+        tensor_prefix=tensor_prefix,
+        norm_eps=_norm_eps(model.get_submodule(final_norm)),
+        down_projections={layer: path for layer, (path, _) in down.items()},
+        inner_sizes={layer: size for layer, (_, size) in down.items()},
         fields=fields,
     )
     _refuse_shared_weights(model, layers, family)
     for spans in _trial_cuts(architecture.num_layers):
         check_cut(architecture, checkpoint.config, spans, model)
     return architecture
+
+
+def layer_sizes(
+    checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers stored of every layer, and their bytes."""
+    numbers, nbytes = [0] * architecture.num_layers, [0] * architecture.num_layers
+    pattern = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.")
+    for name, tensor in checkpoint.tensors.items():
+        match = pattern.match(name)
+        if match is not None and int(match[1]) < architecture.num_layers:
+            numbers[int(match[1])] += math.prod(tensor.shape)
+            nbytes[int(match[1])] += tensor.nbytes
+    return tuple(numbers), tuple(nbytes)
 
 
 def cut_config(
@@ -296,6 +327,41 @@ def _tensor_prefix(checkpoint: Checkpoint, layers: str, base_prefix: str, config
         f"{checkpoint.path} has no tensors {layers}.*, which the layers of family "
         f"{config.model_type} should be called."
     )
+
+
+def _down_projections(
+    layers: Any, checkpoint: Checkpoint, tensor_prefix: str, config: Any
+) -> dict[int, tuple[str, int]]:
+    """Layer to the path and the input width of its MLP's last linear module, where it has one."""
+    found: dict[int, tuple[str, int]] = {}
+    for index, layer in enumerate(layers):
+        paths = [
+            (path, module.in_features)
+            for path, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+            and module.out_features == config.hidden_size
+            and (path.startswith(("mlp.", "feed_forward.", "ffn.")) or "." not in path)
+            and path.count(".") <= 1
+        ]
+        # Only tensors that the files hold under the module's own name can be rewritten.
+        paths = [
+            (path, size)
+            for path, size in paths
+            if (tensor := checkpoint.tensors.get(f"{tensor_prefix}.{index}.{path}.weight"))
+            and tensor.shape == (config.hidden_size, size)
+        ]
+        wide = [(path, size) for path, size in paths if "gate" not in path]
+        if len(wide) == 1:
+            found[index] = wide[0]
+    common = {path for path, _ in found.values()}
+    return found if len(common) == 1 else {}
+
+
+def _norm_eps(norm: nn.Module) -> float:
+    for name in ("variance_epsilon", "eps", "norm_eps"):
+        if isinstance(value := getattr(norm, name, None), float):
+            return value
+    return 1e-6
 
 
 def _refuse_shared_weights(model: Any, layers: str, family: str) -> None:

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.surgery import bypassed, entering_at
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 
@@ -50,6 +51,7 @@ class Decoder:
         assert isinstance(layers, nn.ModuleList), "the layer list moved"
         model.set_submodule(architecture.in_base(architecture.final_norm), self._norm)
         self.layers = layers
+        self._down_projections = architecture.down_projections
         self.num_layers = len(layers)
         self.hidden_size = architecture.hidden_size
         self.dtype: torch.dtype = model.dtype
@@ -70,6 +72,31 @@ class Decoder:
         """
         stream_BTC: Tensor = self._model(input_ids=input_ids, use_cache=False)[0]
         return stream_BTC
+
+    def down_projection(self, layer: int) -> nn.Linear:
+        """The module that ends the MLP of a layer; KeyError if it has none."""
+        module = self.layers[layer].get_submodule(self._down_projections[layer])
+        assert isinstance(module, nn.Linear), "the down_proj moved"
+        return module
+
+    @contextlib.contextmanager
+    def between(self, first: int, last: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Run layers ``first .. last - 1`` only, on streams that are given.
+
+        Yields a function of the stream entering layer ``first``, shape (B, T, C), whose result is
+        the stream entering layer ``last``. The model's own forward makes masks and positions.
+        """
+        above = range(last, self.num_layers)
+
+        def run(stream_BTC: Tensor) -> Tensor:
+            if first == last:
+                return stream_BTC
+            ids_BT = torch.zeros(stream_BTC.shape[:2], dtype=torch.int64, device=self.device)
+            with entering_at(self._model, self.layers, first, stream_BTC):
+                return self(ids_BT)
+
+        with bypassed(self._model, self.layers, above):
+            yield run
 
 
 def load_decoder(
@@ -130,6 +157,18 @@ def load_causal_lm(
     )
 
 
+@contextlib.contextmanager
+def as_decoder(model: Any, architecture: Architecture) -> Iterator[Decoder]:
+    """The layers of an uncut causal LM as a decoder for a while, on the same weights."""
+    base = model.get_submodule(architecture.base_prefix)
+    path = architecture.in_base(architecture.final_norm)
+    norm = base.get_submodule(path)
+    try:
+        yield Decoder(base, architecture)
+    finally:
+        base.set_submodule(path, norm)
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder.
 
@@ -150,6 +189,40 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             f"{path} has no tokenizer that can be read: {error}. Copy tokenizer.json and "
             "tokenizer_config.json of the model into the folder."
         ) from error
+
+
+@torch.inference_mode()
+def adds_mlp_output(decoder: Decoder, layer: int) -> bool:
+    """Whether a layer adds the output of its down_proj to the stream as it is.
+
+    Tried on a few tokens, with that output and without it. False where it is normed or scaled
+    first (Gemma 2 and 3, OLMo 2, Granite): there the stream is not linear in the down_proj.
+    """
+    module = decoder.down_projection(layer)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    ids_BT = torch.arange(4, device=decoder.device)[None]
+    for name, silenced in (("with", False), ("without", True)):
+        handles = [decoder.layers[layer].register_forward_hook(keep(name))]
+        if silenced:
+            handles.append(module.register_forward_hook(lambda _m, _a, output: output * 0))
+        else:
+            handles.append(module.register_forward_hook(keep("product")))
+        try:
+            decoder(ids_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+    change, product = (seen["with"] - seen["without"]).double(), seen["product"].double()
+    scale = seen["with"].double().norm()
+    slack = 1e-3 * product.norm() + 8 * torch.finfo(decoder.dtype).eps * scale
+    return bool((change - product).norm() <= slack)
 
 
 class _Boundary(nn.Module):

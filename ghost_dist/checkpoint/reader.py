@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ghost_dist.checkpoint.safetensors_header import TensorInfo, read_header
 from ghost_dist.errors import CheckpointError
@@ -116,6 +118,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensor. Download or copy the checkpoint again.")
     return Checkpoint(path, config, tensors, headers)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor of a checkpoint, on the CPU in its own dtype.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there or cannot be read.
+    """
+    try:
+        file = checkpoint.path / checkpoint.tensors[name].file
+        with safe_open(file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+    except (KeyError, OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} cannot be read: {error}"
+        ) from error
+    return tensor
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:

@@ -5,35 +5,20 @@ The exported checkpoint must compute the same; ``export/verify.py`` compares the
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.repair import Repair, apply_repair, down_projections
 from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers, operator_positions
-
-
-@dataclass(frozen=True)
-class Operator:
-    """What acts on the residual stream in place of a removed span.
-
-    Attributes
-    ----------
-    weight_CC
-        W of shape (C_in, C_out): rows are tokens, ``x -> x @ W + bias``.
-    bias_C
-        Shape (C,), or None.
-    """
-
-    weight_CC: Tensor
-    bias_C: Tensor | None = None
 
 
 def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span]) -> None:
@@ -77,12 +62,13 @@ def insert_operators(
     model: Any,
     architecture: Architecture,
     spans: Sequence[Span],
-    operators: Mapping[Span, Operator],
-) -> list[RemovableHandle]:
-    """Let each operator act on the stream entering its boundary of a cut causal LM, by hooks.
+    operators: Mapping[Span, Repair],
+    healed: Mapping[int, Tensor] | None = None,
+) -> Callable[[], None]:
+    """Let each operator act on the stream entering its boundary of a cut causal LM.
 
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
-    computed in the dtype of the model.
+    computed in the dtype of the model. New down_proj weights take the model's dtype.
 
     Parameters
     ----------
@@ -92,38 +78,168 @@ def insert_operators(
         Sorted and joined, as ``check_spans`` gives them.
     operators
         By span; spans without one are cut only.
+    healed
+        More down_proj weights (F, C), by layer of the uncut model.
 
     Returns
     -------
-    list of RemovableHandle
-        ``remove()`` takes the operators out again.
+    callable
+        Takes everything out again.
     """
     layers = model.get_submodule(architecture.layers)
-    handles = []
-    for span, position in operator_positions(spans).items():
-        if span not in operators:
+    kept = kept_layers(spans, len(layers) + sum(map(len, spans)))
+    positions = operator_positions(spans)
+    return _install(
+        model,
+        architecture,
+        {positions[span]: repair for span, repair in operators.items()},
+        {kept.index(layer): down for layer, down in down_projections(operators, healed).items()},
+    )
+
+
+@contextlib.contextmanager
+def as_recovered(
+    model: Any,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Repair],
+    healed: Mapping[int, Tensor] | None = None,
+) -> Iterator[None]:
+    """Let an uncut model compute as the recovered one, without a second copy of it.
+
+    Removed layers hand their input on, operators act at the stops of their spans. Per-layer
+    settings are the uncut model's own, so nothing is renumbered.
+
+    Parameters as for :func:`insert_operators`.
+    """
+    layers = model.get_submodule(architecture.layers)
+    removed = [layer for span in spans for layer in range(span.start, span.stop)]
+    uninstall = _install(
+        model,
+        architecture,
+        {span.stop: repair for span, repair in operators.items()},
+        down_projections(operators, healed),
+    )
+    try:
+        with bypassed(model, layers, removed):
+            yield
+    finally:
+        uninstall()
+
+
+@contextlib.contextmanager
+def bypassed(model: Any, layers: Any, skipped: Sequence[int]) -> Iterator[None]:
+    """Let some of a model's layers hand their input stream on unchanged, computing nothing."""
+
+    def hand_on(tuple_length: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = args[0] if args else kwargs["hidden_states"]
+            return (stream, *(None,) * (tuple_length - 1)) if tuple_length else stream
+
+        return forward
+
+    if any(type(layers[index]) not in _TUPLE_LENGTH for index in skipped):
+        _learn_return_types(model, layers)
+    own = {index: layers[index].__dict__.get("forward") for index in skipped}  # accelerate's hooks
+    for index in skipped:
+        layers[index].__dict__["forward"] = hand_on(_TUPLE_LENGTH[type(layers[index])])
+    try:
+        yield
+    finally:
+        for index, forward in own.items():
+            del layers[index].__dict__["forward"]
+            if forward is not None:
+                layers[index].__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def entering_at(model: Any, layers: Any, first: int, stream_BTC: Tensor) -> Iterator[None]:
+    """Let a model run from layer ``first`` on, with ``stream_BTC`` entering it.
+
+    The layers below hand on what nobody reads; the token ids only have to be of the same shape.
+    The model's own forward makes masks and positions.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (stream_BTC, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": stream_BTC}
+
+    with bypassed(model, layers, range(first)):
+        handle = layers[first].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+_TUPLE_LENGTH: dict[type, int] = {}
+"""Length of the tuple in which a class of decoder layers returns its stream first; 0: alone."""
+
+
+@torch.inference_mode()
+def _learn_return_types(model: Any, layers: Any) -> None:
+    """Look at what each layer returns; annotations are missing or wrong in several families."""
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        _TUPLE_LENGTH[type(module)] = len(output) if isinstance(output, tuple) else 0
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _install(
+    model: Any,
+    architecture: Architecture,
+    at_boundary: Mapping[int, Repair],
+    down_of_layer: Mapping[int, Tensor],
+) -> Callable[[], None]:
+    layers = model.get_submodule(architecture.layers)
+    undo: list[Callable[[], None]] = []
+    for boundary, repair in at_boundary.items():
+        if not repair.boundary_parts():
             continue
-        last = position == len(layers)
-        module = model.get_submodule(architecture.final_norm) if last else layers[position]
+        last = boundary == len(layers)
+        module = model.get_submodule(architecture.final_norm) if last else layers[boundary]
         parameter = next(module.parameters())
-        handles.append(
-            module.register_forward_pre_hook(
-                _operator_hook(operators[span], parameter.dtype, parameter.device),
-                with_kwargs=True,
-            )
-        )
-    return handles
+        hook = _operator_hook(repair, parameter.dtype, parameter.device)
+        undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for layer, down_FC in down_of_layer.items():
+        module = layers[layer].get_submodule(down_path(architecture))
+        undo.append(functools.partial(setattr, module, "weight", module.weight))
+        weight_CF = down_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
+        module.weight = nn.Parameter(weight_CF, requires_grad=False)
+
+    def uninstall() -> None:
+        for step in undo:
+            step()
+
+    return uninstall
 
 
-def _operator_hook(operator: Operator, dtype: torch.dtype, device: torch.device) -> Any:
-    if operator.weight_CC.dtype == torch.float32:
+def down_path(architecture: Architecture) -> str:
+    """Path of the down_proj within a layer, the same in every layer that has one."""
+    return next(iter(architecture.down_projections.values()))
+
+
+def _operator_hook(repair: Repair, dtype: torch.dtype, device: torch.device) -> Any:
+    if repair.dtype == torch.float32:
         dtype = torch.float32
-    weight_CC = operator.weight_CC.T.to(device, dtype).contiguous()  # (out, in), as nn.Linear
-    bias_C = None if operator.bias_C is None else operator.bias_C.to(device, dtype)
+    repair = repair.stored(dtype, dtype).to(device)
+    # nn.Linear's layout (out, in) in memory: the same kernels as the exported module, bit by bit.
+    parts = {
+        name: part.T.contiguous().T if part.ndim == 2 else part
+        for name, part in repair.boundary_parts().items()
+    }
+    repair = Repair.from_parts(parts, repair.norm_eps)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x_BTC = args[0] if args else kwargs["hidden_states"]
-        y_BTC = nn.functional.linear(x_BTC.to(dtype), weight_CC, bias_C).to(x_BTC.dtype)
+        y_BTC = apply_repair(repair, x_BTC).to(x_BTC.dtype)
         if args:
             return (y_BTC, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": y_BTC}

@@ -24,11 +24,20 @@ class Sink(Protocol):
     def boundaries(self) -> tuple[int, ...]:
         """Boundaries that must be pushed, ascending."""
 
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose down_proj must be pushed, ascending; after the layer's own boundary and
+        before the next one.
+        """
+
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Take one window's stream, shape (T, C), compute dtype, on the engine's device.
 
         The tensor is not written to afterwards, so a sink may keep it.
         """
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
 
 
 class Engine(Protocol):

@@ -55,7 +55,18 @@ class ResidentEngine:
             for window, stream_TC in zip(current, stream_BTC, strict=True):
                 sink(boundary, window, stream_TC)
 
-        with torch.inference_mode(), self._tapped(sink.boundaries, push):
+        def push_mlp(layer: int, input_BTF: Tensor, product_BTC: Tensor) -> None:
+            shape = (len(current), -1)  # some families flatten batch and tokens around their MLP
+            inputs = input_BTF.reshape(*shape, input_BTF.shape[-1])
+            products = product_BTC.reshape(*shape, product_BTC.shape[-1])
+            for window, input_TF, product_TC in zip(current, inputs, products, strict=True):
+                sink.take_mlp(layer, window, input_TF, product_TC)
+
+        with (
+            torch.inference_mode(),
+            self._tapped(sink.boundaries, push),
+            self._mlp_tapped(sink.mlp_layers, push_mlp),
+        ):
             for first in range(0, len(windows), self._batch):
                 current[:] = windows[first : first + self._batch]
                 batch_BT = torch.from_numpy(tokens[current]).to(self.device, torch.int64)
@@ -80,6 +91,26 @@ class ResidentEngine:
             )
             for boundary in boundaries
             if boundary < self._decoder.num_layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _mlp_tapped(
+        self, layers: Sequence[int], push: Callable[[int, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        def tap(layer: int) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
+            def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+                push(layer, args[0], output if module.bias is None else output - module.bias)
+
+            return hook
+
+        handles = [
+            self._decoder.down_projection(layer).register_forward_hook(tap(layer))
+            for layer in layers
         ]
         try:
             yield

@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from torch import Tensor
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.errors import GhostDistError
 
-# Shapes: B windows of a batch, T tokens of a window, N = B (T - 1) predictions, C width, V entries.
+# Shapes: B windows of a batch, T tokens of a window, N = B T positions, C width, V entries.
 
 _LOGITS_AT_ONCE = 1 << 25  # entries: 128 MiB in float32
+_NO_TARGET = -100  # what cross_entropy leaves out: the last token of a window predicts nothing
 _PROBE_TOKENS = 16
 _PROBE_TOLERANCE = 0.02  # of the largest logit; a body that ran again is off by about all of it
 
@@ -99,15 +100,13 @@ def perplexity(
     assert batch >= 1, "a forward takes a window at least"
     assert windows.window_length >= 2, "a window must predict something"
     nats = np.zeros(windows.num_windows, dtype=np.float64)
-    with torch.inference_mode(), _evaluating(model):
-        logits_of: _LogitsOf | None = None
+    with torch.inference_mode(), evaluating(model):
+        head: HeadRunner | None = None
         for first in range(0, windows.num_windows, batch):
             rows = windows.tokens[first : first + batch].astype(np.int64)
             ids_BT = torch.from_numpy(rows).to(device)
-            if logits_of is None:
-                chunks = _answers_from_body(model, ids_BT[:1, :_PROBE_TOKENS])
-                logits_of = _logits_in_chunks if chunks else _logits_at_once
-            nats_B = _nats(logits_of(model, ids_BT), ids_BT)
+            head = head or HeadRunner(model, ids_BT)
+            nats_B = _nats(head, ids_BT)
             nats[first : first + batch] = nats_B
             bad = np.flatnonzero(~np.isfinite(nats_B))
             if bad.size:
@@ -117,43 +116,65 @@ def perplexity(
     return PerplexityResult(nats, windows.num_windows * (windows.window_length - 1))
 
 
-def _nats(logits: Iterator[Tensor], ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Nats of each window; ``logits`` come as (n, V) for consecutive predictions."""
-    targets_N = ids_BT[:, 1:].reshape(-1)
+def _nats(head: HeadRunner, ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Nats of each window."""
+    targets_BT = torch.full_like(ids_BT, _NO_TARGET)
+    targets_BT[:, :-1] = ids_BT[:, 1:]
+    targets_N = targets_BT.flatten()
     nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=ids_BT.device)
-    start = 0
-    for logits_nV in logits:
-        stop = start + logits_nV.shape[0]
-        nats_N[start:stop] = torch.nn.functional.cross_entropy(
-            logits_nV.float(), targets_N[start:stop].to(logits_nV.device), reduction="none"
-        )
-        start = stop
-    assert start == len(targets_N), "every prediction has its logits"
+    body = head.body(ids_BT)
+    for piece in head.pieces(ids_BT):
+        logits_nV = head.logits(body, ids_BT, piece)
+        nats_N[piece] = torch.nn.functional.cross_entropy(
+            logits_nV.float(),
+            targets_N[piece].to(logits_nV.device),
+            reduction="none",
+            ignore_index=_NO_TARGET,
+        ).to(nats_N.device, torch.float64)
     result: np.ndarray[Any, np.dtype[np.float64]] = (
         nats_N.view(ids_BT.shape[0], -1).sum(dim=1).cpu().numpy()
     )
     return result
 
 
-_LogitsOf: TypeAlias = Callable[[Any, Tensor], Iterator[Tensor]]
+class HeadRunner:
+    """Runs the body of a causal LM once and its head over few tokens at a time.
 
+    Parameters
+    ----------
+    model
+        A transformers causal LM.
+    ids_BT
+        Some of the tokens, to try on whether the head can be run by itself.
+    """
 
-def _logits_at_once(model: Any, ids_BT: Tensor) -> Iterator[Tensor]:
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    yield from logits_BTV[:, :-1]
+    def __init__(self, model: Any, ids_BT: Tensor) -> None:
+        self._model = model
+        self._by_itself = _answers_from_body(model, ids_BT[:1, :_PROBE_TOKENS])
 
+    def body(self, ids_BT: Tensor) -> Any:
+        """What :meth:`logits` needs of a batch: the body's output, or all logits."""
+        if self._by_itself:
+            return self._model.base_model(input_ids=ids_BT, use_cache=False)
+        return self._model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
 
-def _logits_in_chunks(model: Any, ids_BT: Tensor) -> Iterator[Tensor]:
-    body = model.base_model
-    output = body(input_ids=ids_BT, use_cache=False)
-    hidden_NC = output.last_hidden_state[:, :-1].flatten(0, 1)
-    ids_N = ids_BT[:, :-1].flatten()
-    size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    for start in range(0, len(ids_N), size):
-        piece = slice(start, start + size)
-        with _answering(body, output, hidden_NC[None, piece]):
-            logits_nV = model(input_ids=ids_N[None, piece], use_cache=False).logits[0]
-        yield logits_nV
+    def pieces(self, ids_BT: Tensor) -> Iterator[slice]:
+        """Slices of the B x T positions, window after window, small enough for their logits."""
+        size = max(1, _LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
+        for start in range(0, ids_BT.numel(), size):
+            yield slice(start, min(start + size, ids_BT.numel()))
+
+    def logits(self, body: Any, ids_BT: Tensor, piece: slice) -> Tensor:
+        """Logits (n, V) of some positions, in the model's dtype."""
+        if not self._by_itself:
+            logits_nV: Tensor = body[piece]
+            return logits_nV
+        hidden_NC = body.last_hidden_state.flatten(0, 1)
+        with _answering(self._model.base_model, body, hidden_NC[None, piece]):
+            found: Tensor = self._model(
+                input_ids=ids_BT.flatten()[None, piece], use_cache=False
+            ).logits[0]
+        return found
 
 
 def _answers_from_body(model: Any, ids_1T: Tensor) -> bool:
@@ -191,7 +212,8 @@ def _answering(body: Any, output: Any, hidden_1TC: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout for a while."""
     training = model.training
     model.eval()
     try:

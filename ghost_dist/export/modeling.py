@@ -11,11 +11,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ghost_dist import __version__
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.checkpoint.repair import Repair, keeps_float32
 from ghost_dist.spans import Span, operator_positions
 
 TEMPLATE = "modeling_template.py.txt"
@@ -26,7 +24,7 @@ def modeling_file_name(architecture: Architecture) -> str:
     return f"modeling_ghost_{architecture.model_type.replace('-', '_')}.py"
 
 
-def modeling_source(architecture: Architecture, operators: Mapping[Span, Operator]) -> str:
+def modeling_source(architecture: Architecture, operators: Mapping[Span, Repair]) -> str:
     """Text of the Python file: the template with the family's names put in."""
     template = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
     return string.Template(template).substitute(
@@ -51,7 +49,7 @@ def ghost_config(
     cut: Mapping[str, Any],
     architecture: Architecture,
     spans: Sequence[Span],
-    operators: Mapping[Span, Operator],
+    operators: Mapping[Span, Repair],
 ) -> dict[str, Any]:
     """The cut ``config.json`` with the operators and the way to their code."""
     module = modeling_file_name(architecture).removesuffix(".py")
@@ -64,7 +62,7 @@ def ghost_config(
             "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
         },
         "ghost_operators": [
-            {"boundary": position, "bias": operators[span].bias_C is not None}
+            _entry(position, operators[span])
             for span, position in operator_positions(spans).items()
             if span in operators
         ],
@@ -72,6 +70,13 @@ def ghost_config(
     }
 
 
-def keeps_float32(operators: Mapping[Span, Operator]) -> bool:
-    """Whether the operators stay in float32 in a model of another dtype: if one is given so."""
-    return any(operator.weight_CC.dtype == torch.float32 for operator in operators.values())
+def _entry(boundary: int, operator: Repair) -> dict[str, Any]:
+    """What the modeling file must know to build an operator before its weights are loaded."""
+    return {
+        "boundary": boundary,
+        "linear": operator.weight_CC is not None,
+        "norm_linear": operator.norm_weight_CC is not None,
+        "rank": 0 if operator.low_rank is None else int(operator.low_rank[0].shape[1]),
+        "bias": operator.bias_C is not None,
+        "norm_eps": operator.norm_eps,
+    }

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.spans import Span
 
-__all__ = ["Operator", "load_operator", "operator_path", "rounded", "save_operator"]
+_ADVICE = "Run solve again; it needs only the stored statistics."
 
 
-def save_operator(folder: Path, span: Span, operator: Operator) -> str:
+def save_operator(folder: Path, span: Span, operator: Repair) -> str:
     """Write ``folder/START-STOP.safetensors``; returns the sha256 of the file."""
-    tensors = {"weight": operator.weight_CC.detach().cpu().contiguous()}
-    if operator.bias_C is not None:
-        tensors["bias"] = operator.bias_C.detach().cpu().contiguous()
-    path = operator_path(folder, span)
-    # One entry only: safetensors writes several in random order, and the file must be bitwise so.
-    metadata = {"ghost_dist": f"span {span.start}:{span.stop}, y = x @ weight + bias"}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    description = {
+        "span": [span.start, span.stop],
+        "form": "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out + bias; "
+        "down replaces the down_proj of layer start - 1, in by out",
+        "norm_eps": operator.norm_eps,
+    }
+    return _save(operator_path(folder, span), operator.parts(), description)
 
 
-def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Operator:
+def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Repair:
     """Read what :func:`save_operator` wrote; float64 unless it was saved otherwise.
 
     Raises
@@ -38,18 +38,20 @@ def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Operat
     CorruptStoreError
         If the file is absent, unreadable, or not the one whose sha256 is given.
     """
-    path = operator_path(folder, span)
-    advice = "Run solve again; it needs only the stored statistics."
-    try:
-        if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise CorruptStoreError(f"Operator {path} is not the one that was solved. {advice}")
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            weight_CC = file.get_tensor("weight")
-            bias_C = file.get_tensor("bias") if "bias" in names else None
-    except (OSError, SafetensorError) as error:
-        raise CorruptStoreError(f"Operator {path} cannot be read: {error}. {advice}") from error
-    return Operator(weight_CC, bias_C)
+    parts, description = _load(operator_path(folder, span), sha256)
+    return Repair.from_parts(parts, float(description.get("norm_eps", 0.0)))
+
+
+def save_healed(folder: Path, layer: int, down_FC: Tensor) -> str:
+    """Write ``folder/healed-LAYER.safetensors``, a new down_proj (F, C); returns its sha256."""
+    description = {"layer": layer, "form": "down_proj of this layer of the uncut model, in by out"}
+    return _save(healed_path(folder, layer), {"down": down_FC}, description)
+
+
+def load_healed(folder: Path, layer: int, sha256: str | None = None) -> Tensor:
+    """Read what :func:`save_healed` wrote; errors as for :func:`load_operator`."""
+    parts, _ = _load(healed_path(folder, layer), sha256)
+    return parts["down"]
 
 
 def operator_path(folder: Path, span: Span) -> Path:
@@ -57,7 +59,27 @@ def operator_path(folder: Path, span: Span) -> Path:
     return folder / f"{span.start}-{span.stop}.safetensors"
 
 
-def rounded(operator: Operator, dtype: torch.dtype) -> Operator:
-    """The operator as it is after being stored in ``dtype``."""
-    bias_C = None if operator.bias_C is None else operator.bias_C.to(dtype)
-    return Operator(operator.weight_CC.to(dtype), bias_C)
+def healed_path(folder: Path, layer: int) -> Path:
+    """File of a healed layer's down_proj."""
+    return folder / f"healed-{layer}.safetensors"
+
+
+def _save(path: Path, parts: dict[str, Tensor], description: dict[str, object]) -> str:
+    tensors = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
+    # One entry only: safetensors writes several in random order, and the file must be bitwise so.
+    metadata = {"ghost_dist": json.dumps(description)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _load(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise CorruptStoreError(f"Operator {path} is not the one that was solved. {_ADVICE}")
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            description = json.loads((file.metadata() or {}).get("ghost_dist", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CorruptStoreError(f"Operator {path} cannot be read: {error}. {_ADVICE}") from error
+    return parts, description

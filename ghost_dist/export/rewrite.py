@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
 from ghost_dist.checkpoint.reader import INDEX, Checkpoint
-from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.checkpoint.repair import Repair, acting, down_projections, keeps_float32
+from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import (
     ghost_config,
-    keeps_float32,
     modeling_file_name,
     modeling_source,
 )
@@ -42,15 +42,17 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def export_checkpoint(
     source: Checkpoint,
     architecture: Architecture,
     spans: Sequence[Span],
-    operators: Mapping[Span, Operator],
+    operators: Mapping[Span, Repair],
     out: Path,
     *,
+    healed: Mapping[int, Tensor] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Callable[[int], None] | None = None,
@@ -64,11 +66,13 @@ def export_checkpoint(
     spans
         What is removed; sorted and joined, as ``check_spans`` gives them.
     operators
-        By span; W of shape (C_in, C_out). A float32 operator is stored and computed in float32,
-        any other is stored in the dtype of the checkpoint. Without operators the result is a plain
-        checkpoint of the family and needs no code.
+        By span. One that is float32 at its boundary is stored and computed in float32, any other
+        is stored in the dtype of the checkpoint; a new down_proj always is. If none acts at its
+        boundary the result is a plain checkpoint of the family and needs no code.
     out
         New folder, or an empty one.
+    healed
+        More down_proj weights (F, C), by layer of the uncut model.
     max_shard_bytes
         Most bytes of tensor data in one file.
     extra_files
@@ -87,7 +91,9 @@ def export_checkpoint(
     out = Path(out)
     extra_files = extra_files or {}
     check_cut(architecture, source.config, spans)
-    tensors = _new_tensors(source, architecture, spans, operators)
+    tensors = _new_tensors(
+        source, architecture, spans, operators, down_projections(operators, healed)
+    )
     try:
         _check_target(out, sum(tensor.nbytes for tensor in tensors))
         partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -118,15 +124,21 @@ def _new_tensors(
     source: Checkpoint,
     architecture: Architecture,
     spans: Sequence[Span],
-    operators: Mapping[Span, Operator],
+    operators: Mapping[Span, Repair],
+    down_of_layer: Mapping[int, Tensor],
 ) -> list[NewTensor]:
     """Tensors of the new checkpoint: the old ones in their order, renumbered, then operators."""
     kept = kept_layers(spans, architecture.num_layers)
     position = {old: new for new, old in enumerate(kept)}
     layer_name = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.(.*)")
+    replaced = {
+        f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
+        for layer, down_FC in down_of_layer.items()
+    }
     tensors = []
     for tensor in sorted(source.tensors.values(), key=lambda t: (t.file, t.offset)):
         name = tensor.name
+        down_FC = replaced.get(name)
         match = layer_name.fullmatch(name)
         if match is not None:
             # Layers from num_layers on predict further tokens (MTP) with what lies below them.
@@ -135,11 +147,16 @@ def _new_tensors(
             name = f"{architecture.tensor_prefix}.{position[int(match[1])]}.{match[2]}"
         elif name.startswith(("mtp.", "model.mtp.")):
             continue
+        if down_FC is not None:
+            where = f"The new down_proj {tensor.name}"
+            shape = (tensor.shape[1], tensor.shape[0])
+            tensors.append(_tensor(where, name, down_FC, shape, _DTYPES[tensor.dtype]))
+            continue
         place = (source.path / tensor.file, tensor.offset)
         tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
     dtype = torch.float32 if keeps_float32(operators) else source.dtype
     for span, boundary in operator_positions(spans).items():
-        if span in operators:
+        if span in acting(operators):
             path = (
                 f"{architecture.tensor_prefix}.{boundary}"
                 if boundary < len(kept)
@@ -150,33 +167,40 @@ def _new_tensors(
 
 
 def _operator_tensors(
-    span: Span, operator: Operator, path: str, architecture: Architecture, dtype: torch.dtype
+    span: Span, operator: Repair, path: str, architecture: Architecture, dtype: torch.dtype
 ) -> list[NewTensor]:
     width = architecture.hidden_size
-    parts: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "weight": (operator.weight_CC, (width, width))
+    rank = 0 if operator.low_rank is None else operator.low_rank[0].shape[-1]
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear": (width, width),
+        "norm_linear": (width, width),
+        "low_rank_in": (width, rank),
+        "low_rank_out": (rank, width),
+        "bias": (width,),
     }
-    if operator.bias_C is not None:
-        parts["bias"] = (operator.bias_C, (width,))
     tensors = []
-    for part, (value, shape) in parts.items():
-        if tuple(value.shape) != shape:
-            raise ExportError(
-                f"The {part} of the operator of span {span} has shape {tuple(value.shape)}, "
-                f"expected {shape}."
-            )
-        stored = value.detach().to("cpu", dtype)
-        if not torch.isfinite(stored).all():
-            raise ExportError(
-                f"The {part} of the operator of span {span} holds NaN or Inf as {dtype}. Solve "
-                "again, or set operator.dtype=float32."
-            )
-        nbytes = stored.numel() * stored.element_size()
-        name = f"{path}.ghost.{part}"
-        tensors.append(
-            NewTensor(name, _DTYPE_NAMES[dtype], shape, nbytes, partial(_transposed_bytes, stored))
-        )
+    for part, value in operator.boundary_parts().items():
+        name = f"{path}.ghost.{part}" + ("" if part == "bias" else ".weight")
+        where = f"The part {part} of the operator of span {span}"
+        tensors.append(_tensor(where, name, value, shapes[part], dtype))
     return tensors
+
+
+def _tensor(
+    where: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> NewTensor:
+    """A tensor in our layout (in, out) as one of ``nn.Linear``'s (out, in)."""
+    if tuple(value.shape) != shape:
+        raise ExportError(f"{where} has shape {tuple(value.shape)}, expected {shape}.")
+    stored = value.detach().to("cpu", dtype)
+    if not torch.isfinite(stored).all():
+        raise ExportError(
+            f"{where} holds NaN or Inf as {dtype}. Solve again, or set operator.dtype=float32."
+        )
+    nbytes = stored.numel() * stored.element_size()
+    return NewTensor(
+        name, _DTYPE_NAMES[dtype], shape[::-1], nbytes, partial(_transposed_bytes, stored)
+    )
 
 
 def _transposed_bytes(value: Tensor) -> bytes:
@@ -204,10 +228,11 @@ def _write_config(
     source: Checkpoint,
     architecture: Architecture,
     spans: Sequence[Span],
-    operators: Mapping[Span, Operator],
+    operators: Mapping[Span, Repair],
 ) -> None:
     config = cut_config(source.config, spans, architecture)
     config.pop("auto_map", None)
+    operators = acting(operators)
     if operators:
         config = ghost_config(config, architecture, spans, operators)
         text = modeling_source(architecture, operators)

@@ -10,15 +10,15 @@ import yaml
 
 from ghost_dist.config import Config, config_from_tree, config_tree, parse_set
 from ghost_dist.durable import write_bytes
-from ghost_dist.errors import ConfigError
+from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.recover import Stage, recover
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
 OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {
-    "select": (),
-    "calibrate": (),
-    "solve": ("operator",),
+    "select": ("selection",),
+    "calibrate": ("operator", "refine"),
+    "solve": ("operator", "refine"),
     "export": ("operator.dtype", "export"),
     "evaluate": ("evaluation",),
 }
@@ -40,11 +40,20 @@ def run_stage_again(
     """
     stored = RunFolder.stored_config(path)
     config = _changed(stored, stage, assignments)
-    if config != stored:
-        with RunFolder(stored):  # nobody else works on it while its configuration is replaced
-            text = yaml.safe_dump(config_tree(config), sort_keys=False)
-            write_bytes(path / "config.yaml", text.encode())
-    return recover(config, reporter, again=stage)
+    if config == stored:
+        return recover(config, reporter, again=stage)
+    _store(path, stored, config)
+    try:
+        return recover(config, reporter, again=stage)
+    except GhostDistError:
+        _store(path, config, stored)  # what cannot be done does not stay in the run
+        raise
+
+
+def _store(path: Path, old: Config, new: Config) -> None:
+    with RunFolder(old):  # nobody else works on it while its configuration is replaced
+        text = yaml.safe_dump(config_tree(new), sort_keys=False)
+        write_bytes(path / "config.yaml", text.encode())
 
 
 def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,21 @@ from typing import Any
 import torch
 
 from ghost_dist.calibration.windows import TokenWindows, build_windows
-from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
-from ghost_dist.checkpoint.load import load_tokenizer
+from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
+from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder, load_tokenizer
 from ghost_dist.checkpoint.reader import (
     Checkpoint,
     model_fingerprint,
     open_checkpoint,
     resolve_checkpoint,
 )
-from ghost_dist.config import Config
+from ghost_dist.config import Config, parse_size
 from ghost_dist.engines.resident import auto_batch
 from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.progress import Reporter
-from ghost_dist.solver.selection import check_remove
+from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
-
-_MOMENT_MATRICES = 2  # gram and cross
-_FLOAT64_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class RunInputs:
     dtype: torch.dtype
     batch: int
     num_ranges: int
+    remove: int | None
+    """Number of layers to remove, where no spans are given."""
+    refittable: frozenset[int]
+    """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
 
     @property
@@ -68,11 +72,11 @@ def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     source = open_checkpoint(path)
     architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
-    num_layers = architecture.num_layers
+    remove = None
     if config.selection.spans is not None:
-        check_spans(config.selection.spans, num_layers)
-    elif config.selection.remove is not None:
-        check_remove(config.selection.remove, num_layers)
+        check_spans(config.selection.spans, architecture.num_layers)
+    else:
+        remove = _number_of_layers(config, source, architecture)
     device = _device(config.engine.device)
     num_ranges = _num_ranges(config)
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
@@ -105,11 +109,13 @@ def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
             else config.engine.batch
         ),
         num_ranges=num_ranges,
+        remove=remove,
+        refittable=_refittable(config, source, architecture),
         evaluation=evaluation,
     )
 
 
-def check_disk_space(inputs: RunInputs, folder: Path, num_spans: int, ranges_left: int) -> None:
+def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
     """Refuse a run whose files will not fit, before it starts.
 
     Raises
@@ -117,19 +123,59 @@ def check_disk_space(inputs: RunInputs, folder: Path, num_spans: int, ranges_lef
     RunFolderError
         With the bytes needed, by what, and the bytes free.
     """
-    width = inputs.architecture.hidden_size
-    statistics = ranges_left * num_spans * _MOMENT_MATRICES * width * width * _FLOAT64_BYTES
-    operators = num_spans * width * width * _FLOAT64_BYTES
-    checkpoint = inputs.source.nbytes
-    needed = statistics + operators + checkpoint
+    needed = sum(needs.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
+        parts = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in needs.items())
         raise RunFolderError(
-            f"Not enough disk space at {folder}: about {needed / 1e9:.2f} GB needed (statistics "
-            f"{statistics / 1e9:.2f}, operators {operators / 1e9:.2f}, checkpoint "
-            f"{checkpoint / 1e9:.2f}), {free / 1e9:.2f} GB free. Free some, choose another --out, "
-            "or give fewer calibration.ranges."
+            f"Not enough disk space at {folder}: about {needed / 1e9:.2f} GB needed ({parts}), "
+            f"{free / 1e9:.2f} GB free. Free some, choose another --out, or give fewer "
+            "calibration.ranges."
         )
+
+
+def _number_of_layers(config: Config, source: Checkpoint, architecture: Architecture) -> int:
+    selection, num_layers = config.selection, architecture.num_layers
+    remove, protect = selection.remove, selection.protect
+    unknown = [layer for layer in protect if layer >= num_layers]
+    if unknown:
+        raise ConfigError(
+            f"selection.protect names layers {unknown}, but the model has layers 0 to "
+            f"{num_layers - 1}."
+        )
+    assert remove is not None
+    if isinstance(remove, str):
+        unit, size = parse_size(remove)
+        numbers, nbytes = layer_sizes(source, architecture)
+        if unit == "fraction":
+            size *= sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+            return layers_of_size(size, numbers, protect)
+        return layers_of_size(size, nbytes, protect)
+    if remove > num_layers - max(1, len(set(protect))):
+        raise ConfigError(
+            f"selection.remove={remove}, but the model has {num_layers} layers, "
+            f"{len(set(protect))} of them protected, and at least one must be kept: give at most "
+            f"{num_layers - max(1, len(set(protect)))}."
+        )
+    return remove
+
+
+def _refittable(config: Config, source: Checkpoint, architecture: Architecture) -> frozenset[int]:
+    """Layers whose down_proj can be refitted, found on the first layer that has one."""
+    operator = config.operator
+    wanted = operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
+    if not wanted or not architecture.down_projections:
+        return frozenset()
+    first = min(architecture.down_projections)
+    decoder = load_decoder(
+        source.path,
+        architecture,
+        num_layers=first + 1,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    added = adds_mlp_output(decoder, first)
+    return frozenset(architecture.down_projections) if added else frozenset()
 
 
 def _device(name: str) -> torch.device:

@@ -60,7 +60,7 @@ def recover(
         inputs = open_inputs(config, reporter)
         if again is not None:
             run.forget(again)
-        stages = Stages(inputs, run, reporter)
+        stages = Stages(inputs, run, reporter, again)
         tokens = stages.tokens()
         run.begin()
         spans = stages.select(tokens)
@@ -70,9 +70,10 @@ def recover(
         store = stages.calibrate(tokens, spans)
         if again == "calibrate":
             return {"ranges": len(store.plan.ranges)}
-        solution = stages.solve(store)
+        solution = stages.solve(tokens, spans, store)
         if again == "solve":
-            return {"fit": solution.fits}
+            return {"operator": solution.operator, "fit": solution.record["fits"]}
+        solution = stages.refine(tokens, spans, solution)
         stages.export(spans, solution)
         perplexities = stages.evaluate(spans, solution)
         result = _result(inputs, run, spans, solution, perplexities, store.plan_fingerprint)
@@ -94,9 +95,18 @@ def _result(
     records = {stage: run.outputs(stage) for stage in STAGES}
     return {
         "spans": [[s.start, s.stop] for s in spans],
-        "operator": inputs.config.operator.name,
-        "ridge": [fit["ridge"] for fit in solution.fits],
-        "fit": solution.fits,
+        "operator": solution.operator,
+        "ridge": [fit["ridge"] for fit in solution.record["fits"]],
+        "fit": solution.record["fits"],
+        "chosen": solution.record["chosen"],
+        "candidates": solution.record["candidates"],
+        "healing": solution.record["healing"],
+        "refine": _refinement(records["refine"]),
+        "selection": {
+            key: records["select"][key]
+            for key in ("scores", "recoverability")
+            if key in records["select"]
+        },
         "perplexity": perplexities,
         "parameters": {
             "before": _num_parameters(inputs.source),
@@ -118,11 +128,16 @@ def _result(
         "fingerprint": fingerprint(
             {
                 "statistics": statistics,
-                "operators": solution.files,
+                "operators": [solution.files, solution.healed_files],
                 "config": {k: v for k, v in config_tree(inputs.config).items() if k != "output"},
             }
         ),
     }
+
+
+def _refinement(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Held-out losses of a refinement, None where there was none."""
+    return {key: record[key] for key in ("losses", "improved")} if record else None
 
 
 def _num_parameters(checkpoint: Checkpoint) -> int:

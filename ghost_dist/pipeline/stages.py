@@ -1,4 +1,4 @@
-"""tokens -> select -> calibrate -> solve -> export -> evaluate, one function each.
+"""tokens -> select -> calibrate -> solve -> refine -> export -> evaluate, one function each.
 
 A stage whose record names the fingerprint of its present inputs is done and is not run again; its
 outputs enter the fingerprint of the next. Nothing that a later stage needs lives only in memory.
@@ -10,53 +10,83 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
 from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.config import config_tree, fingerprint
 from ghost_dist.durable import fsync_folder
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.perplexity import perplexity
-from ghost_dist.export.operator_files import Operator, load_operator, rounded, save_operator
+from ghost_dist.export.operator_files import (
+    load_healed,
+    load_operator,
+    save_healed,
+    save_operator,
+)
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import verify_reload
+from ghost_dist.pipeline.candidates import candidates_of, samples_of
+from ghost_dist.pipeline.collecting import collect, entries_of, mend, moments_bytes
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space
+from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.progress import Reporter
+from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.ridge import fit_ghost
-from ghost_dist.solver.selection import most_similar_span
+from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.collect import CosineCollector, SpanCollector
-from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.collect import SpanCollector
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
-STAGES = ("tokens", "select", "calibrate", "solve", "export", "evaluate")
+STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 FEW_TOKENS_PER_CHANNEL = 4.0
 VERIFY_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What was solved: operators (float64), how each fits, and the sha256 of each file."""
+    """What was solved.
 
-    operators: dict[Span, Operator]
-    fits: list[dict[str, Any]]
+    Attributes
+    ----------
+    operator
+        Name of the operator that was chosen.
+    operators
+        By span, float64; a plain cut is a repair without parts.
+    healed
+        New down_proj weights by layer of the uncut model.
+    files, healed_files
+        The sha256 of each file.
+    record
+        Fits, candidates and healing as plain values.
+    """
+
+    operator: str
+    operators: dict[Span, Repair]
+    healed: dict[int, Tensor]
     files: dict[str, str]
+    healed_files: dict[str, str]
+    record: dict[str, Any]
 
 
 class Stages:
     """The stages of one run, on an opened RUN folder and checked inputs."""
 
-    def __init__(self, inputs: RunInputs, run: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self, inputs: RunInputs, run: RunFolder, reporter: Reporter, again: str | None = None
+    ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
+        self._again = again
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -98,115 +128,207 @@ class Stages:
         return windows
 
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
-        """The spans to remove: as given, or the span of least change by per-token cosine."""
+        """The spans to remove: as given, or as the criterion finds them."""
         inputs, selection = self._inputs, self._inputs.config.selection
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
             "model": self._model,
             "tokens": tokens.fingerprint,
+            "folds": inputs.config.operator.folds,
             **inputs.numerics,
         }
 
         def work() -> dict[str, Any]:
             if selection.spans is not None:
                 spans = check_spans(selection.spans, inputs.architecture.num_layers)
-                return {"spans": [[s.start, s.stop] for s in spans], "scores": None}
-            assert selection.remove is not None
-            collector = CosineCollector(
-                inputs.architecture.num_layers, selection.remove, inputs.device
+                return {"spans": [[s.start, s.stop] for s in spans]}
+            assert inputs.remove is not None
+            selector = Selector(selection, inputs.remove, inputs.architecture)
+            plan = self._plan(tokens, selector.entries(), inputs.config.operator.folds)
+            path = self._run.path / "selection.zarr"
+            if path.exists() and StatisticsStore.open(path).plan != plan:
+                shutil.rmtree(path)
+            store = StatisticsStore(path, plan)
+            mend(store, self._reporter)
+            starts = len(selector.entries())
+            if selection.criterion == "recoverability":
+                left = len(store.missing())
+                check_disk_space(
+                    self._run.path, {"selection": left * starts * selector.start_bytes()}
+                )
+            collect(
+                store,
+                tokens,
+                lambda: self._engine(inputs.architecture.num_layers),
+                selector.passes,
+                self._reporter,
+                "select",
             )
-            engine = self._engine(collector.boundaries[-1])
-            with self._reporter.stage("select", int(tokens.tokens.size), "tokens") as advance:
-                engine.run(tokens.tokens, range(tokens.num_windows), collector, advance)
-            scores = collector.result()
-            span = most_similar_span(scores, selection.remove)
-            return {"spans": [[span.start, span.stop]], "scores": list(scores)}
+            spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
+            return {"spans": [[s.start, s.stop] for s in spans], **scores}
 
         recorded = self._stage("select", wanted, work)
+        shutil.rmtree(self._run.path / "selection.zarr", ignore_errors=True)  # all is in the record
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
     def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsStore:
-        """Moments of every range of windows, each committed once; damaged ones are run again."""
+        """Sums of every range of windows, each committed once; damaged ones are run again."""
         inputs = self._inputs
-        ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
-        plan = StatisticsPlan(
-            inputs={"model": self._model, "tokens": tokens.fingerprint, **inputs.numerics},
-            hidden_size=inputs.architecture.hidden_size,
-            spans=tuple((s.start, s.stop) for s in spans),
-            ranges=tuple(tuple(windows) for windows in ranges),
-            window_length=tokens.window_length,
-        )
-        store = StatisticsStore(self._run.statistics, plan)
-        store.sweep()
-        for range_id, reason in store.damaged().items():
-            self._reporter.warn(f"{reason} It is discarded and run again.")
-            store.discard(range_id)
-        missing = store.missing()
+        candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
+        samples = samples_of(candidates, spans, inputs.refittable)
+        plan = self._plan(tokens, entries_of(samples), inputs.num_ranges)
+        store = self._open_store(plan)
+        check_store(store, candidates, spans, inputs)
+        mend(store, self._reporter)
+        missing = store.missing() if samples else ()
 
         def work() -> dict[str, Any]:
-            check_disk_space(inputs, self._run.path, len(spans), len(missing))
-            done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length
-            total = int(tokens.tokens.size)
-            engine = self._engine(max(span.stop for span in spans))
-            with self._reporter.stage("calibrate", total, "tokens", done) as advance:
-                for range_id in missing:
-                    collector = SpanCollector(spans, engine.hidden_size, engine.device)
-                    engine.run(tokens.tokens, ranges[range_id], collector, advance)
-                    store.commit(range_id, collector.result())
-                    self._reporter.event("range-committed", range=range_id)
-            return {"ranges": len(ranges), "ranges_this_time": len(missing)}
+            architecture = inputs.architecture
+            sizes = [
+                moments_bytes(
+                    kind.regressors,
+                    architecture.hidden_size,
+                    architecture.inner_sizes.get(span.start - 1, 0),
+                )
+                for span, kind in samples
+            ]
+            width = architecture.hidden_size
+            check_disk_space(
+                self._run.path,
+                {
+                    "statistics": len(missing) * sum(sizes),
+                    "operators": 2 * len(spans) * width * width * 8,
+                    "checkpoint": inputs.source.nbytes,
+                },
+            )
+            if not samples:
+                return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
+            collect(
+                store,
+                tokens,
+                lambda: self._engine(max(span.stop for span in spans)),
+                lambda engine: [
+                    lambda: SpanCollector(
+                        samples,
+                        engine.hidden_size,
+                        engine.device,
+                        inner_size=architecture.inner_sizes,
+                        norm_eps=architecture.norm_eps,
+                    )
+                ],
+                self._reporter,
+                "calibrate",
+            )
+            return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
         if missing:
             self._run.forget("calibrate")
         self._stage("calibrate", {"plan": store.plan_fingerprint}, work)
         return store
 
-    def solve(self, store: StatisticsStore) -> Solution:
-        """Operators of all spans from the stored moments, and how well each fits."""
-        config = self._inputs.config.operator
-        spans = tuple(Span(*pair) for pair in store.plan.spans)
+    def solve(
+        self, tokens: TokenWindows, spans: tuple[Span, ...], store: StatisticsStore
+    ) -> Solution:
+        """Operators of all spans from the stored sums, and how well each fits."""
+        inputs, config = self._inputs, self._inputs.config.operator
         wanted = {
             "plan": store.plan_fingerprint,
+            "spans": [[s.start, s.stop] for s in spans],
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
+            "tokens": tokens.fingerprint,
         }
 
         def work() -> dict[str, Any]:
-            if config.name == "none":
-                return {"fits": [], "files": {}}
-            fits, files = [], {}
-            with self._reporter.stage("solve", len(spans), "spans") as advance:
-                folds = self._folds(store)
-                for span in spans:
-                    moments = [fold[span].to(self._inputs.device) for fold in folds]
-                    operator_CC, fit = fit_ghost(span, moments, config.ridge)
-                    operator = Operator(operator_CC.cpu())
-                    files[str(span)] = save_operator(self._run.operators, span, operator)
-                    fits.append({"span": [span.start, span.stop], **asdict(fit)})
-                    if fit.tokens_per_channel < FEW_TOKENS_PER_CHANNEL:
-                        self._reporter.warn(
-                            f"Span {span}: {fit.num_tokens} tokens for {store.plan.hidden_size} "
-                            f"channels is {fit.tokens_per_channel:.1f} per channel; below 4 the "
-                            "operator depends on the ridge. Raise calibration.windows."
-                        )
-                    advance(1)
-            return {"fits": fits, "files": files}
+            solver = Solver(inputs, spans, store, tokens, self._reporter)
+            solved = solver.solve()
+            operators, fits = solved.operators, solved.fits
+            for fit in fits.values():
+                self._warn_of_few_tokens(fit)
+            files = {
+                str(span): save_operator(self._run.operators, span, operators[span])
+                for span in spans
+                if operators[span].parts()
+            }
+            return {
+                "operator": solved.candidate.operator,
+                "chosen": solved.candidate.described(),
+                "candidates": solved.table,
+                "fits": [fit_row(span, fit) for span, fit in fits.items() if fit is not None],
+                "files": files,
+                "healing": solved.healing,
+                "healed": {
+                    str(layer): save_healed(self._run.operators, layer, down_FC)
+                    for layer, down_FC in solved.healed.items()
+                },
+            }
 
         recorded = self._stage("solve", wanted, work)
-        operators = {
-            span: load_operator(self._run.operators, span, recorded["files"][str(span)])
-            for span in spans
-            if config.name != "none"
+        return self._load_solution(spans, recorded)
+
+    def refine(self, tokens: TokenWindows, spans: tuple[Span, ...], solution: Solution) -> Solution:
+        """Train the operators against the dense model, where the configuration asks for it."""
+        inputs, config = self._inputs, self._inputs.config.refine
+        if config.steps == 0:
+            return solution
+        wanted = {
+            "refine": config.model_dump(mode="json"),
+            "operators": [solution.files, solution.healed_files],
+            "tokens": tokens.fingerprint,
+            "spans": [[s.start, s.stop] for s in spans],
+            **inputs.numerics,
         }
-        return Solution(operators, recorded["fits"], recorded["files"])
+
+        def work() -> dict[str, Any]:
+            folds = inputs.config.operator.folds
+            ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
+            held_out = [
+                window
+                for range_id, windows in enumerate(ranges)
+                for window in windows
+                if fold_of_range(range_id, folds) == folds - 1
+            ]
+            refined = distill(
+                self._causal_lm(),
+                inputs.architecture,
+                spans,
+                solution.operators,
+                solution.healed,
+                tokens.tokens,
+                held_out,
+                config,
+                device=inputs.device,
+                batch=inputs.batch,
+                state=self._run.path / "refine.pt",
+                fingerprint=fingerprint(wanted),
+                reporter=self._reporter,
+            )
+            folder = self._run.operators / "refined"
+            folder.mkdir(exist_ok=True)
+            files = {
+                str(span): save_operator(folder, span, repair)
+                for span, repair in refined.operators.items()
+                if repair.parts()
+            }
+            (self._run.path / "refine.pt").unlink(missing_ok=True)
+            return {"files": files, "losses": refined.losses, "improved": refined.improved}
+
+        recorded = self._stage("refine", wanted, work)
+        refined_operators = {
+            span: load_operator(self._run.operators / "refined", span, recorded["files"][str(span)])
+            if str(span) in recorded["files"]
+            else Repair()
+            for span in spans
+        }
+        return replace(solution, operators=refined_operators, files=recorded["files"])
 
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
         inputs, config = self._inputs, self._inputs.config
-        operators = self._as_exported(solution)
+        operators, healed = self._as_exported(solution)
         wanted = {
             "model": self._model,
             "spans": [[s.start, s.stop] for s in spans],
-            "operators": solution.files,
+            "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
             "export": config.export.model_dump(mode="json"),
             **inputs.numerics,
@@ -225,11 +347,12 @@ class Stages:
                         spans,
                         operators,
                         unverified,
+                        healed=healed,
                         max_shard_bytes=config.export.max_shard_bytes,
                         extra_files={"config.yaml": self._run.path / "config.yaml"},
                         advance=advance,
                     )
-                difference = self._verify(unverified, spans, operators)
+                difference = self._verify(unverified, spans, operators, healed)
                 # An older checkpoint loses its name before it is removed: a kill in the middle of
                 # the removal must not leave half of it under the name of a whole one.
                 if self._run.checkpoint.exists():
@@ -248,11 +371,11 @@ class Stages:
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, dict[str, float]]:
         """Perplexity of the dense, the pruned and the recovered model on every corpus."""
         inputs = self._inputs
-        operators = self._as_exported(solution)
+        operators, healed = self._as_exported(solution)
         wanted = {
             "model": self._model,
             "spans": [[s.start, s.stop] for s in spans],
-            "operators": solution.files,
+            "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
             **inputs.numerics,
@@ -265,7 +388,7 @@ class Stages:
                 if variant == "pruned":
                     remove_layers(model, inputs.architecture, spans)
                 if variant == "recovered":
-                    insert_operators(model, inputs.architecture, spans, operators)
+                    insert_operators(model, inputs.architecture, spans, operators, healed)
                 for name, windows in inputs.evaluation.items():
                     total = int(windows.tokens.size)
                     with self._reporter.stage(f"{variant} on {name}", total, "tokens") as advance:
@@ -310,14 +433,59 @@ class Stages:
             trust_remote_code=inputs.config.model.trust_remote_code,
         )
 
-    def _folds(self, store: StatisticsStore) -> list[dict[Span, Moments]]:
-        """Moments of each fold: its ranges summed in id order."""
-        folds = self._inputs.config.operator.folds
-        ids = range(len(store.plan.ranges))
-        return [
-            store.total([i for i in ids if fold_of_range(i, folds) == fold])
-            for fold in range(folds)
-        ]
+    def _plan(
+        self, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
+    ) -> StatisticsPlan:
+        return StatisticsPlan(
+            inputs={
+                "model": self._model,
+                "tokens": tokens.fingerprint,
+                **self._inputs.numerics,
+            },
+            entries=entries,
+            ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
+            window_length=tokens.window_length,
+        )
+
+    def _open_store(self, plan: StatisticsPlan) -> StatisticsStore:
+        """The run's statistics: those that are there, if they are of the same inputs."""
+        path = self._run.statistics
+        if path.exists() and self._again == "calibrate":
+            if StatisticsStore.open(path).plan != plan:
+                shutil.rmtree(path)
+        elif path.exists():
+            found = StatisticsStore.open(path)
+            if replace(found.plan, entries=plan.entries) == plan:
+                return found  # of other spans or operators, perhaps; check_store says so
+        return StatisticsStore(path, plan)
+
+    def _load_solution(self, spans: tuple[Span, ...], recorded: dict[str, Any]) -> Solution:
+        folder = self._run.operators
+        files, healed_files = recorded["files"], recorded["healed"]
+        return Solution(
+            operator=recorded["operator"],
+            operators={
+                span: load_operator(folder, span, files[str(span)])
+                if str(span) in files
+                else Repair()
+                for span in spans
+            },
+            healed={
+                int(layer): load_healed(folder, int(layer), sha256)
+                for layer, sha256 in healed_files.items()
+            },
+            files=files,
+            healed_files=healed_files,
+            record={key: recorded[key] for key in ("chosen", "candidates", "fits", "healing")},
+        )
+
+    def _warn_of_few_tokens(self, fit: Fit | None) -> None:
+        if fit is not None and fit.tokens_per_channel < FEW_TOKENS_PER_CHANNEL:
+            self._reporter.warn(
+                f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each regressor of "
+                "the least squares; below 4 the operator depends on the ridge. Raise "
+                "calibration.windows."
+            )
 
     @property
     def _operator_dtype(self) -> torch.dtype:
@@ -327,16 +495,26 @@ class Stages:
             else self._inputs.source.dtype
         )
 
-    def _as_exported(self, solution: Solution) -> dict[Span, Operator]:
-        return {s: rounded(o, self._operator_dtype) for s, o in solution.operators.items()}
+    def _as_exported(self, solution: Solution) -> tuple[dict[Span, Repair], dict[int, Tensor]]:
+        dtype = self._inputs.source.dtype
+        return (
+            {s: o.stored(self._operator_dtype, dtype) for s, o in solution.operators.items()},
+            {layer: down_FC.to(dtype) for layer, down_FC in solution.healed.items()},
+        )
 
-    def _verify(self, folder: Path, spans: tuple[Span, ...], operators: Any) -> float:
+    def _verify(
+        self,
+        folder: Path,
+        spans: tuple[Span, ...],
+        operators: dict[Span, Repair],
+        healed: dict[int, Tensor],
+    ) -> float:
         """Compare logits of the exported folder, in a fresh process, with the recovered model."""
         inputs = self._inputs
         tokens = load_windows(self._run.tokens).tokens[:2, :VERIFY_TOKENS]
         model = self._causal_lm()
         remove_layers(model, inputs.architecture, spans)
-        insert_operators(model, inputs.architecture, spans, operators)
+        insert_operators(model, inputs.architecture, spans, operators, healed)
         return verify_reload(folder, model, tokens, dtype=inputs.dtype, device=inputs.device)
 
     def _stage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
                 _gap_closed(value),
             )
         console.print(table)
+    if len(result["candidates"]) > 1:
+        console.print(_candidates(result["candidates"]))
     if result["fit"]:
         table = Table(
             "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / C"
@@ -48,6 +50,21 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console.print(
         f"checkpoint: {run / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True
     )
+
+
+def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
+    """What was tried, and how far each is from the dense model on held-out windows."""
+    table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
+    for row in candidates:
+        name = row["operator"] + ("" if row["features"] == "stream" else f", {row['features']}")
+        table.add_row(
+            f"[bold]{name} *" if row["chosen"] else name,
+            row["row_weights"],
+            ", ".join("-" if r is None else f"{r:.1e}" for r in row["relative_ridge"]),
+            ", ".join("-" if r is None else f"{r:.3f}" for r in row["residual"]),
+            f"{row['kl']:.4f}" if "kl" in row else "-",
+        )
+    return table
 
 
 def _gap_closed(value: Mapping[str, float]) -> str:

@@ -48,6 +48,13 @@ def best_span(
     return Span(start, start + remove)
 
 
+def paper_candidates(scores: Sequence[float]) -> tuple[float, ...]:
+    """Scores with NaN for the starts that the code of arXiv 2605.15491 never tries: the first, 0,
+    and the last, L - n.
+    """
+    return (math.nan, *scores[1:-1], math.nan)
+
+
 def least_influential(
     influences: Sequence[float], remove: int, protect: Collection[int] = ()
 ) -> tuple[Span, ...]:

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import GhostDistError
 from ghost_dist.solver.least_squares import Fit, fit_least_squares
-from ghost_dist.solver.operators import Repair
-from ghost_dist.statistics.wide import WideMoments, combine, retarget, take
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.transforms import combine, retarget, take
 
 MAX_CONDITION = 1e6
 """Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new
@@ -63,7 +64,7 @@ class SingularOperatorError(GhostDistError):
 
 def fit_ghost_joint(
     span: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     down_FC: Tensor,
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
@@ -115,7 +116,7 @@ def fit_ghost_joint(
 
 def fit_fold(
     span: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     down_FC: Tensor,
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
@@ -130,7 +131,7 @@ def fit_fold(
 
 def fit_replaceme(
     span: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     down_FC: Tensor,
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
@@ -149,7 +150,7 @@ def fit_replaceme(
 
 def refit_down(
     where: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     down_FC: Tensor,
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
@@ -174,7 +175,7 @@ def refit_down(
     return Repair(down_FC=new_down_FC, bias_C=bias_C), fit
 
 
-def fold_targets(folds: Sequence[WideMoments], down_FC: Tensor) -> list[WideMoments]:
+def fold_targets(folds: Sequence[Moments], down_FC: Tensor) -> list[Moments]:
     """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y."""
     inner, width = down_FC.shape
     keep_a_ZC = torch.zeros(width + inner, width, dtype=down_FC.dtype, device=down_FC.device)

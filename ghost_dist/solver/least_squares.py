@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.statistics.wide import WideMoments, retarget
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.transforms import retarget
 
 RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Ridges relative to the median diagonal entry of the Gram matrix.
@@ -82,7 +83,7 @@ class Fit:
 
 def fit_least_squares(
     where: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     prior_ZC: Tensor,
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
@@ -168,8 +169,8 @@ def fit_least_squares(
 
 
 def held_out_errors(
-    folds: Sequence[WideMoments],
-    total: WideMoments,
+    folds: Sequence[Moments],
+    total: Moments,
     scale_Z: Tensor,
     candidates: Sequence[float],
     *,
@@ -197,7 +198,7 @@ def held_out_errors(
 
 
 def solve(
-    where: str, moments: WideMoments, penalty_Z: Tensor, *, affine: bool = False
+    where: str, moments: Moments, penalty_Z: Tensor, *, affine: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """M = (G + diag(penalty))^-1 K, the bias (None unless affine), and the lower Cholesky factor.
 
@@ -217,14 +218,14 @@ def solve(
     return map_ZC, bias_C, factor_ZZ
 
 
-def map_error(moments: WideMoments, map_ZC: Tensor) -> Tensor:
+def map_error(moments: Moments, map_ZC: Tensor) -> Tensor:
     """Per target ``||Y - Z B||^2`` over the moments' rows, shape (C,)."""
     # (B'G B)_jj - 2 (B'K)_jj in one product: columns of B against columns of G B - 2 K.
     product_ZC = moments.gram_ZZ @ map_ZC - 2 * moments.cross_ZC
     return moments.sumsq_y_C + (map_ZC * product_ZC).sum(0)
 
 
-def about(moments: WideMoments, reference: WideMoments) -> WideMoments:
+def about(moments: Moments, reference: Moments) -> Moments:
     """Moments of the same rows less the (weighted) means of the reference's rows.
 
     About its own means a fit has an unpenalised bias; about those of the training rows, a fold's
@@ -291,7 +292,7 @@ def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tens
     return float(largest * smallest)
 
 
-def add_all(folds: Sequence[WideMoments]) -> WideMoments:
+def add_all(folds: Sequence[Moments]) -> Moments:
     """Sum of the folds, in order."""
     total = folds[0]
     for fold in folds[1:]:
@@ -299,7 +300,7 @@ def add_all(folds: Sequence[WideMoments]) -> WideMoments:
     return total
 
 
-def singular(where: str, moments: WideMoments, ridge: float) -> SingularGramError:
+def singular(where: str, moments: Moments, ridge: float) -> SingularGramError:
     """The error for a Gram matrix without a factor; eigenvalues are computed only to explain it."""
     eigenvalues_Z = torch.linalg.eigvalsh(moments.gram_ZZ)
     smallest = float(eigenvalues_Z[0])
@@ -307,7 +308,7 @@ def singular(where: str, moments: WideMoments, ridge: float) -> SingularGramErro
     return SingularGramError(where, ridge, condition, moments.num_tokens)
 
 
-def _target_variance(total: WideMoments, prior_ZC: Tensor) -> Tensor:
+def _target_variance(total: Moments, prior_ZC: Tensor) -> Tensor:
     """``||Y - mean(Y)||^2`` per target, from moments whose targets are ``Y - Z B0``."""
     original = retarget(total, -prior_ZC)
     return original.sumsq_y_C - original.sum_y_C.square() / original.sum_weights_1

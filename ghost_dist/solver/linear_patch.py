@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
-from ghost_dist.solver.operators import Repair
 from ghost_dist.statistics.absolute import AbsoluteSums, rotate
 
 

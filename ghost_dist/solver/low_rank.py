@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.least_squares import (
@@ -34,8 +35,8 @@ from ghost_dist.solver.least_squares import (
     ridge_scale,
     solve,
 )
-from ghost_dist.solver.operators import Repair
-from ghost_dist.statistics.wide import WideMoments, retarget
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.transforms import retarget
 
 RANK_TOLERANCE = 0.01
 """A rank is good enough if its held-out residual is within this fraction of the best rank's."""
@@ -59,7 +60,7 @@ class RankChoice:
 
 def fit_low_rank(
     span: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     rank: int | None = None,
@@ -135,12 +136,12 @@ def fit_low_rank(
 
 
 def _leading(
-    span: str, moments: WideMoments, penalty_C: Tensor, *, affine: bool
+    span: str, moments: Moments, penalty_C: Tensor, *, affine: bool
 ) -> tuple[Tensor, Tensor]:
     """M, and the eigenvectors of ``M' (G + D) M`` as columns, largest eigenvalue first."""
     map_CC, _, _ = solve(span, moments, penalty_C, affine=affine)
-    cross_CC = (about(moments, moments) if affine else moments).cross_ZC
+    cross_ZC = (about(moments, moments) if affine else moments).cross_ZC
     # (G + D) M = K, so the matrix is M'K; symmetric but for rounding.
-    explained_CC = map_CC.T @ cross_CC
+    explained_CC = map_CC.T @ cross_ZC
     _, vectors_CC = torch.linalg.eigh((explained_CC + explained_CC.T) / 2)
     return map_CC, vectors_CC.flip(1)

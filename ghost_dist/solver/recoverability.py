@@ -3,8 +3,8 @@
 Legend: L layers, B = L + 1 boundaries, C hidden width, P stops of one start, r projected columns.
 A map is (L, B), indexed [start, stop], NaN where no number was computed.
 
-Data flow: moments of every candidate -> :class:`HeldOut` per span (:func:`exact_held_out` or
-:func:`projected_held_out`) -> a cost per span -> :func:`choose_spans`.
+Data flow: moments of every start -> :class:`HeldOut` per span (:func:`held_out_of_start`) -> a cost
+per span -> :func:`choose_spans`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.solver.least_squares import (
     RIDGE_GRID,
     add_all,
-    fit_least_squares,
     held_out_errors,
     ridge_scale,
     singular,
@@ -28,7 +27,6 @@ from ghost_dist.solver.least_squares import (
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.recoverability import PairMoments
-from ghost_dist.statistics.wide import WideMoments, as_wide
 
 
 @dataclass(frozen=True)
@@ -59,31 +57,14 @@ class HeldOut:
     relative_ridge: float
 
 
-def exact_held_out(span: Span, folds: Sequence[Moments]) -> HeldOut:
-    """From the moments of one span, as ``ghost`` with ``ridge: auto`` is fitted.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge of the grid gives a Cholesky factor.
-    """
-    wide = [as_wide(fold) for fold in folds]
-    eye_CC = torch.eye(len(wide[0].gram_ZZ), dtype=torch.float64, device=wide[0].gram_ZZ.device)
-    _, _, fit = fit_least_squares(str(span), wide, eye_CC, "auto")
-    total = add_all(wide)
-    cut = float((total.sumsq_y_C - 2 * total.cross_ZC.diagonal() + total.gram_ZZ.diagonal()).sum())
-    energy = float(total.sumsq_y_C.sum())
-    return HeldOut(fit.residual * cut, 0.0, cut, energy, fit.num_tokens, fit.relative_ridge)
-
-
-def projected_held_out(
+def held_out_of_start(
     start: int,
     stops: Sequence[int],
     folds: Sequence[PairMoments],
-    projection_Cr: Tensor,
+    projection_Cr: Tensor | None,
     ridges: Sequence[float] = RIDGE_GRID,
 ) -> dict[Span, HeldOut]:
-    """Estimates for all spans of one start, from the projected targets ``(Y - X) R``.
+    """Held-out energies of all spans of one start, from the (projected) targets ``(Y - X) R``.
 
     Parameters
     ----------
@@ -92,7 +73,7 @@ def projected_held_out(
     folds
         Of disjoint windows, at least two.
     projection_Cr
-        R, as the moments were taken with.
+        R, as the moments were taken with; None: they are exact.
     ridges
         Relative ones to choose from, for each span its own.
 
@@ -116,7 +97,7 @@ def projected_held_out(
     """
     changes = [_projected_change(fold, projection_Cr) for fold in folds]
     total = add_all(changes)
-    shape = (len(stops), projection_Cr.shape[1])
+    shape = (len(stops), folds[0].sumsq_target_Pr.shape[1])
     errors = held_out_errors(changes, total, ridge_scale(total.gram_ZZ), ridges)
     if not errors:
         raise singular(f"[{start}, {stops[-1]})", total, ridges[-1])
@@ -136,7 +117,7 @@ def projected_held_out(
     return {
         Span(start, stop): HeldOut(
             residual=float(ratio_P[p] * exact_cut_P[p]),
-            standard_error=float(spread_P[p] * exact_cut_P[p]),
+            standard_error=(0.0 if projection_Cr is None else float(spread_P[p] * exact_cut_P[p])),
             cut=float(exact_cut_P[p]),
             energy=float(energy_P[p]),
             num_tokens=total.num_tokens,
@@ -255,10 +236,14 @@ def choose_spans(
     return min(finished)[2]
 
 
-def _projected_change(fold: PairMoments, projection_Cr: Tensor) -> WideMoments:
+def _projected_change(fold: PairMoments, projection_Cr: Tensor | None) -> Moments:
     """Moments of X against the projected changes ``(Y_p - X) R`` of all stops side by side."""
-    width = len(projection_Cr)
-    gram_projected_Cr = fold.gram_CC @ projection_Cr
+    width = len(fold.gram_CC)
+    if projection_Cr is None:
+        projection_Cr = torch.eye(width, dtype=torch.float64, device=fold.gram_CC.device)
+        gram_projected_Cr = fold.gram_CC
+    else:
+        gram_projected_Cr = fold.gram_CC @ projection_Cr
     cross_CPr = fold.cross_CPr - gram_projected_Cr.unsqueeze(1)
     # ||Y R - X R||^2 = ||Y R||^2 - 2 (R'X'Y R) + (R'X'X R), column by column.
     sumsq_Pr = (
@@ -267,7 +252,7 @@ def _projected_change(fold: PairMoments, projection_Cr: Tensor) -> WideMoments:
         + (projection_Cr * gram_projected_Cr).sum(0)
     )
     num_targets = sumsq_Pr.numel()
-    return WideMoments(
+    return Moments(
         num_tokens=fold.num_tokens,
         gram_ZZ=fold.gram_CC,
         cross_ZC=cross_CPr.reshape(width, num_targets),

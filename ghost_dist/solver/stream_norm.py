@@ -10,18 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import Fit, fit_least_squares
-from ghost_dist.solver.operators import Repair
-from ghost_dist.statistics.wide import WideMoments
+from ghost_dist.statistics.moments import Moments
 
 
 def fit_stream_norm(
     span: str,
-    folds: Sequence[WideMoments],
+    folds: Sequence[Moments],
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    norm_eps: float = 0.0,
 ) -> tuple[Repair, Fit]:
     """Fit (W, N), shrunk to (I, 0).
 
@@ -36,6 +37,8 @@ def fit_stream_norm(
         for itself, because their scales differ by the norm of the stream.
     affine
         Fit a bias too.
+    norm_eps
+        Of the rmsnorm behind the moments; goes into the repair.
 
     Returns
     -------
@@ -53,22 +56,7 @@ def fit_stream_norm(
     map_ZC, bias_C, fit = fit_least_squares(
         span, folds, prior_ZC, ridge, blocks=(width, width), affine=affine
     )
-    repair = Repair(weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C)
+    repair = Repair(
+        weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C, norm_eps=norm_eps
+    )
     return repair, fit
-
-
-def fit_stream(
-    span: str,
-    folds: Sequence[WideMoments],
-    ridge: str | RelativeRidge | AbsoluteRidge,
-    *,
-    affine: bool = False,
-) -> tuple[Repair, Fit]:
-    """`ghost` from moments with Z = x, which may be weighted or affine; else ``ridge.fit_ghost``.
-
-    Parameters and errors as for :func:`fit_stream_norm`.
-    """
-    width = folds[0].cross_ZC.shape[1]
-    eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
-    weight_CC, bias_C, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine)
-    return Repair(weight_CC=weight_CC, bias_C=bias_C), fit

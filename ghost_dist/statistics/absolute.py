@@ -6,54 +6,30 @@ Legend: T tokens (rows), C hidden width, B block width. State: four numbers per 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ghost_dist.statistics.sums import Sums
+
 
 @dataclass(frozen=True)
-class AbsoluteSums:
+class AbsoluteSums(Sums):
     """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64.
 
     Attributes
     ----------
-    num_tokens
-        Number of rows T.
     sum_abs_x_C, sum_abs_y_C
         Of X and Y.
     sum_abs_rotated_x_C, sum_abs_rotated_y_C
         Of :func:`rotate` of X and Y.
     """
 
-    num_tokens: int
     sum_abs_x_C: Tensor
     sum_abs_y_C: Tensor
     sum_abs_rotated_x_C: Tensor
     sum_abs_rotated_y_C: Tensor
-
-    def __add__(self, other: AbsoluteSums) -> AbsoluteSums:
-        return self._combine(other, 1)
-
-    def __sub__(self, other: AbsoluteSums) -> AbsoluteSums:
-        return self._combine(other, -1)
-
-    def _combine(self, other: AbsoluteSums, sign: int) -> AbsoluteSums:
-        mine, theirs = self.arrays(), other.arrays()
-        return AbsoluteSums(
-            self.num_tokens + sign * other.num_tokens,
-            **{name: torch.add(mine[name], theirs[name], alpha=sign) for name in mine},
-        )
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The tensors by name, without ``num_tokens``."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
-
-    @staticmethod
-    def from_arrays(num_tokens: int, arrays: Mapping[str, Tensor]) -> AbsoluteSums:
-        """Inverse of :meth:`arrays`."""
-        return AbsoluteSums(num_tokens, **arrays)
 
 
 def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:

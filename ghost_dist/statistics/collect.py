@@ -1,50 +1,184 @@
-"""Turns a flow of boundary streams into moments and scores, one pass whatever the number of spans.
+"""Turns a flow of boundary streams into the sums of several spans, in one pass.
 
-An engine pushes ``(boundary, window, stream)``; within a window boundaries ascend, across windows
-any interleaving is allowed. Collectors never wait for the device: whether a stream was finite is
-noted on the device and asked for once, at the end.
+An engine pushes ``(boundary, window, stream)`` and, where asked for, what goes through the
+down_proj of a layer; within a window they ascend, across windows any interleaving is allowed.
+Collectors never wait for the device: whether a stream was finite is noted on the device and asked
+for once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ghost_dist.config import RowWeights
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments, MomentsAccumulator
+from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums
+from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
+from ghost_dist.statistics.row_weights import row_weights
+from ghost_dist.statistics.sums import Sums
+
+Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
 
 
-class SpanCollector:
-    """Moments of several spans from one pass; call it with each boundary stream.
-
-    Holds a stream only from a span's start to its stop: per window in flight and span T x C
-    numbers of the compute dtype.
-    """
-
-    def __init__(self, spans: Iterable[Span], hidden_size: int, device: torch.device) -> None:
-        self._accumulators = {span: MomentsAccumulator(hidden_size, device) for span in spans}
-        self._pending: dict[tuple[Span, int], Tensor] = {}
-        self._finite = _FiniteCheck()
+class Collector(Protocol):
+    """A sink of an engine (``engines/base.py``) that ends as named sums."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
         """Boundaries that the engine must push, ascending."""
-        return tuple(sorted({b for span in self._accumulators for b in (span.start, span.stop)}))
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose down_proj the engine must push, ascending."""
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        """Take the stream of one window at one boundary, shape (T, C)."""
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
+
+    def result(self) -> dict[str, Sums]:
+        """The sums by name."""
+
+
+@dataclass(frozen=True, order=True)
+class SampleKind:
+    """Which sums of a span are taken.
+
+    Attributes
+    ----------
+    regressors
+        ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)]; ``joint``: Z = [A, H], what enters
+        ``start`` taken apart at the down_proj before it; ``absolute``: sums of absolute values.
+    row_weights
+        How rows are weighted; ``none`` for ``absolute``.
+    """
+
+    regressors: Regressors
+    row_weights: RowWeights = "none"
+
+    def key(self, span: Span) -> str:
+        """Name of the sums of a span in a store, such as ``11-18/joint@inverse-norm``."""
+        suffix = "" if self.row_weights == "none" else f"@{self.row_weights}"
+        return f"{span.start}-{span.stop}/{self.regressors}{suffix}"
+
+
+class SpanCollector:
+    """Sums of several spans from one pass; call it with each boundary stream.
+
+    Holds a stream only from a span's start to its stop: per window in flight and span T x C
+    numbers of the compute dtype, and T x (C + F) more for ``joint``.
+
+    Parameters
+    ----------
+    samples
+        Spans and the kinds of sums of each.
+    hidden_size
+        C.
+    device
+        Of the streams.
+    inner_size
+        F of the layers before the spans that want ``joint``, by layer.
+    norm_eps
+        Of the RMSNorm of ``stream+norm``.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[tuple[Span, SampleKind]],
+        hidden_size: int,
+        device: torch.device,
+        *,
+        inner_size: Mapping[int, int] | None = None,
+        norm_eps: float = 0.0,
+    ) -> None:
+        self._kinds: dict[Span, list[SampleKind]] = {}
+        self._accumulators: dict[str, MomentsAccumulator] = {}
+        self._absolute: dict[str, AbsoluteSums] = {}
+        for span, kind in samples:
+            self._kinds.setdefault(span, []).append(kind)
+            if kind.regressors == "absolute":
+                continue
+            width = {"stream": hidden_size, "stream+norm": 2 * hidden_size}.get(kind.regressors)
+            if width is None:
+                assert inner_size is not None, "joint sums need the width of the inner layer"
+                width = hidden_size + inner_size[span.start - 1]
+            self._accumulators[kind.key(span)] = MomentsAccumulator(width, hidden_size, device)
+        self._norm_eps = norm_eps
+        self._mlp_spans = [
+            span
+            for span, kinds in self._kinds.items()
+            if any(k.regressors == "joint" for k in kinds)
+        ]
+        self._mlp: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._pending: dict[tuple[Span, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+        self._finite = FiniteCheck()
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Boundaries that the engine must push, ascending."""
+        return tuple(sorted({b for span in self._kinds for b in (span.start, span.stop)}))
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose down_proj the engine must push, ascending."""
+        return tuple(sorted({span.start - 1 for span in self._mlp_spans}))
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
+        self._mlp[layer, window] = (input_TF, product_TC)
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
-        for span, accumulator in self._accumulators.items():
+        for span, kinds in self._kinds.items():
             if boundary == span.stop:
-                accumulator.add(self._pending.pop((span, window)), stream_TC)
+                x_TC, parts = self._pending.pop((span, window))
+                for kind in kinds:
+                    self._add(span, kind, x_TC, parts, stream_TC)
+        mlp = self._mlp.pop((boundary - 1, window), None)
+        parts = None
+        if mlp is not None:
+            input_TF, product_TC = mlp
+            # A: the stream without that product. In float32 (or wider): it is no bf16 number.
+            wide = torch.promote_types(stream_TC.dtype, torch.float32)
+            parts = (stream_TC.to(wide) - product_TC.to(wide), input_TF)
+        for span in self._kinds:
             if boundary == span.start:
-                self._pending[span, window] = stream_TC
+                joint = parts if span in self._mlp_spans else None
+                self._pending[span, window] = (stream_TC, joint)
 
-    def result(self) -> dict[Span, Moments]:
-        """Moments of every span.
+    def _add(
+        self,
+        span: Span,
+        kind: SampleKind,
+        x_TC: Tensor,
+        parts: tuple[Tensor, Tensor] | None,
+        y_TC: Tensor,
+    ) -> None:
+        key = kind.key(span)
+        if kind.regressors == "absolute":
+            sums = absolute_sums(x_TC, y_TC)
+            self._absolute[key] = self._absolute[key] + sums if key in self._absolute else sums
+            return
+        if kind.regressors == "joint":
+            assert parts is not None, f"no down_proj input came before boundary {span.start}"
+            regressors: tuple[Tensor, ...] = parts
+        elif kind.regressors == "stream+norm":
+            regressors = norm_features(x_TC, self._norm_eps)
+        else:
+            regressors = (x_TC,)
+        self._accumulators[key].add(regressors, y_TC, row_weights(kind.row_weights, y_TC))
+
+    def result(self) -> dict[str, Sums]:
+        """Sums of every span and kind, by :meth:`SampleKind.key`.
 
         Raises
         ------
@@ -53,57 +187,11 @@ class SpanCollector:
         """
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
-        return {span: a.result() for span, a in self._accumulators.items()}
+        moments = {key: accumulator.result() for key, accumulator in self._accumulators.items()}
+        return {**moments, **self._absolute}
 
 
-class CosineCollector:
-    """Sum over tokens of ``cos(stream_b, stream_{b+n})`` for every start ``b``, in one pass.
-
-    The criterion of LLM-Streamline (arXiv 2403.19135): per token, over the hidden width, in
-    float32; every start from 0 to L - n counts, including a span that ends at the last layer.
-    Holds the last n + 1 streams of each window in flight.
-    """
-
-    def __init__(self, num_layers: int, remove: int, device: torch.device) -> None:
-        self._remove = remove
-        self._num_layers = num_layers
-        self._sums = torch.zeros(num_layers - remove + 1, dtype=torch.float64, device=device)
-        self._streams: dict[tuple[int, int], Tensor] = {}
-        self._finite = _FiniteCheck()
-        self._num_tokens = 0
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Every boundary, 0 to L."""
-        return tuple(range(self._num_layers + 1))
-
-    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
-        self._finite.note(boundary, window, stream_TC)
-        stream_TC = stream_TC.float()
-        start = boundary - self._remove
-        if start >= 0:
-            earlier_TC = self._streams.pop((start, window))
-            cosine_T = torch.nn.functional.cosine_similarity(earlier_TC, stream_TC, dim=1)
-            self._sums[start] += cosine_T.double().sum()
-        if boundary + self._remove <= self._num_layers:
-            self._streams[boundary, window] = stream_TC
-        if boundary == 0:
-            self._num_tokens += stream_TC.shape[0]
-
-    def result(self) -> tuple[float, ...]:
-        """Mean cosine of every start; the index is the start.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If any stream held NaN or Inf.
-        """
-        self._finite.check()
-        return tuple((self._sums / self._num_tokens).tolist())
-
-
-class _FiniteCheck:
+class FiniteCheck:
     """Remembers on the device whether each stream was finite; reads it back once."""
 
     def __init__(self) -> None:
@@ -111,15 +199,17 @@ class _FiniteCheck:
         self._flags: list[Tensor] = []
 
     def note(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        """Remember one stream."""
         self._seen.append((boundary, window))
         # |x| sums to Inf or NaN exactly if an entry is, unless 3.4e38 / T is reached by right
         # numbers, which no model survives; far cheaper than a mask of T x C flags.
         self._flags.append(stream_TC.float().abs().sum())
 
     def check(self) -> None:
+        """Raise NonFiniteActivationError for the first layer and window that was not finite."""
         if not self._flags:
             return
         finite = torch.isfinite(torch.stack(self._flags))
         if not bool(finite.all()):
-            bad = [seen for seen, ok in zip(self._seen, finite.tolist(), strict=True) if not ok]
+            bad = itertools.compress(self._seen, (not ok for ok in finite.tolist()))
             raise NonFiniteActivationError(*min(bad))

@@ -1,19 +1,30 @@
-"""Raw second moments of a span's boundary streams: what every operator is solved from.
+"""Second moments of regressors Z against targets Y: what every operator is solved from.
 
-Legend: T tokens (rows), C hidden width. ``x_TC`` enters layer ``start``, ``y_TC`` enters layer
-``stop`` of the unpruned model. Everything is a float64 sum over tokens plus the number of tokens,
-never a mean, so ranges, replicas, resumed parts and cross-validation folds are ``+`` and ``-``.
+Legend: T tokens (rows), C hidden width, F width of an MLP's inner layer, Z number of regressors.
+``x_TC`` enters layer ``start``, ``y_TC`` enters layer ``stop`` of the unpruned model. Regressors:
 
-State: two C x C matrices, 256 MiB at C = 4096, 1 GiB at 8192, 4 GiB at 16384.
+- ``Z = x`` (width C): `ghost`, `low-rank`;
+- ``Z = [x, rmsnorm(x)]`` (width 2 C): `features: stream+norm`;
+- ``Z = [A, H]`` (width C + F): `ghost-joint`, `fold` and `replaceme`. H is the input of the
+  down_proj of layer ``start - 1``, and A what enters layer ``start`` less ``H @ down``, so that
+  ``x = A + H @ down``, down being (F, C), in by out; a bias of down_proj belongs to A;
+- ``Z = H`` with the target ``Y - A``: healing a single down_proj.
+
+Everything is a raw float64 sum over tokens plus the number of tokens, never a mean.
+
+State: Z^2 + Z C float64. At C = 4096 the stream's is 256 MiB, at 8192 1 GiB, at 16384 4 GiB;
+``[A, H]`` at C = 8192, F = 28672 is 10.9 + 2.4 GB per span and fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ghost_dist.statistics.sums import Sums
 
 FLUSH_TOKENS = 512
 """Rows summed in float32 before they are added to the float64 sum, where float64 is slow.
@@ -24,101 +35,138 @@ rows keep its worst entry near 6e-6 of the correlation scale (measured at C = 40
 _FULL_RATE_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 """CUDA compute capabilities with float64 at half the float32 rate or better."""
 
+BLOCK_COLUMNS = 4096
+"""Regressors per block: bounds the temporaries of one product to T x 4096 and 4096^2 numbers."""
+
 
 @dataclass(frozen=True)
-class Moments:
-    """Sums over ``num_tokens`` rows of one span; all tensors float64.
+class Moments(Sums):
+    """Sums over ``num_tokens`` rows; all tensors float64. Row t has the weight ``w_t^2``.
 
     Attributes
     ----------
-    num_tokens
-        Number of rows T.
-    gram_CC
-        ``X'X``, shape (C, C).
-    cross_CC
-        ``X'Y``, shape (C, C); rows index X, columns index Y.
-    sum_x_C, sum_y_C
-        Column sums of X and Y, shape (C,).
+    gram_ZZ
+        ``sum w^2 z z'``, shape (Z, Z).
+    cross_ZC
+        ``sum w^2 z y'``, shape (Z, C); rows index Z, columns index Y.
+    sum_z_Z, sum_y_C
+        ``sum w^2 z`` and ``sum w^2 y``, shapes (Z,) and (C,).
     sumsq_y_C
-        Column sums of squares of Y, shape (C,).
+        ``sum w^2 y^2`` per channel, shape (C,).
+    sum_weights_1
+        ``sum w^2``, shape (1,): ``num_tokens`` if no row was weighted; what a mean divides by.
     """
 
-    num_tokens: int
-    gram_CC: Tensor
-    cross_CC: Tensor
-    sum_x_C: Tensor
+    gram_ZZ: Tensor
+    cross_ZC: Tensor
+    sum_z_Z: Tensor
     sum_y_C: Tensor
     sumsq_y_C: Tensor
-
-    def __add__(self, other: Moments) -> Moments:
-        return self._combine(other, 1)
-
-    def __sub__(self, other: Moments) -> Moments:
-        return self._combine(other, -1)
-
-    def _combine(self, other: Moments, sign: int) -> Moments:
-        mine, theirs = self.arrays(), other.arrays()
-        return Moments(
-            self.num_tokens + sign * other.num_tokens,
-            **{name: torch.add(mine[name], theirs[name], alpha=sign) for name in mine},
-        )
-
-    @property
-    def hidden_size(self) -> int:
-        """Width C of the residual stream."""
-        return self.gram_CC.shape[0]
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The tensors by name, without ``num_tokens``."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
-
-    def to(self, device: torch.device) -> Moments:
-        """The same sums on another device."""
-        return Moments(self.num_tokens, **{n: a.to(device) for n, a in self.arrays().items()})
-
-    @staticmethod
-    def from_arrays(num_tokens: int, arrays: Mapping[str, Tensor]) -> Moments:
-        """Inverse of :meth:`arrays`."""
-        return Moments(num_tokens, **arrays)
+    sum_weights_1: Tensor
 
 
 class MomentsAccumulator:
-    """Adds rows to the sums of one span, on the device where the rows are.
+    """Adds rows to the sums, on the device where the rows are, half of the gram at a time.
 
     Each call of :meth:`add` is one addition to the sums, so adding window by window gives bitwise
-    the same sums whatever number of windows went through the model together.
+    the same sums whatever number of windows went through the model together. The gram is computed
+    in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call.
+
+    Parameters
+    ----------
+    num_regressors, num_targets
+        Z and C.
+    device
+        Of the rows.
+    part, of
+        Compute only every ``of``-th block, beginning with ``part``; the results of all parts add
+        up to the whole. Splits the work over ranks that hold the same rows (tensor parallelism).
+    block_columns
+        Regressors per block.
     """
 
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_regressors: int,
+        num_targets: int,
+        device: torch.device,
+        *,
+        part: int = 0,
+        of: int = 1,
+        block_columns: int = BLOCK_COLUMNS,
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        c = hidden_size
+        z, c = num_regressors, num_targets
+        self._blocks = [slice(lo, min(lo + block_columns, z)) for lo in range(0, z, block_columns)]
+        self._part, self._of = part, of
         self._float64_products = has_full_rate_float64(device)
-        self._sums = Moments(0, zeros(c, c), zeros(c, c), zeros(c), zeros(c), zeros(c))
+        self._sums = Moments(0, zeros(z, z), zeros(z, c), zeros(z), zeros(c), zeros(c), zeros(1))
         self._num_tokens = 0
 
-    def add(self, x_TC: Tensor, y_TC: Tensor) -> None:
-        """Add T rows; both of shape (T, C), one floating dtype, on the accumulator's device."""
+    def add(
+        self, regressors: Sequence[Tensor], y_TC: Tensor, weights_T: Tensor | None = None
+    ) -> None:
+        """Add T rows.
+
+        Parameters
+        ----------
+        regressors
+            Parts of Z side by side, such as (A_TC, H_TF), each of shape (T, width).
+        y_TC
+            Targets, shape (T, C).
+        weights_T
+            Factors w of the rows, shape (T,); the sums take their squares. None: all 1.
+        """
         sums = self._sums
-        x64_TC, y64_TC = x_TC.double(), y_TC.double()
-        if self._float64_products:
-            sums.gram_CC.addmm_(x64_TC.T, x64_TC)
-            sums.cross_CC.addmm_(x64_TC.T, y64_TC)
+        z_TZ = regressors[0] if len(regressors) == 1 else torch.cat(tuple(regressors), dim=1)
+        if weights_T is None:
+            weights_T = y_TC.new_ones(y_TC.shape[0], dtype=torch.float64)
         else:
-            for first in range(0, x_TC.shape[0], FLUSH_TOKENS):
-                x_tC = x_TC[first : first + FLUSH_TOKENS]
-                y_tC = y_TC[first : first + FLUSH_TOKENS]
-                sums.gram_CC.add_(_float32_product(x_tC.T, x_tC))
-                sums.cross_CC.add_(_float32_product(x_tC.T, y_tC))
-        sums.sum_x_C.add_(x64_TC.sum(0))
-        sums.sum_y_C.add_(y64_TC.sum(0))
-        sums.sumsq_y_C.add_(y64_TC.square().sum(0))
-        self._num_tokens += x_TC.shape[0]
+            # Scaled rows are no bf16 numbers any more: float32 keeps their products accurate.
+            wide = torch.float64 if self._float64_products else torch.float32
+            weights_T = weights_T.double()
+            z_TZ = z_TZ.to(wide) * weights_T.to(wide).unsqueeze(1)
+            y_TC = y_TC.to(wide) * weights_T.to(wide).unsqueeze(1)
+        product = 0
+        for i, rows in enumerate(self._blocks):
+            for columns in self._blocks[: i + 1]:
+                if product % self._of == self._part:
+                    self._add_product(sums.gram_ZZ[rows, columns], z_TZ[:, rows], z_TZ[:, columns])
+                product += 1
+            if i % self._of == self._part:
+                self._add_product(sums.cross_ZC[rows], z_TZ[:, rows], y_TC)
+                sums.sum_z_Z[rows].addmv_(z_TZ[:, rows].double().T, weights_T)
+        if self._part == 0:
+            y64_TC = y_TC.double()
+            sums.sum_y_C.addmv_(y64_TC.T, weights_T)
+            sums.sumsq_y_C.add_(y64_TC.square().sum(0))
+            sums.sum_weights_1.add_(weights_T.square().sum())
+            self._num_tokens += y_TC.shape[0]
+
+    def _add_product(self, total_MN: Tensor, a_TM: Tensor, b_TN: Tensor) -> None:
+        add_product(total_MN, a_TM, b_TN, float64_products=self._float64_products)
 
     def result(self) -> Moments:
-        """The sums so far (not a copy)."""
+        """The sums so far; the upper half of the gram is filled in from the lower (no copy)."""
+        gram_ZZ = self._sums.gram_ZZ
+        for i, rows in enumerate(self._blocks):
+            for columns in self._blocks[:i]:
+                gram_ZZ[columns, rows] = gram_ZZ[rows, columns].T
         return Moments.from_arrays(self._num_tokens, self._sums.arrays())
+
+
+def add_product(total_MN: Tensor, a_TM: Tensor, b_TN: Tensor, *, float64_products: bool) -> None:
+    """``total += a' b`` in place, in float64 or through float32 flushed every FLUSH_TOKENS rows."""
+    if float64_products:
+        total_MN.addmm_(a_TM.double().T, b_TN.double())
+    else:
+        if a_TM.dtype != b_TN.dtype:  # exact products of two bf16 numbers need both to be bf16
+            a_TM, b_TN = a_TM.float(), b_TN.float()
+        for first in range(0, len(a_TM), FLUSH_TOKENS):
+            rows = slice(first, first + FLUSH_TOKENS)
+            total_MN.add_(float32_product(a_TM[rows].T, b_TN[rows]))
 
 
 def has_full_rate_float64(device: torch.device) -> bool:
@@ -128,7 +176,7 @@ def has_full_rate_float64(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in _FULL_RATE_FLOAT64
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` accumulated in float32, never in TF32 or bf16."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -138,3 +186,13 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a.float(), b.float())
     finally:
         torch.backends.cuda.matmul.allow_tf32 = previous
+
+
+def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x`` and ``x / sqrt(mean(x^2) + eps)``, the regressors of `features: stream+norm`.
+
+    The norm's learned scale is left out: the matrix fitted on it would only undo it.
+    """
+    x32_TC = x_TC.float()
+    scale_T1 = torch.rsqrt(x32_TC.square().mean(1, keepdim=True) + eps)
+    return x_TC, (x32_TC * scale_T1).to(x_TC.dtype)

@@ -2,14 +2,14 @@
 
 Legend: T tokens, C hidden width, r columns of the projection, P stops of one start, L layers.
 
-For a fixed number of layers there are few candidates, and ``SpanCollector`` over
-:func:`candidate_spans` is exact. For all pairs (start, stop) up to a length, :class:`PairCollector`
-keeps one gram per start, but of each pair only the cross with a random projection ``Y R`` of the
-stream entering ``stop``: R (C, r) has independent entries +-1/sqrt(r), so ``E[R R'] = I`` and
-``E ||E R||^2 = ||E||^2`` for any residual E. The sum over the r columns is unbiased, and exact
-where the channels' residuals are uncorrelated, however unequal (a few massive ones, mostly): only
-off-diagonal correlations make it vary, by about ``sqrt(2 / r) ||offdiag(S)|| / tr(S)`` relative to
-its value, S the covariance of the residual.
+:class:`PairCollector` keeps one gram per start. For a fixed number of layers there is one stop per
+start, and the whole cross is kept: exact. For all pairs (start, stop) up to a length it keeps of
+each pair only the cross with a random projection ``Y R`` of the stream entering ``stop``. R (C, r)
+has independent entries +-1/sqrt(r), so ``E[R R'] = I`` and ``E ||E R||^2 = ||E||^2`` for any
+residual E. The sum over the r columns is unbiased, and exact where the channels' residuals are
+uncorrelated, however unequal (a few massive ones, mostly): only off-diagonal correlations make it
+vary, by about ``sqrt(2 / r) ||offdiag(S)|| / tr(S)`` relative to its value, S the covariance of the
+residual.
 
 State at C = 8192, L = 80, r = 64: gram 512 MiB a start, 40 GiB over all starts; cross 4 MiB a
 pair, 9.5 GiB for the 2420 pairs of at most 40 layers; once per fold. ``PairCollector`` may be given
@@ -20,17 +20,18 @@ some of the starts only, so that the starts are split over ranks or passes. Stre
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import _FiniteCheck
-from ghost_dist.statistics.moments import has_full_rate_float64
-from ghost_dist.statistics.wide import add_product
+from ghost_dist.statistics.collect import FiniteCheck
+from ghost_dist.statistics.moments import add_product, has_full_rate_float64
+from ghost_dist.statistics.sums import Sums
 
 PROJECTION_COLUMNS = 64
 
@@ -70,13 +71,11 @@ def candidate_spans(
 
 
 @dataclass(frozen=True)
-class PairMoments:
+class PairMoments(Sums):
     """Sums of one start and all its stops over ``num_tokens`` rows; all tensors float64.
 
     Attributes
     ----------
-    num_tokens
-        Number of rows T.
     gram_CC
         ``X'X`` of the stream entering ``start``.
     cross_CPr
@@ -87,34 +86,11 @@ class PairMoments:
         ``||Y||^2`` and ``||Y - X||^2``, exact.
     """
 
-    num_tokens: int
     gram_CC: Tensor
     cross_CPr: Tensor
     sumsq_target_Pr: Tensor
     sumsq_y_P: Tensor
     sumsq_change_P: Tensor
-
-    def __add__(self, other: PairMoments) -> PairMoments:
-        return self._combine(other, 1)
-
-    def __sub__(self, other: PairMoments) -> PairMoments:
-        return self._combine(other, -1)
-
-    def _combine(self, other: PairMoments, sign: int) -> PairMoments:
-        mine, theirs = self.arrays(), other.arrays()
-        return PairMoments(
-            self.num_tokens + sign * other.num_tokens,
-            **{name: torch.add(mine[name], theirs[name], alpha=sign) for name in mine},
-        )
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The tensors by name, without ``num_tokens``."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
-
-    @staticmethod
-    def from_arrays(num_tokens: int, arrays: Mapping[str, Tensor]) -> PairMoments:
-        """Inverse of :meth:`arrays`."""
-        return PairMoments(num_tokens, **arrays)
 
 
 class PairCollector:
@@ -129,7 +105,8 @@ class PairCollector:
     device
         Of the streams.
     columns
-        r. The seed of R is fixed: ranges, replicas and resumed runs add up.
+        r. The seed of R is fixed: ranges, replicas and resumed runs add up. None: no projection,
+        r = C, exact.
     """
 
     def __init__(
@@ -137,7 +114,7 @@ class PairCollector:
         spans: Iterable[Span],
         hidden_size: int,
         device: torch.device,
-        columns: int = PROJECTION_COLUMNS,
+        columns: int | None = PROJECTION_COLUMNS,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -145,7 +122,10 @@ class PairCollector:
         self.stops: dict[int, tuple[int, ...]] = {}
         for span in sorted(spans):
             self.stops[span.start] = (*self.stops.get(span.start, ()), span.stop)
-        self._projection_Cr = projection(hidden_size, columns).to(device)
+        self._projection_Cr = (
+            None if columns is None else projection(hidden_size, columns).to(device)
+        )
+        columns = columns or hidden_size
         self._float64_products = has_full_rate_float64(device)
         self._sums = {
             start: PairMoments(
@@ -160,7 +140,13 @@ class PairCollector:
         }
         self._num_tokens = dict.fromkeys(self.stops, 0)
         self._pending: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
-        self._finite = _FiniteCheck()
+        self._finite = FiniteCheck()
+
+    mlp_layers: ClassVar[tuple[int, ...]] = ()
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Never called: ``mlp_layers`` is empty."""
+        raise NotImplementedError
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -174,7 +160,9 @@ class PairCollector:
         starts = [start for start, stops in self.stops.items() if boundary in stops]
         if starts:
             wide = torch.float64 if self._float64_products else torch.float32
-            target_Tr = stream_TC.to(wide) @ self._projection_Cr.to(wide)
+            target_Tr = stream_TC.to(wide)
+            if self._projection_Cr is not None:
+                target_Tr = target_Tr @ self._projection_Cr.to(wide)
             sumsq_target_r = target_Tr.double().square().sum(0)
             sumsq_y = stream_TC.to(wide).square().sum(dtype=torch.float64)
             for start in starts:
@@ -203,8 +191,8 @@ class PairCollector:
             add_product(total_MN, x_TC, b_TN, float64_products=self._float64_products)
         self._num_tokens[start] += x_TC.shape[0]
 
-    def result(self) -> dict[int, PairMoments]:
-        """Moments of every start (not a copy); their stops are in ``stops``.
+    def result(self) -> dict[str, Sums]:
+        """Moments of every start (not a copy) by :func:`start_key`; their stops are in ``stops``.
 
         Raises
         ------
@@ -214,9 +202,14 @@ class PairCollector:
         assert not self._pending, f"no last boundary came for {sorted(self._pending)}"
         self._finite.check()
         return {
-            start: PairMoments.from_arrays(self._num_tokens[start], sums.arrays())
+            start_key(start): PairMoments.from_arrays(self._num_tokens[start], sums.arrays())
             for start, sums in self._sums.items()
         }
+
+
+def start_key(start: int) -> str:
+    """Name of the sums of a start in a store."""
+    return f"start-{start}"
 
 
 def projection(hidden_size: int, columns: int = PROJECTION_COLUMNS) -> Tensor:

@@ -9,14 +9,13 @@ together. ``num_tokens`` of weighted moments counts every row, rows of weight 0 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ghost_dist.config import RowWeights
 from ghost_dist.errors import ConfigError
-
-RowWeights = Literal["none", "drop-first", "inverse-norm", "clip"]
 
 CLIP_MULTIPLE = 2.0
 """`clip` bounds the norm of a row to this multiple of its window's median norm."""

@@ -1,4 +1,4 @@
-"""Selection criteria of other work as streamed scores; same protocol as ``CosineCollector``.
+"""How alike the two ends of every candidate span are: the criteria of other work, in one pass.
 
 Legend: L layers, n layers to remove, T tokens of a window, C hidden width. Boundary b is the stream
 entering layer b, boundary L what the final norm receives, never normed itself: hidden states from
@@ -8,12 +8,35 @@ entering layer b, boundary L what the final norm receives, never normed itself: 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ghost_dist.statistics.collect import _FiniteCheck
+from ghost_dist.statistics.collect import FiniteCheck
+from ghost_dist.statistics.sums import Sums
+
+
+@dataclass(frozen=True)
+class ScoreSums(Sums):
+    """A score of every start, summed; float64.
+
+    Attributes
+    ----------
+    sums_S
+        Index = start, 0 to L - n.
+    count_1
+        What a mean divides by: tokens or windows, whichever the score is of.
+    """
+
+    sums_S: Tensor
+    count_1: Tensor
+
+    def mean(self) -> tuple[float, ...]:
+        """Mean score of every start."""
+        return tuple((self.sums_S / self.count_1).tolist())
 
 
 class _PairScores:
@@ -22,17 +45,23 @@ class _PairScores:
     Holds the last n + 1 streams of each window in flight.
     """
 
+    mlp_layers: ClassVar[tuple[int, ...]] = ()
+
     def __init__(self, num_layers: int, remove: int, device: torch.device) -> None:
         self._num_layers, self._remove = num_layers, remove
         self._sums = torch.zeros(num_layers - remove + 1, dtype=torch.float64, device=device)
         self._streams: dict[tuple[int, int], Tensor] = {}
-        self._finite = _FiniteCheck()
-        self._count = 0
+        self._finite = FiniteCheck()
+        self._num_tokens = self._count = 0
 
     @property
     def boundaries(self) -> tuple[int, ...]:
         """Every boundary, 0 to L."""
         return tuple(range(self._num_layers + 1))
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Never called: ``mlp_layers`` is empty."""
+        raise NotImplementedError
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Take the stream of one window at one boundary, shape (T, C)."""
@@ -44,10 +73,11 @@ class _PairScores:
         if boundary + self._remove <= self._num_layers:
             self._streams[boundary, window] = kept
         if boundary == 0:
+            self._num_tokens += stream_TC.shape[0]
             self._count += self._weight(kept)
 
-    def result(self) -> tuple[float, ...]:
-        """Mean score of every start 0 to L - n; the index is the start.
+    def result(self) -> dict[str, Sums]:
+        """``{"scores": ScoreSums}``.
 
         Raises
         ------
@@ -55,7 +85,8 @@ class _PairScores:
             If any stream held NaN or Inf.
         """
         self._finite.check()
-        return tuple((self._sums / self._count).tolist())
+        count_1 = torch.full((1,), float(self._count), dtype=torch.float64)
+        return {"scores": ScoreSums(self._num_tokens, self._sums, count_1.to(self._sums.device))}
 
     def _keep(self, stream_TC: Tensor) -> Tensor:
         return stream_TC.float()
@@ -65,6 +96,20 @@ class _PairScores:
 
     def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class CosineCollector(_PairScores):
+    """``cos(x_b, x_{b+n})`` per token over the hidden width; the span of largest mean goes.
+
+    The criterion of LLM-Streamline (arXiv 2403.19135), in float32; every start from 0 to L - n
+    counts, including a span that ends at the last layer.
+    """
+
+    def _weight(self, kept: Tensor) -> int:
+        return kept.shape[0]
+
+    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
+        return cosine_similarity(earlier, later, dim=1).double().sum()
 
 
 class AngularCollector(_PairScores):
@@ -105,22 +150,9 @@ class PaperCollector(_PairScores):
     axis is 1: the *sequence*. So it measures, channel by channel, how alike the two time series
     are, averaged over channels, then over windows; massive channels count like any other, and the
     direction of a token's stream, which the next layer reads, is not looked at. It also tries
-    starts 1 to L - n - 1 only. Here the scores of the other starts are NaN; the published code
-    works in float16, here it is float32. Use ``cosine`` for the criterion that was meant.
+    starts 1 to L - n - 1 only (``solver/criteria.py``). The published code works in float16, here
+    it is float32. Use ``cosine`` for the criterion that was meant.
     """
 
     def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
         return cosine_similarity(earlier, later, dim=0).double().mean()
-
-    def result(self) -> tuple[float, ...]:
-        """Mean score of every start 0 to L - n, NaN for the first and the last; the index is the
-        start, and the start of the largest score goes.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If any stream held NaN or Inf.
-        """
-        scores = list(super().result())
-        scores[0] = scores[-1] = math.nan
-        return tuple(scores)

@@ -4,7 +4,7 @@ Layout below ``RUN/statistics.zarr``::
 
     ledger/plan.json                 what is counted: created once, never changed
     ledger/00003.json                commit manifest of range 3: created once, last
-    ranges/00003/<attempt>/<span>/gram_CC ...   Zarr arrays of one attempt
+    ranges/00003/<attempt>/<entry>/gram_ZZ ...  Zarr arrays of one attempt
 
 A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
 create-only manifest that holds every block's sha256. Only manifests are believed: an attempt
@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,21 @@ from ghost_dist.durable import (
     json_bytes,
 )
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
-from ghost_dist.spans import Span
+from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.recoverability import PairMoments
+from ghost_dist.statistics.scores import ScoreSums
+from ghost_dist.statistics.sums import Sums
 
 CHUNK_BYTES = 64 << 20
-FORMAT = 1
+FORMAT = 2
+
+KINDS: Mapping[str, type[Sums]] = {
+    "moments": Moments,
+    "absolute": AbsoluteSums,
+    "pairs": PairMoments,
+    "scores": ScoreSums,
+}
 
 
 @dataclass(frozen=True)
@@ -57,10 +68,8 @@ class StatisticsPlan:
     inputs
         Fingerprints and settings that decide the numbers: model, tokens, dtype, device type,
         batch, tensor-parallel degree.
-    hidden_size
-        Width C.
-    spans
-        Half-open spans as [start, stop] pairs.
+    entries
+        Name of each sum to its kind, a key of :data:`KINDS`.
     ranges
         Window ids of each range; together they hold every window once.
     window_length
@@ -68,8 +77,7 @@ class StatisticsPlan:
     """
 
     inputs: Mapping[str, Any]
-    hidden_size: int
-    spans: tuple[tuple[int, int], ...]
+    entries: Mapping[str, str]
     ranges: tuple[tuple[int, ...], ...]
     window_length: int
 
@@ -121,8 +129,7 @@ class StatisticsStore:
         try:
             plan = StatisticsPlan(
                 inputs=tree["inputs"],
-                hidden_size=tree["hidden_size"],
-                spans=tuple((a, b) for a, b in tree["spans"]),
+                entries=tree["entries"],
                 ranges=tuple(tuple(ids) for ids in tree["ranges"]),
                 window_length=tree["window_length"],
             )
@@ -139,7 +146,7 @@ class StatisticsStore:
         done = set(self.committed())
         return tuple(i for i in range(len(self.plan.ranges)) if i not in done)
 
-    def commit(self, range_id: int, moments: Mapping[Span, Moments]) -> bool:
+    def commit(self, range_id: int, sums: Mapping[str, Sums]) -> bool:
         """Write one attempt at a range and commit it; False if another attempt was first.
 
         Raises
@@ -151,9 +158,9 @@ class StatisticsStore:
         folder = self._range_folder(range_id) / attempt
         try:
             arrays = {}
-            for span, sums in moments.items():
-                for name, tensor in sums.arrays().items():
-                    key = f"{span.start}-{span.stop}/{name}"
+            for entry in self.plan.entries:
+                for name, tensor in sums[entry].arrays().items():
+                    key = f"{entry}/{name}"
                     arrays[key] = _write_array(folder / key, tensor.cpu().numpy())
             fsync_tree(folder)
             for parent in (folder.parent, folder.parent.parent, self.path):
@@ -163,22 +170,22 @@ class StatisticsStore:
                 "attempt": attempt,
                 "plan": self.plan_fingerprint,
                 "windows": list(self.plan.ranges[range_id]),
-                "num_tokens": {
-                    f"{span.start}-{span.stop}": sums.num_tokens for span, sums in moments.items()
-                },
+                "num_tokens": {entry: sums[entry].num_tokens for entry in self.plan.entries},
                 "arrays": arrays,
             }
             manifest = json_bytes({**body, "sha256": fingerprint(body)})
             won = create_bytes(self._manifest_path(range_id), manifest)
-        except BaseException:
+        except Exception:
+            # Not when the process is stopped: threads of Zarr may still write there, and the next
+            # run sweeps it away.
             shutil.rmtree(folder, ignore_errors=True)
             raise
         if not won:
             shutil.rmtree(folder, ignore_errors=True)
         return won
 
-    def read(self, range_id: int) -> dict[Span, Moments]:
-        """Moments of a committed range, every hash checked.
+    def read(self, range_id: int, entries: Collection[str] | None = None) -> dict[str, Sums]:
+        """Sums of a committed range, every hash checked; all entries unless some are named.
 
         Raises
         ------
@@ -187,25 +194,24 @@ class StatisticsStore:
         """
         manifest = self._read_manifest(range_id)
         folder = self._range_folder(range_id) / manifest["attempt"]
-        moments = {}
-        for start, stop in self.plan.spans:
-            key = f"{start}-{stop}"
+        sums: dict[str, Sums] = {}
+        for entry, kind in self.plan.entries.items():
+            if entries is not None and entry not in entries:
+                continue
             arrays = {
-                name.removeprefix(f"{key}/"): torch.from_numpy(
+                name.removeprefix(f"{entry}/"): torch.from_numpy(
                     self._read_array(folder / name, expected, range_id)
                 )
                 for name, expected in manifest["arrays"].items()
-                if name.startswith(f"{key}/")
+                if name.rpartition("/")[0] == entry
             }
             try:
-                moments[Span(start, stop)] = Moments.from_arrays(
-                    manifest["num_tokens"][key], arrays
-                )
+                sums[entry] = KINDS[kind].from_arrays(manifest["num_tokens"][entry], arrays)
             except TypeError as error:
                 raise CorruptStoreError(
-                    f"Range {range_id} lacks arrays of span {key}: {error}.", (range_id,)
+                    f"Range {range_id} lacks arrays of {entry}: {error}.", (range_id,)
                 ) from error
-        return moments
+        return sums
 
     def damaged(self) -> dict[int, str]:
         """Every committed range that cannot be read as its manifest says, with the reason."""
@@ -248,7 +254,9 @@ class StatisticsStore:
                     removed += 1
         return removed
 
-    def total(self, range_ids: Sequence[int] | None = None) -> dict[Span, Moments]:
+    def total(
+        self, range_ids: Sequence[int] | None = None, entries: Collection[str] | None = None
+    ) -> dict[str, Sums]:
         """Sum over committed ranges in id order; all of the plan unless ids are given.
 
         Raises
@@ -256,23 +264,17 @@ class StatisticsStore:
         CorruptStoreError
             If a range is not committed or damaged.
         """
-        total: dict[Span, Moments] = {}
-        for _, moments in self.iterate(range_ids):
-            total = {span: total[span] + sums if total else sums for span, sums in moments.items()}
-        return total
-
-    def iterate(
-        self, range_ids: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, dict[Span, Moments]]]:
-        """Committed ranges in id order, one at a time; see :meth:`total` for what is raised."""
         wanted = range(len(self.plan.ranges)) if range_ids is None else sorted(range_ids)
         absent = tuple(i for i in wanted if not self._manifest_path(i).exists())
         if absent:
             raise CorruptStoreError(
                 f"Ranges {list(absent)} are not committed; run calibrate again.", absent
             )
+        total: dict[str, Sums] = {}
         for range_id in wanted:
-            yield range_id, self.read(range_id)
+            sums = self.read(range_id, entries)
+            total = {name: total[name] + part if total else part for name, part in sums.items()}
+        return total
 
     def _range_folder(self, range_id: int) -> Path:
         return self.path / "ranges" / f"{range_id:05d}"
@@ -311,7 +313,7 @@ class StatisticsStore:
 
     def _num_tokens(self, range_id: int) -> dict[str, int]:
         tokens = len(self.plan.ranges[range_id]) * self.plan.window_length
-        return {f"{start}-{stop}": tokens for start, stop in self.plan.spans}
+        return dict.fromkeys(self.plan.entries, tokens)
 
     def _read_array(
         self, path: Path, expected: Mapping[str, Any], range_id: int
@@ -339,7 +341,7 @@ class StatisticsStore:
 def _write_array(path: Path, values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
     """Write one array in column chunks; returns its entry in the manifest."""
     chunks = list(values.shape)
-    row_bytes = values.dtype.itemsize * (values.shape[0] if values.ndim == 2 else 1)
+    row_bytes = values.dtype.itemsize * math.prod(values.shape[:-1])
     chunks[-1] = max(1, min(values.shape[-1], CHUNK_BYTES // row_bytes))
     array = zarr.create_array(
         path,

@@ -6,14 +6,17 @@ from families import (
     CUTS,
     FAMILIES,
     NUM_LAYERS,
+    REPAIR_KINDS,
     oracle_logits,
     random_operators,
+    random_repairs,
     random_tokens,
     rounding,
 )
 
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.surgery import Operator, insert_operators, remove_layers
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import as_recovered, insert_operators, remove_layers
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
@@ -39,14 +42,48 @@ def test_cut_and_recovered(checkpoint, family, cut):
     assert (pruned - recovered).abs().max() > 1e-2 * pruned.abs().max()
     remove_layers(model, architecture, spans)
     assert (logits(model) - pruned).abs().max() <= rounding(pruned)
-    handles = insert_operators(model, architecture, spans, operators)
+    take_out = insert_operators(model, architecture, spans, operators)
     assert (logits(model) - recovered).abs().max() <= rounding(recovered)
     arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     cached = model.generate(TOKENS[:1], use_cache=True, **arguments)
     assert torch.equal(cached, model.generate(TOKENS[:1], use_cache=False, **arguments))
-    for handle in handles:
-        handle.remove()
+    take_out()
     assert (logits(model) - pruned).abs().max() <= rounding(pruned)
+
+
+@pytest.mark.parametrize("kind", REPAIR_KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_of_repair_in_the_cut_and_in_the_uncut_model(checkpoint, family, kind):
+    source, architecture = checkpoint(family)
+    spans = CUTS["two"]
+    repairs = random_repairs(kind, spans, architecture)
+    model = load(source)
+    dense = logits(model)
+    expected = oracle_logits(model, architecture.layers, spans, repairs, TOKENS)
+    with as_recovered(model, architecture, spans, repairs):
+        assert (logits(model) - expected).abs().max() <= rounding(expected)
+    assert torch.equal(logits(model), dense)
+    remove_layers(model, architecture, spans)
+    pruned = logits(model)
+    take_out = insert_operators(model, architecture, spans, repairs)
+    assert (logits(model) - expected).abs().max() <= rounding(expected)
+    take_out()
+    assert torch.equal(logits(model), pruned)
+
+
+def test_healed_layers_are_named_as_in_the_uncut_model(checkpoint):
+    source, architecture = checkpoint("llama")
+    spans = CUTS["middle"]
+    model, by_hand = load(source), load(source)
+    new_FC = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)) / 10
+    layer = spans[-1].stop
+    by_hand.model.layers[layer].mlp.down_proj.weight.data = new_FC.T.contiguous()
+    expected = oracle_logits(by_hand, architecture.layers, spans, {}, TOKENS)
+    with as_recovered(model, architecture, spans, {}, {layer: new_FC}):
+        assert (logits(model) - expected).abs().max() <= rounding(expected)
+    remove_layers(model, architecture, spans)
+    insert_operators(model, architecture, spans, {}, {layer: new_FC})
+    assert (logits(model) - expected).abs().max() <= rounding(expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt_oss"])
@@ -71,7 +108,7 @@ def test_precision_of_operators(checkpoint):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         model = load(source, torch.bfloat16)
         remove_layers(model, architecture, spans)
-        operator = Operator(exact.weight_CC.to(dtype))
+        operator = Repair(exact.weight_CC.to(dtype))
         insert_operators(model, architecture, spans, {spans[0]: operator})
         layer = model.get_submodule(architecture.layers)[spans[0].start]
         hook = next(iter(layer._forward_pre_hooks.values()))

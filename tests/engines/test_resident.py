@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB, random_model, save_checkpoint
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
+from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 
@@ -22,10 +22,13 @@ TOKENS = np.random.default_rng(0).integers(3, VOCAB, (WINDOWS, LENGTH), dtype=np
 class Recorder:
     """Keeps what the engine pushes, and in which order."""
 
-    def __init__(self, boundaries):
-        self.boundaries = boundaries
-        self.streams = {}
+    def __init__(self, boundaries, mlp_layers=()):
+        self.boundaries, self.mlp_layers = boundaries, mlp_layers
+        self.streams, self.mlp = {}, {}
         self.order = []
+
+    def take_mlp(self, layer, window, input_TF, product_TC):
+        self.mlp[layer, window] = (input_TF.clone(), product_TC.clone())
 
     def __call__(self, boundary, window, stream_TC):
         assert (boundary, window) not in self.streams, "a window came twice"
@@ -111,3 +114,51 @@ def test_layers_above_the_last_boundary_are_not_loaded(tmp_path):
 def test_auto_batch_never_is_zero():
     assert auto_batch(CPU, 1 << 20) == 1
     assert auto_batch(CPU, 512) == 4
+
+
+ADDS = set(FAMILIES) - {
+    *("gemma2", "gemma3", "olmo2"),  # the MLP's output is normed before it is added
+    *("mixtral", "qwen3_moe", "gpt_oss"),  # experts only
+    "gpt2",  # its projections are no nn.Linear
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
+    """``x = A + H @ down + bias``: the sum of what is pushed is the next boundary."""
+    engine, architecture = open_engine(save_checkpoint(family, tmp_path), 3, 2)
+    layer = 0 if family == "deepseek_v3" else 1
+    added = layer in architecture.down_projections and adds_mlp_output(engine._decoder, layer)
+    assert added == (family in ADDS)
+    if not added:
+        return
+    sink = Recorder((layer, layer + 1), (layer,))
+    engine.run(TOKENS, range(WINDOWS), sink, lambda _: None)
+    module = engine._decoder.down_projection(layer)
+    assert module.in_features == architecture.inner_sizes[layer]
+    silent = module.register_forward_hook(lambda _m, _a, output: output * 0)
+    without = Recorder((layer + 1,))
+    engine.run(TOKENS, range(WINDOWS), without, lambda _: None)
+    silent.remove()
+    for window in range(WINDOWS):
+        h, product = sink.mlp[layer, window]
+        torch.testing.assert_close(h @ module.weight.T, product, rtol=1e-4, atol=1e-4)
+        a = sink.streams[layer + 1, window] - product
+        expected = without.streams[layer + 1, window]
+        if module.bias is not None:
+            expected = expected + module.bias
+        torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_between_two_boundaries(tmp_path, family):
+    """Streams in, streams out: a run in two pieces is the run in one."""
+    engine, _ = open_engine(save_checkpoint(family, tmp_path), 5, 2)
+    whole = Recorder((0, 2, 4, 5))
+    engine.run(TOKENS, range(WINDOWS), whole, lambda _: None)
+    for first, last in ((0, 2), (2, 4), (2, 5), (4, 4)):
+        given = torch.stack([whole.streams[first, w] for w in range(WINDOWS)])
+        with torch.inference_mode(), engine._decoder.between(first, last) as run:
+            got = run(given)
+        expected = torch.stack([whole.streams[last, w] for w in range(WINDOWS)])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

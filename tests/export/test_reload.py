@@ -13,9 +13,11 @@ import torch
 from families import (
     CUTS,
     FAMILIES,
+    REPAIR_KINDS,
     VOCAB,
     oracle_logits,
     random_operators,
+    random_repairs,
     random_tokens,
     rounding,
     save_checkpoint,
@@ -24,7 +26,8 @@ from families import (
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.checkpoint.surgery import Operator, insert_operators, remove_layers
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import reload_logits, verify_reload
@@ -32,6 +35,7 @@ from ghost_dist.export.verify import reload_logits, verify_reload
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
 GRID = [(family, cut) for family in FAMILIES for cut in CUTS]
+REPAIRS = [(family, kind) for family in FAMILIES for kind in REPAIR_KINDS]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,11 @@ def reloaded(checkpoint, tmp_path_factory):
         out = root / f"{family}-{cut}"
         operators = random_operators(CUTS[cut])
         export_checkpoint(source, architecture, CUTS[cut], operators, out, max_shard_bytes=60_000)
-    folders = {(family, cut): root / f"{family}-{cut}" for family, cut in GRID}
+    for family, kind in REPAIRS:
+        source, architecture = checkpoint(family)
+        repairs = random_repairs(kind, CUTS["two"], architecture)
+        export_checkpoint(source, architecture, CUTS["two"], repairs, root / f"{family}-{kind}")
+    folders = {(family, name): root / f"{family}-{name}" for family, name in (*GRID, *REPAIRS)}
     found = reload_logits(
         dict.fromkeys(folders.values(), TOKENS.numpy()), dtype=torch.float32, device=CPU
     )
@@ -69,6 +77,27 @@ def test_reloaded_logits(checkpoint, reloaded, family, cut):
     with torch.inference_mode():
         in_memory = torch.cat([model(row[None], use_cache=False).logits for row in TOKENS])
     assert (found - in_memory).abs().max() <= rounding(in_memory, factor=4)
+
+
+@pytest.mark.parametrize(("family", "kind"), REPAIRS)
+def test_reloaded_logits_of_every_form_of_repair(checkpoint, reloaded, family, kind):
+    source, architecture = checkpoint(family)
+    spans = CUTS["two"]
+    repairs = random_repairs(kind, spans, architecture)
+    uncut = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    expected = oracle_logits(uncut, architecture.layers, spans, repairs, TOKENS)
+    assert (reloaded[family, kind] - expected).abs().max() <= rounding(expected)
+
+
+def test_fold_is_a_plain_checkpoint_of_its_family(checkpoint, tmp_path):
+    source, architecture = checkpoint("llama")
+    spans = CUTS["two"]
+    repairs = random_repairs("fold", spans, architecture)
+    export_checkpoint(source, architecture, spans, repairs, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert open_checkpoint(tmp_path / "out").tensors.keys() < source.tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +151,7 @@ def test_verify_finds_another_operator(checkpoint, exported):
     source, architecture = checkpoint("llama")
     (span,) = CUTS["middle"]
     operator = random_operators(CUTS["middle"])[span]
-    model = recovered(source, architecture, (span,), {span: Operator(operator.weight_CC.T)})
+    model = recovered(source, architecture, (span,), {span: Repair(operator.weight_CC.T)})
     with pytest.raises(ExportError, match="does not reproduce the recovered model"):
         verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
 
@@ -140,7 +169,9 @@ def test_verify_finds_a_lost_operator(exported, tmp_path):
     broken = shutil.copytree(exported, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "ghost_operators": []}))
-    with pytest.raises(ExportError, match=r"unexpected tensors \['model.layers.2.ghost.weight'\]"):
+    with pytest.raises(
+        ExportError, match=r"unexpected tensors \['model.layers.2.ghost.linear.weight'\]"
+    ):
         reload_logits({broken: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
 
 

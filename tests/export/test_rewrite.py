@@ -13,7 +13,7 @@ from safetensors import safe_open
 import ghost_dist.export.rewrite as rewrite
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import INDEX, open_checkpoint
-from ghost_dist.checkpoint.surgery import Operator
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.spans import kept_layers
@@ -69,8 +69,8 @@ def test_kept_tensors_are_the_same_bytes(checkpoint, tmp_path, family):
         assert exported.tensors[new_name].shape == source.tensors[name].shape
         assert exported.tensors[new_name].dtype == source.tensors[name].dtype
     operators = {
-        f"{architecture.tensor_prefix}.2.ghost.weight",
-        f"{architecture.final_norm}.ghost.weight",
+        f"{architecture.tensor_prefix}.2.ghost.linear.weight",
+        f"{architecture.final_norm}.ghost.linear.weight",
         f"{architecture.final_norm}.ghost.bias",
     }
     assert set(exported.tensors) == expected | operators
@@ -80,8 +80,8 @@ def test_operators_are_transposed_once(source, tmp_path):
     exported = export(source, tmp_path / "out")
     first, second = (OPERATORS[span] for span in SPANS)
     for name, value in (
-        ("model.layers.2.ghost.weight", first.weight_CC.T),
-        ("model.norm.ghost.weight", second.weight_CC.T),
+        ("model.layers.2.ghost.linear.weight", first.weight_CC.T),
+        ("model.norm.ghost.linear.weight", second.weight_CC.T),
         ("model.norm.ghost.bias", second.bias_C),
     ):
         with safe_open(exported.path / exported.tensors[name].file, "pt") as file:
@@ -113,9 +113,10 @@ def test_config(source, tmp_path):
     exported = export(source, tmp_path / "out").config
     assert exported["num_hidden_layers"] == 3
     assert exported["model_type"] == "ghost_llama"
+    parts = {"linear": True, "norm_linear": False, "rank": 0, "norm_eps": 0.0}
     assert exported["ghost_operators"] == [
-        {"boundary": 2, "bias": False},
-        {"boundary": 3, "bias": True},
+        {"boundary": 2, **parts, "bias": False},
+        {"boundary": 3, **parts, "bias": True},
     ]
     own = {"architectures", "auto_map", "ghost_operators", "model_type", "num_hidden_layers"}
     assert {k: v for k, v in exported.items() if k not in own} == {
@@ -149,7 +150,7 @@ def test_source_in_dtype_of_half_the_size(tmp_path):
     """float64 operators are rounded to the checkpoint's dtype."""
     folder = save_checkpoint("llama", tmp_path / "m", dtype=torch.bfloat16)
     checkpoint = open_checkpoint(folder)
-    operators = {s: Operator(o.weight_CC.double()) for s, o in OPERATORS.items()}
+    operators = {s: Repair(o.weight_CC.double()) for s, o in OPERATORS.items()}
     exported = export((checkpoint, inspect_architecture(checkpoint)), tmp_path / "out", operators)
     assert {tensor.dtype for tensor in exported.tensors.values()} == {"BF16"}
 
@@ -288,12 +289,16 @@ def test_what_killed_exports_left_is_removed(source, tmp_path):
 @pytest.mark.parametrize(
     ("operator", "message"),
     [
-        (Operator(torch.eye(HIDDEN + 1)), r"shape \(65, 65\), expected \(64, 64\)"),
-        (Operator(torch.eye(HIDDEN), torch.zeros(3)), "bias of the operator"),
-        (Operator(torch.full((HIDDEN, HIDDEN), float("nan"))), "NaN or Inf"),
-        (Operator(torch.full((HIDDEN, HIDDEN), 1e300, dtype=torch.float64)), "NaN or Inf as"),
+        (Repair(torch.eye(HIDDEN + 1)), r"shape \(65, 65\), expected \(64, 64\)"),
+        (
+            Repair(down_FC=torch.zeros(64, 96)),
+            r"down_proj .* has shape \(64, 96\), expected \(96, 64\)",
+        ),
+        (Repair(torch.eye(HIDDEN), bias_C=torch.zeros(3)), "bias of the operator"),
+        (Repair(torch.full((HIDDEN, HIDDEN), float("nan"))), "NaN or Inf"),
+        (Repair(torch.full((HIDDEN, HIDDEN), 1e300, dtype=torch.float64)), "NaN or Inf as"),
     ],
-    ids=["shape", "bias", "nan", "overflow"],
+    ids=["shape", "down_proj", "bias", "nan", "overflow"],
 )
 def test_operators_that_cannot_be_stored(source, tmp_path, operator, message):
     with pytest.raises(ExportError, match=message):

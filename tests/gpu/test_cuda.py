@@ -27,17 +27,17 @@ def rows():
 
 
 def accumulate(x, y):
-    accumulator = MomentsAccumulator(C, x.device)
+    accumulator = MomentsAccumulator(C, C, x.device)
     for x_TC, y_TC in zip(x, y, strict=True):
-        accumulator.add(x_TC, y_TC)
+        accumulator.add((x_TC,), y_TC)
     return accumulator.result()
 
 
 def correlation_error(got, expected):
-    scale_x = expected.gram_CC.diagonal().sqrt()
+    scale_x = expected.gram_ZZ.diagonal().sqrt()
     scale_y = expected.sumsq_y_C.sqrt()
-    gram = (got.gram_CC - expected.gram_CC).abs() / torch.outer(scale_x, scale_x)
-    cross = (got.cross_CC - expected.cross_CC).abs() / torch.outer(scale_x, scale_y)
+    gram = (got.gram_ZZ - expected.gram_ZZ).abs() / torch.outer(scale_x, scale_x)
+    cross = (got.cross_ZC - expected.cross_ZC).abs() / torch.outer(scale_x, scale_y)
     return max(gram.max().item(), cross.max().item())
 
 

@@ -199,8 +199,8 @@ def test_batch_size_changes_the_operator_by_rounding_only(make_config, tmp_path,
         ),
         again="solve",
     )
-    a = load_file(tmp_path / "run" / "operators" / "3-5.safetensors")["weight"]
-    b = load_file(other / "operators" / "3-5.safetensors")["weight"]
+    a = load_file(tmp_path / "run" / "operators" / "3-5.safetensors")["linear"]
+    b = load_file(other / "operators" / "3-5.safetensors")["linear"]
     # float32 rounding of the streams (6e-8), amplified by at most the condition of a ridge of 1e-4.
     assert (a - b).abs().max() < 1e-4
 
@@ -209,7 +209,7 @@ def test_damaged_statistics_are_repaired_by_running_that_range_again(make_config
     recover(make_config(), again="solve")
     before = operators(tmp_path / "run")
     [chunk] = (tmp_path / "run" / "statistics.zarr" / "ranges" / "00002").glob(
-        "*/3-5/gram_CC/c/0/0"
+        "*/3-5/stream/gram_ZZ/c/0/0"
     )
     content = bytearray(chunk.read_bytes())
     content[100] ^= 4
@@ -254,7 +254,7 @@ def test_stage_again_with_another_ridge(make_config, tmp_path):
     result = recover(config)  # export follows the new operator
     assert result["fit"][0]["relative_ridge"] == pytest.approx(0.7)
     exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
-    solved = load_file(tmp_path / "run" / "operators" / "3-5.safetensors")["weight"]
+    solved = load_file(tmp_path / "run" / "operators" / "3-5.safetensors")["linear"]
     [name] = [name for name in exported if "ghost" in name]
     assert torch.equal(exported[name], solved.T.float())
 

@@ -6,19 +6,13 @@ import pytest
 import torch
 
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.wide import WideMoments
 
 
-def moments_of(x, y):
-    """Plain moments of rows, by direct float64 products."""
-    return Moments(len(x), x.T @ x, x.T @ y, x.sum(0), y.sum(0), (y * y).sum(0))
-
-
-def wide_of(z, y, w=None):
-    """Wide moments of rows with factors w, by direct float64 products."""
+def moments_of(z, y, w=None):
+    """Moments of rows with factors w, by direct float64 products."""
     w = torch.ones(len(z), dtype=torch.float64) if w is None else w
     zw, yw = z * w[:, None], y * w[:, None]
-    return WideMoments(
+    return Moments(
         len(z), zw.T @ zw, zw.T @ yw, zw.T @ w, yw.T @ w, (yw * yw).sum(0), (w @ w).reshape(1)
     )
 
@@ -42,4 +36,4 @@ def one_thread():
 @pytest.fixture
 def rows():
     """Functions that make rows and their moments."""
-    return SimpleNamespace(moments_of=moments_of, wide_of=wide_of, in_folds=in_folds, normal=normal)
+    return SimpleNamespace(moments_of=moments_of, in_folds=in_folds, normal=normal)

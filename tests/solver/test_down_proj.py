@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.down_proj import (
     SingularOperatorError,
@@ -15,7 +16,6 @@ from ghost_dist.solver.down_proj import (
     fit_replaceme,
     refit_down,
 )
-from ghost_dist.solver.operators import apply_repair
 
 T, C, F, FOLDS = 400, 8, 19, 4
 NO_RIDGE = AbsoluteRidge(absolute=0)
@@ -36,7 +36,7 @@ def problem(rows):
 def folds_of(rows, a, h, y, w=None):
     z = torch.cat((a, h), 1)
     arrays = (z, y) if w is None else (z, y, w)
-    return rows.in_folds(rows.wide_of, FOLDS, *arrays)
+    return rows.in_folds(rows.moments_of, FOLDS, *arrays)
 
 
 def recovered(repair, a, h):
@@ -128,7 +128,7 @@ def test_relative_ridge_is_relative_to_each_block(rows, problem):
 
 def test_refit_down_is_scikit_learns_ridge_around_the_original(rows, problem):
     a, h, down, y = problem
-    folds = rows.in_folds(rows.wide_of, FOLDS, h, y - a)
+    folds = rows.in_folds(rows.moments_of, FOLDS, h, y - a)
     repair, fit = refit_down("layer 9", folds, down, AbsoluteRidge(absolute=0.7))
     oracle = Ridge(alpha=0.7, fit_intercept=False, solver="cholesky")
     oracle.fit(h.numpy(), (y - a - h @ down).numpy())

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.linear_patch import fit_linear_patch
-from ghost_dist.solver.operators import apply_repair
 from ghost_dist.statistics.absolute import absolute_sums
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.config import AbsoluteRidge
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.low_rank import fit_low_rank
-from ghost_dist.solver.operators import apply_repair
 
 T, C, FOLDS = 240, 12, 4
 NO_RIDGE = AbsoluteRidge(absolute=0)
@@ -30,7 +30,7 @@ def textbook(x, change, rank):
 def test_equals_the_textbook_construction(rows, rank):
     x, y = problem(rows, 5, noise=1.0)
     repair, _, choice = fit_low_rank(
-        "[1, 3)", rows.in_folds(rows.wide_of, FOLDS, x, y), NO_RIDGE, rank=rank
+        "[1, 3)", rows.in_folds(rows.moments_of, FOLDS, x, y), NO_RIDGE, rank=rank
     )
     u, v = repair.low_rank
     assert u.shape == (C, rank)
@@ -44,7 +44,7 @@ def test_ridge_enters_as_extra_rows(rows):
     """A ridge is least squares with sqrt(ridge) I below X and zeros below Y - X."""
     x, y = problem(rows, 5, noise=1.0)
     repair, _, _ = fit_low_rank(
-        "[1, 3)", rows.in_folds(rows.wide_of, FOLDS, x, y), AbsoluteRidge(absolute=9.0), rank=2
+        "[1, 3)", rows.in_folds(rows.moments_of, FOLDS, x, y), AbsoluteRidge(absolute=9.0), rank=2
     )
     x_more = np.vstack((x.numpy(), 3.0 * np.eye(C)))
     change = np.vstack(((y - x).numpy(), np.zeros((C, C))))
@@ -54,7 +54,7 @@ def test_ridge_enters_as_extra_rows(rows):
 
 def test_beats_cutting_the_singular_values_of_the_matrix(rows):
     x, y = problem(rows, 8, noise=1.0)
-    folds = rows.in_folds(rows.wide_of, FOLDS, x, y)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     repair, _, _ = fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=2)
     m = torch.linalg.lstsq(x, y - x).solution
     u, s, vt = torch.linalg.svd(m)
@@ -65,7 +65,7 @@ def test_beats_cutting_the_singular_values_of_the_matrix(rows):
 
 def test_planted_rank_is_chosen(rows):
     x, y = problem(rows, 3, noise=0.05)
-    folds = rows.in_folds(rows.wide_of, FOLDS, x, y)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     repair, _, choice = fit_low_rank("[1, 3)", folds, "auto")
     assert choice.rank == 3
     assert repair.added_parameters == 2 * C * 3
@@ -78,7 +78,7 @@ def test_held_out_residuals_of_every_rank_against_rows(rows, affine):
     x, y = problem(rows, 4, noise=1.0)
     x, y = x + 2, y - 7
     change = y - x
-    folds = rows.in_folds(rows.wide_of, FOLDS, x, y)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     _, fit, choice = fit_low_rank("[1, 3)", folds, NO_RIDGE, affine=affine)
     for rank in (0, 2, C):
         total = 0.0
@@ -98,7 +98,7 @@ def test_held_out_residuals_of_every_rank_against_rows(rows, affine):
 def test_affine_bias_is_the_mean_left_over(rows):
     x, y = problem(rows, 3, noise=0.5)
     y = y + 30
-    folds = rows.in_folds(rows.wide_of, FOLDS, x, y)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     repair, _, _ = fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=3, affine=True)
     left = y - apply_repair(repair, x)
     torch.testing.assert_close(left.mean(0), torch.zeros(C, dtype=torch.float64))
@@ -108,4 +108,4 @@ def test_affine_bias_is_the_mean_left_over(rows):
 def test_an_impossible_rank_is_named(rows, rank):
     x, y = problem(rows, 3, noise=0.5)
     with pytest.raises(ConfigError, match=rf"rank={rank} .* 1 to {C}"):
-        fit_low_rank("[1, 3)", rows.in_folds(rows.wide_of, FOLDS, x, y), NO_RIDGE, rank=rank)
+        fit_low_rank("[1, 3)", rows.in_folds(rows.moments_of, FOLDS, x, y), NO_RIDGE, rank=rank)

@@ -14,14 +14,17 @@ from ghost_dist.solver.recoverability import (
     HeldOut,
     choose_spans,
     cost_map,
-    exact_held_out,
+    held_out_of_start,
     lost_log_energy,
-    projected_held_out,
     relative_residual,
 )
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SpanCollector
-from ghost_dist.statistics.recoverability import PairCollector, candidate_spans, projection
+from ghost_dist.statistics.recoverability import (
+    PairCollector,
+    candidate_spans,
+    projection,
+    start_key,
+)
 
 L, T, C, WINDOWS, FOLDS = 7, 60, 12, 8, 4
 CPU = torch.device("cpu")
@@ -53,38 +56,41 @@ def collect_folds(make, hidden):
     return folds
 
 
+def held_out(hidden, spans, columns):
+    make = lambda: PairCollector(spans, C, CPU, columns)  # noqa: E731
+    folds = collect_folds(make, hidden)
+    r = None if columns is None else projection(C, columns)
+    found = {}
+    for start, stops in make().stops.items():
+        found |= held_out_of_start(start, stops, [fold[start_key(start)] for fold in folds], r)
+    return found
+
+
 def exact(hidden, spans):
-    folds = collect_folds(lambda: SpanCollector(spans, C, CPU), hidden)
-    return {span: exact_held_out(span, [fold[span] for fold in folds]) for span in spans}
+    return held_out(hidden, spans, None)
 
 
 def projected(hidden, spans, columns):
-    make = lambda: PairCollector(spans, C, CPU, columns)  # noqa: E731
-    folds = collect_folds(make, hidden)
-    held_out = {}
-    for start, stops in make().stops.items():
-        of_start = [fold[start] for fold in folds]
-        held_out |= projected_held_out(start, stops, of_start, projection(C, columns))
-    return held_out
+    return held_out(hidden, spans, columns)
 
 
 def test_exact_is_the_residual_of_rows_never_fitted_on(rows):
     hidden = streams(rows)
     span = Span(1, 3)
-    held_out = exact(hidden, [span])[span]
+    found = exact(hidden, [span])[span]
     x, y = hidden[1].reshape(-1, C), hidden[3].reshape(-1, C)
     fold = (torch.arange(WINDOWS) % FOLDS).repeat_interleave(T)
-    ridge = held_out.relative_ridge * float((x.T @ x).diagonal().median())
+    ridge = found.relative_ridge * float((x.T @ x).diagonal().median())
     total = 0.0
     for f in range(FOLDS):
         x_t, y_t = x[fold != f], y[fold != f]
         gram = x_t.T @ x_t + ridge * torch.eye(C, dtype=torch.float64)
         m = torch.linalg.solve(gram, x_t.T @ (y_t - x_t))
         total += float((y[fold == f] - x[fold == f] - x[fold == f] @ m).square().sum())
-    assert held_out.residual == pytest.approx(total, rel=1e-9)
-    assert held_out.cut == pytest.approx(float((y - x).square().sum()), rel=1e-9)
-    assert held_out.energy == pytest.approx(float(y.square().sum()), rel=1e-9)
-    assert held_out.standard_error == 0
+    assert found.residual == pytest.approx(total, rel=1e-9)
+    assert found.cut == pytest.approx(float((y - x).square().sum()), rel=1e-9)
+    assert found.energy == pytest.approx(float(y.square().sum()), rel=1e-9)
+    assert found.standard_error == 0
 
 
 def test_projected_estimates_agree_with_the_exact_ones_within_their_error(rows):
@@ -117,9 +123,9 @@ def test_standard_error_is_the_spread_over_projections(rows, monkeypatch):
             "ghost_dist.statistics.recoverability.projection", lambda *_, signs=signs: signs
         )
         folds = collect_folds(lambda: PairCollector([span], C, CPU, 32), hidden)
-        held_out = projected_held_out(0, (2,), [fold[0] for fold in folds], signs)[span]
-        estimates.append(held_out.residual)
-        errors.append(held_out.standard_error)
+        found = held_out_of_start(0, (2,), [fold["start-0"] for fold in folds], signs)[span]
+        estimates.append(found.residual)
+        errors.append(found.standard_error)
     truth = exact(hidden, [span])[span].residual
     estimates, errors = torch.tensor(estimates), torch.tensor(errors)
     # 60 samples: the standard deviation is known to 9 %, the mean to std / sqrt(60).
@@ -139,11 +145,11 @@ def test_uncorrelated_residuals_are_estimated_exactly(rows):
 
 def test_the_linear_span_is_the_best_of_its_length(rows):
     hidden = streams(rows)
-    for held_out in (
+    for found in (
         exact(hidden, candidate_spans(L, 3, 3)),
         projected(hidden, candidate_spans(L, 3, 3), 16),
     ):
-        cost = cost_map(L, held_out)
+        cost = cost_map(L, found)
         assert choose_spans(cost, 3, 1) == (Span(2, 5),)
         assert cost[2, 5] < 1e-9
     protected = cost_map(L, exact(hidden, candidate_spans(L, 3, 3, protect=(4,))))
@@ -151,20 +157,20 @@ def test_the_linear_span_is_the_best_of_its_length(rows):
 
 
 def test_ridge_is_chosen_for_each_pair(rows):
-    held_out = projected(streams(rows), candidate_spans(L, 1, 4), 16)
-    chosen = {h.relative_ridge for h in held_out.values()}
+    found = projected(streams(rows), candidate_spans(L, 1, 4), 16)
+    chosen = {h.relative_ridge for h in found.values()}
     assert chosen <= set(RIDGE_GRID)
     assert len(chosen) > 1
 
 
 def test_cost_map_holds_nan_where_nothing_was_computed():
-    held_out = {Span(1, 3): HeldOut(3.0, 0.0, 5.0, 12.0, 10, 0.1)}
-    cost = cost_map(4, held_out)
+    found = {Span(1, 3): HeldOut(3.0, 0.0, 5.0, 12.0, 10, 0.1)}
+    cost = cost_map(4, found)
     assert cost.shape == (4, 5)
     assert cost[1, 3] == pytest.approx(math.log(4 / 3))
     assert cost.isnan().sum() == 19
-    assert cost_map(4, held_out, lambda h: h.residual / h.cut)[1, 3] == pytest.approx(0.6)
-    assert cost_map(4, held_out, relative_residual)[1, 3] == pytest.approx(0.25)
+    assert cost_map(4, found, lambda h: h.residual / h.cut)[1, 3] == pytest.approx(0.6)
+    assert cost_map(4, found, relative_residual)[1, 3] == pytest.approx(0.25)
 
 
 def test_costs_stay_finite_and_not_negative():

@@ -6,11 +6,12 @@ import torch
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics import moments as moments_module
-from ghost_dist.statistics.collect import CosineCollector, SpanCollector
+from ghost_dist.statistics.collect import SampleKind, SpanCollector
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
 
 C, T, WINDOWS = 24, 40, 6
 CPU = torch.device("cpu")
+STREAM = SampleKind("stream")
 
 
 def rows(seed=0, dtype=torch.float32):
@@ -23,15 +24,16 @@ def rows(seed=0, dtype=torch.float32):
 
 
 def accumulate(x, y):
-    accumulator = MomentsAccumulator(C, CPU)
+    accumulator = MomentsAccumulator(C, C, CPU)
     for x_TC, y_TC in zip(x, y, strict=True):
-        accumulator.add(x_TC, y_TC)
+        accumulator.add((x_TC,), y_TC)
     return accumulator.result()
 
 
 def direct(x, y):
     x, y = x.reshape(-1, C).double(), y.reshape(-1, C).double()
-    return Moments(len(x), x.T @ x, x.T @ y, x.sum(0), y.sum(0), (y * y).sum(0))
+    count = torch.tensor([float(len(x))], dtype=torch.float64)
+    return Moments(len(x), x.T @ x, x.T @ y, x.sum(0), y.sum(0), (y * y).sum(0), count)
 
 
 def assert_close(a, b, rtol):
@@ -52,7 +54,7 @@ def test_cross_is_x_transposed_y():
     x = torch.zeros(1, 2, C)
     y = torch.zeros(1, 2, C)
     x[0, :, 2], y[0, :, 7] = 3, 5
-    cross = accumulate(x, y).cross_CC
+    cross = accumulate(x, y).cross_ZC
     assert cross[2, 7] == 30
     assert cross.count_nonzero() == 1
 
@@ -70,8 +72,8 @@ def test_flushed_float32_path_keeps_the_error_bound(monkeypatch):
     x, y = rows(dtype=torch.bfloat16)
     got, expected = accumulate(x, y), direct(x, y)
     # Error of one entry relative to the correlation scale sqrt(G_ii G_jj): 16 float32 additions.
-    scale = expected.gram_CC.diagonal().sqrt()
-    error = (got.gram_CC - expected.gram_CC).abs() / torch.outer(scale, scale)
+    scale = expected.gram_ZZ.diagonal().sqrt()
+    error = (got.gram_ZZ - expected.gram_ZZ).abs() / torch.outer(scale, scale)
     assert 0 < error.max() < 16 * 6e-8
     assert torch.equal(got.sumsq_y_C, accumulate(x, y).sumsq_y_C)
 
@@ -80,12 +82,15 @@ def test_flushed_float32_path_keeps_the_error_bound(monkeypatch):
 def test_collector_is_one_pass_over_several_spans(order):
     streams = torch.stack([rows(seed)[0] for seed in range(5)])  # boundary, window, T, C
     spans = [Span(0, 2), Span(1, 2), Span(2, 4)]
-    collector = SpanCollector(spans, C, CPU)
+    collector = SpanCollector([(span, STREAM) for span in spans], C, CPU)
     assert collector.boundaries == (0, 1, 2, 4)
     for window in order:
         for boundary in collector.boundaries:
             collector(boundary, window, streams[boundary, window])
-    for span, got in collector.result().items():
+    result = collector.result()
+    assert result.keys() == {"0-2/stream", "1-2/stream", "2-4/stream"}
+    for span in spans:
+        got = result[STREAM.key(span)]
         expected = direct(streams[span.start], streams[span.stop])
         assert_close(got, expected, rtol=1e-13)
 
@@ -95,12 +100,12 @@ def test_batches_are_bitwise_the_same_as_single_windows():
     streams = torch.stack([rows(seed)[0] for seed in range(3)])
     results = []
     for batch in (1, 2, 3, 6):
-        collector = SpanCollector([Span(0, 2)], C, CPU)
+        collector = SpanCollector([(Span(0, 2), STREAM)], C, CPU)
         for first in range(0, WINDOWS, batch):
             for boundary in (0, 2):
                 for window in range(first, first + batch):
                     collector(boundary, window, streams[boundary, window])
-        results.append(collector.result()[Span(0, 2)])
+        results.append(collector.result()["0-2/stream"])
     for other in results[1:]:
         for name, array in other.arrays().items():
             assert torch.equal(array, results[0].arrays()[name]), name
@@ -110,7 +115,7 @@ def test_batches_are_bitwise_the_same_as_single_windows():
 def test_non_finite_stream_names_layer_and_window(value):
     x, y = rows()
     y[4, 7, 3] = value
-    collector = SpanCollector([Span(2, 6)], C, CPU)
+    collector = SpanCollector([(Span(2, 6), STREAM)], C, CPU)
     for window in range(WINDOWS):
         collector(2, window, x[window])
         collector(6, window, y[window])
@@ -118,19 +123,48 @@ def test_non_finite_stream_names_layer_and_window(value):
         collector.result()
 
 
-def test_cosine_is_per_token_over_channels_and_scores_every_start():
-    num_layers, remove = 5, 2
-    generator = torch.Generator().manual_seed(1)
-    streams = torch.randn(num_layers + 1, WINDOWS, T, C, generator=generator)
-    collector = CosineCollector(num_layers, remove, CPU)
-    assert collector.boundaries == tuple(range(num_layers + 1))
+def push_with_mlp(samples, x, h, product, y, **options):
+    collector = SpanCollector(samples, C, CPU, **options)
+    assert collector.mlp_layers == (2,)
     for window in range(WINDOWS):
-        for boundary in range(num_layers + 1):
-            collector(boundary, window, streams[boundary, window])
-    a = streams[: num_layers + 1 - remove].double()
-    b = streams[remove:].double()
-    expected = ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean((1, 2))
-    assert len(collector.result()) == num_layers - remove + 1  # includes [3, 5), up to the last
-    assert torch.allclose(
-        torch.tensor(collector.result(), dtype=torch.float64), expected, atol=1e-6
+        collector.take_mlp(2, window, h[window], product[window])
+        collector(3, window, x[window])
+        collector(6, window, y[window])
+    return collector.result()
+
+
+def test_every_kind_of_sums_from_one_pass():
+    """The stream taken apart at a down_proj, its norm, weights and absolute values."""
+    x, y = rows()
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(WINDOWS, T, 9, generator=generator)
+    product = h @ torch.randn(9, C, generator=generator)
+    span = Span(3, 6)
+    kinds = [
+        SampleKind("stream"),
+        SampleKind("joint"),
+        SampleKind("stream+norm"),
+        SampleKind("stream", "inverse-norm"),
+        SampleKind("joint", "drop-first"),
+        SampleKind("absolute"),
+    ]
+    result = push_with_mlp(
+        [(span, kind) for kind in kinds], x, h, product, y, inner_size={2: 9}, norm_eps=1e-5
     )
+    z = torch.cat((x - product, h), -1)
+    assert_close(result["3-6/joint"].to(CPU), direct_of(z, y), rtol=1e-12)
+    assert_close(result["3-6/joint@drop-first"], direct_of(z[:, 1:], y[:, 1:], T), rtol=1e-12)
+    assert_close(result["3-6/stream"], direct(x, y), rtol=1e-12)
+    normed = torch.nn.functional.rms_norm(x, (C,), eps=1e-5)
+    assert_close(result["3-6/stream+norm"], direct_of(torch.cat((x, normed), -1), y), rtol=1e-6)
+    scale = C**0.5 / y.double().norm(dim=-1, keepdim=True)
+    weighted = result["3-6/stream@inverse-norm"]
+    torch.testing.assert_close(weighted.gram_ZZ, direct(x * scale, y * scale).gram_ZZ)
+    torch.testing.assert_close(result["3-6/absolute"].sum_abs_x_C, x.double().abs().sum((0, 1)))
+
+
+def direct_of(z, y, tokens_of_window=None):
+    z, y = z.reshape(-1, z.shape[-1]).double(), y.reshape(-1, C).double()
+    count = torch.tensor([float(len(z))], dtype=torch.float64)
+    tokens = len(z) if tokens_of_window is None else WINDOWS * tokens_of_window
+    return Moments(tokens, z.T @ z, z.T @ y, z.sum(0), y.sum(0), (y * y).sum(0), count)

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from ghost_dist.errors import NonFiniteActivationError
-from ghost_dist.statistics.scores import AngularCollector, BlockInfluenceCollector, PaperCollector
+from ghost_dist.solver.criteria import paper_candidates
+from ghost_dist.statistics.scores import (
+    AngularCollector,
+    BlockInfluenceCollector,
+    CosineCollector,
+    PaperCollector,
+)
 
 L, T, C, WINDOWS, N = 6, 17, 8, 4, 2
 CPU = torch.device("cpu")
@@ -23,7 +29,9 @@ def streams(seed=0):
 def push(collector, hidden, order):
     for window, boundary in order:
         collector(boundary, window, hidden[boundary, window])
-    return collector.result()
+    scores = collector.result()["scores"]
+    assert scores.num_tokens == WINDOWS * T
+    return scores.mean()
 
 
 WINDOW_BY_WINDOW = [(w, b) for w in range(WINDOWS) for b in range(L + 1)]
@@ -32,6 +40,15 @@ LAYER_BY_LAYER = [(w, b) for b in range(L + 1) for w in reversed(range(WINDOWS))
 
 def cosine(a, b, axis):
     return (a * b).sum(axis) / np.linalg.norm(a, axis=axis) / np.linalg.norm(b, axis=axis)
+
+
+@pytest.mark.parametrize("order", [WINDOW_BY_WINDOW, LAYER_BY_LAYER])
+def test_cosine_is_of_every_token_and_start(order):
+    hidden = streams()
+    got = push(CosineCollector(L, N, CPU), hidden, order)
+    states = hidden.double().numpy()
+    expected = [cosine(states[s], states[s + N], -1).mean() for s in range(L - N + 1)]
+    assert got == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("order", [WINDOW_BY_WINDOW, LAYER_BY_LAYER])
@@ -59,7 +76,7 @@ def test_block_influence_is_of_every_token_and_layer(order):
 @pytest.mark.parametrize("order", [WINDOW_BY_WINDOW, LAYER_BY_LAYER])
 def test_paper_is_the_published_call_and_range_of_starts(order):
     hidden = streams()
-    got = push(PaperCollector(L, N, CPU), hidden, order)
+    got = paper_candidates(push(PaperCollector(L, N, CPU), hidden, order))
     expected = [
         torch.stack([torch.cosine_similarity(hidden[s, w : w + 1], hidden[s + N, w : w + 1]).mean()
                      for w in range(WINDOWS)]).mean().item()

@@ -11,16 +11,14 @@ import zarr
 
 from ghost_dist.config import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
-from ghost_dist.spans import Span
+from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 C, LENGTH = 8, 16
-SPANS = (Span(1, 3), Span(4, 5))
 PLAN = StatisticsPlan(
     inputs={"model": "m", "tokens": "t", "batch": 1},
-    hidden_size=C,
-    spans=((1, 3), (4, 5)),
+    entries={"1-3/stream": "moments", "4-5/absolute": "absolute"},
     ranges=((0, 1), (2, 3), (4,)),
     window_length=LENGTH,
 )
@@ -32,9 +30,10 @@ def moments(seed, windows=2):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    tokens = windows * LENGTH
     return {
-        span: Moments(windows * LENGTH, draw(C, C), draw(C, C), draw(C), draw(C), draw(C))
-        for span in SPANS
+        "1-3/stream": Moments(tokens, draw(C, C), draw(C, C), draw(C), draw(C), draw(C), draw(1)),
+        "4-5/absolute": AbsoluteSums(tokens, draw(C), draw(C), draw(C), draw(C)),
     }
 
 
@@ -47,10 +46,11 @@ def store(tmp_path):
 
 
 def equal(a, b):
-    return all(
-        a[span].num_tokens == b[span].num_tokens
-        and all(torch.equal(a[span].arrays()[n], b[span].arrays()[n]) for n in a[span].arrays())
-        for span in SPANS
+    return a.keys() == b.keys() and all(
+        type(a[entry]) is type(b[entry])
+        and a[entry].num_tokens == b[entry].num_tokens
+        and all(torch.equal(a[entry].arrays()[n], b[entry].arrays()[n]) for n in a[entry].arrays())
+        for entry in a
     )
 
 
@@ -70,8 +70,8 @@ def test_reads_back_bitwise_in_another_process_image(store):
 
 def test_total_is_the_sum_in_id_order(store):
     a, b, c = moments(0), moments(1), moments(2, 1)
-    assert equal(store.total(), {s: (a[s] + b[s]) + c[s] for s in SPANS})
-    assert equal(store.total([2, 0]), {s: a[s] + c[s] for s in SPANS})
+    assert equal(store.total(), {s: (a[s] + b[s]) + c[s] for s in a})
+    assert equal(store.total([2, 0]), {s: a[s] + c[s] for s in a})
 
 
 def test_order_of_commits_does_not_matter(store, tmp_path):
@@ -114,14 +114,14 @@ def flip(path, position=40):
 
 
 DAMAGE = {
-    "flipped bit": lambda store: flip(array_file(store, 1, "1-3/gram_CC")),
-    "truncated chunk": lambda store: array_file(store, 1, "4-5/cross_CC").write_bytes(
+    "flipped bit": lambda store: flip(array_file(store, 1, "1-3/stream/gram_ZZ")),
+    "truncated chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(
         b"1234567890"
     ),
-    "empty chunk": lambda store: array_file(store, 1, "4-5/cross_CC").write_bytes(b""),
-    "deleted chunk": lambda store: array_file(store, 1, "1-3/sum_x_C").unlink(),
+    "empty chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(b""),
+    "deleted chunk": lambda store: array_file(store, 1, "1-3/stream/sum_z_Z").unlink(),
     "deleted array": lambda store: next(
-        (store.path / "ranges" / "00001").glob("*/1-3/sumsq_y_C/zarr.json")
+        (store.path / "ranges" / "00001").glob("*/1-3/stream/sumsq_y_C/zarr.json")
     ).unlink(),
     "flipped bit in the manifest": lambda store: flip(store.path / "ledger" / "00001.json", 90),
     "half a manifest": lambda store: (store.path / "ledger" / "00001.json").write_text("{"),
@@ -148,7 +148,12 @@ def test_damage_is_named_and_only_that_range_is_run_again(store, kind):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("windows", [0, 1]), ("num_tokens", {"1-3": 32, "4-5": 64}), ("plan", "x"), ("range", 0)],
+    [
+        ("windows", [0, 1]),
+        ("num_tokens", {"1-3/stream": 32, "4-5/absolute": 64}),
+        ("plan", "x"),
+        ("range", 0),
+    ],
 )
 def test_forged_manifest_is_refused_although_its_own_hash_is_right(store, field, value):
     path = store.path / "ledger" / "00001.json"
@@ -189,7 +194,7 @@ def test_full_disk_commits_nothing(tmp_path, monkeypatch):
 
 def test_chunks_are_protected_in_the_zarr_metadata(store):
     """A reader without our ledger is protected too: CRC32C, NaN where a chunk is missing."""
-    [path] = (store.path / "ranges" / "00000").glob("*/1-3/gram_CC")
+    [path] = (store.path / "ranges" / "00000").glob("*/1-3/stream/gram_ZZ")
     array = zarr.open_array(path, mode="r")
     assert "crc32c" in str(array.metadata.codecs).lower()
     assert torch.isnan(torch.tensor(float(array.fill_value)))

@@ -8,17 +8,10 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.solver.least_squares import about, map_error
-from ghost_dist.solver.ridge import (
-    RIDGE_GRID,
-    condition_number,
-    fit_ghost,
-    solve_ghost,
-    squared_error,
-)
-from ghost_dist.spans import Span
+from ghost_dist.solver.ghost import fit_ghost
+from ghost_dist.solver.least_squares import RIDGE_GRID, about, condition_number, map_error
 
-SPAN = Span(3, 5)
+SPAN = "[3, 5)"
 T, C, FOLDS = 120, 10, 4
 
 
@@ -32,13 +25,18 @@ def planted(rows, noise=0.3, seed=0):
 
 def test_planted_operator_is_found_exactly(rows):
     x, w, y = planted(rows, noise=0)
-    operator, fit = fit_ghost(
+    repair, fit = fit_ghost(
         SPAN, rows.in_folds(rows.moments_of, FOLDS, x, y), AbsoluteRidge(absolute=0)
     )
-    torch.testing.assert_close(operator, w, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(operator, w.T)
+    torch.testing.assert_close(repair.weight_CC, w, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(repair.weight_CC, w.T)
     assert fit.residual < 1e-12
     assert fit.r2 > 1 - 1e-12
+
+
+def solved(rows, x, y, ridge):
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
+    return fit_ghost(SPAN, folds, AbsoluteRidge(absolute=ridge))[0]
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-2, 1.0, 300.0])
@@ -47,34 +45,36 @@ def test_solution_built_from_the_svd(rows, ridge):
     # M = V diag(s / (s^2 + ridge)) U' (Y - X), from X = U diag(s) V'.
     u, s, vt = np.linalg.svd(x.numpy(), full_matrices=False)
     expected = np.eye(C) + vt.T @ ((s / (s**2 + ridge))[:, None] * (u.T @ (y - x).numpy()))
-    operator, factor = solve_ghost(SPAN, rows.moments_of(x, y), ridge)
-    np.testing.assert_allclose(operator.numpy(), expected, rtol=1e-9, atol=1e-11)
-    damped = x.T @ x + ridge * torch.eye(C, dtype=torch.float64)
-    torch.testing.assert_close(factor @ factor.T, damped)
+    repair = solved(rows, x, y, ridge)
+    np.testing.assert_allclose(repair.weight_CC.numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_without_a_ridge_it_is_numpys_least_squares(rows):
     x, _, y = planted(rows)
     expected = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0]
-    operator, _ = solve_ghost(SPAN, rows.moments_of(x, y), 0.0)
-    np.testing.assert_allclose(operator.numpy(), expected, rtol=1e-9, atol=1e-10)
+    repair = solved(rows, x, y, 0.0)
+    np.testing.assert_allclose(repair.weight_CC.numpy(), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_a_huge_ridge_is_the_plain_cut(rows):
     x, _, y = planted(rows)
-    operator, _ = solve_ghost(SPAN, rows.moments_of(x, y), 1e15)
-    torch.testing.assert_close(operator, torch.eye(C, dtype=torch.float64), rtol=0, atol=1e-8)
+    repair = solved(rows, x, y, 1e15)
+    torch.testing.assert_close(
+        repair.weight_CC, torch.eye(C, dtype=torch.float64), rtol=0, atol=1e-8
+    )
 
 
-def test_squared_error_per_channel_against_rows(rows):
+def test_map_error_per_channel_against_rows(rows):
     x, w, y = planted(rows)
     held_out = rows.moments_of(x[::3], y[::3])
     expected = (y[::3] - x[::3] @ w).square().sum(0)
     # Differences of sums: absolute error of eps times the sums.
     slack = 1e-14 * float(held_out.sumsq_y_C.max())
-    torch.testing.assert_close(squared_error(held_out, w), expected, rtol=1e-10, atol=slack)
+    torch.testing.assert_close(map_error(held_out, w), expected, rtol=1e-10, atol=slack)
     cut = (y[::3] - x[::3]).square().sum(0)
-    torch.testing.assert_close(squared_error(held_out), cut, rtol=1e-10, atol=slack)
+    torch.testing.assert_close(
+        map_error(held_out, torch.eye(C, dtype=torch.float64)), cut, rtol=1e-10, atol=slack
+    )
 
 
 def sklearn_held_out(x, y, ridge):
@@ -91,7 +91,7 @@ def test_held_out_residual_and_choice_against_scikit_learn(rows):
     scale = float((x.T @ x).diagonal().median())
     expected = np.array([sklearn_held_out(x, y, r * scale).sum() for r in RIDGE_GRID])
     cut = float((y - x).square().sum())
-    operator, fit = fit_ghost(SPAN, folds, "auto")
+    repair, fit = fit_ghost(SPAN, folds, "auto")
     assert [r for r, _ in fit.ridge_curve] == pytest.approx(RIDGE_GRID)
     assert [e for _, e in fit.ridge_curve] == pytest.approx(expected / cut, rel=1e-9)
     best = int(expected.argmin())
@@ -101,7 +101,9 @@ def test_held_out_residual_and_choice_against_scikit_learn(rows):
     assert fit.residual == pytest.approx(expected[best] / cut, rel=1e-9)
     whole = Ridge(alpha=fit.ridge, fit_intercept=False, solver="cholesky")
     whole.fit(x.numpy(), (y - x).numpy())
-    np.testing.assert_allclose(operator.numpy(), np.eye(C) + whole.coef_.T, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        repair.weight_CC.numpy(), np.eye(C) + whole.coef_.T, rtol=1e-8, atol=1e-10
+    )
     # R2 against scikit-learn's residuals, channel by channel.
     errors = sklearn_held_out(x, y, fit.ridge)
     variance = y.numpy().var(0) * T
@@ -122,8 +124,8 @@ def test_chosen_ridge_is_near_the_best_for_fresh_rows(rows, ratio):
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     chosen, _ = fit_ghost(SPAN, folds, "auto")
 
-    def error(operator):
-        return float((fresh_y - fresh @ operator).square().sum())
+    def error(repair):
+        return float((fresh_y - fresh @ repair.weight_CC).square().sum())
 
     grid = [error(fit_ghost(SPAN, folds, RelativeRidge(relative=r))[0]) for r in RIDGE_GRID]
     assert error(chosen) <= 1.02 * min(grid)
@@ -134,15 +136,15 @@ def test_chosen_ridge_is_near_the_best_for_fresh_rows(rows, ratio):
 def test_fold_order_and_number_of_ranges_do_not_matter(rows):
     x, _, y = planted(rows)
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
-    operator, fit = fit_ghost(SPAN, folds, "auto")
+    repair, fit = fit_ghost(SPAN, folds, "auto")
     again, refit = fit_ghost(SPAN, folds[::-1], "auto")
-    torch.testing.assert_close(again, operator, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(again.weight_CC, repair.weight_CC, rtol=1e-10, atol=1e-12)
     assert refit.residual == pytest.approx(fit.residual, rel=1e-10)
     # Other folds give the same operator at the same ridge, and another held-out residual.
     ridge = AbsoluteRidge(absolute=1.0)
     two, fit_2 = fit_ghost(SPAN, rows.in_folds(rows.moments_of, 2, x, y), ridge)
     four, fit_4 = fit_ghost(SPAN, folds, ridge)
-    torch.testing.assert_close(two, four, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(two.weight_CC, four.weight_CC, rtol=1e-10, atol=1e-12)
     assert fit_2.residual != pytest.approx(fit_4.residual, rel=1e-6)
 
 
@@ -156,8 +158,6 @@ def test_singular_gram_is_an_error_that_explains(rows):
     assert caught.value.span == "[3, 5)"
     assert caught.value.num_tokens == T
     assert caught.value.condition > 1e15
-    with pytest.raises(SingularGramError):
-        solve_ghost(SPAN, rows.moments_of(x, y), 0.0)
     # The grid recovers, and says with what.
     _, fit = fit_ghost(SPAN, folds, "auto")
     assert fit.relative_ridge >= RIDGE_GRID[0]
@@ -186,10 +186,22 @@ def test_moments_about_other_rows_means(rows):
     x, w, y = planted(rows)
     x, y = x + 5, y - 3
     z_mean, y_mean = x[:80].mean(0), y[:80].mean(0)
-    got = about(rows.wide_of(x[80:], y[80:]), rows.wide_of(x[:80], y[:80]))
-    expected = rows.wide_of(x[80:] - z_mean, y[80:] - y_mean)
+    got = about(rows.moments_of(x[80:], y[80:]), rows.moments_of(x[:80], y[:80]))
+    expected = rows.moments_of(x[80:] - z_mean, y[80:] - y_mean)
     for name, array in got.arrays().items():
         other = expected.arrays()[name]
         torch.testing.assert_close(array, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
     error = (y[80:] - y_mean - (x[80:] - z_mean) @ w).square().sum(0)
     torch.testing.assert_close(map_error(got, w), error, rtol=1e-8, atol=1e-8)
+
+
+def test_weighted_affine_ghost_is_scikit_learns(rows):
+    stream = rows.normal(T, C, seed=0) * rows.normal(T, 1, seed=1).exp() * 5
+    y = stream @ rows.normal(C, C, seed=7) + 11 + rows.normal(T, C, seed=8)
+    w = torch.rand(T, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    folds = rows.in_folds(rows.moments_of, FOLDS, stream, y, w)
+    repair, _ = fit_ghost(SPAN, folds, AbsoluteRidge(absolute=2.0), affine=True)
+    oracle = Ridge(alpha=2.0, solver="cholesky")
+    oracle.fit(stream.numpy(), (y - stream).numpy(), sample_weight=w.numpy() ** 2)
+    np.testing.assert_allclose(repair.weight_CC.numpy(), np.eye(C) + oracle.coef_.T, rtol=1e-7)
+    np.testing.assert_allclose(repair.bias_C.numpy(), oracle.intercept_, rtol=1e-7)

@@ -1,21 +1,11 @@
-"""Wide moments against direct products, and every derived moment against its own rows."""
+"""Moments of several regressors against direct products, and derived moments against rows."""
 
 import pytest
 import torch
 
-from ghost_dist.statistics import wide as wide_module
-from ghost_dist.statistics.moments import MomentsAccumulator
-from ghost_dist.statistics.wide import (
-    WideAccumulator,
-    WideMoments,
-    as_wide,
-    combine,
-    norm_features,
-    retarget,
-    shift,
-    stream_moments,
-    take,
-)
+from ghost_dist.statistics import moments as moments_module
+from ghost_dist.statistics.moments import Moments, MomentsAccumulator, norm_features
+from ghost_dist.statistics.transforms import combine, retarget, stream_moments, take
 
 C, F, T, WINDOWS = 12, 31, 40, 5
 CPU = torch.device("cpu")
@@ -40,13 +30,11 @@ def direct(z, y, w=None):
     z, y = z.reshape(-1, z.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
     w2 = torch.ones(len(z), dtype=torch.float64) if w is None else w.reshape(-1).double() ** 2
     zw = z * w2[:, None]
-    return WideMoments(
-        len(z), zw.T @ z, zw.T @ y, zw.sum(0), w2 @ y, w2 @ (y * y), w2.sum().reshape(1)
-    )
+    return Moments(len(z), zw.T @ z, zw.T @ y, zw.sum(0), w2 @ y, w2 @ (y * y), w2.sum().reshape(1))
 
 
 def accumulate(a, h, y, w=None, **options):
-    accumulator = WideAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
+    accumulator = MomentsAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
     for i in range(len(a)):
         accumulator.add((a[i], h[i]), y[i], None if w is None else w[i])
     return accumulator.result()
@@ -93,8 +81,8 @@ def test_parts_add_up_to_the_whole(of):
 
 
 def test_float32_products_flushed_into_float64(monkeypatch):
-    monkeypatch.setattr(wide_module, "has_full_rate_float64", lambda device: False)
-    monkeypatch.setattr(wide_module, "FLUSH_TOKENS", 16)
+    monkeypatch.setattr(moments_module, "has_full_rate_float64", lambda device: False)
+    monkeypatch.setattr(moments_module, "FLUSH_TOKENS", 16)
     a, h, y = rows(dtype=torch.bfloat16)
     got = accumulate(a, h, y)
     expected = direct(torch.cat((a, h), -1), y)
@@ -116,20 +104,18 @@ def test_windows_in_any_order_and_chunking():
 
 def test_arrays_round_trip():
     moments = accumulate(*rows())
-    back = WideMoments.from_arrays(moments.num_tokens, moments.arrays())
+    back = Moments.from_arrays(moments.num_tokens, moments.arrays())
     assert back == moments
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_stream_moments_equal_accumulating_the_stream(bias):
+def test_stream_moments_equal_accumulating_the_stream():
     a, h, y = rows()
     generator = torch.Generator().manual_seed(2)
     down = torch.randn(F, C, generator=generator, dtype=torch.float64)
-    b = torch.randn(C, generator=generator, dtype=torch.float64) if bias else None
-    accumulator = MomentsAccumulator(C, CPU)
+    accumulator = MomentsAccumulator(C, C, CPU)
     for i in range(WINDOWS):
-        accumulator.add(a[i] + h[i] @ down + (0 if b is None else b), y[i])
-    assert_close(stream_moments(accumulate(a, h, y), down, b), accumulator.result(), rtol=1e-11)
+        accumulator.add((a[i] + h[i] @ down,), y[i])
+    assert_close(stream_moments(accumulate(a, h, y), down), accumulator.result(), rtol=1e-11)
 
 
 def test_derived_moments_equal_direct_ones():
@@ -139,20 +125,10 @@ def test_derived_moments_equal_direct_ones():
     w = torch.rand(WINDOWS, T, generator=generator, dtype=torch.float64)
     mix = torch.randn(C + F, 5, generator=generator, dtype=torch.float64)
     change = torch.randn(C + F, C, generator=generator, dtype=torch.float64)
-    constant = torch.randn(C + F, generator=generator, dtype=torch.float64)
     moments = accumulate(a, h, y, w)
     assert_close(combine(moments, mix), direct(z @ mix, y, w), rtol=1e-11)
     assert_close(take(moments, slice(C, None)), direct(h, y, w))
     assert_close(retarget(moments, change), direct(z, y - z @ change, w), rtol=1e-11)
-    assert_close(shift(moments, constant), direct(z + constant, y, w))
-
-
-def test_plain_moments_are_wide_ones():
-    a, _, y = rows()
-    accumulator = MomentsAccumulator(C, CPU)
-    for i in range(WINDOWS):
-        accumulator.add(a[i], y[i])
-    assert_close(as_wide(accumulator.result()), direct(a, y))
 
 
 def test_norm_features_are_llamas_rmsnorm():

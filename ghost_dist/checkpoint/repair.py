@@ -1,0 +1,155 @@
+"""What is put in the place of a removed span, whichever operator it is.
+
+Legend: T tokens, C hidden width, F width of the MLP's inner layer, r rank. Rows are tokens:
+``Y_TC = X_TC @ W_CC``, W is (in, out); export transposes for ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ghost_dist.spans import Span
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V + b``, None parts left out.
+
+    Without W (None) the first term is x itself. All float64 as solved.
+
+    Attributes
+    ----------
+    weight_CC
+        W, dense.
+    norm_weight_CC
+        N, of ``rmsnorm(x) = x / sqrt(mean(x^2) + norm_eps)`` without a learned scale.
+    low_rank
+        U (C, r) and V (r, C).
+    bias_C
+        b.
+    down_FC
+        Replaces the down_proj of layer ``start - 1``; its bias, if any, stays.
+    norm_eps
+        Of the norm that N reads.
+    """
+
+    weight_CC: Tensor | None = None
+    norm_weight_CC: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    bias_C: Tensor | None = None
+    down_FC: Tensor | None = None
+    norm_eps: float = 0.0
+
+    def boundary_parts(self) -> dict[str, Tensor]:
+        """What acts at the boundary, by name: matrices (in, out) and a bias."""
+        parts = {
+            "linear": self.weight_CC,
+            "norm_linear": self.norm_weight_CC,
+            "low_rank_in": None if self.low_rank is None else self.low_rank[0],
+            "low_rank_out": None if self.low_rank is None else self.low_rank[1],
+            "bias": self.bias_C,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        down = {} if self.down_FC is None else {"down": self.down_FC}
+        return {**self.boundary_parts(), **down}
+
+    @staticmethod
+    def from_parts(parts: Mapping[str, Tensor], norm_eps: float = 0.0) -> Repair:
+        """Inverse of :meth:`parts`."""
+        low_rank = None
+        if "low_rank_in" in parts:
+            low_rank = (parts["low_rank_in"], parts["low_rank_out"])
+        return Repair(
+            weight_CC=parts.get("linear"),
+            norm_weight_CC=parts.get("norm_linear"),
+            low_rank=low_rank,
+            bias_C=parts.get("bias"),
+            down_FC=parts.get("down"),
+            norm_eps=norm_eps,
+        )
+
+    def stored(self, dtype: torch.dtype, down_dtype: torch.dtype) -> Repair:
+        """As it is after being stored: boundary parts in one dtype, down_proj in another."""
+        parts = {name: part.to(dtype) for name, part in self.boundary_parts().items()}
+        if self.down_FC is not None:
+            parts["down"] = self.down_FC.to(down_dtype)
+        return Repair.from_parts(parts, self.norm_eps)
+
+    def to(self, device: torch.device) -> Repair:
+        """The same on another device."""
+        moved = {name: part.to(device) for name, part in self.parts().items()}
+        return Repair.from_parts(moved, self.norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the parts at the boundary; None if there are none."""
+        parts = tuple(self.boundary_parts().values())
+        return parts[0].dtype if parts else None
+
+    @property
+    def added_parameters(self) -> int:
+        """Numbers that the recovered checkpoint holds on top of the pruned one."""
+        return sum(part.numel() for part in self.boundary_parts().values())
+
+    @property
+    def added_flops(self) -> int:
+        """Multiplications and additions per token on top of the pruned model's."""
+        return sum(2 * p.numel() for p in self.boundary_parts().values() if p.ndim == 2)
+
+
+def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
+    """The repaired stream, in the dtype of the repair; ``down_FC`` acts before, not here.
+
+    Computes as the exported modeling file does, operation by operation.
+
+    Parameters
+    ----------
+    repair
+        Of one span, its parts on the device of ``x_TC``.
+    x_TC
+        Stream entering layer ``start``, shape (..., C), as the model with ``down_FC`` makes it.
+    """
+    if repair.dtype is None:
+        return x_TC
+    x_TC = x_TC.to(repair.dtype)
+    y_TC = x_TC if repair.weight_CC is None else linear(x_TC, repair.weight_CC.T)
+    if repair.norm_weight_CC is not None:
+        wide_TC = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
+        scale_T1 = torch.rsqrt(wide_TC.square().mean(-1, keepdim=True) + repair.norm_eps)
+        normed_TC = (wide_TC * scale_T1).to(x_TC.dtype)
+        y_TC = y_TC + linear(normed_TC, repair.norm_weight_CC.T)
+    if repair.low_rank is not None:
+        y_TC = y_TC + linear(linear(x_TC, repair.low_rank[0].T), repair.low_rank[1].T)
+    if repair.bias_C is not None:
+        y_TC = y_TC + repair.bias_C
+    return y_TC
+
+
+def down_projections(
+    operators: Mapping[Span, Repair], healed: Mapping[int, Tensor] | None = None
+) -> dict[int, Tensor]:
+    """New down_proj weights (F, C) by layer of the uncut model, of operators and of healing."""
+    of_operators = {
+        span.start - 1: repair.down_FC
+        for span, repair in operators.items()
+        if repair.down_FC is not None
+    }
+    return {**of_operators, **(healed or {})}
+
+
+def acting(operators: Mapping[Span, Repair]) -> dict[Span, Repair]:
+    """Those that do something at their boundary."""
+    return {span: repair for span, repair in operators.items() if repair.boundary_parts()}
+
+
+def keeps_float32(operators: Mapping[Span, Repair]) -> bool:
+    """Whether the operators stay in float32 in a model of another dtype: if one is given so."""
+    return any(repair.dtype == torch.float32 for repair in operators.values())

@@ -1,0 +1,98 @@
+"""How far recovered models are from the dense one: KL divergence of their next-token distributions.
+
+Several candidates are compared on the same windows. The dense model runs once a batch; each
+candidate only runs what lies behind the first thing that differs, on the same weights in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.repair import Repair, down_projections
+from ghost_dist.checkpoint.surgery import as_recovered, entering_at
+from ghost_dist.evaluation.perplexity import HeadRunner
+from ghost_dist.spans import Span
+
+# Shapes: B windows of a batch, T tokens of a window, C width, V entries of the vocabulary.
+
+
+def divergences(
+    model: Any,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    candidates: Sequence[Mapping[Span, Repair]],
+    tokens: np.ndarray[Any, np.dtype[np.int32]],
+    *,
+    batch: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """Mean KL divergence of each candidate from the dense model, in nats per token.
+
+    Parameters
+    ----------
+    model
+        The uncut causal LM on ``device``; it is the same afterwards.
+    architecture, spans
+        Of the uncut model, and what is removed.
+    candidates
+        Repairs by span; an empty mapping is the plain cut.
+    tokens
+        int32, shape (windows, T). Every position counts.
+    batch
+        Windows per forward.
+    device
+        Where the tokens go.
+    advance
+        Called with the number of tokens just finished.
+
+    Returns
+    -------
+    list of float
+        ``mean KL(dense || candidate)``, in the order of the candidates; NaN or Inf as computed.
+    """
+    first = first_changed_layer(spans, candidates)
+    layers = model.get_submodule(architecture.layers)
+    sums = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    kept: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    with torch.inference_mode():
+        head: HeadRunner | None = None
+        for start in range(0, len(tokens), batch):
+            ids_BT = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(device)
+            head = head or HeadRunner(model, ids_BT)
+            handle = layers[first].register_forward_pre_hook(keep, with_kwargs=True)
+            try:
+                dense = head.body(ids_BT)
+            finally:
+                handle.remove()
+            streams = []
+            for candidate in candidates:
+                with (
+                    as_recovered(model, architecture, spans, candidate),
+                    entering_at(model, layers, first, kept[0]),
+                ):
+                    streams.append(head.body(ids_BT))
+            for piece in head.pieces(ids_BT):
+                expected = torch.log_softmax(head.logits(dense, ids_BT, piece).float(), -1)
+                for number, stream in enumerate(streams):
+                    got = torch.log_softmax(head.logits(stream, ids_BT, piece).float(), -1)
+                    divergence = (expected.exp() * (expected - got)).sum(-1)
+                    sums[number] += divergence.sum(dtype=torch.float64)
+            advance(ids_BT.numel())
+    return (sums / tokens.size).tolist()
+
+
+def first_changed_layer(spans: Sequence[Span], candidates: Sequence[Mapping[Span, Repair]]) -> int:
+    """The first layer whose input all candidates still share with the dense model."""
+    changed = [layer for candidate in candidates for layer in down_projections(candidate)]
+    return min([spans[0].start, *changed])

@@ -1,0 +1,255 @@
+"""Which fits are tried, which sums each needs, and one fit from sums that were stored.
+
+A candidate is one way to repair all spans: operator, features, row weights, ridge. What the
+configuration leaves to ``auto`` makes several of them; what it says makes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.config import (
+    AbsoluteRidge,
+    OperatorConfig,
+    OperatorName,
+    RelativeRidge,
+    RowWeights,
+)
+from ghost_dist.errors import ConfigError
+from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
+from ghost_dist.solver.ghost import fit_ghost
+from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.linear_patch import fit_linear_patch
+from ghost_dist.solver.low_rank import fit_low_rank
+from ghost_dist.solver.stream_norm import fit_stream_norm
+from ghost_dist.spans import Span
+from ghost_dist.statistics.absolute import AbsoluteSums
+from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.transforms import stream_moments
+
+Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
+
+NEEDS_DOWN_PROJ: frozenset[OperatorName] = frozenset({"ghost-joint", "fold", "replaceme"})
+WITHOUT_FIT: frozenset[OperatorName] = frozenset({"none", "linear-patch", "linear-patch-hadamard"})
+DECADES = 3
+"""How far below the ridge of least held-out residual the choice by KL looks: the squared error of
+the stream asks for a stronger ridge than the logits do (``docs/log.md``)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to repair all spans.
+
+    Attributes
+    ----------
+    operator, features, row_weights, affine, rank
+        As configured, nothing left to ``auto``.
+    ridge
+        ``auto``: that of least held-out residual, times ``10^-decades``.
+    decades
+        0 unless ``ridge`` is ``auto``.
+    """
+
+    operator: OperatorName
+    features: Literal["stream", "stream+norm"] = "stream"
+    row_weights: RowWeights = "none"
+    ridge: Ridge = "auto"
+    decades: int = 0
+    affine: bool = False
+    rank: int | None = None
+
+    def kind(self) -> SampleKind | None:
+        """The sums that a span of it is fitted from; None: none."""
+        if self.operator == "none":
+            return None
+        if self.operator in ("linear-patch", "linear-patch-hadamard"):
+            return SampleKind("absolute")
+        if self.operator in NEEDS_DOWN_PROJ:
+            return SampleKind("joint", self.row_weights)
+        return SampleKind(self.features, self.row_weights)
+
+    def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
+        """What is done at a span: ghost where the down_proj before it cannot be refitted."""
+        if self.operator in NEEDS_DOWN_PROJ and span.start - 1 not in refittable:
+            return replace(self, operator="ghost")
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """Plain values for ``result.json``."""
+        ridge: Any = self.ridge
+        if isinstance(ridge, str):
+            ridge = f"auto / {10**self.decades}" if self.decades else "auto"
+        else:
+            ridge = ridge.model_dump()
+        return {
+            "operator": self.operator,
+            "features": self.features,
+            "row_weights": self.row_weights,
+            "ridge": ridge,
+        }
+
+
+def candidates_of(
+    config: OperatorConfig, spans: Sequence[Span], refittable: frozenset[int]
+) -> list[Candidate]:
+    """What the configuration asks to try, best guess first.
+
+    Raises
+    ------
+    ConfigError
+        If an operator was asked for by name that a span does not allow.
+    """
+    if config.name in NEEDS_DOWN_PROJ:
+        _check_refittable(config.name, spans, refittable)
+    by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
+    weights: list[RowWeights] = ["none"] if config.row_weights == "auto" else [config.row_weights]
+    if config.name in WITHOUT_FIT:
+        weights = ["none"]
+    elif config.row_weights == "auto" and by_kl:
+        weights.append("inverse-norm")
+    return [
+        Candidate(operator, features, weight, config.ridge, decades, config.affine, config.rank)
+        for operator, features in _forms(config, spans, refittable)
+        for weight in weights
+        for decades in ridge_decades(config)
+    ]
+
+
+def _forms(
+    config: OperatorConfig, spans: Sequence[Span], refittable: frozenset[int]
+) -> list[tuple[OperatorName, Literal["stream", "stream+norm"]]]:
+    """Operators and regressors that one pass decides; for ghost-joint its features come later."""
+    name: OperatorName
+    if config.name == "auto":
+        name = "ghost-joint" if any(s.start - 1 in refittable for s in spans) else "ghost"
+    else:
+        name = config.name
+    if name != "ghost" or config.features == "stream":
+        return [(name, "stream")]
+    if config.features == "stream+norm":
+        return [(name, "stream+norm")]
+    return [(name, "stream"), (name, "stream+norm")]
+
+
+def ridge_decades(config: OperatorConfig) -> range:
+    """Ridges tried: how many decades below that of least residual."""
+    by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
+    return range(DECADES + 1 if config.ridge == "auto" and by_kl else 1)
+
+
+def samples_of(
+    candidates: Sequence[Candidate], spans: Sequence[Span], refittable: frozenset[int]
+) -> list[tuple[Span, SampleKind]]:
+    """The sums that all candidates together need; the stream's follow from ``joint`` ones."""
+    samples = []
+    for span in spans:
+        kinds = {candidate.at(span, refittable).kind() for candidate in candidates}
+        for kind in sorted(kind for kind in kinds if kind is not None):
+            derived = kind.regressors == "stream" and SampleKind("joint", kind.row_weights) in kinds
+            if not derived:
+                samples.append((span, kind))
+    return samples
+
+
+def fit_candidate(
+    candidate: Candidate,
+    span: Span,
+    folds: Sequence[Mapping[str, Sums]],
+    down_FC: Tensor | None,
+    norm_eps: float,
+) -> tuple[Repair, Fit | None]:
+    """Fit one span.
+
+    Parameters
+    ----------
+    candidate
+        As :meth:`Candidate.at` the span.
+    span
+        Half-open.
+    folds
+        Sums by :meth:`SampleKind.key` of disjoint windows, on one device.
+    down_FC
+        The model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums.
+    norm_eps
+        Of the model's norms.
+
+    Raises
+    ------
+    SingularGramError, SingularOperatorError, ConfigError
+        As the operator's own function says.
+    """
+    name, ridge, affine = str(span), candidate.ridge, candidate.affine
+    if candidate.operator == "none":
+        return Repair(), None
+    kind = candidate.kind()
+    assert kind is not None
+    if kind.regressors == "absolute":
+        hadamard = candidate.operator == "linear-patch-hadamard"
+        total = _absolute(folds, kind.key(span))
+        return fit_linear_patch(name, total, hadamard=hadamard), None
+    moments = [_moments(fold, span, kind, down_FC) for fold in folds]
+    if kind.regressors == "joint":
+        assert down_FC is not None
+        fit = {"ghost-joint": fit_ghost_joint, "fold": fit_fold, "replaceme": fit_replaceme}
+        return fit[candidate.operator](name, moments, down_FC, ridge, affine=affine)
+    if candidate.operator == "low-rank":
+        repair, found, _ = fit_low_rank(name, moments, ridge, rank=candidate.rank, affine=affine)
+        return repair, found
+    if kind.regressors == "stream+norm":
+        return fit_stream_norm(name, moments, ridge, affine=affine, norm_eps=norm_eps)
+    return fit_ghost(name, moments, ridge, affine=affine)
+
+
+def stored_keys(kind: SampleKind, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
+    """The entry of a store that holds these sums, or the one they follow from; empty: neither."""
+    joint = SampleKind("joint", kind.row_weights).key(span)
+    if kind.key(span) in entries:
+        return (kind.key(span),)
+    if kind.regressors == "stream" and joint in entries:
+        return (joint,)
+    return ()
+
+
+def _moments(
+    sums: Mapping[str, Sums], span: Span, kind: SampleKind, down_FC: Tensor | None
+) -> Moments:
+    found = sums.get(kind.key(span))
+    if found is None:
+        joint = sums[SampleKind("joint", kind.row_weights).key(span)]
+        assert isinstance(joint, Moments)
+        assert down_FC is not None
+        return stream_moments(joint, down_FC)
+    assert isinstance(found, Moments)
+    return found
+
+
+def _absolute(folds: Sequence[Mapping[str, Sums]], key: str) -> AbsoluteSums:
+    total: Sums = folds[0][key]
+    for fold in folds[1:]:
+        total = total + fold[key]
+    assert isinstance(total, AbsoluteSums)
+    return total
+
+
+def _check_refittable(
+    name: OperatorName, spans: Sequence[Span], refittable: frozenset[int]
+) -> None:
+    for span in spans:
+        if span.start == 0:
+            raise ConfigError(
+                f"operator.name={name} needs a layer before span {span}, whose down_proj it can "
+                "refit. Use operator.name=ghost."
+            )
+        if span.start - 1 not in refittable:
+            raise ConfigError(
+                f"operator.name={name} refits the down_proj of layer {span.start - 1}, but that "
+                "layer has none whose output is added to the stream as it is (experts, or a norm "
+                "or a scale behind the MLP). Use operator.name=ghost or auto."
+            )

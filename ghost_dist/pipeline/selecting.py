@@ -1,0 +1,201 @@
+"""Which layers go: from the configuration to a collector, and from its sums to spans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.config import SelectionConfig
+from ghost_dist.engines.base import Engine
+from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
+from ghost_dist.solver.recoverability import (
+    HeldOut,
+    choose_spans,
+    cost_map,
+    held_out_of_start,
+    lost_log_energy,
+)
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import Collector
+from ghost_dist.statistics.recoverability import (
+    PROJECTION_COLUMNS,
+    PairCollector,
+    PairMoments,
+    candidate_spans,
+    projection,
+    start_key,
+)
+from ghost_dist.statistics.scores import (
+    AngularCollector,
+    BlockInfluenceCollector,
+    CosineCollector,
+    PaperCollector,
+    ScoreSums,
+)
+from ghost_dist.statistics.store import StatisticsStore
+
+_FLOAT64_BYTES = 8
+_SHARE_OF_FREE_MEMORY = 0.7
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One selection: its criterion, and how many layers go.
+
+    Attributes
+    ----------
+    config
+        Criterion and its options.
+    remove
+        Number of layers.
+    architecture
+        Of the uncut model.
+    """
+
+    config: SelectionConfig
+    remove: int
+    architecture: Architecture
+
+    @property
+    def _columns(self) -> int | None:
+        """Columns of the projection; None: one length only, where the whole cross is affordable."""
+        return None if self.config.max_spans == 1 else PROJECTION_COLUMNS
+
+    def candidates(self) -> tuple[Span, ...]:
+        """All spans that `recoverability` may choose from.
+
+        Raises
+        ------
+        ConfigError
+            If there are none.
+        """
+        config = self.config
+        shortest, longest = self.remove, self.remove
+        if config.max_spans > 1:
+            shortest = config.min_length
+            longest = min(config.max_length or self.remove, self.remove)
+        return candidate_spans(self.architecture.num_layers, shortest, longest, config.protect)
+
+    def entries(self) -> dict[str, str]:
+        """Names and kinds of the sums that the criterion needs."""
+        if self.config.criterion != "recoverability":
+            return {"scores": "scores"}
+        return {start_key(start): "pairs" for start in sorted({s.start for s in self.candidates()})}
+
+    def start_bytes(self) -> int:
+        """Bytes of the sums of the start with the most stops."""
+        width = self.architecture.hidden_size
+        starts = [span.start for span in self.candidates()]
+        stops = max(starts.count(start) for start in set(starts))
+        return (width * width + width * stops * (self._columns or width)) * _FLOAT64_BYTES
+
+    def passes(self, engine: Engine) -> list[Callable[[], Collector]]:
+        """Collectors, one per pass over the windows; more than one only if memory asks for it."""
+        num_layers, device = self.architecture.num_layers, engine.device
+        match self.config.criterion:
+            case "cosine":
+                return [lambda: CosineCollector(num_layers, self.remove, device)]
+            case "angular":
+                return [lambda: AngularCollector(num_layers, self.remove, device)]
+            case "paper":
+                return [lambda: PaperCollector(num_layers, self.remove, device)]
+            case "block-influence":
+                return [lambda: BlockInfluenceCollector(num_layers, device)]
+        starts = sorted({span.start for span in self.candidates()})
+        at_once = max(1, int(_free_bytes(device) * _SHARE_OF_FREE_MEMORY) // self.start_bytes())
+        groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]
+        return [
+            lambda group=frozenset(group): PairCollector(  # type: ignore[misc]
+                [span for span in self.candidates() if span.start in group],
+                engine.hidden_size,
+                device,
+                self._columns,
+            )
+            for group in groups
+        ]
+
+    def decide(
+        self, store: StatisticsStore, folds: int, device: torch.device
+    ) -> tuple[tuple[Span, ...], dict[str, Any]]:
+        """The spans that go, and the scores behind the decision as plain values.
+
+        Raises
+        ------
+        ConfigError
+            If no candidate is left.
+        """
+        criterion, protect = self.config.criterion, self.config.protect
+        if criterion == "recoverability":
+            held_out = self._held_out(store, folds, device)
+            cost_LB = cost_map(self.architecture.num_layers, held_out)
+            spans = choose_spans(
+                cost_LB,
+                self.remove,
+                self.config.max_spans,
+                min_length=self.config.min_length if self.config.max_spans > 1 else 1,
+                max_length=self.config.max_length if self.config.max_spans > 1 else None,
+                protect=protect,
+            )
+            return spans, {"recoverability": [_row(s, h) for s, h in sorted(held_out.items())]}
+        sums = store.total()["scores"]
+        assert isinstance(sums, ScoreSums)
+        scores = sums.mean()
+        if criterion == "paper":
+            scores = paper_candidates(scores)
+        if criterion == "block-influence":
+            spans = least_influential(scores, self.remove, protect)
+        else:
+            largest = criterion != "angular"
+            spans = (best_span(scores, self.remove, largest=largest, protect=protect),)
+        return spans, {"scores": [None if score != score else score for score in scores]}
+
+    def _held_out(
+        self, store: StatisticsStore, folds: int, device: torch.device
+    ) -> dict[Span, HeldOut]:
+        width = self.architecture.hidden_size
+        projection_Cr = None
+        if self._columns is not None:
+            projection_Cr = projection(width, self._columns).to(device)
+        stops_of: dict[int, list[int]] = {}
+        for span in self.candidates():
+            stops_of.setdefault(span.start, []).append(span.stop)
+        ids = range(len(store.plan.ranges))
+        found: dict[Span, HeldOut] = {}
+        for start, stops in stops_of.items():
+            key = start_key(start)
+            parts: list[PairMoments] = []
+            for fold in range(folds):
+                of_fold = [i for i in ids if fold_of_range(i, folds) == fold]
+                sums = store.total(of_fold, [key])[key]
+                assert isinstance(sums, PairMoments)
+                parts.append(sums.to(device))
+            found |= held_out_of_start(start, stops, parts, projection_Cr)
+        return found
+
+
+def _row(span: Span, held_out: HeldOut) -> dict[str, Any]:
+    return {
+        "span": [span.start, span.stop],
+        "cost": lost_log_energy(held_out),
+        "residual": held_out.residual / held_out.energy,
+        "standard_error": held_out.standard_error / held_out.energy,
+        "cut": held_out.cut / held_out.energy,
+        "relative_ridge": held_out.relative_ridge,
+    }
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def spans_of(pairs: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    """Spans from [start, stop] pairs."""
+    return tuple(Span(start, stop) for start, stop in pairs)

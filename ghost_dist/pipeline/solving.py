@@ -1,0 +1,475 @@
+"""From stored sums to the operators of a run: candidates, the choice among them, the final fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.checkpoint.load import as_decoder, load_causal_lm
+from ghost_dist.checkpoint.reader import read_tensor
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import down_path
+from ghost_dist.config import RelativeRidge
+from ghost_dist.errors import ConfigError, SingularGramError
+from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.pipeline.candidates import (
+    Candidate,
+    candidates_of,
+    fit_candidate,
+    ridge_decades,
+    samples_of,
+    stored_keys,
+)
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.walking import Refit, Walk
+from ghost_dist.progress import Reporter
+from ghost_dist.solver.down_proj import SingularOperatorError
+from ghost_dist.solver.least_squares import Fit
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.transforms import take
+
+FEATURES: tuple[Literal["stream", "stream+norm"], ...] = ("stream", "stream+norm")
+_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Operators of all spans and how they were found.
+
+    Attributes
+    ----------
+    candidate
+        What was fitted.
+    operators, fits
+        By span; no fit where nothing is fitted.
+    healed
+        New down_proj weights by layer.
+    table, healing
+        Every candidate (residual per span, KL divergence, whether it was chosen) and every healed
+        layer, as plain values.
+    """
+
+    candidate: Candidate
+    operators: dict[Span, Repair]
+    fits: dict[Span, Fit | None]
+    healed: dict[int, Tensor]
+    table: list[dict[str, Any]]
+    healing: list[dict[str, Any]]
+
+
+class Solver:
+    """Fits candidates of one run from its store.
+
+    Parameters
+    ----------
+    inputs, spans, store, tokens
+        Of the run; the store holds what the configured operators need.
+    reporter
+        Where progress goes.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        spans: tuple[Span, ...],
+        store: StatisticsStore,
+        tokens: TokenWindows,
+        reporter: Reporter,
+    ) -> None:
+        self._inputs, self._spans, self._store = inputs, spans, store
+        self._tokens, self._reporter = tokens, reporter
+        self._cached: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
+        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
+        self._model: Any = None
+
+    def solve(self) -> Solved:
+        """Fit what the configuration asks for, choose, and fit the choice on all windows.
+
+        Raises
+        ------
+        SingularGramError, SingularOperatorError, ConfigError, CorruptStoreError
+            As fitting and reading say.
+        """
+        config, spans = self._inputs.config.operator, self._spans
+        candidates = candidates_of(config, spans, self._inputs.refittable)
+        chosen, table = self._choose(candidates)
+        operators: dict[Span, Repair] = {}
+        fits: dict[Span, Fit | None] = {}
+        with self._reporter.stage("solve", len(spans), "spans") as advance:
+            for span in spans:
+                operators[span], fits[span] = self.fit(chosen, span)
+                advance(1)
+        boundary = None
+        if chosen.operator == "ghost-joint" and config.features != "stream":
+            boundary = self._boundary_features(chosen, operators, fits, table)
+        sequential = config.refit == "sequential" and len(spans) > 1
+        walk = None
+        if sequential or config.heal:
+            refits = self._sequential(chosen, boundary) if sequential else {}
+            walk = self._walk(operators, refits, chosen, heal=config.heal)
+            operators, fits = walk.operators, {**fits, **walk.fits}
+        return Solved(
+            candidate=boundary or chosen,
+            operators=operators,
+            fits=fits,
+            healed=walk.healed if walk else {},
+            table=table,
+            healing=walk.healing if walk else [],
+        )
+
+    def fit(
+        self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None
+    ) -> tuple[Repair, Fit | None]:
+        """One candidate at one span, on the given folds or on all."""
+        here = candidate.at(span, self._inputs.refittable)
+        kind = here.kind()
+        if kind is None:
+            return Repair(), None
+        keys = stored_keys(kind, span, self._store.plan.entries)
+        sums = self._folds(keys)
+        device = self._device(sums)
+        picked = range(len(sums)) if folds is None else folds
+        on_device = [{key: part.to(device) for key, part in sums[fold].items()} for fold in picked]
+        down_FC = None
+        if any("/joint" in key for key in keys):
+            down_FC = self.down(span.start - 1).to(device)
+        fitted = self._fit_on(here, span, on_device, down_FC, tuple(picked))
+        return fitted[0].to(torch.device("cpu")), fitted[1]
+
+    def _fit_on(
+        self,
+        candidate: Candidate,
+        span: Span,
+        folds: Sequence[Mapping[str, Sums]],
+        down_FC: Tensor | None,
+        picked: tuple[int, ...],
+    ) -> tuple[Repair, Fit | None]:
+        """Fit from sums at hand, with the ridge that the candidate means."""
+        eps = self._inputs.architecture.norm_eps
+        if candidate.ridge != "auto" or candidate.decades == 0:
+            repair, fit = fit_candidate(candidate, span, folds, down_FC, eps)
+            if fit is not None and candidate.ridge == "auto":
+                self._least_residual[candidate, span, picked] = fit.relative_ridge
+            return repair, fit
+        plain = replace(candidate, decades=0)
+        if (plain, span, picked) not in self._least_residual:
+            self._fit_on(plain, span, folds, down_FC, picked)
+        least = self._least_residual[plain, span, picked]
+        ridge = RelativeRidge(relative=least / 10**candidate.decades)
+        given = replace(candidate, decades=0, ridge=ridge)
+        return fit_candidate(given, span, folds, down_FC, eps)
+
+    def down(self, layer: int) -> Tensor:
+        """The model's down_proj of a layer, (F, C) float64."""
+        architecture = self._inputs.architecture
+        name = f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight"
+        return read_tensor(self._inputs.source, name).T.double()
+
+    def _choose(self, candidates: list[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The best of several candidates, and a row for each; one alone is not looked at."""
+        if len(candidates) == 1:
+            return candidates[0], [{**candidates[0].described(), "chosen": True}]
+        config = self._inputs.config.operator
+        by_kl = config.choose == "kl"
+        # By KL on the last fold, so nothing is fitted on it; by residual every fold is held out.
+        picked = range(config.folds - 1) if by_kl else None
+
+        def fit(candidate: Candidate, span: Span) -> tuple[Repair, Fit | None]:
+            return self.fit(candidate, span, picked)
+
+        fitted = self._fit_all(candidates, fit)
+        return self._rank(candidates, fitted)
+
+    def _fit_all(
+        self,
+        candidates: Sequence[Candidate],
+        fit: Callable[[Candidate, Span], tuple[Repair, Fit | None]],
+    ) -> list[dict[Span, tuple[Repair, Fit | None]] | str]:
+        """Fits of every candidate by span, or why it cannot be fitted."""
+        fitted: list[dict[Span, tuple[Repair, Fit | None]] | str] = [{} for _ in candidates]
+        # Span by span and by the sums they need, so that these are read once.
+        order = sorted(range(len(candidates)), key=lambda i: (str(candidates[i].kind()), i))
+        total = len(candidates) * len(self._spans)
+        with self._reporter.stage("try candidates", total, "fits") as advance:
+            for span in self._spans:
+                for number in order:
+                    found = fitted[number]
+                    if not isinstance(found, str):
+                        try:
+                            found[span] = fit(candidates[number], span)
+                        except (SingularGramError, SingularOperatorError) as error:
+                            fitted[number] = str(error)
+                    advance(1)
+        if all(isinstance(found, str) for found in fitted):
+            for span in self._spans:
+                fit(candidates[0], span)  # raises what is wrong
+        return fitted
+
+    def _rank(
+        self,
+        candidates: Sequence[Candidate],
+        fitted: Sequence[dict[Span, tuple[Repair, Fit | None]] | str],
+    ) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The candidate of least KL divergence, or of least residual, and a row for each."""
+        by_kl = self._inputs.config.operator.choose == "kl"
+        table: list[dict[str, Any]] = []
+        repairs: list[dict[Span, Repair]] = []
+        for candidate, found in zip(candidates, fitted, strict=True):
+            row = candidate.described()
+            if isinstance(found, str):
+                row["failed"] = found
+                repairs.append({})
+            else:
+                fits = [found[span][1] for span in self._spans]
+                row["residual"] = [None if fit is None else fit.residual for fit in fits]
+                row["relative_ridge"] = [
+                    None if fit is None else fit.relative_ridge for fit in fits
+                ]
+                repairs.append({span: found[span][0] for span in self._spans})
+            table.append(row)
+        if by_kl:
+            scores = self._divergences(repairs)
+            for row, score in zip(table, scores, strict=True):
+                if "failed" not in row:
+                    row["kl"] = score
+        else:
+            scores = [sum(r or 0.0 for r in row.get("residual", ())) for row in table]
+        best = min(
+            range(len(candidates)),
+            key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
+        )
+        for number, row in enumerate(table):
+            row["chosen"] = number == best
+        return candidates[best], table
+
+    def _boundary_features(
+        self,
+        chosen: Candidate,
+        operators: dict[Span, Repair],
+        fits: dict[Span, Fit | None],
+        table: list[dict[str, Any]],
+    ) -> Candidate | None:
+        """Fit ``[x, rmsnorm(x)]`` behind the new down_proj of a joint fit: one more pass.
+
+        A joint fit cannot have rmsnorm(x) as a regressor, because x changes with the down_proj it
+        finds; so the down_proj is kept, and the boundary fitted again on the x that it makes.
+        Changes the arguments; None if the stream alone is as good.
+        """
+        config = self._inputs.config.operator
+        kind = SampleKind("stream+norm", chosen.row_weights)
+        sums: dict[Span, list[Mapping[str, Sums]]] = {}
+
+        def keep(span: Span) -> Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]:
+            def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
+                sums[span] = folds
+                return operators[span], fits[span]
+
+            return fit
+
+        spans = [span for span in self._spans if operators[span].down_FC is not None]
+        self._walk(
+            operators,
+            {s: [Refit(kind, keep(s), "dense", keep_down=True)] for s in spans},
+            chosen,
+        )
+        options = ("stream+norm",) if config.features == "stream+norm" else FEATURES
+        candidates = [
+            replace(chosen, operator="ghost", features=features, decades=decades)
+            for features in options
+            for decades in ridge_decades(config)
+        ]
+
+        def fit(
+            candidate: Candidate, span: Span, picked: Sequence[int] = range(config.folds)
+        ) -> tuple[Repair, Fit | None]:
+            if span not in sums:
+                return operators[span], fits[span]
+            folds = [_at_boundary(sums[span][fold], span, candidate, kind) for fold in picked]
+            repair, found = self._fit_on(candidate, span, folds, None, (-1, *picked))
+            return replace(repair, down_FC=operators[span].down_FC), found
+
+        picked = range(config.folds - 1 if config.choose == "kl" else config.folds)
+        fitted = self._fit_all(candidates, lambda c, s: fit(c, s, picked))
+        best, rows = self._rank(candidates, fitted)
+        for row in rows:
+            row["operator"] = "ghost-joint, boundary again"
+        for row in table:
+            row["chosen"] = False
+        table += rows
+        for span in spans:
+            operators[span], fits[span] = fit(best, span)
+        return replace(best, operator="ghost-joint")
+
+    def _sequential(self, chosen: Candidate, boundary: Candidate | None) -> dict[Span, list[Refit]]:
+        """How every span but the first is fitted on the recovered stream."""
+        refits: dict[Span, list[Refit]] = {}
+
+        def step(candidate: Candidate, span: Span, keep_down: bool) -> Refit | None:
+            here = candidate.at(span, self._inputs.refittable)
+            kind = here.kind()
+            if kind is None:
+                return None
+
+            def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
+                down_FC = self.down(span.start - 1) if kind.regressors == "joint" else None
+                if down_FC is not None:
+                    down_FC = down_FC.to(self._inputs.device)
+                self._least_residual.clear()  # of other sums
+                picked = tuple(range(len(folds)))
+                repair, found = self._fit_on(here, span, folds, down_FC, picked)
+                return repair.to(torch.device("cpu")), found
+
+            return Refit(kind, fit, "recovered", keep_down)
+
+        for span in self._spans[1:]:
+            steps = [step(chosen, span, keep_down=False)]
+            if boundary is not None:
+                steps.append(step(replace(boundary, operator="ghost"), span, keep_down=True))
+            refits[span] = [refit for refit in steps if refit is not None]
+        return refits
+
+    def _walk(
+        self,
+        operators: dict[Span, Repair],
+        refits: Mapping[Span, Sequence[Refit]],
+        chosen: Candidate,
+        *,
+        heal: bool = False,
+    ) -> Walk:
+        inputs = self._inputs
+        fold_of = {window: fold for fold, window in self.windows_by_fold()}
+        with as_decoder(self._causal_lm(), inputs.architecture) as decoder:
+            walk = Walk(
+                decoder=decoder,
+                tokens=self._tokens.tokens,
+                batch=inputs.batch,
+                spans=self._spans,
+                operators=dict(operators),
+                fold_of_window=[fold_of[window] for window in range(self._tokens.num_windows)],
+                refittable=inputs.refittable,
+                norm_eps=inputs.architecture.norm_eps,
+                refits=refits,
+                row_weights=chosen.row_weights,
+            )
+            last = decoder.num_layers if heal else self._spans[-1].stop
+            layers = last - max(0, self._spans[0].start - 1)
+            with self._reporter.stage("heal" if heal else "refit", layers, "layers") as advance:
+                walk.run(heal=heal, advance=advance)
+        return walk
+
+    def _divergences(self, repairs: list[dict[Span, Repair]]) -> list[float]:
+        inputs, held_out = self._inputs, self._inputs.config.operator.folds - 1
+        windows = [window for fold, window in self.windows_by_fold() if fold == held_out]
+        tokens = self._tokens.tokens[windows]
+        with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
+            return divergences(
+                self._causal_lm(),
+                inputs.architecture,
+                self._spans,
+                repairs,
+                tokens,
+                batch=inputs.batch,
+                device=inputs.device,
+                advance=advance,
+            )
+
+    def _causal_lm(self) -> Any:
+        """The uncut model, loaded once and only if something must run."""
+        if self._model is None:
+            inputs = self._inputs
+            self._model = load_causal_lm(
+                inputs.source.path,
+                dtype=inputs.dtype,
+                device=inputs.device,
+                trust_remote_code=inputs.config.model.trust_remote_code,
+            )
+        return self._model
+
+    def windows_by_fold(self) -> list[tuple[int, int]]:
+        """(fold, window) of every calibration window."""
+        folds = self._inputs.config.operator.folds
+        return [
+            (fold_of_range(range_id, folds), window)
+            for range_id, windows in enumerate(self._store.plan.ranges)
+            for window in windows
+        ]
+
+    def _folds(self, keys: tuple[str, ...]) -> list[dict[str, Sums]]:
+        """Sums of each fold, its ranges added in id order; the last ones read are kept."""
+        if self._cached is None or self._cached[0] != keys:
+            self._cached = None
+            folds = self._inputs.config.operator.folds
+            ids = range(len(self._store.plan.ranges))
+            read = [
+                self._store.total([i for i in ids if fold_of_range(i, folds) == fold], keys)
+                for fold in range(folds)
+            ]
+            self._cached = (keys, read)
+        return self._cached[1]
+
+    def _device(self, folds: Sequence[Mapping[str, Sums]]) -> torch.device:
+        """The run's device if the solve fits there, else the CPU."""
+        device = self._inputs.device
+        if device.type != "cuda":
+            return device
+        parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
+        nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
+        needed = nbytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, len(folds)))
+        free = torch.cuda.mem_get_info(device)[0]
+        return device if needed < free else torch.device("cpu")
+
+
+def _at_boundary(
+    sums: Mapping[str, Sums], span: Span, candidate: Candidate, kind: SampleKind
+) -> dict[str, Sums]:
+    """The sums that a candidate at the boundary needs, from those of [x, rmsnorm(x)]."""
+    moments = sums[kind.key(span)]
+    assert isinstance(moments, Moments)
+    wanted = candidate.kind()
+    assert wanted is not None
+    if candidate.features == "stream":
+        moments = take(moments, slice(0, moments.cross_ZC.shape[1]))
+    return {wanted.key(span): moments}
+
+
+def check_store(
+    store: StatisticsStore,
+    candidates: Sequence[Candidate],
+    spans: Sequence[Span],
+    inputs: RunInputs,
+) -> None:
+    """Refuse statistics that lack what the operators need.
+
+    Raises
+    ------
+    ConfigError
+        Saying which stage to run again, with which option.
+    """
+    for span, kind in samples_of(candidates, spans, inputs.refittable):
+        if not stored_keys(kind, span, store.plan.entries):
+            have = ", ".join(store.plan.entries) or "nothing"
+            config = inputs.config
+            raise ConfigError(
+                f"The statistics of this run lack {kind.key(span)}, which "
+                f"operator.name={config.operator.name} with "
+                f"row_weights={config.operator.row_weights} needs (they have: {have}). Take them "
+                f"with: ghost-dist calibrate {config.output.path} --set "
+                f"operator.name={config.operator.name} --set "
+                f"operator.row_weights={config.operator.row_weights}"
+            )
+
+
+def fit_row(span: Span, fit: Fit) -> dict[str, Any]:
+    """One span's fit as plain values."""
+    return {"span": [span.start, span.stop], **asdict(fit)}
