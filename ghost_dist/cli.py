@@ -6,8 +6,10 @@ stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continue
 
 from __future__ import annotations
 
+import difflib
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -82,6 +84,49 @@ def recover(
 
 
 @app.command()
+def compare(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|CONFIG.yaml",
+            help="Checkpoint folder, hub id, or a YAML file with what all rows share.",
+        ),
+    ],
+    remove: Annotated[str, typer.Option("--remove", help="Numbers of layers: 7,11.")],
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the comparison.")] = None,
+    operators: Annotated[
+        str,
+        typer.Option(
+            "--operators", help="Names, comma-separated; all: every one that needs no training."
+        ),
+    ] = "all",
+    selection: Annotated[
+        str, typer.Option("--selection", help="Criteria, comma-separated; or all.")
+    ] = "recoverability",
+    assignments: Set = None,
+) -> None:
+    """One table of perplexities: selections by operators, from one set of statistics."""
+    from ghost_dist.config import load_config, parse_set
+    from ghost_dist.pipeline.compare import ROWS, SELECTIONS, TRAINING_FREE
+    from ghost_dist.pipeline.compare import compare as run_compare
+    from ghost_dist.report.terminal import print_comparison
+
+    numbers = [int(number) for number in remove.split(",") if number.strip().isdigit()]
+    if len(numbers) != len(remove.split(",")):
+        raise ConfigError(f"--remove {remove}: expected numbers of layers, such as 7,11.")
+    is_file = model.endswith((".yaml", ".yml"))
+    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
+    overrides["selection.remove"] = numbers[0]
+    if out is not None:
+        overrides["output.path"] = out
+    overrides.update(parse_set(assignment) for assignment in assignments or ())
+    config = load_config(Path(model) if is_file else None, overrides)
+    rows = TRAINING_FREE if operators == "all" else _names(operators, ROWS, "--operators")
+    criteria = SELECTIONS if selection == "all" else _names(selection, SELECTIONS, "--selection")
+    print_comparison(run_compare(config, numbers, rows, criteria), Path(config.output.path))
+
+
+@app.command()
 def demo(
     out: Annotated[
         str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")
@@ -152,6 +197,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:
+    """Comma-separated names, all of them known."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise ConfigError(f"{option} {name!r} is unknown. {hint}")
+    return names
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:

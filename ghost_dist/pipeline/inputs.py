@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,25 @@ def _number_of_layers(config: Config, source: Checkpoint, architecture: Architec
             size *= sum(math.prod(tensor.shape) for tensor in source.tensors.values())
             return layers_of_size(size, numbers, protect)
         return layers_of_size(size, nbytes, protect)
-    if remove > num_layers - max(1, len(set(protect))):
+    check_remove(remove, num_layers, protect)
+    return remove
+
+
+def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None:
+    """Refuse to remove more layers than can go.
+
+    Raises
+    ------
+    ConfigError
+        If no layer, or a protected one, would not be left.
+    """
+    most = num_layers - max(1, len(set(protect)))
+    if not 0 < remove <= most:
         raise ConfigError(
             f"selection.remove={remove}, but the model has {num_layers} layers, "
-            f"{len(set(protect))} of them protected, and at least one must be kept: give at most "
-            f"{num_layers - max(1, len(set(protect)))}."
+            f"{len(set(protect))} of them protected, and at least one must be kept: give 1 to "
+            f"{most}."
         )
-    return remove
 
 
 def _refittable(config: Config, source: Checkpoint, architecture: Architecture) -> frozenset[int]:

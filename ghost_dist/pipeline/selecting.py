@@ -56,16 +56,19 @@ class Selector:
         Number of layers.
     architecture
         Of the uncut model.
+    prefix
+        Before the names of its sums in a store that holds those of several selections.
     """
 
     config: SelectionConfig
     remove: int
     architecture: Architecture
+    prefix: str = ""
 
     @property
     def _columns(self) -> int | None:
         """Columns of the projection; None: one length only, where the whole cross is affordable."""
-        return None if self.config.max_spans == 1 else PROJECTION_COLUMNS
+        return PROJECTION_COLUMNS if self.config.max_spans > 1 else None
 
     def candidates(self) -> tuple[Span, ...]:
         """All spans that `recoverability` may choose from.
@@ -85,8 +88,11 @@ class Selector:
     def entries(self) -> dict[str, str]:
         """Names and kinds of the sums that the criterion needs."""
         if self.config.criterion != "recoverability":
-            return {"scores": "scores"}
-        return {start_key(start): "pairs" for start in sorted({s.start for s in self.candidates()})}
+            return {f"{self.prefix}scores": "scores"}
+        return {
+            f"{self.prefix}{start_key(start)}": "pairs"
+            for start in sorted({s.start for s in self.candidates()})
+        }
 
     def start_bytes(self) -> int:
         """Bytes of the sums of the start with the most stops."""
@@ -143,7 +149,8 @@ class Selector:
                 protect=protect,
             )
             return spans, {"recoverability": [_row(s, h) for s, h in sorted(held_out.items())]}
-        sums = store.total()["scores"]
+        key = f"{self.prefix}scores"
+        sums = store.total(None, [key])[key]
         assert isinstance(sums, ScoreSums)
         scores = sums.mean()
         if criterion == "paper":
@@ -168,7 +175,7 @@ class Selector:
         ids = range(len(store.plan.ranges))
         found: dict[Span, HeldOut] = {}
         for start, stops in stops_of.items():
-            key = start_key(start)
+            key = f"{self.prefix}{start_key(start)}"
             parts: list[PairMoments] = []
             for fold in range(folds):
                 of_fold = [i for i in ids if fold_of_range(i, folds) == fold]

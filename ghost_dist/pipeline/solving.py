@@ -77,6 +77,8 @@ class Solver:
         Of the run; the store holds what the configured operators need.
     reporter
         Where progress goes.
+    model
+        The uncut causal LM on the run's device, if it is loaded already.
     """
 
     def __init__(
@@ -86,12 +88,13 @@ class Solver:
         store: StatisticsStore,
         tokens: TokenWindows,
         reporter: Reporter,
+        model: Any = None,
     ) -> None:
         self._inputs, self._spans, self._store = inputs, spans, store
         self._tokens, self._reporter = tokens, reporter
         self._cached: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
         self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
-        self._model: Any = None
+        self._model = model
 
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice on all windows.

@@ -144,7 +144,7 @@ class Stages:
                 return {"spans": [[s.start, s.stop] for s in spans]}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
-            plan = self._plan(tokens, selector.entries(), inputs.config.operator.folds)
+            plan = self.plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
             path = self._run.path / "selection.zarr"
             if path.exists() and StatisticsStore.open(path).plan != plan:
                 shutil.rmtree(path)
@@ -176,7 +176,7 @@ class Stages:
         inputs = self._inputs
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
-        plan = self._plan(tokens, entries_of(samples), inputs.num_ranges)
+        plan = self.plan_of(inputs, tokens, entries_of(samples), inputs.num_ranges)
         store = self._open_store(plan)
         check_store(store, candidates, spans, inputs)
         mend(store, self._reporter)
@@ -279,14 +279,6 @@ class Stages:
         }
 
         def work() -> dict[str, Any]:
-            folds = inputs.config.operator.folds
-            ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
-            held_out = [
-                window
-                for range_id, windows in enumerate(ranges)
-                for window in windows
-                if fold_of_range(range_id, folds) == folds - 1
-            ]
             refined = distill(
                 self._causal_lm(),
                 inputs.architecture,
@@ -294,7 +286,7 @@ class Stages:
                 solution.operators,
                 solution.healed,
                 tokens.tokens,
-                held_out,
+                held_out_windows(inputs, tokens),
                 config,
                 device=inputs.device,
                 batch=inputs.batch,
@@ -433,14 +425,16 @@ class Stages:
             trust_remote_code=inputs.config.model.trust_remote_code,
         )
 
-    def _plan(
-        self, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
+    @staticmethod
+    def plan_of(
+        inputs: RunInputs, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
     ) -> StatisticsPlan:
+        """What a store of this run's windows counts."""
         return StatisticsPlan(
             inputs={
-                "model": self._model,
+                "model": inputs.model_fingerprint,
                 "tokens": tokens.fingerprint,
-                **self._inputs.numerics,
+                **inputs.numerics,
             },
             entries=entries,
             ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
@@ -537,3 +531,15 @@ class Stages:
         )
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it
+
+
+def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
+    """Windows of the last fold: what candidates and training are judged on."""
+    folds = inputs.config.operator.folds
+    ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
+    return [
+        window
+        for range_id, windows in enumerate(ranges)
+        for window in windows
+        if fold_of_range(range_id, folds) == folds - 1
+    ]

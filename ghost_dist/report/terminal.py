@@ -52,6 +52,36 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     )
 
 
+def print_comparison(
+    result: Mapping[str, Any], folder: Path, console: Console | None = None
+) -> None:
+    """Print the rows of a comparison and where its files lie."""
+    console = console or Console()
+    corpora = list(result["dense"])
+    console.print(
+        "dense: " + ", ".join(f"{n} {v:.2f}" for n, v in result["dense"].items()), markup=False
+    )
+    table = Table("layers", "selection", "spans", "operator", *corpora, "parameters")
+    for row in result["rows"]:
+        spans = ", ".join(f"[{start}, {stop})" for start, stop in row["spans"])
+        cells = [str(row["remove"]), row["selection"], spans.replace("[", r"\["), row["operator"]]
+        if "refused" in row:
+            cells += ["-"] * (len(corpora) + 1)
+        else:
+            cells += [f"{row['perplexity'][name]:.2f}" for name in corpora]
+            cells.append(f"{row['parameters']:,}")
+        table.add_row(*cells)
+    console.print(table)
+    for reason in dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row):
+        console.print(f"not possible: {reason}", markup=False, soft_wrap=True)
+    console.print(
+        f"written: {folder / 'compare.md'}, {folder / 'compare.json'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
     """What was tried, and how far each is from the dense model on held-out windows."""
     table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")

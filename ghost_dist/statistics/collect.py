@@ -191,6 +191,50 @@ class SpanCollector:
         return {**moments, **self._absolute}
 
 
+class Together:
+    """Several collectors fed by one pass; their sums get the name of theirs before them.
+
+    Parameters
+    ----------
+    parts
+        By name.
+    """
+
+    def __init__(self, parts: Mapping[str, Collector]) -> None:
+        self._parts = dict(parts)
+        self._wanted = {name: frozenset(part.boundaries) for name, part in parts.items()}
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Boundaries that the engine must push, ascending."""
+        return tuple(sorted({b for part in self._parts.values() for b in part.boundaries}))
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """Layers whose down_proj the engine must push, ascending."""
+        return tuple(sorted({la for part in self._parts.values() for la in part.mlp_layers}))
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        """Take the stream of one window at one boundary, shape (T, C)."""
+        for name, part in self._parts.items():
+            if boundary in self._wanted[name]:
+                part(boundary, window, stream_TC)
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
+        for part in self._parts.values():
+            if layer in part.mlp_layers:
+                part.take_mlp(layer, window, input_TF, product_TC)
+
+    def result(self) -> dict[str, Sums]:
+        """All sums, as ``name/theirs``."""
+        return {
+            f"{name}/{key}": sums
+            for name, part in self._parts.items()
+            for key, sums in part.result().items()
+        }
+
+
 class FiniteCheck:
     """Remembers on the device whether each stream was finite; reads it back once."""
 

@@ -1,0 +1,445 @@
+"""Selections and operators side by side on one model: one table from one set of statistics.
+
+All selections take their scores in one pass over the calibration windows, all spans they find take
+their sums in a second one, and one model in memory is evaluated with every repair in turn. Rows are
+written as they are done, so a stopped comparison continues, and one that asks for more only does
+what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from torch import Tensor
+
+from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.checkpoint.architecture import layer_sizes
+from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
+from ghost_dist.durable import write_bytes, write_json
+from ghost_dist.engines.base import Engine
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.errors import ConfigError
+from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.pipeline.candidates import candidates_of, samples_of
+from ghost_dist.pipeline.collecting import collect, entries_of, mend
+from ghost_dist.pipeline.inputs import RunInputs, check_remove, open_inputs
+from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.solving import Solved, Solver
+from ghost_dist.pipeline.stages import Stages, held_out_windows
+from ghost_dist.progress import Reporter
+from ghost_dist.refine.distill import distill
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.store import StatisticsStore
+
+Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
+"""``default``: as configured; ``heal`` and ``refine``: the same followed by healing or training."""
+
+SELECTIONS: tuple[Criterion, ...] = get_args(Criterion)
+TRAINING_FREE: tuple[Row, ...] = (
+    "none",
+    "linear-patch",
+    "linear-patch-hadamard",
+    "replaceme",
+    "fold",
+    "low-rank",
+    "ghost",
+    "ghost+norm",
+    "ghost-joint",
+    "default",
+)
+ROWS: tuple[Row, ...] = (*TRAINING_FREE, "heal", "refine")
+DEFAULT_REFINE_STEPS = 300
+
+
+@dataclass(frozen=True)
+class _Cut:
+    selection: str
+    remove: int
+    spans: tuple[Span, ...]
+
+
+def compare(
+    config: Config,
+    removes: Sequence[int],
+    rows: Sequence[Row],
+    selections: Sequence[Criterion],
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Fill and write ``OUT/compare.json`` and ``OUT/compare.md``.
+
+    Parameters
+    ----------
+    config
+        Model, calibration, evaluation and whatever all rows share; ``selection.criterion``,
+        ``selection.remove``, ``operator.name`` and ``operator.features`` come from the rows.
+    removes
+        Numbers of layers.
+    rows
+        Operators, see :data:`Row`.
+    selections
+        Criteria.
+    reporter
+        Where progress goes.
+
+    Returns
+    -------
+    dict
+        ``dense`` (perplexity by corpus) and ``rows``, each with ``selection``, ``remove``,
+        ``spans``, ``operator``, ``perplexity``, ``kl``, ``residual``, ``parameters``,
+        ``added_flops``.
+
+    Raises
+    ------
+    GhostDistError
+        As the stages of a run; what is finished is kept.
+    """
+    reporter = reporter or Reporter()
+    with RunFolder(config) as run:
+        reporter = Reporter(run.events, reporter.console)
+        inputs = open_inputs(config, reporter)
+        if not inputs.evaluation:
+            raise ConfigError("compare needs a text to compare on: --set evaluation.corpora=...")
+        for remove in removes:
+            check_remove(remove, inputs.architecture.num_layers, config.selection.protect)
+        tokens = Stages(inputs, run, reporter).tokens()
+        run.begin()
+        table = _Table(run.path, inputs, tokens)
+        cuts = _select(inputs, run.path, tokens, removes, selections, reporter)
+        missing = [(cut, row) for cut in cuts for row in rows if not table.has(cut, row, inputs)]
+        if missing:
+            _fill(inputs, run.path, tokens, missing, table, reporter)
+        return table.write([(cut, row) for cut in cuts for row in rows])
+
+
+def _select(
+    inputs: RunInputs,
+    folder: Path,
+    tokens: TokenWindows,
+    removes: Sequence[int],
+    selections: Sequence[Criterion],
+    reporter: Reporter,
+) -> list[_Cut]:
+    """Spans of every criterion and number of layers, from one pass over the windows."""
+    folds = inputs.config.operator.folds
+    selectors = {
+        f"{criterion}-{remove}": Selector(
+            inputs.config.selection.model_copy(
+                update={"criterion": criterion, "remove": remove, "spans": None}
+            ),
+            remove,
+            inputs.architecture,
+            f"{criterion}-{remove}/",
+        )
+        for criterion in selections
+        for remove in removes
+    }
+    entries: dict[str, str] = {}
+    for selector in selectors.values():
+        entries |= selector.entries()
+    stages_plan = Stages.plan_of(inputs, tokens, entries, folds)
+    store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", stages_plan)
+    mend(store, reporter)
+
+    def passes(engine: Engine) -> list[Callable[[], Collector]]:
+        # One pass for all; a selection whose sums do not fit beside the others has its own passes.
+        factories = {name: selector.passes(engine) for name, selector in selectors.items()}
+        depth = max(len(parts) for parts in factories.values())
+        return [
+            lambda turn=turn: Together(  # type: ignore[misc]
+                {name: parts[turn]() for name, parts in factories.items() if turn < len(parts)}
+            )
+            for turn in range(depth)
+        ]
+
+    num_layers = inputs.architecture.num_layers
+    collect(store, tokens, lambda: _engine(inputs, num_layers), passes, reporter, "select")
+    cuts = []
+    for criterion in selections:
+        for remove in removes:
+            selector = selectors[f"{criterion}-{remove}"]
+            spans, _ = selector.decide(store, folds, inputs.device)
+            cuts.append(_Cut(criterion, remove, spans))
+    return cuts
+
+
+def _fill(
+    inputs: RunInputs,
+    folder: Path,
+    tokens: TokenWindows,
+    missing: Sequence[tuple[_Cut, Row]],
+    table: _Table,
+    reporter: Reporter,
+) -> None:
+    """Take the sums that the missing rows need, and compute these rows."""
+    samples: set[tuple[Span, SampleKind]] = set()
+    usable: list[tuple[_Cut, Row]] = []
+    for cut, row in missing:
+        try:
+            candidates = candidates_of(_operator(inputs, row), cut.spans, inputs.refittable)
+        except ConfigError as error:
+            table.refuse(cut, row, inputs, str(error))
+            continue
+        usable.append((cut, row))
+        samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
+    joint = {(s, k.row_weights) for s, k in samples if k.regressors == "joint"}
+    ordered = sorted(
+        (s, k) for s, k in samples if k.regressors != "stream" or (s, k.row_weights) not in joint
+    )
+    entries = entries_of(ordered)
+    plan = Stages.plan_of(inputs, tokens, entries, inputs.num_ranges)
+    store = StatisticsStore(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
+    mend(store, reporter)
+    architecture = inputs.architecture
+    if ordered:
+        collect(
+            store,
+            tokens,
+            lambda: _engine(inputs, max(span.stop for span, _ in ordered)),
+            lambda engine: [
+                lambda: SpanCollector(
+                    ordered,
+                    engine.hidden_size,
+                    engine.device,
+                    inner_size=architecture.inner_sizes,
+                    norm_eps=architecture.norm_eps,
+                )
+            ],
+            reporter,
+            "calibrate",
+        )
+    model = load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
+    table.dense(lambda: _perplexities(inputs, model, (), {}, {}))
+    quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
+    with reporter.stage("compare", len(usable), "rows") as advance:
+        for cut, row in usable:
+            if not table.has(cut, row, inputs):  # another criterion may have found the same spans
+                of_row = replace(
+                    inputs,
+                    config=inputs.config.model_copy(update={"operator": _operator(inputs, row)}),
+                )
+                solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
+                operators = solved.operators
+                if row == "refine":
+                    operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
+                table.add(cut, row, inputs, _outcome(of_row, cut, solved, operators, model, tokens))
+            advance(1)
+
+
+def _outcome(
+    inputs: RunInputs,
+    cut: _Cut,
+    solved: Solved,
+    operators: Mapping[Span, Repair],
+    model: Any,
+    tokens: TokenWindows,
+) -> dict[str, Any]:
+    """What a row says of its repair."""
+    numbers, _ = layer_sizes(inputs.source, inputs.architecture)
+    removed = sum(numbers[i] for span in cut.spans for i in range(span.start, span.stop))
+    total = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
+    held_out = tokens.tokens[held_out_windows(inputs, tokens)]
+    kl = None
+    if not solved.healed:
+        [kl] = divergences(
+            model,
+            inputs.architecture,
+            cut.spans,
+            [operators],
+            held_out,
+            batch=inputs.batch,
+            device=inputs.device,
+        )
+    return {
+        "perplexity": _perplexities(inputs, model, cut.spans, operators, solved.healed),
+        "kl_on_calibration": kl,
+        "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
+        "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
+        "chosen": solved.candidate.described(),
+        "parameters": total - removed + sum(r.added_parameters for r in operators.values()),
+        "added_flops": sum(r.added_flops for r in operators.values()),
+    }
+
+
+def _refined(
+    inputs: RunInputs,
+    folder: Path,
+    cut: _Cut,
+    solved: Solved,
+    model: Any,
+    tokens: TokenWindows,
+    reporter: Reporter,
+) -> dict[Span, Repair]:
+    config = inputs.config.refine
+    if config.steps == 0:
+        config = config.model_copy(update={"steps": DEFAULT_REFINE_STEPS})
+    name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
+    state = folder / f"refine-{name}.pt"
+    refined = distill(
+        model,
+        inputs.architecture,
+        cut.spans,
+        solved.operators,
+        solved.healed,
+        tokens.tokens,
+        held_out_windows(inputs, tokens),
+        config,
+        device=inputs.device,
+        batch=inputs.batch,
+        state=state,
+        fingerprint=fingerprint([config.model_dump(mode="json"), name, tokens.fingerprint]),
+        reporter=reporter,
+    )
+    state.unlink(missing_ok=True)
+    return refined.operators
+
+
+def _perplexities(
+    inputs: RunInputs,
+    model: Any,
+    spans: Sequence[Span],
+    operators: Mapping[Span, Repair],
+    healed: Mapping[int, Tensor],
+) -> dict[str, float]:
+    with as_recovered(model, inputs.architecture, spans, operators, healed):
+        return {
+            name: perplexity(model, windows, batch=inputs.batch, device=inputs.device).value
+            for name, windows in inputs.evaluation.items()
+        }
+
+
+def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
+    """The operator section of a row."""
+    base = inputs.config.operator
+    if row == "default":
+        update: dict[str, Any] = {}
+    elif row == "heal":
+        update = {"heal": True}
+    elif row == "refine":
+        update = {}
+    elif row == "ghost+norm":
+        update = {"name": "ghost", "features": "stream+norm"}
+    else:
+        update = {"name": row, "features": "stream"}
+        if row in ("none", "linear-patch", "linear-patch-hadamard"):
+            update["affine"] = False
+    return OperatorConfig.model_validate({**base.model_dump(), **update})
+
+
+def _engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
+    decoder = load_decoder(
+        inputs.source.path,
+        inputs.architecture,
+        num_layers=num_layers,
+        dtype=inputs.dtype,
+        device=inputs.device,
+    )
+    return ResidentEngine(decoder, inputs.batch)
+
+
+class _Table:
+    """Rows by what they are of; every row is on the disk once it is added."""
+
+    def __init__(self, folder: Path, inputs: RunInputs, tokens: TokenWindows) -> None:
+        self._path, self._markdown = folder / "compare.json", folder / "compare.md"
+        self._of = fingerprint(
+            {
+                "model": inputs.model_fingerprint,
+                "tokens": tokens.fingerprint,
+                "evaluation": {n: w.fingerprint for n, w in inputs.evaluation.items()},
+                **inputs.numerics,
+            }
+        )
+        self._keys: dict[tuple[_Cut, Row], str] = {}
+        try:
+            stored: dict[str, Any] = json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            stored = {}
+        if stored.get("of") != self._of:
+            stored = {"of": self._of, "dense": None, "found": {}}
+        self._stored = stored
+
+    def dense(self, measure: Callable[[], dict[str, float]]) -> None:
+        """Perplexity of the dense model, measured once."""
+        if self._stored["dense"] is None:
+            self._stored["dense"] = measure()
+            self._save()
+
+    def has(self, cut: _Cut, row: Row, inputs: RunInputs) -> bool:
+        """Whether the row is there already."""
+        return self._key(cut, row, inputs) in self._stored["found"]
+
+    def add(self, cut: _Cut, row: Row, inputs: RunInputs, outcome: dict[str, Any]) -> None:
+        """Keep a row."""
+        self._stored["found"][self._key(cut, row, inputs)] = outcome
+        self._save()
+
+    def refuse(self, cut: _Cut, row: Row, inputs: RunInputs, reason: str) -> None:
+        """Keep the reason why there is no such row."""
+        self.add(cut, row, inputs, {"refused": reason})
+
+    def write(self, wanted: Sequence[tuple[_Cut, Row]]) -> dict[str, Any]:
+        """Write the table that was asked for and return it."""
+        rows = [
+            {
+                "selection": cut.selection,
+                "remove": cut.remove,
+                "spans": [[s.start, s.stop] for s in cut.spans],
+                "operator": row,
+                **self._stored["found"][self._keys[cut, row]],
+            }
+            for cut, row in wanted
+        ]
+        self._stored["rows"] = rows
+        self._save()
+        write_bytes(self._markdown, markdown(self._stored["dense"], rows).encode())
+        return {"dense": self._stored["dense"], "rows": rows}
+
+    def _key(self, cut: _Cut, row: Row, inputs: RunInputs) -> str:
+        spans = ",".join(map(str, cut.spans))
+        config = _operator(inputs, row).model_dump(mode="json")
+        refine = inputs.config.refine.model_dump(mode="json") if row == "refine" else None
+        self._keys[cut, row] = f"{spans} {row} {fingerprint([config, refine])[:16]}"
+        return self._keys[cut, row]
+
+    def _save(self) -> None:
+        write_json(self._path, self._stored)
+
+
+def markdown(dense: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table as markdown."""
+    corpora = list(dense)
+    titles = [
+        *("layers", "selection", "spans", "operator"),
+        *(f"perplexity {name}" for name in corpora),
+        *("KL", "residual", "parameters", "added MFLOP / token"),
+    ]
+    lines = [
+        "Dense: " + ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + "\n",
+        "| " + " | ".join(titles) + " |",
+        "|" + "---|" * len(titles),
+    ]
+    for row in rows:
+        spans = ", ".join(f"[{start}, {stop})" for start, stop in row["spans"])
+        cells = [str(row["remove"]), row["selection"], spans, row["operator"]]
+        if "refused" in row:
+            cells += ["-"] * (len(titles) - len(cells))
+        else:
+            kl = row["kl_on_calibration"]
+            cells += [f"{row['perplexity'][name]:.2f}" for name in corpora]
+            cells.append("-" if kl is None else f"{kl:.3f}")
+            cells.append(", ".join(f"{r:.3f}" for r in row["residual"]) or "-")
+            cells += [f"{row['parameters']:,}", f"{row['added_flops'] / 1e6:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
