@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from ghost_dist.config import RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.pipeline.candidates import (
+    BOUNDARY_SHIFTS,
+    FINE_SHIFTS,
     Candidate,
     candidates_of,
     fit_candidate,
-    ridge_decades,
     samples_of,
+    searches_ridge,
     stored_keys,
 )
 from ghost_dist.pipeline.inputs import RunInputs
@@ -39,7 +41,6 @@ from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 from ghost_dist.statistics.transforms import take
 
-FEATURES: tuple[Literal["stream", "stream+norm"], ...] = ("stream", "stream+norm")
 _DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 
 
@@ -160,17 +161,17 @@ class Solver:
     ) -> tuple[Repair, Fit | None]:
         """Fit from sums at hand, with the ridge that the candidate means."""
         eps = self._inputs.architecture.norm_eps
-        if candidate.ridge != "auto" or candidate.decades == 0:
+        if candidate.ridge != "auto" or candidate.shift == 0:
             repair, fit = fit_candidate(candidate, span, folds, down_FC, eps)
             if fit is not None and candidate.ridge == "auto":
                 self._least_residual[candidate, span, picked] = fit.relative_ridge
             return repair, fit
-        plain = replace(candidate, decades=0)
+        plain = replace(candidate, shift=0.0)
         if (plain, span, picked) not in self._least_residual:
             self._fit_on(plain, span, folds, down_FC, picked)
         least = self._least_residual[plain, span, picked]
-        ridge = RelativeRidge(relative=least / 10**candidate.decades)
-        given = replace(candidate, decades=0, ridge=ridge)
+        ridge = RelativeRidge(relative=least * 10**candidate.shift)
+        given = replace(candidate, shift=0.0, ridge=ridge)
         return fit_candidate(given, span, folds, down_FC, eps)
 
     def down(self, layer: int) -> Tensor:
@@ -191,8 +192,25 @@ class Solver:
         def fit(candidate: Candidate, span: Span) -> tuple[Repair, Fit | None]:
             return self.fit(candidate, span, picked)
 
-        fitted = self._fit_all(candidates, fit)
-        return self._rank(candidates, fitted)
+        return self._search(candidates, fit)
+
+    def _search(
+        self,
+        candidates: Sequence[Candidate],
+        fit: Callable[[Candidate, Span], tuple[Repair, Fit | None]],
+    ) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The best candidate and a row for each, the ridge looked at more closely around it."""
+        tried = list(candidates)
+        table, scores = self._rate(tried, self._fit_all(tried, fit))
+        best = _least(table, scores)
+        if searches_ridge(self._inputs.config.operator):
+            near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
+            rows, more = self._rate(near, self._fit_all(near, fit))
+            tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
+            best = _least(table, scores)
+        for number, row in enumerate(table):
+            row["chosen"] = number == best
+        return tried[best], table
 
     def _fit_all(
         self,
@@ -219,12 +237,12 @@ class Solver:
                 fit(candidates[0], span)  # raises what is wrong
         return fitted
 
-    def _rank(
+    def _rate(
         self,
         candidates: Sequence[Candidate],
         fitted: Sequence[dict[Span, tuple[Repair, Fit | None]] | str],
-    ) -> tuple[Candidate, list[dict[str, Any]]]:
-        """The candidate of least KL divergence, or of least residual, and a row for each."""
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """A row for each candidate, and what it is ranked by: KL divergence, or residual."""
         by_kl = self._inputs.config.operator.choose == "kl"
         table: list[dict[str, Any]] = []
         repairs: list[dict[Span, Repair]] = []
@@ -248,13 +266,7 @@ class Solver:
                     row["kl"] = score
         else:
             scores = [sum(r or 0.0 for r in row.get("residual", ())) for row in table]
-        best = min(
-            range(len(candidates)),
-            key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
-        )
-        for number, row in enumerate(table):
-            row["chosen"] = number == best
-        return candidates[best], table
+        return table, scores
 
     def _boundary_features(
         self,
@@ -262,12 +274,12 @@ class Solver:
         operators: dict[Span, Repair],
         fits: dict[Span, Fit | None],
         table: list[dict[str, Any]],
-    ) -> Candidate | None:
+    ) -> Candidate:
         """Fit ``[x, rmsnorm(x)]`` behind the new down_proj of a joint fit: one more pass.
 
         A joint fit cannot have rmsnorm(x) as a regressor, because x changes with the down_proj it
         finds; so the down_proj is kept, and the boundary fitted again on the x that it makes.
-        Changes the arguments; None if the stream alone is as good.
+        Changes the arguments; returns what was chosen.
         """
         config = self._inputs.config.operator
         kind = SampleKind("stream+norm", chosen.row_weights)
@@ -286,12 +298,11 @@ class Solver:
             {s: [Refit(kind, keep(s), "dense", keep_down=True)] for s in spans},
             chosen,
         )
-        options = ("stream+norm",) if config.features == "stream+norm" else FEATURES
-        candidates = [
-            replace(chosen, operator="ghost", features=features, decades=decades)
-            for features in options
-            for decades in ridge_decades(config)
-        ]
+        shifts = BOUNDARY_SHIFTS if searches_ridge(config) else (0.0,)
+        plain = replace(chosen, operator="ghost", features="stream", shift=0.0)
+        candidates = [replace(plain, features="stream+norm", shift=shift) for shift in shifts]
+        if config.features == "auto":
+            candidates.append(plain)
 
         def fit(
             candidate: Candidate, span: Span, picked: Sequence[int] = range(config.folds)
@@ -303,8 +314,7 @@ class Solver:
             return replace(repair, down_FC=operators[span].down_FC), found
 
         picked = range(config.folds - 1 if config.choose == "kl" else config.folds)
-        fitted = self._fit_all(candidates, lambda c, s: fit(c, s, picked))
-        best, rows = self._rank(candidates, fitted)
+        best, rows = self._search(candidates, lambda c, s: fit(c, s, picked))
         for row in rows:
             row["operator"] = "ghost-joint, boundary again"
         for row in table:
@@ -444,6 +454,14 @@ def _at_boundary(
     if candidate.features == "stream":
         moments = take(moments, slice(0, moments.cross_ZC.shape[1]))
     return {wanted.key(span): moments}
+
+
+def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> int:
+    """Index of the least finite score among candidates that could be fitted."""
+    return min(
+        range(len(table)),
+        key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
+    )
 
 
 def check_store(

@@ -87,9 +87,8 @@ def test_against_a_second_model_that_is_cut(checkpoint, family, cut):
     spans, model = CUTS[cut], load(source)
     candidates, before = candidates_of(spans, architecture), logits(model)
     expected = [by_hand(source, architecture, spans, c, before) for c in candidates]
-    different = candidates if architecture.inner_sizes else candidates[:2]
     assert min(expected) > 1e-3
-    assert len({round(value, 4) for value in expected}) >= len(different)
+    assert len({round(value, 3) for value in expected}) >= 3, "they could be mixed up unseen"
     for batch in (1, 2, 3):
         done = []
         got = measure(model, architecture, spans, candidates, batch, advance=done.append)

@@ -83,14 +83,17 @@ def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_confi
     record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
     assert record["operator"] == "ghost-joint"
     table = record["candidates"]
-    assert [row["operator"] for row in table] == ["ghost-joint"] * 4 + [
-        "ghost-joint, boundary again"
-    ] * 8
-    first = table[0]["relative_ridge"][0]
-    for decades, row in enumerate(table[:4]):
-        assert row["relative_ridge"][0] == pytest.approx(first / 10**decades)
+    joint, boundary = table[:6], table[6:]
+    assert [row["operator"] for row in joint] == ["ghost-joint"] * 6
+    assert [row["operator"] for row in boundary] == ["ghost-joint, boundary again"] * 6
+    least_residual = joint[1]["relative_ridge"][0]
+    for shift, row in zip((1, 0, -1, -2), joint, strict=False):
+        assert row["relative_ridge"][0] == pytest.approx(least_residual * 10**shift)
+    best = min(joint[:4], key=lambda row: row["kl"])["relative_ridge"][0]
+    near = [row["relative_ridge"][0] / best for row in joint[4:]]
+    assert near == pytest.approx([10**0.5, 10**-0.5])
     [chosen] = [row for row in table if row["chosen"]]
-    assert chosen["kl"] == min(row["kl"] for row in table[4:])
+    assert chosen["kl"] == min(row["kl"] for row in boundary)
     assert record["chosen"]["features"] == chosen["features"]
     parts = operator_file(tmp_path / "run")
     assert {"linear", "down"} <= set(parts)
@@ -202,16 +205,17 @@ def test_what_is_tried():
     def names(refittable=BOTH, spans=SPANS, **fields):
         config = OperatorConfig(**fields)
         return [
-            (c.operator, c.features, c.row_weights, c.decades)
+            (c.operator, c.features, c.row_weights, c.shift)
             for c in candidates_of(config, spans, refittable)
         ]
 
-    joint = [("ghost-joint", "stream", "none", d) for d in range(4)]
+    shifts = (1, 0, -1, -2)
+    joint = [("ghost-joint", "stream", "none", d) for d in shifts]
     assert names() == joint
-    assert names(choose="residual") == joint[:1]
-    assert names(ridge=RelativeRidge(relative=0.1)) == joint[:1]
+    assert names(choose="residual") == joint[1:2]
+    assert names(ridge=RelativeRidge(relative=0.1)) == joint[1:2]
     assert {n[2] for n in names(row_weights="auto")} == {"none", "inverse-norm"}
-    ghosts = [("ghost", f, "none", d) for f in ("stream", "stream+norm") for d in range(4)]
+    ghosts = [("ghost", f, "none", d) for f in ("stream", "stream+norm") for d in shifts]
     assert names(refittable=frozenset()) == ghosts
     assert names(name="ghost") == ghosts
     assert names(name="none", row_weights="auto") == [("none", "stream", "none", 0)]
