@@ -41,6 +41,13 @@ from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 from ghost_dist.statistics.transforms import take
 
+HELD_OUT_TOKENS = 4096
+"""Tokens that a choice by KL should be judged by: with fewer, noise decides between ridges."""
+
+_Fitted = dict[Span, tuple[Repair, Fit | None]]
+_FitOn = Callable[[Candidate, Span, Sequence[int] | None], tuple[Repair, Fit | None]]
+"""A candidate at a span, fitted on some folds or on all."""
+
 _DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 
 
@@ -184,41 +191,60 @@ class Solver:
         """The best of several candidates, and a row for each; one alone is not looked at."""
         if len(candidates) == 1:
             return candidates[0], [{**candidates[0].described(), "chosen": True}]
-        config = self._inputs.config.operator
-        by_kl = config.choose == "kl"
-        # By KL on the last fold, so nothing is fitted on it; by residual every fold is held out.
-        picked = range(config.folds - 1) if by_kl else None
-
-        def fit(candidate: Candidate, span: Span) -> tuple[Repair, Fit | None]:
-            return self.fit(candidate, span, picked)
-
-        return self._search(candidates, fit)
+        return self._search(candidates, self.fit)
 
     def _search(
-        self,
-        candidates: Sequence[Candidate],
-        fit: Callable[[Candidate, Span], tuple[Repair, Fit | None]],
+        self, candidates: Sequence[Candidate], fit: _FitOn
     ) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best candidate and a row for each, the ridge looked at more closely around it."""
         tried = list(candidates)
-        table, scores = self._rate(tried, self._fit_all(tried, fit))
+        table, scores = self._rate(tried, fit)
         best = _least(table, scores)
         if searches_ridge(self._inputs.config.operator):
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
-            rows, more = self._rate(near, self._fit_all(near, fit))
+            rows, more = self._rate(near, fit)
             tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
             best = _least(table, scores)
         for number, row in enumerate(table):
             row["chosen"] = number == best
         return tried[best], table
 
+    def _rate(
+        self, candidates: Sequence[Candidate], fit: _FitOn
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """A row for each candidate, and what it is ranked by: KL divergence, or residual.
+
+        By KL on folds that a candidate was not fitted on: on the last one, or on as many as it
+        takes to judge by HELD_OUT_TOKENS.
+        """
+        config = self._inputs.config.operator
+        everything = tuple(range(config.folds))
+        if config.choose != "kl":
+            rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
+            return rows, [sum(r or 0.0 for r in row.get("residual", ())) for row in rows]
+        per_fold = self._tokens.tokens.size // config.folds
+        judges = everything[-min(config.folds, math.ceil(HELD_OUT_TOKENS / per_fold)) :]
+        table: list[dict[str, Any]] = []
+        scores = [0.0] * len(candidates)
+        for judge in judges:
+            others = tuple(fold for fold in everything if fold != judge)
+            rows, repairs = self._rows(candidates, self._fit_all(candidates, fit, others))
+            kl = self._divergences(repairs, judge)
+            scores = [score + part / len(judges) for score, part in zip(scores, kl, strict=True)]
+            table = [
+                {**row, **({"failed": old["failed"]} if "failed" in old else {})}
+                for row, old in zip(rows, table or rows, strict=True)
+            ]
+        for row, score in zip(table, scores, strict=True):
+            if "failed" not in row:
+                row["kl"] = score
+        return table, scores
+
     def _fit_all(
-        self,
-        candidates: Sequence[Candidate],
-        fit: Callable[[Candidate, Span], tuple[Repair, Fit | None]],
-    ) -> list[dict[Span, tuple[Repair, Fit | None]] | str]:
+        self, candidates: Sequence[Candidate], fit: _FitOn, picked: tuple[int, ...]
+    ) -> list[_Fitted | str]:
         """Fits of every candidate by span, or why it cannot be fitted."""
-        fitted: list[dict[Span, tuple[Repair, Fit | None]] | str] = [{} for _ in candidates]
+        fitted: list[_Fitted | str] = [{} for _ in candidates]
         # Span by span and by the sums they need, so that these are read once.
         order = sorted(range(len(candidates)), key=lambda i: (str(candidates[i].kind()), i))
         total = len(candidates) * len(self._spans)
@@ -228,22 +254,19 @@ class Solver:
                     found = fitted[number]
                     if not isinstance(found, str):
                         try:
-                            found[span] = fit(candidates[number], span)
+                            found[span] = fit(candidates[number], span, picked)
                         except (SingularGramError, SingularOperatorError) as error:
                             fitted[number] = str(error)
                     advance(1)
         if all(isinstance(found, str) for found in fitted):
             for span in self._spans:
-                fit(candidates[0], span)  # raises what is wrong
+                fit(candidates[0], span, picked)  # raises what is wrong
         return fitted
 
-    def _rate(
-        self,
-        candidates: Sequence[Candidate],
-        fitted: Sequence[dict[Span, tuple[Repair, Fit | None]] | str],
-    ) -> tuple[list[dict[str, Any]], list[float]]:
-        """A row for each candidate, and what it is ranked by: KL divergence, or residual."""
-        by_kl = self._inputs.config.operator.choose == "kl"
+    def _rows(
+        self, candidates: Sequence[Candidate], fitted: Sequence[_Fitted | str]
+    ) -> tuple[list[dict[str, Any]], list[dict[Span, Repair]]]:
+        """A row and the repairs of every candidate; no repairs where it could not be fitted."""
         table: list[dict[str, Any]] = []
         repairs: list[dict[Span, Repair]] = []
         for candidate, found in zip(candidates, fitted, strict=True):
@@ -259,14 +282,7 @@ class Solver:
                 ]
                 repairs.append({span: found[span][0] for span in self._spans})
             table.append(row)
-        if by_kl:
-            scores = self._divergences(repairs)
-            for row, score in zip(table, scores, strict=True):
-                if "failed" not in row:
-                    row["kl"] = score
-        else:
-            scores = [sum(r or 0.0 for r in row.get("residual", ())) for row in table]
-        return table, scores
+        return table, repairs
 
     def _boundary_features(
         self,
@@ -305,16 +321,16 @@ class Solver:
             candidates.append(plain)
 
         def fit(
-            candidate: Candidate, span: Span, picked: Sequence[int] = range(config.folds)
+            candidate: Candidate, span: Span, picked: Sequence[int] | None = None
         ) -> tuple[Repair, Fit | None]:
             if span not in sums:
                 return operators[span], fits[span]
+            picked = range(config.folds) if picked is None else picked
             folds = [_at_boundary(sums[span][fold], span, candidate, kind) for fold in picked]
             repair, found = self._fit_on(candidate, span, folds, None, (-1, *picked))
             return replace(repair, down_FC=operators[span].down_FC), found
 
-        picked = range(config.folds - 1 if config.choose == "kl" else config.folds)
-        best, rows = self._search(candidates, lambda c, s: fit(c, s, picked))
+        best, rows = self._search(candidates, fit)
         for row in rows:
             row["operator"] = "ghost-joint, boundary again"
         for row in table:
@@ -381,9 +397,9 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, repairs: list[dict[Span, Repair]]) -> list[float]:
-        inputs, held_out = self._inputs, self._inputs.config.operator.folds - 1
-        windows = [window for fold, window in self.windows_by_fold() if fold == held_out]
+    def _divergences(self, repairs: list[dict[Span, Repair]], judge: int) -> list[float]:
+        inputs = self._inputs
+        windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
         with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
             return divergences(
