@@ -106,11 +106,14 @@ def load_decoder(
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
+    tensor_parallel: int = 1,
     trust_remote_code: bool = False,  # noqa: ARG001 - model code from a checkpoint is never run
 ) -> Decoder:
     """Build and read embeddings and layers ``0 .. num_layers - 1``; nothing above is read.
 
-    The host holds little more than the truncated model at any time.
+    The host holds little more than the truncated model at any time. With ``tensor_parallel`` the
+    ranks of the torch.distributed world, which must be that many, share the model by the plan
+    that transformers has for its family.
 
     Raises
     ------
@@ -128,9 +131,16 @@ def load_decoder(
     raw = open_checkpoint(path).config
     config = read_config(config_class, cut_config(raw, above, architecture))
     norm = architecture.in_base(architecture.final_norm) + "."
-    model = _load(model_class, path, dtype, device, ignore=norm, config=config)
+    arguments: dict[str, Any] = {"config": config}
+    if tensor_parallel > 1:
+        from transformers.distributed import DistributedConfig
+
+        arguments["distributed_config"] = DistributedConfig(
+            tp_size=tensor_parallel, tp_plan="auto"
+        )
+    model = _load(model_class, path, dtype, device, ignore=norm, **arguments)
     decoder = Decoder(model, architecture)
-    _check_stream(decoder, architecture)
+    check_stream(decoder, architecture)
     return decoder
 
 
@@ -180,7 +190,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         if not any(found for pattern in _TOKENIZER_FILES for found in path.glob(pattern)):
             raise FileNotFoundError("none of its files is there")
-        with _quiet():
+        with quiet_loading():
             return transformers.AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -241,11 +251,11 @@ def _load(
     ignore: str | None = None,
     **arguments: Any,
 ) -> Any:
-    if device.type != "cpu":
+    if device.type != "cpu" and "distributed_config" not in arguments:
         arguments["device_map"] = {"": device}
     reports: list[str] = []
     try:
-        with _quiet() as reports:
+        with quiet_loading() as reports:
             model, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
@@ -263,6 +273,12 @@ def _load(
     missing = sorted(
         name for name in info["missing_keys"] if ignore is None or not name.startswith(ignore)
     )
+    check_loaded(path, model, missing, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def check_loaded(path: Path, model: nn.Module, missing: list[str], dtype: torch.dtype) -> None:
+    """Raise CheckpointError for tensors that the files lack, or that hold NaN or Inf."""
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(
@@ -270,17 +286,17 @@ def _load(
             "random numbers. Download or copy the checkpoint again."
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not torch.isfinite(local).all():
             raise CheckpointError(
                 f"{path}: tensor {name} holds NaN or Inf as {str(dtype).removeprefix('torch.')}. "
                 "If the checkpoint has a wider dtype its numbers may overflow: try "
                 "model.dtype=bfloat16 or float32. Else download or copy it again."
             )
-    return model.requires_grad_(False).eval()
 
 
 @torch.inference_mode()
-def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
+def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     """Run two tokens and see that each layer's output is the next one's input, and the last one
     what the final norm would get: only then does removing a span mean what we take it to mean.
     """
@@ -314,7 +330,7 @@ def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
+def quiet_loading() -> Iterator[list[str]]:
     """No progress bars and no load report (what it would tell we raise); other warnings stay.
 
     Yields a list that holds the reports that were kept back, for an error message.

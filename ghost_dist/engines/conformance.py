@@ -1,0 +1,271 @@
+"""Proof, before real weights are loaded, that a family computes the same sharded as unsharded.
+
+AutoTP guesses by names which layers it may split; a wrong guess gives wrong streams without any
+error. So a small random model of the same classes and the same head counts is saved, loaded through
+the very code that will load the real one, and run next to the unsharded engine on every rank.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+
+from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
+from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.load import load_decoder, quiet_loading
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.engines.base import Engine
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.errors import UnsupportedArchitectureError
+from ghost_dist.spans import Span
+
+TOLERANCE = 1e-4
+"""Largest difference in float32, relative to the largest entry. Sums in another order give 1e-6;
+a layer that was split wrongly gives 1e-2 and more."""
+
+_WINDOWS, _LENGTH = 2, 16
+_VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
+_INNER = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("ffn_dim", "n_inner"),
+)
+_HEADS = (
+    *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("q_lora_rank", "kv_lora_rank"),
+)
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+LoadSharded = Callable[[Path, Architecture, int, torch.dtype], Engine]
+
+
+def check_conformance(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    load_sharded: LoadSharded,
+    device: torch.device,
+    degree: int,
+    backend: str,
+) -> float:
+    """Run a small random model of the family sharded and unsharded; collective over the world.
+
+    Parameters
+    ----------
+    checkpoint, architecture
+        Of the real model; no tensor is read.
+    load_sharded
+        Loads the first layers of a checkpoint folder in a dtype and gives an engine.
+    device
+        This rank's.
+    degree, backend
+        For the message.
+
+    Returns
+    -------
+    float
+        Largest difference of this rank, relative to the largest entry of the stream.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        On every rank, if the streams of any rank differ, or it could not run the model.
+    """
+    worst, problem = 0.0, None
+    files = _shared_small_model(checkpoint, architecture, degree)
+    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            worst, problem = _compare(Path(folder), load_sharded, device)
+        except Exception as error:  # whatever a library raises on a model it splits wrongly
+            problem = f"{type(error).__name__}: {error}"
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            other = "transformers" if backend == "deepspeed" else "deepspeed"
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} cannot be sharded over {degree} ranks by "
+                f"{backend}: a small random model of it does not compute what it computes "
+                f"unsharded (rank {rank}: {found}). Set engine.backend={other} or "
+                "engine.tensor_parallel=1."
+            )
+    return worst
+
+
+@dataclass
+class _Recorder:
+    """A sink that keeps everything."""
+
+    boundaries: tuple[int, ...]
+    mlp_layers: tuple[int, ...]
+    seen: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        self.seen["boundary", boundary, window] = stream_TC.clone()
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        self.seen["down_proj input of layer", layer, window] = input_TF.clone()
+        self.seen["down_proj product of layer", layer, window] = product_TC.clone()
+
+
+def _compare(
+    folder: Path, load_sharded: LoadSharded, device: torch.device
+) -> tuple[float, str | None]:
+    architecture = inspect_architecture(open_checkpoint(folder))
+    num_layers = architecture.num_layers
+    whole = ResidentEngine(
+        load_decoder(
+            folder, architecture, num_layers=num_layers, dtype=torch.float32, device=device
+        ),
+        _WINDOWS,
+    )
+    sharded = load_sharded(folder, architecture, num_layers, torch.float32)
+    generator = np.random.default_rng(0)
+    shape = (_WINDOWS, _LENGTH)
+    tokens = generator.integers(0, architecture.vocab_size, shape, dtype=np.int32)
+    recorders = []
+    for engine in (whole, sharded):
+        recorder = _Recorder(tuple(range(num_layers + 1)), tuple(architecture.down_projections))
+        engine.run(tokens, range(_WINDOWS), recorder, lambda _: None)
+        recorders.append(recorder)
+    expected, got = (recorder.seen for recorder in recorders)
+    worst, problem = 0.0, None
+    for key, tensor in expected.items():
+        difference = float((got[key] - tensor).abs().max() / tensor.abs().max())
+        if not difference <= TOLERANCE and problem is None:
+            what, index, window = key
+            problem = f"{what} {index}, window {window}, differs by {difference:.1e} of its scale"
+        worst = max(worst, difference)
+    return worst, problem
+
+
+def _shared_small_model(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int
+) -> dict[str, bytes]:
+    """Files of a random model with the same code paths, the same on every rank."""
+    message: list[dict[str, bytes] | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            message[0] = _small_model(checkpoint, architecture, degree)
+        except UnsupportedArchitectureError as error:
+            message[0] = str(error)
+    dist.broadcast_object_list(message)
+    files = message[0]
+    if not isinstance(files, dict):
+        raise UnsupportedArchitectureError(files)
+    return files
+
+
+def _small_model(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int
+) -> dict[str, bytes]:
+    reasons = []
+    for config in _small_configs(checkpoint, architecture, degree):
+        try:
+            model = getattr(transformers, architecture.causal_lm_class)(config).eval()
+            _draw_weights(model)
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
+            with tempfile.TemporaryDirectory() as folder:
+                with quiet_loading():
+                    model.save_pretrained(folder)
+                inspect_architecture(open_checkpoint(Path(folder)))
+                return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        except Exception as error:  # a size that the family cannot have
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise UnsupportedArchitectureError(
+        f"Family {architecture.model_type} cannot be sharded: no small model of it could be built "
+        f"to prove the shards right ({'; '.join(reasons)}). Set engine.tensor_parallel=1."
+    )
+
+
+def _small_configs(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int
+) -> Iterator[Any]:
+    """Configurations with one layer of each kind: with small heads, then with the heads as is."""
+    config_class = getattr(transformers, architecture.config_class)
+    kept = _one_layer_of_each_kind(architecture)
+    removed = [layer for layer in range(architecture.num_layers) if layer not in kept]
+    raw = cut_config(checkpoint.config, _joined(removed), architecture)
+    for small_heads in (True, False):
+        config = read_config(config_class, raw)
+        for name in _INNER:
+            size = getattr(config, name, None)
+            if isinstance(size, int):
+                # What the degree leaves over is kept: an uneven split is one more case.
+                setattr(config, name, min(size, _INNER_PER_RANK * degree + size % degree))
+        for name in _EXPERT_COUNTS:
+            count = getattr(config, name, None)
+            if isinstance(count, int) and count > _EXPERTS:
+                setattr(config, name, _EXPERTS)
+                config.num_experts_per_tok = min(config.num_experts_per_tok, _EXPERTS // 2)
+                for group in ("n_group", "topk_group"):
+                    if isinstance(getattr(config, group, None), int):
+                        setattr(config, group, 1)
+        if small_heads:
+            _shrink_heads(config)
+        config.vocab_size = min(config.vocab_size, _VOCABULARY)
+        for name in _TOKEN_IDS:
+            setattr(config, name, None)
+        yield config
+
+
+def _shrink_heads(config: Any) -> None:
+    """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
+    heads = config.num_attention_heads
+    in_step = config.hidden_size % heads == 0
+    per_head = config.hidden_size // heads
+    for name in _HEADS:
+        size = getattr(config, name, None)
+        if isinstance(size, int):
+            setattr(config, name, min(size, _HEAD))
+    if in_step:
+        config.hidden_size = heads * min(per_head, _HEAD)
+    if isinstance(getattr(config, "word_embed_proj_dim", None), int):
+        config.word_embed_proj_dim = config.hidden_size
+
+
+def _one_layer_of_each_kind(architecture: Architecture) -> list[int]:
+    """The first layer of every kind that the configuration tells apart; two layers at least."""
+    fields = architecture.fields
+    kinds: dict[Any, int] = {}
+    for layer in range(architecture.num_layers):
+        kind = (
+            *(values[layer] for values in fields.lists.values()),
+            *(layer in layers for layers in fields.indices.values()),
+            *(layer < count for count in fields.counts.values()),
+            layer in architecture.down_projections,
+        )
+        kinds.setdefault(repr(kind), layer)
+    kept = sorted(kinds.values())
+    return kept if len(kept) > 1 else sorted({kept[0], architecture.num_layers - 1})
+
+
+def _joined(layers: list[int]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for layer in layers:
+        if spans and spans[-1].stop == layer:
+            spans[-1] = Span(spans[-1].start, layer + 1)
+        else:
+            spans.append(Span(layer, layer + 1))
+    return tuple(spans)
+
+
+@torch.no_grad()
+def _draw_weights(model: torch.nn.Module) -> None:
+    """N(0, 0.08^2) around what the family initialises norms with: no layer is near the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.08
+        is_scale = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
+        parameter.copy_(noise + parameter.mean() if is_scale else noise)

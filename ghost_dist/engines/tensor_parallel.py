@@ -1,0 +1,437 @@
+"""One replica of a model over several devices: a torch.distributed world shares every layer.
+
+DeepSpeed's AutoTP (``deepspeed.init_inference``) splits the linear layers; ``sharding.py`` splits
+what it leaves whole, ``sharded_loading.py`` reads each rank's slices, and ``conformance.py`` proves
+on a small random model that the family computes the same as unsharded. transformers' own plan is
+the second backend behind the same class.
+
+Every rank is given the same windows and pushes the same streams, so a sink may keep any part of
+the sums on each rank. All ranks of the world must call ``run`` alike: its sums are collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+
+from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.load import Decoder, check_stream, load_decoder
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.engines.conformance import check_conformance
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.sharded_loading import load_shards
+from ghost_dist.engines.sharding import (
+    Shard,
+    Sharding,
+    full_shapes,
+    local_bytes,
+    local_tensor,
+    mixers_put_aside,
+    narrow_fused_attention,
+    shard_experts,
+    shard_sinks,
+    shard_wide_norms,
+)
+from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
+from ghost_dist.spans import Span
+
+Backend = Literal["deepspeed", "transformers"]
+
+
+class ShardedDecoder(Decoder):
+    """A decoder of which this rank holds a part; its input and its streams are whole.
+
+    Attributes
+    ----------
+    parameter_bytes
+        Bytes of parameters on this rank.
+    read_bytes
+        Bytes that this rank read from the checkpoint; None if transformers read them.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, read_bytes: int | None) -> None:
+        super().__init__(model, architecture)
+        self.parameter_bytes = local_bytes(model)
+        self.read_bytes = read_bytes
+
+    def down_projection(self, layer: int) -> Any:
+        """The module that ends the MLP of a layer, with this rank's part of its weight."""
+        return self.layers[layer].get_submodule(self._down_projections[layer])
+
+
+class TensorParallelEngine(ResidentEngine):
+    """Runs a decoder that the ranks of a torch.distributed world share.
+
+    Parameters
+    ----------
+    decoder
+        This rank's part.
+    architecture
+        Of the model; says how wide the MLPs are.
+    batch
+        Windows per forward, the same on every rank.
+    """
+
+    def __init__(self, decoder: ShardedDecoder, architecture: Architecture, batch: int) -> None:
+        super().__init__(decoder, batch)
+        self.decoder = decoder
+        self._inner_sizes = architecture.inner_sizes
+
+    @contextlib.contextmanager
+    def _mlp_tapped(
+        self, layers: Sequence[int], push: Callable[[int, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        def tap(layer: int) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
+            def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+                if module.bias is not None:
+                    output = output - local_tensor(module.bias)
+                push(layer, gather_width(args[0], self._inner_sizes[layer]), output)
+
+            return hook
+
+        handles = [
+            self.decoder.down_projection(layer).register_forward_hook(tap(layer))
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def gather_width(local: Tensor, width: int) -> Tensor:
+    """Join the columns that the ranks hold, in the order of the ranks.
+
+    Parameters
+    ----------
+    local
+        Shape (..., n), n of this rank; the same leading shape on every rank.
+    width
+        Sum of the ranks' n. A tensor that has it already is given back.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., width), the same on every rank.
+    """
+    if local.shape[-1] == width:
+        return local
+    # Ranks may differ by one column, and gather takes equal shapes only.
+    own = torch.tensor([local.shape[-1]], device=local.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
+    widths = [int(count) for count in counts]
+    assert sum(widths) == width, f"the ranks hold {widths} columns of {width}"
+    padded = nn.functional.pad(local, (0, max(widths) - local.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], -1)
+
+
+def open_tensor_parallel(
+    path: Path,
+    architecture: Architecture,
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+    batch: int,
+    backend: Backend = "deepspeed",
+) -> TensorParallelEngine:
+    """Share layers ``0 .. num_layers - 1`` of a checkpoint over the torch.distributed world.
+
+    To be called on all ranks of an initialised world of ``degree`` processes, gloo for a CPU and
+    nccl for GPUs. First a small random model of the family is run sharded and unsharded; then
+    each rank reads its own part.
+
+    Parameters
+    ----------
+    path
+        Checkpoint folder, readable on every rank.
+    num_layers
+        The last boundary that will be asked for.
+    dtype, device
+        Of this rank's weights.
+    batch
+        Windows per forward.
+
+    Raises
+    ------
+    ConfigError
+        If the degree does not divide the heads or the key-value heads, is not the world's size, or
+        DeepSpeed is not there.
+    UnsupportedArchitectureError
+        If the backend does not compute the family as the unsharded model does.
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf.
+    """
+    assert 0 < num_layers <= architecture.num_layers, "no such boundary"
+    checkpoint = open_checkpoint(path)
+    config = read_config(getattr(transformers, architecture.config_class), checkpoint.config)
+    check_degree(config, degree)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world != degree:
+        raise ConfigError(
+            f"engine.tensor_parallel={degree} needs a torch.distributed world of {degree} "
+            f"processes of its own, this one has {world}. Start {degree} ranks per replica."
+        )
+    if backend == "deepspeed":
+        _prepare_deepspeed(device)
+
+    def load(
+        path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
+    ) -> TensorParallelEngine:
+        if backend == "deepspeed":
+            decoder = _load_by_deepspeed(path, architecture, num_layers, dtype, device, degree)
+        else:
+            decoder = _load_by_transformers(path, architecture, num_layers, dtype, device, degree)
+        return TensorParallelEngine(decoder, architecture, batch)
+
+    check_conformance(checkpoint, architecture, load, device, degree, backend)
+    return load(path, architecture, num_layers, dtype)
+
+
+def check_degree(config: Any, degree: int) -> None:
+    """Raise ConfigError if the heads of a model cannot be dealt out evenly over the ranks."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    for count, name in ((heads, "attention heads"), (groups, "key-value heads")):
+        if count % degree:
+            fit = [n for n in range(1, min(heads, groups) + 1) if heads % n == groups % n == 0]
+            raise ConfigError(
+                f"engine.tensor_parallel={degree} does not divide the {count} {name} of the "
+                f"model: needed a divisor of {heads} heads and {groups} key-value heads, found "
+                f"{degree}. Choose one of {', '.join(map(str, fit))}."
+            )
+
+
+def _load_by_transformers(
+    path: Path,
+    architecture: Architecture,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+) -> ShardedDecoder:
+    config_class = getattr(transformers, architecture.config_class)
+    if degree > 1 and not config_class.base_model_tp_plan:
+        raise UnsupportedArchitectureError(
+            f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
+            "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
+        )
+    with _local_rank(device):
+        plain = load_decoder(
+            path,
+            architecture,
+            num_layers=num_layers,
+            dtype=dtype,
+            device=device,
+            tensor_parallel=degree,
+        )
+    return ShardedDecoder(plain._model, architecture, None)
+
+
+def _load_by_deepspeed(
+    path: Path,
+    architecture: Architecture,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+) -> ShardedDecoder:
+    checkpoint = open_checkpoint(path)
+    model = _meta_model(checkpoint, architecture, num_layers, dtype)
+    shapes = full_shapes(model)
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    layers = model.get_submodule(architecture.in_base(architecture.layers))
+    sharding = Sharding(dist.get_rank(), degree, {}, [])
+    if degree > 1:
+        _refuse_transposed_linear(model, architecture)
+        shard_experts(model, sharding)
+        shard_wide_norms(model, sharding)
+        shard_sinks(model, sharding)
+    with mixers_put_aside(layers):
+        _shard_linear_layers(model, degree, dtype, device)
+    if degree > 1:
+        _note_linear_shards(model, architecture, sharding)
+    # AutoTP allocated the shards: back to shapes only, so that one parameter after the other takes
+    # its place as it is read.
+    model.to("meta")
+    _restore_buffers(model, buffers, device)
+    read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
+    model.requires_grad_(False).eval()
+    decoder = ShardedDecoder(model, architecture, read_bytes)
+    check_stream(decoder, architecture)
+    return decoder
+
+
+def _meta_model(
+    checkpoint: Checkpoint, architecture: Architecture, num_layers: int, dtype: torch.dtype
+) -> Any:
+    """The truncated base model: parameters without storage, real buffers, no final norm."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    above = (
+        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
+    )
+    config_class = getattr(transformers, architecture.config_class)
+    config = read_config(config_class, cut_config(checkpoint.config, above, architecture))
+    model_class = getattr(transformers, architecture.base_class)
+    # Buffers such as rotary frequencies are computed when the model is built and are in no file.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class._from_config(config, dtype=dtype)
+    model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
+    return model.requires_grad_(False).eval()
+
+
+def _restore_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Put buffers back, in their own dtype: AutoTP cast them and wiped what they held."""
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+
+
+def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} keeps "
+                "its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
+                "engine.tensor_parallel=1; models of this family fit one device."
+            )
+
+
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for this kind of device, and keep it from its own shared-memory sums.
+
+    That CPU operator is compiled at run time, ignores the process group, and spins for ever once
+    a peer has died.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine.backend=deepspeed needs the package deepspeed, which is not installed. "
+            "Install ghost_dist[deepspeed], or set engine.backend=transformers."
+        )
+    if "deepspeed" not in sys.modules:
+        os.environ["DS_ACCELERATOR"] = device.type
+    with _deepspeed_silenced():
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.ops import __compatible_ops__
+
+        if get_accelerator().device_name() != device.type:
+            raise ConfigError(
+                f"DeepSpeed runs on {get_accelerator().device_name()} in this process, not on "
+                f"{device.type}: it was imported before the device was known. Unset "
+                "DS_ACCELERATOR, or start a new process."
+            )
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        with _local_rank(device):
+            deepspeed.init_distributed(dist_backend=dist.get_backend())
+
+
+def _shard_linear_layers(
+    model: nn.Module, degree: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """AutoTP, in place, over the whole world."""
+    with _deepspeed_silenced(), _local_rank(device):
+        import deepspeed
+        from deepspeed.inference.engine import InferenceEngine
+
+        # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
+        # the world it was made in.
+        InferenceEngine.inference_mp_group = dist.group.WORLD
+        deepspeed.init_inference(
+            model,
+            tensor_parallel={"tp_size": degree, "tp_grain_size": 1},
+            dtype=dtype,
+            replace_with_kernel_inject=False,
+        )
+
+
+def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: Sharding) -> None:
+    """Write down how AutoTP split each layer; it has no public way to ask."""
+    from deepspeed.module_inject.layers import (
+        LinearAllreduce,
+        SubParamColumnParallel,
+        TensorParallel_Layer,
+        fused_LinearLayer,
+    )
+
+    rank = sharding.rank
+    for path, module in model.named_modules():
+        if not isinstance(module, TensorParallel_Layer):
+            continue
+        if isinstance(module, SubParamColumnParallel):
+            sizes, widths = module._subparam_sizes, module._subparam_shard_widths
+            if sizes is None:
+                raise UnsupportedArchitectureError(
+                    f"Family {architecture.model_type} cannot be sharded by DeepSpeed: the fused "
+                    f"projection {path} is interleaved. Set engine.backend=transformers or "
+                    "engine.tensor_parallel=1."
+                )
+        else:
+            sizes, widths = (sum(module._partition_sizes),), (module._partition_sizes,)
+        pieces, offset = [], 0
+        for size, width in zip(sizes, widths, strict=True):
+            start = offset + sum(width[:rank])
+            pieces.append((start, start + width[rank]))
+            offset += size
+        by_row = isinstance(module, LinearAllreduce)
+        sharding.shards[f"{path}.weight"] = Shard(1 if by_row else 0, tuple(pieces))
+        if module.bias is not None and not by_row:
+            sharding.shards[f"{path}.bias"] = Shard(0, tuple(pieces))
+        if isinstance(module, fused_LinearLayer) and len(pieces) > 1:
+            parent = path.rpartition(".")[0]
+            narrow_fused_attention(model.get_submodule(parent), sharding.degree)
+
+
+@contextlib.contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """Both libraries choose the GPU by LOCAL_RANK; here the device was chosen already."""
+    before = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)
+    elif before is None:
+        os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+@contextlib.contextmanager
+def _deepspeed_silenced() -> Iterator[None]:
+    """DeepSpeed prints to stdout and logs at level INFO on every call."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        logger.setLevel(before)
