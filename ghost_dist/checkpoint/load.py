@@ -135,9 +135,7 @@ def load_decoder(
     if tensor_parallel > 1:
         from transformers.distributed import DistributedConfig
 
-        arguments["distributed_config"] = DistributedConfig(
-            tp_size=tensor_parallel, tp_plan="auto"
-        )
+        arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
     model = _load(model_class, path, dtype, device, ignore=norm, **arguments)
     decoder = Decoder(model, architecture)
     check_stream(decoder, architecture)

@@ -8,7 +8,7 @@ the very code that will load the real one, and run next to the unsharded engine 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,26 +79,30 @@ def check_conformance(
     UnsupportedArchitectureError
         On every rank, if the streams of any rank differ, or it could not run the model.
     """
-    worst, problem = 0.0, None
+    worst, difference, problem = 0.0, None, None
     files = _shared_small_model(checkpoint, architecture, degree)
     with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            worst, problem = _compare(Path(folder), load_sharded, device)
+            worst, difference = _compare(Path(folder), load_sharded, device)
+        except UnsupportedArchitectureError as error:
+            problem = str(error)
         except Exception as error:  # whatever a library raises on a model it splits wrongly
-            problem = f"{type(error).__name__}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
+            difference = f"{type(error).__name__}: {error}"
+        if difference is not None:
             other = "transformers" if backend == "deepspeed" else "deepspeed"
-            raise UnsupportedArchitectureError(
+            problem = (
                 f"Family {architecture.model_type} cannot be sharded over {degree} ranks by "
                 f"{backend}: a small random model of it does not compute what it computes "
-                f"unsharded (rank {rank}: {found}). Set engine.backend={other} or "
+                f"unsharded (rank {dist.get_rank()}: {difference}). Set engine.backend={other} or "
                 "engine.tensor_parallel=1."
             )
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UnsupportedArchitectureError(found)
     return worst
 
 
@@ -194,7 +198,7 @@ def _small_configs(
 ) -> Iterator[Any]:
     """Configurations with one layer of each kind: with small heads, then with the heads as is."""
     config_class = getattr(transformers, architecture.config_class)
-    kept = _one_layer_of_each_kind(architecture)
+    kept = _one_layer_of_each_kind(checkpoint.config, architecture)
     removed = [layer for layer in range(architecture.num_layers) if layer not in kept]
     raw = cut_config(checkpoint.config, _joined(removed), architecture)
     for small_heads in (True, False):
@@ -235,7 +239,7 @@ def _shrink_heads(config: Any) -> None:
         config.word_embed_proj_dim = config.hidden_size
 
 
-def _one_layer_of_each_kind(architecture: Architecture) -> list[int]:
+def _one_layer_of_each_kind(raw: Mapping[str, Any], architecture: Architecture) -> list[int]:
     """The first layer of every kind that the configuration tells apart; two layers at least."""
     fields = architecture.fields
     kinds: dict[Any, int] = {}
@@ -247,8 +251,19 @@ def _one_layer_of_each_kind(architecture: Architecture) -> list[int]:
             layer in architecture.down_projections,
         )
         kinds.setdefault(repr(kind), layer)
-    kept = sorted(kinds.values())
-    return kept if len(kept) > 1 else sorted({kept[0], architecture.num_layers - 1})
+    kept = set(kinds.values())
+    # A list as long as there are layers would be taken for one entry per layer.
+    config = getattr(transformers, architecture.config_class)
+    others = {
+        len(value)
+        for name, value in read_config(config, raw).to_dict().items()
+        if isinstance(value, (list, tuple)) and name not in fields.lists
+    }
+    for layer in range(architecture.num_layers):
+        if len(kept) > 1 and len(kept) not in others:
+            break
+        kept.add(layer)
+    return sorted(kept)
 
 
 def _joined(layers: list[int]) -> tuple[Span, ...]:

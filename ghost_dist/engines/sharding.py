@@ -133,7 +133,12 @@ def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
             weight = whole._parameters.get("weight")
             if weight is None or tuple(weight.shape) != (linear.out_features,):
                 continue  # one norm per head: the heads of a rank have all they need
-            narrow = _WideRMSNorm(whole, linear.out_features)
+            epsilon = next(
+                value
+                for name in ("variance_epsilon", "eps")
+                if (value := getattr(whole, name, 0.0))
+            )
+            narrow = _WideRMSNorm(weight, epsilon, linear.out_features)
             piece = sharding.even_piece(linear.out_features)
             sharding.split(narrow, f"{path}.{norm}", "weight", Shard(0, (piece,)))
             setattr(module, norm, narrow)
@@ -142,17 +147,17 @@ def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
 class _WideRMSNorm(nn.Module):
     """RMSNorm whose width is split over the ranks."""
 
-    def __init__(self, whole: nn.Module, width: int) -> None:
+    def __init__(self, weight: nn.Parameter, epsilon: float, width: int) -> None:
         super().__init__()
-        self.weight = whole.weight
-        self.variance_epsilon = whole.variance_epsilon
+        self.weight = weight
+        self.epsilon = epsilon
         self.width = width
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         wide_BTN = x_BTN.float()
         squares_BT1 = wide_BTN.square().sum(-1, keepdim=True)
         dist.all_reduce(squares_BT1)
-        rms_BT1 = torch.rsqrt(squares_BT1 / self.width + self.variance_epsilon)
+        rms_BT1 = torch.rsqrt(squares_BT1 / self.width + self.epsilon)
         return (self.weight * (wide_BTN * rms_BT1)).to(x_BTN.dtype)
 
 

@@ -16,8 +16,7 @@ import importlib.util
 import io
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,34 +82,29 @@ class TensorParallelEngine(ResidentEngine):
         Of the model; says how wide the MLPs are.
     batch
         Windows per forward, the same on every rank.
+
+    Attributes
+    ----------
+    decoder
+        This rank's part.
+    conformance
+        Largest relative difference that this rank's small random model had, sharded against
+        unsharded; None before that was tried.
     """
 
     def __init__(self, decoder: ShardedDecoder, architecture: Architecture, batch: int) -> None:
         super().__init__(decoder, batch)
         self.decoder = decoder
+        self.conformance: float | None = None
         self._inner_sizes = architecture.inner_sizes
 
-    @contextlib.contextmanager
-    def _mlp_tapped(
-        self, layers: Sequence[int], push: Callable[[int, Tensor, Tensor], None]
-    ) -> Iterator[None]:
-        def tap(layer: int) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
-            def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-                if module.bias is not None:
-                    output = output - local_tensor(module.bias)
-                push(layer, gather_width(args[0], self._inner_sizes[layer]), output)
-
-            return hook
-
-        handles = [
-            self.decoder.down_projection(layer).register_forward_hook(tap(layer))
-            for layer in layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _mlp_streams(
+        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The input gathered to its full width; the output is summed over the ranks already."""
+        if module.bias is not None:
+            output_BTC = output_BTC - local_tensor(module.bias)
+        return gather_width(input_BTF, self._inner_sizes[layer]), output_BTC
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:
@@ -184,12 +178,15 @@ def open_tensor_parallel(
     checkpoint = open_checkpoint(path)
     config = read_config(getattr(transformers, architecture.config_class), checkpoint.config)
     check_degree(config, degree)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = dist.get_world_size() if dist.is_initialized() else 0
     if world != degree:
         raise ConfigError(
             f"engine.tensor_parallel={degree} needs a torch.distributed world of {degree} "
-            f"processes of its own, this one has {world}. Start {degree} ranks per replica."
+            f"processes of its own, found {world or 'none that is initialised'}. Start {degree} "
+            "ranks per replica."
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of Python objects go through it
     if backend == "deepspeed":
         _prepare_deepspeed(device)
 
@@ -202,8 +199,10 @@ def open_tensor_parallel(
             decoder = _load_by_transformers(path, architecture, num_layers, dtype, device, degree)
         return TensorParallelEngine(decoder, architecture, batch)
 
-    check_conformance(checkpoint, architecture, load, device, degree, backend)
-    return load(path, architecture, num_layers, dtype)
+    difference = check_conformance(checkpoint, architecture, load, device, degree, backend)
+    engine = load(path, architecture, num_layers, dtype)
+    engine.conformance = difference
+    return engine
 
 
 def check_degree(config: Any, degree: int) -> None:
@@ -315,7 +314,7 @@ def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> N
             raise UnsupportedArchitectureError(
                 f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} keeps "
                 "its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
-                "engine.tensor_parallel=1; models of this family fit one device."
+                "engine.tensor_parallel=1."
             )
 
 
@@ -330,32 +329,29 @@ def _prepare_deepspeed(device: torch.device) -> None:
             "engine.backend=deepspeed needs the package deepspeed, which is not installed. "
             "Install ghost_dist[deepspeed], or set engine.backend=transformers."
         )
-    if "deepspeed" not in sys.modules:
-        os.environ["DS_ACCELERATOR"] = device.type
-    with _deepspeed_silenced():
-        import deepspeed
-        from deepspeed.accelerator import get_accelerator
-        from deepspeed.ops import __compatible_ops__
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, when it is first imported
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
 
-        if get_accelerator().device_name() != device.type:
-            raise ConfigError(
-                f"DeepSpeed runs on {get_accelerator().device_name()} in this process, not on "
-                f"{device.type}: it was imported before the device was known. Unset "
-                "DS_ACCELERATOR, or start a new process."
-            )
-        __compatible_ops__["deepspeed_shm_comm"] = False
-        with _local_rank(device):
-            deepspeed.init_distributed(dist_backend=dist.get_backend())
+    if get_accelerator().device_name() != device.type:
+        raise ConfigError(
+            f"DeepSpeed runs on {get_accelerator().device_name()} in this process, engine.device "
+            f"is {device}. Set DS_ACCELERATOR={device.type} in the environment of the process."
+        )
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    with _without_chatter(), _local_rank(device):
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
 
 def _shard_linear_layers(
     model: nn.Module, degree: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """AutoTP, in place, over the whole world."""
-    with _deepspeed_silenced(), _local_rank(device):
-        import deepspeed
-        from deepspeed.inference.engine import InferenceEngine
+    import deepspeed
+    from deepspeed.inference.engine import InferenceEngine
 
+    with _without_chatter(), _local_rank(device):
         # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
         # the world it was made in.
         InferenceEngine.inference_mp_group = dist.group.WORLD
@@ -424,14 +420,13 @@ def _local_rank(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deepspeed_silenced() -> Iterator[None]:
-    """DeepSpeed prints to stdout and logs at level INFO on every call."""
+def _without_chatter() -> Iterator[None]:
+    """DeepSpeed prints and logs at level INFO whenever it shards a model."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level
-    logging.disable(logging.INFO)
+    logger.setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
         logger.setLevel(before)
