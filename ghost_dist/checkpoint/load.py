@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
@@ -106,14 +106,11 @@ def load_decoder(
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
-    tensor_parallel: int = 1,
     trust_remote_code: bool = False,  # noqa: ARG001 - model code from a checkpoint is never run
 ) -> Decoder:
     """Build and read embeddings and layers ``0 .. num_layers - 1``; nothing above is read.
 
-    The host holds little more than the truncated model at any time. With ``tensor_parallel`` the
-    ranks of the torch.distributed world, which must be that many, share the model by the plan
-    that transformers has for its family.
+    The host holds little more than the truncated model at any time.
 
     Raises
     ------
@@ -122,24 +119,50 @@ def load_decoder(
     UnsupportedArchitectureError
         If a layer does not hand its output, unchanged, to the next one.
     """
-    assert 0 < num_layers <= architecture.num_layers, "no such boundary"
-    config_class = getattr(transformers, architecture.config_class)
+    model = load_base_model(path, architecture, num_layers=num_layers, dtype=dtype, device=device)
+    decoder = Decoder(model, architecture)
+    check_stream(decoder, architecture)
+    return decoder
+
+
+def load_base_model(
+    path: Path,
+    architecture: Architecture,
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor_parallel: int = 1,
+) -> Any:
+    """The truncated model without head; its final norm is not read.
+
+    With ``tensor_parallel`` the ranks of the torch.distributed world, which must be that many,
+    share it by the plan that transformers has for the family.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+    """
     model_class = getattr(transformers, architecture.base_class)
-    above = (
-        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
-    )
-    raw = open_checkpoint(path).config
-    config = read_config(config_class, cut_config(raw, above, architecture))
     norm = architecture.in_base(architecture.final_norm) + "."
+    config = truncated_config(open_checkpoint(path), architecture, num_layers)
     arguments: dict[str, Any] = {"config": config}
     if tensor_parallel > 1:
         from transformers.distributed import DistributedConfig
 
         arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
-    model = _load(model_class, path, dtype, device, ignore=norm, **arguments)
-    decoder = Decoder(model, architecture)
-    check_stream(decoder, architecture)
-    return decoder
+    return _load(model_class, path, dtype, device, ignore=norm, **arguments)
+
+
+def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> Any:
+    """The transformers configuration of the first ``num_layers`` layers."""
+    assert 0 < num_layers <= architecture.num_layers, "no such boundary"
+    config_class = getattr(transformers, architecture.config_class)
+    above = (
+        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
+    )
+    return read_config(config_class, cut_config(checkpoint.config, above, architecture))
 
 
 def load_causal_lm(

@@ -23,6 +23,7 @@ from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.load import load_decoder, quiet_loading
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.base import Engine
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.errors import UnsupportedArchitectureError
@@ -40,7 +41,7 @@ _INNER = (
 )
 _HEADS = (
     *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
-    *("q_lora_rank", "kv_lora_rank"),
+    *("q_lora_rank", "kv_lora_rank", "mamba_d_state", "mamba_chunk_size"),
 )
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -79,30 +80,23 @@ def check_conformance(
     UnsupportedArchitectureError
         On every rank, if the streams of any rank differ, or it could not run the model.
     """
-    worst, difference, problem = 0.0, None, None
     files = _shared_small_model(checkpoint, architecture, degree)
-    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
+    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder, errors_shared():
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            worst, difference = _compare(Path(folder), load_sharded, device)
-        except UnsupportedArchitectureError as error:
-            problem = str(error)
+            worst, problem = _compare(Path(folder), load_sharded, device)
+        except UnsupportedArchitectureError:
+            raise
         except Exception as error:  # whatever a library raises on a model it splits wrongly
-            difference = f"{type(error).__name__}: {error}"
-        if difference is not None:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
             other = "transformers" if backend == "deepspeed" else "deepspeed"
-            problem = (
+            raise UnsupportedArchitectureError(
                 f"Family {architecture.model_type} cannot be sharded over {degree} ranks by "
                 f"{backend}: a small random model of it does not compute what it computes "
-                f"unsharded (rank {dist.get_rank()}: {difference}). Set engine.backend={other} or "
-                "engine.tensor_parallel=1."
+                f"unsharded ({problem}). Set engine.backend={other} or engine.tensor_parallel=1."
             )
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise UnsupportedArchitectureError(found)
     return worst
 
 
@@ -157,16 +151,13 @@ def _shared_small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int
 ) -> dict[str, bytes]:
     """Files of a random model with the same code paths, the same on every rank."""
-    message: list[dict[str, bytes] | str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
+    message: list[dict[str, bytes] | None] = [None]
+    with errors_shared():  # one rank draws and saves it: transformers saves on that rank only
+        if dist.get_rank() == 0:
             message[0] = _small_model(checkpoint, architecture, degree)
-        except UnsupportedArchitectureError as error:
-            message[0] = str(error)
     dist.broadcast_object_list(message)
     files = message[0]
-    if not isinstance(files, dict):
-        raise UnsupportedArchitectureError(files)
+    assert files is not None, "rank 0 sent no model"
     return files
 
 
@@ -229,12 +220,19 @@ def _shrink_heads(config: Any) -> None:
     heads = config.num_attention_heads
     in_step = config.hidden_size % heads == 0
     per_head = config.hidden_size // heads
+    mamba = [getattr(config, f"mamba_{name}", None) for name in ("expand", "n_heads", "d_head")]
+    mamba_heads_span_stream = (
+        all(isinstance(size, int) for size in mamba)
+        and mamba[0] * config.hidden_size == mamba[1] * mamba[2]
+    )
     for name in _HEADS:
         size = getattr(config, name, None)
         if isinstance(size, int):
             setattr(config, name, min(size, _HEAD))
     if in_step:
         config.hidden_size = heads * min(per_head, _HEAD)
+    if mamba_heads_span_stream:
+        config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
     if isinstance(getattr(config, "word_embed_proj_dim", None), int):
         config.word_embed_proj_dim = config.hidden_size
 

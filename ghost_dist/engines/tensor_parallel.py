@@ -25,10 +25,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config
-from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.load import Decoder, check_stream, load_decoder
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharded_loading import load_shards
@@ -45,7 +45,6 @@ from ghost_dist.engines.sharding import (
     shard_wide_norms,
 )
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
-from ghost_dist.spans import Span
 
 Backend = Literal["deepspeed", "transformers"]
 
@@ -174,10 +173,6 @@ def open_tensor_parallel(
     CheckpointError
         If a tensor is missing, misshapen, NaN or Inf.
     """
-    assert 0 < num_layers <= architecture.num_layers, "no such boundary"
-    checkpoint = open_checkpoint(path)
-    config = read_config(getattr(transformers, architecture.config_class), checkpoint.config)
-    check_degree(config, degree)
     world = dist.get_world_size() if dist.is_initialized() else 0
     if world != degree:
         raise ConfigError(
@@ -187,8 +182,11 @@ def open_tensor_parallel(
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through it
-    if backend == "deepspeed":
-        _prepare_deepspeed(device)
+    with errors_shared():
+        checkpoint = open_checkpoint(path)
+        check_degree(truncated_config(checkpoint, architecture, num_layers), degree)
+        if backend == "deepspeed":
+            _prepare_deepspeed(device)
 
     def load(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
@@ -233,8 +231,8 @@ def _load_by_transformers(
             f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
             "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
         )
-    with _local_rank(device):
-        plain = load_decoder(
+    with _local_rank(device), errors_shared():
+        model = load_base_model(
             path,
             architecture,
             num_layers=num_layers,
@@ -242,7 +240,9 @@ def _load_by_transformers(
             device=device,
             tensor_parallel=degree,
         )
-    return ShardedDecoder(plain._model, architecture, None)
+    decoder = ShardedDecoder(model, architecture, None)
+    check_stream(decoder, architecture)
+    return decoder
 
 
 def _load_by_deepspeed(
@@ -265,14 +265,15 @@ def _load_by_deepspeed(
         shard_wide_norms(model, sharding)
         shard_sinks(model, sharding)
     with mixers_put_aside(layers):
-        _shard_linear_layers(model, degree, dtype, device)
+        _shard_linear_layers(model, layers, degree, dtype, device)
     if degree > 1:
         _note_linear_shards(model, architecture, sharding)
     # AutoTP allocated the shards: back to shapes only, so that one parameter after the other takes
     # its place as it is read.
     model.to("meta")
     _restore_buffers(model, buffers, device)
-    read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
+    with errors_shared():
+        read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
     model.requires_grad_(False).eval()
     decoder = ShardedDecoder(model, architecture, read_bytes)
     check_stream(decoder, architecture)
@@ -286,11 +287,7 @@ def _meta_model(
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    above = (
-        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
-    )
-    config_class = getattr(transformers, architecture.config_class)
-    config = read_config(config_class, cut_config(checkpoint.config, above, architecture))
+    config = truncated_config(checkpoint, architecture, num_layers)
     model_class = getattr(transformers, architecture.base_class)
     # Buffers such as rotary frequencies are computed when the model is built and are in no file.
     with init_empty_weights(include_buffers=False), no_init_weights():
@@ -345,11 +342,14 @@ def _prepare_deepspeed(device: torch.device) -> None:
 
 
 def _shard_linear_layers(
-    model: nn.Module, degree: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module, layers: nn.ModuleList, degree: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """AutoTP, in place, over the whole world."""
     import deepspeed
     from deepspeed.inference.engine import InferenceEngine
+
+    # By itself AutoTP looks at the first layer only, which in a hybrid model has no attention.
+    summed = _summed_layers(layers) if degree > 1 else {}
 
     with _without_chatter(), _local_rank(device):
         # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
@@ -358,9 +358,35 @@ def _shard_linear_layers(
         deepspeed.init_inference(
             model,
             tensor_parallel={"tp_size": degree, "tp_grain_size": 1},
+            injection_policy=summed,
             dtype=dtype,
             replace_with_kernel_inject=False,
         )
+
+
+def _summed_layers(layers: nn.ModuleList) -> dict[type[nn.Module], tuple[str, ...]]:
+    """By class of decoder layer, what AutoTP takes for row-parallel, over layers of every kind."""
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    kinds = {
+        tuple(
+            path for path, module in layer.named_modules() if isinstance(module, nn.Linear)
+        ): layer
+        for layer in layers
+    }
+    summed: dict[type[nn.Module], set[str]] = {}
+    for layer in kinds.values():
+        for layer_class, names in AutoTP.tp_parser(_OneLayerModel(layer)):
+            summed.setdefault(layer_class, set()).update(names)
+    return {layer_class: tuple(sorted(names)) for layer_class, names in summed.items()}
+
+
+class _OneLayerModel(nn.Module):
+    """A model as AutoTP wants to see one: it looks for the word in the class name, and a list."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
 
 
 def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: Sharding) -> None:
