@@ -220,10 +220,10 @@ def _shrink_heads(config: Any) -> None:
     heads = config.num_attention_heads
     in_step = config.hidden_size % heads == 0
     per_head = config.hidden_size // heads
-    mamba = [getattr(config, f"mamba_{name}", None) for name in ("expand", "n_heads", "d_head")]
     mamba_heads_span_stream = (
-        all(isinstance(size, int) for size in mamba)
-        and mamba[0] * config.hidden_size == mamba[1] * mamba[2]
+        isinstance(getattr(config, "mamba_d_head", None), int)
+        and isinstance(getattr(config, "mamba_expand", None), int)
+        and config.mamba_expand * config.hidden_size == config.mamba_n_heads * config.mamba_d_head
     )
     for name in _HEADS:
         size = getattr(config, name, None)

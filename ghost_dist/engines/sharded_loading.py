@@ -101,11 +101,8 @@ def load_shards(
         )
     for name, problem in sorted(info.conversion_errors.items()):
         raise CheckpointError(f"{checkpoint.path}: tensor {name} cannot be converted: {problem}")
-    with torch.no_grad():
-        for name in sharding.on_first_rank:
-            if sharding.rank > 0:
-                model.get_parameter(name).zero_()
     check_loaded(checkpoint.path, model, sorted(info.missing_keys), dtype)
+    sharding.add_once(model)
     return sum(tensor.nbytes for tensor in found.values())
 
 

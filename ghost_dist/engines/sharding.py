@@ -79,6 +79,12 @@ class Sharding:
         module._parameters[name] = nn.Parameter(local, requires_grad=False)
         self.shards[f"{path}.{name}"] = shard
 
+    def add_once(self, model: nn.Module) -> None:
+        """Zero what only the first rank may add."""
+        with torch.no_grad():
+            for name in self.on_first_rank if self.rank > 0 else ():
+                model.get_parameter(name).zero_()
+
 
 def shard_experts(model: nn.Module, sharding: Sharding) -> None:
     """Split the inner width of fused experts over the ranks, and sum what the ranks compute.
