@@ -29,7 +29,7 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.errors import GhostDistError
 
 CPU = torch.device("cpu")
-NUM_LAYERS, WINDOWS, LENGTH = 5, 3, 20
+NUM_LAYERS, LENGTH = 5, 20
 """One layer less than the checkpoints have."""
 
 
@@ -61,12 +61,12 @@ def open_engine(folder, degree, backend, dtype=torch.float32):
     return engine, architecture
 
 
-def record(engine, architecture):
+def record(engine, architecture, windows):
     layers = tuple(layer for layer in architecture.down_projections if layer < NUM_LAYERS)
     recorder, done = Recorder((0, 2, NUM_LAYERS), layers), []
     rng = np.random.default_rng(0)
-    tokens = rng.integers(3, architecture.vocab_size, (WINDOWS, LENGTH), dtype=np.int32)
-    engine.run(tokens, range(WINDOWS), recorder, done.append)
+    tokens = rng.integers(3, architecture.vocab_size, (windows, LENGTH), dtype=np.int32)
+    engine.run(tokens, range(windows), recorder, done.append)
     assert sum(done) == tokens.size
     return recorder.seen
 
@@ -86,8 +86,10 @@ def compare(folder, degree, backend, dtype):
     """Sharded in ``dtype`` against unsharded in float32."""
     engine, architecture = open_engine(folder, degree, backend, dtype)
     whole = load_whole(folder, architecture)
-    expected = record(ResidentEngine(whole, 2), architecture)
-    got = record(engine, architecture)
+    # In bfloat16 a token may go to another expert: enough tokens that such cases even out.
+    windows = 3 if dtype == torch.float32 else 40
+    expected = record(ResidentEngine(whole, 2), architecture, windows)
+    got = record(engine, architecture, windows)
     assert got.keys() == expected.keys()
     differences = {"boundary": 0.0, "input": 0.0, "product": 0.0}
     digest = hashlib.sha256()
@@ -102,7 +104,8 @@ def compare(folder, degree, backend, dtype):
         [adds_mlp_output(decoder, layer) for layer in architecture.down_projections if layer < 3]
         for decoder in decoders
     ]
-    rounded = record(ResidentEngine(load_whole(folder, architecture, dtype), 2), architecture)
+    plain = ResidentEngine(load_whole(folder, architecture, dtype), 2)
+    rounded = record(plain, architecture, windows)
     return {
         "differences": differences,
         "error": relative_error(got, expected),

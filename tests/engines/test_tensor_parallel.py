@@ -30,7 +30,7 @@ BY_DEEPSPEED = {family for family in FAMILIES if family != "gpt2"}
 BY_TRANSFORMERS = {
     family for family in FAMILIES if getattr(FAMILIES[family](), "base_model_tp_plan", None)
 }
-SHARE = {"opt": 0.56, "deepseek_v3": 0.64, "bamba": 0.77, "falcon_h1": 0.75}
+SHARE = {"opt": 0.56, "deepseek_v3": 0.66, "bamba": 0.77, "falcon_h1": 0.75}
 """Largest share of the parameters per rank: learned positions, low-rank projections and
 state-space mixers are replicated."""
 
@@ -163,7 +163,7 @@ def test_an_uneven_mlp_is_gathered_whole(ranks, backend):
 def test_bfloat16_is_as_near_to_float32_as_unsharded_bfloat16(ranks, family):
     first, second = ranks[f"{family} bfloat16"]
     assert first["streams"] == second["streams"]
-    assert 0 < first["error"] < 1.5 * first["error_unsharded"]
+    assert 0 < first["error"] < 1.25 * first["error_unsharded"]
     assert first["parameter_bytes"] <= 0.54 / 2 * first["whole_bytes"]
 
 
