@@ -8,7 +8,8 @@ conversions are the family's own and no full tensor exists that is not replicate
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -27,10 +28,14 @@ _SLICE_WISE = {"MergeModulelist", "Concatenate"}
 
 
 class _SlicedTensor:
-    """A tensor of a file, read when it is asked for: the rank's part of it, copied once."""
+    """A tensor of a file that gives the rank's part of it when it is read.
 
-    def __init__(self, source: Any, shard: Shard | None) -> None:
-        self._source, self._shard = source, shard
+    What safetensors gives is a view of the mapped file. Where it would stay one (``copied``), it is
+    copied, so that the model does not hang on the file, nor on the columns of other ranks.
+    """
+
+    def __init__(self, source: Any, shard: Shard | None, copied: bool) -> None:
+        self._source, self._shard, self._copied = source, shard, copied
         self.nbytes = 0
 
     def __getitem__(self, _: EllipsisType) -> Tensor:
@@ -39,7 +44,12 @@ class _SlicedTensor:
         else:
             before = (slice(None),) * self._shard.dim
             parts = [self._source[(*before, slice(*piece))] for piece in self._shard.pieces]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, self._shard.dim)
+            if len(parts) > 1:
+                tensor = torch.cat(parts, self._shard.dim)
+            else:
+                tensor = parts[0]
+        if self._copied:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
         self.nbytes = tensor.numel() * tensor.element_size()
         return tensor
 
@@ -85,14 +95,17 @@ def load_shards(
 
     mapping = get_model_conversion_mapping(model)
     with contextlib.ExitStack() as files:
-        found = _find_tensors(model, checkpoint, sharding, shapes, mapping, files)
+        on_cpu = device.type == "cpu"
+        found, merged = _find_tensors(
+            model, checkpoint, sharding, shapes, mapping, files, copied=on_cpu
+        )
         settings = LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
             device_map={"": device},
             weight_mapping=mapping,
         )
-        with quiet_loading():
+        with quiet_loading(), _one_by_one() if on_cpu or merged else contextlib.nullcontext():
             info, _ = convert_and_load_state_dict_in_model(model, found, settings)
     for name, got, expected in sorted(info.mismatched_keys):
         raise CheckpointError(
@@ -113,7 +126,10 @@ def _find_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     mapping: list[Any],
     files: contextlib.ExitStack,
-) -> dict[str, _SlicedTensor]:
+    *,
+    copied: bool,
+) -> tuple[dict[str, _SlicedTensor], bool]:
+    """Tensors of the files that the model needs, and whether any of them are merged."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -121,12 +137,14 @@ def _find_tensors(
     state = model.state_dict()
     opened: dict[str, Any] = {}
     found: dict[str, _SlicedTensor] = {}
+    merged = False
     for key, info in checkpoint.tensors.items():
         target, pattern = rename_source_key(
             key, renamings, converters, model.base_model_prefix, state
         )
         if target not in state:
             continue
+        merged = merged or pattern is not None
         shard = sharding.shards.get(target)
         if pattern is not None and shard is not None:
             converter = next(entry for entry in converters if pattern in entry.source_patterns)
@@ -139,8 +157,26 @@ def _find_tensors(
         if info.file not in opened:
             path = Path(checkpoint.path) / info.file
             opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
-        found[key] = _SlicedTensor(opened[info.file].get_slice(key), shard)
-    return found
+        found[key] = _SlicedTensor(opened[info.file].get_slice(key), shard, copied)
+    return found, merged
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Read each tensor when its turn comes, instead of all of them ahead by threads.
+
+    Ahead, the experts' own tensors and what they are merged into would be held at once.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _source_shard(
