@@ -319,7 +319,8 @@ def check_loaded(path: Path, model: nn.Module, missing: list[str], dtype: torch.
 
 def _all_finite(tensor: Tensor) -> bool:
     """Piece by piece: isfinite makes two copies, which for embeddings are gigabytes."""
-    pieces = torch.atleast_1d(tensor).chunk(1 + tensor.numel() // _CHECKED_AT_ONCE)
+    rows = tensor if tensor.ndim else tensor[None]
+    pieces = rows.chunk(1 + tensor.numel() // _CHECKED_AT_ONCE)
     return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 

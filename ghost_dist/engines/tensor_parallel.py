@@ -231,6 +231,11 @@ def _load_by_transformers(
             f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
             "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
         )
+    if torch._C._get_accelerator().type != device.type:
+        raise ConfigError(
+            f"engine.backend=transformers shards on {torch._C._get_accelerator().type} with this "
+            f"build of torch, engine.device is {device}. Set engine.backend=deepspeed."
+        )
     with _local_rank(device), errors_shared():
         model = load_base_model(
             path,
