@@ -8,7 +8,7 @@ the very code that will load the real one, and run next to the unsharded engine 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,9 @@ def _small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int
 ) -> dict[str, bytes]:
     reasons = []
-    for config in _small_configs(checkpoint, architecture, degree):
+    for small_heads in (True, False):
         try:
+            config = _small_config(checkpoint, architecture, degree, small_heads)
             model = getattr(transformers, architecture.causal_lm_class)(config).eval()
             _draw_weights(model)
             with torch.inference_mode():
@@ -184,56 +185,49 @@ def _small_model(
     )
 
 
-def _small_configs(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int
-) -> Iterator[Any]:
-    """Configurations with one layer of each kind: with small heads, then with the heads as is."""
+def _small_config(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int, small_heads: bool
+) -> Any:
+    """One layer of each kind, everything narrow; where a family allows it, the heads too."""
     config_class = getattr(transformers, architecture.config_class)
     kept = _one_layer_of_each_kind(checkpoint.config, architecture)
     removed = [layer for layer in range(architecture.num_layers) if layer not in kept]
-    raw = cut_config(checkpoint.config, _joined(removed), architecture)
-    for small_heads in (True, False):
-        config = read_config(config_class, raw)
-        for name in _INNER:
-            size = getattr(config, name, None)
-            if isinstance(size, int):
-                # What the degree leaves over is kept: an uneven split is one more case.
-                setattr(config, name, min(size, _INNER_PER_RANK * degree + size % degree))
-        for name in _EXPERT_COUNTS:
-            count = getattr(config, name, None)
-            if isinstance(count, int) and count > _EXPERTS:
-                setattr(config, name, _EXPERTS)
-                config.num_experts_per_tok = min(config.num_experts_per_tok, _EXPERTS // 2)
-                for group in ("n_group", "topk_group"):
-                    if isinstance(getattr(config, group, None), int):
-                        setattr(config, group, 1)
-        if small_heads:
-            _shrink_heads(config)
-        config.vocab_size = min(config.vocab_size, _VOCABULARY)
-        for name in _TOKEN_IDS:
-            setattr(config, name, None)
-        yield config
-
-
-def _shrink_heads(config: Any) -> None:
-    """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
-    heads = config.num_attention_heads
-    in_step = config.hidden_size % heads == 0
-    per_head = config.hidden_size // heads
-    mamba_heads_span_stream = (
-        isinstance(getattr(config, "mamba_d_head", None), int)
-        and isinstance(getattr(config, "mamba_expand", None), int)
-        and config.mamba_expand * config.hidden_size == config.mamba_n_heads * config.mamba_d_head
+    config = read_config(
+        config_class, cut_config(checkpoint.config, _joined(removed), architecture)
     )
-    for name in _HEADS:
-        size = getattr(config, name, None)
-        if isinstance(size, int):
-            setattr(config, name, min(size, _HEAD))
-    if in_step:
-        config.hidden_size = heads * min(per_head, _HEAD)
+    sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
+    for name in sizes.keys() & set(_INNER):
+        # What the degree leaves over is kept: an uneven split is one more case.
+        size = min(sizes[name], _INNER_PER_RANK * degree + sizes[name] % degree)
+        setattr(config, name, size)
+    for name in sizes.keys() & set(_EXPERT_COUNTS):
+        if sizes[name] > _EXPERTS:
+            setattr(config, name, _EXPERTS)
+            config.num_experts_per_tok = min(config.num_experts_per_tok, _EXPERTS // 2)
+            for group in sizes.keys() & {"n_group", "topk_group"}:
+                setattr(config, group, 1)
+    if small_heads:
+        _shrink_heads(config, sizes)
+    config.vocab_size = min(config.vocab_size, _VOCABULARY)
+    for name in _TOKEN_IDS:
+        setattr(config, name, None)
+    return config
+
+
+def _shrink_heads(config: Any, sizes: Mapping[str, int]) -> None:
+    """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    mamba = ("mamba_expand", "mamba_n_heads", "mamba_d_head")
+    mamba_heads_span_stream = (
+        sizes.keys() >= set(mamba) and sizes[mamba[0]] * width == sizes[mamba[1]] * sizes[mamba[2]]
+    )
+    for name in sizes.keys() & set(_HEADS):
+        setattr(config, name, min(sizes[name], _HEAD))
+    if width % heads == 0:
+        config.hidden_size = heads * min(width // heads, _HEAD)
     if mamba_heads_span_stream:
         config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
-    if isinstance(getattr(config, "word_embed_proj_dim", None), int):
+    if "word_embed_proj_dim" in sizes:
         config.word_embed_proj_dim = config.hidden_size
 
 
