@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 Piece = tuple[int, int]
 
+_GATES = ("gate", "router", "shared_expert_gate")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -189,23 +191,28 @@ def narrow_fused_attention(module: Any, degree: int) -> None:
 
 
 @contextlib.contextmanager
-def mixers_put_aside(layers: nn.ModuleList) -> Iterator[None]:
-    """Take state-space mixers out of the layers for a while, so that they stay replicated.
+def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
+    """Take out of the layers, for a while, what AutoTP would split though it must stay replicated.
 
-    Their fused input projection feeds a convolution and a scan over all channels; AutoTP would
-    split it as if it were a plain linear layer.
+    State-space mixers: their fused input projection feeds a convolution and a scan over all
+    channels. Routers and gates of experts: every rank needs all of their few outputs.
     """
     aside: list[tuple[nn.Module, str, nn.Module]] = []
     for layer in layers:
         for name, child in list(layer.named_children()):
             if any(isinstance(module, nn.Conv1d) for module in child.modules()):
                 aside.append((layer, name, child))
-                setattr(layer, name, nn.Identity())
+        for parent in layer.modules():
+            for name, child in parent.named_children():
+                if name in _GATES and isinstance(child, nn.Linear):
+                    aside.append((parent, name, child))
+    for parent, name, _ in aside:
+        setattr(parent, name, nn.Identity())
     try:
         yield
     finally:
-        for layer, name, child in aside:
-            setattr(layer, name, child)
+        for parent, name, child in aside:
+            setattr(parent, name, child)
 
 
 def local_bytes(model: nn.Module) -> int:

@@ -36,9 +36,9 @@ from ghost_dist.engines.sharding import (
     Shard,
     Sharding,
     full_shapes,
+    kept_whole,
     local_bytes,
     local_tensor,
-    mixers_put_aside,
     narrow_fused_attention,
     shard_experts,
     shard_sinks,
@@ -269,7 +269,7 @@ def _load_by_deepspeed(
         shard_experts(model, sharding)
         shard_wide_norms(model, sharding)
         shard_sinks(model, sharding)
-    with mixers_put_aside(layers):
+    with kept_whole(layers):
         _shard_linear_layers(model, layers, degree, dtype, device)
     if degree > 1:
         _note_linear_shards(model, architecture, sharding)
@@ -417,6 +417,13 @@ def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: 
                 )
         else:
             sizes, widths = (sum(module._partition_sizes),), (module._partition_sizes,)
+        if any(0 in width for width in widths):
+            # Ranks with nothing stop at other places than the rest, which would wait for them.
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path}, of size "
+                f"{sum(sizes)}, leaves some of {sharding.degree} ranks without a part. Set "
+                "engine.backend=transformers or a smaller engine.tensor_parallel."
+            )
         pieces, offset = [], 0
         for size, width in zip(sizes, widths, strict=True):
             start = offset + sum(width[:rank])

@@ -147,7 +147,8 @@ SABOTAGE = {
     "wide norms see their own columns only": (sharding.dist, "all_reduce", nothing),
     "sinks are left whole": (tensor_parallel, "shard_sinks", nothing),
     "fused attention keeps the heads of all": (tensor_parallel, "narrow_fused_attention", nothing),
-    "mixers are sharded": (tensor_parallel, "mixers_put_aside", put_nothing_aside),
+    "gates of one output are sharded": (sharding, "_GATES", ()),
+    "mixers are sharded": (tensor_parallel, "kept_whole", put_nothing_aside),
     "buffers are wiped": (tensor_parallel, "_restore_buffers", restore_zeros),
 }
 

@@ -15,11 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
-from families import FAMILIES, save_checkpoint
+from families import FAMILIES, HIDDEN, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.engines import tensor_parallel
 from ghost_dist.engines.tensor_parallel import check_degree, open_tensor_parallel
 from ghost_dist.errors import ConfigError
 
@@ -55,6 +56,29 @@ def save_uneven(folder):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
+def save_gated(folder):
+    """Linear attention and full attention by turns; shared experts behind a gate of one output."""
+    config = transformers.Qwen3NextConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=128,
+        intermediate_size=96,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def damage(folder, change):
     save_checkpoint("llama", folder, max_shard_size="1GB")
     tensors = load_file(folder / "model.safetensors")
@@ -73,6 +97,7 @@ def ranks(tmp_path_factory):
     for family in FAMILIES:
         save_checkpoint(family, folder / family)
     save_uneven(folder / "uneven")
+    save_gated(folder / "gated")
     damage(folder / "lacking", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     damage(folder / "spoilt", spoil_second_rank)
     runs = [
@@ -84,6 +109,8 @@ def ranks(tmp_path_factory):
         (f"{family} bfloat16", family, "deepspeed", "bfloat16", None)
         for family in ("llama", "gemma3", "mixtral")
     ]
+    runs.append(("gated deepspeed", "gated", "deepspeed", "float32", None))
+    runs.append(("ungated", "gated", "deepspeed", "float32", "gates of one output are sharded"))
     runs += [(why, family, "deepspeed", "float32", why) for why, family in SABOTAGED.items()]
     (folder / "plan.json").write_text(json.dumps({"runs": runs}))
     script = Path(__file__).with_name("tensor_parallel_rank.py")
@@ -159,6 +186,13 @@ def test_an_uneven_mlp_is_gathered_whole(ranks, backend):
     assert [result["widest"] for result in results] == [97, 97]
 
 
+def test_gates_with_fewer_outputs_than_ranks_stay_whole(ranks):
+    check_alike(ranks["gated deepspeed"], share=0.75)
+    for result in ranks["ungated"]:  # else one rank would stop where the other waits
+        assert result["kind"] == "UnsupportedArchitectureError"
+        assert "shared_expert_gate, of size 1, leaves some of 2 ranks" in result["message"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
 def test_bfloat16_is_as_near_to_float32_as_unsharded_bfloat16(ranks, family):
     first, second = ranks[f"{family} bfloat16"]
@@ -201,6 +235,12 @@ def test_degrees_that_do_not_divide_the_heads():
         check_degree(config, 3)
     with pytest.raises(ConfigError, match="does not divide the 12 attention heads"):
         check_degree(config, 8)
+
+
+def test_without_deepspeed_the_other_backend_is_named(monkeypatch):
+    monkeypatch.setattr(tensor_parallel.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"not installed. Install .*engine.backend=transformers"):
+        tensor_parallel._prepare_deepspeed(torch.device("cpu"))
 
 
 def test_without_a_world_nothing_is_started(tmp_path):
