@@ -104,8 +104,10 @@ def compare(folder, degree, backend, dtype):
         [adds_mlp_output(decoder, layer) for layer in architecture.down_projections if layer < 3]
         for decoder in decoders
     ]
-    plain = ResidentEngine(load_whole(folder, architecture, dtype), 2)
-    rounded = record(plain, architecture, windows)
+    rounded = expected
+    if dtype != torch.float32:
+        plain = ResidentEngine(load_whole(folder, architecture, dtype), 2)
+        rounded = record(plain, architecture, windows)
     return {
         "differences": differences,
         "error": relative_error(got, expected),
