@@ -26,7 +26,7 @@ from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.base import Engine
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.errors import UnsupportedArchitectureError
+from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 
 TOLERANCE = 1e-4
@@ -86,7 +86,7 @@ def check_conformance(
             (Path(folder) / name).write_bytes(content)
         try:
             worst, problem = _compare(Path(folder), load_sharded, device)
-        except UnsupportedArchitectureError:
+        except (ConfigError, UnsupportedArchitectureError):
             raise
         except Exception as error:  # whatever a library raises on a model it splits wrongly
             problem = f"{type(error).__name__}: {error}"
