@@ -4,8 +4,11 @@ Six layers, hidden size 64, vocabulary 128. Weights are drawn from N(0, 0.08^2),
 N(1, 0.08^2), so that no layer is close to the identity and a wrong wiring shows in the logits.
 """
 
+import string
+
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.spans import Span
@@ -145,6 +148,20 @@ def save_checkpoint(family, folder, dtype=torch.float32, max_shard_size="60KB"):
     """Save a random model as a sharded checkpoint; returns the folder."""
     random_model(family, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+TEXT = (string.printable[:94] + " the quick brown fox jumps over the lazy dog. ") * 60
+
+
+def save_tokenizer(folder):
+    """One token a character, ids 3 and up."""
+    characters = {character: 3 + i for i, character in enumerate(string.printable[:95])}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **characters}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
 
 
 def random_tokens(rows=2, length=24, seed=0):

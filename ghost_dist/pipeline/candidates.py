@@ -38,9 +38,13 @@ Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
 
 NEEDS_DOWN_PROJ: frozenset[OperatorName] = frozenset({"ghost-joint", "fold", "replaceme"})
 WITHOUT_FIT: frozenset[OperatorName] = frozenset({"none", "linear-patch", "linear-patch-hadamard"})
-DECADES = 3
-"""How far below the ridge of least held-out residual the choice by KL looks: the squared error of
-the stream asks for a stronger ridge than the logits do (``docs/log.md``)."""
+SHIFTS = (1.0, 0.0, -1.0, -2.0)
+"""Decades from the ridge of least held-out residual at which the choice by KL looks: with few
+tokens the logits ask for a stronger ridge than the squared error of the stream does, with many for
+a weaker one (``docs/choices.md``)."""
+BOUNDARY_SHIFTS = (1.0, 0.0, -1.0)
+FINE_SHIFTS = (0.5, -0.5)
+"""Tried then around the best one."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Candidate:
     operator, features, row_weights, affine, rank
         As configured, nothing left to ``auto``.
     ridge
-        ``auto``: that of least held-out residual, times ``10^-decades``.
-    decades
+        ``auto``: that of least held-out residual, times ``10^shift``.
+    shift
         0 unless ``ridge`` is ``auto``.
     """
 
@@ -61,7 +65,7 @@ class Candidate:
     features: Literal["stream", "stream+norm"] = "stream"
     row_weights: RowWeights = "none"
     ridge: Ridge = "auto"
-    decades: int = 0
+    shift: float = 0.0
     affine: bool = False
     rank: int | None = None
 
@@ -85,7 +89,7 @@ class Candidate:
         """Plain values for ``result.json``."""
         ridge: Any = self.ridge
         if isinstance(ridge, str):
-            ridge = f"auto / {10**self.decades}" if self.decades else "auto"
+            ridge = f"auto x {10**self.shift:.3g}" if self.shift else "auto"
         else:
             ridge = ridge.model_dump()
         return {
@@ -115,10 +119,10 @@ def candidates_of(
     elif config.row_weights == "auto" and by_kl:
         weights.append("inverse-norm")
     return [
-        Candidate(operator, features, weight, config.ridge, decades, config.affine, config.rank)
+        Candidate(operator, features, weight, config.ridge, shift, config.affine, config.rank)
         for operator, features in _forms(config, spans, refittable)
         for weight in weights
-        for decades in ridge_decades(config)
+        for shift in (SHIFTS if searches_ridge(config) else (0.0,))
     ]
 
 
@@ -138,10 +142,10 @@ def _forms(
     return [(name, "stream"), (name, "stream+norm")]
 
 
-def ridge_decades(config: OperatorConfig) -> range:
-    """Ridges tried: how many decades below that of least residual."""
+def searches_ridge(config: OperatorConfig) -> bool:
+    """Whether ridges other than that of least residual are tried."""
     by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
-    return range(DECADES + 1 if config.ridge == "auto" and by_kl else 1)
+    return by_kl and config.ridge == "auto"
 
 
 def samples_of(

@@ -108,7 +108,7 @@ def compare(
     reporter = reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
-        inputs = open_inputs(config, reporter)
+        inputs = open_inputs(config, reporter, any_operator=True)
         if not inputs.evaluation:
             raise ConfigError("compare needs a text to compare on: --set evaluation.corpora=...")
         for remove in removes:

@@ -24,6 +24,7 @@ from ghost_dist.config import Config, parse_size
 from ghost_dist.engines.resident import auto_batch
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
+from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
@@ -58,8 +59,10 @@ class RunInputs:
         }
 
 
-def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
+def open_inputs(config: Config, reporter: Reporter, *, any_operator: bool = False) -> RunInputs:
     """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
+
+    With ``any_operator`` operators other than the configured one are going to be asked for.
 
     Raises
     ------
@@ -77,6 +80,8 @@ def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
         check_spans(config.selection.spans, architecture.num_layers)
     else:
         remove = _number_of_layers(config, source, architecture)
+        if config.selection.criterion != "block-influence":
+            Selector(config.selection, remove, architecture).candidates()
     device = _device(config.engine.device)
     num_ranges = _num_ranges(config)
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
@@ -110,7 +115,7 @@ def open_inputs(config: Config, reporter: Reporter) -> RunInputs:
         ),
         num_ranges=num_ranges,
         remove=remove,
-        refittable=_refittable(config, source, architecture),
+        refittable=_refittable(config, source, architecture, any_operator),
         evaluation=evaluation,
     )
 
@@ -172,10 +177,12 @@ def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None
         )
 
 
-def _refittable(config: Config, source: Checkpoint, architecture: Architecture) -> frozenset[int]:
+def _refittable(
+    config: Config, source: Checkpoint, architecture: Architecture, any_operator: bool
+) -> frozenset[int]:
     """Layers whose down_proj can be refitted, found on the first layer that has one."""
     operator = config.operator
-    wanted = operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
+    wanted = any_operator or operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
     if not wanted or not architecture.down_projections:
         return frozenset()
     first = min(architecture.down_projections)

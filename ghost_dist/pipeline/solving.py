@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from ghost_dist.config import RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.pipeline.candidates import (
+    BOUNDARY_SHIFTS,
+    FINE_SHIFTS,
     Candidate,
     candidates_of,
     fit_candidate,
-    ridge_decades,
     samples_of,
+    searches_ridge,
     stored_keys,
 )
 from ghost_dist.pipeline.inputs import RunInputs
@@ -39,7 +41,13 @@ from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 from ghost_dist.statistics.transforms import take
 
-FEATURES: tuple[Literal["stream", "stream+norm"], ...] = ("stream", "stream+norm")
+HELD_OUT_TOKENS = 4096
+"""Tokens that a choice by KL should be judged by: with fewer, noise decides between ridges."""
+
+_Fitted = dict[Span, tuple[Repair, Fit | None]]
+_FitOn = Callable[[Candidate, Span, Sequence[int] | None], tuple[Repair, Fit | None]]
+"""A candidate at a span, fitted on some folds or on all."""
+
 _DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 
 
@@ -160,17 +168,17 @@ class Solver:
     ) -> tuple[Repair, Fit | None]:
         """Fit from sums at hand, with the ridge that the candidate means."""
         eps = self._inputs.architecture.norm_eps
-        if candidate.ridge != "auto" or candidate.decades == 0:
+        if candidate.ridge != "auto" or candidate.shift == 0:
             repair, fit = fit_candidate(candidate, span, folds, down_FC, eps)
             if fit is not None and candidate.ridge == "auto":
                 self._least_residual[candidate, span, picked] = fit.relative_ridge
             return repair, fit
-        plain = replace(candidate, decades=0)
+        plain = replace(candidate, shift=0.0)
         if (plain, span, picked) not in self._least_residual:
             self._fit_on(plain, span, folds, down_FC, picked)
         least = self._least_residual[plain, span, picked]
-        ridge = RelativeRidge(relative=least / 10**candidate.decades)
-        given = replace(candidate, decades=0, ridge=ridge)
+        ridge = RelativeRidge(relative=least * 10**candidate.shift)
+        given = replace(candidate, shift=0.0, ridge=ridge)
         return fit_candidate(given, span, folds, down_FC, eps)
 
     def down(self, layer: int) -> Tensor:
@@ -183,24 +191,60 @@ class Solver:
         """The best of several candidates, and a row for each; one alone is not looked at."""
         if len(candidates) == 1:
             return candidates[0], [{**candidates[0].described(), "chosen": True}]
+        return self._search(candidates, self.fit)
+
+    def _search(
+        self, candidates: Sequence[Candidate], fit: _FitOn
+    ) -> tuple[Candidate, list[dict[str, Any]]]:
+        """The best candidate and a row for each, the ridge looked at more closely around it."""
+        tried = list(candidates)
+        table, scores = self._rate(tried, fit)
+        best = _least(table, scores)
+        if searches_ridge(self._inputs.config.operator):
+            near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
+            rows, more = self._rate(near, fit)
+            tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
+            best = _least(table, scores)
+        for number, row in enumerate(table):
+            row["chosen"] = number == best
+        return tried[best], table
+
+    def _rate(
+        self, candidates: Sequence[Candidate], fit: _FitOn
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """A row for each candidate, and what it is ranked by: KL divergence, or residual.
+
+        By KL on folds that a candidate was not fitted on: on the last one, or on as many as it
+        takes to judge by HELD_OUT_TOKENS.
+        """
         config = self._inputs.config.operator
-        by_kl = config.choose == "kl"
-        # By KL on the last fold, so nothing is fitted on it; by residual every fold is held out.
-        picked = range(config.folds - 1) if by_kl else None
-
-        def fit(candidate: Candidate, span: Span) -> tuple[Repair, Fit | None]:
-            return self.fit(candidate, span, picked)
-
-        fitted = self._fit_all(candidates, fit)
-        return self._rank(candidates, fitted)
+        everything = tuple(range(config.folds))
+        if config.choose != "kl":
+            rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
+            return rows, [sum(r or 0.0 for r in row.get("residual", ())) for row in rows]
+        per_fold = self._tokens.tokens.size // config.folds
+        judges = everything[-min(config.folds, math.ceil(HELD_OUT_TOKENS / per_fold)) :]
+        table: list[dict[str, Any]] = []
+        scores = [0.0] * len(candidates)
+        for judge in judges:
+            others = tuple(fold for fold in everything if fold != judge)
+            rows, repairs = self._rows(candidates, self._fit_all(candidates, fit, others))
+            kl = self._divergences(repairs, judge)
+            scores = [score + part / len(judges) for score, part in zip(scores, kl, strict=True)]
+            table = [
+                {**row, **({"failed": old["failed"]} if "failed" in old else {})}
+                for row, old in zip(rows, table or rows, strict=True)
+            ]
+        for row, score in zip(table, scores, strict=True):
+            if "failed" not in row:
+                row["kl"] = score
+        return table, scores
 
     def _fit_all(
-        self,
-        candidates: Sequence[Candidate],
-        fit: Callable[[Candidate, Span], tuple[Repair, Fit | None]],
-    ) -> list[dict[Span, tuple[Repair, Fit | None]] | str]:
+        self, candidates: Sequence[Candidate], fit: _FitOn, picked: tuple[int, ...]
+    ) -> list[_Fitted | str]:
         """Fits of every candidate by span, or why it cannot be fitted."""
-        fitted: list[dict[Span, tuple[Repair, Fit | None]] | str] = [{} for _ in candidates]
+        fitted: list[_Fitted | str] = [{} for _ in candidates]
         # Span by span and by the sums they need, so that these are read once.
         order = sorted(range(len(candidates)), key=lambda i: (str(candidates[i].kind()), i))
         total = len(candidates) * len(self._spans)
@@ -210,22 +254,19 @@ class Solver:
                     found = fitted[number]
                     if not isinstance(found, str):
                         try:
-                            found[span] = fit(candidates[number], span)
+                            found[span] = fit(candidates[number], span, picked)
                         except (SingularGramError, SingularOperatorError) as error:
                             fitted[number] = str(error)
                     advance(1)
         if all(isinstance(found, str) for found in fitted):
             for span in self._spans:
-                fit(candidates[0], span)  # raises what is wrong
+                fit(candidates[0], span, picked)  # raises what is wrong
         return fitted
 
-    def _rank(
-        self,
-        candidates: Sequence[Candidate],
-        fitted: Sequence[dict[Span, tuple[Repair, Fit | None]] | str],
-    ) -> tuple[Candidate, list[dict[str, Any]]]:
-        """The candidate of least KL divergence, or of least residual, and a row for each."""
-        by_kl = self._inputs.config.operator.choose == "kl"
+    def _rows(
+        self, candidates: Sequence[Candidate], fitted: Sequence[_Fitted | str]
+    ) -> tuple[list[dict[str, Any]], list[dict[Span, Repair]]]:
+        """A row and the repairs of every candidate; no repairs where it could not be fitted."""
         table: list[dict[str, Any]] = []
         repairs: list[dict[Span, Repair]] = []
         for candidate, found in zip(candidates, fitted, strict=True):
@@ -241,20 +282,7 @@ class Solver:
                 ]
                 repairs.append({span: found[span][0] for span in self._spans})
             table.append(row)
-        if by_kl:
-            scores = self._divergences(repairs)
-            for row, score in zip(table, scores, strict=True):
-                if "failed" not in row:
-                    row["kl"] = score
-        else:
-            scores = [sum(r or 0.0 for r in row.get("residual", ())) for row in table]
-        best = min(
-            range(len(candidates)),
-            key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
-        )
-        for number, row in enumerate(table):
-            row["chosen"] = number == best
-        return candidates[best], table
+        return table, repairs
 
     def _boundary_features(
         self,
@@ -262,12 +290,12 @@ class Solver:
         operators: dict[Span, Repair],
         fits: dict[Span, Fit | None],
         table: list[dict[str, Any]],
-    ) -> Candidate | None:
+    ) -> Candidate:
         """Fit ``[x, rmsnorm(x)]`` behind the new down_proj of a joint fit: one more pass.
 
         A joint fit cannot have rmsnorm(x) as a regressor, because x changes with the down_proj it
         finds; so the down_proj is kept, and the boundary fitted again on the x that it makes.
-        Changes the arguments; None if the stream alone is as good.
+        Changes the arguments; returns what was chosen.
         """
         config = self._inputs.config.operator
         kind = SampleKind("stream+norm", chosen.row_weights)
@@ -286,25 +314,23 @@ class Solver:
             {s: [Refit(kind, keep(s), "dense", keep_down=True)] for s in spans},
             chosen,
         )
-        options = ("stream+norm",) if config.features == "stream+norm" else FEATURES
-        candidates = [
-            replace(chosen, operator="ghost", features=features, decades=decades)
-            for features in options
-            for decades in ridge_decades(config)
-        ]
+        shifts = BOUNDARY_SHIFTS if searches_ridge(config) else (0.0,)
+        plain = replace(chosen, operator="ghost", features="stream", shift=0.0)
+        candidates = [replace(plain, features="stream+norm", shift=shift) for shift in shifts]
+        if config.features == "auto":
+            candidates.append(plain)
 
         def fit(
-            candidate: Candidate, span: Span, picked: Sequence[int] = range(config.folds)
+            candidate: Candidate, span: Span, picked: Sequence[int] | None = None
         ) -> tuple[Repair, Fit | None]:
             if span not in sums:
                 return operators[span], fits[span]
+            picked = range(config.folds) if picked is None else picked
             folds = [_at_boundary(sums[span][fold], span, candidate, kind) for fold in picked]
             repair, found = self._fit_on(candidate, span, folds, None, (-1, *picked))
             return replace(repair, down_FC=operators[span].down_FC), found
 
-        picked = range(config.folds - 1 if config.choose == "kl" else config.folds)
-        fitted = self._fit_all(candidates, lambda c, s: fit(c, s, picked))
-        best, rows = self._rank(candidates, fitted)
+        best, rows = self._search(candidates, fit)
         for row in rows:
             row["operator"] = "ghost-joint, boundary again"
         for row in table:
@@ -371,9 +397,9 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, repairs: list[dict[Span, Repair]]) -> list[float]:
-        inputs, held_out = self._inputs, self._inputs.config.operator.folds - 1
-        windows = [window for fold, window in self.windows_by_fold() if fold == held_out]
+    def _divergences(self, repairs: list[dict[Span, Repair]], judge: int) -> list[float]:
+        inputs = self._inputs
+        windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
         with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
             return divergences(
@@ -444,6 +470,14 @@ def _at_boundary(
     if candidate.features == "stream":
         moments = take(moments, slice(0, moments.cross_ZC.shape[1]))
     return {wanted.key(span): moments}
+
+
+def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> int:
+    """Index of the least finite score among candidates that could be fitted."""
+    return min(
+        range(len(table)),
+        key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
+    )
 
 
 def check_store(

@@ -35,7 +35,7 @@ from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import retarget
 
-RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridges relative to the median diagonal entry of the Gram matrix.
 
 The median, because a few massive channels move the mean by orders of magnitude."""

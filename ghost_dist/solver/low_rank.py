@@ -77,7 +77,8 @@ def fit_low_rank(
     ridge
         As for ``ghost``; chosen at full rank.
     rank
-        r; None: the least rank whose held-out residual is within RANK_TOLERANCE of the best.
+        r; None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
+        most C / 2: from there on a dense W is as small.
     affine
         Fit a bias too.
 
@@ -122,7 +123,7 @@ def fit_low_rank(
     residual_R = (unexplained - explained_R) / (cut if cut > 0 else 1.0)
     if rank is None:
         good = torch.nonzero(residual_R <= (1 + RANK_TOLERANCE) * residual_R.min())
-        rank = max(1, int(good[0]))
+        rank = min(max(1, int(good[0])), max(1, width // 2))
 
     map_CC, vectors_CC = _leading(span, total, penalty_C, affine=affine)
     v_Cr = vectors_CC[:, :rank]

@@ -1,10 +1,11 @@
-"""The reference table on the trained 32-layer model: plain cut and ghost operator, three spans.
+"""The reference table on the trained 32-layer model: six columns, three spans, two texts.
 
-    python tests/benchmarks/reference_table.py SHARED [--out FOLDER]
+    python tests/benchmarks/reference_table.py SHARED
 
-SHARED holds ``models/wiki-llama-32l`` and ``data/``. float32 on the CPU, 64 x 1024 calibration
-tokens packed without special tokens, absolute ridge 1e-6, perplexity over the first 32 windows of
-1024 tokens. Beside each figure: the reference figure and the relative difference.
+SHARED holds ``models/wiki-llama-32l`` and ``data/``. float32, 64 x 1024 calibration tokens packed
+without special tokens, absolute ridge 1e-6, perplexity over the first 32 windows of 1024 tokens.
+One set of statistics serves all operators. Beside each figure: the reference figure and the
+relative difference.
 """
 
 from __future__ import annotations
@@ -12,68 +13,120 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from ghost_dist.config import load_config
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.checkpoint.load import load_causal_lm
+from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.config import AbsoluteRidge, load_config
+from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.pipeline.candidates import Candidate
+from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.solving import Solver
+from ghost_dist.pipeline.stages import Stages
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
 
-REFERENCE = {  # span: corpus: dense, pruned, recovered
-    "11:18": {"wikitext2": (34.25, 59.14, 43.50), "ptb": (40.79, 73.38, 54.49)},
-    "9:20": {"wikitext2": (34.25, 132.38, 65.25), "ptb": (40.79, 176.38, 82.77)},
-    "7:18": {"wikitext2": (34.25, 123.32, 55.62), "ptb": (40.79, 162.53, 70.67)},
+COLUMNS = ("none", "linear-patch", "replaceme", "fold", "ghost", "ghost-joint")
+REFERENCE = {  # span: text: one figure a column
+    "11:18": {
+        "wikitext2": (59.14, 48.56, 52.14, 48.96, 43.50, 42.78),
+        "ptb": (73.38, 62.70, 62.98, 59.77, 54.49, 53.51),
+    },
+    "9:20": {
+        "wikitext2": (132.38, 82.91, 96.59, 83.08, 65.25, 62.11),
+        "ptb": (176.38, 117.14, 119.86, 104.86, 82.77, 78.11),
+    },
+    "7:18": {
+        "wikitext2": (123.32, 73.12, 78.36, 69.67, 55.62, 53.39),
+        "ptb": (162.53, 98.36, 94.70, 84.82, 70.67, 66.80),
+    },
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--spans", nargs="*", default=list(REFERENCE), choices=list(REFERENCE))
     arguments = parser.parse_args()
-    out = arguments.out or Path(tempfile.mkdtemp(prefix="ghost-dist-reference-"))
-    data = arguments.shared / "data"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+        f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}\n"
     )
-    print("| span | corpus | variant | reference | measured | difference |")
+    print("| span | text | operator | reference | measured | difference |")
     print("|---|---|---|---|---|---|")
-    for span, corpora in REFERENCE.items():
-        config = load_config(
-            None,
-            {
-                "model.path": str(arguments.shared / "models" / "wiki-llama-32l"),
-                "model.dtype": "float32",
-                "calibration.source": str(data / "calibration.txt"),
-                "calibration.windows": 64,
-                "calibration.window_length": 1024,
-                "selection.spans": span,
-                "operator.name": "ghost",
-                "operator.ridge": {"absolute": 1e-6},
-                "operator.row_weights": "none",
-                "operator.choose": "residual",
-                "engine.device": "cpu",
-                "evaluation.corpora": {
-                    "wikitext2": str(data / "wikitext2-test.txt"),
-                    "ptb": str(data / "ptb-test.txt"),
-                },
-                "evaluation.windows": 32,
-                "evaluation.window_length": 1024,
-                "output.path": str(out / span.replace(":", "-")),
-            },
-        )
-        result = recover(config)
-        for corpus, expected in corpora.items():
-            measured = result["perplexity"][corpus]
-            for variant, reference in zip(("dense", "pruned", "recovered"), expected, strict=True):
-                value = measured[variant]
+    worst = 0.0
+    path = arguments.shared / "models" / "wiki-llama-32l"
+    model = load_causal_lm(path, dtype=torch.float32, device=device)
+    for span in arguments.spans:
+        with tempfile.TemporaryDirectory() as folder:
+            for text, operator, value in measure(arguments.shared, span, folder, model, device):
+                reference = REFERENCE[span][text][COLUMNS.index(operator)]
+                worst = max(worst, abs(value / reference - 1))
                 print(
-                    f"| [{span.replace(':', ', ')}) | {corpus} | {variant} | {reference:.2f} | "
+                    f"| [{span.replace(':', ', ')}) | {text} | {operator} | {reference:.2f} | "
                     f"{value:.3f} | {value / reference - 1:+.2%} |",
                     flush=True,
                 )
+    print(f"\nworst difference: {worst:.2%}")
+
+
+def measure(shared, span, folder, model, device):
+    """Yields (text, operator, perplexity)."""
+    data = shared / "data"
+    config = load_config(
+        None,
+        {
+            "model.path": str(shared / "models" / "wiki-llama-32l"),
+            "model.dtype": "float32",
+            "calibration.source": str(data / "calibration.txt"),
+            "calibration.windows": 64,
+            "calibration.window_length": 1024,
+            "selection.spans": span,
+            "operator.name": "ghost-joint",
+            "operator.choose": "residual",
+            "evaluation.corpora": {
+                "wikitext2": str(data / "wikitext2-test.txt"),
+                "ptb": str(data / "ptb-test.txt"),
+            },
+            "evaluation.windows": 32,
+            "evaluation.window_length": 1024,
+            "engine.device": device.type,
+            "output.path": folder,
+        },
+    )
+    patch = config.model_copy(
+        update={
+            "operator": config.operator.model_copy(update={"name": "linear-patch"}),
+            "output": config.output.model_copy(update={"path": f"{folder}/patch"}),
+        }
+    )
+    solvers = {"linear-patch": open_solver(patch, model)[0]}
+    solvers["others"], inputs, spans = open_solver(config, model)
+    for operator in COLUMNS:
+        solver = solvers.get(operator, solvers["others"])
+        candidate = Candidate(operator, ridge=AbsoluteRidge(absolute=1e-6))
+        operators = {s: solver.fit(candidate, s)[0] for s in spans}
+        with as_recovered(model, inputs.architecture, spans, operators):
+            for text, windows in inputs.evaluation.items():
+                yield text, operator, perplexity(model, windows, batch=2, device=device).value
+
+
+def open_solver(config, model):
+    """The stages up to the statistics, and a solver on them."""
+    reporter = Reporter()
+    with RunFolder(config) as run:
+        inputs = replace(open_inputs(config, reporter), batch=2)
+        stages = Stages(inputs, run, reporter)
+        tokens = stages.tokens()
+        spans = stages.select(tokens)
+        store = stages.calibrate(tokens, spans)
+    return Solver(inputs, spans, store, tokens, reporter, model), inputs, spans
 
 
 if __name__ == "__main__":

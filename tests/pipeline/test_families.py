@@ -5,29 +5,14 @@ at from outside.
 """
 
 import json
-import string
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCAB, save_checkpoint
-from tokenizers import Tokenizer, models, pre_tokenizers
+from families import FAMILIES, TEXT, VOCAB, save_checkpoint, save_tokenizer
 
 from ghost_dist.config import load_config
 from ghost_dist.pipeline.recover import recover
-
-TEXT = (string.printable[:94] + " the quick brown fox jumps over the lazy dog. ") * 60
-
-
-def save_tokenizer(folder):
-    """One token a character, ids 3 and up."""
-    characters = {character: 3 + i for i, character in enumerate(string.printable[:95])}
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **characters}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -64,6 +64,7 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
             "calibration.window_length": 1024,
             "selection.spans": "11:18",
             "operator.name": "ghost",
+            "operator.features": "stream",
             "operator.ridge": {"absolute": 1e-6},
             "operator.row_weights": "none",
             "operator.choose": "residual",

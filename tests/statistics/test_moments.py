@@ -6,7 +6,7 @@ import torch
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics import moments as moments_module
-from ghost_dist.statistics.collect import SampleKind, SpanCollector
+from ghost_dist.statistics.collect import SampleKind, SpanCollector, Together
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
 
 C, T, WINDOWS = 24, 40, 6
@@ -168,3 +168,23 @@ def direct_of(z, y, tokens_of_window=None):
     count = torch.tensor([float(len(z))], dtype=torch.float64)
     tokens = len(z) if tokens_of_window is None else WINDOWS * tokens_of_window
     return Moments(tokens, z.T @ z, z.T @ y, z.sum(0), y.sum(0), (y * y).sum(0), count)
+
+
+def test_collectors_together_are_each_by_itself():
+    streams = torch.stack([rows(seed)[0] for seed in range(4)])
+    one, two = [(Span(0, 2), STREAM)], [(Span(1, 3), STREAM), (Span(1, 3), SampleKind("absolute"))]
+    together = Together({"a": SpanCollector(one, C, CPU), "b": SpanCollector(two, C, CPU)})
+    alone = {"a": SpanCollector(one, C, CPU), "b": SpanCollector(two, C, CPU)}
+    assert together.boundaries == (0, 1, 2, 3)
+    for window in range(WINDOWS):
+        for boundary in together.boundaries:
+            together(boundary, window, streams[boundary, window])
+            for part in alone.values():
+                if boundary in part.boundaries:
+                    part(boundary, window, streams[boundary, window])
+    found = together.result()
+    assert found.keys() == {"a/0-2/stream", "b/1-3/stream", "b/1-3/absolute"}
+    for name, part in alone.items():
+        for key, sums in part.result().items():
+            for array, values in sums.arrays().items():
+                assert torch.equal(found[f"{name}/{key}"].arrays()[array], values)

@@ -1,0 +1,156 @@
+"""Divergences from one model in memory against two models run side by side."""
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    CUTS,
+    HIDDEN,
+    VOCAB,
+    random_operators,
+    random_repairs,
+    random_tokens,
+    save_checkpoint,
+)
+
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.load import load_causal_lm
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.evaluation import perplexity as heads
+from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.spans import Span
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "gemma3", "opt", "gpt_neox", "mixtral"]
+TOKENS = random_tokens(rows=5, length=12)
+ROUNDING = 1e-4  # of a divergence; the largest difference that was seen is a tenth of it
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Function from family to (Checkpoint, Architecture)."""
+    root, opened = tmp_path_factory.mktemp("families"), {}
+
+    def get(family):
+        if family not in opened:
+            source = open_checkpoint(save_checkpoint(family, root / family))
+            opened[family] = (source, inspect_architecture(source))
+        return opened[family]
+
+    return get
+
+
+def load(source):
+    return load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return torch.cat([model(row[None], use_cache=False).logits[0] for row in TOKENS]).double()
+
+
+def candidates_of(spans, architecture):
+    """The plain cut first; repairs of every form, of all spans and of the last one only."""
+    joint = random_repairs("ghost-joint", spans, architecture)
+    return [
+        {},
+        random_operators(spans),
+        joint,
+        random_repairs("low-rank", spans, architecture),
+        {spans[-1]: joint[spans[-1]]},
+    ]
+
+
+def by_hand(source, architecture, spans, candidate, dense):
+    """KL of the logits of a second copy of the model that was really cut."""
+    model = load(source)
+    remove_layers(model, architecture, spans)
+    insert_operators(model, architecture, spans, candidate)
+    expected, got = torch.log_softmax(dense, -1), torch.log_softmax(logits(model), -1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def measure(model, architecture, spans, candidates, batch, **arguments):
+    tokens = TOKENS.numpy().astype(np.int32)
+    return divergences(
+        model, architecture, spans, candidates, tokens, batch=batch, device=CPU, **arguments
+    )
+
+
+@pytest.mark.parametrize("cut", ["two", "first", "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_a_second_model_that_is_cut(checkpoint, family, cut):
+    """All candidates at once, in every batch size, are what two models side by side give."""
+    source, architecture = checkpoint(family)
+    spans, model = CUTS[cut], load(source)
+    candidates, before = candidates_of(spans, architecture), logits(model)
+    expected = [by_hand(source, architecture, spans, c, before) for c in candidates]
+    assert min(expected) > 1e-3
+    assert len({round(value, 3) for value in expected}) >= 3, "they could be mixed up unseen"
+    for batch in (1, 2, 3):
+        done = []
+        got = measure(model, architecture, spans, candidates, batch, advance=done.append)
+        assert got == pytest.approx(expected, rel=ROUNDING)
+        assert done == [12 * min(batch, 5 - first) for first in range(0, 5, batch)]
+    assert torch.equal(logits(model), before)
+
+
+def test_candidates_do_not_disturb_each_other(checkpoint):
+    """A candidate that changes an early layer moves where all others enter, and nothing else."""
+    source, architecture = checkpoint("llama")
+    spans, model = CUTS["two"], load(source)
+    candidates = candidates_of(spans, architecture)
+    together = measure(model, architecture, spans, candidates, 2)
+    alone = [measure(model, architecture, spans, [c], 2)[0] for c in candidates]
+    assert together == pytest.approx(alone, rel=1e-6)
+    backwards = measure(model, architecture, spans, candidates[::-1], 2)
+    assert backwards[::-1] == pytest.approx(together, rel=1e-6)
+
+
+def test_a_candidate_that_is_the_dense_model(checkpoint):
+    """Layers that add nothing can be cut without a trace, and a down_proj replaced by itself."""
+    source, architecture = checkpoint("llama")
+    spans, model = (Span(2, 4),), load(source)
+    for layer in model.model.layers[2:4]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    down_FC = model.model.layers[1].mlp.down_proj.weight.T.clone()
+    same = {spans[0]: Repair(torch.eye(HIDDEN), down_FC=down_FC)}
+    other = {spans[0]: Repair(torch.eye(HIDDEN), down_FC=1.1 * down_FC)}
+    cut, got, changed = measure(model, architecture, spans, [{}, same, other], 2)
+    assert abs(cut) < 1e-7
+    assert abs(got) < 1e-7
+    assert changed > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_small_pieces_of_logits(checkpoint, monkeypatch, family):
+    """The logits of a batch may be taken a few tokens at a time."""
+    source, architecture = checkpoint(family)
+    spans, model = CUTS["middle"], load(source)
+    candidates = [{}, random_operators(spans)]
+    whole = measure(model, architecture, spans, candidates, 2)
+    sizes, original = [], heads.HeadRunner.logits
+
+    def counted(self, body, ids_BT, piece):
+        sizes.append(piece.stop - piece.start)
+        return original(self, body, ids_BT, piece)
+
+    monkeypatch.setattr(heads.HeadRunner, "logits", counted)
+    monkeypatch.setattr(heads, "_LOGITS_AT_ONCE", 5 * VOCAB + 1)  # does not divide a window
+    got = measure(model, architecture, spans, candidates, 2)
+    assert got == pytest.approx(whole, rel=1e-5)
+    assert max(sizes) == 5
+    assert sum(sizes) == 3 * TOKENS.numel()
+
+
+def test_overflow_is_told_apart_from_a_number(checkpoint):
+    """A candidate that overflows must not look like a good one, nor spoil the others."""
+    source, architecture = checkpoint("llama")
+    spans, model = CUTS["middle"], load(source)
+    wild = {spans[0]: Repair(torch.full((HIDDEN, HIDDEN), float("inf")))}
+    cut, got = measure(model, architecture, spans, [{}, wild], 2)
+    assert np.isfinite(cut)
+    assert not np.isfinite(got)

@@ -1,0 +1,105 @@
+"""The comparison: its figures are those of single runs, and it never does a row twice."""
+
+import json
+
+import pytest
+
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import compare as module
+from ghost_dist.pipeline.compare import compare
+from ghost_dist.pipeline.recover import recover
+
+
+@pytest.fixture
+def make_shared(make_config, text_file):
+    def make(**fields):
+        return make_config(
+            **{
+                "selection__spans": None,
+                "selection__remove": 2,
+                "selection__protect": [0],
+                "evaluation__corpora": {"text": str(text_file)},
+                "evaluation__windows": 4,
+                "evaluation__window_length": 64,
+                **fields,
+            }
+        )
+
+    return make
+
+
+def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
+    rows = ["none", "fold", "ghost", "low-rank"]
+    result = compare(make_shared(), [2, 3], rows, ["recoverability", "block-influence"])
+    assert len(result["rows"]) == 2 * 2 * 4
+    for row in result["rows"]:
+        if row["selection"] == "block-influence" and row["operator"] != "ghost":
+            continue
+        single = recover(
+            make_shared(
+                selection__criterion=row["selection"],
+                selection__remove=row["remove"],
+                operator__name=row["operator"],
+                output__path=str(
+                    tmp_path / f"{row['selection']}-{row['remove']}-{row['operator']}"
+                ),
+            )
+        )
+        assert row["spans"] == single["spans"]
+        assert row["perplexity"]["text"] == pytest.approx(
+            single["perplexity"]["text"]["recovered"], rel=1e-5
+        )
+        assert result["dense"]["text"] == pytest.approx(single["perplexity"]["text"]["dense"])
+        assert row["parameters"] == single["parameters"]["after"]
+    text = (tmp_path / "run" / "compare.md").read_text()
+    assert text.count("| recoverability |") == 8
+    assert json.loads((tmp_path / "run" / "compare.json").read_text())["rows"] == result["rows"]
+
+
+def test_only_what_is_new_is_computed(make_shared, monkeypatch):
+    solved = []
+    solve = module.Solver.solve
+
+    def counting(self):
+        solved.append(self._inputs.config.operator.name)
+        return solve(self)
+
+    monkeypatch.setattr(module.Solver, "solve", counting)
+    config = make_shared()
+    first = compare(config, [2], ["none", "ghost"], ["recoverability"])
+    assert solved == ["none", "ghost"]
+    second = compare(config, [2], ["none", "ghost", "fold"], ["recoverability"])
+    assert solved == ["none", "ghost", "fold"]
+    assert second["rows"][:2] == first["rows"]
+
+
+def test_a_stopped_comparison_continues(make_shared, monkeypatch):
+    solve, calls = module.Solver.solve, []
+
+    def stop_at_the_second(self):
+        calls.append(self._inputs.config.operator.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(self)
+
+    monkeypatch.setattr(module.Solver, "solve", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])
+    result = compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])
+    assert calls == ["none", "ghost", "ghost", "fold"]
+    assert [row["operator"] for row in result["rows"]] == ["none", "ghost", "fold"]
+
+
+def test_what_a_cut_does_not_allow_is_a_row_that_says_so(make_shared):
+    """Seven of eight layers: the span begins at 0, so nothing can be folded before it."""
+    result = compare(make_shared(selection__protect=[7]), [7], ["fold", "ghost"], ["cosine"])
+    assert result["rows"][0]["spans"] == [[0, 7]]
+    assert "needs a layer before" in result["rows"][0]["refused"]
+    assert result["rows"][1]["perplexity"]["text"] > 1
+
+
+def test_a_comparison_needs_a_text_and_possible_sizes(make_shared):
+    with pytest.raises(ConfigError, match="needs a text"):
+        compare(make_shared(evaluation__corpora={}), [2], ["ghost"], ["cosine"])
+    with pytest.raises(ConfigError, match="selection.remove=8"):
+        compare(make_shared(), [8], ["ghost"], ["cosine"])

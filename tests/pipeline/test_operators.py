@@ -1,0 +1,272 @@
+"""Every operator through ``recover``; the exported checkpoint is reloaded by the run itself."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from families import TEXT, save_checkpoint, save_tokenizer
+from safetensors.torch import load_file
+
+from ghost_dist.config import OperatorConfig, RelativeRidge, load_config
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.again import run_stage_again
+from ghost_dist.pipeline.candidates import candidates_of, samples_of
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import SampleKind
+
+PLAIN = {"none", "fold", "replaceme"}
+
+
+def operator_file(run, name="3-5"):
+    return load_file(run / "operators" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ghost", "ghost-joint", "fold", "replaceme", "linear-patch", "linear-patch-hadamard",
+     "low-rank", "none"],
+)  # fmt: skip
+def test_every_operator_is_exported_as_it_is_solved(make_config, text_file, tmp_path, name):
+    config = make_config(
+        operator__name=name,
+        operator__rank=5 if name == "low-rank" else None,
+        selection__spans=[[2, 3], [5, 7]],
+        evaluation__corpora={"text": str(text_file)},
+        evaluation__windows=4,
+        evaluation__window_length=64,
+    )
+    result = recover(config)
+    assert result["operator"] == name
+    checkpoint = tmp_path / "run" / "checkpoint"
+    family = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    assert family == ("llama" if name in PLAIN else "ghost_llama")
+    perplexity = result["perplexity"]["text"]
+    if name == "none":
+        assert perplexity["recovered"] == perplexity["pruned"]
+    elif not name.startswith("linear-patch"):
+        assert perplexity["recovered"] < perplexity["pruned"]
+        assert all(fit["residual"] < 1 for fit in result["fit"])
+    added = {
+        "ghost": 48 * 48, "ghost-joint": 48 * 48, "linear-patch": 48 * 48,
+        "linear-patch-hadamard": 48 * 48, "low-rank": 2 * 48 * 5,
+    }.get(name, 0)  # fmt: skip
+    layer = 48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96 + 2 * 48
+    parameters = result["parameters"]
+    assert parameters["after"] == parameters["before"] - 3 * layer + 2 * added
+    if name in PLAIN:  # loads without any code of ours
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert model.config.num_hidden_layers == 5
+
+
+def test_classes_that_contain_each_other_have_ordered_residuals(make_config, tmp_path):
+    """replaceme < fold < ghost-joint, and ghost < ghost-joint, held out and not fitted away."""
+    residual = {}
+    for name in ("replaceme", "fold", "ghost", "ghost-joint"):
+        config = make_config(
+            operator__name=name, calibration__windows=160, output__path=str(tmp_path / name)
+        )
+        residual[name] = recover(config, again="solve")["fit"][0]["residual"]
+    assert residual["ghost-joint"] < min(residual["ghost"], residual["fold"])
+    assert residual["fold"] < residual["replaceme"] < 1
+
+
+def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_config, tmp_path):
+    config = make_config(
+        operator__name="auto",
+        operator__choose="kl",
+        operator__features="auto",
+        calibration__windows=32,
+    )
+    recover(config, again="solve")
+    record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
+    assert record["operator"] == "ghost-joint"
+    table = record["candidates"]
+    joint, boundary = table[:6], table[6:]
+    assert [row["operator"] for row in joint] == ["ghost-joint"] * 6
+    assert [row["operator"] for row in boundary] == ["ghost-joint, boundary again"] * 6
+    least_residual = joint[1]["relative_ridge"][0]
+    for shift, row in zip((1, 0, -1, -2), joint, strict=False):
+        assert row["relative_ridge"][0] == pytest.approx(least_residual * 10**shift)
+    best = min(joint[:4], key=lambda row: row["kl"])["relative_ridge"][0]
+    near = [row["relative_ridge"][0] / best for row in joint[4:]]
+    assert near == pytest.approx([10**0.5, 10**-0.5])
+    [chosen] = [row for row in table if row["chosen"]]
+    assert chosen["kl"] == min(row["kl"] for row in boundary)
+    assert record["chosen"]["features"] == chosen["features"]
+    parts = operator_file(tmp_path / "run")
+    assert {"linear", "down"} <= set(parts)
+    assert ("norm_linear" in parts) == (chosen["features"] == "stream+norm")
+
+
+def test_residual_as_the_judge_runs_no_model(make_config, tmp_path, monkeypatch):
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("choose=residual needs statistics only")
+
+    config = make_config(operator__features="auto", operator__row_weights="auto")
+    recover(config, again="calibrate")
+    monkeypatch.setattr("ghost_dist.pipeline.solving.load_causal_lm", forbidden)
+    recover(config, again="solve")
+    record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
+    assert len(record["candidates"]) == 2  # stream and stream+norm; weights stay none
+    best = min(record["candidates"], key=lambda row: row["residual"][0])
+    assert best["chosen"]
+
+
+@pytest.mark.parametrize("treatment", ["drop-first", "inverse-norm"])
+def test_row_weights_change_the_operator(make_config, tmp_path, treatment):
+    recover(make_config(), again="solve")
+    plain = operator_file(tmp_path / "run")["linear"]
+    config = make_config(operator__row_weights=treatment, output__path=str(tmp_path / "w"))
+    recover(config, again="solve")
+    weighted = operator_file(tmp_path / "w")["linear"]
+    assert not torch.allclose(plain, weighted, rtol=1e-3)
+
+
+def test_affine_operator_carries_a_bias_into_the_checkpoint(make_config, tmp_path):
+    recover(make_config(operator__affine=True))
+    assert operator_file(tmp_path / "run")["bias"].abs().max() > 0
+    config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
+    assert config["ghost_operators"][0]["bias"]
+
+
+def test_sequential_refit_changes_the_later_span_only(make_config, tmp_path):
+    spans = {"selection__spans": [[1, 2], [4, 6]]}
+    recover(make_config(**spans), again="solve")
+    recover(
+        make_config(**spans, operator__refit="sequential", output__path=str(tmp_path / "seq")),
+        again="solve",
+    )
+    one, two = tmp_path / "run", tmp_path / "seq"
+    assert torch.equal(operator_file(one, "1-2")["linear"], operator_file(two, "1-2")["linear"])
+    assert not torch.allclose(
+        operator_file(one, "4-6")["linear"], operator_file(two, "4-6")["linear"], rtol=1e-3
+    )
+
+
+def test_healed_layers_are_exported_under_their_new_numbers(make_config, tmp_path):
+    config = make_config(operator__name="none", operator__heal=True, calibration__windows=64)
+    result = recover(config)
+    rows = {row["layer"]: row for row in result["healing"]}
+    assert set(rows) == {5, 6, 7}  # every kept layer behind [3, 5)
+    kept = [layer for layer, row in rows.items() if row["kept"]]
+    assert kept
+    exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    for layer in kept:
+        down = load_file(tmp_path / "run" / "operators" / f"healed-{layer}.safetensors")["down"]
+        name = f"model.layers.{layer - 2}.mlp.down_proj.weight"
+        torch.testing.assert_close(exported[name], down.T.float())
+
+
+def test_refined_operators_are_what_is_exported_and_evaluated(make_config, text_file, tmp_path):
+    fields = {
+        "evaluation__corpora": {"text": str(text_file)},
+        "evaluation__windows": 4,
+        "evaluation__window_length": 64,
+        "calibration__windows": 64,
+        "refine__steps": 24,
+        "refine__every": 8,
+        "refine__learning_rate": 3e-4,
+    }
+    result = recover(make_config(**fields))
+    losses = [look["loss"] for look in result["refine"]["losses"]]
+    assert result["refine"]["improved"]
+    assert min(losses) < losses[0]
+    refined = load_file(tmp_path / "run" / "operators" / "refined" / "3-5.safetensors")["linear"]
+    exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    torch.testing.assert_close(exported["model.layers.3.ghost.linear.weight"], refined.T.float())
+    assert not torch.allclose(refined, operator_file(tmp_path / "run")["linear"], rtol=1e-4)
+    before = recover(
+        make_config(**{**fields, "refine__steps": 0, "output__path": str(tmp_path / "closed")})
+    )
+    assert before["refine"] is None
+    assert result["perplexity"]["text"]["recovered"] != before["perplexity"]["text"]["recovered"]
+
+
+def test_statistics_that_lack_what_an_operator_needs(make_config, tmp_path):
+    """The message's own command takes them; the refused change does not stay in the run."""
+    run = tmp_path / "run"
+    recover(make_config(), again="solve")
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="lack 3-5/joint.*ghost-dist calibrate"):
+        run_stage_again(run, "solve", ["operator.name=fold"])
+    assert (run / "config.yaml").read_bytes() == before
+    run_stage_again(run, "calibrate", ["operator.name=fold"])
+    assert run_stage_again(run, "solve", [])["operator"] == "fold"
+    # Sums of [A, H] hold those of the stream: ghost needs no other pass.
+    assert run_stage_again(run, "solve", ["operator.name=ghost"])["operator"] == "ghost"
+
+
+SPANS, BOTH = (Span(2, 4), Span(6, 7)), frozenset(range(10))
+
+
+def test_what_is_tried():
+    def names(refittable=BOTH, spans=SPANS, **fields):
+        config = OperatorConfig(**fields)
+        return [
+            (c.operator, c.features, c.row_weights, c.shift)
+            for c in candidates_of(config, spans, refittable)
+        ]
+
+    shifts = (1, 0, -1, -2)
+    joint = [("ghost-joint", "stream", "none", d) for d in shifts]
+    assert names() == joint
+    assert names(choose="residual") == joint[1:2]
+    assert names(ridge=RelativeRidge(relative=0.1)) == joint[1:2]
+    assert {n[2] for n in names(row_weights="auto")} == {"none", "inverse-norm"}
+    ghosts = [("ghost", f, "none", d) for f in ("stream", "stream+norm") for d in shifts]
+    assert names(refittable=frozenset()) == ghosts
+    assert names(name="ghost") == ghosts
+    assert names(name="none", row_weights="auto") == [("none", "stream", "none", 0)]
+    assert names(name="linear-patch") == [("linear-patch", "stream", "none", 0)]
+
+
+def test_sums_of_the_stream_are_not_taken_beside_those_they_follow_from():
+    candidates = candidates_of(OperatorConfig(name="ghost-joint"), SPANS, BOTH)
+    assert samples_of(candidates, SPANS, BOTH) == [(span, SampleKind("joint")) for span in SPANS]
+    # Where a span has no layer to refit before it, ghost is fitted from the stream.
+    first = (Span(0, 2), Span(4, 6))
+    mixed = candidates_of(OperatorConfig(), first, BOTH)
+    assert samples_of(mixed, first, BOTH) == [
+        (Span(0, 2), SampleKind("stream")), (Span(4, 6), SampleKind("joint")),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"operator__name": "gost"}, "Did you mean ghost"),
+        ({"selection__criterion": "cosin"}, "Did you mean cosine"),
+        ({"operator__name": "low-rank", "operator__rank": 49}, "rank=49.*1 to 48"),
+        ({"operator__rank": 4}, "rank=4 needs name=low-rank"),
+        ({"operator__name": "fold", "operator__features": "stream+norm"}, "needs name=ghost"),
+        ({"operator__name": "none", "operator__affine": True}, "affine=true has no meaning"),
+        ({"operator__choose": "kl", "operator__folds": 2}, "folds >= 3"),
+        ({"operator__name": "fold", "selection__spans": [[0, 2]]}, "needs a layer before"),
+        ({"selection__max_spans": 2, "selection__criterion": "cosine"}, "max_spans=2 needs"),
+        ({"selection__remove": "7 layers", "selection__spans": None}, "give a number of layers"),
+    ],
+)
+def test_bad_input_says_what_to_do(make_config, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        recover(make_config(**fields))
+
+
+def test_a_norm_behind_the_mlp_is_refused_for_fold_and_ghost_is_the_default(tmp_path):
+    model = tmp_path / "model"
+    save_checkpoint("gemma2", model)
+    save_tokenizer(model)
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def config(name):
+        return load_config(None, {
+            "model.path": str(model), "calibration.source": str(tmp_path / "text.txt"),
+            "calibration.windows": 16, "calibration.window_length": 64,
+            "calibration.window_bos": True, "selection.spans": [[2, 4]], "operator.name": name,
+            "engine.device": "cpu", "output.path": str(tmp_path / name),
+        })  # fmt: skip
+
+    with pytest.raises(ConfigError, match="refits the down_proj of layer 1.*norm or a scale"):
+        recover(config("fold"))
+    assert recover(config("auto"), again="solve")["operator"] == "ghost"

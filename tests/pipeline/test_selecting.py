@@ -1,0 +1,154 @@
+"""Which layers go: planted answers through the whole stage, and what cannot be asked for."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from rotating import write_rotating_model
+
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import selecting
+from ghost_dist.pipeline.recover import recover
+
+
+@pytest.fixture(scope="module")
+def planted(model_folder, tmp_path_factory):
+    """Eight layers, of which 0, 1 and 2 are exactly orthogonal maps: large changes of the stream
+    that one matrix undoes; the others change it less and cannot be repaired exactly."""
+    folder = tmp_path_factory.mktemp("planted") / "model"
+    write_rotating_model(model_folder, folder, range(3))
+    return folder
+
+
+def selected(config, tmp_path):
+    spans = recover(config, again="select")["spans"]
+    record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
+    assert record["spans"] == spans
+    return spans, record
+
+
+def test_recoverability_finds_what_repair_can_undo_and_cosine_does_not(
+    planted, make_config, tmp_path
+):
+    common = {"model__path": str(planted), "selection__spans": None, "selection__remove": 2}
+    config = make_config(**common, selection__criterion="recoverability")
+    [span], record = selected(config, tmp_path)
+    assert span in ([0, 2], [1, 3])
+    rows = {tuple(row["span"]): row for row in record["recoverability"]}
+    assert set(rows) == {(start, start + 2) for start in range(7)}
+    assert rows[0, 2]["residual"] < 1e-8
+    assert rows[1, 3]["residual"] < 1e-8
+    assert all(row["residual"] > 1e-3 for span, row in rows.items() if span[1] > 3)
+    assert all(row["standard_error"] == 0 for row in rows.values())
+    assert not (tmp_path / "run" / "selection.zarr").exists()
+    other = make_config(**common, selection__criterion="cosine", output__path=str(tmp_path / "o"))
+    assert recover(other, again="select")["spans"][0][0] > 2
+
+
+def test_two_spans_from_the_projected_map(planted, make_config, tmp_path):
+    config = make_config(
+        model__path=str(planted),
+        selection__spans=None,
+        selection__remove=2,
+        selection__max_spans=2,
+        selection__protect=[1],
+    )
+    spans, record = selected(config, tmp_path)
+    assert spans == [[0, 1], [2, 3]]
+    assert {row["span"][1] - row["span"][0] for row in record["recoverability"]} == {1, 2}
+    assert all(1 not in range(*row["span"]) for row in record["recoverability"])
+
+
+def test_passes_when_memory_is_short_change_nothing(planted, make_config, tmp_path, monkeypatch):
+    common = {"model__path": str(planted), "selection__spans": None, "selection__remove": 3}
+    _, whole = selected(make_config(**common), tmp_path)
+    monkeypatch.setattr(selecting, "_free_bytes", lambda _: 0)  # one start a pass
+    parts = recover(make_config(**common, output__path=str(tmp_path / "parts")), again="select")
+    record = json.loads((tmp_path / "parts" / "stages" / "select.json").read_text())["outputs"]
+    assert parts["spans"] == whole["spans"]
+    assert record["recoverability"] == whole["recoverability"]
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "angular", "block-influence", "paper"])
+def test_every_criterion_decides(make_config, tmp_path, criterion):
+    config = make_config(selection__spans=None, selection__remove=3, selection__criterion=criterion)
+    spans, record = selected(config, tmp_path)
+    assert sum(stop - start for start, stop in spans) == 3
+    assert len(record["scores"]) == (8 if criterion == "block-influence" else 6)
+    assert (record["scores"][0] is None) == (criterion == "paper")
+    protected = make_config(
+        selection__spans=None,
+        selection__remove=3,
+        selection__criterion=criterion,
+        selection__protect=[spans[0][0]],
+        output__path=str(tmp_path / "protected"),
+    )
+    others = recover(protected, again="select")["spans"]
+    assert all(spans[0][0] not in range(*span) for span in others)
+
+
+def test_a_share_and_bytes_as_targets(make_config, model_folder, tmp_path):
+    model = transformers.LlamaForCausalLM.from_pretrained(model_folder)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layer = 48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96 + 2 * 48
+    for number, (remove, layers) in enumerate(
+        {
+            f"{100 * 1.99 * layer / total:.4f}%": 2,
+            f"{100 * 2.1 * layer / total:.4f}%": 3,
+            f"{3 * layer * 4}B": 3,
+            f"{(3 * layer * 4 + 4) / 1000}kB": 4,
+        }.items()
+    ):
+        config = make_config(
+            selection__spans=None,
+            selection__remove=remove,
+            selection__criterion="cosine",
+            output__path=str(tmp_path / f"{number}"),
+        )
+        spans = recover(config, again="select")["spans"]
+        assert sum(stop - start for start, stop in spans) == layers, remove
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"selection__remove": 8}, "at least one must be kept: give 1 to 7"),
+        ({"selection__remove": 7, "selection__protect": [1, 2]}, "give 1 to 6"),
+        ({"selection__remove": 2, "selection__protect": [8]}, r"names layers \[8\]"),
+        ({"selection__remove": 5, "selection__protect": [2, 5]}, "No span of 5 to 5 layers"),
+        ({"selection__remove": "99%"}, "is not possible"),
+        ({"selection__remove": "2TB"}, "is not possible"),
+    ],
+)
+def test_what_cannot_go_is_refused_before_anything_is_bound(make_config, tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        recover(make_config(selection__spans=None, **fields))
+    config = make_config(selection__spans=None, selection__remove=2)
+    recover(config, again="select")  # the same folder takes the corrected command
+
+
+def test_stopped_selection_continues_from_its_ranges(make_config, tmp_path, monkeypatch):
+    config = make_config(selection__spans=None, selection__remove=2)
+    common = {"selection__spans": None, "selection__remove": 2}
+    whole = recover(make_config(**common, output__path=str(tmp_path / "whole")), again="select")
+    commit = selecting.StatisticsStore.commit
+    calls = []
+
+    def stop_at_the_third(self, range_id, sums):
+        calls.append(range_id)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return commit(self, range_id, sums)
+
+    monkeypatch.setattr(selecting.StatisticsStore, "commit", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, again="select")
+    assert recover(config, again="select") == whole
+    assert calls == [0, 1, 2, 2, 3]
+    a, b = (
+        json.loads((tmp_path / run / "stages" / "select.json").read_text())["outputs"]
+        for run in ("run", "whole")
+    )
+    assert a["recoverability"] == b["recoverability"]
+    assert torch.tensor([row["cost"] for row in a["recoverability"]]).isfinite().all()

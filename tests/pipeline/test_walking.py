@@ -1,0 +1,360 @@
+"""A walk against hooks on the whole causal LM, window by window."""
+
+import numpy as np
+import pytest
+import torch
+from families import CUTS, HIDDEN, random_repairs, random_tokens, save_checkpoint
+
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder, load_causal_lm
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.pipeline.walking import Refit, Walk
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import SampleKind
+
+CPU = torch.device("cpu")
+TOKENS = random_tokens(rows=5, length=12)
+FOLDS = [0, 1, 2, 0, 1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """Function from family to a model of its own and its Architecture."""
+    root, opened = tmp_path_factory.mktemp("families"), {}
+
+    def get(family):
+        if family not in opened:
+            source = open_checkpoint(save_checkpoint(family, root / family))
+            opened[family] = (source, inspect_architecture(source))
+        source, architecture = opened[family]
+        return load_causal_lm(source.path, dtype=torch.float32, device=CPU), architecture
+
+    return get
+
+
+def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **arguments):
+    """A walk that was run, and how many layers it said it passed."""
+    heal, passed = arguments.pop("heal", False), []
+    with as_decoder(model, architecture) as decoder:
+        walk = Walk(
+            decoder=decoder,
+            tokens=tokens.numpy().astype(np.int32),
+            batch=2,
+            spans=spans,
+            operators=dict(operators),
+            fold_of_window=folds,
+            refittable=frozenset(
+                layer for layer in architecture.down_projections if adds_mlp_output(decoder, layer)
+            ),
+            norm_eps=architecture.norm_eps,
+            **arguments,
+        )
+        walk.run(heal=heal, advance=passed.append)
+    return walk, sum(passed)
+
+
+@torch.inference_mode()
+def streams(model, architecture, boundary, tokens=TOKENS):
+    """What enters a layer (or the final norm) of the causal LM as it is now, (windows, T, C)."""
+    layers, seen = model.get_submodule(architecture.layers), []
+    last = boundary == len(layers)
+    module = model.get_submodule(architecture.final_norm) if last else layers[boundary]
+
+    def keep(_, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for row in tokens:
+            model(row[None], use_cache=False)
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@torch.inference_mode()
+def through_down(model, architecture, layer, tokens=TOKENS):
+    """Input H of a down_proj and H @ down of the causal LM as it is now."""
+    path = architecture.down_projections[layer]
+    module = model.get_submodule(architecture.layers)[layer].get_submodule(path)
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    try:
+        for row in tokens:
+            model(row[None], use_cache=False)
+    finally:
+        handle.remove()
+    h_BTF = torch.stack([h.reshape(tokens.shape[1], -1) for h in seen])
+    return h_BTF, h_BTF @ module.weight.T
+
+
+def weights_of(model):
+    return {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (identity, value) in before.items():
+        assert id(after[name]) == identity, name
+        assert torch.equal(after[name], value), name
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    assert got.shape == expected.shape
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("cut", ["two", "first", "second", "last"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma3", "mixtral"])
+def test_streams_of_both_models(loaded, family, cut):
+    """What a walk carries is what the whole models compute, new down_projs included."""
+    model, architecture = loaded(family)
+    spans = CUTS[cut]
+    operators = random_repairs("ghost-joint", spans, architecture)
+    before = weights_of(model)
+    dense = streams(model, architecture, spans[-1].stop)
+    walk, passed = walked(model, architecture, spans, operators)
+    assert_untouched(model, before)
+    assert torch.equal(streams(model, architecture, spans[-1].stop), dense)
+    with as_recovered(model, architecture, spans, operators):
+        recovered = streams(model, architecture, spans[-1].stop)
+    assert [len(batch) for batch in walk._dense] == [2, 2, 1]
+    assert_close(torch.cat(walk._dense), dense)
+    assert_close(torch.cat(walk._recovered), recovered)
+    assert passed == spans[-1].stop - max(0, spans[0].start - 1)
+    assert (recovered - dense).norm() > 0.1 * dense.norm()
+
+
+def regressors_by_hand(kind, x_TC, h_TF, product_TC, eps):
+    if kind == "joint":
+        return torch.cat((x_TC - product_TC, h_TF), 1)
+    if kind == "stream+norm":
+        return torch.cat((x_TC, x_TC / (x_TC.square().mean(1, keepdim=True) + eps).sqrt()), 1)
+    return x_TC
+
+
+def assert_sums(folds, kind, weighting, x, h, product, y, eps):
+    """Sums of each fold, in float64 from the windows that belong to it."""
+    assert len(folds) == 3
+    for fold, sums in enumerate(folds):
+        [moments] = sums.values()
+        windows = [window for window, of in enumerate(FOLDS) if of == fold]
+        z, target, weight = [], [], []
+        for w in windows:
+            z.append(regressors_by_hand(kind, *(part[w].double() for part in (x, h, product)), eps))
+            target.append(y[w].double())
+            norm_T = y[w].double().norm(dim=1)
+            inverse = weighting == "inverse-norm"
+            weight.append(HIDDEN**0.5 / norm_T if inverse else torch.ones_like(norm_T))
+        z, target, weight = torch.cat(z), torch.cat(target), torch.cat(weight)[:, None]
+        assert moments.num_tokens == len(z) == 12 * len(windows)
+        assert_close(moments.gram_ZZ, (weight * z).T @ (weight * z))
+        assert_close(moments.cross_ZC, (weight * z).T @ (weight * target))
+        assert_close(moments.sum_z_Z, (weight.square() * z).sum(0), 1e-4)
+        assert_close(moments.sum_y_C, (weight.square() * target).sum(0), 1e-4)
+        assert_close(moments.sumsq_y_C, (weight * target).square().sum(0))
+
+
+class Noting:
+    """A fit that gives a known repair and keeps the sums it was given."""
+
+    def __init__(self, repair):
+        self.repair, self.folds = repair, None
+
+    def __call__(self, folds):
+        self.folds = folds
+        return self.repair, None
+
+
+def a_repair(seed, inner=None):
+    generator = torch.Generator().manual_seed(seed)
+    weight_CC = torch.eye(HIDDEN) + torch.randn(HIDDEN, HIDDEN, generator=generator) / 8
+    down_FC = None
+    if inner is not None:
+        down_FC = (torch.randn(inner, HIDDEN, generator=generator) / 12).double()
+    return Repair(weight_CC.double(), down_FC=down_FC)
+
+
+@pytest.mark.parametrize("keep_down", [False, True])
+@pytest.mark.parametrize("base", ["dense", "recovered"])
+@pytest.mark.parametrize(
+    ("kind", "weighting"), [("stream", "inverse-norm"), ("stream+norm", "none"), ("joint", "none")]
+)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
+def test_sums_of_a_refit(loaded, family, kind, weighting, base, keep_down):
+    """A later span is fitted on the stream asked for, from the layer before it as asked for."""
+    model, architecture = loaded(family)
+    spans = CUTS["two"]
+    first, second = spans
+    operators = random_repairs("ghost-joint", spans, architecture)
+    noting = Noting(a_repair(1))
+    refit = Refit(SampleKind(kind, weighting), noting, base, keep_down)
+    before = weights_of(model)
+    walk, _ = walked(model, architecture, spans, operators, refits={second: [refit]})
+    assert_untouched(model, before)
+    y = streams(model, architecture, second.stop)
+    cut = ((first,), {first: operators[first]}) if base == "recovered" else ((), {})
+    layer = second.start - 1
+    kept = {layer: operators[second].down_FC} if keep_down else {}
+    with as_recovered(model, architecture, *cut, kept):
+        x = streams(model, architecture, second.start)
+        h, product = through_down(model, architecture, layer)
+    assert_sums(noting.folds, kind, weighting, x, h, product, y, architecture.norm_eps)
+    # What follows is done with the new repair.
+    found = walk.operators[second]
+    assert found.weight_CC is noting.repair.weight_CC
+    assert found.down_FC is (operators[second].down_FC if keep_down else None)
+    assert walk.operators[first] is operators[first]
+    assert walk.fits == {second: None}
+    with as_recovered(model, architecture, spans, walk.operators):
+        assert_close(torch.cat(walk._recovered), streams(model, architecture, second.stop))
+
+
+def test_a_second_refit_sees_the_first(loaded):
+    """The boundary is fitted again behind the down_proj that the joint fit has just found."""
+    model, architecture = loaded("llama")
+    spans = CUTS["two"]
+    first, second = spans
+    operators = random_repairs("ghost-joint", spans, architecture)
+    joint, again = Noting(a_repair(1, inner=96)), Noting(a_repair(2))
+    refits = [
+        Refit(SampleKind("joint"), joint, "recovered", keep_down=False),
+        Refit(SampleKind("stream+norm"), again, "recovered", keep_down=True),
+    ]
+    walk, _ = walked(model, architecture, spans, operators, refits={second: refits})
+    y = streams(model, architecture, second.stop)
+    alone = ((first,), {first: operators[first]})
+    for noting, kind, kept in (
+        (joint, "joint", {}),
+        (again, "stream+norm", {2: joint.repair.down_FC}),
+    ):
+        with as_recovered(model, architecture, *alone, kept):
+            x = streams(model, architecture, second.start)
+            parts = through_down(model, architecture, 2)
+        assert_sums(noting.folds, kind, "none", x, *parts, y, architecture.norm_eps)
+    assert walk.operators[second].weight_CC is again.repair.weight_CC
+    assert walk.operators[second].down_FC is joint.repair.down_FC
+
+
+def test_refits_of_a_first_span_and_of_the_one_behind_it(loaded):
+    """A span at layer 0 has no layer before it; the next one is fitted on what it makes."""
+    model, architecture = loaded("llama")
+    spans = first, second = (Span(0, 2), Span(3, 6))
+    notes = {first: Noting(a_repair(1)), second: Noting(a_repair(2, inner=96))}
+    refits = {
+        first: [Refit(SampleKind("stream"), notes[first], "dense", keep_down=True)],
+        second: [Refit(SampleKind("joint"), notes[second], "recovered", keep_down=False)],
+    }
+    plain = {span: Repair() for span in spans}
+    walk, passed = walked(model, architecture, spans, plain, refits=refits)
+    assert passed == 6
+    x = streams(model, architecture, 0)
+    y = streams(model, architecture, 2)
+    assert_sums(notes[first].folds, "stream", "none", x, x, x, y, architecture.norm_eps)
+    y = streams(model, architecture, 6)
+    with as_recovered(model, architecture, (first,), {first: notes[first].repair}):
+        x, parts = streams(model, architecture, 3), through_down(model, architecture, 2)
+    assert_sums(notes[second].folds, "joint", "none", x, *parts, y, architecture.norm_eps)
+    with as_recovered(model, architecture, spans, walk.operators):
+        assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
+
+
+MANY = random_tokens(rows=72, length=32, seed=1)
+MANY_FOLDS = [window % 3 for window in range(len(MANY))]
+FRESH = random_tokens(rows=8, length=32, seed=2)
+
+
+def ridge_by_hand(h, y, down_FC, relative_ridge):
+    """Least squares with the ridge as more rows, towards the old weight."""
+    h, y = h.flatten(0, 1).double(), y.flatten(0, 1).double()
+    scale = torch.quantile(h.square().sum(0), 0.5, interpolation="lower")
+    root = (relative_ridge * scale).sqrt()
+    rows = torch.cat((h, root * torch.eye(h.shape[1], dtype=torch.float64)))
+    targets = torch.cat((y - h @ down_FC, torch.zeros_like(down_FC)))
+    return down_FC + torch.linalg.lstsq(rows, targets).solution
+
+
+def test_healing(loaded):
+    """Healed down_projs bring fresh tokens nearer to the dense model, each the least squares."""
+    model, architecture = loaded("llama")
+    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
+    before = weights_of(model)
+    walk, passed = walked(model, architecture, spans, plain, MANY, MANY_FOLDS, heal=True)
+    assert_untouched(model, before)
+    assert passed == 5
+    assert [row["layer"] for row in walk.healing] == [4, 5]
+    assert all(row["kept"] == (row["residual"] < 1) for row in walk.healing)
+    assert set(walk.healed) == {row["layer"] for row in walk.healing if row["kept"]} == {4, 5}
+    dense = streams(model, architecture, 6, FRESH)
+    with as_recovered(model, architecture, spans, plain):
+        error_cut = (streams(model, architecture, 6, FRESH) - dense).square().mean()
+    with as_recovered(model, architecture, spans, plain, walk.healed):
+        error_healed = (streams(model, architecture, 6, FRESH) - dense).square().mean()
+    assert error_healed < 0.8 * error_cut
+    with as_recovered(model, architecture, spans, plain, walk.healed):
+        assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, MANY))
+    for row in walk.healing:
+        layer = row["layer"]
+        earlier = {other: down for other, down in walk.healed.items() if other < layer}
+        y = streams(model, architecture, layer + 1, MANY)
+        with as_recovered(model, architecture, spans, plain, earlier):
+            x = streams(model, architecture, layer + 1, MANY)
+            h, product = through_down(model, architecture, layer, MANY)
+        down_FC = model.model.layers[layer].mlp.down_proj.weight.T.double()
+        expected = ridge_by_hand(h, y - (x - product), down_FC, row["relative_ridge"])
+        assert_close(walk.healed[layer], expected, 1e-3)
+        assert (expected - down_FC).norm() > 0.05 * down_FC.norm()
+
+
+@pytest.mark.parametrize(("kind", "tried"), [("low-rank", [2, 5]), ("ghost-joint", [5])])
+def test_layers_that_are_healed(loaded, kind, tried):
+    """Kept layers behind the first span, but none whose down_proj an operator has replaced."""
+    model, architecture = loaded("llama")
+    spans = CUTS["two"]
+    operators = random_repairs(kind, spans, architecture)
+    walk, _ = walked(model, architecture, spans, operators, MANY, MANY_FOLDS, heal=True)
+    assert [row["layer"] for row in walk.healing] == tried
+    with as_recovered(model, architecture, spans, operators, walk.healed):
+        recovered = streams(model, architecture, 6, MANY)
+    assert_close(torch.cat(walk._recovered), recovered)
+    assert_close(torch.cat(walk._dense), streams(model, architecture, 6, MANY))
+
+
+def test_experts_are_not_healed(loaded):
+    """A family whose layers have no single down_proj passes through a healing walk as it is."""
+    model, architecture = loaded("mixtral")
+    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
+    walk, _ = walked(model, architecture, spans, plain, heal=True)
+    assert walk.healing == []
+    assert walk.healed == {}
+    with as_recovered(model, architecture, spans, plain):
+        assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
+
+
+def test_a_layer_that_cannot_be_bettered_stays(loaded):
+    """Two tokens a fold tell nothing of the third: the old down_proj is better and is kept."""
+    model, architecture = loaded("llama")
+    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
+    refused = 0
+    for seed in range(6):
+        tokens = random_tokens(rows=3, length=2, seed=seed)
+        walk, _ = walked(model, architecture, spans, plain, tokens, [0, 1, 2], heal=True)
+        rows = {row["layer"]: row for row in walk.healing}
+        assert list(rows) == [4, 5]
+        assert {layer for layer, row in rows.items() if row["residual"] < 1} == set(walk.healed)
+        assert all(row["kept"] == (layer in walk.healed) for layer, row in rows.items())
+        refused += len(rows) - len(walk.healed)
+        with as_recovered(model, architecture, spans, plain, walk.healed):
+            assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, tokens))
+    assert refused > 0
