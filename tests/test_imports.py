@@ -27,7 +27,7 @@ ROWS = [
 
 ONLY_IMPORTERS = {
     "ray": "cluster/",
-    "deepspeed": "engines/",
+    "deepspeed": "engines/tensor_parallel.py",
     "matplotlib": "report/",
     "lm_eval": "evaluation/",
     "zarr": "statistics/",

@@ -21,11 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 
+_CHECKED_AT_ONCE = 1 << 24
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -119,19 +120,50 @@ def load_decoder(
     UnsupportedArchitectureError
         If a layer does not hand its output, unchanged, to the next one.
     """
+    model = load_base_model(path, architecture, num_layers=num_layers, dtype=dtype, device=device)
+    decoder = Decoder(model, architecture)
+    check_stream(decoder, architecture)
+    return decoder
+
+
+def load_base_model(
+    path: Path,
+    architecture: Architecture,
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensor_parallel: int = 1,
+) -> Any:
+    """The truncated model without head; its final norm is not read.
+
+    With ``tensor_parallel`` the ranks of the torch.distributed world, which must be that many,
+    share it by the plan that transformers has for the family.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+    """
+    model_class = getattr(transformers, architecture.base_class)
+    norm = architecture.in_base(architecture.final_norm) + "."
+    config = truncated_config(open_checkpoint(path), architecture, num_layers)
+    arguments: dict[str, Any] = {"config": config}
+    if tensor_parallel > 1:
+        from transformers.distributed import DistributedConfig
+
+        arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
+    return _load(model_class, path, dtype, device, ignore=norm, **arguments)
+
+
+def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> Any:
+    """The transformers configuration of the first ``num_layers`` layers."""
     assert 0 < num_layers <= architecture.num_layers, "no such boundary"
     config_class = getattr(transformers, architecture.config_class)
-    model_class = getattr(transformers, architecture.base_class)
     above = (
         (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
     )
-    raw = open_checkpoint(path).config
-    config = read_config(config_class, cut_config(raw, above, architecture))
-    norm = architecture.in_base(architecture.final_norm) + "."
-    model = _load(model_class, path, dtype, device, ignore=norm, config=config)
-    decoder = Decoder(model, architecture)
-    _check_stream(decoder, architecture)
-    return decoder
+    return read_config(config_class, cut_config(checkpoint.config, above, architecture))
 
 
 def load_causal_lm(
@@ -180,7 +212,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         if not any(found for pattern in _TOKENIZER_FILES for found in path.glob(pattern)):
             raise FileNotFoundError("none of its files is there")
-        with _quiet():
+        with quiet_loading():
             return transformers.AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -241,11 +273,11 @@ def _load(
     ignore: str | None = None,
     **arguments: Any,
 ) -> Any:
-    if device.type != "cpu":
+    if device.type != "cpu" and "distributed_config" not in arguments:
         arguments["device_map"] = {"": device}
     reports: list[str] = []
     try:
-        with _quiet() as reports:
+        with quiet_loading() as reports:
             model, info = model_class.from_pretrained(
                 path,
                 dtype=dtype,
@@ -263,6 +295,12 @@ def _load(
     missing = sorted(
         name for name in info["missing_keys"] if ignore is None or not name.startswith(ignore)
     )
+    check_loaded(path, model, missing, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def check_loaded(path: Path, model: nn.Module, missing: list[str], dtype: torch.dtype) -> None:
+    """Raise CheckpointError for tensors that the files lack, or that hold NaN or Inf."""
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(
@@ -270,17 +308,24 @@ def _load(
             "random numbers. Download or copy the checkpoint again."
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not _all_finite(local.detach()):
             raise CheckpointError(
                 f"{path}: tensor {name} holds NaN or Inf as {str(dtype).removeprefix('torch.')}. "
                 "If the checkpoint has a wider dtype its numbers may overflow: try "
                 "model.dtype=bfloat16 or float32. Else download or copy it again."
             )
-    return model.requires_grad_(False).eval()
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Piece by piece: isfinite makes two copies, which for embeddings are gigabytes."""
+    rows = tensor if tensor.ndim else tensor[None]
+    pieces = rows.chunk(1 + tensor.numel() // _CHECKED_AT_ONCE)
+    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
 @torch.inference_mode()
-def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
+def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     """Run two tokens and see that each layer's output is the next one's input, and the last one
     what the final norm would get: only then does removing a span mean what we take it to mean.
     """
@@ -314,7 +359,7 @@ def _check_stream(decoder: Decoder, architecture: Architecture) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
+def quiet_loading() -> Iterator[list[str]]:
     """No progress bars and no load report (what it would tell we raise); other warnings stay.
 
     Yields a list that holds the reports that were kept back, for an error message.

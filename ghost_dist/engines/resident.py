@@ -104,7 +104,7 @@ class ResidentEngine:
     ) -> Iterator[None]:
         def tap(layer: int) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
             def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-                push(layer, args[0], output if module.bias is None else output - module.bias)
+                push(layer, *self._mlp_streams(layer, module, args[0], output))
 
             return hook
 
@@ -117,6 +117,16 @@ class ResidentEngine:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _mlp_streams(
+        self,
+        layer: int,  # noqa: ARG002 - an engine whose ranks share a layer needs to know which
+        module: Any,
+        input_BTF: Tensor,
+        output_BTC: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What a sink gets of a down_proj: its input, and its output without the bias."""
+        return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
 
 
 def auto_batch(device: torch.device, window_length: int) -> int:

@@ -1,0 +1,210 @@
+"""Filling a sharded model from safetensors: each rank reads its own slices and nothing else.
+
+transformers renames and merges what the files hold (experts stored one by one, tensors that were
+called otherwise), but is handed tensors that give the rank's slice when they are read. So the
+conversions are the family's own and no full tensor exists that is not replicated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ghost_dist.checkpoint.load import check_loaded, quiet_loading
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.engines.sharding import Shard, Sharding
+from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
+
+_SLICE_WISE = {"MergeModulelist", "Concatenate"}
+"""Conversions that give the rank's slice of the result when they get that slice of every source."""
+
+
+class _SlicedTensor:
+    """A tensor of a file that gives the rank's part of it when it is read.
+
+    What safetensors gives is a view of the mapped file. Where it would stay one (``copied``), it is
+    copied, so that the model does not hang on the file, nor on the columns of other ranks.
+    """
+
+    def __init__(self, source: Any, shard: Shard | None, copied: bool) -> None:
+        self._source, self._shard, self._copied = source, shard, copied
+        self.nbytes = 0
+
+    def __getitem__(self, _: EllipsisType) -> Tensor:
+        if self._shard is None:
+            tensor: Tensor = self._source[:]
+        else:
+            before = (slice(None),) * self._shard.dim
+            parts = [self._source[(*before, slice(*piece))] for piece in self._shard.pieces]
+            if len(parts) > 1:
+                tensor = torch.cat(parts, self._shard.dim)
+            else:
+                tensor = parts[0]
+        if self._copied:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        self.nbytes = tensor.numel() * tensor.element_size()
+        return tensor
+
+
+def load_shards(
+    model: Any,
+    checkpoint: Checkpoint,
+    sharding: Sharding,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Read this rank's part of every parameter of ``model``.
+
+    Parameters
+    ----------
+    model
+        A transformers base model whose parameters are on the meta device in their local shapes.
+    checkpoint
+        Where the tensors are; those that the model does not have are not read.
+    sharding
+        Parts of the parameters.
+    shapes
+        Full shapes by name, before anything was split.
+    dtype, device
+        Of the parameters afterwards; what the family keeps in float32 stays float32.
+
+    Returns
+    -------
+    int
+        Bytes read from the files.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+    UnsupportedArchitectureError
+        If a family merges tensors on loading in a way that cannot be done slice by slice.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping = get_model_conversion_mapping(model)
+    with contextlib.ExitStack() as files:
+        on_cpu = device.type == "cpu"
+        found, merged = _find_tensors(
+            model, checkpoint, sharding, shapes, mapping, files, copied=on_cpu
+        )
+        settings = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            device_map={"": device},
+            weight_mapping=mapping,
+        )
+        with quiet_loading(), _one_by_one() if on_cpu or merged else contextlib.nullcontext():
+            info, _ = convert_and_load_state_dict_in_model(model, found, settings)
+    for name, got, expected in sorted(info.mismatched_keys):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} gave this rank the shape {tuple(got)} instead of "
+            f"{tuple(expected)}. config.json and the files disagree; download them again."
+        )
+    for name, problem in sorted(info.conversion_errors.items()):
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} cannot be converted: {problem}")
+    check_loaded(checkpoint.path, model, sorted(info.missing_keys), dtype)
+    sharding.add_once(model)
+    return sum(tensor.nbytes for tensor in found.values())
+
+
+def _find_tensors(
+    model: Any,
+    checkpoint: Checkpoint,
+    sharding: Sharding,
+    shapes: Mapping[str, tuple[int, ...]],
+    mapping: list[Any],
+    files: contextlib.ExitStack,
+    *,
+    copied: bool,
+) -> tuple[dict[str, _SlicedTensor], bool]:
+    """Tensors of the files that the model needs, and whether any of them are merged."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    opened: dict[str, Any] = {}
+    found: dict[str, _SlicedTensor] = {}
+    merged = False
+    for key, info in checkpoint.tensors.items():
+        target, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
+        if target not in state:
+            continue
+        merged = merged or pattern is not None
+        shard = sharding.shards.get(target)
+        if pattern is not None and shard is not None:
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            shard = _source_shard(model, target, pattern, converter, shard, shapes[target], info)
+        elif pattern is None and tuple(info.shape) != shapes[target]:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {key} has the shape {tuple(info.shape)}, the model of "
+                f"config.json needs {shapes[target]}. Download or copy the checkpoint again."
+            )
+        if info.file not in opened:
+            path = Path(checkpoint.path) / info.file
+            opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
+        found[key] = _SlicedTensor(opened[info.file].get_slice(key), shard, copied)
+    return found, merged
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Read each tensor when its turn comes, instead of all of them ahead by threads.
+
+    Ahead, the experts' own tensors and what they are merged into would be held at once.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _source_shard(
+    model: Any,
+    target: str,
+    pattern: str,
+    converter: Any,
+    shard: Shard,
+    full: tuple[int, ...],
+    info: Any,
+) -> Shard:
+    """The slice of one expert's tensor that ends in this rank's slice of the fused parameter."""
+    sources = converter.source_patterns
+    operations = {type(operation).__name__ for operation in converter.operations}
+    dim = shard.dim - 1  # merging puts the experts' dimension before the tensor's own
+    one = full[shard.dim] // len(sources)
+    if (
+        not operations <= _SLICE_WISE
+        or "MergeModulelist" not in operations
+        or len(shard.pieces) != len(sources)
+        or len(info.shape) != len(full) - 1
+        or info.shape[dim] != one
+    ):
+        raise UnsupportedArchitectureError(
+            f"Family {model.config.model_type} cannot be sharded by DeepSpeed: transformers makes "
+            f"{target} of {len(sources)} tensors {pattern} by {', '.join(sorted(operations))}, "
+            "which cannot be done slice by slice. Set engine.backend=transformers."
+        )
+    number = sources.index(pattern)
+    start, stop = shard.pieces[number]
+    return Shard(dim, ((start - number * one, stop - number * one),))

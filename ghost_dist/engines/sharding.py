@@ -1,0 +1,235 @@
+"""Which part of each tensor a rank holds, and the modules that AutoTP does not shard by itself.
+
+Everything here acts on a model on the meta device, before DeepSpeed sees it. What a family needs is
+found by what its modules are (experts fused into three-dimensional parameters, a norm as wide as
+the projection it follows), not by the family's name; that the result computes the same is proved by
+``conformance.py`` each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Piece = tuple[int, int]
+
+_GATES = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a full tensor that this rank holds.
+
+    Attributes
+    ----------
+    dim
+        Dimension that is split.
+    pieces
+        Half-open ranges along it, joined in this order; one for a plain layer, one per projection
+        for a fused one.
+    """
+
+    dim: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Length along ``dim`` of what the rank holds."""
+        return sum(stop - start for start, stop in self.pieces)
+
+
+@dataclass
+class Sharding:
+    """How the parameters of one model are split; those that are not named are replicated.
+
+    Attributes
+    ----------
+    rank, degree
+        This rank and the tensor-parallel degree.
+    shards
+        By parameter name.
+    on_first_rank
+        Parameters that every rank would add once each: they are zero on all ranks but the first.
+    """
+
+    rank: int
+    degree: int
+    shards: dict[str, Shard]
+    on_first_rank: list[str]
+
+    def even_piece(self, size: int) -> Piece:
+        """This rank's range of ``size`` items; the first ranks get one more if it is not even."""
+        base, rest = divmod(size, self.degree)
+        start = self.rank * base + min(self.rank, rest)
+        return start, start + base + (self.rank < rest)
+
+    def split(self, module: nn.Module, path: str, name: str, shard: Shard) -> None:
+        """Let a parameter on the meta device have the shape of this rank's part of it."""
+        full = module._parameters[name]
+        assert full is not None, f"{path} has no {name}"
+        assert full.is_meta, f"{path}.{name} has storage already"
+        shape = list(full.shape)
+        shape[shard.dim] = shard.size
+        local = torch.empty(shape, dtype=full.dtype, device="meta")
+        module._parameters[name] = nn.Parameter(local, requires_grad=False)
+        self.shards[f"{path}.{name}"] = shard
+
+    def add_once(self, model: nn.Module) -> None:
+        """Zero what only the first rank may add."""
+        with torch.no_grad():
+            for name in self.on_first_rank if self.rank > 0 else ():
+                model.get_parameter(name).zero_()
+
+
+def shard_experts(model: nn.Module, sharding: Sharding) -> None:
+    """Split the inner width of fused experts over the ranks, and sum what the ranks compute.
+
+    Layouts: gate_up (E, 2I, C) or, transposed, (E, C, 2I), the halves one after the other or
+    interleaved; down (E, C, I) or (E, I, C); biases (E, 2I) and (E, C). Experts in another layout
+    stay replicated, which is right but saves no memory.
+    """
+    for path, module in model.named_modules():
+        if not _are_fused_experts(module):
+            continue
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        inner = module.down_proj.shape[1 if module.is_transposed else 2]
+        start, stop = sharding.even_piece(inner)
+        if not module.has_gate:
+            pieces: tuple[Piece, ...] = ((start, stop),)
+        elif module.is_concatenated:
+            pieces = ((start, stop), (inner + start, inner + stop))
+        else:
+            pieces = ((2 * start, 2 * stop),)
+        sharding.split(module, path, up, Shard(2 if module.is_transposed else 1, pieces))
+        down = Shard(1 if module.is_transposed else 2, ((start, stop),))
+        sharding.split(module, path, "down_proj", down)
+        if module.has_bias:
+            sharding.split(module, path, f"{up}_bias", Shard(1, pieces))
+            sharding.on_first_rank.append(f"{path}.down_proj_bias")
+        module.register_forward_hook(_sum_over_ranks)
+
+
+def _are_fused_experts(module: nn.Module) -> bool:
+    """Whether transformers marked the module as experts in one of the layouts that we know."""
+    down = module._parameters.get("down_proj")
+    if down is None or down.ndim != 3 or not hasattr(module, "is_transposed"):
+        return False
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    return module._parameters.get(up) is not None
+
+
+def _sum_over_ranks(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    output = output.contiguous()
+    dist.all_reduce(output)
+    return output
+
+
+def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
+    """Split RMSNorms over the whole query or key width (OLMo 2), which need all ranks' squares."""
+    for path, module in list(model.named_modules()):
+        for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
+            linear, whole = getattr(module, projection, None), getattr(module, norm, None)
+            if not isinstance(linear, nn.Linear) or not isinstance(whole, nn.Module):
+                continue
+            weight = whole._parameters.get("weight")
+            if weight is None or tuple(weight.shape) != (linear.out_features,):
+                continue  # one norm per head: the heads of a rank have all they need
+            epsilon = next(
+                value
+                for name in ("variance_epsilon", "eps")
+                if (value := getattr(whole, name, 0.0))
+            )
+            narrow = _WideRMSNorm(weight, epsilon, linear.out_features)
+            piece = sharding.even_piece(linear.out_features)
+            sharding.split(narrow, f"{path}.{norm}", "weight", Shard(0, (piece,)))
+            setattr(module, norm, narrow)
+
+
+class _WideRMSNorm(nn.Module):
+    """RMSNorm whose width is split over the ranks."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, width: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.epsilon = epsilon
+        self.width = width
+
+    def forward(self, x_BTN: Tensor) -> Tensor:
+        wide_BTN = x_BTN.float()
+        squares_BT1 = wide_BTN.square().sum(-1, keepdim=True)
+        dist.all_reduce(squares_BT1)
+        rms_BT1 = torch.rsqrt(squares_BT1 / self.width + self.epsilon)
+        return (self.weight * (wide_BTN * rms_BT1)).to(x_BTN.dtype)
+
+
+def shard_sinks(model: nn.Module, sharding: Sharding) -> None:
+    """Give each rank the attention sinks (one number per head) of its own heads (GPT-OSS)."""
+    for path, module in model.named_modules():
+        sinks = module._parameters.get("sinks")
+        if sinks is not None and sinks.ndim == 1:
+            piece = sharding.even_piece(sinks.shape[0])
+            sharding.split(module, path, "sinks", Shard(0, (piece,)))
+
+
+def narrow_fused_attention(module: Any, degree: int) -> None:
+    """Tell an attention whose fused projection was split how many heads are its own (Phi 3).
+
+    Its code cuts the fused output by the head counts of its configuration, which all layers share,
+    so it gets a configuration of its own.
+    """
+    config = copy.copy(module.config)
+    config.num_attention_heads //= degree
+    config.num_key_value_heads //= degree
+    module.config = config
+
+
+@contextlib.contextmanager
+def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
+    """Take out of the layers, for a while, what AutoTP would split though it must stay replicated.
+
+    State-space mixers: their fused input projection feeds a convolution and a scan over all
+    channels. Routers and gates of experts: every rank needs all of their few outputs.
+    """
+    aside: list[tuple[nn.Module, str, nn.Module]] = []
+    for layer in layers:
+        for name, child in list(layer.named_children()):
+            if any(isinstance(module, nn.Conv1d) for module in child.modules()):
+                aside.append((layer, name, child))
+        for parent in layer.modules():
+            for name, child in parent.named_children():
+                if name in _GATES and isinstance(child, nn.Linear):
+                    aside.append((parent, name, child))
+    for parent, name, _ in aside:
+        setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for parent, name, child in aside:
+            setattr(parent, name, child)
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that this rank holds."""
+    total = 0
+    for parameter in model.parameters():
+        local = local_tensor(parameter)
+        total += local.numel() * local.element_size()
+    return total
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def full_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter and buffer by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,470 @@
+"""One replica of a model over several devices: a torch.distributed world shares every layer.
+
+DeepSpeed's AutoTP (``deepspeed.init_inference``) splits the linear layers; ``sharding.py`` splits
+what it leaves whole, ``sharded_loading.py`` reads each rank's slices, and ``conformance.py`` proves
+on a small random model that the family computes the same as unsharded. transformers' own plan is
+the second backend behind the same class.
+
+Every rank is given the same windows and pushes the same streams, so a sink may keep any part of
+the sums on each rank. All ranks of the world must call ``run`` alike: its sums are collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.engines.agreement import errors_shared
+from ghost_dist.engines.conformance import check_conformance
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.sharded_loading import load_shards
+from ghost_dist.engines.sharding import (
+    Shard,
+    Sharding,
+    full_shapes,
+    kept_whole,
+    local_bytes,
+    local_tensor,
+    narrow_fused_attention,
+    shard_experts,
+    shard_sinks,
+    shard_wide_norms,
+)
+from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
+
+Backend = Literal["deepspeed", "transformers"]
+
+
+class ShardedDecoder(Decoder):
+    """A decoder of which this rank holds a part; its input and its streams are whole.
+
+    Attributes
+    ----------
+    parameter_bytes
+        Bytes of parameters on this rank.
+    read_bytes
+        Bytes that this rank read from the checkpoint; None if transformers read them.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, read_bytes: int | None) -> None:
+        super().__init__(model, architecture)
+        self.parameter_bytes = local_bytes(model)
+        self.read_bytes = read_bytes
+
+    def down_projection(self, layer: int) -> Any:
+        """The module that ends the MLP of a layer, with this rank's part of its weight."""
+        return self.layers[layer].get_submodule(self._down_projections[layer])
+
+
+class TensorParallelEngine(ResidentEngine):
+    """Runs a decoder that the ranks of a torch.distributed world share.
+
+    Parameters
+    ----------
+    decoder
+        This rank's part.
+    architecture
+        Of the model; says how wide the MLPs are.
+    batch
+        Windows per forward, the same on every rank.
+
+    Attributes
+    ----------
+    decoder
+        This rank's part.
+    conformance
+        Largest relative difference that this rank's small random model had, sharded against
+        unsharded; None before that was tried.
+    """
+
+    def __init__(self, decoder: ShardedDecoder, architecture: Architecture, batch: int) -> None:
+        super().__init__(decoder, batch)
+        self.decoder = decoder
+        self.conformance: float | None = None
+        self._inner_sizes = architecture.inner_sizes
+
+    def _mlp_streams(
+        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The input gathered to its full width; the output is summed over the ranks already."""
+        if module.bias is not None:
+            output_BTC = output_BTC - local_tensor(module.bias)
+        return gather_width(input_BTF, self._inner_sizes[layer]), output_BTC
+
+
+def gather_width(local: Tensor, width: int) -> Tensor:
+    """Join the columns that the ranks hold, in the order of the ranks.
+
+    Parameters
+    ----------
+    local
+        Shape (..., n), n of this rank; the same leading shape on every rank.
+    width
+        Sum of the ranks' n. A tensor that has it already is given back.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., width), the same on every rank.
+    """
+    if local.shape[-1] == width:
+        return local
+    # Ranks may differ by one column, and gather takes equal shapes only.
+    own = torch.tensor([local.shape[-1]], device=local.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
+    widths = [int(count) for count in counts]
+    assert sum(widths) == width, f"the ranks hold {widths} columns of {width}"
+    padded = nn.functional.pad(local, (0, max(widths) - local.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], -1)
+
+
+def open_tensor_parallel(
+    path: Path,
+    architecture: Architecture,
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+    batch: int,
+    backend: Backend = "deepspeed",
+) -> TensorParallelEngine:
+    """Share layers ``0 .. num_layers - 1`` of a checkpoint over the torch.distributed world.
+
+    To be called on all ranks of an initialised world of ``degree`` processes, gloo for a CPU and
+    nccl for GPUs. First a small random model of the family is run sharded and unsharded; then
+    each rank reads its own part.
+
+    Parameters
+    ----------
+    path
+        Checkpoint folder, readable on every rank.
+    num_layers
+        The last boundary that will be asked for.
+    dtype, device
+        Of this rank's weights.
+    batch
+        Windows per forward.
+
+    Raises
+    ------
+    ConfigError
+        If the degree does not divide the heads or the key-value heads, is not the world's size, or
+        DeepSpeed is not there.
+    UnsupportedArchitectureError
+        If the backend does not compute the family as the unsharded model does.
+    CheckpointError
+        If a tensor is missing, misshapen, NaN or Inf.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 0
+    if world != degree:
+        raise ConfigError(
+            f"engine.tensor_parallel={degree} needs a torch.distributed world of {degree} "
+            f"processes of its own, found {world or 'none that is initialised'}. Start {degree} "
+            "ranks per replica."
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of Python objects go through it
+    with errors_shared():
+        checkpoint = open_checkpoint(path)
+        check_degree(truncated_config(checkpoint, architecture, num_layers), degree)
+        if backend == "deepspeed":
+            _prepare_deepspeed(device)
+
+    def load(
+        path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
+    ) -> TensorParallelEngine:
+        if backend == "deepspeed":
+            decoder = _load_by_deepspeed(path, architecture, num_layers, dtype, device, degree)
+        else:
+            decoder = _load_by_transformers(path, architecture, num_layers, dtype, device, degree)
+        return TensorParallelEngine(decoder, architecture, batch)
+
+    difference = check_conformance(checkpoint, architecture, load, device, degree, backend)
+    engine = load(path, architecture, num_layers, dtype)
+    engine.conformance = difference
+    return engine
+
+
+def check_degree(config: Any, degree: int) -> None:
+    """Raise ConfigError if the heads of a model cannot be dealt out evenly over the ranks."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    for count, name in ((heads, "attention heads"), (groups, "key-value heads")):
+        if count % degree:
+            fit = [n for n in range(1, min(heads, groups) + 1) if heads % n == groups % n == 0]
+            raise ConfigError(
+                f"engine.tensor_parallel={degree} does not divide the {count} {name} of the "
+                f"model: needed a divisor of {heads} heads and {groups} key-value heads, found "
+                f"{degree}. Choose one of {', '.join(map(str, fit))}."
+            )
+
+
+def _load_by_transformers(
+    path: Path,
+    architecture: Architecture,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+) -> ShardedDecoder:
+    config_class = getattr(transformers, architecture.config_class)
+    if degree > 1 and not config_class.base_model_tp_plan:
+        raise UnsupportedArchitectureError(
+            f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
+            "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
+        )
+    if torch._C._get_accelerator().type != device.type:
+        raise ConfigError(
+            f"engine.backend=transformers shards on {torch._C._get_accelerator().type} with this "
+            f"build of torch, engine.device is {device}. Set engine.backend=deepspeed."
+        )
+    with _local_rank(device), errors_shared():
+        model = load_base_model(
+            path,
+            architecture,
+            num_layers=num_layers,
+            dtype=dtype,
+            device=device,
+            tensor_parallel=degree,
+        )
+    decoder = ShardedDecoder(model, architecture, None)
+    check_stream(decoder, architecture)
+    return decoder
+
+
+def _load_by_deepspeed(
+    path: Path,
+    architecture: Architecture,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int,
+) -> ShardedDecoder:
+    checkpoint = open_checkpoint(path)
+    model = _meta_model(checkpoint, architecture, num_layers, dtype)
+    shapes = full_shapes(model)
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    layers = model.get_submodule(architecture.in_base(architecture.layers))
+    sharding = Sharding(dist.get_rank(), degree, {}, [])
+    if degree > 1:
+        _refuse_transposed_linear(model, architecture)
+        shard_experts(model, sharding)
+        shard_wide_norms(model, sharding)
+        shard_sinks(model, sharding)
+    with kept_whole(layers):
+        _shard_linear_layers(model, layers, degree, dtype, device)
+    if degree > 1:
+        _note_linear_shards(model, architecture, sharding)
+    # AutoTP allocated the shards: back to shapes only, so that one parameter after the other takes
+    # its place as it is read.
+    model.to("meta")
+    _restore_buffers(model, buffers, device)
+    with errors_shared():
+        read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
+    model.requires_grad_(False).eval()
+    decoder = ShardedDecoder(model, architecture, read_bytes)
+    check_stream(decoder, architecture)
+    return decoder
+
+
+def _meta_model(
+    checkpoint: Checkpoint, architecture: Architecture, num_layers: int, dtype: torch.dtype
+) -> Any:
+    """The truncated base model: parameters without storage, real buffers, no final norm."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config = truncated_config(checkpoint, architecture, num_layers)
+    model_class = getattr(transformers, architecture.base_class)
+    # Buffers such as rotary frequencies are computed when the model is built and are in no file.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class._from_config(config, dtype=dtype)
+    model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
+    return model.requires_grad_(False).eval()
+
+
+def _restore_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Put buffers back, in their own dtype: AutoTP cast them and wiped what they held."""
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+
+
+def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} keeps "
+                "its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
+                "engine.tensor_parallel=1."
+            )
+
+
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for this kind of device, and keep it from its own shared-memory sums.
+
+    That CPU operator is compiled at run time, ignores the process group, and spins for ever once
+    a peer has died.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine.backend=deepspeed needs the package deepspeed, which is not installed. "
+            "Install ghost_dist[deepspeed], or set engine.backend=transformers."
+        )
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, when it is first imported
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops import __compatible_ops__
+
+    if get_accelerator().device_name() != device.type:
+        raise ConfigError(
+            f"DeepSpeed runs on {get_accelerator().device_name()} in this process, engine.device "
+            f"is {device}. Set DS_ACCELERATOR={device.type} in the environment of the process."
+        )
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    with _without_chatter(), _local_rank(device):
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+def _shard_linear_layers(
+    model: nn.Module, layers: nn.ModuleList, degree: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """AutoTP, in place, over the whole world."""
+    import deepspeed
+    from deepspeed.inference.engine import InferenceEngine
+
+    # By itself AutoTP looks at the first layer only, which in a hybrid model has no attention.
+    summed = _summed_layers(layers) if degree > 1 else {}
+
+    with _without_chatter(), _local_rank(device):
+        # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
+        # the world it was made in.
+        InferenceEngine.inference_mp_group = dist.group.WORLD
+        deepspeed.init_inference(
+            model,
+            tensor_parallel={"tp_size": degree, "tp_grain_size": 1},
+            injection_policy=summed,
+            dtype=dtype,
+            replace_with_kernel_inject=False,
+        )
+
+
+def _summed_layers(layers: nn.ModuleList) -> dict[type[nn.Module], tuple[str, ...]]:
+    """By class of decoder layer, what AutoTP takes for row-parallel, over layers of every kind."""
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    kinds = {
+        tuple(
+            path for path, module in layer.named_modules() if isinstance(module, nn.Linear)
+        ): layer
+        for layer in layers
+    }
+    summed: dict[type[nn.Module], set[str]] = {}
+    for layer in kinds.values():
+        for layer_class, names in AutoTP.tp_parser(_OneLayerModel(layer)):
+            summed.setdefault(layer_class, set()).update(names)
+    return {layer_class: tuple(sorted(names)) for layer_class, names in summed.items()}
+
+
+class _OneLayerModel(nn.Module):
+    """A model as AutoTP wants to see one: it looks for the word in the class name, and a list."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
+
+
+def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: Sharding) -> None:
+    """Write down how AutoTP split each layer; it has no public way to ask."""
+    from deepspeed.module_inject.layers import (
+        LinearAllreduce,
+        SubParamColumnParallel,
+        TensorParallel_Layer,
+        fused_LinearLayer,
+    )
+
+    rank = sharding.rank
+    for path, module in model.named_modules():
+        if not isinstance(module, TensorParallel_Layer):
+            continue
+        if isinstance(module, SubParamColumnParallel):
+            sizes, widths = module._subparam_sizes, module._subparam_shard_widths
+            if sizes is None:
+                raise UnsupportedArchitectureError(
+                    f"Family {architecture.model_type} cannot be sharded by DeepSpeed: the fused "
+                    f"projection {path} is interleaved. Set engine.backend=transformers or "
+                    "engine.tensor_parallel=1."
+                )
+        else:
+            sizes, widths = (sum(module._partition_sizes),), (module._partition_sizes,)
+        if any(0 in width for width in widths):
+            # Ranks with nothing stop at other places than the rest, which would wait for them.
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path}, of size "
+                f"{sum(sizes)}, leaves some of {sharding.degree} ranks without a part. Set "
+                "engine.backend=transformers or a smaller engine.tensor_parallel."
+            )
+        pieces, offset = [], 0
+        for size, width in zip(sizes, widths, strict=True):
+            start = offset + sum(width[:rank])
+            pieces.append((start, start + width[rank]))
+            offset += size
+        by_row = isinstance(module, LinearAllreduce)
+        sharding.shards[f"{path}.weight"] = Shard(1 if by_row else 0, tuple(pieces))
+        if module.bias is not None and not by_row:
+            sharding.shards[f"{path}.bias"] = Shard(0, tuple(pieces))
+        if isinstance(module, fused_LinearLayer) and len(pieces) > 1:
+            parent = path.rpartition(".")[0]
+            narrow_fused_attention(model.get_submodule(parent), sharding.degree)
+
+
+@contextlib.contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """Both libraries choose the GPU by LOCAL_RANK; here the device was chosen already."""
+    before = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_device(index)
+        os.environ["LOCAL_RANK"] = str(index)
+    elif before is None:
+        os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """DeepSpeed prints and logs at level INFO whenever it shards a model."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
