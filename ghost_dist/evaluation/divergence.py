@@ -35,6 +35,28 @@ def divergences(
 ) -> list[float]:
     """Mean KL divergence of each candidate from the dense model, in nats per token.
 
+    Parameters and errors as for :func:`window_divergences`; NaN or Inf as computed.
+    """
+    found = window_divergences(
+        model, architecture, spans, candidates, tokens, batch=batch, device=device, advance=advance
+    )
+    means: list[float] = found.mean(1).tolist()
+    return means
+
+
+def window_divergences(
+    model: Any,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    candidates: Sequence[Mapping[Span, Repair]],
+    tokens: np.ndarray[Any, np.dtype[np.int32]],
+    *,
+    batch: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """KL divergence of each candidate from the dense model, window by window.
+
     Parameters
     ----------
     model
@@ -54,12 +76,14 @@ def divergences(
 
     Returns
     -------
-    list of float
-        ``mean KL(dense || candidate)``, in the order of the candidates; NaN or Inf as computed.
+    Tensor
+        Mean ``KL(dense || candidate)`` per token of each window, (candidates, windows) float64.
     """
+    length = tokens.shape[1]
     first = first_changed_layer(spans, candidates)
     layers = model.get_submodule(architecture.layers)
-    sums = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    shape = (len(candidates), len(tokens))
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
     kept: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,9 +111,11 @@ def divergences(
                 for number, stream in enumerate(streams):
                     got = torch.log_softmax(head.logits(stream, ids_BT, piece).float(), -1)
                     divergence = (expected.exp() * (expected - got)).sum(-1)
-                    sums[number] += divergence.sum(dtype=torch.float64)
+                    window = start + torch.arange(piece.start, piece.stop, device=device) // length
+                    sums[number].index_add_(0, window, divergence.to(device, torch.float64))
             advance(ids_BT.numel())
-    return (sums / tokens.size).tolist()
+    per_token: Tensor = sums / length
+    return per_token
 
 
 def first_changed_layer(spans: Sequence[Span], candidates: Sequence[Mapping[Span, Repair]]) -> int:

@@ -18,7 +18,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.config import RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.evaluation.divergence import window_divergences
 from ghost_dist.pipeline.candidates import (
     BOUNDARY_SHIFTS,
     FINE_SHIFTS,
@@ -204,15 +204,16 @@ class Solver:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
             rows, more = self._rate(near, fit)
             tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
-            best = _least(table, scores)
+            best = _strongest_as_good(tried, table, scores, _least(table, scores))
         for number, row in enumerate(table):
             row["chosen"] = number == best
         return tried[best], table
 
     def _rate(
         self, candidates: Sequence[Candidate], fit: _FitOn
-    ) -> tuple[list[dict[str, Any]], list[float]]:
-        """A row for each candidate, and what it is ranked by: KL divergence, or residual.
+    ) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """A row for each candidate, and what it is ranked by: KL divergence of every held-out
+        window, or residual of every span.
 
         By KL on folds that a candidate was not fitted on: on the last one, or on as many as it
         takes to judge by HELD_OUT_TOKENS.
@@ -221,23 +222,23 @@ class Solver:
         everything = tuple(range(config.folds))
         if config.choose != "kl":
             rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
-            return rows, [sum(r or 0.0 for r in row.get("residual", ())) for row in rows]
+            return rows, [torch.tensor([r or 0.0 for r in row.get("residual", ())]) for row in rows]
         per_fold = self._tokens.tokens.size // config.folds
         judges = everything[-min(config.folds, math.ceil(HELD_OUT_TOKENS / per_fold)) :]
         table: list[dict[str, Any]] = []
-        scores = [0.0] * len(candidates)
+        of_fold = []
         for judge in judges:
             others = tuple(fold for fold in everything if fold != judge)
             rows, repairs = self._rows(candidates, self._fit_all(candidates, fit, others))
-            kl = self._divergences(repairs, judge)
-            scores = [score + part / len(judges) for score, part in zip(scores, kl, strict=True)]
+            of_fold.append(self._divergences(repairs, judge))
             table = [
                 {**row, **({"failed": old["failed"]} if "failed" in old else {})}
                 for row, old in zip(rows, table or rows, strict=True)
             ]
+        scores = list(torch.cat(of_fold, 1).cpu())
         for row, score in zip(table, scores, strict=True):
             if "failed" not in row:
-                row["kl"] = score
+                row["kl"] = float(score.mean())
         return table, scores
 
     def _fit_all(
@@ -397,12 +398,12 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, repairs: list[dict[Span, Repair]], judge: int) -> list[float]:
+    def _divergences(self, repairs: list[dict[Span, Repair]], judge: int) -> Tensor:
         inputs = self._inputs
         windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
         with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
-            return divergences(
+            return window_divergences(
                 self._causal_lm(),
                 inputs.architecture,
                 self._spans,
@@ -472,12 +473,36 @@ def _at_boundary(
     return {wanted.key(span): moments}
 
 
-def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> int:
-    """Index of the least finite score among candidates that could be fitted."""
+def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
+    """Index of the least finite mean score among candidates that could be fitted."""
+    means = [float(score.mean()) if len(score) else math.inf for score in scores]
     return min(
         range(len(table)),
-        key=lambda i: ("failed" in table[i], not math.isfinite(scores[i]), scores[i], i),
+        key=lambda i: ("failed" in table[i], not math.isfinite(means[i]), means[i], i),
     )
+
+
+def _strongest_as_good(
+    tried: Sequence[Candidate],
+    table: Sequence[Mapping[str, Any]],
+    scores: Sequence[Tensor],
+    best: int,
+) -> int:
+    """The strongest ridge that is not worse than the best one by a standard error.
+
+    The one-standard-error rule: of the mean difference over held-out windows, in pairs. With few
+    tokens too weak a ridge does far more harm than too strong a one, and noise hides it.
+    """
+    found = best
+    for number, candidate in enumerate(tried):
+        same = replace(candidate, shift=tried[best].shift) == tried[best]
+        if not same or "failed" in table[number] or candidate.shift <= tried[found].shift:
+            continue
+        worse = scores[number] - scores[best]
+        error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
+        if float(worse.mean()) <= error:
+            found = number
+    return found
 
 
 def check_store(
