@@ -250,7 +250,7 @@ def _outcome(
     removed = sum(numbers[i] for span in cut.spans for i in range(span.start, span.stop))
     total = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     held_out = tokens.tokens[held_out_windows(inputs, tokens)]
-    kl = None
+    kl: float | None = None
     if not solved.healed:
         [kl] = divergences(
             model,
@@ -263,7 +263,7 @@ def _outcome(
         )
     return {
         "perplexity": _perplexities(inputs, model, cut.spans, operators, solved.healed),
-        "kl_on_calibration": kl,
+        "kl_on_calibration": kl if kl is not None and math.isfinite(kl) else None,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
         "chosen": solved.candidate.described(),
@@ -298,7 +298,16 @@ def _refined(
         device=inputs.device,
         batch=inputs.batch,
         state=state,
-        fingerprint=fingerprint([config.model_dump(mode="json"), name, tokens.fingerprint]),
+        fingerprint=fingerprint(
+            {
+                "refine": config.model_dump(mode="json"),
+                "operator": solved.candidate.described(),
+                "tokens": tokens.fingerprint,
+                "model": inputs.model_fingerprint,
+                "spans": name,
+                **inputs.numerics,
+            }
+        ),
         reporter=reporter,
     )
     state.unlink(missing_ok=True)

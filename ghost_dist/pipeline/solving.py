@@ -238,7 +238,8 @@ class Solver:
         scores = list(torch.cat(of_fold, 1).cpu())
         for row, score in zip(table, scores, strict=True):
             if "failed" not in row:
-                row["kl"] = float(score.mean())
+                mean = float(score.mean())
+                row["kl"] = mean if math.isfinite(mean) else None
         return table, scores
 
     def _fit_all(

@@ -6,6 +6,7 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import time
@@ -301,10 +302,14 @@ class Stages:
                 for span, repair in refined.operators.items()
                 if repair.parts()
             }
-            (self._run.path / "refine.pt").unlink(missing_ok=True)
-            return {"files": files, "losses": refined.losses, "improved": refined.improved}
+            losses = [
+                {**look, "loss": look["loss"] if math.isfinite(look["loss"]) else None}
+                for look in refined.losses
+            ]
+            return {"files": files, "losses": losses, "improved": refined.improved}
 
         recorded = self._stage("refine", wanted, work)
+        (self._run.path / "refine.pt").unlink(missing_ok=True)
         refined_operators = {
             span: load_operator(self._run.operators / "refined", span, recorded["files"][str(span)])
             if str(span) in recorded["files"]

@@ -109,7 +109,8 @@ class Walk:
         Parameters
         ----------
         heal
-            Refit the down_proj of every kept layer behind the first span, unless an operator did.
+            Refit the down_proj of every kept layer behind the first span, but of those before a
+            span whose operator has a new one or that is fitted again.
         advance
             Called with the number of layers that were passed.
         """

@@ -166,7 +166,7 @@ class _Student:
         self._eps = {span: repair.norm_eps for span, repair in operators.items()}
         self._parts = {
             span: {
-                name: nn.Parameter(part.to(device, torch.float32))
+                name: nn.Parameter(part.detach().to(device, torch.float32, copy=True))
                 for name, part in repair.parts().items()
             }
             for span, repair in operators.items()
@@ -309,6 +309,10 @@ class _Progress:
         self.best_loss = math.inf
         self.going = False
         self._looks_without = 0
+        self._content_keys = {
+            *("fingerprint", "step", "student", "optimiser", "losses", "best", "best_loss"),
+            *("going", "looks_without"),
+        }
 
     def resume(self, student: _Student, optimiser: torch.optim.Optimizer) -> None:
         """Take up the file's state if it is of this distillation; a damaged one is ignored."""
@@ -316,7 +320,9 @@ class _Progress:
             saved = torch.load(self._path, map_location="cpu", weights_only=True)
         except Exception:  # absent or damaged, of no common class: the work is done again
             return
-        if saved.get("fingerprint") != self._fingerprint:
+        if not isinstance(saved, dict) or not saved.keys() >= self._content_keys:
+            return
+        if saved["fingerprint"] != self._fingerprint:
             return
         student.load(saved["student"])
         optimiser.load_state_dict(saved["optimiser"])

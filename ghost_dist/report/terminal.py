@@ -90,9 +90,9 @@ def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             f"[bold]{name} *" if row["chosen"] else name,
             row["row_weights"],
-            ", ".join("-" if r is None else f"{r:.1e}" for r in row["relative_ridge"]),
-            ", ".join("-" if r is None else f"{r:.3f}" for r in row["residual"]),
-            f"{row['kl']:.4f}" if "kl" in row else "-",
+            ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
+            ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
+            f"{row['kl']:.4f}" if row.get("kl") is not None else "-",
         )
     return table
 

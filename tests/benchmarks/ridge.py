@@ -5,7 +5,7 @@
 For N/C = 1.5, 4, 16, 64 calibration tokens per channel: ``ghost`` with every ridge of the grid,
 with the ridge of least held-out residual (``choose: residual``), with the one of least KL
 divergence (``choose: kl``, the default) and with the paper's absolute 1e-6; perplexity on a text
-that no fit has seen.
+that no fit has seen, in windows of the same length: longer ones hold positions that no fit knows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--span", required=True)
-    parser.add_argument("--evaluation-windows", type=int, default=8)
+    parser.add_argument("--evaluation-tokens", type=int, default=8192)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(
@@ -63,23 +63,22 @@ def main() -> None:
 
 
 def row(arguments, ratio, folder, model, device, quiet):
-    width = model.config.hidden_size
+    windows = WINDOWS if ratio < 16 else 4 * WINDOWS
+    length = round(ratio * model.config.hidden_size / windows)
     config = load_config(
         None,
         {
             "model.path": str(arguments.model),
             "model.dtype": "float32",
             "calibration.source": arguments.calibration,
-            "calibration.windows": WINDOWS if ratio < 16 else 4 * WINDOWS,
-            "calibration.window_length": max(
-                16, round(ratio * width / (WINDOWS if ratio < 16 else 4 * WINDOWS))
-            ),
+            "calibration.windows": windows,
+            "calibration.window_length": length,
             "selection.spans": arguments.span,
             "operator.name": "ghost",
             "operator.features": "stream",
             "evaluation.corpora": {"text": arguments.evaluation},
-            "evaluation.windows": arguments.evaluation_windows,
-            "evaluation.window_length": 1024,
+            "evaluation.windows": arguments.evaluation_tokens // length,
+            "evaluation.window_length": length,
             "engine.device": device.type,
             "output.path": str(folder),
         },

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -262,6 +263,59 @@ def test_the_best_look_is_given_back_not_the_last(loaded, tmp_path):
         model, architecture, spans, refined.operators, TOKENS[HELD_OUT], RefineConfig()
     )
     assert min(losses) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", REPAIR_KINDS)
+def test_every_form_comes_back_as_it_was_trained(loaded, tmp_path, kind):
+    """The operators given back have the parts of the closed form and the loss that was noted."""
+    model, architecture = loaded("llama")
+    spans = CUTS["two"]
+    given = {
+        span: replace(repair, norm_eps=0.5)  # large enough to be missed
+        for span, repair in random_repairs(kind, spans, architecture, torch.float64).items()
+    }
+    refined = run(model, architecture, spans, given, tmp_path, config={"steps": 4, "every": 4})
+    assert refined.improved
+    for span, repair in refined.operators.items():
+        assert repair.norm_eps == 0.5
+        shapes = {name: part.shape for name, part in given[span].parts().items()}
+        assert {name: part.shape for name, part in repair.parts().items()} == shapes
+    expected = loss_by_hand(
+        model, architecture, spans, refined.operators, TOKENS[HELD_OUT], RefineConfig()
+    )
+    assert refined.losses[-1]["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [None, 0, 3, 5])
+def test_patience_counts_looks_since_the_best(loaded, tmp_path, monkeypatch, stop_at):
+    """A better look starts the count anew, in a call that was stopped in between as well."""
+    model, architecture = loaded("llama")
+    spans = CUTS["middle"]
+    script = [5.0, 6.0, 4.0, 4.5, 3.0, 3.5, 3.0, 2.0, 1.0]  # as good is not better
+    original, looks = _Student.batch_loss, iter(script)
+
+    def scripted(self, rows, loss_of, *, weight=1.0, backward=True):
+        if backward:
+            return original(self, rows, loss_of, weight=weight)
+        return next(looks)
+
+    monkeypatch.setattr(_Student, "batch_loss", scripted)
+    config = {"every": 1, "steps": 20, "patience": 2}
+    arguments = {"config": config, "batch": len(HELD_OUT)}
+    if stop_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            run(
+                model,
+                architecture,
+                spans,
+                identities(spans),
+                tmp_path,
+                reporter=Quiet(look=stop_at),
+                **arguments,
+            )
+    refined = run(model, architecture, spans, identities(spans), tmp_path, **arguments)
+    assert [row["loss"] for row in refined.losses] == script[:7]
+    assert refined.improved
 
 
 @pytest.fixture
