@@ -34,13 +34,13 @@ def run_demo(out: Path | None, console: Console | None = None) -> None:
             "model": {"path": str(PICO)},
             "calibration": {
                 "source": str(text_folder / "calibration.txt"),
-                "windows": 64,
+                "windows": 32,
                 "window_length": 1024,
             },
             "selection": {"remove": 5},  # of 20
             "evaluation": {
                 "corpora": {"python-stdlib": str(text_folder / "evaluation.txt")},
-                "windows": 32,
+                "windows": 16,
                 "window_length": 1024,
             },
             "output": {"path": str(out)},

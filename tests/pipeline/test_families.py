@@ -33,6 +33,7 @@ def test_family_is_recovered(family, tmp_path):
                 "calibration.window_length": 64,
                 "calibration.window_bos": True,
                 "selection.spans": [[1, 2], [4, 5]],
+                "operator.choose": "residual",  # by KL: test_operators.py
                 "engine.device": "cpu",
                 "output.path": str(run),
             },
