@@ -240,7 +240,7 @@ def test_stage_again_refuses_what_earlier_stages_depend_on(make_config, tmp_path
     [
         ({"selection.spans": [[3, 12]]}, ConfigError, "layers 0 to 7"),
         ({"selection.spans": [[0, 8]]}, ConfigError, "all 8 layers"),
-        ({"selection.spans": None, "selection.remove": 8}, ConfigError, "at most 7"),
+        ({"selection.spans": None, "selection.remove": 8}, ConfigError, "give 1 to 7"),
         ({"calibration.windows": 100000}, CalibrationError, "100000"),
         ({"calibration.source": "nowhere/at-all.txt"}, CalibrationError, "at-all"),
         ({"calibration.windows": 3}, ConfigError, "folds=4"),
