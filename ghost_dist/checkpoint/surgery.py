@@ -235,7 +235,11 @@ def _operator_hook(repair: Repair, dtype: torch.dtype, device: torch.device) -> 
         name: part.T.contiguous().T if part.ndim == 2 else part
         for name, part in repair.boundary_parts().items()
     }
-    repair = Repair.from_parts(parts, repair.norm_eps)
+    return repair_hook(Repair.from_parts(parts, repair.norm_eps))
+
+
+def repair_hook(repair: Repair) -> Callable[..., Any]:
+    """Forward pre-hook (with kwargs) that repairs the stream entering a module, in its dtype."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x_BTC = args[0] if args else kwargs["hidden_states"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.engines.base import Engine
+from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector, Regressors, SampleKind
-from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.collect import Collector, Regressors, SampleKind, SpanCollector
+from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
 _FLOAT64_BYTES = 8
@@ -65,6 +67,47 @@ def mend(store: StatisticsStore, reporter: Reporter) -> None:
     for range_id, reason in store.damaged().items():
         reporter.warn(f"{reason} It is discarded and run again.")
         store.discard(range_id)
+
+
+def plan_of(
+    inputs: RunInputs, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
+) -> StatisticsPlan:
+    """What a store of a run's windows counts."""
+    return StatisticsPlan(
+        inputs={
+            "model": inputs.model_fingerprint,
+            "tokens": tokens.fingerprint,
+            **inputs.numerics,
+        },
+        entries=entries,
+        ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
+        window_length=tokens.window_length,
+    )
+
+
+def collect_spans(
+    inputs: RunInputs,
+    store: StatisticsStore,
+    tokens: TokenWindows,
+    samples: Sequence[tuple[Span, SampleKind]],
+    reporter: Reporter,
+) -> None:
+    """Take the sums of spans, all in one pass."""
+    architecture = inputs.architecture
+
+    def passes(engine: Engine) -> list[Callable[[], Collector]]:
+        return [
+            lambda: SpanCollector(
+                samples,
+                engine.hidden_size,
+                engine.device,
+                inner_size=architecture.inner_sizes,
+                norm_eps=architecture.norm_eps,
+            )
+        ]
+
+    last = max(span.stop for span, _ in samples)
+    collect(store, tokens, lambda: open_engine(inputs, last), passes, reporter, "calibrate")
 
 
 def entries_of(samples: Sequence[tuple[Span, SampleKind]]) -> dict[str, str]:

@@ -20,27 +20,32 @@ from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import layer_sizes
-from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
 from ghost_dist.durable import write_bytes, write_json
 from ghost_dist.engines.base import Engine
-from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import collect, entries_of, mend
-from ghost_dist.pipeline.inputs import RunInputs, check_remove, open_inputs
+from ghost_dist.pipeline.collecting import collect, collect_spans, entries_of, mend, plan_of
+from ghost_dist.pipeline.inputs import (
+    RunInputs,
+    check_remove,
+    held_out_windows,
+    open_causal_lm,
+    open_engine,
+    open_inputs,
+)
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
-from ghost_dist.pipeline.stages import Stages, held_out_windows
+from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.collect import Collector, SampleKind, Together
 from ghost_dist.statistics.store import StatisticsStore
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
@@ -148,8 +153,8 @@ def _select(
     entries: dict[str, str] = {}
     for selector in selectors.values():
         entries |= selector.entries()
-    stages_plan = Stages.plan_of(inputs, tokens, entries, folds)
-    store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", stages_plan)
+    plan = plan_of(inputs, tokens, entries, folds)
+    store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
 
     def passes(engine: Engine) -> list[Callable[[], Collector]]:
@@ -164,7 +169,7 @@ def _select(
         ]
 
     num_layers = inputs.architecture.num_layers
-    collect(store, tokens, lambda: _engine(inputs, num_layers), passes, reporter, "select")
+    collect(store, tokens, lambda: open_engine(inputs, num_layers), passes, reporter, "select")
     cuts = []
     for criterion in selections:
         for remove in removes:
@@ -198,28 +203,12 @@ def _fill(
         (s, k) for s, k in samples if k.regressors != "stream" or (s, k.row_weights) not in joint
     )
     entries = entries_of(ordered)
-    plan = Stages.plan_of(inputs, tokens, entries, inputs.num_ranges)
+    plan = plan_of(inputs, tokens, entries, inputs.num_ranges)
     store = StatisticsStore(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
-    architecture = inputs.architecture
     if ordered:
-        collect(
-            store,
-            tokens,
-            lambda: _engine(inputs, max(span.stop for span, _ in ordered)),
-            lambda engine: [
-                lambda: SpanCollector(
-                    ordered,
-                    engine.hidden_size,
-                    engine.device,
-                    inner_size=architecture.inner_sizes,
-                    norm_eps=architecture.norm_eps,
-                )
-            ],
-            reporter,
-            "calibrate",
-        )
-    model = load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
+        collect_spans(inputs, store, tokens, ordered, reporter)
+    model = open_causal_lm(inputs)
     table.dense(lambda: _perplexities(inputs, model, (), {}, {}))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
@@ -344,17 +333,6 @@ def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
         if row in ("none", "linear-patch", "linear-patch-hadamard"):
             update["affine"] = False
     return OperatorConfig.model_validate({**base.model_dump(), **update})
-
-
-def _engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
-    decoder = load_decoder(
-        inputs.source.path,
-        inputs.architecture,
-        num_layers=num_layers,
-        dtype=inputs.dtype,
-        device=inputs.device,
-    )
-    return ResidentEngine(decoder, inputs.batch)
 
 
 class _Table:

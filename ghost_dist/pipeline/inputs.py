@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
+from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
-from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder, load_tokenizer
+from ghost_dist.checkpoint.load import (
+    adds_mlp_output,
+    load_causal_lm,
+    load_decoder,
+    load_tokenizer,
+)
 from ghost_dist.checkpoint.reader import (
     Checkpoint,
     model_fingerprint,
@@ -21,7 +27,7 @@ from ghost_dist.checkpoint.reader import (
     resolve_checkpoint,
 )
 from ghost_dist.config import Config, parse_size
-from ghost_dist.engines.resident import auto_batch
+from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
@@ -118,6 +124,41 @@ def open_inputs(config: Config, reporter: Reporter, *, any_operator: bool = Fals
         refittable=_refittable(config, source, architecture, any_operator),
         evaluation=evaluation,
     )
+
+
+def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
+    """The run's engine over layers ``0 .. num_layers - 1``."""
+    decoder = load_decoder(
+        inputs.source.path,
+        inputs.architecture,
+        num_layers=num_layers,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        trust_remote_code=inputs.config.model.trust_remote_code,
+    )
+    return ResidentEngine(decoder, inputs.batch)
+
+
+def open_causal_lm(inputs: RunInputs) -> Any:
+    """The whole uncut model with its head, on the run's device."""
+    return load_causal_lm(
+        inputs.source.path,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        trust_remote_code=inputs.config.model.trust_remote_code,
+    )
+
+
+def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
+    """Windows of the last fold: what candidates and training are judged on."""
+    folds = inputs.config.operator.folds
+    ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
+    return [
+        window
+        for range_id, windows in enumerate(ranges)
+        for window in windows
+        if fold_of_range(range_id, folds) == folds - 1
+    ]
 
 
 def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.checkpoint.load import as_decoder, load_causal_lm
+from ghost_dist.checkpoint.load import as_decoder
 from ghost_dist.checkpoint.reader import read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
@@ -29,7 +29,7 @@ from ghost_dist.pipeline.candidates import (
     searches_ridge,
     stored_keys,
 )
-from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.down_proj import SingularOperatorError
@@ -418,13 +418,7 @@ class Solver:
     def _causal_lm(self) -> Any:
         """The uncut model, loaded once and only if something must run."""
         if self._model is None:
-            inputs = self._inputs
-            self._model = load_causal_lm(
-                inputs.source.path,
-                dtype=inputs.dtype,
-                device=inputs.device,
-                trust_remote_code=inputs.config.model.trust_remote_code,
-            )
+            self._model = open_causal_lm(self._inputs)
         return self._model
 
     def windows_by_fold(self) -> list[tuple[int, int]]:

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
-from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.config import config_tree, fingerprint
 from ghost_dist.durable import fsync_folder
-from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.export.operator_files import (
@@ -37,8 +34,21 @@ from ghost_dist.export.operator_files import (
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import verify_reload
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import collect, entries_of, mend, moments_bytes
-from ghost_dist.pipeline.inputs import RunInputs, check_disk_space
+from ghost_dist.pipeline.collecting import (
+    collect,
+    collect_spans,
+    entries_of,
+    mend,
+    moments_bytes,
+    plan_of,
+)
+from ghost_dist.pipeline.inputs import (
+    RunInputs,
+    check_disk_space,
+    held_out_windows,
+    open_causal_lm,
+    open_engine,
+)
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.progress import Reporter
@@ -46,7 +56,6 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.collect import SpanCollector
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
@@ -145,7 +154,7 @@ class Stages:
                 return {"spans": [[s.start, s.stop] for s in spans]}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
-            plan = self.plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
+            plan = plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
             path = self._run.path / "selection.zarr"
             if path.exists() and StatisticsStore.open(path).plan != plan:
                 shutil.rmtree(path)
@@ -160,7 +169,7 @@ class Stages:
             collect(
                 store,
                 tokens,
-                lambda: self._engine(inputs.architecture.num_layers),
+                lambda: open_engine(inputs, inputs.architecture.num_layers),
                 selector.passes,
                 self._reporter,
                 "select",
@@ -177,7 +186,7 @@ class Stages:
         inputs = self._inputs
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
-        plan = self.plan_of(inputs, tokens, entries_of(samples), inputs.num_ranges)
+        plan = plan_of(inputs, tokens, entries_of(samples), inputs.num_ranges)
         store = self._open_store(plan)
         check_store(store, candidates, spans, inputs)
         mend(store, self._reporter)
@@ -204,22 +213,7 @@ class Stages:
             )
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
-            collect(
-                store,
-                tokens,
-                lambda: self._engine(max(span.stop for span in spans)),
-                lambda engine: [
-                    lambda: SpanCollector(
-                        samples,
-                        engine.hidden_size,
-                        engine.device,
-                        inner_size=architecture.inner_sizes,
-                        norm_eps=architecture.norm_eps,
-                    )
-                ],
-                self._reporter,
-                "calibrate",
-            )
+            collect_spans(inputs, store, tokens, samples, self._reporter)
             return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
         if missing:
@@ -281,7 +275,7 @@ class Stages:
 
         def work() -> dict[str, Any]:
             refined = distill(
-                self._causal_lm(),
+                open_causal_lm(inputs),
                 inputs.architecture,
                 spans,
                 solution.operators,
@@ -380,7 +374,7 @@ class Stages:
 
         def work() -> dict[str, Any]:
             values: dict[str, dict[str, float]] = {name: {} for name in inputs.evaluation}
-            model = self._causal_lm()
+            model = open_causal_lm(inputs)
             for variant in ("dense", "pruned", "recovered"):
                 if variant == "pruned":
                     remove_layers(model, inputs.architecture, spans)
@@ -408,43 +402,6 @@ class Stages:
     @property
     def _model(self) -> str:
         return self._inputs.model_fingerprint
-
-    def _engine(self, num_layers: int) -> ResidentEngine:
-        inputs = self._inputs
-        decoder = load_decoder(
-            inputs.source.path,
-            inputs.architecture,
-            num_layers=num_layers,
-            dtype=inputs.dtype,
-            device=inputs.device,
-            trust_remote_code=inputs.config.model.trust_remote_code,
-        )
-        return ResidentEngine(decoder, inputs.batch)
-
-    def _causal_lm(self) -> Any:
-        inputs = self._inputs
-        return load_causal_lm(
-            inputs.source.path,
-            dtype=inputs.dtype,
-            device=inputs.device,
-            trust_remote_code=inputs.config.model.trust_remote_code,
-        )
-
-    @staticmethod
-    def plan_of(
-        inputs: RunInputs, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
-    ) -> StatisticsPlan:
-        """What a store of this run's windows counts."""
-        return StatisticsPlan(
-            inputs={
-                "model": inputs.model_fingerprint,
-                "tokens": tokens.fingerprint,
-                **inputs.numerics,
-            },
-            entries=entries,
-            ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
-            window_length=tokens.window_length,
-        )
 
     def _open_store(self, plan: StatisticsPlan) -> StatisticsStore:
         """The run's statistics: those that are there, if they are of the same inputs."""
@@ -511,7 +468,7 @@ class Stages:
         """Compare logits of the exported folder, in a fresh process, with the recovered model."""
         inputs = self._inputs
         tokens = load_windows(self._run.tokens).tokens[:2, :VERIFY_TOKENS]
-        model = self._causal_lm()
+        model = open_causal_lm(inputs)
         remove_layers(model, inputs.architecture, spans)
         insert_operators(model, inputs.architecture, spans, operators, healed)
         return verify_reload(folder, model, tokens, dtype=inputs.dtype, device=inputs.device)
@@ -536,15 +493,3 @@ class Stages:
         )
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it
-
-
-def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
-    """Windows of the last fold: what candidates and training are judged on."""
-    folds = inputs.config.operator.folds
-    ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
-    return [
-        window
-        for range_id, windows in enumerate(ranges)
-        for window in windows
-        if fold_of_range(range_id, folds) == folds - 1
-    ]

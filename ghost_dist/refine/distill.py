@@ -24,8 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.repair import Repair, apply_repair
-from ghost_dist.checkpoint.surgery import as_recovered, bypassed, down_path, entering_at
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import (
+    as_recovered,
+    bypassed,
+    down_path,
+    entering_at,
+    repair_hook,
+)
 from ghost_dist.config import RefineConfig
 from ghost_dist.durable import replacing
 from ghost_dist.errors import ConfigError
@@ -253,7 +259,9 @@ class _Student:
                     else layers[span.stop]
                 )
                 repair = Repair.from_parts(boundary, self._eps[span])
-                handles.append(module.register_forward_pre_hook(_acting(repair), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(repair_hook(repair), with_kwargs=True)
+                )
             if "down" in parts:
                 module = layers[span.start - 1].get_submodule(down_path(architecture))
                 handles.append(module.register_forward_hook(_product(parts["down"])))
@@ -356,17 +364,6 @@ class _Progress:
         }
         with replacing(self._path) as temporary:
             torch.save(content, temporary)
-
-
-def _acting(repair: Repair) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x_BTC = args[0] if args else kwargs["hidden_states"]
-        y_BTC = apply_repair(repair, x_BTC).to(x_BTC.dtype)
-        if args:
-            return (y_BTC, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": y_BTC}
-
-    return hook
 
 
 def _product(down_FC: Tensor) -> Callable[..., Any]:

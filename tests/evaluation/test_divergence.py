@@ -10,12 +10,9 @@ from families import (
     random_operators,
     random_repairs,
     random_tokens,
-    save_checkpoint,
 )
 
-from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.evaluation import perplexity as heads
@@ -26,20 +23,6 @@ CPU = torch.device("cpu")
 FAMILIES = ["llama", "gemma3", "opt", "gpt_neox", "mixtral"]
 TOKENS = random_tokens(rows=5, length=12)
 ROUNDING = 1e-4  # of a divergence; the largest difference that was seen is a tenth of it
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Function from family to (Checkpoint, Architecture)."""
-    root, opened = tmp_path_factory.mktemp("families"), {}
-
-    def get(family):
-        if family not in opened:
-            source = open_checkpoint(save_checkpoint(family, root / family))
-            opened[family] = (source, inspect_architecture(source))
-        return opened[family]
-
-    return get
 
 
 def load(source):

@@ -126,7 +126,7 @@ def test_residual_as_the_judge_runs_no_model(make_config, tmp_path, monkeypatch)
 
     config = make_config(operator__features="auto", operator__row_weights="auto")
     recover(config, again="calibrate")
-    monkeypatch.setattr("ghost_dist.pipeline.solving.load_causal_lm", forbidden)
+    monkeypatch.setattr("ghost_dist.pipeline.solving.open_causal_lm", forbidden)
     recover(config, again="solve")
     record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
     assert len(record["candidates"]) == 2  # stream and stream+norm; weights stay none
@@ -202,6 +202,18 @@ def test_refined_operators_are_what_is_exported_and_evaluated(make_config, text_
     )
     assert before["refine"] is None
     assert result["perplexity"]["text"]["recovered"] != before["perplexity"]["text"]["recovered"]
+
+
+def test_training_that_blows_up_leaves_the_closed_form_and_a_finished_run(make_config, tmp_path):
+    fields = {"refine__steps": 4, "refine__every": 2, "refine__learning_rate": 1e37}
+    result = recover(make_config(**fields))
+    assert result["refine"]["losses"][-1]["loss"] is None
+    assert not result["refine"]["improved"]
+    closed = operator_file(tmp_path / "run")["linear"]
+    exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    torch.testing.assert_close(exported["model.layers.3.ghost.linear.weight"], closed.T.float())
+    assert recover(make_config(**fields)) == result
+    assert not (tmp_path / "run" / "refine.pt").exists()
 
 
 def test_statistics_that_lack_what_an_operator_needs(make_config, tmp_path):

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from families import CUTS, HIDDEN, random_repairs, random_tokens, save_checkpoint
+from families import CUTS, HIDDEN, random_repairs, random_tokens
 
-from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder, load_causal_lm
-from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.pipeline.walking import Refit, Walk
@@ -17,29 +15,6 @@ from ghost_dist.statistics.collect import SampleKind
 CPU = torch.device("cpu")
 TOKENS = random_tokens(rows=5, length=12)
 FOLDS = [0, 1, 2, 0, 1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """Function from family to a model of its own and its Architecture."""
-    root, opened = tmp_path_factory.mktemp("families"), {}
-
-    def get(family):
-        if family not in opened:
-            source = open_checkpoint(save_checkpoint(family, root / family))
-            opened[family] = (source, inspect_architecture(source))
-        source, architecture = opened[family]
-        return load_causal_lm(source.path, dtype=torch.float32, device=CPU), architecture
-
-    return get
 
 
 def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **arguments):

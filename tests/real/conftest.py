@@ -14,3 +14,8 @@ def shared():
     if not (SHARED / "models" / "wiki-llama-32l" / "config.json").exists():
         pytest.skip(f"no trained model at {SHARED}; set GHOST_DIST_SHARED to its folder")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Real models use every thread."""

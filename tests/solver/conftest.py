@@ -28,11 +28,6 @@ def normal(*shape, seed):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def rows():
     """Functions that make rows and their moments."""

@@ -19,11 +19,6 @@ CPU = torch.device("cpu")
 SPANS = candidate_spans(L, 1, 3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def streams(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(L + 1, WINDOWS, T, C, generator=generator).cumsum(0).to(dtype)

@@ -9,11 +9,6 @@ from ghost_dist.statistics.row_weights import CLIP_MULTIPLE, row_weights
 T, C = 9, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def stream(dtype=torch.float32):
     """Rows of norms 1, 2, ..., 9 in a shuffled order, the first one a sink of norm 500."""
     y = torch.randn(T, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

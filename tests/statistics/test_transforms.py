@@ -11,11 +11,6 @@ C, F, T, WINDOWS = 12, 31, 40, 5
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def rows(seed=0, dtype=torch.float64):
     """A, H and Y of several windows, with a massive channel and shifted means."""
     generator = torch.Generator().manual_seed(seed)
