@@ -111,6 +111,10 @@ class SelectionConfig(_Section):
             return None
         if isinstance(value, str):
             return parse_spans(value)
+        if not isinstance(value, Sequence):
+            raise ValueError(  # noqa: TRY004 - pydantic reports ValueErrors only
+                "expected a list of [start, stop] pairs, or 11:18"
+            )
         spans = []
         for pair in value:
             if isinstance(pair, Span):
@@ -306,7 +310,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
         except OSError as error:
             raise ConfigError(
                 f"Configuration file {path} cannot be read: {error.strerror}."
@@ -346,7 +350,7 @@ def parse_set(assignment: str) -> tuple[str, Any]:
             "--set calibration.windows=64."
         )
     try:
-        return key, _exponents_as_floats(yaml.safe_load(text))
+        return key, yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
 
@@ -355,7 +359,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> Config:
     """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
     required: dict[str, Any] = {"model": {}, "selection": {}, "output": {}}
     try:
-        return Config.model_validate(_exponents_as_floats({**required, **tree}))
+        return Config.model_validate({**required, **tree})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
 
@@ -408,18 +412,25 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 _ARGUMENTS = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
 
 
-def _exponents_as_floats(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-6`` (no dot) as text; nobody means text by it."""
-    if isinstance(value, dict):
-        return {key: _exponents_as_floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_exponents_as_floats(item) for item in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _YamlLoader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2, which is what people mean.
+
+    In version 1.1 ``1e-6`` is text, and ``11:18`` is a number in base 60: 678.
+    """
+
+
+_NUMBERS = {
+    "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan",
+    "int": r"[-+]?\d+",
+}
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _YamlLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
+    )
 
 
 def _describe(error: ValidationError) -> str:

@@ -72,6 +72,19 @@ def test_set_needs_section_field_value(text):
 def test_set_reads_yaml_and_exponents():
     assert parse_set("operator.ridge={absolute: 1e-6}") == ("operator.ridge", {"absolute": 1e-6})
     assert parse_set("model.path=1e") == ("model.path", "1e")
+    assert parse_set("operator.ridge={relative: 2.5}") == ("operator.ridge", {"relative": 2.5})
+    assert parse_set("calibration.windows=64") == ("calibration.windows", 64)
+
+
+def test_a_span_is_no_number_in_base_60(tmp_path):
+    key, value = parse_set("selection.spans=11:18")
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\nselection: {spans: 11:18}\noutput: {path: r}\n")
+    expected = (Span(11, 18),)
+    assert load_config(path, {}).selection.spans == expected
+    assert load_config(None, {**MINIMAL, key: value}).selection.spans == expected
+    with pytest.raises(ConfigError, match=r"spans.*pairs, or 11:18 \(got 678\)"):
+        load_config(None, {**MINIMAL, key: 678})
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\xff"])

@@ -97,7 +97,7 @@ def measure(shared, span, folder, model, device):
             "evaluation.windows": 32,
             "evaluation.window_length": 1024,
             "engine.device": device.type,
-            "output.path": folder,
+            "output.path": f"{folder}/joint",
         },
     )
     patch = config.model_copy(

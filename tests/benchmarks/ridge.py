@@ -1,11 +1,13 @@
 """Is the ridge that held-out windows choose near the best, with few tokens per channel and many?
 
-    python tests/benchmarks/ridge.py MODEL --calibration FILE --evaluation FILE --span 11:18
+    python tests/benchmarks/ridge.py MODEL --text FILE --span 11:18
 
 For N/C = 1.5, 4, 16, 64 calibration tokens per channel: ``ghost`` with every ridge of the grid,
 with the ridge of least held-out residual (``choose: residual``), with the one of least KL
-divergence (``choose: kl``, the default) and with the paper's absolute 1e-6; perplexity on a text
-that no fit has seen, in windows of the same length: longer ones hold positions that no fit knows.
+divergence (``choose: kl``, the default) and with the paper's absolute 1e-6. The text is cut into
+windows; calibration takes windows spread evenly over it, and perplexity is of others, half way
+between them: so few tokens are still tokens of the whole text and not of its first page, and no
+fit has seen what it is judged by.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
 
+from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.config import AbsoluteRidge, RelativeRidge, load_config
@@ -41,8 +45,7 @@ WINDOWS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--text", required=True)
     parser.add_argument("--span", required=True)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
     arguments = parser.parse_args()
@@ -62,6 +65,24 @@ def main() -> None:
             print(row(arguments, ratio, Path(folder), model, device, quiet), flush=True)
 
 
+def split(text, tokenizer, vocab_size, windows, length, evaluation_tokens):
+    """Calibration windows and evaluation windows, both spread over the text and disjoint."""
+    everything = build_windows(
+        text,
+        tokenizer,
+        windows=None,
+        window_length=length,
+        seed=None,
+        special_tokens=False,
+        window_bos=False,
+        vocab_size=vocab_size,
+    )
+    fitted = np.linspace(0, everything.num_windows - 1, windows).astype(int)
+    others = np.setdiff1d(np.arange(everything.num_windows), fitted)
+    judged = others[np.linspace(0, len(others) - 1, evaluation_tokens // length).astype(int)]
+    return [TokenWindows(everything.tokens[rows].copy(), text) for rows in (fitted, judged)]
+
+
 def row(arguments, ratio, folder, model, device, quiet):
     windows = WINDOWS if ratio < 16 else 4 * WINDOWS
     length = round(ratio * model.config.hidden_size / windows)
@@ -70,15 +91,12 @@ def row(arguments, ratio, folder, model, device, quiet):
         {
             "model.path": str(arguments.model),
             "model.dtype": "float32",
-            "calibration.source": arguments.calibration,
+            "calibration.source": arguments.text,
             "calibration.windows": windows,
             "calibration.window_length": length,
             "selection.spans": arguments.span,
             "operator.name": "ghost",
             "operator.features": "stream",
-            "evaluation.corpora": {"text": arguments.evaluation},
-            "evaluation.windows": arguments.evaluation_tokens // length,
-            "evaluation.window_length": length,
             "engine.device": device.type,
             "output.path": str(folder),
         },
@@ -86,14 +104,20 @@ def row(arguments, ratio, folder, model, device, quiet):
     with RunFolder(config) as run:
         inputs = open_inputs(config, quiet)
         stages = Stages(inputs, run, quiet)
-        tokens = stages.tokens()
+        tokens, judged = split(
+            arguments.text,
+            inputs.tokenizer,
+            inputs.architecture.vocab_size,
+            windows,
+            length,
+            arguments.evaluation_tokens,
+        )
         spans = stages.select(tokens)
         store = stages.calibrate(tokens, spans)
 
         def measure(operators):
             with as_recovered(model, inputs.architecture, spans, operators):
-                windows = inputs.evaluation["text"]
-                return perplexity(model, windows, batch=2, device=device).value
+                return perplexity(model, judged, batch=2, device=device).value
 
         def solver(**fields):
             operator = config.operator.model_copy(update=fields)
