@@ -7,6 +7,7 @@ stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continue
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,6 @@ def recover(
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
     from ghost_dist.config import load_config, parse_set
-    from ghost_dist.pipeline.recover import recover as run_recover
     from ghost_dist.report.terminal import print_result
 
     is_file = model.endswith((".yaml", ".yml"))
@@ -80,7 +80,7 @@ def recover(
     overrides.update({key: value for key, value in given.items() if value is not None})
     overrides.update(parse_set(assignment) for assignment in assignments or ())
     config = load_config(Path(model) if is_file else None, overrides)
-    print_result(run_recover(config), Path(config.output.path))
+    print_result(_recover(config), Path(config.output.path))
 
 
 @app.command()
@@ -165,7 +165,7 @@ def _add_stage(stage: Stage) -> None:
     def command(run: Run, assignments: Set = None) -> None:
         from ghost_dist.pipeline.again import run_stage_again
 
-        Console().print_json(data=run_stage_again(run, stage, assignments or ()))
+        Console().print_json(data=run_stage_again(run, stage, assignments or (), run=_recover))
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
     app.command(name=stage)(command)
@@ -197,6 +197,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _recover(config: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """In this process, or with the windows run by Ray where the configuration needs it."""
+    if not config.on_cluster:
+        from ghost_dist.pipeline.recover import recover as run
+
+        return run(config, *arguments, **options)
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "engine.tensor_parallel, engine.replicas and cluster.address need the package ray, "
+            "which is not installed. Install ghost_dist[cluster]."
+        )
+    from ghost_dist.cluster.recover import recover_on_cluster
+
+    return recover_on_cluster(config, *arguments, **options)
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:

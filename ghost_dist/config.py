@@ -236,12 +236,53 @@ class RefineConfig(_Section):
 class EngineConfig(_Section):
     """How the model is run over the windows."""
 
-    kind: Literal["auto", "resident"] = "auto"
-    """resident: layers up to the last boundary on one device."""
+    kind: Literal["auto", "resident", "tensor_parallel"] = "auto"
+    """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
+    by the ranks of a replica. auto: resident in one process, tensor_parallel on a cluster."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Copies of the model that share the windows; auto: as many as the cluster has room for. More
+    than 1, or auto, needs Ray. May differ when a run is continued."""
+    backend: Literal["deepspeed", "transformers"] = "deepspeed"
+    """Who shards the layers of kind tensor_parallel."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Windows per forward; auto: as the device's memory allows."""
+
+    @model_validator(mode="after")
+    def _one_device_has_one_rank(self) -> EngineConfig:
+        if self.kind == "resident" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"kind=resident keeps all layers on one device, but tensor_parallel="
+                f"{self.tensor_parallel} shares them: set kind=auto, or tensor_parallel=1"
+            )
+        return self
+
+
+class ClusterConfig(_Section):
+    """How Ray is used; all of it may differ when a run is continued."""
+
+    address: str | None = None
+    """auto: the running cluster of this machine or of RAY_ADDRESS; HOST:PORT or ray://...; null:
+    inside a Ray job the job's cluster, else one of this machine alone if the engine needs it."""
+    cpus_per_rank: int = Field(default=1, ge=1)
+    """CPUs that Ray reserves for a rank; on a CPU cluster also its number of threads."""
+    wait_s: float = Field(default=300.0, gt=0)
+    """Seconds to wait for a first replica, and for another one once all are lost."""
+    heartbeat_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds without an answer after which a rank counts as hung."""
+    progress_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds without a finished batch after which a replica counts as hung."""
+    load_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that loading the model may take."""
+    max_crashes: int = Field(default=5, ge=0)
+    """Replicas that may crash between two committed ranges before the run stops."""
+    max_hangs: int = Field(default=3, ge=0)
+    """The same for replicas that hang."""
+    max_preemptions: int | None = Field(default=None, ge=0)
+    """The same for preempted ones; null: no limit."""
 
 
 class EvaluationConfig(_Section):
@@ -286,9 +327,33 @@ class Config(_Section):
     operator: OperatorConfig = OperatorConfig()
     refine: RefineConfig = RefineConfig()
     engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     output: OutputConfig
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether the windows are run by Ray actors and not by this process."""
+        engine = self.engine
+        return (
+            engine.kind == "tensor_parallel"
+            or engine.tensor_parallel > 1
+            or engine.replicas != 1
+            or self.cluster.address is not None
+        )
+
+
+MAY_DIFFER = ("output.path", "engine.replicas", "cluster.")
+"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs and
+on how many copies of the model does not change a bit of its sums."""
+
+
+def decisive_tree(config: Config) -> dict[str, Any]:
+    """:func:`config_tree` without what may differ between two runs with the same result."""
+    tree = config_tree(config)
+    del tree["output"], tree["cluster"], tree["engine"]["replicas"]
+    return tree
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:

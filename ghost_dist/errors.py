@@ -106,5 +106,9 @@ class SingularGramError(GhostDistError):
         return (type(self), (self.span, self.ridge, self.condition, self.num_tokens))
 
 
+class ClusterError(GhostDistError):
+    """Replicas of a cluster are lost faster than they get anything done, or cannot be placed."""
+
+
 class ExportError(GhostDistError):
     """The recovered checkpoint could not be written, or does not reproduce the recovered model."""

@@ -18,7 +18,13 @@ from typing import Any
 
 import yaml
 
-from ghost_dist.config import Config, config_from_tree, config_tree, differing_fields
+from ghost_dist.config import (
+    MAY_DIFFER,
+    Config,
+    config_from_tree,
+    config_tree,
+    differing_fields,
+)
 from ghost_dist.durable import create_bytes, write_json
 from ghost_dist.errors import RunFolderError, RunMismatchError
 
@@ -148,7 +154,7 @@ class RunFolder:
             return
         stored = config_tree(self.stored_config(self.path))
         differing = differing_fields(stored, config_tree(self.config))
-        differing = [line for line in differing if not line.startswith("output.path")]
+        differing = [line for line in differing if not line.startswith(MAY_DIFFER)]
         if differing:
             raise RunMismatchError(
                 f"{self.path} holds a run of another configuration:\n  "

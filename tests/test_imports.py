@@ -19,7 +19,7 @@ ROWS = [
     {"export", "report"},
     {"pipeline"},
     {"assets"},
-    {"demo"},
+    {"cluster", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,6 +21,10 @@ AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward when the batch is left to us: enough to fill the device's matrix units."""
 
 
+class _LastBoundary(Exception):  # noqa: N818 - no error: it ends a forward early
+    """The last boundary that the sink wants has been pushed."""
+
+
 class ResidentEngine:
     """Runs a loaded decoder window batch by window batch.
 
@@ -66,14 +70,30 @@ class ResidentEngine:
             torch.inference_mode(),
             self._tapped(sink.boundaries, push),
             self._mlp_tapped(sink.mlp_layers, push_mlp),
+            self._stopped(last),
         ):
             for first in range(0, len(windows), self._batch):
                 current[:] = windows[first : first + self._batch]
                 batch_BT = torch.from_numpy(tokens[current]).to(self.device, torch.int64)
-                stream_BTC = self._decoder(batch_BT)
-                if last == self._decoder.num_layers:
-                    push(last, stream_BTC)
+                with contextlib.suppress(_LastBoundary):  # which its own tap has pushed
+                    push(last, self._decoder(batch_BT))
                 advance(batch_BT.numel())
+
+    @contextlib.contextmanager
+    def _stopped(self, last: int) -> Iterator[None]:
+        """Layers after the last boundary are not run, where the engine has any."""
+        if last == self._decoder.num_layers:
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            raise _LastBoundary
+
+        handle = self._decoder.layers[last].register_forward_pre_hook(stop)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextlib.contextmanager
     def _tapped(

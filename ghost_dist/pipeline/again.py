@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,17 @@ OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {
 
 
 def run_stage_again(
-    path: Path, stage: Stage, assignments: Sequence[str], reporter: Reporter | None = None
+    path: Path,
+    stage: Stage,
+    assignments: Sequence[str],
+    reporter: Reporter | None = None,
+    run: Callable[..., dict[str, Any]] = recover,
 ) -> dict[str, Any]:
     """Do a stage again, with changes to the fields in :data:`OPEN_FIELDS`.
 
     Earlier stages are only run where they are missing. The changed configuration becomes the
-    run's own, so ``recover`` afterwards redoes what depends on it and nothing else.
+    run's own, so ``recover`` afterwards redoes what depends on it and nothing else. ``run`` is what
+    does it: :func:`recover`, or the same on a cluster.
 
     Raises
     ------
@@ -41,10 +46,10 @@ def run_stage_again(
     stored = RunFolder.stored_config(path)
     config = _changed(stored, stage, assignments)
     if config == stored:
-        return recover(config, reporter, again=stage)
+        return run(config, reporter, again=stage)
     _store(path, stored, config)
     try:
-        return recover(config, reporter, again=stage)
+        return run(config, reporter, again=stage)
     except GhostDistError:
         _store(path, config, stored)  # what cannot be done does not stay in the run
         raise

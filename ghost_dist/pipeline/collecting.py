@@ -3,62 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
 
 from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.engines.base import Engine
+from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector, Regressors, SampleKind, SpanCollector
+from ghost_dist.statistics.collect import Regressors, SampleKind
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
-from ghost_dist.statistics.sums import Sums
 
 _FLOAT64_BYTES = 8
 
 
-def collect(
-    store: StatisticsStore,
-    tokens: TokenWindows,
-    open_engine: Callable[[], Engine],
-    make_collectors: Callable[[Engine], Sequence[Callable[[], Collector]]],
-    reporter: Reporter,
-    stage: str,
-) -> int:
-    """Run what is missing in the store; returns the number of ranges that were run.
+class Collect(Protocol):
+    """Fills a store, in this process or on a cluster."""
 
-    Parameters
-    ----------
-    store
-        Whose plan names windows and sums.
-    tokens
-        All windows of the plan.
-    open_engine
-        Called only if something is missing.
-    make_collectors
-        Given the engine, one factory per pass over the windows; their sums together are those of
-        the plan. More than one where the sums of all do not fit on the device at once.
-    reporter, stage
-        Where progress goes, and under which name.
-    """
-    missing = store.missing()
-    if not missing:
-        return 0
-    engine = open_engine()
-    passes = make_collectors(engine)
-    ranges = store.plan.ranges
-    done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length * len(passes)
-    total = int(tokens.tokens.size) * len(passes)
-    with reporter.stage(stage, total, "tokens", done) as advance:
-        for range_id in missing:
-            sums: dict[str, Sums] = {}
-            for make in passes:
-                collector = make()
-                engine.run(tokens.tokens, ranges[range_id], collector, advance)
-                sums |= collector.result()
-            store.commit(range_id, sums)
-            reporter.event("range-committed", stage=stage, range=range_id)
-    return len(missing)
+    def __call__(
+        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+    ) -> None:
+        """Run every range that is missing in the store, and commit it.
+
+        Parameters
+        ----------
+        store
+            Whose plan names windows and sums.
+        tokens
+            All windows of the plan.
+        collectors
+            What the plan counts.
+        stage
+            Name under which progress is shown.
+        """
+
+    def release(self) -> None:
+        """Nothing more will be collected for now: give memory and devices back."""
+
+
+class Workers(Protocol):
+    """Other processes, perhaps of other machines, that run the windows of a run."""
+
+    def device(self) -> torch.device:
+        """The kind of device that they compute on."""
+
+    def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
+        """What fills the stores of one run."""
+
+
+class CollectHere:
+    """One process with the whole model."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        reporter: Reporter,
+        open_with: Callable[[RunInputs, int], Engine] = open_engine,
+    ) -> None:
+        self._inputs, self._reporter, self._open = inputs, reporter, open_with
+
+    def __call__(
+        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+    ) -> None:
+        """Run every range that is missing in the store, and commit it; see :class:`Collect`."""
+        missing = store.missing()
+        if not missing:
+            return
+        engine = self._open(self._inputs, collectors.last_boundary)
+        passes = passes_here(collectors, engine)
+        ranges = store.plan.ranges
+        done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length * len(passes)
+        total = int(tokens.tokens.size) * len(passes)
+        with self._reporter.stage(stage, total, "tokens", done) as advance:
+            for range_id in missing:
+                sums = sums_of_range(engine, tokens.tokens, ranges[range_id], passes, advance)
+                store.commit(range_id, sums)
+                self._reporter.event("range-committed", stage=stage, range=range_id)
+
+    def release(self) -> None:
+        """Nothing is kept between stages."""
 
 
 def mend(store: StatisticsStore, reporter: Reporter) -> None:
@@ -82,32 +108,8 @@ def plan_of(
         entries=entries,
         ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
         window_length=tokens.window_length,
+        blocks=inputs.config.engine.tensor_parallel,
     )
-
-
-def collect_spans(
-    inputs: RunInputs,
-    store: StatisticsStore,
-    tokens: TokenWindows,
-    samples: Sequence[tuple[Span, SampleKind]],
-    reporter: Reporter,
-) -> None:
-    """Take the sums of spans, all in one pass."""
-    architecture = inputs.architecture
-
-    def passes(engine: Engine) -> list[Callable[[], Collector]]:
-        return [
-            lambda: SpanCollector(
-                samples,
-                engine.hidden_size,
-                engine.device,
-                inner_size=architecture.inner_sizes,
-                norm_eps=architecture.norm_eps,
-            )
-        ]
-
-    last = max(span.stop for span, _ in samples)
-    collect(store, tokens, lambda: open_engine(inputs, last), passes, reporter, "calibrate")
 
 
 def entries_of(samples: Sequence[tuple[Span, SampleKind]]) -> dict[str, str]:

@@ -24,18 +24,17 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
 from ghost_dist.durable import write_bytes, write_json
-from ghost_dist.engines.base import Engine
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import collect, collect_spans, entries_of, mend, plan_of
+from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_of
+from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     check_remove,
     held_out_windows,
     open_causal_lm,
-    open_engine,
     open_inputs,
 )
 from ghost_dist.pipeline.selecting import Selector
@@ -45,7 +44,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector, SampleKind, Together
+from ghost_dist.statistics.collect import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
@@ -110,6 +109,11 @@ def compare(
     GhostDistError
         As the stages of a run; what is finished is kept.
     """
+    if config.on_cluster:
+        raise ConfigError(
+            "compare runs in one process: leave engine.tensor_parallel and engine.replicas at 1 "
+            "and cluster.address unset."
+        )
     reporter = reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
@@ -157,19 +161,7 @@ def _select(
     store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
 
-    def passes(engine: Engine) -> list[Callable[[], Collector]]:
-        # One pass for all; a selection whose sums do not fit beside the others has its own passes.
-        factories = {name: selector.passes(engine) for name, selector in selectors.items()}
-        depth = max(len(parts) for parts in factories.values())
-        return [
-            lambda turn=turn: Together(  # type: ignore[misc]
-                {name: parts[turn]() for name, parts in factories.items() if turn < len(parts)}
-            )
-            for turn in range(depth)
-        ]
-
-    num_layers = inputs.architecture.num_layers
-    collect(store, tokens, lambda: open_engine(inputs, num_layers), passes, reporter, "select")
+    CollectHere(inputs, reporter)(store, tokens, CollectorsTogether(selectors), "select")
     cuts = []
     for criterion in selections:
         for remove in removes:
@@ -207,7 +199,8 @@ def _fill(
     store = StatisticsStore(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
     if ordered:
-        collect_spans(inputs, store, tokens, ordered, reporter)
+        collectors = SpanCollectors(tuple(ordered), inputs.architecture)
+        CollectHere(inputs, reporter)(store, tokens, collectors, "calibrate")
     model = open_causal_lm(inputs)
     table.dense(lambda: _perplexities(inputs, model, (), {}, {}))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ghost_dist.checkpoint.load import (
     load_causal_lm,
     load_decoder,
     load_tokenizer,
+    truncated_config,
 )
 from ghost_dist.checkpoint.reader import (
     Checkpoint,
@@ -28,6 +29,7 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config, parse_size
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
+from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
@@ -46,6 +48,9 @@ class RunInputs:
     tokenizer: Any
     model_fingerprint: str
     device: torch.device
+    """What this process computes on."""
+    worker_device: torch.device
+    """What the windows are run on: this process's, or the kind that a cluster has."""
     dtype: torch.dtype
     batch: int
     num_ranges: int
@@ -60,15 +65,32 @@ class RunInputs:
         """What decides the numbers besides model and tokens; part of every fingerprint."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
+            "device": self.worker_device.type,
             "batch": self.batch,
+            "engine": self.engine_kind,
+            "tensor_parallel": self.config.engine.tensor_parallel,
         }
 
+    @property
+    def engine_kind(self) -> str:
+        """``resident`` or ``tensor_parallel``, with who shards it."""
+        engine = self.config.engine
+        if engine.kind == "resident" or not self.config.on_cluster:
+            return "resident"
+        return f"tensor_parallel by {engine.backend}"
 
-def open_inputs(config: Config, reporter: Reporter, *, any_operator: bool = False) -> RunInputs:
+
+def open_inputs(
+    config: Config,
+    reporter: Reporter,
+    *,
+    any_operator: bool = False,
+    worker_device: Callable[[], torch.device] | None = None,
+) -> RunInputs:
     """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
 
     With ``any_operator`` operators other than the configured one are going to be asked for.
+    ``worker_device`` says what other processes compute on; None: this process runs the windows.
 
     Raises
     ------
@@ -88,7 +110,11 @@ def open_inputs(config: Config, reporter: Reporter, *, any_operator: bool = Fals
         remove = _number_of_layers(config, source, architecture)
         if config.selection.criterion != "block-influence":
             Selector(config.selection, remove, architecture).candidates()
-    device = _device(config.engine.device)
+    if config.engine.tensor_parallel > 1:
+        whole = truncated_config(source, architecture, architecture.num_layers)
+        check_degree(whole, config.engine.tensor_parallel)
+    device = _device(config.engine.device if worker_device is None else "auto")
+    workers = device if worker_device is None else worker_device()
     num_ranges = _num_ranges(config)
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     evaluation = {
@@ -113,9 +139,10 @@ def open_inputs(config: Config, reporter: Reporter, *, any_operator: bool = Fals
         tokenizer=tokenizer,
         model_fingerprint=model_fingerprint(source),
         device=device,
-        dtype=_dtype(config, source, device),
+        worker_device=workers,
+        dtype=_dtype(config, source, workers),
         batch=(
-            auto_batch(device, config.calibration.window_length)
+            auto_batch(workers, config.calibration.window_length)
             if config.engine.batch == "auto"
             else config.engine.batch
         ),

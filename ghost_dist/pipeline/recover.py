@@ -11,8 +11,10 @@ import torch
 
 from ghost_dist import __version__
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.config import Config, config_tree, fingerprint
+from ghost_dist.config import Config, decisive_tree, fingerprint
 from ghost_dist.durable import json_bytes, write_bytes
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs
 from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
@@ -28,6 +30,7 @@ def recover(
     reporter: Reporter | None = None,
     *,
     again: Stage | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Run every stage that is not done yet and write ``RUN/result.json``.
 
@@ -40,6 +43,8 @@ def recover(
     again
         Do this stage again although it is done, and stop after it; stages before it are done
         first where they are missing.
+    workers
+        Who runs the windows; None: this process.
 
     Returns
     -------
@@ -53,14 +58,22 @@ def recover(
         Whatever cannot be done, by its own class; what is finished is kept, and the same call
         continues.
     """
+    if config.on_cluster and workers is None:
+        raise ConfigError(
+            "This configuration needs Ray (engine.tensor_parallel, engine.replicas or "
+            "cluster.address): call ghost_dist.cluster.recover.recover_on_cluster."
+        )
     reporter = reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
         reporter.event("run-start", version=__version__)
-        inputs = open_inputs(config, reporter)
+        inputs = open_inputs(
+            config, reporter, worker_device=None if workers is None else workers.device
+        )
         if again is not None:
             run.forget(again)
-        stages = Stages(inputs, run, reporter, again)
+        collect = workers.collect(inputs, reporter) if workers is not None else None
+        stages = Stages(inputs, run, reporter, again, collect)
         tokens = stages.tokens()
         run.begin()
         spans = stages.select(tokens)
@@ -129,7 +142,7 @@ def _result(
             {
                 "statistics": statistics,
                 "operators": [solution.files, solution.healed_files],
-                "config": {k: v for k, v in config_tree(inputs.config).items() if k != "output"},
+                "config": decisive_tree(inputs.config),
             }
         ),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
-from ghost_dist.engines.base import Engine
+from ghost_dist.pipeline.collectors import MakeCollector
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.recoverability import (
     HeldOut,
@@ -22,7 +20,6 @@ from ghost_dist.solver.recoverability import (
     lost_log_energy,
 )
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector
 from ghost_dist.statistics.recoverability import (
     PROJECTION_COLUMNS,
     PairCollector,
@@ -39,6 +36,7 @@ from ghost_dist.statistics.scores import (
     ScoreSums,
 )
 from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sums import ColumnBlock
 
 _FLOAT64_BYTES = 8
 _SHARE_OF_FREE_MEMORY = 0.7
@@ -101,9 +99,16 @@ class Selector:
         stops = max(starts.count(start) for start in set(starts))
         return (width * width + width * stops * (self._columns or width)) * _FLOAT64_BYTES
 
-    def passes(self, engine: Engine) -> list[Callable[[], Collector]]:
-        """Collectors, one per pass over the windows; more than one only if memory asks for it."""
-        num_layers, device = self.architecture.num_layers, engine.device
+    @property
+    def last_boundary(self) -> int:
+        """All layers: the last ones are candidates too."""
+        return self.architecture.num_layers
+
+    def passes(
+        self, device: torch.device, free_bytes: int, block: ColumnBlock
+    ) -> list[MakeCollector]:
+        """A factory per pass over the windows; see ``pipeline.collectors.Collectors``."""
+        num_layers = self.architecture.num_layers
         match self.config.criterion:
             case "cosine":
                 return [lambda: CosineCollector(num_layers, self.remove, device)]
@@ -114,14 +119,16 @@ class Selector:
             case "block-influence":
                 return [lambda: BlockInfluenceCollector(num_layers, device)]
         starts = sorted({span.start for span in self.candidates()})
-        at_once = max(1, int(_free_bytes(device) * _SHARE_OF_FREE_MEMORY) // self.start_bytes())
+        of_start = self.start_bytes() // block.count
+        at_once = max(1, int(free_bytes * _SHARE_OF_FREE_MEMORY) // of_start)
         groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]
         return [
             lambda group=frozenset(group): PairCollector(  # type: ignore[misc]
                 [span for span in self.candidates() if span.start in group],
-                engine.hidden_size,
+                self.architecture.hidden_size,
                 device,
                 self._columns,
+                block,
             )
             for group in groups
         ]
@@ -195,9 +202,3 @@ def _row(span: Span, held_out: HeldOut) -> dict[str, Any]:
         "cut": held_out.cut / held_out.energy,
         "relative_ridge": held_out.relative_ridge,
     }
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

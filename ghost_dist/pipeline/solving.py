@@ -204,7 +204,7 @@ class Solver:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
             rows, more = self._rate(near, fit)
             tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
-            best = _strongest_as_good(tried, table, scores, _least(table, scores))
+            best = _least(table, scores)
         for number, row in enumerate(table):
             row["chosen"] = number == best
         return tried[best], table
@@ -475,29 +475,6 @@ def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
         range(len(table)),
         key=lambda i: ("failed" in table[i], not math.isfinite(means[i]), means[i], i),
     )
-
-
-def _strongest_as_good(
-    tried: Sequence[Candidate],
-    table: Sequence[Mapping[str, Any]],
-    scores: Sequence[Tensor],
-    best: int,
-) -> int:
-    """The strongest ridge that is not worse than the best one by a standard error.
-
-    The one-standard-error rule: of the mean difference over held-out windows, in pairs. With few
-    tokens too weak a ridge does far more harm than too strong a one, and noise hides it.
-    """
-    found = best
-    for number, candidate in enumerate(tried):
-        same = replace(candidate, shift=tried[best].shift) == tried[best]
-        if not same or "failed" in table[number] or candidate.shift <= tried[found].shift:
-            continue
-        worse = scores[number] - scores[best]
-        error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
-        if float(worse.mean()) <= error:
-            found = number
-    return found
 
 
 def check_store(

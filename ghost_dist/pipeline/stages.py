@@ -35,19 +35,19 @@ from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import verify_reload
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
-    collect,
-    collect_spans,
+    Collect,
+    CollectHere,
     entries_of,
     mend,
     moments_bytes,
     plan_of,
 )
+from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     check_disk_space,
     held_out_windows,
     open_causal_lm,
-    open_engine,
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
@@ -90,13 +90,27 @@ class Solution:
 
 
 class Stages:
-    """The stages of one run, on an opened RUN folder and checked inputs."""
+    """The stages of one run, on an opened RUN folder and checked inputs.
+
+    Parameters
+    ----------
+    again
+        Stage that is done again.
+    collect
+        Who fills the stores; None: this process.
+    """
 
     def __init__(
-        self, inputs: RunInputs, run: RunFolder, reporter: Reporter, again: str | None = None
+        self,
+        inputs: RunInputs,
+        run: RunFolder,
+        reporter: Reporter,
+        again: str | None = None,
+        collect: Collect | None = None,
     ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._again = again
+        self._collect = collect or CollectHere(inputs, reporter)
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -166,14 +180,7 @@ class Stages:
                 check_disk_space(
                     self._run.path, {"selection": left * starts * selector.start_bytes()}
                 )
-            collect(
-                store,
-                tokens,
-                lambda: open_engine(inputs, inputs.architecture.num_layers),
-                selector.passes,
-                self._reporter,
-                "select",
-            )
+            self._collect(store, tokens, selector, "select")
             spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
             return {"spans": [[s.start, s.stop] for s in spans], **scores}
 
@@ -213,12 +220,14 @@ class Stages:
             )
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
-            collect_spans(inputs, store, tokens, samples, self._reporter)
+            collectors = SpanCollectors(tuple(samples), architecture)
+            self._collect(store, tokens, collectors, "calibrate")
             return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
         if missing:
             self._run.forget("calibrate")
         self._stage("calibrate", {"plan": store.plan_fingerprint}, work)
+        self._collect.release()
         return store
 
     def solve(

@@ -22,7 +22,7 @@ from ghost_dist.spans import Span
 from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums
 from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
 from ghost_dist.statistics.row_weights import row_weights
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
 
@@ -88,6 +88,8 @@ class SpanCollector:
         F of the layers before the spans that want ``joint``, by layer.
     norm_eps
         Of the RMSNorm of ``stream+norm``.
+    block
+        Columns of the moments to keep, where ranks hold the same rows.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class SpanCollector:
         *,
         inner_size: Mapping[int, int] | None = None,
         norm_eps: float = 0.0,
+        block: ColumnBlock = WHOLE,
     ) -> None:
         self._kinds: dict[Span, list[SampleKind]] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
@@ -110,7 +113,9 @@ class SpanCollector:
             if width is None:
                 assert inner_size is not None, "joint sums need the width of the inner layer"
                 width = hidden_size + inner_size[span.start - 1]
-            self._accumulators[kind.key(span)] = MomentsAccumulator(width, hidden_size, device)
+            self._accumulators[kind.key(span)] = MomentsAccumulator(
+                width, hidden_size, device, block=block
+            )
         self._norm_eps = norm_eps
         self._mlp_spans = [
             span

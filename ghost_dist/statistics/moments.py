@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 FLUSH_TOKENS = 512
 """Rows summed in float32 before they are added to the float64 sum, where float64 is slow.
@@ -64,13 +65,16 @@ class Moments(Sums):
     sumsq_y_C: Tensor
     sum_weights_1: Tensor
 
+    BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_ZZ", "cross_ZC"})
+
 
 class MomentsAccumulator:
     """Adds rows to the sums, on the device where the rows are, half of the gram at a time.
 
     Each call of :meth:`add` is one addition to the sums, so adding window by window gives bitwise
-    the same sums whatever number of windows went through the model together. The gram is computed
-    in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call.
+    the same sums whatever number of windows went through the model together. The whole gram is
+    computed in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call. A rank that keeps
+    one of n column blocks has no use of the symmetry: (2 T Z^2 + 2 T Z C) / n.
 
     Parameters
     ----------
@@ -78,11 +82,11 @@ class MomentsAccumulator:
         Z and C.
     device
         Of the rows.
-    part, of
-        Compute only every ``of``-th block, beginning with ``part``; the results of all parts add
-        up to the whole. Splits the work over ranks that hold the same rows (tensor parallelism).
+    block
+        Columns of gram and cross to keep: splits work and memory over ranks that hold the same
+        rows (tensor parallelism). ``Moments.join`` puts the blocks together.
     block_columns
-        Regressors per block.
+        Regressors per product.
     """
 
     def __init__(
@@ -91,8 +95,7 @@ class MomentsAccumulator:
         num_targets: int,
         device: torch.device,
         *,
-        part: int = 0,
-        of: int = 1,
+        block: ColumnBlock = WHOLE,
         block_columns: int = BLOCK_COLUMNS,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -100,9 +103,13 @@ class MomentsAccumulator:
 
         z, c = num_regressors, num_targets
         self._blocks = [slice(lo, min(lo + block_columns, z)) for lo in range(0, z, block_columns)]
-        self._part, self._of = part, of
+        self._whole, self._columns_Z, self._columns_C = block.count == 1, block.of(z), block.of(c)
         self._float64_products = has_full_rate_float64(device)
-        self._sums = Moments(0, zeros(z, z), zeros(z, c), zeros(z), zeros(c), zeros(c), zeros(1))
+        kept_z = self._columns_Z.stop - self._columns_Z.start
+        kept_c = self._columns_C.stop - self._columns_C.start
+        self._sums = Moments(
+            0, zeros(z, kept_z), zeros(z, kept_c), zeros(z), zeros(c), zeros(c), zeros(1)
+        )
         self._num_tokens = 0
 
     def add(
@@ -129,21 +136,19 @@ class MomentsAccumulator:
             weights_T = weights_T.double()
             z_TZ = z_TZ.to(wide) * weights_T.to(wide).unsqueeze(1)
             y_TC = y_TC.to(wide) * weights_T.to(wide).unsqueeze(1)
-        product = 0
         for i, rows in enumerate(self._blocks):
-            for columns in self._blocks[: i + 1]:
-                if product % self._of == self._part:
+            if self._whole:
+                for columns in self._blocks[: i + 1]:
                     self._add_product(sums.gram_ZZ[rows, columns], z_TZ[:, rows], z_TZ[:, columns])
-                product += 1
-            if i % self._of == self._part:
-                self._add_product(sums.cross_ZC[rows], z_TZ[:, rows], y_TC)
-                sums.sum_z_Z[rows].addmv_(z_TZ[:, rows].double().T, weights_T)
-        if self._part == 0:
-            y64_TC = y_TC.double()
-            sums.sum_y_C.addmv_(y64_TC.T, weights_T)
-            sums.sumsq_y_C.add_(y64_TC.square().sum(0))
-            sums.sum_weights_1.add_(weights_T.square().sum())
-            self._num_tokens += y_TC.shape[0]
+            else:
+                self._add_product(sums.gram_ZZ[rows], z_TZ[:, rows], z_TZ[:, self._columns_Z])
+            self._add_product(sums.cross_ZC[rows], z_TZ[:, rows], y_TC[:, self._columns_C])
+            sums.sum_z_Z[rows].addmv_(z_TZ[:, rows].double().T, weights_T)
+        y64_TC = y_TC.double()
+        sums.sum_y_C.addmv_(y64_TC.T, weights_T)
+        sums.sumsq_y_C.add_(y64_TC.square().sum(0))
+        sums.sum_weights_1.add_(weights_T.square().sum())
+        self._num_tokens += y_TC.shape[0]
 
     def _add_product(self, total_MN: Tensor, a_TM: Tensor, b_TN: Tensor) -> None:
         add_product(total_MN, a_TM, b_TN, float64_products=self._float64_products)
@@ -151,7 +156,7 @@ class MomentsAccumulator:
     def result(self) -> Moments:
         """The sums so far; the upper half of the gram is filled in from the lower (no copy)."""
         gram_ZZ = self._sums.gram_ZZ
-        for i, rows in enumerate(self._blocks):
+        for i, rows in enumerate(self._blocks if self._whole else ()):
             for columns in self._blocks[:i]:
                 gram_ZZ[columns, rows] = gram_ZZ[rows, columns].T
         return Moments.from_arrays(self._num_tokens, self._sums.arrays())

@@ -31,7 +31,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.moments import add_product, has_full_rate_float64
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 PROJECTION_COLUMNS = 64
 
@@ -92,6 +92,8 @@ class PairMoments(Sums):
     sumsq_y_P: Tensor
     sumsq_change_P: Tensor
 
+    BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_CC", "cross_CPr"})
+
 
 class PairCollector:
     """:class:`PairMoments` of every start from one pass; call it with each boundary stream.
@@ -107,6 +109,8 @@ class PairCollector:
     columns
         r. The seed of R is fixed: ranges, replicas and resumed runs add up. None: no projection,
         r = C, exact.
+    block
+        Columns of gram and cross to keep, where ranks hold the same rows.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class PairCollector:
         hidden_size: int,
         device: torch.device,
         columns: int | None = PROJECTION_COLUMNS,
+        block: ColumnBlock = WHOLE,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -126,12 +131,15 @@ class PairCollector:
             None if columns is None else projection(hidden_size, columns).to(device)
         )
         columns = columns or hidden_size
+        self._kept_C, self._kept_r = block.of(hidden_size), block.of(columns)
+        kept_c = self._kept_C.stop - self._kept_C.start
+        kept_r = self._kept_r.stop - self._kept_r.start
         self._float64_products = has_full_rate_float64(device)
         self._sums = {
             start: PairMoments(
                 0,
-                zeros(hidden_size, hidden_size),
-                zeros(hidden_size, len(stops), columns),
+                zeros(hidden_size, kept_c),
+                zeros(hidden_size, len(stops), kept_r),
                 zeros(len(stops), columns),
                 zeros(len(stops)),
                 zeros(len(stops)),
@@ -172,7 +180,7 @@ class PairCollector:
                 sums.sumsq_change_P[pair] += change_TC.square().sum(dtype=torch.float64)
                 sums.sumsq_target_Pr[pair] += sumsq_target_r
                 sums.sumsq_y_P[pair] += sumsq_y
-                targets.append(target_Tr)
+                targets.append(target_Tr[:, self._kept_r])
         if boundary in self.stops:
             self._pending[boundary, window] = (stream_TC, [])
         for start in starts:
@@ -185,7 +193,7 @@ class PairCollector:
         if self._float64_products:
             x_TC = x_TC.double()
         for total_MN, b_TN in (
-            (sums.gram_CC, x_TC),
+            (sums.gram_CC, x_TC[:, self._kept_C]),
             (sums.cross_CPr.flatten(1), torch.cat(targets, dim=1)),
         ):
             add_product(total_MN, x_TC, b_TN, float64_products=self._float64_products)

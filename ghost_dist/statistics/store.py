@@ -4,12 +4,16 @@ Layout below ``RUN/statistics.zarr``::
 
     ledger/plan.json                 what is counted: created once, never changed
     ledger/00003.json                commit manifest of range 3: created once, last
-    ranges/00003/<attempt>/<entry>/gram_ZZ ...  Zarr arrays of one attempt
+    ranges/00003/<attempt>/<block>/<entry>/gram_ZZ ...  Zarr arrays of one attempt
 
 A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
-create-only manifest that holds every block's sha256. Only manifests are believed: an attempt
+create-only manifest that holds every array's sha256. Only manifests are believed: an attempt
 without one is rubbish, and the first manifest of a range wins. Ranges are summed in id order, so
 the result is bitwise the same whatever was killed and re-run.
+
+Where the ranks of a tensor-parallel replica share a range, each writes its block of columns
+(:meth:`StatisticsStore.write_block`) and one process, which need not be one of them, commits all
+blocks of the attempt (:meth:`StatisticsStore.commit_attempt`). Blocks of two attempts never mix.
 
 Zarr alone would not do: a missing chunk reads back as the fill value, and the default codecs carry
 no checksum. So chunks have CRC32C, the fill value is NaN, empty chunks are written, and readers
@@ -46,10 +50,10 @@ from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.recoverability import PairMoments
 from ghost_dist.statistics.scores import ScoreSums
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 CHUNK_BYTES = 64 << 20
-FORMAT = 2
+FORMAT = 3
 
 KINDS: Mapping[str, type[Sums]] = {
     "moments": Moments,
@@ -57,6 +61,22 @@ KINDS: Mapping[str, type[Sums]] = {
     "pairs": PairMoments,
     "scores": ScoreSums,
 }
+
+
+@dataclass(frozen=True)
+class WrittenBlock:
+    """What one rank wrote of an attempt, as it goes into the manifest.
+
+    Attributes
+    ----------
+    num_tokens
+        By entry.
+    arrays
+        Shape, dtype and sha256 by ``entry/array``.
+    """
+
+    num_tokens: Mapping[str, int]
+    arrays: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,12 +94,15 @@ class StatisticsPlan:
         Window ids of each range; together they hold every window once.
     window_length
         Tokens per window.
+    blocks
+        Column blocks that every range is written in: the tensor-parallel degree.
     """
 
     inputs: Mapping[str, Any]
     entries: Mapping[str, str]
     ranges: tuple[tuple[int, ...], ...]
     window_length: int
+    blocks: int = 1
 
     def tree(self) -> dict[str, Any]:
         """Plain values, as written to ``plan.json``."""
@@ -132,6 +155,7 @@ class StatisticsStore:
                 entries=tree["entries"],
                 ranges=tuple(tuple(ids) for ids in tree["ranges"]),
                 window_length=tree["window_length"],
+                blocks=tree["blocks"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStoreError(f"{plan_path} lacks a field of a plan: {error}.") from error
@@ -155,34 +179,83 @@ class StatisticsStore:
             If the disk is full or not writable; then nothing is committed.
         """
         attempt = uuid.uuid4().hex
-        folder = self._range_folder(range_id) / attempt
+        return self.commit_attempt(range_id, attempt, [self.write_block(range_id, attempt, sums)])
+
+    def write_block(
+        self,
+        range_id: int,
+        attempt: str,
+        sums: Mapping[str, Sums],
+        block: ColumnBlock = WHOLE,
+    ) -> WrittenBlock:
+        """Write one rank's columns of an attempt; nothing counts before it is committed.
+
+        Parameters
+        ----------
+        range_id, attempt
+            The attempt's id is new for every lease, and the same on all ranks of the replica.
+        sums
+            With all columns of small arrays and the block's columns of large ones.
+        block
+            Small arrays are written with the first block only.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or not writable.
+        """
+        folder = self._attempt_folder(range_id, attempt) / str(block.index)
         try:
             arrays = {}
             for entry in self.plan.entries:
                 for name, tensor in sums[entry].arrays().items():
-                    key = f"{entry}/{name}"
-                    arrays[key] = _write_array(folder / key, tensor.cpu().numpy())
-            fsync_tree(folder)
-            for parent in (folder.parent, folder.parent.parent, self.path):
+                    if block.index == 0 or name in sums[entry].BY_COLUMNS:
+                        key = f"{entry}/{name}"
+                        arrays[key] = _write_array(folder / key, tensor.cpu().numpy())
+            if folder.exists():
+                fsync_tree(folder)
+        except Exception:
+            # Not when the process is stopped: threads of Zarr may still write there, and the next
+            # run sweeps it away.
+            self.discard_attempt(range_id, attempt)
+            raise
+        num_tokens = {entry: sums[entry].num_tokens for entry in self.plan.entries}
+        return WrittenBlock(num_tokens, arrays)
+
+    def commit_attempt(self, range_id: int, attempt: str, blocks: Sequence[WrittenBlock]) -> bool:
+        """Commit an attempt whose blocks are all written; False if another attempt was first.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or not writable; then nothing is committed.
+        """
+        assert len(blocks) == self.plan.blocks, "all ranks write a block of every attempt"
+        folder = self._attempt_folder(range_id, attempt)
+        try:
+            for parent in (folder, folder.parent, folder.parent.parent, self.path):
                 fsync_folder(parent)
             body = {
                 "range": range_id,
                 "attempt": attempt,
                 "plan": self.plan_fingerprint,
                 "windows": list(self.plan.ranges[range_id]),
-                "num_tokens": {entry: sums[entry].num_tokens for entry in self.plan.entries},
-                "arrays": arrays,
+                "num_tokens": dict(blocks[0].num_tokens),
+                "blocks": [{key: dict(a) for key, a in block.arrays.items()} for block in blocks],
             }
+            assert all(block.num_tokens == blocks[0].num_tokens for block in blocks)
             manifest = json_bytes({**body, "sha256": fingerprint(body)})
             won = create_bytes(self._manifest_path(range_id), manifest)
         except Exception:
-            # Not when the process is stopped: threads of Zarr may still write there, and the next
-            # run sweeps it away.
-            shutil.rmtree(folder, ignore_errors=True)
+            self.discard_attempt(range_id, attempt)
             raise
         if not won:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.discard_attempt(range_id, attempt)
         return won
+
+    def discard_attempt(self, range_id: int, attempt: str) -> None:
+        """Remove what was written of an attempt that will not be committed."""
+        shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
     def read(self, range_id: int, entries: Collection[str] | None = None) -> dict[str, Sums]:
         """Sums of a committed range, every hash checked; all entries unless some are named.
@@ -193,21 +266,24 @@ class StatisticsStore:
             Naming the range and the array, if anything differs from its manifest.
         """
         manifest = self._read_manifest(range_id)
-        folder = self._range_folder(range_id) / manifest["attempt"]
+        folder = self._attempt_folder(range_id, manifest["attempt"])
         sums: dict[str, Sums] = {}
         for entry, kind in self.plan.entries.items():
             if entries is not None and entry not in entries:
                 continue
-            arrays = {
-                name.removeprefix(f"{entry}/"): torch.from_numpy(
-                    self._read_array(folder / name, expected, range_id)
-                )
-                for name, expected in manifest["arrays"].items()
-                if name.rpartition("/")[0] == entry
-            }
+            blocks = [
+                {
+                    name.removeprefix(f"{entry}/"): torch.from_numpy(
+                        self._read_array(folder / str(number) / name, expected, range_id)
+                    )
+                    for name, expected in arrays.items()
+                    if name.rpartition("/")[0] == entry
+                }
+                for number, arrays in enumerate(manifest["blocks"])
+            ]
             try:
-                sums[entry] = KINDS[kind].from_arrays(manifest["num_tokens"][entry], arrays)
-            except TypeError as error:
+                sums[entry] = KINDS[kind].join(manifest["num_tokens"][entry], blocks)
+            except (TypeError, KeyError) as error:
                 raise CorruptStoreError(
                     f"Range {range_id} lacks arrays of {entry}: {error}.", (range_id,)
                 ) from error
@@ -250,7 +326,9 @@ class StatisticsStore:
                     continue  # whatever is damaged is reported and discarded, not swept away
             for attempt in sorted(folder.glob("*")):
                 if attempt.name != kept:
-                    shutil.rmtree(attempt)
+                    # A rank of a run that died may still be writing there: what is left of it
+                    # goes with the next sweep.
+                    shutil.rmtree(attempt, ignore_errors=True)
                     removed += 1
         return removed
 
@@ -279,6 +357,9 @@ class StatisticsStore:
     def _range_folder(self, range_id: int) -> Path:
         return self.path / "ranges" / f"{range_id:05d}"
 
+    def _attempt_folder(self, range_id: int, attempt: str) -> Path:
+        return self._range_folder(range_id) / attempt
+
     def _manifest_path(self, range_id: int) -> Path:
         return self._ledger / f"{range_id:05d}.json"
 
@@ -295,6 +376,7 @@ class StatisticsStore:
                     ("plan", manifest.get("plan"), self.plan_fingerprint),
                     ("windows", manifest.get("windows"), list(self.plan.ranges[range_id])),
                     ("num_tokens", manifest.get("num_tokens"), self._num_tokens(range_id)),
+                    ("number of blocks", len(manifest.get("blocks", ())), self.plan.blocks),
                 )
                 if got != expected
             ]

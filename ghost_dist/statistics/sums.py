@@ -5,12 +5,33 @@ Ranges, replicas, resumed parts and cross-validation folds are then ``+`` and ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ColumnBlock:
+    """The columns that one of several ranks with the same rows keeps of every large sum.
+
+    Attributes
+    ----------
+    index, count
+        Block ``index`` of ``count``; the blocks' widths differ by at most one column.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, width: int) -> slice:
+        """The block's columns of a matrix of this width."""
+        return slice(self.index * width // self.count, (self.index + 1) * width // self.count)
+
+
+WHOLE = ColumnBlock()
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,9 @@ class Sums:
     """
 
     num_tokens: int
+
+    BY_COLUMNS: ClassVar[frozenset[str]] = frozenset()
+    """Arrays of which a rank may keep a block of the last axis; of the others it keeps all."""
 
     def __add__(self, other: Self) -> Self:
         return self._combine(other, 1)
@@ -52,3 +76,17 @@ class Sums:
     def from_arrays(cls, num_tokens: int, arrays: Mapping[str, Tensor]) -> Self:
         """Inverse of :meth:`arrays`."""
         return cls(num_tokens, **arrays)
+
+    @classmethod
+    def join(cls, num_tokens: int, blocks: Sequence[Mapping[str, Tensor]]) -> Self:
+        """Put together the arrays of all column blocks, in their order.
+
+        Arrays that are not kept by columns are those of the first block.
+        """
+        arrays = {
+            name: torch.cat([block[name] for block in blocks], -1)
+            if name in cls.BY_COLUMNS and len(blocks) > 1
+            else array
+            for name, array in blocks[0].items()
+        }
+        return cls.from_arrays(num_tokens, arrays)

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from ghost_dist.config import OperatorConfig, RelativeRidge, load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.again import run_stage_again
-from ghost_dist.pipeline.candidates import Candidate, candidates_of, samples_of
+from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.pipeline.solving import _least, _strongest_as_good
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
 
@@ -101,23 +100,6 @@ def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_confi
     parts = operator_file(tmp_path / "run")
     assert {"linear", "down"} <= set(parts)
     assert ("norm_linear" in parts) == (chosen["features"] == "stream+norm")
-
-
-def test_the_strongest_ridge_within_a_standard_error_wins():
-    """Of one form: a stronger ridge that noise cannot tell from the best, no other operator."""
-    tried = [Candidate("ghost", shift=s) for s in (0.0, 0.5, 1.0)]
-    tried.append(Candidate("ghost", row_weights="clip", shift=1.0))
-    noise = torch.tensor([0.3, -0.3, 0.2, -0.2])
-    best = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    scores = [best, best + 0.01 + noise, best + 0.5 + noise, best + 0.01]
-    table = [{} for _ in tried]
-    assert _least(table, scores) == 0
-    assert _strongest_as_good(tried, table, scores, 0) == 1
-    scores[2] = best + 0.02 + noise
-    assert _strongest_as_good(tried, table, scores, 0) == 2
-    table[2] = {"failed": "no factor"}
-    assert _strongest_as_good(tried, table, scores, 0) == 1
-    assert _strongest_as_good(tried, table, [best, best + 0.001, *scores[2:]], 0) == 0
 
 
 def test_residual_as_the_judge_runs_no_model(make_config, tmp_path, monkeypatch):

@@ -179,7 +179,7 @@ def test_damaged_statistics_are_repaired_by_running_that_range_again(make_config
     recover(make_config(), again="solve")
     before = operators(tmp_path / "run")
     [chunk] = (tmp_path / "run" / "statistics.zarr" / "ranges" / "00002").glob(
-        "*/3-5/stream/gram_ZZ/c/0/0"
+        "*/0/3-5/stream/gram_ZZ/c/0/0"
     )
     content = bytearray(chunk.read_bytes())
     content[100] ^= 4

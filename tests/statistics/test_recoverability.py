@@ -13,6 +13,7 @@ from ghost_dist.statistics.recoverability import (
     projection,
     start_key,
 )
+from ghost_dist.statistics.sums import ColumnBlock
 
 L, T, C, WINDOWS, R = 5, 13, 8, 3, 16
 CPU = torch.device("cpu")
@@ -138,6 +139,22 @@ def test_some_starts_only_are_the_same_sums():
     for start, moments in part.items():
         for name, array in moments.arrays().items():
             assert torch.equal(array, whole[start].arrays()[name])
+
+
+def test_column_blocks_join_to_the_whole():
+    hidden = streams()
+    whole = collect(hidden, WINDOW_BY_WINDOW).result()
+    blocks = []
+    for index in range(3):
+        collector = PairCollector(SPANS, C, CPU, R, block=ColumnBlock(index, 3))
+        for window, boundary in WINDOW_BY_WINDOW:
+            collector(boundary, window, hidden[boundary, window])
+        blocks.append(collector.result())
+    for key, expected in whole.items():
+        joined = PairMoments.join(expected.num_tokens, [block[key].arrays() for block in blocks])
+        for name, array in expected.arrays().items():
+            torch.testing.assert_close(joined.arrays()[name], array, rtol=1e-13, atol=0)
+    assert blocks[0][start_key(0)].gram_CC.shape == (C, 2)
 
 
 def test_streams_are_let_go():

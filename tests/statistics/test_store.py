@@ -1,8 +1,10 @@
 """The store and its ledger: committed once, whole or not at all, and no damage goes unnoticed."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.sums import ColumnBlock
 
 C, LENGTH = 8, 16
 PLAN = StatisticsPlan(
@@ -56,7 +59,7 @@ def equal(a, b):
 
 def array_file(store, range_id, name):
     """The one chunk file of an array, found without the code under test."""
-    found = (store.path / "ranges" / f"{range_id:05d}").glob(f"*/{name}/c/**/0")
+    found = (store.path / "ranges" / f"{range_id:05d}").glob(f"*/0/{name}/c/**/0")
     [path] = [path for path in found if path.is_file()]
     return path
 
@@ -95,6 +98,78 @@ def test_incomplete_store_has_no_total(tmp_path):
         store.total()
 
 
+def in_blocks(sums, count):
+    """What each of several ranks holds: its columns of the large arrays, all of the small."""
+    return [
+        {
+            entry: type(found).from_arrays(
+                found.num_tokens,
+                {
+                    name: array[..., ColumnBlock(index, count).of(array.shape[-1])]
+                    if name in found.BY_COLUMNS
+                    else array
+                    for name, array in found.arrays().items()
+                },
+            )
+            for entry, found in sums.items()
+        }
+        for index in range(count)
+    ]
+
+
+def write_blocks(store, range_id, attempt, sums):
+    parts = in_blocks(sums, store.plan.blocks)
+    return [
+        store.write_block(range_id, attempt, part, ColumnBlock(index, len(parts)))
+        for index, part in enumerate(parts)
+    ]
+
+
+@pytest.fixture
+def shared_store(tmp_path):
+    """Of a replica of three ranks."""
+    return StatisticsStore(tmp_path / "shared.zarr", replace(PLAN, blocks=3))
+
+
+def test_blocks_of_ranks_are_read_as_one(shared_store):
+    written = write_blocks(shared_store, 0, "one", moments(0))
+    assert shared_store.committed() == ()
+    assert shared_store.commit_attempt(0, "one", written)
+    assert equal(shared_store.read(0), moments(0))
+    chunks = (shared_store.path / "ranges" / "00000" / "one").glob("*/1-3/stream/gram_ZZ")
+    assert len(list(chunks)) == 3
+    assert not (shared_store.path / "ranges/00000/one/1/1-3/stream/sum_y_C").exists()
+
+
+def test_of_two_attempts_only_the_first_committed_counts(shared_store):
+    written = [
+        write_blocks(shared_store, 0, name, moments(seed))
+        for seed, name in enumerate(("first", "second"))
+    ]
+    assert shared_store.commit_attempt(0, "second", written[1])
+    assert not shared_store.commit_attempt(0, "first", written[0])
+    assert equal(shared_store.read(0), moments(1))
+    assert [path.name for path in (shared_store.path / "ranges" / "00000").iterdir()] == ["second"]
+
+
+def test_a_lost_block_is_named(shared_store):
+    shared_store.commit_attempt(0, "one", write_blocks(shared_store, 0, "one", moments(0)))
+    shutil.rmtree(shared_store.path / "ranges" / "00000" / "one" / "2")
+    with pytest.raises(CorruptStoreError, match=r"one/2/1-3/stream/gram_ZZ of range 0"):
+        shared_store.read(0)
+
+
+def test_a_manifest_of_fewer_blocks_is_not_believed(shared_store):
+    shared_store.commit_attempt(0, "one", write_blocks(shared_store, 0, "one", moments(0)))
+    path = shared_store.path / "ledger" / "00000.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["blocks"] = manifest["blocks"][:2]
+    del manifest["sha256"]
+    path.write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
+    with pytest.raises(CorruptStoreError, match="number of blocks differ"):
+        shared_store.read(0)
+
+
 def test_attempt_without_manifest_is_rubbish(store):
     orphan = store.path / "ranges" / "00001" / "deadbeef"
     orphan.mkdir()
@@ -121,7 +196,7 @@ DAMAGE = {
     "empty chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(b""),
     "deleted chunk": lambda store: array_file(store, 1, "1-3/stream/sum_z_Z").unlink(),
     "deleted array": lambda store: next(
-        (store.path / "ranges" / "00001").glob("*/1-3/stream/sumsq_y_C/zarr.json")
+        (store.path / "ranges" / "00001").glob("*/0/1-3/stream/sumsq_y_C/zarr.json")
     ).unlink(),
     "flipped bit in the manifest": lambda store: flip(store.path / "ledger" / "00001.json", 90),
     "half a manifest": lambda store: (store.path / "ledger" / "00001.json").write_text("{"),
@@ -194,7 +269,7 @@ def test_full_disk_commits_nothing(tmp_path, monkeypatch):
 
 def test_chunks_are_protected_in_the_zarr_metadata(store):
     """A reader without our ledger is protected too: CRC32C, NaN where a chunk is missing."""
-    [path] = (store.path / "ranges" / "00000").glob("*/1-3/stream/gram_ZZ")
+    [path] = (store.path / "ranges" / "00000").glob("*/0/1-3/stream/gram_ZZ")
     array = zarr.open_array(path, mode="r")
     assert "crc32c" in str(array.metadata.codecs).lower()
     assert torch.isnan(torch.tensor(float(array.fill_value)))

@@ -5,6 +5,7 @@ import torch
 
 from ghost_dist.statistics import moments as moments_module
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator, norm_features
+from ghost_dist.statistics.sums import ColumnBlock
 from ghost_dist.statistics.transforms import combine, retarget, stream_moments, take
 
 C, F, T, WINDOWS = 12, 31, 40, 5
@@ -64,15 +65,19 @@ def test_weights_scale_rows_and_are_squared_in_every_sum():
     assert (got.gram_ZZ - kept.gram_ZZ).abs().max() <= 1e-12 * kept.gram_ZZ.abs().max()
 
 
-@pytest.mark.parametrize("of", [2, 3])
-def test_parts_add_up_to_the_whole(of):
+@pytest.mark.parametrize("count", [2, 3])
+def test_column_blocks_join_to_the_whole(count):
     a, h, y = rows()
-    parts = [accumulate(a, h, y, block_columns=9, part=part, of=of) for part in range(of)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    assert_close(total, accumulate(a, h, y), rtol=1e-14)
-    assert all(part.cross_ZC.count_nonzero() < total.cross_ZC.count_nonzero() for part in parts)
+    blocks = [
+        accumulate(a, h, y, block_columns=9, block=ColumnBlock(index, count))
+        for index in range(count)
+    ]
+    whole = accumulate(a, h, y)
+    assert_close(Moments.join(whole.num_tokens, [b.arrays() for b in blocks]), whole, rtol=1e-14)
+    widths = [block.gram_ZZ.shape[1] for block in blocks]
+    assert sum(widths) == whole.gram_ZZ.shape[1]
+    assert max(widths) - min(widths) <= 1
+    assert sum(block.cross_ZC.shape[1] for block in blocks) == whole.cross_ZC.shape[1]
 
 
 def test_float32_products_flushed_into_float64(monkeypatch):

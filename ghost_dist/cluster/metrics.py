@@ -1,0 +1,59 @@
+"""What a run shows in Ray's metrics (Prometheus, on every node's metrics port)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from ray.util.metrics import Counter, Gauge
+
+from ghost_dist.cluster.failures import Failure
+from ghost_dist.cluster.ranges import RangeQueue
+from ghost_dist.cluster.replica import Replica
+
+EVERY_S = 2.0
+
+
+class Metrics:
+    """Gauges and counters of one run; their names are in ``docs/cluster.md``."""
+
+    def __init__(self) -> None:
+        self._ranges = Gauge(
+            "ghost_dist_ranges", "Window ranges of the stage, by state.", tag_keys=("state",)
+        )
+        self._replicas = Gauge(
+            "ghost_dist_replicas", "Copies of the model, by state.", tag_keys=("state",)
+        )
+        self._tokens = Gauge("ghost_dist_tokens", "Tokens of the stage that are committed.")
+        self._rate = Gauge(
+            "ghost_dist_tokens_per_second",
+            "Tokens per second of a replica over its range at hand.",
+            tag_keys=("replica",),
+        )
+        self._lost = Counter(
+            "ghost_dist_replicas_lost_total", "Replicas lost, by failure.", tag_keys=("failure",)
+        )
+        self._shown = 0.0
+
+    def show(self, queue: RangeQueue, replicas: Iterable[Replica], committed: int) -> None:
+        """Set the gauges, every EVERY_S seconds at most."""
+        now = time.monotonic()
+        if now - self._shown < EVERY_S:
+            return
+        self._shown = now
+        states = {"placing": 0, "joining": 0, "loading": 0, "idle": 0, "busy": 0}
+        for replica in replicas:
+            states[replica.state] += 1
+            if replica.lease is not None:
+                rate = replica.tokens / max(now - replica.lease.since, 1e-9)
+                self._rate.set(rate, {"replica": str(replica.number)})
+        for state, count in states.items():
+            self._replicas.set(count, {"state": state})
+        leased = {lease.range_id for lease in queue.leases}
+        self._ranges.set(queue.num_pending, {"state": "pending"})
+        self._ranges.set(len(leased), {"state": "leased"})
+        self._tokens.set(committed)
+
+    def lost(self, failure: Failure) -> None:
+        """Count a lost replica."""
+        self._lost.inc(1, {"failure": failure})

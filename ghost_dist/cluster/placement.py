@@ -1,0 +1,94 @@
+"""How many replicas fit on the nodes of a cluster, before anything is asked of Ray.
+
+Ray only waits when a placement group does not fit; here it is known in advance and said with
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ghost_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its name, and the CPUs and GPUs that Ray may give away there."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one replica needs.
+
+    Attributes
+    ----------
+    ranks
+        Actors of a replica: the tensor-parallel degree.
+    cpus_per_rank
+        CPUs of each.
+    gpus_per_rank
+        0 or 1.
+    """
+
+    ranks: int
+    cpus_per_rank: int
+    gpus_per_rank: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one rank, in Ray's names."""
+        needs = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank}
+        return {name: float(amount) for name, amount in needs.items() if amount}
+
+    def ranks_on(self, node: Node) -> int:
+        """Ranks that the node has room for."""
+        rooms = [node.cpus // self.cpus_per_rank]
+        if self.gpus_per_rank:
+            rooms.append(node.gpus // self.gpus_per_rank)
+        return int(min(rooms))
+
+
+def num_fitting(nodes: Sequence[Node], shape: Shape) -> int:
+    """Replicas that the nodes have room for in all."""
+    on_one = sum(shape.ranks_on(node) // shape.ranks for node in nodes)
+    if on_one:
+        return on_one
+    return sum(shape.ranks_on(node) for node in nodes) // shape.ranks
+
+
+def strategy(nodes: Sequence[Node], shape: Shape) -> str:
+    """STRICT_PACK, all ranks on one node, wherever one node is large enough; else PACK."""
+    fits_one = any(shape.ranks_on(node) >= shape.ranks for node in nodes)
+    return "STRICT_PACK" if fits_one else "PACK"
+
+
+def check_room(nodes: Sequence[Node], shape: Shape, replicas: int) -> None:
+    """Refuse what the cluster has no room for.
+
+    Raises
+    ------
+    ConfigError
+        With what is needed, what each node has, and which option to change.
+    """
+    fitting = num_fitting(nodes, shape)
+    if fitting >= replicas:
+        return
+    kind = "GPU" if shape.gpus_per_rank else "CPU"
+    each = shape.gpus_per_rank or shape.cpus_per_rank
+    found = ", ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)
+    advice = (
+        f"Set engine.replicas={fitting} or auto"
+        if fitting
+        else "Lower engine.tensor_parallel" + ("" if shape.gpus_per_rank else " or cpus_per_rank")
+    )
+    raise ConfigError(
+        f"engine.replicas={replicas} x engine.tensor_parallel={shape.ranks} ranks of {each} "
+        f"{kind}{'s' if each > 1 else ''} need {replicas * shape.ranks * each} {kind}s"
+        f"{' with ' + str(shape.cpus_per_rank) + ' CPUs each' if shape.gpus_per_rank else ''}, "
+        f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add nodes."
+    )

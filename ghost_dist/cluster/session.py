@@ -1,0 +1,102 @@
+"""The connection to Ray: joins a cluster or starts one on this machine, and knows its nodes."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import ray
+import torch
+
+from ghost_dist.cluster.collect import CollectOnCluster
+from ghost_dist.cluster.placement import Node, Shape
+from ghost_dist.config import Config
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.progress import Reporter
+
+
+class Session:
+    """Ray for one run; a context manager, and the ``Workers`` of the pipeline.
+
+    Raises
+    ------
+    ConfigError
+        If the cluster cannot be reached, or refuses the token.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._connected = False
+        self._collect: CollectOnCluster | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._collect is not None:
+            self._collect.release()
+        if self._connected:
+            ray.shutdown()
+
+    def device(self) -> torch.device:
+        """GPUs if the cluster has any and the configuration does not ask for the CPU."""
+        self._connect()
+        wanted = self._config.engine.device.partition(":")[0]
+        gpus = sum(node.gpus for node in self.nodes())
+        if wanted == "cuda" and not gpus:
+            raise ConfigError(
+                "engine.device=cuda, but no node of the Ray cluster has a GPU that Ray knows of. "
+                "Start the nodes with --num-gpus, or set engine.device=cpu."
+            )
+        use_gpu = gpus and wanted != "cpu"
+        return torch.device("cuda" if use_gpu else "cpu")
+
+    def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
+        """What fills the stores of the run, on replicas of this cluster."""
+        self._connect()
+        engine = self._config.engine
+        shape = Shape(
+            ranks=engine.tensor_parallel,
+            cpus_per_rank=self._config.cluster.cpus_per_rank,
+            gpus_per_rank=int(inputs.worker_device.type == "cuda"),
+        )
+        self._collect = CollectOnCluster(inputs, reporter, shape, self.nodes)
+        return self._collect
+
+    def nodes(self) -> list[Node]:
+        """The living nodes."""
+        return [
+            Node(
+                node["NodeManagerHostname"],
+                node["Resources"].get("CPU", 0.0),
+                node["Resources"].get("GPU", 0.0),
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+
+    def _connect(self) -> None:
+        if self._connected or ray.is_initialized():
+            return
+        address = self._config.cluster.address or os.environ.get("RAY_ADDRESS")
+        try:
+            ray.init(
+                address=address or "local",
+                namespace="ghost_dist",
+                log_to_driver=False,
+                configure_logging=False,
+                **({} if address else {"include_dashboard": False}),
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"The Ray cluster at {address or 'this machine'} cannot be used: {error}. Check "
+                "cluster.address, that the head node runs (ray status), and that RAY_AUTH_MODE and "
+                "RAY_AUTH_TOKEN_PATH are those of the cluster."
+            ) from error
+        self._connected = True

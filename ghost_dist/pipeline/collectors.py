@@ -1,0 +1,131 @@
+"""Which collectors a pass over the windows feeds: plain values that travel to where the model is.
+
+The same description makes the collectors of one process and those of every rank of a cluster, each
+of which keeps its block of columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+
+MakeCollector = Callable[[], Collector]
+
+
+class Collectors(Protocol):
+    """What is to be collected; can be pickled."""
+
+    @property
+    def last_boundary(self) -> int:
+        """Layers that the engine must have."""
+
+    def passes(
+        self, device: torch.device, free_bytes: int, block: ColumnBlock
+    ) -> list[MakeCollector]:
+        """A factory per pass over the windows; their sums together are those of the plan.
+
+        More than one pass only where the sums of all do not fit on the device at once.
+
+        Parameters
+        ----------
+        device
+            Of the streams.
+        free_bytes
+            Of that device's memory; the same on all ranks of a replica, so that they agree.
+        block
+            Columns that this rank keeps.
+        """
+
+
+@dataclass(frozen=True)
+class SpanCollectors:
+    """Sums of chosen spans, all in one pass."""
+
+    samples: tuple[tuple[Span, SampleKind], ...]
+    architecture: Architecture
+
+    @property
+    def last_boundary(self) -> int:
+        """Layers that the engine must have."""
+        return max(span.stop for span, _ in self.samples)
+
+    def passes(
+        self,
+        device: torch.device,
+        free_bytes: int,  # noqa: ARG002 - the sums of a chosen span must fit
+        block: ColumnBlock,
+    ) -> list[MakeCollector]:
+        """One pass; see :class:`Collectors`."""
+        return [
+            lambda: SpanCollector(
+                self.samples,
+                self.architecture.hidden_size,
+                device,
+                inner_size=self.architecture.inner_sizes,
+                norm_eps=self.architecture.norm_eps,
+                block=block,
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class CollectorsTogether:
+    """Several, by name, fed by the same passes; one with more passes has the rest for itself."""
+
+    parts: Mapping[str, Collectors]
+
+    @property
+    def last_boundary(self) -> int:
+        """Layers that the engine must have."""
+        return max(part.last_boundary for part in self.parts.values())
+
+    def passes(
+        self, device: torch.device, free_bytes: int, block: ColumnBlock
+    ) -> list[MakeCollector]:
+        """As many passes as the part with the most; see :class:`Collectors`."""
+        makers = {name: part.passes(device, free_bytes, block) for name, part in self.parts.items()}
+        depth = max(len(of_part) for of_part in makers.values())
+        return [
+            lambda turn=turn: Together(  # type: ignore[misc]
+                {name: of_part[turn]() for name, of_part in makers.items() if turn < len(of_part)}
+            )
+            for turn in range(depth)
+        ]
+
+
+def sums_of_range(
+    engine: Engine,
+    tokens: Tokens,
+    windows: Sequence[int],
+    passes: Sequence[MakeCollector],
+    advance: Callable[[int], None],
+) -> dict[str, Sums]:
+    """Run the windows of one range, from zero; what a store commits as a whole."""
+    sums: dict[str, Sums] = {}
+    for make in passes:
+        collector = make()
+        engine.run(tokens, windows, collector, advance)
+        sums |= collector.result()
+    return sums
+
+
+def passes_here(collectors: Collectors, engine: Engine) -> list[MakeCollector]:
+    """The passes of one process that has the whole model."""
+    return collectors.passes(engine.device, free_bytes(engine.device), WHOLE)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
