@@ -37,6 +37,8 @@ from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
 
+_SHARE_OF_FREE_MEMORY = 0.85
+
 
 @dataclass(frozen=True)
 class RunInputs:
@@ -113,8 +115,10 @@ def open_inputs(
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)
         check_degree(whole, config.engine.tensor_parallel)
-    device = _device(config.engine.device if worker_device is None else "auto")
-    workers = device if worker_device is None else worker_device()
+    if worker_device is None:
+        device = workers = _device(config.engine.device)
+    else:
+        device, workers = _driver_device(source, reporter), worker_device()
     num_ranges = _num_ranges(config)
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     evaluation = {
@@ -282,6 +286,25 @@ def _device(name: str) -> torch.device:
                 f"(cuda:0 to cuda:{torch.cuda.device_count() - 1})."
             )
     return torch.device(name)
+
+
+def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
+    """Where the driver of a cluster runs what needs the whole model: a GPU if two copies fit.
+
+    Two, because the exported checkpoint is compared with the recovered model.
+    """
+    device = _device("auto")
+    if device.type == "cpu":
+        return device
+    free = torch.cuda.mem_get_info(device)[0]
+    if 2 * source.nbytes < _SHARE_OF_FREE_MEMORY * free:
+        return device
+    reporter.warn(
+        f"two copies of the model ({2 * source.nbytes / 1e9:.1f} GB) do not fit on the driver's "
+        f"GPU ({free / 1e9:.1f} GB free): verification, and evaluation and the choice by KL if "
+        "asked for, run on its CPU."
+    )
+    return torch.device("cpu")
 
 
 def _dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:

@@ -1,0 +1,231 @@
+"""Runs as Ray jobs: submitted with their whole configuration, found again by their RUN folder.
+
+A job is ``ghost-dist recover`` on the cluster, so what holds there holds here: a job that failed is
+submitted again by the same command and continues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shlex
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from ghost_dist.config import Config, config_tree
+from ghost_dist.errors import ClusterError, ConfigError
+
+_PROBE_S = 10.0
+_PREFIX = "ghost-dist"
+_UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
+
+
+class Jobs:
+    """The jobs of one cluster.
+
+    Parameters
+    ----------
+    address
+        Of the cluster's dashboard, such as ``http://head:8265``.
+    allow_unauthenticated
+        Talk to a cluster that asks for no token. Whoever reaches such a cluster's ports can run
+        code on it (CVE-2023-48022).
+
+    Raises
+    ------
+    ConfigError
+        If nothing answers at the address, the cluster takes jobs from anybody, or it refuses the
+        token.
+    """
+
+    def __init__(self, address: str, *, allow_unauthenticated: bool = False) -> None:
+        self.address = address if "://" in address else f"http://{address}"
+        if not self.address.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--address {address}: expected the dashboard's address, such as http://head:8265."
+            )
+        self._check_authentication(allow_unauthenticated)
+        try:
+            self._client = JobSubmissionClient(self.address)
+        except Exception as error:  # Ray raises several kinds, each with a message of its own
+            raise ConfigError(
+                f"The cluster at {self.address} does not take this request: {error} Set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to its token."
+            ) from error
+
+    def submit(
+        self, config: Config, *, python: str = "python", env: Mapping[str, str] | None = None
+    ) -> tuple[str, bool]:
+        """Submit a run, unless a job of the same RUN is under way.
+
+        Parameters
+        ----------
+        config
+            The whole run. Paths are those of the cluster's nodes, so they must be absolute.
+        python
+            Interpreter on the head node; ``python`` is looked up in the PATH of its Ray.
+        env
+            Environment variables of the job.
+
+        Returns
+        -------
+        job, fresh
+            The submission id, and whether it is a new job.
+
+        Raises
+        ------
+        ConfigError
+            If a path is relative.
+        """
+        _check_paths(config)
+        earlier = self._jobs_of(config.output.path)
+        for job in earlier:
+            if job.status in _UNDER_WAY:
+                return str(job.submission_id), False
+        name = f"{_name(config.output.path)}-{len(earlier) + 1}"
+        with tempfile.TemporaryDirectory() as folder:
+            text = yaml.safe_dump(config_tree(config), sort_keys=False)
+            Path(folder, "config.yaml").write_text(text, encoding="utf-8")
+            runtime_env: dict[str, Any] = {"working_dir": folder}
+            if env:
+                runtime_env["env_vars"] = dict(env)
+            self._client.submit_job(
+                entrypoint=f"{shlex.quote(python)} -m ghost_dist recover config.yaml",
+                submission_id=name,
+                runtime_env=runtime_env,
+                metadata={"run": config.output.path},
+            )
+        return name, True
+
+    def find(self, job: str) -> str:
+        """The submission id of a job, given that or the path of its RUN folder.
+
+        Raises
+        ------
+        ConfigError
+            If there is none.
+        """
+        if job.startswith("/"):
+            of_run = self._jobs_of(job)
+            if of_run:
+                return str(of_run[-1].submission_id)
+        elif any(known.submission_id == job for known in self._client.list_jobs()):
+            return job
+        known = ", ".join(self._ours()) or "none"
+        raise ConfigError(f"There is no job {job} at {self.address}. Jobs of ghost-dist: {known}.")
+
+    def status(self, job: str) -> dict[str, Any]:
+        """What is known of a job, as plain values."""
+        info = self._client.get_job_info(job)
+        lines = [line for line in self._client.get_job_logs(job).splitlines() if line.strip()]
+        return {
+            "job": job,
+            "run": (info.metadata or {}).get("run"),
+            "status": str(info.status),
+            "message": info.message,
+            "started": info.start_time and info.start_time / 1000,
+            "ended": info.end_time and info.end_time / 1000,
+            "last_line": lines[-1] if lines else "",
+        }
+
+    def stop(self, job: str, *, wait_s: float = 60.0) -> str:
+        """Ask a job to stop and wait for it; what it has finished is kept. Returns its status."""
+        self._client.stop_job(job)
+        return self._wait(job, wait_s)
+
+    def logs(self, job: str) -> str:
+        """Everything a job has printed."""
+        text: str = self._client.get_job_logs(job)
+        return text
+
+    def follow(self, job: str, show: Callable[[str], None]) -> str:
+        """Hand over what a job prints until it ends; returns its status.
+
+        Raises
+        ------
+        ClusterError
+            If the cluster goes away.
+        """
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job):
+                show(text)
+
+        try:
+            asyncio.run(tail())
+            # The log may end a moment before the job does.
+            return self._wait(job, 60.0)
+        except (ConnectionError, RuntimeError, OSError) as error:
+            raise ClusterError(
+                f"The cluster at {self.address} does not answer any more: {error}. If it comes "
+                "back, the same command continues."
+            ) from error
+
+    def _wait(self, job: str, seconds: float) -> str:
+        until = time.monotonic() + seconds
+        while (status := self._client.get_job_status(job)) in _UNDER_WAY:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.5)
+        return str(status)
+
+    def _jobs_of(self, run: str) -> list[JobDetails]:
+        """The jobs of a RUN folder, oldest first."""
+        jobs = [
+            job
+            for job in self._client.list_jobs()
+            if (job.submission_id or "").rpartition("-")[0] == _name(run)
+        ]
+        return sorted(jobs, key=lambda job: int(str(job.submission_id).rpartition("-")[2]))
+
+    def _ours(self) -> list[str]:
+        ids = [job.submission_id or "" for job in self._client.list_jobs()]
+        return sorted(name for name in ids if name.startswith(_PREFIX))
+
+    def _check_authentication(self, allow_unauthenticated: bool) -> None:
+        """See whether the cluster would take a job from anybody: ask it without a token."""
+        url = f"{self.address}/api/jobs/"
+        try:
+            with urllib.request.urlopen(url, timeout=_PROBE_S):  # http or https, checked before
+                open_to_all = True
+        except urllib.error.HTTPError as error:
+            open_to_all = error.code not in (401, 403)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"No Ray cluster answers at {self.address} ({error}). Check the address and "
+                "port of its dashboard (8265 if not set otherwise), and that it can be reached."
+            ) from error
+        if open_to_all and not allow_unauthenticated:
+            raise ConfigError(
+                f"The cluster at {self.address} takes jobs without a token: whoever reaches this "
+                "port can run code on its nodes (CVE-2023-48022). Start it with "
+                "RAY_AUTH_MODE=token (docs/launching.md), or pass --allow-unauthenticated if the "
+                "network is private."
+            )
+
+
+def _name(run: str) -> str:
+    """The jobs of a RUN folder share this beginning of their ids."""
+    return f"{_PREFIX}-{hashlib.sha256(run.encode()).hexdigest()[:10]}"
+
+
+def _check_paths(config: Config) -> None:
+    """A job starts in a folder of its own, so a relative path would mean another file there."""
+    relative = {"output.path": config.output.path}
+    here = {"model.path": config.model.path, "calibration.source": config.calibration.source}
+    here |= {f"evaluation.corpora.{k}": path for k, path in config.evaluation.corpora.items()}
+    relative |= {name: path for name, path in here.items() if Path(path).exists()}
+    for name, path in relative.items():
+        if not path.startswith("/"):
+            raise ConfigError(
+                f"{name}={path} is a relative path, which means another file in the job's folder "
+                "on the cluster. Give an absolute path that all nodes of the cluster see."
+            )
