@@ -72,8 +72,10 @@ start() {
   for ((number = 1; number < nodes; number++)); do
     # One log monitor is enough for a host: two would show every line of a worker twice.
     ray_start "$number" --address="$address" --include-log-monitor=false
+    # One after the other: of two nodes of a host that register at the same moment, one waits in
+    # vain for the head's answer (seen with Ray 2.60).
+    wait_for $((number + 1)) "$address"
   done
-  wait_for "$nodes" "$address"
   trap - EXIT
 
   cat <<TEXT

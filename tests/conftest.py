@@ -1,5 +1,9 @@
-"""What tests of several folders share: one thread, and the families' checkpoints."""
+"""What tests of several folders share: one thread, the families' checkpoints, and a tiny Llama with
+a tokenizer of its own and texts: everything a run needs, in seconds."""
 
+import argparse
+import inspect
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,12 +12,16 @@ import pytest
 import torch
 import transformers
 from families import save_checkpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.config import load_config
 
 transformers.utils.logging.disable_progress_bar()
+
+TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,3 +57,68 @@ def loaded(checkpoint):
         return model, architecture
 
     return get
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=256,
+        initializer_range=0.08,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def make_config(model_folder, text_file, tmp_path):
+    """Configuration of a small run; overrides as dotted keys."""
+
+    def make(**overrides):
+        return load_config(
+            None,
+            {
+                "model.path": str(model_folder),
+                "calibration.source": str(text_file),
+                "calibration.windows": 16,
+                "calibration.window_length": 64,
+                "selection.spans": [[3, 5]],
+                "operator.name": "ghost",
+                "operator.features": "stream",
+                "operator.choose": "residual",
+                "engine.device": "cpu",
+                "output.path": str(tmp_path / "run"),
+                **{key.replace("__", "."): value for key, value in overrides.items()},
+            },
+        )
+
+    return make

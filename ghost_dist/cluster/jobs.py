@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import shlex
 import tempfile
 import time
@@ -53,6 +54,7 @@ class Jobs:
                 f"--address {address}: expected the dashboard's address, such as http://head:8265."
             )
         self._check_authentication(allow_unauthenticated)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed sockets: no news
         try:
             self._client = JobSubmissionClient(self.address)
         except Exception as error:  # Ray raises several kinds, each with a message of its own

@@ -1,0 +1,63 @@
+"""What is decided without Ray: how many replicas fit, and whether a loss is one too many."""
+
+import pytest
+
+from ghost_dist.cluster.failures import decide
+from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
+from ghost_dist.config import ClusterConfig
+from ghost_dist.errors import ConfigError
+
+EIGHT = [Node(f"n{i}", cpus=64, gpus=8) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "fitting", "how"),
+    [
+        (EIGHT, Shape(8, 4, 1), 2, "STRICT_PACK"),
+        (EIGHT, Shape(4, 4, 1), 4, "STRICT_PACK"),
+        (EIGHT, Shape(16, 4, 1), 1, "PACK"),
+        (EIGHT, Shape(3, 4, 1), 4, "STRICT_PACK"),
+        (EIGHT, Shape(8, 16, 1), 1, "PACK"),  # 4 ranks of 16 CPUs on each node
+        ([Node("a", 2, 0), Node("b", 2, 0), Node("c", 2, 0)], Shape(2, 1, 0), 3, "STRICT_PACK"),
+        ([Node("a", 1, 0), Node("b", 1, 0)], Shape(2, 1, 0), 1, "PACK"),
+        ([Node("a", 4, 0)], Shape(1, 1, 1), 0, "PACK"),
+    ],
+)
+def test_replicas_that_fit(nodes, shape, fitting, how):
+    assert num_fitting(nodes, shape) == fitting
+    assert strategy(nodes, shape) == how
+    if fitting:
+        check_room(nodes, shape, fitting)
+    with pytest.raises(ConfigError, match="room for"):
+        check_room(nodes, shape, fitting + 1)
+
+
+def test_too_few_gpus_says_needed_found_and_what_to_change():
+    expected = (
+        r"engine\.replicas=3 x engine\.tensor_parallel=8 ranks of 1 GPU need 24 GPUs with 4 CPUs "
+        r"each, but the cluster has room for 2 such replicas \(n0: 64 CPUs, 8 GPUs, n1: .*\)\. Set "
+        r"engine\.replicas=2 or auto"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        check_room(EIGHT, Shape(8, 4, 1), 3)
+    with pytest.raises(ConfigError, match=r"Lower engine\.tensor_parallel, or add nodes"):
+        check_room([Node("a", 64, 4)], Shape(8, 4, 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("failures", "decision"),
+    [
+        ({"crash": 2}, "rebuild"),
+        ({"crash": 3}, "stop"),
+        ({"hang": 1, "crash": 2}, "rebuild"),
+        ({"hang": 2}, "stop"),
+        ({"preemption": 1000}, "rebuild"),
+        ({"preemption": 1000, "crash": 3}, "stop"),
+    ],
+)
+def test_budgets_are_separate(failures, decision):
+    assert decide(failures, ClusterConfig(max_crashes=2, max_hangs=1)) == decision
+
+
+def test_preemptions_may_have_a_budget():
+    assert decide({"preemption": 2}, ClusterConfig(max_preemptions=1)) == "stop"

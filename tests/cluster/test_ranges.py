@@ -1,0 +1,187 @@
+"""The queue of leases, alone and together with the ledger of a real store."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ghost_dist.cluster.ranges import RangeQueue
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.sums import ColumnBlock
+
+
+def test_ranges_are_handed_out_once_in_order():
+    queue = RangeQueue([3, 5, 8])
+    assert [queue.lease(replica, 0.0).range_id for replica in range(3)] == [3, 5, 8]
+    assert queue.lease(3, 0.0) is None
+    assert not queue.done
+
+
+def test_a_lost_replica_gives_its_range_back_first():
+    queue = RangeQueue([0, 1, 2])
+    queue.lease(0, 0.0)
+    queue.lease(1, 0.0)
+    queue.lost(0)
+    lease = queue.lease(1, 1.0)
+    assert lease.range_id == 0
+
+
+def test_attempts_are_never_the_same():
+    queue = RangeQueue([0])
+    first = queue.lease(0, 0.0)
+    queue.lost(0)
+    assert queue.lease(0, 1.0).attempt != first.attempt
+
+
+def test_a_straggler_is_leased_a_second_time_and_no_more():
+    queue = RangeQueue([0, 1])
+    slow, fast = queue.lease(0, 0.0), queue.lease(1, 0.0)
+    queue.committed(fast, 1.0)
+    assert queue.lease(1, 1.5) is None  # not slow yet
+    assert queue.lease(0, 9.0) is None  # not to the one that is slow
+    second = queue.lease(1, 2.5)
+    assert second.range_id == slow.range_id
+    assert queue.lease(2, 99.0) is None
+    queue.committed(second, 3.0)
+    assert queue.done
+    assert queue.leases == ()  # the slow attempt is of no use any more
+
+
+def test_of_two_holders_one_may_be_lost():
+    queue = RangeQueue([0, 1])
+    queue.lease(0, 0.0)
+    queue.committed(queue.lease(1, 0.0), 1.0)
+    queue.lease(1, 5.0)
+    queue.lost(0)
+    assert queue.num_pending == 0  # the other still runs it
+    queue.lost(1)
+    assert queue.num_pending == 1
+
+
+RANGES, BLOCKS, REPLICAS, C = 5, 2, 3, 4
+PLAN = StatisticsPlan(
+    inputs={"model": "m"},
+    entries={"1-3/stream": "moments"},
+    ranges=tuple((i,) for i in range(RANGES)),
+    window_length=4,
+    blocks=BLOCKS,
+)
+
+
+class Ledger(RuleBasedStateMachine):
+    """Replicas write, die, come back as zombies and commit late; drivers die; disks lose blocks.
+
+    Whatever the order, each range counts once, with the sums of one attempt.
+    """
+
+    @initialize()
+    def begin(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.clock = 0.0
+        self.counted = {}
+        self.start_driver()
+
+    def start_driver(self):
+        self.store = StatisticsStore(self.folder / "statistics.zarr", PLAN)
+        self.store.sweep()
+        for range_id in self.store.damaged():
+            self.store.discard(range_id)
+            del self.counted[range_id]
+        self.queue = RangeQueue(self.store.missing())
+        self.running = {}
+        self.zombies = []
+
+    def sums(self, attempt, width=C):
+        """Every number says which attempt it is of."""
+
+        def filled(*shape):
+            return torch.full(shape, float(int(attempt[:6], 16)), dtype=torch.float64)
+
+        arrays = (filled(C, width), filled(C, width), filled(C), filled(C), filled(C), filled(1))
+        return {"1-3/stream": Moments(4, *arrays)}
+
+    def write(self, lease, blocks=BLOCKS):
+        sums = self.sums(lease.attempt, C // BLOCKS)
+        return [
+            self.store.write_block(lease.range_id, lease.attempt, sums, ColumnBlock(i, BLOCKS))
+            for i in range(blocks)
+        ]
+
+    @rule(replica=st.integers(0, REPLICAS - 1))
+    def lease(self, replica):
+        self.clock += 1.0
+        if replica not in self.running:
+            lease = self.queue.lease(replica, self.clock)
+            if lease is not None:
+                self.running[replica] = lease
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data):
+        replica = data.draw(st.sampled_from(sorted(self.running)))
+        lease = self.running.pop(replica)
+        written = self.write(lease)
+        if lease not in self.queue.leases:
+            self.store.discard_attempt(lease.range_id, lease.attempt)
+            return
+        assert self.store.commit_attempt(lease.range_id, lease.attempt, written)
+        self.queue.committed(lease, self.clock)
+        assert lease.range_id not in self.counted
+        self.counted[lease.range_id] = lease.attempt
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), blocks=st.integers(0, BLOCKS))
+    def die_while_writing(self, data, blocks):
+        replica = data.draw(st.sampled_from(sorted(self.running)))
+        lease = self.running.pop(replica)
+        self.write(lease, blocks)
+        self.queue.lost(replica)
+        self.zombies.append(lease)
+
+    @precondition(lambda self: self.zombies)
+    @rule(data=st.data())
+    def zombie_writes_once_more(self, data):
+        self.write(data.draw(st.sampled_from(self.zombies)), 1)
+
+    @rule()
+    def driver_dies(self):
+        self.start_driver()
+
+    @precondition(lambda self: self.counted)
+    @rule(data=st.data())
+    def disk_loses_an_array(self, data):
+        range_id = data.draw(st.sampled_from(sorted(self.counted)))
+        attempt = self.store.path / "ranges" / f"{range_id:05d}" / self.counted[range_id]
+        shutil.rmtree(attempt / "1" / "1-3")
+        self.start_driver()
+        assert range_id in self.store.missing()
+
+    @invariant()
+    def what_counts_is_what_was_committed(self):
+        if not hasattr(self, "store"):
+            return
+        assert set(self.store.committed()) == set(self.counted)
+        for range_id, attempt in self.counted.items():
+            found = self.store.read(range_id)["1-3/stream"].arrays()
+            expected = self.sums(attempt)["1-3/stream"].arrays()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    @invariant()
+    def nothing_is_forgotten(self):
+        if hasattr(self, "store"):
+            leased = {lease.range_id for lease in self.queue.leases}
+            assert self.queue.num_pending + len(leased) == len(self.store.missing())
+            assert self.queue.done == (not self.store.missing())
+
+    def teardown(self):
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+
+
+TestLedger = Ledger.TestCase
+TestLedger.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)

@@ -1,0 +1,266 @@
+"""A run on three nodes against the same run in one process, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
+from safetensors.torch import load_file
+
+from ghost_dist.cluster import replica as replica_module
+from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.errors import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    NonFiniteActivationError,
+    RunMismatchError,
+)
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
+
+SPANS = [[1, 3], [5, 6]]
+
+
+def operators(run):
+    return {
+        path.name: load_file(path) for path in sorted((run / "operators").glob("*.safetensors"))
+    }
+
+
+def worst_difference(got, expected):
+    assert got.keys() == expected.keys()
+    return max(
+        float((got[file][name] - tensor).norm() / tensor.norm())
+        for file, tensors in expected.items()
+        for name, tensor in tensors.items()
+    )
+
+
+def events(run, kind):
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.fixture
+def make(make_config, cluster):
+    def make_for_cluster(**overrides):
+        fields = {
+            "cluster__address": cluster.address,
+            "engine__tensor_parallel": 2,
+            "selection__spans": SPANS,
+            "operator__name": "ghost-joint",
+        }
+        return make_config(**{**fields, **overrides})
+
+    return make_for_cluster
+
+
+def test_two_replicas_of_two_ranks_equal_one_process(make, make_config, cluster, tmp_path):
+    alone = make_config(
+        selection__spans=SPANS, operator__name="ghost-joint", output__path=str(tmp_path / "alone")
+    )
+    recover(alone, again="solve")
+    recover_on_cluster(make(engine__replicas=2), again="solve")
+    run = tmp_path / "run"
+    # float32: the halves of a row-parallel product are added in another order.
+    difference = worst_difference(operators(run), operators(tmp_path / "alone"))
+    assert 0 < difference < 1e-5
+    store = StatisticsStore.open(run / "statistics.zarr")
+    assert store.plan.blocks == 2
+    whole = StatisticsStore.open(tmp_path / "alone" / "statistics.zarr").total()
+    for entry, sums in store.total().items():
+        assert sums.num_tokens == whole[entry].num_tokens == 16 * 64
+        for name, array in sums.arrays().items():
+            expected = whole[entry].arrays()[name]
+            torch.testing.assert_close(array, expected, rtol=0, atol=1e-5 * float(expected.max()))
+    ready = events(run, "replica-ready")
+    assert len({pid for event in ready for pid in event["pids"]}) == 4
+    half = [size for event in ready for size in event["parameter_bytes"]]
+    assert len(set(half)) == 1
+    committed = [event["range"] for event in events(run, "range-committed")]
+    assert sorted(committed) == list(range(8))
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
+
+    # The same bits, however many replicas there are, and when the run is continued with others.
+    again = tmp_path / "again"
+    config = make(engine__replicas=1, output__path=str(again))
+    recover_on_cluster(config, again="calibrate")
+    for range_id in (2, 5):
+        StatisticsStore.open(again / "statistics.zarr").discard(range_id)
+    config = make(engine__replicas="auto", output__path=str(again))
+    recover_on_cluster(config, again="solve")
+    assert worst_difference(operators(again), operators(run)) == 0
+    with pytest.raises(RunMismatchError, match=r"engine\.tensor_parallel: 2 in RUN, 1 now"):
+        recover_on_cluster(make(engine__tensor_parallel=1, output__path=str(again)))
+
+
+def test_selection_by_recoverability_on_a_cluster(make_config, cluster, tmp_path):
+    fields = {
+        "selection__spans": None,
+        "selection__remove": 3,
+        "selection__max_spans": 2,
+        "calibration__windows": 8,
+    }
+    on_cluster = make_config(
+        **fields,
+        cluster__address=cluster.address,
+        engine__tensor_parallel=2,
+        output__path=str(tmp_path / "cluster"),
+    )
+    alone = make_config(**fields)
+    found = recover_on_cluster(on_cluster, again="select")
+    assert found == recover(alone, again="select")
+
+
+def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tmp_path):
+    config = make_config(
+        cluster__address=cluster.address, engine__kind="resident", engine__replicas=2
+    )
+    result = recover_on_cluster(config)
+    alone = make_config(output__path=str(tmp_path / "alone"))
+    recover(alone)
+    assert worst_difference(operators(tmp_path / "run"), operators(tmp_path / "alone")) == 0
+    assert result["reload_max_abs_difference"] < 1e-4
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
+
+
+def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
+    """Three nodes of 2 CPUs take three replicas of 2; the fourth comes while they load."""
+    monkeypatch.setattr("ghost_dist.cluster.collect.LOOK_FOR_ROOM_S", 0.0)
+    joined = []
+
+    class Joining(replica_module.Replica):
+        def run(self, *arguments):
+            if not joined:
+                joined.append(cluster.add_node(**NODE))
+            time.sleep(0.3)  # the driver: the others wait for it, and the fourth can load
+            super().run(*arguments)
+
+    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Joining)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__cpus_per_rank=2,
+        engine__kind="resident",
+        engine__replicas="auto",
+        calibration__windows=64,
+        calibration__ranges=64,
+    )
+    try:
+        recover_on_cluster(config, again="calibrate")
+    finally:
+        cluster.remove_node(joined[0])
+    assert len(events(tmp_path / "run", "replica-start")) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"engine__replicas": 4}, ConfigError, r"room for 3 such replicas .*engine\.replicas=3"),
+        ({"engine__tensor_parallel": 4}, ConfigError, "does not divide the 2 key-value heads"),
+        ({"engine__device": "cuda"}, ConfigError, "no node of the Ray cluster has a GPU"),
+        ({"cluster__address": "127.0.0.1:1"}, ConfigError, r"cluster at 127\.0\.0\.1:1 cannot"),
+    ],
+)
+def test_bad_input_is_refused_within_seconds(make, tmp_path, overrides, error, message):
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        recover_on_cluster(make(**overrides))
+    assert time.monotonic() - began < 60  # no placement timeout: that is 300 s
+    assert not (tmp_path / "run" / "statistics.zarr" / "ranges").exists()
+
+
+def test_what_every_replica_would_meet_stops_the_run_at_once(make_config, cluster, tmp_path):
+    """A weight that overflows: no use in trying another replica."""
+    config = make_config(output__path=str(tmp_path / "x"))
+    broken = tmp_path / "broken"
+    shutil.copytree(config.model.path, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 1e38
+    from safetensors.torch import save_file
+
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    config = make_config(
+        model__path=str(broken), cluster__address=cluster.address, engine__kind="resident"
+    )
+    with pytest.raises(NonFiniteActivationError, match="layer 3"):
+        recover_on_cluster(config)
+    assert events(tmp_path / "run", "replica-lost") == []
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
+
+
+@pytest.mark.parametrize("fault", ["gone", "other"])
+def test_a_node_without_the_checkpoint_is_named(make_config, cluster, tmp_path, monkeypatch, fault):
+    """The driver's copy changes between its check and the ranks' loading."""
+    own = tmp_path / "model"
+    config = make_config(output__path=str(tmp_path / "x"))
+    shutil.copytree(config.model.path, own)
+
+    class Late(replica_module.Replica):
+        def _join(self, *arguments):
+            if fault == "gone":
+                own.rename(tmp_path / "moved")
+            else:
+                text = (own / "config.json").read_text()
+                (own / "config.json").write_text(text.replace("1e-06", "1e-05"))
+            super()._join(*arguments)
+
+    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Late)
+    config = make_config(
+        model__path=str(own), cluster__address=cluster.address, engine__kind="resident"
+    )
+    message = "does not exist on node" if fault == "gone" else "is another checkpoint than"
+    with pytest.raises(CheckpointError, match=message):
+        recover_on_cluster(config)
+
+
+def test_other_versions_on_a_node_are_named(make_config, cluster, monkeypatch):
+    own = replica_module.versions
+    monkeypatch.setattr(replica_module, "versions", lambda: {**own(), "torch": "1.0"})
+    config = make_config(cluster__address=cluster.address, engine__kind="resident")
+    with pytest.raises(ConfigError, match=r"other versions than the driver: torch .*driver: 1\.0"):
+        recover_on_cluster(config)
+
+
+def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_path, monkeypatch):
+    class Dying(replica_module.Replica):
+        def _join(self, *arguments):
+            os.kill(self.places[0].pid if self.places else rank_pids(raylet_pids(cluster))[0], 9)
+            super()._join(*arguments)
+
+    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Dying)
+    config = make_config(
+        cluster__address=cluster.address, cluster__max_crashes=1, engine__kind="resident"
+    )
+    with pytest.raises(ClusterError, match=r"2 x crash.*same command continues"):
+        recover_on_cluster(config)
+    assert len(events(tmp_path / "run", "replica-lost")) == 2
+    monkeypatch.undo()
+    assert recover_on_cluster(config)["tokens"] == 16 * 64
+
+
+def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_path, monkeypatch):
+    told = []
+
+    class Warned(replica_module.Replica):
+        def run(self, *arguments):
+            super().run(*arguments)
+            if not told:
+                told.append(self.places[0].pid)
+                os.kill(told[0], signal.SIGTERM)
+
+    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Warned)
+    config = make_config(cluster__address=cluster.address, engine__kind="resident")
+    recover_on_cluster(config, again="calibrate")
+    [lost] = events(tmp_path / "run", "replica-lost")
+    assert lost["failure"] in ("crash", "preemption")
+    store = StatisticsStore.open(tmp_path / "run" / "statistics.zarr")
+    assert store.missing() == ()
+    assert store.damaged() == {}
