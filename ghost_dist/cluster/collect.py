@@ -10,7 +10,7 @@ import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ray
 
@@ -18,7 +18,7 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.cluster.failures import Failure, decide
 from ghost_dist.cluster.metrics import Metrics
 from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
-from ghost_dist.cluster.ranges import RangeQueue
+from ghost_dist.cluster.ranges import Lease, RangeQueue
 from ghost_dist.cluster.rank import EngineSpec, Work
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.errors import ClusterError
@@ -95,11 +95,13 @@ class CollectOnCluster:
         )
         self._failures.clear()
         queue = RangeQueue(missing)
-        committed = int(tokens.tokens.size) - sum(
-            len(store.plan.ranges[i]) * tokens.window_length for i in missing
-        )
+
+        def tokens_of(range_id: int) -> int:
+            return len(store.plan.ranges[range_id]) * tokens.window_length
+
+        committed = int(tokens.tokens.size) - sum(map(tokens_of, missing))
         with self._reporter.stage(stage, int(tokens.tokens.size), "tokens", committed) as advance:
-            progress = _Progress(committed, advance)
+            progress = _Progress(committed, advance, tokens_of)
             while not queue.done:
                 self._grow(queue)
                 for replica in list(self._replicas.values()):
@@ -132,7 +134,7 @@ class CollectOnCluster:
         now, event = time.monotonic(), self._reporter.event
         was_ready = replica.ready
         try:
-            blocks = replica.poll(now)
+            written = replica.poll(now)
         except ReplicaLost as lost:
             self._lose(replica, queue, lost)
             return
@@ -146,8 +148,8 @@ class CollectOnCluster:
                 parameter_bytes=[loaded.parameter_bytes for loaded in replica.loaded],
                 conformance=[loaded.conformance for loaded in replica.loaded],
             )
-        if blocks is not None:
-            self._commit(replica, queue, store, blocks, stage, progress)
+        if written is not None:
+            self._commit(replica, queue, store, *written, stage, progress)
         if replica.state == "idle":
             lease = queue.lease(replica.number, now)
             if lease is not None:
@@ -165,12 +167,11 @@ class CollectOnCluster:
         replica: Replica,
         queue: RangeQueue,
         store: StatisticsStore,
+        lease: Lease,
         blocks: list[WrittenBlock],
         stage: str,
         progress: _Progress,
     ) -> None:
-        lease, replica.lease = replica.lease, None
-        assert lease is not None
         if lease not in queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
             store.discard_attempt(lease.range_id, lease.attempt)
@@ -265,18 +266,19 @@ class CollectOnCluster:
 class _Progress:
     """Tokens that count and tokens under way, as one number that a person sees."""
 
-    def __init__(self, committed: int, advance: Advance) -> None:
+    def __init__(self, committed: int, advance: Advance, tokens_of: Callable[[int], int]) -> None:
         self.committed = self._shown = committed
-        self._advance = advance
+        self._advance, self._tokens_of = advance, tokens_of
 
-    def show(self, replicas: object, queue: RangeQueue) -> None:
+    def show(self, replicas: Iterable[Replica], queue: RangeQueue) -> None:
         """Tell what has changed; what a lost replica had not committed is taken back."""
-        running = {lease.attempt: lease.range_id for lease in queue.leases}
+        running = {lease.attempt for lease in queue.leases}
         best: dict[int, int] = {}
-        for replica in replicas:  # type: ignore[attr-defined]
-            if replica.lease is not None and replica.lease.attempt in running:
-                range_id = replica.lease.range_id
-                best[range_id] = max(best.get(range_id, 0), replica.tokens)
+        for replica in replicas:
+            for lease, tokens in replica.under_way:
+                if lease.attempt in running:
+                    of_range = self._tokens_of(lease.range_id) if tokens is None else tokens
+                    best[lease.range_id] = max(best.get(lease.range_id, 0), of_range)
         now = self.committed + sum(best.values())
         if now != self._shown:
             self._advance(now - self._shown)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import get_args
 
 from ray.util.metrics import Counter, Gauge
 
 from ghost_dist.cluster.failures import Failure
 from ghost_dist.cluster.ranges import RangeQueue
-from ghost_dist.cluster.replica import Replica
+from ghost_dist.cluster.replica import Replica, State
 
 EVERY_S = 2.0
 
@@ -41,12 +42,13 @@ class Metrics:
         if now - self._shown < EVERY_S:
             return
         self._shown = now
-        states = {"placing": 0, "joining": 0, "loading": 0, "idle": 0, "busy": 0}
+        states = dict.fromkeys(get_args(State), 0)
         for replica in replicas:
             states[replica.state] += 1
-            if replica.lease is not None:
-                rate = replica.tokens / max(now - replica.lease.since, 1e-9)
-                self._rate.set(rate, {"replica": str(replica.number)})
+            for lease, tokens in replica.under_way:
+                if tokens is not None:
+                    rate = tokens / max(now - lease.since, 1e-9)
+                    self._rate.set(rate, {"replica": str(replica.number)})
         for state, count in states.items():
             self._replicas.set(count, {"state": state})
         leased = {lease.range_id for lease in queue.leases}

@@ -32,7 +32,7 @@ from ghost_dist.engines.tensor_parallel import Backend, open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, free_bytes, sums_of_range
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
-from ghost_dist.statistics.sums import ColumnBlock
+from ghost_dist.statistics.sums import ColumnBlock, Sums
 
 COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
 """Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
@@ -112,12 +112,13 @@ def versions() -> dict[str, str]:
 
 
 class Rank:
-    """One rank; methods run one at a time, but for :meth:`beat`, which has a thread of its own."""
+    """One rank; :meth:`write` and :meth:`beat` have threads of their own, the rest take turns."""
 
     def __init__(self) -> None:
         self._beat = Beat("", 0)
         self._engine: ResidentEngine | None = None
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
+        self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
         self._block = ColumnBlock()
         if threading.current_thread() is threading.main_thread():
             # A notice of preemption: nothing here is worth saving, and nothing half is committed.
@@ -185,8 +186,8 @@ class Rank:
         self._engine = engine
         return Loaded(engine.decoder.parameter_bytes, engine.conformance)
 
-    def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> WrittenBlock:
-        """Run a range from zero and write this rank's columns; the driver commits them.
+    def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> None:
+        """Run a range from zero; its sums wait in host memory for :meth:`write`.
 
         Raises
         ------
@@ -194,8 +195,6 @@ class Rank:
             If the run's store is not seen from this node.
         NonFiniteActivationError
             If a stream holds NaN or Inf.
-        OSError
-            If the disk is full or not writable.
         """
         assert self._engine is not None, "run comes after load"
         self._beat = Beat(attempt, 0)
@@ -209,7 +208,21 @@ class Rank:
 
         with torch.inference_mode():
             sums = sums_of_range(self._engine, work.tokens, windows, passes, advance)
-            return store.write_block(range_id, attempt, sums, self._block)
+            # Here and not in write: a copy from the device would queue behind the next range.
+            on_host = {name: part.to(torch.device("cpu")) for name, part in sums.items()}
+        self._unwritten[attempt] = (store, on_host)
+
+    @ray.method(concurrency_group="write")  # type: ignore[untyped-decorator]
+    def write(self, range_id: int, attempt: str) -> WrittenBlock:
+        """Write this rank's columns of a range that was run, while the next one runs.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or not writable.
+        """
+        store, sums = self._unwritten.pop(attempt)
+        return store.write_block(range_id, attempt, sums, self._block)
 
     @ray.method(concurrency_group="beat")  # type: ignore[untyped-decorator]
     def beat(self) -> Beat:
@@ -256,6 +269,9 @@ class Rank:
 def remote_rank(**options: Any) -> Any:
     """An actor handle of a new :class:`Rank`; options as of ``ray.remote``."""
     actor = ray.remote(
-        max_restarts=0, max_task_retries=0, max_concurrency=1, concurrency_groups={"beat": 1}
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=1,
+        concurrency_groups={"beat": 1, "write": 1},
     )(Rank)
     return actor.options(**options).remote()

@@ -24,7 +24,8 @@ from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.statistics.store import WrittenBlock
 
-State = Literal["placing", "joining", "loading", "idle", "busy"]
+State = Literal["placing", "joining", "loading", "idle", "busy", "full"]
+"""full: a range is run, but the one before it is still being written."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of the store that another replica would meet too."""
@@ -62,7 +63,9 @@ class Replica:
         now: float,
     ) -> None:
         self.number, self.state = number, "placing"
-        self.lease: Lease | None = None
+        self._running: Lease | None = None
+        self._writing: Lease | None = None
+        self._writes: list[Any] = []
         self.places: list[Place] = []
         self.loaded: list[Loaded] = []
         self.tokens = 0
@@ -78,15 +81,25 @@ class Replica:
     @property
     def ready(self) -> bool:
         """Whether the model is loaded."""
-        return self.state in ("idle", "busy")
+        return self.state in ("idle", "busy", "full")
 
     @property
     def refs(self) -> Sequence[Any]:
         """What the driver may wait for."""
-        return self._refs
+        return [*self._refs, *self._writes]
 
-    def poll(self, now: float) -> list[WrittenBlock] | None:
-        """See what has come back; the blocks of the lease once all ranks have written theirs.
+    @property
+    def under_way(self) -> list[tuple[Lease, int | None]]:
+        """Leases that are not handed back, with the tokens run so far; None: all of them."""
+        found: list[tuple[Lease, int | None]] = []
+        if self._writing is not None:
+            found.append((self._writing, None))
+        if self._running is not None:
+            found.append((self._running, self.tokens if self.state == "busy" else None))
+        return found
+
+    def poll(self, now: float) -> tuple[Lease, list[WrittenBlock]] | None:
+        """See what has come back; a lease and its blocks once all ranks have written theirs.
 
         Raises
         ------
@@ -95,39 +108,51 @@ class Replica:
         GhostDistError, OSError
             What any other replica would meet as well.
         """
-        done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
-        for ref in done:  # an error counts before the others have come back
-            self._get(ref)
-        if waiting:
-            self._check_alive(now)
-            return None
-        results = [self._get(ref) for ref in self._refs]
-        match self.state:
-            case "placing":
-                self._start_ranks(now)
-            case "joining":
-                self._join(results, now)
-            case "loading":
-                self.loaded, self.state, self._refs = results, "idle", []
-            case "busy":
-                self.state, self._refs = "idle", []
-                return results
-        return None
+        self._check_alive(now)
+        written = None
+        if self._writing is not None and (blocks := self._all_of(self._writes)) is not None:
+            written = (self._writing, blocks)
+            self._writing, self._writes, self._moved = None, [], now
+        results = self._all_of(self._refs)
+        if results is not None:
+            match self.state:
+                case "placing":
+                    self._start_ranks(now)
+                case "joining":
+                    self._join(results, now)
+                case "loading":
+                    self.loaded, self.state, self._refs = results, "idle", []
+                case "busy":
+                    self.state, self._refs, self._moved = "full", [], now
+        if self.state == "full" and self._writing is None:
+            lease = self._running
+            assert lease is not None
+            self._writes = [
+                rank.write.remote(lease.range_id, lease.attempt) for rank in self._ranks
+            ]
+            self._running, self._writing, self.state = None, lease, "idle"
+        return written
 
     def run(self, work_id: str, work: Any, lease: Lease, now: float) -> None:
         """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`."""
         assert self.state == "idle"
-        self.lease, self.state, self.tokens, self._moved = lease, "busy", 0, now
+        self._running, self.state, self.tokens, self._moved = lease, "busy", 0, now
         self._refs = [
             rank.run.remote(work_id, work, lease.range_id, lease.attempt) for rank in self._ranks
         ]
+
+    def _all_of(self, refs: Sequence[Any]) -> list[Any] | None:
+        """The values of all calls, None while one is out; an error of one counts at once."""
+        done, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=0) if refs else ([], [])
+        values = {ref: self._get(ref) for ref in done}
+        return None if waiting else [values[ref] for ref in refs]
 
     def close(self) -> None:
         """End every actor and give the resources back; may be called at any time."""
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
-        self._ranks, self._refs = [], []
+        self._ranks, self._refs, self._writes = [], [], []
 
     def _start_ranks(self, now: float) -> None:
         self._ranks = [
@@ -168,10 +193,12 @@ class Replica:
         config = self._config
         if self.state == "placing":
             return  # waiting for resources; the driver says when that is too long
+        if self.state == "idle" and self._writing is None:
+            self._moved = now  # nothing to do
         limit, doing = {
             "joining": (config.wait_s, "start its actors"),
             "loading": (config.load_timeout_s, "load the model"),
-        }.get(self.state, (config.progress_timeout_s, "finish a batch"))
+        }.get(self.state, (config.progress_timeout_s, "finish a batch or to write a range"))
         if now - self._moved > limit:
             raise ReplicaLost("hang", f"it took more than {limit:g} s to {doing}")
         if self.state == "joining":
@@ -181,7 +208,8 @@ class Replica:
                 beat: Beat = self._get(ref)
                 del self._beats[number]
                 self._answered[number] = now
-                if self.lease is not None and beat.attempt == self.lease.attempt and number == 0:
+                running = self._running
+                if running is not None and beat.attempt == running.attempt and number == 0:
                     if beat.tokens != self.tokens:
                         self._moved = now
                     self.tokens = beat.tokens

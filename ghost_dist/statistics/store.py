@@ -28,6 +28,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from ghost_dist.statistics.scores import ScoreSums
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 CHUNK_BYTES = 64 << 20
+_WRITERS = 4  # arrays at a time: hashes and checksums take longer than the disk
 FORMAT = 3
 
 KINDS: Mapping[str, type[Sums]] = {
@@ -205,13 +207,19 @@ class StatisticsStore:
             If the disk is full or not writable.
         """
         folder = self._attempt_folder(range_id, attempt) / str(block.index)
+        wanted = {
+            f"{entry}/{name}": tensor
+            for entry in self.plan.entries
+            for name, tensor in sums[entry].arrays().items()
+            if block.index == 0 or name in sums[entry].BY_COLUMNS
+        }
+
+        def write(key: str) -> Mapping[str, Any]:
+            return _write_array(folder / key, wanted[key].cpu().numpy())
+
         try:
-            arrays = {}
-            for entry in self.plan.entries:
-                for name, tensor in sums[entry].arrays().items():
-                    if block.index == 0 or name in sums[entry].BY_COLUMNS:
-                        key = f"{entry}/{name}"
-                        arrays[key] = _write_array(folder / key, tensor.cpu().numpy())
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                arrays = dict(zip(wanted, pool.map(write, wanted), strict=True))
             if folder.exists():
                 fsync_tree(folder)
         except Exception:
@@ -421,10 +429,10 @@ class StatisticsStore:
 
 
 def _write_array(path: Path, values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
-    """Write one array in column chunks; returns its entry in the manifest."""
+    """Write one array in chunks of whole rows, contiguous in memory; returns its manifest entry."""
     chunks = list(values.shape)
-    row_bytes = values.dtype.itemsize * math.prod(values.shape[:-1])
-    chunks[-1] = max(1, min(values.shape[-1], CHUNK_BYTES // row_bytes))
+    row_bytes = values.dtype.itemsize * math.prod(values.shape[1:])
+    chunks[0] = max(1, min(values.shape[0], CHUNK_BYTES // max(1, row_bytes)))
     array = zarr.create_array(
         path,
         shape=values.shape,
