@@ -265,7 +265,7 @@ class ClusterConfig(_Section):
     """How Ray is used; all of it may differ when a run is continued."""
 
     address: str | None = None
-    """auto: the running cluster of this machine or of RAY_ADDRESS; HOST:PORT or ray://...; null:
+    """auto: the running cluster of this machine or of RAY_ADDRESS; HOST:PORT of its head; null:
     inside a Ray job the job's cluster, else one of this machine alone if the engine needs it."""
     cpus_per_rank: int = Field(default=1, ge=1)
     """CPUs that Ray reserves for a rank; on a CPU cluster also its number of threads."""

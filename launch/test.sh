@@ -11,6 +11,7 @@ ruff check .
 ruff format --check .
 mypy
 if [ $# -eq 0 ]; then
-  set -- -m "not gpu and not chaos_nightly"
+  # Two processes, a file at a time: most tests use one thread.
+  set -- -m "not gpu and not chaos_nightly" -n 2 --dist loadfile
 fi
 exec python -m pytest "$@"

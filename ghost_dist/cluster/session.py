@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import TracebackType
 
 import ray
@@ -14,6 +15,8 @@ from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.progress import Reporter
+
+_PROBE_S = 10.0
 
 
 class Session:
@@ -85,6 +88,7 @@ class Session:
         if self._connected or ray.is_initialized():
             return
         address = self._config.cluster.address or os.environ.get("RAY_ADDRESS")
+        _check_address(address)
         try:
             ray.init(
                 address=address or "local",
@@ -100,3 +104,24 @@ class Session:
                 "RAY_AUTH_TOKEN_PATH are those of the cluster."
             ) from error
         self._connected = True
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse at once what Ray would try for minutes."""
+    if address is None or ":" not in address:
+        return
+    if "://" in address:
+        raise ConfigError(
+            f"cluster.address={address}: the driver has to be a process of the cluster, to which "
+            "HOST:PORT or auto connects it. From elsewhere: ghost-dist submit CONFIG --address "
+            "http://HEAD:8265."
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"No Ray cluster answers at cluster.address={address} ({error}). Give HOST:PORT of its "
+            "head (port 6379 if not set otherwise), and see that it runs: ray status."
+        ) from error
