@@ -8,7 +8,7 @@ import transformers
 from rotating import write_rotating_model
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline import selecting
+from ghost_dist.pipeline import collectors
 from ghost_dist.pipeline.recover import recover
 
 
@@ -63,7 +63,7 @@ def test_two_spans_from_the_projected_map(planted, make_config, tmp_path):
 def test_passes_when_memory_is_short_change_nothing(planted, make_config, tmp_path, monkeypatch):
     common = {"model__path": str(planted), "selection__spans": None, "selection__remove": 3}
     _, whole = selected(make_config(**common), tmp_path)
-    monkeypatch.setattr(selecting, "_free_bytes", lambda _: 0)  # one start a pass
+    monkeypatch.setattr(collectors, "free_bytes", lambda _: 0)  # one start a pass
     parts = recover(make_config(**common, output__path=str(tmp_path / "parts")), again="select")
     record = json.loads((tmp_path / "parts" / "stages" / "select.json").read_text())["outputs"]
     assert parts["spans"] == whole["spans"]
