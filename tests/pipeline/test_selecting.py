@@ -132,7 +132,7 @@ def test_stopped_selection_continues_from_its_ranges(make_config, tmp_path, monk
     config = make_config(selection__spans=None, selection__remove=2)
     common = {"selection__spans": None, "selection__remove": 2}
     whole = recover(make_config(**common, output__path=str(tmp_path / "whole")), again="select")
-    commit = selecting.StatisticsStore.commit
+    commit = StatisticsStore.commit
     calls = []
 
     def stop_at_the_third(self, range_id, sums):
@@ -141,7 +141,7 @@ def test_stopped_selection_continues_from_its_ranges(make_config, tmp_path, monk
             raise KeyboardInterrupt
         return commit(self, range_id, sums)
 
-    monkeypatch.setattr(selecting.StatisticsStore, "commit", stop_at_the_third)
+    monkeypatch.setattr(StatisticsStore, "commit", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         recover(config, again="select")
     assert recover(config, again="select") == whole
