@@ -10,6 +10,7 @@ from rotating import write_rotating_model
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import collectors
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
 
 
 @pytest.fixture(scope="module")
