@@ -54,7 +54,6 @@ class Jobs:
                 f"--address {address}: expected the dashboard's address, such as http://head:8265."
             )
         self._check_authentication(allow_unauthenticated)
-        logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed sockets: no news
         try:
             self._client = JobSubmissionClient(self.address)
         except Exception as error:  # Ray raises several kinds, each with a message of its own
@@ -62,6 +61,10 @@ class Jobs:
                 f"The cluster at {self.address} does not take this request: {error} Set "
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to its token."
             ) from error
+
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+            # Uploads and closed sockets are no news to a user; Ray sets these levels itself.
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
 
     def submit(
         self, config: Config, *, python: str = "python", env: Mapping[str, str] | None = None
