@@ -1,11 +1,26 @@
 """Rank processes of a test's Ray cluster as the kernel sees them, and what a run leaves behind."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import ray
+from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+@contextlib.contextmanager
+def three_nodes():
+    """A real cluster on this machine: head and two nodes of 2 CPUs each."""
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    for _ in range(2):
+        cluster.add_node(**NODE)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def raylet_pids(cluster):

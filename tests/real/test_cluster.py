@@ -2,25 +2,20 @@
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytest.importorskip("ray", reason="Ray is not installed")
 
-from ray.cluster_utils import Cluster  # noqa: E402
-from ray_processes import NODE, nothing_leaked  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from ray_processes import nothing_leaked, three_nodes
+from safetensors.torch import load_file
 
-from ghost_dist.cluster.recover import recover_on_cluster  # noqa: E402
-from ghost_dist.config import load_config  # noqa: E402
-from ghost_dist.pipeline.recover import recover  # noqa: E402
+from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.config import load_config
+from ghost_dist.pipeline.recover import recover
 
 
 @pytest.fixture
 def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    for _ in range(2):
-        cluster.add_node(**NODE)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with three_nodes() as cluster:
+        yield cluster
 
 
 @pytest.mark.timeout(600)
