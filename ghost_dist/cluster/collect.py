@@ -113,6 +113,17 @@ class CollectOnCluster:
                     ray.wait(refs, timeout=POLL_S)
                 else:
                     time.sleep(POLL_S)
+        self._drop_stragglers()
+
+    def _drop_stragglers(self) -> None:
+        """Close replicas that still run a range which another has committed.
+
+        They would write into a store that the next stage may have removed.
+        """
+        for number, replica in list(self._replicas.items()):
+            if replica.under_way:
+                replica.close()
+                del self._replicas[number]
 
     def release(self) -> None:
         """End all replicas and give their devices back."""
