@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -98,6 +99,17 @@ class StreamedModel:
     def close(self) -> None:
         """End reading."""
         self._reader.close()
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def group_bytes(self, group: Group) -> int:
         """Bytes of a group's tensors in the files."""

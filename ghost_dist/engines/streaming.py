@@ -12,16 +12,19 @@ sums (T C against C^2 numbers of four times the size).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.base import Sink, Tokens
+from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.statistics.collect import FiniteCheck
@@ -69,6 +72,8 @@ class Rows:
 
 class StreamingEngine:
     """Runs a model that fits nowhere as a whole; an ``Engine`` like the others.
+
+    A family must have been proven by :func:`prove_streamed` in this process.
 
     Parameters
     ----------
@@ -268,6 +273,37 @@ class StreamingEngine:
         # Waits for the device: what was copied to the host is there then.
         finite.check()
         return kept
+
+
+@functools.cache
+def prove_streamed(path: Path, device: torch.device) -> float:
+    """Once in a process, before real layers are read: run a small model of the family both ways.
+
+    Returns
+    -------
+    float
+        Largest difference of a stream, relative to its largest entry; 0 on a CPU.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If the family cannot be run layer by layer.
+    """
+    checkpoint = open_checkpoint(path)
+
+    def load(
+        folder: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
+    ) -> StreamingEngine:
+        return StreamingEngine(
+            open_checkpoint(folder),
+            architecture,
+            num_layers=num_layers,
+            dtype=dtype,
+            device=device,
+            batch=2,
+        )
+
+    return check_streamed(checkpoint, inspect_architecture(checkpoint), load, device)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ during one write. Nothing counts before ``state.json`` names it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,18 @@ class StreamState:
     folder
         Created if absent.
     fingerprint
-        Of everything that decides the streams. A state of another one is removed.
+        Of everything that decides the streams but which windows they are of. A state of another
+        one is removed.
+    windows
+        That are needed. A state of more windows is of use, one that lacks some is removed.
+
+    Attributes
+    ----------
+    windows
+        That the state has, or will have.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, windows: Sequence[int]) -> None:
         self.folder, self._fingerprint = folder, fingerprint
         self._arrays = folder / "arrays"
         self._manifest = folder / "state.json"
@@ -72,8 +81,12 @@ class StreamState:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="stream-state")
         self._parts = ThreadPoolExecutor(_PARTS, thread_name_prefix="stream-part")
         self._jobs: list[Future[None]] = []
-        if folder.exists() and self._read_manifest() is None:
-            shutil.rmtree(folder)
+        found = self._read_manifest()
+        if found is not None and set(windows) <= set(found["windows"]):
+            self.windows = tuple(found["windows"])
+        else:
+            self.windows = tuple(windows)
+            shutil.rmtree(folder, ignore_errors=True)
         self._arrays.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> Saved | None:
@@ -129,6 +142,7 @@ class StreamState:
             streams = snapshot if tensor is None else self._write(tensor, ready)
             manifest = {
                 "fingerprint": self._fingerprint,
+                "windows": list(self.windows),
                 "boundary": boundary,
                 "streams": streams,
                 "rows": self._rows,
@@ -178,7 +192,7 @@ class StreamState:
         values = _as_numpy(tensor, ready)
         identity = uuid.uuid4().hex
         bounds = np.linspace(0, len(values), min(_PARTS, len(values)) + 1).astype(int)
-        pieces = [values[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        pieces = [values[a:b] for a, b in itertools.pairwise(bounds)]
         paths = [self._arrays / f"{identity}-{number}" for number in range(len(pieces))]
         parts = list(self._parts.map(write_array, paths, pieces))
         dtype = str(tensor.dtype).removeprefix("torch.")
