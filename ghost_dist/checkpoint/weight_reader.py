@@ -196,7 +196,8 @@ class WeightReader:
         copied.synchronize()
         view = buffer[: part.numel()]
         self._fill(info, offset, view)
-        with torch.cuda.stream(stream):
+        # The tensor may have been made in inference mode, which is a thread's own.
+        with torch.inference_mode(), torch.cuda.stream(stream):
             stream.wait_event(ready)
             part.copy_(view, non_blocking=True)
             copied.record(stream)

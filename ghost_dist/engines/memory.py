@@ -12,5 +12,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * total
     return int(min(free, allowed - torch.cuda.memory_allocated(device)))

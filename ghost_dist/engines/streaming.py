@@ -163,6 +163,7 @@ class StreamingEngine:
         OSError
             If the state cannot be written.
         """
+        assert state is None or state.windows == tuple(windows), "saved streams have an order"
         last = boundaries[-1]
         rows = Rows(tuple(windows))
         place = _Place.for_sweep(self, len(windows), tokens.shape[1], boundaries, mlp_layers)

@@ -237,10 +237,13 @@ def streamed_verify(
     with _streamed_model(inputs) as model:
         expected = _logits(model, inputs, recovered, tokens, advance)
     exported = open_checkpoint(folder)
-    arguments = {"trust_remote_code": has_our_code(folder), "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(folder, **arguments)
+    ours = has_our_code(folder)
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=ours, local_files_only=True
+    )
     with torch.device("meta"):
-        model_class = type(transformers.AutoModelForCausalLM.from_config(config, **arguments))
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=ours)
+    model_class = type(model)
     kept = inputs.architecture.num_layers - len(recovered.removed)
     with StreamedModel(
         exported,

@@ -18,7 +18,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class StreamState:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="stream-state")
         self._parts = ThreadPoolExecutor(_PARTS, thread_name_prefix="stream-part")
         self._jobs: list[Future[None]] = []
+        self._failure: BaseException | None = None
         found = self._read_manifest()
         if found is not None and set(windows) <= set(found["windows"]):
             self.windows = tuple(found["windows"])
@@ -163,8 +164,7 @@ class StreamState:
         OSError
             If the disk is full or not writable.
         """
-        for job in self._jobs:
-            job.exception()
+        wait(self._jobs)
         self._raise_errors()
 
     def close(self) -> None:
@@ -179,13 +179,22 @@ class StreamState:
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._raise_errors()
-        self._jobs.append(self._writer.submit(work))
+
+        def unless_failed() -> None:
+            # A manifest must not name what could not be written before it.
+            if self._failure is None:
+                try:
+                    work()
+                except BaseException as error:
+                    self._failure = error
+                    raise
+
+        self._jobs.append(self._writer.submit(unless_failed))
 
     def _raise_errors(self) -> None:
-        done = [job for job in self._jobs if job.done()]
         self._jobs = [job for job in self._jobs if not job.done()]
-        for job in done:
-            job.result()
+        if self._failure is not None:
+            raise self._failure
 
     def _write(self, tensor: Tensor, ready: Any) -> dict[str, Any]:
         """Write one tensor in parts along its first dimension; returns its entry."""

@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device-memory", type=float, default=7e9)
     given = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = given.hidden // 128
     folder = write_random_checkpoint(
