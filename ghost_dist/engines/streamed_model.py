@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -88,8 +89,16 @@ class StreamedModel:
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached)
+        # A layer that only hands on must not run what hangs on it, such as an exported operator.
+        self._hooks = [
+            (la._forward_pre_hooks, la._forward_pre_hooks_with_kwargs) for la in self.layers
+        ]
         for layer in self.layers:
             layer.__dict__["forward"] = handing_on(type(layer))
+            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = (
+                OrderedDict(),
+                OrderedDict(),
+            )
 
     @property
     def bytes_read(self) -> int:
@@ -184,6 +193,8 @@ class StreamedModel:
             return left.pop()
 
         hands_on = module.__dict__.pop("forward")
+        no_hooks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = self._hooks[layer]
         handles = [
             module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
             module.register_forward_hook(leave),
@@ -195,6 +206,7 @@ class StreamedModel:
             entering.clear()
             for handle in handles:
                 handle.remove()
+            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = no_hooks
 
     def logits(self, stream_NC: Tensor) -> Tensor:
         """Logits (N, V) of streams that the final norm would get; its group must be at hand."""
