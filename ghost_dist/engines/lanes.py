@@ -110,6 +110,7 @@ def run_lanes(
             if group == "embeddings":
                 streams.embed(tokens)
             elif group == "head":
+                model.check_weights()
                 for part in streams.parts():
                     at_end(part, streams.of_all(part))
                 advance(1)
