@@ -252,7 +252,8 @@ class FiniteCheck:
         self._seen.append((boundary, window))
         # |x| sums to Inf or NaN exactly if an entry is, unless 3.4e38 / T is reached by right
         # numbers, which no model survives; far cheaper than a mask of T x C flags.
-        self._flags.append(stream_TC.float().abs().sum())
+        wide = torch.promote_types(stream_TC.dtype, torch.float32)
+        self._flags.append(torch.linalg.vector_norm(stream_TC, 1, dtype=wide))
 
     def check(self) -> None:
         """Raise NonFiniteActivationError for the first layer and window that was not finite."""

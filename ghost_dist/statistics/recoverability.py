@@ -179,13 +179,13 @@ class PairCollector:
             target_Tr = stream_TC
             if self._projection_Cr is not None:
                 target_Tr = stream_TC.to(wide) @ self._projection_Cr.to(wide)
-            sumsq_target_r = target_Tr.to(wide).square().sum(0, dtype=torch.float64)
-            sumsq_y = stream_TC.to(wide).square().sum(dtype=torch.float64)
+            sumsq_target_r = _sumsq(target_Tr, wide, dim=0)
+            sumsq_y = _sumsq(stream_TC, wide)
             for start in starts:
                 sums, pair = self._sums[start], self.stops[start].index(boundary)
                 x_TC, targets = self._pending[start, window]
                 change_TC = stream_TC.to(wide) - x_TC.to(wide)
-                sums.sumsq_change_P[pair] += change_TC.square().sum(dtype=torch.float64)
+                sums.sumsq_change_P[pair] += _sumsq(change_TC, wide)
                 sums.sumsq_target_Pr[pair] += sumsq_target_r
                 sums.sumsq_y_P[pair] += sumsq_y
                 targets.append(target_Tr[:, self._kept_r])
@@ -237,6 +237,13 @@ class PairCollector:
             start_key(start): PairMoments.from_arrays(self._num_tokens[start], sums.arrays())
             for start, sums in self._sums.items()
         }
+
+
+def _sumsq(rows: Tensor, wide: torch.dtype, dim: int | None = None) -> Tensor:
+    """Sum of squares, float64; on a GPU in one reading of the rows."""
+    if wide == torch.float64:
+        return rows.double().square().sum(dim)
+    return torch.linalg.vector_norm(rows, dim=dim, dtype=wide).double().square()
 
 
 def start_key(start: int) -> str:
