@@ -133,7 +133,7 @@ def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tm
 
 def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
     """Three nodes of 2 CPUs take three replicas of 2; the fourth comes while they load."""
-    monkeypatch.setattr("ghost_dist.cluster.collect.LOOK_FOR_ROOM_S", 0.0)
+    monkeypatch.setattr("ghost_dist.cluster.pool.LOOK_FOR_ROOM_S", 0.0)
     joined = []
 
     class Joining(replica_module.Replica):
@@ -143,7 +143,7 @@ def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
             time.sleep(0.3)  # the driver: the others wait for it, and the fourth can load
             super().run(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Joining)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Joining)
     config = make_config(
         cluster__address=cluster.address,
         cluster__cpus_per_rank=2,
@@ -217,7 +217,7 @@ def test_a_node_without_the_checkpoint_is_named(make_config, cluster, tmp_path, 
                 (own / "config.json").write_text(text.replace("1e-06", "1e-05"))
             super()._join(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Late)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Late)
     config = make_config(
         model__path=str(own), cluster__address=cluster.address, engine__kind="resident"
     )
@@ -240,7 +240,7 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
             os.kill(self.places[0].pid if self.places else rank_pids(raylet_pids(cluster))[0], 9)
             super()._join(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Dying)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Dying)
     config = make_config(
         cluster__address=cluster.address, cluster__max_crashes=1, engine__kind="resident"
     )
@@ -261,7 +261,7 @@ def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_pa
                 told.append(self.places[0].pid)
                 os.kill(told[0], signal.SIGTERM)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Warned)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Warned)
     config = make_config(cluster__address=cluster.address, engine__kind="resident")
     recover_on_cluster(config, again="calibrate")
     [lost] = events(tmp_path / "run", "replica-lost")
