@@ -1,10 +1,12 @@
 """A run on three nodes against the same run in one process, and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
 from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
+from ghost_dist.cluster import session as session_module
 from ghost_dist.cluster.recover import recover_on_cluster
 from ghost_dist.errors import (
     CheckpointError,
@@ -127,6 +130,7 @@ def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tm
     recover(alone)
     assert worst_difference(operators(tmp_path / "run"), operators(tmp_path / "alone")) == 0
     assert result["reload_max_abs_difference"] < 1e-4
+    assert events(tmp_path / "run", "span-leased") == []  # one span, and the driver's device is one
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
@@ -157,6 +161,53 @@ def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
     finally:
         cluster.remove_node(joined[0])
     assert len(events(tmp_path / "run", "replica-start")) == 4
+
+
+def test_a_straggler_of_a_stage_that_is_over_writes_nothing(
+    make_config, cluster, tmp_path, monkeypatch
+):
+    """It is stopped in its first range of the selection and goes on in the calibration, when the
+    store of the selection has been removed."""
+    stopped = []
+
+    class Stopping(replica_module.Replica):
+        def run(self, *arguments):
+            super().run(*arguments)
+            if not stopped:
+                stopped.append(self.places[0].pid)
+                os.kill(stopped[0], signal.SIGSTOP)
+
+    class Continuing(session_module.CollectOnCluster):
+        def __call__(self, store, tokens, collectors, stage, **more):
+            if stage == "calibrate":
+                assert not selection.exists()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stopped[0], signal.SIGCONT)
+                time.sleep(1.0)  # long enough for it to run the range
+            super().__call__(store, tokens, collectors, stage, **more)
+
+    selection = tmp_path / "run" / "selection.zarr"
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Stopping)
+    monkeypatch.setattr("ghost_dist.cluster.session.CollectOnCluster", Continuing)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__heartbeat_timeout_s=250,
+        engine__kind="resident",
+        engine__replicas=2,
+        selection__spans=None,
+        selection__remove=2,
+    )
+    recover_on_cluster(config, again="calibrate")
+    twice = Counter(
+        event["range"]
+        for event in events(tmp_path / "run", "range-leased")
+        if event["stage"] == "select"
+    )
+    assert max(twice.values()) == 2
+    assert events(tmp_path / "run", "replica-lost") == []
+    assert not selection.exists()
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
 
 
 @pytest.mark.parametrize(
