@@ -1,5 +1,7 @@
 """Sums of a live all-reduce as the ranks hold them, against the ordered ones of the store."""
 
+import weakref
+
 import torch
 
 from ghost_dist.calibration.split import fold_of_range
@@ -10,10 +12,18 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def showing(monkeypatch, folder):
-    """Ranks leave what they hold after a reduction in a folder."""
+    """Ranks leave what they hold after a reduction in a folder, and nothing of the model."""
     folder.mkdir()
 
     class RankThatShows(Rank):
+        def unload(self):
+            layers = self._engine._decoder.layers
+            parameters = [weakref.ref(p) for layer in layers for p in layer.parameters()]
+            nbytes = super().unload()
+            assert parameters
+            assert not any(parameter() is not None for parameter in parameters)
+            return nbytes
+
         def reduce(self, *arguments):
             super().reduce(*arguments)
             for keys, folds in self._fits[2]._held.items():

@@ -85,7 +85,16 @@ CHOOSING = {
 """Every path: candidates with shifted ridges, two judges, joint fits, the boundary again."""
 
 
-def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path):
+def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkeypatch):
+    """Also when the driver has been busy for a long time between two calls."""
+
+    class Unheard(replica_module.Replica):
+        def wake(self, now):
+            self._answered = dict.fromkeys(self._answered, now - 1000)
+            self._beats.clear()
+            super().wake(now)
+
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Unheard)
     expected, record = alone(**CHOOSING)
     recover_on_cluster(make(**CHOOSING), again="solve")
     run = tmp_path / "run"
@@ -99,6 +108,7 @@ def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path):
     assert {(event["replica"], event["rank"]) for event in fitted} == {(0, 0), (1, 0)}
     rounds = len(fitted) / len(SPANS)
     assert rounds == int(rounds) > 2
+    assert events(run, "replica-lost") == []
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
