@@ -135,7 +135,10 @@ class LiveReduction:
         return holders
 
     def _settled(self, useful: int) -> list[Replica]:
-        """The replicas that live, once each has dropped its model and added what it kept."""
+        """The replicas that live, once each has dropped its model and added what it kept.
+
+        Those that still wait for room are left out.
+        """
         while True:
             # More replicas than there are would only read what others could; but one there must be.
             self._pool.grow(0 if self._pool.replicas else useful, num_layers=0)
@@ -145,8 +148,9 @@ class LiveReduction:
                 except ReplicaLost as lost:
                     self._pool.lose(replica, lost)
             replicas = list(self._pool.replicas.values())
-            if replicas and all(r.state == "bare" and r.settled for r in replicas):
-                return replicas
+            placed = [replica for replica in replicas if replica.state != "placing"]
+            if placed and all(r.state == "bare" and r.settled for r in placed):
+                return placed
             _wait(replicas)
 
     def _reduce(

@@ -7,7 +7,7 @@ as it lives.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ghost_dist.spans import Span
@@ -30,12 +30,11 @@ class SpanQueue:
     holders
         Who holds the sums of a span; kept up to date here, for the next queue.
     given
-        Spans whose holder was given them for good; of others a rank keeps the last that it read.
+        Spans whose holder was given their sums for good, kept up to date too; of the sums of others
+        a rank keeps the last that it read.
     """
 
-    def __init__(
-        self, spans: Iterable[Span], holders: dict[Span, Seat], given: Collection[Span] = ()
-    ) -> None:
+    def __init__(self, spans: Iterable[Span], holders: dict[Span, Seat], given: set[Span]) -> None:
         self._pending = list(spans)
         self._leases: dict[Seat, Span] = {}
         self._holders, self._given = holders, given
@@ -82,3 +81,4 @@ class SpanQueue:
             self._pending.insert(0, self._leases.pop(seat))
         for span in [span for span, seat in self._holders.items() if seat.replica == replica]:
             del self._holders[span]
+            self._given.discard(span)

@@ -170,7 +170,7 @@ def test_spans_stay_where_their_sums_are():
     spans = [Span(i, i + 1) for i in range(4)]
     a, b = Seat(0, 0), Seat(0, 1)
     holders = {}
-    queue = SpanQueue(spans[:3], holders)
+    queue = SpanQueue(spans[:3], holders, set())
     assert (queue.lease(a), queue.lease(b)) == (spans[0], spans[1])
     assert queue.finished(a) == spans[0]
     assert queue.lease(a) == spans[2]
@@ -178,7 +178,7 @@ def test_spans_stay_where_their_sums_are():
     assert not queue.done
     queue.finished(a), queue.finished(b)
     assert queue.done
-    queue = SpanQueue(spans[:3], holders)
+    queue = SpanQueue(spans[:3], holders, set())
     assert (queue.lease(b), queue.lease(a)) == (spans[1], spans[2])
     queue.lost(0)
     assert holders == {}
@@ -186,7 +186,8 @@ def test_spans_stay_where_their_sums_are():
     assert {queue.lease(c), queue.finished(c), queue.lease(c)} <= set(spans[:3])
 
     given = {spans[0]: a, spans[1]: a}
-    queue = SpanQueue(spans[:3], given, set(given))
+    for_good = set(given)
+    queue = SpanQueue(spans[:3], given, for_good)
     assert queue.lease(b) == spans[2]
     assert queue.finished(b) == spans[2]
     assert queue.lease(b) is None  # a was given the rest
@@ -194,6 +195,9 @@ def test_spans_stay_where_their_sums_are():
     queue.lost(1)
     assert queue.finished(a) == spans[0]
     assert given[spans[0]] == given[spans[1]] == a
+    queue.lost(0)
+    assert given == {}
+    assert for_good == set()
 
 
 ALL_REDUCE = {"engine__reduction": "all-reduce", "operator__name": "ghost-joint"}
