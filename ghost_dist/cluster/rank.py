@@ -200,17 +200,14 @@ class Rank:
             assert self._running is not None
             self._running.add(range_id, attempt, sums)
 
-    def unload(self) -> int:
-        """Drop the model, so that the sums have the device's memory; bytes still allocated there.
+    def unload(self) -> None:
+        """Drop the model, so that the sums have the device's memory.
 
         The rank stays in its replica's world.
         """
         self._engine = self._work = None
         gc.collect()
-        if self._device.type != "cuda":
-            return 0
-        torch.cuda.empty_cache()
-        return int(torch.cuda.memory_allocated(self._device))
+        self._give_back()
 
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
@@ -262,7 +259,9 @@ class Rank:
         """
         self._beat = Beat(task, 0)
         store, fits = self._fits_of(work)
-        return [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
+        outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
+        self._give_back()
+        return outcomes
 
     @ray.method(concurrency_group="beat")  # type: ignore[untyped-decorator]
     def beat(self) -> Beat:
@@ -273,6 +272,11 @@ class Rank:
     def _timeout_s(self) -> float:
         assert self._spec is not None, "comes after load"
         return self._spec.timeout_s
+
+    def _give_back(self) -> None:
+        """Cached memory of the device: the driver may run its model there between two fits."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _advance(self, task: str, amount: int) -> None:
         self._beat = Beat(task, self._beat.done + amount)
