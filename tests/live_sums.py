@@ -1,5 +1,7 @@
 """Sums of a live all-reduce as the ranks hold them, against the ordered ones of the store."""
 
+import os
+import time
 import weakref
 
 import torch
@@ -11,14 +13,35 @@ from ghost_dist.cluster.rank import Rank, remote_rank
 EPS = torch.finfo(torch.float64).eps
 
 
-def showing(monkeypatch, folder):
-    """Ranks leave what they hold after a reduction in a folder, and nothing of the model."""
+def use_rank(monkeypatch, kind):
+    """Replicas are made of another kind of ranks."""
+    monkeypatch.setattr(replica, "remote_rank", lambda **options: remote_rank(kind, **options))
+
+
+def showing(monkeypatch, folder, ranks=1):
+    """Ranks leave what they hold after a reduction in a folder, and nothing of the model.
+
+    None runs a range before so many have loaded it: each replica has ranges of its own then.
+    """
     folder.mkdir()
 
     class RankThatShows(Rank):
+        def load(self, *arguments):
+            found = super().load(*arguments)
+            (folder / f"loaded-{os.getpid()}").touch()
+            return found
+
+        def run(self, *arguments):
+            while len(list(folder.glob("loaded-*"))) < ranks:
+                time.sleep(0.05)
+            return super().run(*arguments)
+
         def unload(self):
-            layers = self._engine._decoder.layers
-            parameters = [weakref.ref(p) for layer in layers for p in layer.parameters()]
+            parameters = [
+                weakref.ref(parameter)
+                for layer in self._engine._decoder.layers
+                for parameter in layer.parameters()
+            ]
             super().unload()
             assert parameters
             assert not any(parameter() is not None for parameter in parameters)
@@ -28,7 +51,7 @@ def showing(monkeypatch, folder):
             for keys, folds in self._fits[2]._held.items():
                 torch.save(folds, folder / f"{keys[0].replace('/', '-')}.pt")
 
-    monkeypatch.setattr(replica, "remote_rank", lambda **o: remote_rank(RankThatShows, **o))
+    use_rank(monkeypatch, RankThatShows)
 
 
 def within_rounding(folder, store, folds):

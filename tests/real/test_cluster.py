@@ -55,7 +55,7 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
     assert 0 < worst < 1e-4
 
     # The same by a live all-reduce: the sums of every fold, entry by entry, and the operators.
-    showing(monkeypatch, tmp_path / "held")
+    showing(monkeypatch, tmp_path / "held", ranks=4)
     live = configure("live", **on_cluster, **{"engine.reduction": "all-reduce"})
     recover_on_cluster(live, again="solve")
     store = StatisticsStore.open(tmp_path / "live" / "statistics.zarr")
