@@ -248,6 +248,10 @@ class EngineConfig(_Section):
     than 1, or auto, needs Ray. May differ when a run is continued."""
     backend: Literal["deepspeed", "transformers"] = "deepspeed"
     """Who shards the layers of kind tensor_parallel."""
+    reduction: Literal["ordered", "all-reduce"] = "ordered"
+    """How the sums of ranges become those of folds. ordered: read from the store and added in the
+    order of their ids, bitwise the same whatever died. all-reduce: the replicas add what each has
+    run and all-reduce that, equal up to float64 rounding; nothing is read back. Needs Ray."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -282,8 +286,11 @@ class ClusterConfig(_Section):
     """Seconds without a finished batch after which a replica counts as hung."""
     load_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that loading the model may take."""
+    fit_timeout_s: float = Field(default=7200.0, gt=0)
+    """Seconds that reading the sums of a span, or one fit of it, may take on a rank."""
     max_crashes: int = Field(default=5, ge=0)
-    """Replicas that may crash between two committed ranges before the run stops."""
+    """Replicas that may crash between two committed ranges, or fitted spans, before the run
+    stops."""
     max_hangs: int = Field(default=3, ge=0)
     """The same for replicas that hang."""
     max_preemptions: int | None = Field(default=None, ge=0)
@@ -350,6 +357,11 @@ class Config(_Section):
     def _streaming_has_no_whole_model(self) -> Config:
         if self.engine.kind != "streaming":
             return self
+        if self.on_cluster:
+            raise ValueError(
+                "engine.kind=streaming runs in one process: leave out engine.replicas and "
+                "cluster.address, or set engine.kind=tensor_parallel"
+            )
         operator = self.operator
         for wanted, field, other in (
             (operator.heal, "operator.heal=true", "false"),
@@ -366,6 +378,15 @@ class Config(_Section):
                     f"{field} runs the whole model again and again, which engine.kind=streaming "
                     f"never holds: give {other}, or engine.kind=resident"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_reduce(self) -> Config:
+        if self.engine.reduction == "all-reduce" and not self.on_cluster:
+            raise ValueError(
+                "engine.reduction=all-reduce is between replicas of a cluster, and this run has "
+                "one process: set engine.replicas or cluster.address, or reduction=ordered"
+            )
         return self
 
     @property
@@ -555,6 +576,9 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{where}: got {item['input']!r}, expected {allowed}.{hint}")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if not where:  # of several sections
+                lines.append(f"{message}.")
+                continue
             lines.append(f"{where}: {message} (got {item['input']!r}).")
     return "\n".join(dict.fromkeys(lines))
 

@@ -110,5 +110,9 @@ class ClusterError(GhostDistError):
     """Replicas of a cluster are lost faster than they get anything done, or cannot be placed."""
 
 
+class ReductionError(GhostDistError):
+    """Live sums of a reduction are not each range once: a mistake of ours, not the user's."""
+
+
 class ExportError(GhostDistError):
     """The recovered checkpoint could not be written, or does not reproduce the recovered model."""

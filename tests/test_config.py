@@ -7,6 +7,7 @@ from ghost_dist.config import (
     AbsoluteRidge,
     config_from_tree,
     config_tree,
+    decisive_tree,
     differing_fields,
     fingerprint,
     load_config,
@@ -105,3 +106,14 @@ def test_differences_name_the_field():
 def test_fingerprint_ignores_key_order_only():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_reduction_needs_replicas():
+    alone = {**MINIMAL, "engine.reduction": "all-reduce"}
+    with pytest.raises(ConfigError, match=r"^engine\.reduction=all-reduce is between.*=ordered\.$"):
+        load_config(None, alone)
+    config = load_config(None, {**alone, "engine.replicas": 2})
+    assert config.on_cluster
+    # Which bits come out depends on it, so a run is not continued under the other.
+    ordered = load_config(None, {**MINIMAL, "engine.replicas": 2})
+    assert decisive_tree(config) != decisive_tree(ordered)

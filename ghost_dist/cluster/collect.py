@@ -6,31 +6,22 @@ is committed is in the store, and Ray ends the actors of a driver that died.
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 import ray
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.cluster.failures import Failure, decide
-from ghost_dist.cluster.metrics import Metrics
-from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
+from ghost_dist.cluster.messages import Work
+from ghost_dist.cluster.pool import POLL_S, Pool
 from ghost_dist.cluster.ranges import Lease, RangeQueue
-from ghost_dist.cluster.rank import EngineSpec, Work
 from ghost_dist.cluster.replica import Replica, ReplicaLost
-from ghost_dist.errors import ClusterError
 from ghost_dist.pipeline.collectors import Collectors
 from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
-
-POLL_S = 0.5
-"""Longest that the driver sleeps while nothing comes back."""
-LOOK_FOR_ROOM_S = 5.0
-"""How often it looks for nodes that have joined."""
 
 
 class CollectOnCluster:
@@ -42,32 +33,22 @@ class CollectOnCluster:
     ----------
     inputs, reporter
         Of the run.
-    shape
-        What a replica needs.
-    nodes
-        Asks for the living nodes.
+    pool
+        Its replicas.
     """
 
-    def __init__(
-        self,
-        inputs: RunInputs,
-        reporter: Reporter,
-        shape: Shape,
-        nodes: Callable[[], list[Node]],
-    ) -> None:
-        self._inputs, self._reporter, self._shape, self._nodes = inputs, reporter, shape, nodes
-        self._config = inputs.config.cluster
-        self._replicas: dict[int, Replica] = {}
-        self._numbers = itertools.count()
+    def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
+        self._inputs, self._reporter, self._pool = inputs, reporter, pool
         self._num_layers = 0
-        self._failures: Counter[Failure] = Counter()
-        self._last_loss = ""
-        self._looked = 0.0
-        self._room = 0
-        self._metrics = Metrics()
 
     def __call__(
-        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+        self,
+        store: StatisticsStore,
+        tokens: TokenWindows,
+        collectors: Collectors,
+        stage: str,
+        *,
+        to_fit: bool = False,
     ) -> None:
         """Run every range that is missing in the store, and commit it.
 
@@ -85,15 +66,22 @@ class CollectOnCluster:
         if not missing:
             return
         if collectors.last_boundary > self._num_layers:
-            self.release()  # what is loaded ends too early
+            self._pool.release()  # what is loaded ends too early
             self._num_layers = collectors.last_boundary
-        wanted = self._inputs.config.engine.replicas
-        check_room(self._nodes(), self._shape, 1 if wanted == "auto" else wanted)
+        config = self._inputs.config
+        wanted = config.engine.replicas
+        self._pool.begin(1 if wanted == "auto" else wanted)
+        keep = to_fit and config.engine.reduction == "all-reduce"
         work_id = uuid.uuid4().hex
         work = ray.put(
-            Work(store.path.resolve(), store.plan_fingerprint, tokens.tokens, collectors)
+            Work(
+                store.path.resolve(),
+                store.plan_fingerprint,
+                tokens.tokens,
+                collectors,
+                config.operator.folds if keep else None,
+            )
         )
-        self._failures.clear()
         queue = RangeQueue(missing)
 
         def tokens_of(range_id: int) -> int:
@@ -103,12 +91,13 @@ class CollectOnCluster:
         with self._reporter.stage(stage, int(tokens.tokens.size), "tokens", committed) as advance:
             progress = _Progress(committed, advance, tokens_of)
             while not queue.done:
-                self._grow(queue)
-                for replica in list(self._replicas.values()):
-                    self._step(replica, queue, store, work_id, work, stage, progress)
-                progress.show(self._replicas.values(), queue)
-                self._metrics.show(queue, self._replicas.values(), progress.committed)
-                refs = [ref for replica in self._replicas.values() for ref in replica.refs]
+                # More replicas than ranges to run would have nothing to do.
+                self._pool.grow(queue.num_pending + len(queue.leases), self._num_layers)
+                for replica in list(self._pool.replicas.values()):
+                    self._step(replica, queue, store, work_id, work, stage, progress, keep)
+                progress.show(self._pool.replicas.values(), queue)
+                self._pool.metrics.show(queue, self._pool.replicas.values(), progress.committed)
+                refs = [ref for replica in self._pool.replicas.values() for ref in replica.refs]
                 if refs:
                     ray.wait(refs, timeout=POLL_S)
                 else:
@@ -120,16 +109,14 @@ class CollectOnCluster:
 
         They would write into a store that the next stage may have removed.
         """
-        for number, replica in list(self._replicas.items()):
+        for replica in list(self._pool.replicas.values()):
             if replica.under_way:
-                replica.close()
-                del self._replicas[number]
+                self._pool.drop(replica)
 
     def release(self) -> None:
         """End all replicas and give their devices back."""
-        for replica in self._replicas.values():
-            replica.close()
-        self._replicas.clear()
+        self._pool.release()
+        self._num_layers = 0
 
     def _step(
         self,
@@ -140,27 +127,20 @@ class CollectOnCluster:
         work: object,
         stage: str,
         progress: _Progress,
+        keep: bool,
     ) -> None:
         """Take what a replica has finished, and give it something to do."""
         now, event = time.monotonic(), self._reporter.event
-        was_ready = replica.ready
         try:
-            written = replica.poll(now)
+            written = self._pool.poll(replica)
         except ReplicaLost as lost:
-            self._lose(replica, queue, lost)
+            self._pool.lose(replica, lost)
+            queue.lost(replica.number)
             return
-        if replica.ready and not was_ready:
-            event(
-                "replica-ready",
-                replica=replica.number,
-                seconds=round(now - replica.began, 3),
-                nodes=[place.node for place in replica.places],
-                pids=[place.pid for place in replica.places],
-                parameter_bytes=[loaded.parameter_bytes for loaded in replica.loaded],
-                conformance=[loaded.conformance for loaded in replica.loaded],
-            )
         if written is not None:
-            self._commit(replica, queue, store, *written, stage, progress)
+            won = self._commit(replica, queue, store, *written, stage, progress)
+            if keep:
+                replica.settle(written[0], committed=won)
         if replica.state == "idle":
             lease = queue.lease(replica.number, now)
             if lease is not None:
@@ -180,17 +160,19 @@ class CollectOnCluster:
         store: StatisticsStore,
         lease: Lease,
         blocks: list[WrittenBlock],
+        times: list[RangeTimes],
         stage: str,
         progress: _Progress,
-    ) -> None:
+    ) -> bool:
+        """Whether the attempt counts from now on."""
         if lease not in queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
             store.discard_attempt(lease.range_id, lease.attempt)
-            return
+            return False
         now = time.monotonic()
-        store.commit_attempt(lease.range_id, lease.attempt, blocks)
+        won = store.commit_attempt(lease.range_id, lease.attempt, blocks)
         queue.committed(lease, now)
-        self._failures.clear()
+        self._pool.progressed()
         progress.committed += len(store.plan.ranges[lease.range_id]) * store.plan.window_length
         self._reporter.event(
             "range-committed",
@@ -199,79 +181,10 @@ class CollectOnCluster:
             attempt=lease.attempt,
             replica=replica.number,
             seconds=round(now - lease.since, 3),
+            forward_s=[round(of_rank.forward_s, 3) for of_rank in times],
+            sums_s=[round(of_rank.sums_s, 3) for of_rank in times],
         )
-
-    def _lose(self, replica: Replica, queue: RangeQueue, lost: ReplicaLost) -> None:
-        """Close a lost replica, and stop the run if it has been too many."""
-        self._failures[lost.failure] += 1
-        self._metrics.lost(lost.failure)
-        nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"
-        self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
-        self._reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
-        self._reporter.event(
-            "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail
-        )
-        replica.close()
-        del self._replicas[replica.number]
-        queue.lost(replica.number)
-        if decide(self._failures, self._config) == "stop":
-            counts = ", ".join(f"{count} x {kind}" for kind, count in self._failures.items())
-            raise ClusterError(
-                f"Replicas were lost without a range being finished in between: {counts}. The last "
-                f"was {self._last_loss}. Finished ranges are kept, and the same command continues. "
-                "If the nodes are in order, allow more with cluster.max_crashes, "
-                "cluster.max_hangs, cluster.heartbeat_timeout_s or cluster.progress_timeout_s."
-            )
-
-    def _grow(self, queue: RangeQueue) -> None:
-        """Add replicas where there is room and work for them."""
-        now = time.monotonic()
-        wanted = self._inputs.config.engine.replicas
-        if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
-            self._looked, self._room = now, num_fitting(self._nodes(), self._shape)
-        target = min(
-            self._room if wanted == "auto" else wanted,
-            queue.num_pending + len(queue.leases),  # more would have nothing to do
-        )
-        placing = [r for r in self._replicas.values() if r.state == "placing"]
-        if len(placing) == len(self._replicas) and any(
-            now - replica.began > self._config.wait_s for replica in placing
-        ):
-            check_room(self._nodes(), self._shape, 1)
-            raise ClusterError(
-                f"No replica could be placed within cluster.wait_s={self._config.wait_s:g} s: the "
-                "cluster has the resources but others hold them, or its nodes are going. Wait for "
-                f"them, or add nodes. {self._last_loss}"
-            )
-        while len(self._replicas) < max(1, target):
-            number = next(self._numbers)
-            self._replicas[number] = Replica(
-                number,
-                self._spec(),
-                self._shape,
-                strategy(self._nodes(), self._shape),
-                self._config,
-                now,
-            )
-            self._reporter.event("replica-start", replica=number, ranks=self._shape.ranks)
-
-    def _spec(self) -> EngineSpec:
-        inputs, engine = self._inputs, self._inputs.config.engine
-        return EngineSpec(
-            path=inputs.source.path.resolve(),
-            model_fingerprint=inputs.model_fingerprint,
-            architecture=inputs.architecture,
-            num_layers=self._num_layers,
-            dtype=inputs.dtype,
-            device=inputs.worker_device.type,
-            batch=inputs.batch,
-            degree=engine.tensor_parallel,
-            sharded=engine.kind != "resident",
-            backend=engine.backend,
-            trust_remote_code=inputs.config.model.trust_remote_code,
-            threads=self._config.cpus_per_rank,
-            timeout_s=self._config.progress_timeout_s,
-        )
+        return won
 
 
 class _Progress:

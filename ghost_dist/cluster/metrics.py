@@ -11,6 +11,7 @@ from ray.util.metrics import Counter, Gauge
 from ghost_dist.cluster.failures import Failure
 from ghost_dist.cluster.ranges import RangeQueue
 from ghost_dist.cluster.replica import Replica, State
+from ghost_dist.cluster.spans import SpanQueue
 
 EVERY_S = 2.0
 
@@ -22,6 +23,7 @@ class Metrics:
         self._ranges = Gauge(
             "ghost_dist_ranges", "Window ranges of the stage, by state.", tag_keys=("state",)
         )
+        self._spans = Gauge("ghost_dist_spans", "Spans to fit, by state.", tag_keys=("state",))
         self._replicas = Gauge(
             "ghost_dist_replicas", "Copies of the model, by state.", tag_keys=("state",)
         )
@@ -42,19 +44,34 @@ class Metrics:
         if now - self._shown < EVERY_S:
             return
         self._shown = now
-        states = dict.fromkeys(get_args(State), 0)
+        replicas = list(replicas)
+        self._show_states(replicas)
         for replica in replicas:
-            states[replica.state] += 1
             for lease, tokens in replica.under_way:
                 if tokens is not None:
                     rate = tokens / max(now - lease.since, 1e-9)
                     self._rate.set(rate, {"replica": str(replica.number)})
-        for state, count in states.items():
-            self._replicas.set(count, {"state": state})
         leased = {lease.range_id for lease in queue.leases}
         self._ranges.set(queue.num_pending, {"state": "pending"})
         self._ranges.set(len(leased), {"state": "leased"})
         self._tokens.set(committed)
+
+    def show_spans(self, queue: SpanQueue, replicas: Iterable[Replica]) -> None:
+        """The same while spans are fitted."""
+        now = time.monotonic()
+        if now - self._shown < EVERY_S:
+            return
+        self._shown = now
+        self._show_states(replicas)
+        self._spans.set(queue.num_pending, {"state": "pending"})
+        self._spans.set(queue.num_leased, {"state": "leased"})
+
+    def _show_states(self, replicas: Iterable[Replica]) -> None:
+        states = dict.fromkeys(get_args(State), 0)
+        for replica in replicas:
+            states[replica.state] += 1
+        for state, count in states.items():
+            self._replicas.set(count, {"state": state})
 
     def lost(self, failure: Failure) -> None:
         """Count a lost replica."""

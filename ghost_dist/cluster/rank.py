@@ -1,4 +1,5 @@
-"""The actor of one rank of a replica: loads its part of the model, runs ranges, writes its columns.
+"""The actor of one rank of a replica: loads its part of the model, runs ranges, writes its columns,
+and later, without the model, fits spans on its device.
 
 It decides nothing. A rank that died is never restarted: its process group died with it, and a
 restarted actor would have lost the sums of its range. The driver kills the whole replica and builds
@@ -8,13 +9,12 @@ another one.
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
+import gc
 import os
-import platform
 import signal
 import socket
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,104 +22,59 @@ import ray
 import torch
 import torch.distributed as dist
 
-from ghost_dist import __version__
-from ghost_dist.calibration.windows import Tokens
-from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
+from ghost_dist.cluster.messages import (
+    Beat,
+    EngineSpec,
+    FitWork,
+    Loaded,
+    Place,
+    Work,
+    versions,
+)
+from ghost_dist.cluster.outcomes import SentOutcome, send
+from ghost_dist.cluster.running_sums import (
+    RunningSums,
+    Share,
+    gather_columns,
+    host_meeting,
+    join_group,
+    reduce_folds,
+)
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.tensor_parallel import Backend, open_tensor_parallel
-from ghost_dist.errors import CheckpointError, CorruptStoreError, RunFolderError
+from ghost_dist.engines.tensor_parallel import open_tensor_parallel
+from ghost_dist.errors import (
+    CheckpointError,
+    CorruptStoreError,
+    ReductionError,
+    RunFolderError,
+)
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
+from ghost_dist.pipeline.fitting import FitHere, FitJob
+from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 
-COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
-"""Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What every rank of every replica loads."""
-
-    path: Path
-    model_fingerprint: str
-    architecture: Architecture
-    num_layers: int
-    dtype: torch.dtype
-    device: str
-    batch: int
-    degree: int
-    sharded: bool
-    """Through ``open_tensor_parallel``; False: the resident engine, degree 1."""
-    backend: Backend
-    trust_remote_code: bool
-    threads: int
-    timeout_s: float
-    """Of a collective: what a rank waits for the others."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One store to fill; the same for all leases of a stage."""
-
-    store: Path
-    plan_fingerprint: str
-    tokens: Tokens
-    collectors: Collectors
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs."""
-
-    node: str
-    address: str
-    port: int
-    """Free when it was asked for."""
-    pid: int
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What loading took.
-
-    Attributes
-    ----------
-    parameter_bytes
-        Of this rank.
-    conformance
-        Largest relative difference of the small random model, sharded against unsharded.
-    """
-
-    parameter_bytes: int
-    conformance: float | None
-
-
-@dataclass(frozen=True)
-class Beat:
-    """An answer to "are you there": the attempt at hand and its tokens so far."""
-
-    attempt: str
-    tokens: int
-
-
-def versions() -> dict[str, str]:
-    """What must be the same wherever a run computes."""
-    found = {"python": platform.python_version().rpartition(".")[0], "ghost_dist": __version__}
-    return {**found, **{name: importlib.metadata.version(name) for name in COMPARED}}
-
 
 class Rank:
-    """One rank; :meth:`write` and :meth:`beat` have threads of their own, the rest take turns."""
+    """One rank; :meth:`write` with :meth:`settle`, and :meth:`beat`, have threads of their own.
+
+    The rest take turns.
+    """
 
     def __init__(self) -> None:
         self._beat = Beat("", 0)
         self._engine: ResidentEngine | None = None
+        self._spec: EngineSpec | None = None
+        self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
+        self._running: RunningSums | None = None
+        self._unsettled: dict[str, dict[str, Sums]] = {}
+        self._meeting: Any = None
+        self._fits: tuple[FitWork, StatisticsStore, FitHere] | None = None
         self._block = ColumnBlock()
         if threading.current_thread() is threading.main_thread():
             # A notice of preemption: nothing here is worth saving, and nothing half is committed.
@@ -145,9 +100,12 @@ class Rank:
             As ``open_tensor_parallel``.
         """
         torch.set_num_threads(spec.threads)
-        self._block = ColumnBlock(rank, spec.degree)
+        self._block, self._spec = ColumnBlock(rank, spec.degree), spec
         self._check_checkpoint(spec)
         device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
+        self._device = device
+        if not spec.sharded and not spec.num_layers:
+            return Loaded(0, None)
         if not spec.sharded:
             decoder = load_decoder(
                 spec.path,
@@ -174,6 +132,8 @@ class Rank:
             world_size=spec.degree,
             timeout=dt.timedelta(seconds=spec.timeout_s),
         )
+        if not spec.num_layers:
+            return Loaded(0, None)
         engine = open_tensor_parallel(
             spec.path,
             spec.architecture,
@@ -187,8 +147,10 @@ class Rank:
         self._engine = engine
         return Loaded(engine.decoder.parameter_bytes, engine.conformance)
 
-    def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> None:
+    def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
         """Run a range from zero; its sums wait in host memory for :meth:`write`.
+
+        Returns what the forward and the sums took on the device, which is waited for at the end.
 
         Raises
         ------
@@ -200,18 +162,21 @@ class Rank:
         assert self._engine is not None, "run comes after load"
         self._beat = Beat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
-            self._work = (work_id, self._open_store(work), self._passes(work.collectors))
+            store = self._open_store(work.store, work.plan_fingerprint)
+            self._work = (work_id, store, self._passes(work.collectors))
+            self._running = None if work.keep is None else RunningSums(work.keep)
         _, store, passes = self._work
         windows = store.plan.ranges[range_id]
 
         def advance(tokens: int) -> None:
-            self._beat = Beat(attempt, self._beat.tokens + tokens)
+            self._beat = Beat(attempt, self._beat.done + tokens)
 
         with torch.inference_mode():
-            sums = sums_of_range(self._engine, work.tokens, windows, passes, advance)
+            sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)
             # Here and not in write: a copy from the device would queue behind the next range.
             on_host = {name: part.to(torch.device("cpu")) for name, part in sums.items()}
         self._unwritten[attempt] = (store, on_host)
+        return times
 
     @ray.method(concurrency_group="write")  # type: ignore[untyped-decorator]
     def write(self, range_id: int, attempt: str) -> WrittenBlock:
@@ -223,12 +188,108 @@ class Rank:
             If the disk is full or not writable.
         """
         store, sums = self._unwritten.pop(attempt)
-        return store.write_block(range_id, attempt, sums, self._block)
+        written = store.write_block(range_id, attempt, sums, self._block)
+        if self._running is not None:
+            self._unsettled[attempt] = sums
+        return written
+
+    @ray.method(concurrency_group="write")  # type: ignore[untyped-decorator]
+    def settle(self, range_id: int, attempt: str, committed: bool) -> None:
+        """Add a range that was written to the running sums if it was committed, else forget it."""
+        sums = self._unsettled.pop(attempt)
+        if committed:
+            assert self._running is not None
+            self._running.add(range_id, attempt, sums)
+
+    def unload(self) -> None:
+        """Drop the model, so that the sums have the device's memory.
+
+        The rank stays in its replica's world.
+        """
+        self._engine = self._work = None
+        gc.collect()
+        self._give_back()
+
+    def host(self, task: str) -> int:
+        """Open a store where the ranks of several replicas meet; its port on this node."""
+        self._beat = Beat(task, 0)
+        self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
+        port: int = self._meeting.port
+        return port
+
+    def reduce(self, task: str, work: FitWork, share: Share) -> None:
+        """Sum what all replicas have kept; what this rank is to own of it is held for :meth:`fit`.
+
+        Raises
+        ------
+        ReductionError
+            If the ranges kept are not those of the share, or those of all ranks not each once.
+        CorruptStoreError
+            If a range that nobody has kept cannot be read.
+        """
+        self._beat = Beat(task, 0)
+        running, self._running = self._running, None
+        running = running or RunningSums(work.folds)
+        if running.kept != dict(share.kept):
+            raise ReductionError(
+                f"This rank has kept ranges {sorted(running.kept.items())}, but the driver counts "
+                f"on {sorted(share.kept.items())}."
+            )
+        store, fits = self._fits_of(work)
+        for range_id in share.read:
+            attempt = store.committed_attempt(range_id)
+            running.add(range_id, attempt, store.read(range_id, block=self._block))
+            self._advance(task, 1)
+        group = join_group(share, self._block, self._device, self._timeout_s)
+        folds = reduce_folds(running, group, store, lambda n: self._advance(task, n))
+        if group is not None:
+            group.close()
+        for keys, owner in share.gather:
+            whole = gather_columns(folds, keys, self._block, owner, self._device)
+            if whole is not None:
+                fits.hold(keys, whole)
+            self._advance(task, 1)
+
+    def fit(self, task: str, work: FitWork, jobs: Sequence[FitJob]) -> list[SentOutcome]:
+        """Fit jobs of one span, from what this rank holds or from the store.
+
+        Raises
+        ------
+        CorruptStoreError
+            If a range cannot be read.
+        """
+        self._beat = Beat(task, 0)
+        store, fits = self._fits_of(work)
+        outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
+        self._give_back()
+        return outcomes
 
     @ray.method(concurrency_group="beat")  # type: ignore[untyped-decorator]
     def beat(self) -> Beat:
         """What this rank is at; answers while it computes."""
         return self._beat
+
+    @property
+    def _timeout_s(self) -> float:
+        assert self._spec is not None, "comes after load"
+        return self._spec.timeout_s
+
+    def _give_back(self) -> None:
+        """Cached memory of the device: the driver may run its model there between two fits."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _advance(self, task: str, amount: int) -> None:
+        self._beat = Beat(task, self._beat.done + amount)
+
+    def _fits_of(self, work: FitWork) -> tuple[StatisticsStore, FitHere]:
+        if self._fits is None or self._fits[0] != work:
+            assert self._spec is not None, "fit comes after load"
+            source, architecture = open_checkpoint(self._spec.path), self._spec.architecture
+            store = self._open_store(work.store, work.plan_fingerprint)
+            fits = FitHere(source, architecture, work.folds, self._device)
+            self._fits = (work, store, fits)
+        return self._fits[1:]
 
     def _passes(self, collectors: Collectors) -> list[MakeCollector]:
         assert self._engine is not None
@@ -251,28 +312,28 @@ class Rank:
                 "same one to every node."
             )
 
-    def _open_store(self, work: Work) -> StatisticsStore:
+    def _open_store(self, path: Path, plan_fingerprint: str) -> StatisticsStore:
         try:
-            store = StatisticsStore.open(work.store)
+            store = StatisticsStore.open(path)
         except CorruptStoreError as error:
             raise RunFolderError(
-                f"{work.store} is not seen from node {socket.gethostname()} ({error}) RUN must lie "
+                f"{path} is not seen from node {socket.gethostname()} ({error}) RUN must lie "
                 "on a file system that all nodes share: choose such an --out."
             ) from error
-        if store.plan_fingerprint != work.plan_fingerprint:
+        if store.plan_fingerprint != plan_fingerprint:
             raise RunFolderError(
-                f"{work.store} is of another run on node {socket.gethostname()}. RUN must lie on a "
+                f"{path} is of another run on node {socket.gethostname()}. RUN must lie on a "
                 "file system that all nodes share: choose such an --out."
             )
         return store
 
 
-def remote_rank(**options: Any) -> Any:
+def remote_rank(kind: type[Rank] = Rank, **options: Any) -> Any:
     """An actor handle of a new :class:`Rank`; options as of ``ray.remote``."""
     actor = ray.remote(
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=1,
         concurrency_groups={"beat": 1, "write": 1},
-    )(Rank)
+    )(kind)
     return actor.options(**options).remote()

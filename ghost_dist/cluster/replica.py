@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -17,15 +18,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.failures import Failure
+from ghost_dist.cluster.messages import Beat, EngineSpec, Loaded, Place, versions
 from ghost_dist.cluster.placement import Shape
 from ghost_dist.cluster.ranges import Lease
-from ghost_dist.cluster.rank import Beat, EngineSpec, Loaded, Place, remote_rank, versions
+from ghost_dist.cluster.rank import remote_rank
 from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError, GhostDistError
+from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import WrittenBlock
 
-State = Literal["placing", "joining", "loading", "idle", "busy", "full"]
-"""full: a range is run, but the one before it is still being written."""
+State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unloading", "bare"]
+"""full: a range is run, but the one before it is still being written. bare: without the model, each
+rank takes tasks of its own."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of the store that another replica would meet too."""
@@ -38,6 +42,16 @@ class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
         super().__init__(detail)
         self.failure: Failure = failure
         self.detail = detail
+
+
+@dataclass
+class _Task:
+    """Something that one rank of a bare replica does; ``done`` as its heartbeats say."""
+
+    name: str
+    ref: Any
+    moved: float
+    done: int = 0
 
 
 class Replica:
@@ -62,10 +76,16 @@ class Replica:
         config: ClusterConfig,
         now: float,
     ) -> None:
-        self.number, self.state = number, "placing"
+        self.number = number
+        self.state: State = "placing"
+        self.live: dict[int, str] = {}
+        """Committed attempt of each range that its ranks have in their running sums."""
         self._running: Lease | None = None
-        self._writing: Lease | None = None
+        self._times: list[RangeTimes] = []
+        self._writing: tuple[Lease, list[RangeTimes]] | None = None
         self._writes: list[Any] = []
+        self._settling: list[Any] = []
+        self._tasks: dict[int, _Task] = {}
         self.places: list[Place] = []
         self.loaded: list[Loaded] = []
         self.tokens = 0
@@ -84,22 +104,33 @@ class Replica:
         return self.state in ("idle", "busy", "full")
 
     @property
+    def has_model(self) -> bool:
+        """Whether it has loaded the model, or is going to."""
+        return bool(self._spec.num_layers) and self.state not in ("unloading", "bare")
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks' running sums are those of :attr:`live`."""
+        return not self._settling
+
+    @property
     def refs(self) -> Sequence[Any]:
         """What the driver may wait for."""
-        return [*self._refs, *self._writes]
+        tasks = [task.ref for task in self._tasks.values()]
+        return [*self._refs, *self._writes, *self._settling, *tasks]
 
     @property
     def under_way(self) -> list[tuple[Lease, int | None]]:
         """Leases that are not handed back, with the tokens run so far; None: all of them."""
         found: list[tuple[Lease, int | None]] = []
         if self._writing is not None:
-            found.append((self._writing, None))
+            found.append((self._writing[0], None))
         if self._running is not None:
             found.append((self._running, self.tokens if self.state == "busy" else None))
         return found
 
-    def poll(self, now: float) -> tuple[Lease, list[WrittenBlock]] | None:
-        """See what has come back; a lease and its blocks once all ranks have written theirs.
+    def poll(self, now: float) -> tuple[Lease, list[WrittenBlock], list[RangeTimes]] | None:
+        """See what has come back; a lease, its blocks and times once all ranks have written theirs.
 
         Raises
         ------
@@ -111,8 +142,12 @@ class Replica:
         self._check_alive(now)
         written = None
         if self._writing is not None and (blocks := self._all_of(self._writes)) is not None:
-            written = (self._writing, blocks)
+            written = (self._writing[0], blocks, self._writing[1])
             self._writing, self._writes, self._moved = None, [], now
+        for ref in list(self._settling):
+            if ray.wait([ref], timeout=0)[0]:
+                self._get(ref)
+                self._settling.remove(ref)
         results = self._all_of(self._refs)
         if results is not None:
             match self.state:
@@ -121,17 +156,64 @@ class Replica:
                 case "joining":
                     self._join(results, now)
                 case "loading":
-                    self.loaded, self.state, self._refs = results, "idle", []
+                    self.loaded, self._refs = results, []
+                    self.state = "idle" if self._spec.num_layers else "bare"
                 case "busy":
                     self.state, self._refs, self._moved = "full", [], now
+                    self._times = results
+                case "unloading":
+                    self.state, self._refs = "bare", []
         if self.state == "full" and self._writing is None:
             lease = self._running
             assert lease is not None
             self._writes = [
                 rank.write.remote(lease.range_id, lease.attempt) for rank in self._ranks
             ]
-            self._running, self._writing, self.state = None, lease, "idle"
+            self._running, self._writing, self.state = None, (lease, self._times), "idle"
         return written
+
+    def settle(self, lease: Lease, *, committed: bool) -> None:
+        """Tell the ranks whether an attempt that they have written is to be in their sums."""
+        if committed:
+            self.live[lease.range_id] = lease.attempt
+        self._settling += [
+            rank.settle.remote(lease.range_id, lease.attempt, committed) for rank in self._ranks
+        ]
+
+    def wake(self, now: float) -> None:
+        """Nobody has polled for a while: the ranks' silence until now is not theirs."""
+        self._answered = dict.fromkeys(self._answered, now)
+        self._moved = now
+
+    def unload(self, now: float) -> None:
+        """Drop the model; nothing may be under way."""
+        assert self.state == "idle"
+        assert not self.under_way
+        self._refs = [rank.unload.remote() for rank in self._ranks]
+        self.state, self._moved = "unloading", now
+
+    @property
+    def free_ranks(self) -> list[int]:
+        """Ranks of a bare replica that have no task."""
+        if self.state != "bare":
+            return []
+        return [number for number in range(len(self._ranks)) if number not in self._tasks]
+
+    def ask(self, rank: int, method: str, task: str, *arguments: Any, now: float) -> None:
+        """Begin a task of one rank: a method that takes the task's name, then the arguments."""
+        assert rank in self.free_ranks
+        ref = getattr(self._ranks[rank], method).remote(task, *arguments)
+        self._tasks[rank] = _Task(task, ref, now)
+
+    def answers(self) -> list[tuple[int, str, Any]]:
+        """Rank, task and result of every task that has come back; raises as :meth:`poll`."""
+        found = []
+        for number, task in list(self._tasks.items()):
+            if ray.wait([task.ref], timeout=0)[0]:
+                result = self._get(task.ref)
+                del self._tasks[number]
+                found.append((number, task.name, result))
+        return found
 
     def run(self, work_id: str, work: Any, lease: Lease, now: float) -> None:
         """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`."""
@@ -152,7 +234,8 @@ class Replica:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
-        self._ranks, self._refs, self._writes = [], [], []
+        self._ranks, self._refs, self._writes, self._settling = [], [], [], []
+        self._tasks.clear()
 
     def _start_ranks(self, now: float) -> None:
         self._ranks = [
@@ -193,11 +276,12 @@ class Replica:
         config = self._config
         if self.state == "placing":
             return  # waiting for resources; the driver says when that is too long
-        if self.state == "idle" and self._writing is None:
-            self._moved = now  # nothing to do
+        if self.state == "bare" or (self.state == "idle" and self._writing is None):
+            self._moved = now  # nothing to do together
         limit, doing = {
             "joining": (config.wait_s, "start its actors"),
             "loading": (config.load_timeout_s, "load the model"),
+            "unloading": (config.progress_timeout_s, "unload the model"),
         }.get(self.state, (config.progress_timeout_s, "finish a batch or to write a range"))
         if now - self._moved > limit:
             raise ReplicaLost("hang", f"it took more than {limit:g} s to {doing}")
@@ -208,11 +292,20 @@ class Replica:
                 beat: Beat = self._get(ref)
                 del self._beats[number]
                 self._answered[number] = now
-                running = self._running
+                running, task = self._running, self._tasks.get(number)
                 if running is not None and beat.attempt == running.attempt and number == 0:
-                    if beat.tokens != self.tokens:
+                    if beat.done != self.tokens:
                         self._moved = now
-                    self.tokens = beat.tokens
+                    self.tokens = beat.done
+                if task is not None and beat.attempt == task.name and beat.done != task.done:
+                    task.done, task.moved = beat.done, now
+        for number, task in self._tasks.items():
+            if now - task.moved > config.fit_timeout_s:
+                raise ReplicaLost(
+                    "hang",
+                    f"rank {number} took more than {config.fit_timeout_s:g} s for the sums or one "
+                    "fit of a span",
+                )
         silent = min(self._answered, key=self._answered.__getitem__)
         if now - self._answered[silent] > config.heartbeat_timeout_s:
             raise ReplicaLost(

@@ -10,7 +10,9 @@ import ray
 import torch
 
 from ghost_dist.cluster.collect import CollectOnCluster
+from ghost_dist.cluster.fit import FitOnCluster
 from ghost_dist.cluster.placement import Node, Shape
+from ghost_dist.cluster.pool import Pool
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
@@ -31,7 +33,7 @@ class Session:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._connected = False
-        self._collect: CollectOnCluster | None = None
+        self._pool: Pool | None = None
 
     def __enter__(self) -> Session:
         return self
@@ -42,8 +44,8 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._collect is not None:
-            self._collect.release()
+        if self._pool is not None:
+            self._pool.release()
         if self._connected:
             ray.shutdown()
 
@@ -62,6 +64,15 @@ class Session:
 
     def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
         """What fills the stores of the run, on replicas of this cluster."""
+        return CollectOnCluster(inputs, reporter, self._pool_of(inputs, reporter))
+
+    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitOnCluster:
+        """What fits spans from the run's store, on the same replicas or in the driver."""
+        return FitOnCluster(inputs, reporter, self._pool_of(inputs, reporter))
+
+    def _pool_of(self, inputs: RunInputs, reporter: Reporter) -> Pool:
+        if self._pool is not None:
+            return self._pool
         self._connect()
         engine = self._config.engine
         shape = Shape(
@@ -69,8 +80,8 @@ class Session:
             cpus_per_rank=self._config.cluster.cpus_per_rank,
             gpus_per_rank=int(inputs.worker_device.type == "cuda"),
         )
-        self._collect = CollectOnCluster(inputs, reporter, shape, self.nodes)
-        return self._collect
+        self._pool = Pool(inputs, reporter, shape, self.nodes)
+        return self._pool
 
     def nodes(self) -> list[Node]:
         """The living nodes."""

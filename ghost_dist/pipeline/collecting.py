@@ -11,6 +11,7 @@ from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.engines.base import Engine
 from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
+from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -24,7 +25,13 @@ class Collect(Protocol):
     """Fills a store, in this process or on a cluster."""
 
     def __call__(
-        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+        self,
+        store: StatisticsStore,
+        tokens: TokenWindows,
+        collectors: Collectors,
+        stage: str,
+        *,
+        to_fit: bool = False,
     ) -> None:
         """Run every range that is missing in the store, and commit it.
 
@@ -38,6 +45,8 @@ class Collect(Protocol):
             What the plan counts.
         stage
             Name under which progress is shown.
+        to_fit
+            Whether spans will be fitted from this store next.
         """
 
     def release(self) -> None:
@@ -53,6 +62,9 @@ class Workers(Protocol):
     def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
         """What fills the stores of one run."""
 
+    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitSpans:
+        """What fits the spans of one run from its store; ``release`` of ``collect`` is for both."""
+
 
 class CollectHere:
     """One process with the whole model."""
@@ -66,7 +78,13 @@ class CollectHere:
         self._inputs, self._reporter, self._open = inputs, reporter, open_with
 
     def __call__(
-        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+        self,
+        store: StatisticsStore,
+        tokens: TokenWindows,
+        collectors: Collectors,
+        stage: str,
+        *,
+        to_fit: bool = False,  # noqa: ARG002 - nothing outlives a call here
     ) -> None:
         """Run every range that is missing in the store, and commit it; see :class:`Collect`."""
         missing = store.missing()
@@ -79,9 +97,17 @@ class CollectHere:
         total = int(tokens.tokens.size) * len(passes)
         with self._reporter.stage(stage, total, "tokens", done) as advance:
             for range_id in missing:
-                sums = sums_of_range(engine, tokens.tokens, ranges[range_id], passes, advance)
+                sums, times = sums_of_range(
+                    engine, tokens.tokens, ranges[range_id], passes, advance
+                )
                 store.commit(range_id, sums)
-                self._reporter.event("range-committed", stage=stage, range=range_id)
+                self._reporter.event(
+                    "range-committed",
+                    stage=stage,
+                    range=range_id,
+                    forward_s=round(times.forward_s, 3),
+                    sums_s=round(times.sums_s, 3),
+                )
 
     def release(self) -> None:
         """Nothing is kept between stages."""

@@ -15,6 +15,7 @@ import torch
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.engines.base import Engine, Tokens
 from ghost_dist.engines.memory import free_bytes
+from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
@@ -109,14 +110,18 @@ def sums_of_range(
     windows: Sequence[int],
     passes: Sequence[MakeCollector],
     advance: Callable[[int], None],
-) -> dict[str, Sums]:
+) -> tuple[dict[str, Sums], RangeTimes]:
     """Run the windows of one range, from zero; what a store commits as a whole."""
     sums: dict[str, Sums] = {}
+    watch = Stopwatch(engine.device)
+    began = watch.now()
     for make in passes:
-        collector = make()
+        collector = TimedCollector(make(), watch)
         engine.run(tokens, windows, collector, advance)
         sums |= collector.result()
-    return sums
+    total_s = watch.until_now(began)
+    sums_s = watch.seconds()
+    return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
 
 
 def passes_here(collectors: Collectors, engine: Engine) -> list[MakeCollector]:

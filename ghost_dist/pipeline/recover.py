@@ -73,7 +73,8 @@ def recover(
         if again is not None:
             run.forget(again)
         collect = workers.collect(inputs, reporter) if workers is not None else None
-        stages = Stages(inputs, run, reporter, again, collect)
+        fit_spans = workers.fit_spans(inputs, reporter) if workers is not None else None
+        stages = Stages(inputs, run, reporter, again, collect, fit_spans)
         tokens = stages.tokens()
         run.begin()
         spans = stages.select(tokens)

@@ -13,10 +13,7 @@ from torch import Tensor
 from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.load import as_decoder
-from ghost_dist.checkpoint.reader import read_tensor
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import down_path
-from ghost_dist.config import RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.divergence import window_divergences
 from ghost_dist.pipeline.candidates import (
@@ -24,10 +21,18 @@ from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     Candidate,
     candidates_of,
-    fit_candidate,
     samples_of,
     searches_ridge,
     stored_keys,
+)
+from ghost_dist.pipeline.fitting import (
+    FitHere,
+    FitJob,
+    FitSpans,
+    Fitted,
+    Outcome,
+    RidgeFits,
+    read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.streamed import streamed_divergences
@@ -45,11 +50,12 @@ from ghost_dist.statistics.transforms import take
 HELD_OUT_TOKENS = 4096
 """Tokens that a choice by KL should be judged by: with fewer, noise decides between ridges."""
 
-_Fitted = dict[Span, tuple[Repair, Fit | None]]
-_FitOn = Callable[[Candidate, Span, Sequence[int] | None], tuple[Repair, Fit | None]]
-"""A candidate at a span, fitted on some folds or on all."""
-
-_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
+_OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
+"""What a candidate became at every span, or why it cannot be fitted."""
+_FitPairs = Callable[
+    [Sequence[tuple[Candidate, Span]], tuple[int, ...], Callable[[int], None]], list[Outcome]
+]
+"""Candidates at spans, fitted on some folds."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class Solver:
         Where progress goes.
     model
         The uncut causal LM on the run's device, if it is loaded already.
+    fit_spans
+        Who fits from the store; None: this process.
     """
 
     def __init__(
@@ -98,11 +106,14 @@ class Solver:
         tokens: TokenWindows,
         reporter: Reporter,
         model: Any = None,
+        fit_spans: FitSpans | None = None,
     ) -> None:
         self._inputs, self._spans, self._store = inputs, spans, store
         self._tokens, self._reporter = tokens, reporter
-        self._cached: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
-        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
+        self._ridges = RidgeFits(inputs.architecture.norm_eps)
+        self._fit_spans = fit_spans or FitHere(
+            inputs.source, inputs.architecture, inputs.config.operator.folds, inputs.device
+        )
         self._model = model
 
     def solve(self) -> Solved:
@@ -116,12 +127,12 @@ class Solver:
         config, spans = self._inputs.config.operator, self._spans
         candidates = candidates_of(config, spans, self._inputs.refittable)
         chosen, table = self._choose(candidates)
-        operators: dict[Span, Repair] = {}
-        fits: dict[Span, Fit | None] = {}
         with self._reporter.stage("solve", len(spans), "spans") as advance:
-            for span in spans:
-                operators[span], fits[span] = self.fit(chosen, span)
-                advance(1)
+            everything = tuple(range(config.folds))
+            outcomes = self._from_store([(chosen, span) for span in spans], everything, advance)
+            fitted = dict(zip(spans, map(_fitted, outcomes), strict=True))
+        operators = {span: repair for span, (repair, _) in fitted.items()}
+        fits = {span: fit for span, (_, fit) in fitted.items()}
         boundary = None
         # Where layers are streamed, features=auto means the stream: no second pass.
         again = config.features != "stream" and not self._inputs.streaming
@@ -142,62 +153,35 @@ class Solver:
             healing=walk.healing if walk else [],
         )
 
-    def fit(
-        self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None
-    ) -> tuple[Repair, Fit | None]:
-        """One candidate at one span, on the given folds or on all."""
-        here = candidate.at(span, self._inputs.refittable)
-        kind = here.kind()
-        if kind is None:
-            return Repair(), None
-        keys = stored_keys(kind, span, self._store.plan.entries)
-        sums = self._folds(keys)
-        device = self._device(sums)
-        picked = range(len(sums)) if folds is None else folds
-        on_device = [{key: part.to(device) for key, part in sums[fold].items()} for fold in picked]
-        down_FC = None
-        if any("/joint" in key for key in keys):
-            down_FC = self.down(span.start - 1).to(device)
-        fitted = self._fit_on(here, span, on_device, down_FC, tuple(picked))
-        return fitted[0].to(torch.device("cpu")), fitted[1]
+    def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
+        """One candidate at one span, on the given folds or on all.
 
-    def _fit_on(
+        Raises
+        ------
+        SingularGramError, SingularOperatorError
+            As fitting says.
+        """
+        picked = tuple(range(self._inputs.config.operator.folds) if folds is None else folds)
+        return _fitted(self._from_store([(candidate, span)], picked, lambda _: None)[0])
+
+    def _from_store(
         self,
-        candidate: Candidate,
-        span: Span,
-        folds: Sequence[Mapping[str, Sums]],
-        down_FC: Tensor | None,
+        pairs: Sequence[tuple[Candidate, Span]],
         picked: tuple[int, ...],
-    ) -> tuple[Repair, Fit | None]:
-        """Fit from sums at hand, with the ridge that the candidate means."""
-        eps = self._inputs.architecture.norm_eps
-        if candidate.ridge != "auto" or candidate.shift == 0:
-            repair, fit = fit_candidate(candidate, span, folds, down_FC, eps)
-            if fit is not None and candidate.ridge == "auto":
-                self._least_residual[candidate, span, picked] = fit.relative_ridge
-            return repair, fit
-        plain = replace(candidate, shift=0.0)
-        if (plain, span, picked) not in self._least_residual:
-            self._fit_on(plain, span, folds, down_FC, picked)
-        least = self._least_residual[plain, span, picked]
-        ridge = RelativeRidge(relative=least * 10**candidate.shift)
-        given = replace(candidate, shift=0.0, ridge=ridge)
-        return fit_candidate(given, span, folds, down_FC, eps)
-
-    def down(self, layer: int) -> Tensor:
-        """The model's down_proj of a layer, (F, C) float64."""
-        architecture = self._inputs.architecture
-        name = f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight"
-        return read_tensor(self._inputs.source, name).T.double()
+        advance: Callable[[int], None],
+    ) -> list[Outcome]:
+        refittable = self._inputs.refittable
+        jobs = [FitJob(candidate.at(span, refittable), span, picked) for candidate, span in pairs]
+        return self._fit_spans(self._store, jobs, advance)
 
     def _choose(self, candidates: list[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best of several candidates, and a row for each; one alone is not looked at."""
         if len(candidates) == 1:
             return candidates[0], [{**candidates[0].described(), "chosen": True}]
-        return self._search(candidates, self.fit)
+        return self._search(candidates, self._from_store)
 
     def _search(
-        self, candidates: Sequence[Candidate], fit: _FitOn
+        self, candidates: Sequence[Candidate], fit: _FitPairs
     ) -> tuple[Candidate, list[dict[str, Any]]]:
         """The best candidate and a row for each, the ridge looked at more closely around it."""
         tried = list(candidates)
@@ -213,7 +197,7 @@ class Solver:
         return tried[best], table
 
     def _rate(
-        self, candidates: Sequence[Candidate], fit: _FitOn
+        self, candidates: Sequence[Candidate], fit: _FitPairs
     ) -> tuple[list[dict[str, Any]], list[Tensor]]:
         """A row for each candidate, and what it is ranked by: KL divergence of every held-out
         window, or residual of every span.
@@ -246,38 +230,39 @@ class Solver:
         return table, scores
 
     def _fit_all(
-        self, candidates: Sequence[Candidate], fit: _FitOn, picked: tuple[int, ...]
-    ) -> list[_Fitted | str]:
+        self, candidates: Sequence[Candidate], fit: _FitPairs, picked: tuple[int, ...]
+    ) -> list[_OfCandidate]:
         """Fits of every candidate by span, or why it cannot be fitted."""
-        fitted: list[_Fitted | str] = [{} for _ in candidates]
-        # Span by span and by the sums they need, so that these are read once.
-        order = sorted(range(len(candidates)), key=lambda i: (str(candidates[i].kind()), i))
-        total = len(candidates) * len(self._spans)
-        with self._reporter.stage("try candidates", total, "fits") as advance:
+        pairs = [(candidate, span) for candidate in candidates for span in self._spans]
+        with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
+            outcomes = iter(fit(pairs, picked, advance))
+        fitted: list[_OfCandidate] = []
+        for _ in candidates:
+            found: dict[Span, Fitted] = {}
+            errors = []
             for span in self._spans:
-                for number in order:
-                    found = fitted[number]
-                    if not isinstance(found, str):
-                        try:
-                            found[span] = fit(candidates[number], span, picked)
-                        except (SingularGramError, SingularOperatorError) as error:
-                            fitted[number] = str(error)
-                    advance(1)
-        if all(isinstance(found, str) for found in fitted):
-            for span in self._spans:
-                fit(candidates[0], span, picked)  # raises what is wrong
+                outcome = next(outcomes)
+                if isinstance(outcome, tuple):
+                    found[span] = outcome
+                else:
+                    errors.append(outcome)
+            fitted.append(errors[0] if errors else found)
+        if all(isinstance(of_candidate, Exception) for of_candidate in fitted):
+            first = fitted[0]
+            assert isinstance(first, Exception)
+            raise first
         return fitted
 
     def _rows(
-        self, candidates: Sequence[Candidate], fitted: Sequence[_Fitted | str]
+        self, candidates: Sequence[Candidate], fitted: Sequence[_OfCandidate]
     ) -> tuple[list[dict[str, Any]], list[dict[Span, Repair]]]:
         """A row and the repairs of every candidate; no repairs where it could not be fitted."""
         table: list[dict[str, Any]] = []
         repairs: list[dict[Span, Repair]] = []
         for candidate, found in zip(candidates, fitted, strict=True):
             row = candidate.described()
-            if isinstance(found, str):
-                row["failed"] = found
+            if isinstance(found, Exception):
+                row["failed"] = str(found)
                 repairs.append({})
             else:
                 fits = [found[span][1] for span in self._spans]
@@ -325,24 +310,35 @@ class Solver:
         if config.features == "auto":
             candidates.append(plain)
 
-        def fit(
-            candidate: Candidate, span: Span, picked: Sequence[int] | None = None
-        ) -> tuple[Repair, Fit | None]:
+        def fit(candidate: Candidate, span: Span, picked: tuple[int, ...]) -> Fitted:
             if span not in sums:
                 return operators[span], fits[span]
-            picked = range(config.folds) if picked is None else picked
             folds = [_at_boundary(sums[span][fold], span, candidate, kind) for fold in picked]
-            repair, found = self._fit_on(candidate, span, folds, None, (-1, *picked))
+            repair, found = self._ridges.fit(candidate, span, folds, None, picked)
             return replace(repair, down_FC=operators[span].down_FC), found
 
-        best, rows = self._search(candidates, fit)
+        def fit_pairs(
+            pairs: Sequence[tuple[Candidate, Span]],
+            picked: tuple[int, ...],
+            advance: Callable[[int], None],
+        ) -> list[Outcome]:
+            outcomes: list[Outcome] = []
+            for candidate, span in pairs:
+                try:
+                    outcomes.append(fit(candidate, span, picked))
+                except (SingularGramError, SingularOperatorError) as error:
+                    outcomes.append(error)
+                advance(1)
+            return outcomes
+
+        best, rows = self._search(candidates, fit_pairs)
         for row in rows:
             row["operator"] = "ghost-joint, boundary again"
         for row in table:
             row["chosen"] = False
         table += rows
         for span in spans:
-            operators[span], fits[span] = fit(best, span)
+            operators[span], fits[span] = fit(best, span, tuple(range(config.folds)))
         return replace(best, operator="ghost-joint")
 
     def _sequential(self, chosen: Candidate, boundary: Candidate | None) -> dict[Span, list[Refit]]:
@@ -356,12 +352,14 @@ class Solver:
                 return None
 
             def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
-                down_FC = self.down(span.start - 1) if kind.regressors == "joint" else None
-                if down_FC is not None:
-                    down_FC = down_FC.to(self._inputs.device)
-                self._least_residual.clear()  # of other sums
+                down_FC = None
+                if kind.regressors == "joint":
+                    inputs = self._inputs
+                    down_FC = read_down(inputs.source, inputs.architecture, span.start - 1)
+                    down_FC = down_FC.to(inputs.device)
+                self._ridges.forget()  # of other sums
                 picked = tuple(range(len(folds)))
-                repair, found = self._fit_on(here, span, folds, down_FC, picked)
+                repair, found = self._ridges.fit(here, span, folds, down_FC, picked)
                 return repair.to(torch.device("cpu")), found
 
             return Refit(kind, fit, "recovered", keep_down)
@@ -437,29 +435,12 @@ class Solver:
             for window in windows
         ]
 
-    def _folds(self, keys: tuple[str, ...]) -> list[dict[str, Sums]]:
-        """Sums of each fold, its ranges added in id order; the last ones read are kept."""
-        if self._cached is None or self._cached[0] != keys:
-            self._cached = None
-            folds = self._inputs.config.operator.folds
-            ids = range(len(self._store.plan.ranges))
-            read = [
-                self._store.total([i for i in ids if fold_of_range(i, folds) == fold], keys)
-                for fold in range(folds)
-            ]
-            self._cached = (keys, read)
-        return self._cached[1]
 
-    def _device(self, folds: Sequence[Mapping[str, Sums]]) -> torch.device:
-        """The run's device if the solve fits there, else the CPU."""
-        device = self._inputs.device
-        if device.type != "cuda":
-            return device
-        parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
-        nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
-        needed = nbytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, len(folds)))
-        free = torch.cuda.mem_get_info(device)[0]
-        return device if needed < free else torch.device("cpu")
+def _fitted(outcome: Outcome) -> Fitted:
+    """The fit, or its error raised."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _at_boundary(

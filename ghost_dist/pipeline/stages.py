@@ -44,6 +44,7 @@ from ghost_dist.pipeline.collecting import (
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
+from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     check_disk_space,
@@ -102,8 +103,8 @@ class Stages:
     ----------
     again
         Stage that is done again.
-    collect
-        Who fills the stores; None: this process.
+    collect, fit_spans
+        Who fills the stores, and who fits from them; None: this process.
     """
 
     def __init__(
@@ -113,12 +114,14 @@ class Stages:
         reporter: Reporter,
         again: str | None = None,
         collect: Collect | None = None,
+        fit_spans: FitSpans | None = None,
     ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._again = again
         if collect is None and inputs.streaming:
             collect = CollectByStreaming(inputs, reporter, run.path)
         self._collect = collect or CollectHere(inputs, reporter)
+        self._fit_spans = fit_spans
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -229,13 +232,12 @@ class Stages:
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
             collectors = SpanCollectors(tuple(samples), architecture)
-            self._collect(store, tokens, collectors, "calibrate")
+            self._collect(store, tokens, collectors, "calibrate", to_fit=True)
             return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
         if missing:
             self._run.forget("calibrate")
         self._stage("calibrate", {"plan": store.plan_fingerprint}, work)
-        self._collect.release()
         return store
 
     def solve(
@@ -248,10 +250,11 @@ class Stages:
             "spans": [[s.start, s.stop] for s in spans],
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
             "tokens": tokens.fingerprint,
+            "reduction": inputs.config.engine.reduction,
         }
 
         def work() -> dict[str, Any]:
-            solver = Solver(inputs, spans, store, tokens, self._reporter)
+            solver = Solver(inputs, spans, store, tokens, self._reporter, fit_spans=self._fit_spans)
             solved = solver.solve()
             operators, fits = solved.operators, solved.fits
             for fit in fits.values():
@@ -274,7 +277,10 @@ class Stages:
                 },
             }
 
-        recorded = self._stage("solve", wanted, work)
+        try:
+            recorded = self._stage("solve", wanted, work)
+        finally:
+            self._collect.release()  # not before: who ran the windows may fit the spans
         return self._load_solution(spans, recorded)
 
     def refine(self, tokens: TokenWindows, spans: tuple[Span, ...], solution: Solution) -> Solution:

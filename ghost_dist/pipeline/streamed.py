@@ -59,7 +59,13 @@ class CollectByStreaming:
         self._inputs, self._reporter, self._folder = inputs, reporter, folder
 
     def __call__(
-        self, store: StatisticsStore, tokens: TokenWindows, collectors: Collectors, stage: str
+        self,
+        store: StatisticsStore,
+        tokens: TokenWindows,
+        collectors: Collectors,
+        stage: str,
+        *,
+        to_fit: bool = False,  # noqa: ARG002 - this process fits from the store
     ) -> None:
         """Run every range that is missing in the store, and commit it; see ``Collect``.
 

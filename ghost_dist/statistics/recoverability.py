@@ -243,7 +243,8 @@ def _sumsq(rows: Tensor, wide: torch.dtype, dim: int | None = None) -> Tensor:
     """Sum of squares, float64; on a GPU in one reading of the rows."""
     if wide == torch.float64:
         return rows.double().square().sum(dim)
-    return torch.linalg.vector_norm(rows, dim=dim, dtype=wide).double().square()
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dim, dtype=wide)
+    return norm.double().square()
 
 
 def start_key(start: int) -> str:

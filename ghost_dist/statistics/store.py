@@ -259,8 +259,26 @@ class StatisticsStore:
         """Remove what was written of an attempt that will not be committed."""
         shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
-    def read(self, range_id: int, entries: Collection[str] | None = None) -> dict[str, Sums]:
+    def committed_attempt(self, range_id: int) -> str:
+        """The attempt that counts for a range.
+
+        Raises
+        ------
+        CorruptStoreError
+            If there is none, or its manifest is not as it was committed.
+        """
+        attempt: str = self._read_manifest(range_id)["attempt"]
+        return attempt
+
+    def read(
+        self,
+        range_id: int,
+        entries: Collection[str] | None = None,
+        block: ColumnBlock | None = None,
+    ) -> dict[str, Sums]:
         """Sums of a committed range, every hash checked; all entries unless some are named.
+
+        With ``block`` as one rank wrote them: that block of columns, and all small arrays.
 
         Raises
         ------
@@ -273,16 +291,19 @@ class StatisticsStore:
         for entry, kind in self.plan.entries.items():
             if entries is not None and entry not in entries:
                 continue
-            blocks = [
-                {
-                    name.removeprefix(f"{entry}/"): torch.from_numpy(
-                        self._read_array(folder / str(number) / name, expected, range_id)
-                    )
-                    for name, expected in arrays.items()
-                    if name.rpartition("/")[0] == entry
-                }
-                for number, arrays in enumerate(manifest["blocks"])
-            ]
+            by_columns = KINDS[kind].BY_COLUMNS
+            blocks: list[dict[str, torch.Tensor]] = []
+            for number, arrays in enumerate(manifest["blocks"]):
+                blocks.append({})
+                for key, expected in arrays.items():
+                    of_entry, _, name = key.rpartition("/")
+                    wanted = block is None or name not in by_columns or number == block.index
+                    if of_entry == entry and wanted:
+                        path = folder / str(number) / key
+                        array = self._read_array(path, expected, range_id)
+                        blocks[-1][name] = torch.from_numpy(array)
+            if block is not None:
+                blocks = [{name: a for arrays in blocks for name, a in arrays.items()}]
             try:
                 sums[entry] = KINDS[kind].join(manifest["num_tokens"][entry], blocks)
             except (TypeError, KeyError) as error:

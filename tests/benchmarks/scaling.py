@@ -3,9 +3,9 @@
     python tests/benchmarks/scaling.py --replicas 1 2
 
 A Llama of random weights (hidden 1024, 6 layers) on CPU ranks of one thread, the same windows each
-time, through ``recover`` on a Ray cluster of this machine. Forward and sums are timed in this
-process, one thread too; the rest is what the events of the run say: from the first lease to the
-last commit, what is neither forward nor sums is overhead.
+time, through ``recover`` on a Ray cluster of this machine. The ranks measure forward and sums
+themselves, in every range, and the events of the run say so: of the time from the first lease
+to the last commit, times the replicas, the rest is overhead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import inspect
 import json
 import platform
 import tempfile
-import time
 import typing
 from pathlib import Path
 
@@ -23,14 +22,9 @@ import ray
 import torch
 import transformers
 
-from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cluster.recover import recover_on_cluster
 from ghost_dist.config import load_config
-from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
-from ghost_dist.pipeline.inputs import open_engine, open_inputs
-from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"
 SPAN, LENGTH = Span(3, 5), 512
@@ -59,14 +53,13 @@ def main() -> None:
         )
         first = None
         for replicas in arguments.replicas:
-            busy, tokens = run(folder, arguments, replicas)
-            forward, sums = alone(folder, arguments)
-            rate = tokens / busy
+            busy, forward, sums = run(folder, arguments, replicas)
+            rate = arguments.windows * LENGTH / busy
             first = first or rate
             work = busy * replicas
             print(
                 f"| {replicas} | {rate:,.0f} | {rate / first:.2f} | {forward / work:.1%} | "
-                f"{(sums - forward) / work:.1%} | {1 - sums / work:.1%} |",
+                f"{sums / work:.1%} | {1 - (forward + sums) / work:.1%} |",
                 flush=True,
             )
 
@@ -89,7 +82,7 @@ def configure(folder, arguments, run, **fields):
 
 
 def run(folder, arguments, replicas):
-    """Seconds from the first lease to the last commit, and the tokens of that time."""
+    """Seconds from the first lease to the last commit, and of all ranks' forward and sums."""
     config = configure(
         folder,
         arguments,
@@ -100,37 +93,9 @@ def run(folder, arguments, replicas):
     recover_on_cluster(config, again="calibrate")
     events = [json.loads(line) for line in (folder / f"run{replicas}" / "events.jsonl").open()]
     leased = [event["time"] for event in events if event["event"] == "range-leased"]
-    committed = [event["time"] for event in events if event["event"] == "range-committed"]
-    return committed[-1] - leased[0], arguments.windows * LENGTH
-
-
-def alone(folder, arguments):
-    """Seconds of the forward, and of forward and sums, of all ranges, in this process."""
-    inputs = open_inputs(configure(folder, arguments, "alone"), Reporter())
-    engine = open_engine(inputs, SPAN.stop)
-    tokens = load_windows(next(folder.glob("run*/tokens.safetensors"))).tokens
-    passes = passes_here(
-        SpanCollectors(((SPAN, SampleKind("stream")),), inputs.architecture), engine
-    )
-    of_range = list(range(arguments.windows // arguments.ranges))
-
-    def forward():
-        with torch.inference_mode():
-            for first in range(0, len(of_range), inputs.batch):
-                rows = tokens[of_range[first : first + inputs.batch]]
-                engine._decoder(torch.from_numpy(rows).to(torch.int64))
-
-    def sums():
-        sums_of_range(engine, tokens, of_range, passes, lambda _: None)
-
-    seconds = []
-    for work in (forward, sums):
-        work()
-        began = time.monotonic()
-        for _ in range(3):
-            work()
-        seconds.append((time.monotonic() - began) / 3 * arguments.ranges)
-    return seconds
+    committed = [event for event in events if event["event"] == "range-committed"]
+    forward, sums = (sum(sum(e[key]) for e in committed) for key in ("forward_s", "sums_s"))
+    return committed[-1]["time"] - leased[0], forward, sums
 
 
 def make_checkpoint(folder, hidden):

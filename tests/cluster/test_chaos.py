@@ -60,6 +60,7 @@ class Chaos:
             "cluster__max_hangs": 1000,
             "calibration__windows": 96,
             "calibration__ranges": RANGES,
+            "selection__spans": [[2, 4], [5, 6]],  # two: fitted on the ranks
             "engine__replicas": 2,
         }
         return config_tree(self.make_config(**{**fields, **overrides}))

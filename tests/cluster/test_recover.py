@@ -1,10 +1,12 @@
 """A run on three nodes against the same run in one process, and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
 from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
+from ghost_dist.cluster import session as session_module
 from ghost_dist.cluster.recover import recover_on_cluster
 from ghost_dist.errors import (
     CheckpointError,
@@ -127,13 +130,14 @@ def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tm
     recover(alone)
     assert worst_difference(operators(tmp_path / "run"), operators(tmp_path / "alone")) == 0
     assert result["reload_max_abs_difference"] < 1e-4
+    assert events(tmp_path / "run", "span-leased") == []  # one span, and the driver's device is one
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
 
 def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
     """Three nodes of 2 CPUs take three replicas of 2; the fourth comes while they load."""
-    monkeypatch.setattr("ghost_dist.cluster.collect.LOOK_FOR_ROOM_S", 0.0)
+    monkeypatch.setattr("ghost_dist.cluster.pool.LOOK_FOR_ROOM_S", 0.0)
     joined = []
 
     class Joining(replica_module.Replica):
@@ -143,7 +147,7 @@ def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
             time.sleep(0.3)  # the driver: the others wait for it, and the fourth can load
             super().run(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Joining)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Joining)
     config = make_config(
         cluster__address=cluster.address,
         cluster__cpus_per_rank=2,
@@ -157,6 +161,53 @@ def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
     finally:
         cluster.remove_node(joined[0])
     assert len(events(tmp_path / "run", "replica-start")) == 4
+
+
+def test_a_straggler_of_a_stage_that_is_over_writes_nothing(
+    make_config, cluster, tmp_path, monkeypatch
+):
+    """It is stopped in its first range of the selection and goes on in the calibration, when the
+    store of the selection has been removed."""
+    stopped = []
+
+    class Stopping(replica_module.Replica):
+        def run(self, *arguments):
+            super().run(*arguments)
+            if not stopped:
+                stopped.append(self.places[0].pid)
+                os.kill(stopped[0], signal.SIGSTOP)
+
+    class Continuing(session_module.CollectOnCluster):
+        def __call__(self, store, tokens, collectors, stage, **more):
+            if stage == "calibrate":
+                assert not selection.exists()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stopped[0], signal.SIGCONT)
+                time.sleep(1.0)  # long enough for it to run the range
+            super().__call__(store, tokens, collectors, stage, **more)
+
+    selection = tmp_path / "run" / "selection.zarr"
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Stopping)
+    monkeypatch.setattr("ghost_dist.cluster.session.CollectOnCluster", Continuing)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__heartbeat_timeout_s=250,
+        engine__kind="resident",
+        engine__replicas=2,
+        selection__spans=None,
+        selection__remove=2,
+    )
+    recover_on_cluster(config, again="calibrate")
+    twice = Counter(
+        event["range"]
+        for event in events(tmp_path / "run", "range-leased")
+        if event["stage"] == "select"
+    )
+    assert max(twice.values()) == 2
+    assert events(tmp_path / "run", "replica-lost") == []
+    assert not selection.exists()
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
 
 
 @pytest.mark.parametrize(
@@ -217,7 +268,7 @@ def test_a_node_without_the_checkpoint_is_named(make_config, cluster, tmp_path, 
                 (own / "config.json").write_text(text.replace("1e-06", "1e-05"))
             super()._join(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Late)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Late)
     config = make_config(
         model__path=str(own), cluster__address=cluster.address, engine__kind="resident"
     )
@@ -240,7 +291,7 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
             os.kill(self.places[0].pid if self.places else rank_pids(raylet_pids(cluster))[0], 9)
             super()._join(*arguments)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Dying)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Dying)
     config = make_config(
         cluster__address=cluster.address, cluster__max_crashes=1, engine__kind="resident"
     )
@@ -261,7 +312,7 @@ def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_pa
                 told.append(self.places[0].pid)
                 os.kill(told[0], signal.SIGTERM)
 
-    monkeypatch.setattr("ghost_dist.cluster.collect.Replica", Warned)
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Warned)
     config = make_config(cluster__address=cluster.address, engine__kind="resident")
     recover_on_cluster(config, again="calibrate")
     [lost] = events(tmp_path / "run", "replica-lost")

@@ -1,11 +1,14 @@
 """The same code on an NVIDIA GPU: sums, a whole run in bf16, memory. ``pytest -m gpu``."""
 
+import time
+
 import pytest
 import torch
 
 from ghost_dist.config import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.timing import Stopwatch
 from ghost_dist.statistics import moments as moments_module
 from ghost_dist.statistics.moments import MomentsAccumulator
 
@@ -89,3 +92,19 @@ def test_recover_on_the_gpu_agrees_with_the_cpu(tmp_path):
         assert half["perplexity"]["text"][variant] == pytest.approx(value, rel=3e-2)
     assert half["peak_bytes"]["device"] > 0
     assert "NVIDIA" in half["device"]
+
+
+def test_forward_and_sums_are_timed_without_waiting():
+    """Events in the stream: the host is far ahead when the device has not begun."""
+    watch = Stopwatch(CUDA)
+    torch.cuda.synchronize()
+    host = time.perf_counter()
+    began = watch.now()
+    for _ in range(3):
+        torch.cuda._sleep(50_000_000)
+        with watch.lap():
+            torch.cuda._sleep(100_000_000)
+    queued = time.perf_counter() - host
+    whole = watch.until_now(began)
+    assert queued < whole / 3
+    assert watch.seconds() == pytest.approx(whole * 2 / 3, rel=0.05)

@@ -4,12 +4,14 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
+from live_sums import showing, within_rounding
 from ray_processes import nothing_leaked, three_nodes
 from safetensors.torch import load_file
 
 from ghost_dist.cluster.recover import recover_on_cluster
 from ghost_dist.config import load_config
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
 
 
 @pytest.fixture
@@ -19,13 +21,14 @@ def cluster():
 
 
 @pytest.mark.timeout(600)
-def test_operators_of_the_trained_model(shared, cluster, tmp_path):
+def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
     def configure(name, **fields):
         given = {
             "model.path": str(shared / "models" / "wiki-llama-32l"),
             "calibration.source": str(shared / "data" / "calibration.txt"),
             "calibration.windows": 16,
             "calibration.window_length": 512,
+            "calibration.ranges": 16,
             "selection.spans": [[11, 18]],
             "operator.name": "ghost-joint",
             "operator.features": "stream",
@@ -50,5 +53,19 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path):
     # float32: the ranks' halves of a product are added in another order than one process adds them,
     # which the condition of the least squares enlarges.
     assert 0 < worst < 1e-4
+
+    # The same by a live all-reduce: the sums of every fold, entry by entry, and the operators.
+    showing(monkeypatch, tmp_path / "held", ranks=4)
+    live = configure("live", **on_cluster, **{"engine.reduction": "all-reduce"})
+    recover_on_cluster(live, again="solve")
+    store = StatisticsStore.open(tmp_path / "live" / "statistics.zarr")
+    differing, ratio = within_rounding(tmp_path / "held", store, 4)
+    assert differing > 0
+    by_all_reduce = load_file(tmp_path / "live" / file)
+    worst = max(float((by_all_reduce[n] - t).norm() / t.norm()) for n, t in got.items())
+    print(
+        f"all-reduce: {differing} entries differ, {ratio:.2f} of the bound; operators {worst:.1e}"
+    )
+    assert 0 < worst < 1e-9
     clean, left = nothing_leaked(cluster)
     assert clean, left

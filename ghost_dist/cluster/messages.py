@@ -1,0 +1,107 @@
+"""What the driver and the ranks of replicas tell each other: plain values."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ghost_dist import __version__
+from ghost_dist.calibration.windows import Tokens
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.engines.tensor_parallel import Backend
+from ghost_dist.pipeline.collectors import Collectors
+
+COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
+"""Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What every rank of every replica loads."""
+
+    path: Path
+    model_fingerprint: str
+    architecture: Architecture
+    num_layers: int
+    """Layers to load; 0: none, the rank only fits."""
+    dtype: torch.dtype
+    device: str
+    batch: int
+    degree: int
+    sharded: bool
+    """Through ``open_tensor_parallel``; False: the resident engine, degree 1."""
+    backend: Backend
+    trust_remote_code: bool
+    threads: int
+    timeout_s: float
+    """Of a collective: what a rank waits for the others."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One store to fill; the same for all leases of a stage."""
+
+    store: Path
+    plan_fingerprint: str
+    tokens: Tokens
+    collectors: Collectors
+    keep: int | None
+    """Folds of which the rank keeps the running sums of committed ranges; None: it keeps none."""
+
+
+@dataclass(frozen=True)
+class FitWork:
+    """One store to fit spans from."""
+
+    store: Path
+    plan_fingerprint: str
+    folds: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    node: str
+    address: str
+    port: int
+    """Free when it was asked for."""
+    pid: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What loading took.
+
+    Attributes
+    ----------
+    parameter_bytes
+        Of this rank.
+    conformance
+        Largest relative difference of the small random model, sharded against unsharded.
+    """
+
+    parameter_bytes: int
+    conformance: float | None
+
+
+@dataclass(frozen=True)
+class Beat:
+    """An answer to "are you there": the attempt, or other task, at hand and how far it is.
+
+    Tokens of a range, fits of a span, ranges and arrays of a reduction.
+    """
+
+    attempt: str
+    done: int
+
+
+def versions() -> dict[str, str]:
+    """What must be the same wherever a run computes."""
+    found = {"python": platform.python_version().rpartition(".")[0], "ghost_dist": __version__}
+    return {**found, **{name: importlib.metadata.version(name) for name in COMPARED}}

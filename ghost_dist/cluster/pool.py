@@ -1,0 +1,181 @@
+"""The replicas of a run: started where there is room, replaced when lost, released together."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from ghost_dist.cluster.failures import Failure, decide
+from ghost_dist.cluster.messages import EngineSpec
+from ghost_dist.cluster.metrics import Metrics
+from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
+from ghost_dist.cluster.ranges import Lease
+from ghost_dist.cluster.replica import Replica, ReplicaLost
+from ghost_dist.errors import ClusterError
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.timing import RangeTimes
+from ghost_dist.progress import Reporter
+from ghost_dist.statistics.store import WrittenBlock
+
+POLL_S = 0.5
+"""Longest that the driver sleeps while nothing comes back."""
+LOOK_FOR_ROOM_S = 5.0
+"""How often it looks for nodes that have joined."""
+
+
+class Pool:
+    """All replicas, those that load and those that wait for room included.
+
+    Parameters
+    ----------
+    inputs, reporter
+        Of the run.
+    shape
+        What a replica needs.
+    nodes
+        Asks for the living nodes.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        reporter: Reporter,
+        shape: Shape,
+        nodes: Callable[[], list[Node]],
+    ) -> None:
+        self._inputs, self._reporter, self._nodes = inputs, reporter, nodes
+        self._config = inputs.config.cluster
+        self.shape = shape
+        self.replicas: dict[int, Replica] = {}
+        self.metrics = Metrics()
+        self._numbers = itertools.count()
+        self._announced: set[int] = set()
+        self._failures: Counter[Failure] = Counter()
+        self._last_loss = ""
+        self._looked = 0.0
+        self._room = 0
+
+    def begin(self, needed: int) -> None:
+        """Other work comes, for so many replicas; what was lost before it does not count.
+
+        Raises
+        ------
+        ConfigError
+            If the cluster has no room.
+        """
+        check_room(self._nodes(), self.shape, needed)
+        self._failures.clear()
+        for replica in self.replicas.values():
+            replica.wake(time.monotonic())
+
+    def progressed(self) -> None:
+        """Something was finished: what was lost before it does not count."""
+        self._failures.clear()
+
+    def poll(self, replica: Replica) -> tuple[Lease, list[WrittenBlock], list[RangeTimes]] | None:
+        """As :meth:`Replica.poll`; says when a replica has become ready."""
+        written = replica.poll(time.monotonic())
+        if (replica.ready or replica.state == "bare") and replica.number not in self._announced:
+            self._announced.add(replica.number)
+            self._reporter.event(
+                "replica-ready",
+                replica=replica.number,
+                seconds=round(time.monotonic() - replica.began, 3),
+                nodes=[place.node for place in replica.places],
+                pids=[place.pid for place in replica.places],
+                parameter_bytes=[loaded.parameter_bytes for loaded in replica.loaded],
+                conformance=[loaded.conformance for loaded in replica.loaded],
+            )
+        return written
+
+    def grow(self, useful: int, num_layers: int) -> None:
+        """Add replicas where there is room, up to what is useful and wanted.
+
+        Raises
+        ------
+        ClusterError
+            If no replica could be placed for too long.
+        """
+        now = time.monotonic()
+        wanted = self._inputs.config.engine.replicas
+        if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
+            self._looked, self._room = now, num_fitting(self._nodes(), self.shape)
+        target = min(self._room if wanted == "auto" else wanted, useful)
+        placing = [r for r in self.replicas.values() if r.state == "placing"]
+        if len(placing) == len(self.replicas) and any(
+            now - replica.began > self._config.wait_s for replica in placing
+        ):
+            check_room(self._nodes(), self.shape, 1)
+            raise ClusterError(
+                f"No replica could be placed within cluster.wait_s={self._config.wait_s:g} s: the "
+                "cluster has the resources but others hold them, or its nodes are going. Wait for "
+                f"them, or add nodes. {self._last_loss}"
+            )
+        while len(self.replicas) < max(1, target):
+            number = next(self._numbers)
+            self.replicas[number] = Replica(
+                number,
+                self._spec(num_layers),
+                self.shape,
+                strategy(self._nodes(), self.shape),
+                self._config,
+                now,
+            )
+            self._reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
+
+    def lose(self, replica: Replica, lost: ReplicaLost) -> None:
+        """Close a lost replica, and stop the run if it has been too many.
+
+        Raises
+        ------
+        ClusterError
+            If a budget is spent.
+        """
+        self._failures[lost.failure] += 1
+        self.metrics.lost(lost.failure)
+        nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"
+        self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
+        self._reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
+        self._reporter.event(
+            "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail
+        )
+        self.drop(replica)
+        if decide(self._failures, self._config) == "stop":
+            counts = ", ".join(f"{count} x {kind}" for kind, count in self._failures.items())
+            raise ClusterError(
+                "Replicas were lost without a range or a span being finished in between: "
+                f"{counts}. The last was {self._last_loss}. Finished ranges are kept, and the same "
+                "command continues. If the nodes are in order, allow more with "
+                "cluster.max_crashes, cluster.max_hangs, cluster.heartbeat_timeout_s or "
+                "cluster.progress_timeout_s."
+            )
+
+    def drop(self, replica: Replica) -> None:
+        """Close one replica."""
+        replica.close()
+        del self.replicas[replica.number]
+
+    def release(self) -> None:
+        """End all replicas and give their devices back."""
+        for replica in list(self.replicas.values()):
+            self.drop(replica)
+
+    def _spec(self, num_layers: int) -> EngineSpec:
+        inputs, engine = self._inputs, self._inputs.config.engine
+        return EngineSpec(
+            path=inputs.source.path.resolve(),
+            model_fingerprint=inputs.model_fingerprint,
+            architecture=inputs.architecture,
+            num_layers=num_layers,
+            dtype=inputs.dtype,
+            device=inputs.worker_device.type,
+            batch=inputs.batch,
+            degree=engine.tensor_parallel,
+            sharded=engine.kind != "resident",
+            backend=engine.backend,
+            trust_remote_code=inputs.config.model.trust_remote_code,
+            threads=self._config.cpus_per_rank,
+            timeout_s=self._config.progress_timeout_s,
+        )

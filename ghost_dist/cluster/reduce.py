@@ -1,0 +1,229 @@
+"""The driver's part of the live reduction: who adds which ranges, and who gets which spans.
+
+The driver decides with explicit lists. A range is live at a replica if the attempt that this
+replica ran is the committed one, by the manifest; every other range is read from the store by one
+replica. If anything breaks on the way, all replicas that took part are closed, their half-added
+sums with them, and the spans are fitted from the store, where everything is: the sums of a
+reduction are never the record.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from ghost_dist.cluster.messages import FitWork
+from ghost_dist.cluster.pool import POLL_S, Pool
+from ghost_dist.cluster.replica import Replica, ReplicaLost
+from ghost_dist.cluster.running_sums import Share
+from ghost_dist.cluster.spans import Seat
+from ghost_dist.errors import ReductionError
+from ghost_dist.progress import Reporter
+from ghost_dist.spans import Span
+from ghost_dist.statistics.store import StatisticsStore
+
+
+@dataclass
+class Part:
+    """The ranges of one replica: in its running sums, and to be read."""
+
+    kept: dict[int, str] = field(default_factory=dict)
+    read: list[int] = field(default_factory=list)
+
+
+def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[int, Part]:
+    """Which replica adds which ranges: each committed one once.
+
+    Parameters
+    ----------
+    committed
+        The attempt that counts, of every range of the plan.
+    live
+        By replica, the attempts in its running sums.
+
+    Returns
+    -------
+    dict
+        By replica; what nobody has is dealt to those with the least to read. Replicas without any
+        range are left out.
+
+    Raises
+    ------
+    ReductionError
+        If a replica has an attempt in its sums that does not count: it cannot be taken out.
+    """
+    parts = {replica: Part() for replica in live}
+    for replica, ranges in live.items():
+        for range_id, attempt in ranges.items():
+            if committed[range_id] != attempt:
+                raise ReductionError(
+                    f"Replica {replica} has kept attempt {attempt} of range {range_id}, but "
+                    f"{committed[range_id]} was committed."
+                )
+            parts[replica].kept[range_id] = attempt
+    kept = {range_id for part in parts.values() for range_id in part.kept}
+    for range_id in committed:
+        if range_id not in kept:
+            least = min(parts, key=lambda replica: (len(parts[replica].read), replica))
+            parts[least].read.append(range_id)
+    return {replica: part for replica, part in parts.items() if part.kept or part.read}
+
+
+class LiveReduction:
+    """One reduction over the replicas of a pool, which hold no model any more.
+
+    Parameters
+    ----------
+    pool, reporter
+        Of the run.
+    """
+
+    def __init__(self, pool: Pool, reporter: Reporter) -> None:
+        self._pool, self._reporter = pool, reporter
+
+    def run(
+        self, store: StatisticsStore, work: FitWork, keys: dict[Span, list[tuple[str, ...]]]
+    ) -> dict[Span, Seat]:
+        """Reduce, and say which rank has been given the sums of which span.
+
+        Nobody, if the reduction broke off: then the replicas that took part are closed.
+
+        Parameters
+        ----------
+        store
+            With all ranges committed.
+        work
+            The same, as the ranks open it.
+        keys
+            Names of the sums that the fits of each span need, as ``FitHere.hold`` takes them.
+
+        Raises
+        ------
+        ReductionError
+            If ranges would not count once each.
+        CorruptStoreError
+            If a range that nobody has kept cannot be read.
+        ClusterError
+            If no replica can be placed.
+        """
+        began = time.monotonic()
+        ranks = self._pool.shape.ranks
+        replicas = self._settled(useful=-(-len(keys) // ranks))
+        ids = range(len(store.plan.ranges))
+        committed = {range_id: store.committed_attempt(range_id) for range_id in ids}
+        parts = divide(committed, {replica.number: replica.live for replica in replicas})
+        members = [replica for replica in replicas if replica.number in parts]
+        # Spans go round the replicas first, so that few spans are spread over the nodes.
+        seats = [Seat(replica.number, rank) for rank in range(ranks) for replica in members]
+        holders = {span: seats[i % len(seats)] for i, span in enumerate(keys)}
+        try:
+            self._reduce(members, parts, work, keys, holders)
+        except _Broken as broken:
+            self._break_off(members, broken)
+            return {}
+        self._reporter.event(
+            "reduced",
+            seconds=round(time.monotonic() - began, 3),
+            kept={str(number): sorted(part.kept) for number, part in parts.items()},
+            read={str(number): part.read for number, part in parts.items()},
+        )
+        return holders
+
+    def _settled(self, useful: int) -> list[Replica]:
+        """The replicas that live, once each has dropped its model and added what it kept.
+
+        Those that still wait for room are left out.
+        """
+        while True:
+            # More replicas than there are would only read what others could; but one there must be.
+            self._pool.grow(0 if self._pool.replicas else useful, num_layers=0)
+            for replica in list(self._pool.replicas.values()):
+                try:
+                    self._pool.poll(replica)
+                except ReplicaLost as lost:
+                    self._pool.lose(replica, lost)
+            replicas = list(self._pool.replicas.values())
+            placed = [replica for replica in replicas if replica.state != "placing"]
+            if placed and all(r.state == "bare" and r.settled for r in placed):
+                return placed
+            _wait(replicas)
+
+    def _reduce(
+        self,
+        members: Sequence[Replica],
+        parts: dict[int, Part],
+        work: FitWork,
+        keys: dict[Span, list[tuple[str, ...]]],
+        holders: dict[Span, Seat],
+    ) -> None:
+        first, port = members[0], 0
+        if len(members) > 1:
+            self._begin(first, 0, "host")
+            [port] = self._answers([first], 1)
+        for index, replica in enumerate(members):
+            part = parts[replica.number]
+            share = Share(
+                kept=part.kept,
+                read=tuple(part.read),
+                address=first.places[0].address,
+                port=port,
+                index=index,
+                count=len(members),
+                gather=tuple(
+                    (of_span, seat.rank)
+                    for span, seat in holders.items()
+                    if seat.replica == replica.number
+                    for of_span in keys[span]
+                ),
+            )
+            for rank in range(self._pool.shape.ranks):
+                self._begin(replica, rank, "reduce", work, share)
+        self._answers(members, len(members) * self._pool.shape.ranks)
+
+    def _begin(self, replica: Replica, rank: int, method: str, *arguments: Any) -> None:
+        replica.ask(rank, method, uuid.uuid4().hex, *arguments, now=time.monotonic())
+
+    def _answers(self, replicas: Sequence[Replica], number: int) -> list[Any]:
+        """What so many tasks have answered."""
+        found: list[Any] = []
+        while True:
+            for replica in replicas:
+                try:
+                    self._pool.poll(replica)
+                    found += [result for _, _, result in replica.answers()]
+                except ReplicaLost as lost:
+                    raise _Broken(replica, lost) from lost
+            if len(found) == number:
+                return found
+            _wait(replicas)
+
+    def _break_off(self, members: Sequence[Replica], broken: _Broken) -> None:
+        lost = broken.lost
+        self._reporter.warn(
+            f"the all-reduce over {len(members)} replicas broke off ({lost.failure}, "
+            f"{lost.detail}): the sums are read from the store instead, and added in order."
+        )
+        self._reporter.event("reduction-failed", failure=lost.failure, detail=lost.detail)
+        for replica in members:
+            if replica is not broken.replica:
+                self._pool.drop(replica)
+        self._pool.lose(broken.replica, lost)
+
+
+class _Broken(Exception):  # noqa: N818 - an event: the reduction is given up
+    def __init__(self, replica: Replica, lost: ReplicaLost) -> None:
+        super().__init__(lost.detail)
+        self.replica, self.lost = replica, lost
+
+
+def _wait(replicas: Sequence[Replica]) -> None:
+    refs = [ref for replica in replicas for ref in replica.refs]
+    if refs:
+        ray.wait(refs, timeout=POLL_S)
+    else:
+        time.sleep(POLL_S)

@@ -1,0 +1,246 @@
+"""The live reduction: what a rank keeps of the ranges that it has run, and how replicas add it up.
+
+Without Ray and without a driver: a rank calls this with what the driver has decided. Every rank of
+a replica keeps its block of columns of the sums of every fold. Ranks with the same block, one of
+each replica, all-reduce them; then a replica's ranks send their blocks of a span to the one that
+solves it. Each rank is in the ``torch.distributed`` world of its replica already, so the group over
+replicas is a process group of its own, on a store of its own, and no part of that world.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.errors import ReductionError
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sums import ColumnBlock, Sums
+
+Folds = list[dict[str, Sums]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank does in a reduction.
+
+    Attributes
+    ----------
+    kept
+        Ranges that it must have kept, with the attempt of each that was committed.
+    read
+        Ranges that it reads from the store, its columns only: those that no living replica has.
+    address, port
+        Of the store where the replicas' ranks meet.
+    index, count
+        Its replica among those that take part.
+    gather
+        Names of sums, and the rank of the replica that gets all columns of them.
+    """
+
+    kept: Mapping[int, str]
+    read: tuple[int, ...]
+    address: str
+    port: int
+    index: int
+    count: int
+    gather: tuple[tuple[tuple[str, ...], int], ...]
+
+
+class RunningSums:
+    """Per fold the sum of one rank's columns over the ranges it was given, in float64.
+
+    Holds one set of sums per fold, whatever the number of ranges.
+    """
+
+    def __init__(self, folds: int) -> None:
+        self.kept: dict[int, str] = {}
+        self.folds: Folds = [{} for _ in range(folds)]
+
+    def add(self, range_id: int, attempt: str, sums: Mapping[str, Sums]) -> None:
+        """Add a range; it must not be in the sum already.
+
+        Raises
+        ------
+        ReductionError
+            If it is.
+        """
+        if range_id in self.kept:
+            raise ReductionError(f"Range {range_id} is in the running sums already.")
+        self.kept[range_id] = attempt
+        fold = self.folds[fold_of_range(range_id, len(self.folds))]
+        for entry, part in sums.items():
+            found = fold.get(entry)
+            if found is None:
+                copies = {name: array.clone() for name, array in part.arrays().items()}
+                fold[entry] = type(part).from_arrays(part.num_tokens, copies)
+                continue
+            arrays = found.arrays()
+            for name, array in part.arrays().items():
+                arrays[name].add_(array)  # in place: a sum may be gigabytes
+            num_tokens = found.num_tokens + part.num_tokens
+            fold[entry] = type(part).from_arrays(num_tokens, arrays)
+
+
+class ReplicaGroup:
+    """The ranks of several worlds that keep the same columns; :meth:`add` sums over them.
+
+    Parameters
+    ----------
+    store
+        Where they meet, for this group only.
+    index, count
+        Of this rank.
+    device
+        NCCL on a GPU, gloo on the CPU.
+    timeout_s
+        Of one reduction.
+    """
+
+    def __init__(
+        self, store: Any, index: int, count: int, device: torch.device, timeout_s: float
+    ) -> None:
+        self._device = device
+        timeout = dt.timedelta(seconds=timeout_s)
+        self._group: Any
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, index, count, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, index, count, timeout)
+
+    def add(self, tensor: Tensor) -> None:
+        """Replace a tensor on the CPU by its sum over the group; the same bits on all ranks."""
+        on_device = tensor.to(self._device)
+        self._group.allreduce([on_device]).wait()
+        if on_device is not tensor:
+            tensor.copy_(on_device)
+
+    def close(self) -> None:
+        """Free what the group holds on a GPU."""
+        if self._device.type == "cuda":
+            self._group.shutdown()
+        self._group = None
+
+
+def host_meeting(address: str, timeout_s: float) -> Any:
+    """A store on this node, at any free ``port``, where the ranks of several replicas meet."""
+    timeout = dt.timedelta(seconds=timeout_s)
+    return TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+
+
+def join_group(
+    share: Share, block: ColumnBlock, device: torch.device, timeout_s: float
+) -> ReplicaGroup | None:
+    """The ranks with this block of the replicas that take part; None if there is one replica."""
+    if share.count == 1:
+        return None
+    timeout = dt.timedelta(seconds=timeout_s)
+    meeting = TCPStore(share.address, share.port, is_master=False, timeout=timeout)
+    own = PrefixStore(f"block-{block.index}", meeting)
+    return ReplicaGroup(own, share.index, share.count, device, timeout_s)
+
+
+def reduce_folds(
+    running: RunningSums,
+    group: ReplicaGroup | None,
+    store: StatisticsStore,
+    advance: Callable[[int], None],
+) -> Folds:
+    """Sums of every fold over all ranges of the plan, this rank's columns, in place.
+
+    Raises
+    ------
+    ReductionError
+        If the ranges of all ranks together are not each range of the plan once.
+    """
+    folds, num_folds = running.folds, len(running.folds)
+    shapes = next((fold for fold in folds if fold), None)
+    if shapes is None:
+        raise ReductionError("A rank without any range takes part in a reduction.")
+    entries = list(store.plan.entries)
+    for fold in folds:
+        for entry in entries:
+            if entry not in fold:
+                zeros = {n: torch.zeros_like(a) for n, a in shapes[entry].arrays().items()}
+                fold[entry] = type(shapes[entry]).from_arrays(0, zeros)
+    num_ranges = len(store.plan.ranges)
+    counts_R = torch.tensor([int(i in running.kept) for i in range(num_ranges)])
+    tokens_KE = torch.tensor([[fold[entry].num_tokens for entry in entries] for fold in folds])
+    if group is not None:
+        group.add(counts_R)
+        group.add(tokens_KE)
+    wrong = {i: int(n) for i, n in enumerate(counts_R) if int(n) != 1}
+    if wrong:
+        raise ReductionError(f"Every range counts once, but these are in the sums {wrong} times.")
+    for number, fold in enumerate(folds):
+        ids = [i for i in range(num_ranges) if fold_of_range(i, num_folds) == number]
+        expected = sum(len(store.plan.ranges[i]) for i in ids) * store.plan.window_length
+        for column, entry in enumerate(entries):
+            found = int(tokens_KE[number, column])
+            if found != expected:
+                raise ReductionError(
+                    f"The sums of {entry} over fold {number} hold {found} tokens, but its ranges "
+                    f"have {expected}."
+                )
+            arrays = fold[entry].arrays()
+            for name in arrays if group is not None else ():
+                assert group is not None
+                group.add(arrays[name])
+                advance(1)
+            fold[entry] = type(fold[entry]).from_arrays(expected, arrays)
+    return folds
+
+
+def gather_columns(
+    folds: Folds, keys: Sequence[str], block: ColumnBlock, owner: int, device: torch.device
+) -> Folds | None:
+    """The sums of some names with all columns, on the rank that owns them; None on the others.
+
+    Goes through the default world, that of the replica; every rank of it calls this.
+    """
+    if block.count == 1:
+        return [{key: fold[key] for key in keys} for fold in folds]
+    whole: Folds = []
+    for fold in folds:
+        whole.append({})
+        for key in keys:
+            part = fold[key]
+            blocks: list[dict[str, Tensor]] = [{} for _ in range(block.count)]
+            blocks[0] = dict(part.arrays())  # small arrays are the same on all ranks
+            for name in sorted(part.BY_COLUMNS):
+                own = part.arrays()[name]
+                for source in range(block.count):
+                    if source == block.index == owner:
+                        blocks[source][name] = own
+                    elif block.index == owner:
+                        blocks[source][name] = _receive(own, source, device)
+                    elif block.index == source:
+                        _send(own, owner, device)
+            if block.index == owner:
+                whole[-1][key] = type(part).join(part.num_tokens, blocks)
+    return whole if block.index == owner else None
+
+
+def _send(tensor: Tensor, destination: int, device: torch.device) -> None:
+    dist.send(torch.tensor([tensor.shape[-1]], device=device), destination)
+    dist.send(tensor.to(device).contiguous(), destination)
+
+
+def _receive(like: Tensor, source: int, device: torch.device) -> Tensor:
+    """A tensor of the shape of another but for its last axis: blocks differ by a column."""
+    width = torch.zeros(1, dtype=torch.int64, device=device)
+    dist.recv(width, source)
+    shape = (*like.shape[:-1], int(width))
+    found = torch.empty(shape, dtype=like.dtype, device=device)
+    dist.recv(found, source)
+    return found.cpu()

@@ -1,0 +1,206 @@
+"""Fits of many candidates at many spans from stored sums, here or wherever ``FitSpans`` sends them.
+
+What fits, :class:`FitHere`, needs a store, a checkpoint and a device, and no run: a rank of a
+cluster calls the same object that one process does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import down_path
+from ghost_dist.config import RelativeRidge
+from ghost_dist.errors import SingularGramError
+from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
+from ghost_dist.solver.down_proj import SingularOperatorError
+from ghost_dist.solver.least_squares import Fit
+from ghost_dist.spans import Span
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sums import Sums
+
+Fitted = tuple[Repair, Fit | None]
+Outcome = Fitted | SingularGramError | SingularOperatorError
+"""A repair on the CPU and how well it fits, or why there is none."""
+
+_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One fit.
+
+    Attributes
+    ----------
+    candidate
+        As :meth:`Candidate.at` the span.
+    span
+        Half-open.
+    folds
+        Folds of the store that it is fitted on.
+    """
+
+    candidate: Candidate
+    span: Span
+    folds: tuple[int, ...]
+
+
+class FitSpans(Protocol):
+    """Fits jobs from a store, in this process or on a cluster."""
+
+    def __call__(
+        self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
+    ) -> list[Outcome]:
+        """An outcome for each job, in their order; ``advance`` is told of every one.
+
+        Raises
+        ------
+        CorruptStoreError
+            If the sums cannot be read.
+        """
+
+
+class RidgeFits:
+    """Fits from sums at hand, with the ridge that a candidate means.
+
+    A candidate with a shift has the ridge of least held-out residual times ``10^shift``: that one
+    is looked for once for the same sums.
+    """
+
+    def __init__(self, norm_eps: float) -> None:
+        self._norm_eps = norm_eps
+        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
+
+    def fit(
+        self,
+        candidate: Candidate,
+        span: Span,
+        folds: Sequence[Mapping[str, Sums]],
+        down_FC: Tensor | None,
+        picked: tuple[int, ...],
+    ) -> Fitted:
+        """As :func:`fit_candidate`; ``picked`` names the sums among those of this span."""
+        if candidate.ridge != "auto" or candidate.shift == 0:
+            repair, fit = fit_candidate(candidate, span, folds, down_FC, self._norm_eps)
+            if fit is not None and candidate.ridge == "auto":
+                self._least_residual[candidate, span, picked] = fit.relative_ridge
+            return repair, fit
+        plain = replace(candidate, shift=0.0)
+        if (plain, span, picked) not in self._least_residual:
+            self.fit(plain, span, folds, down_FC, picked)
+        least = self._least_residual[plain, span, picked]
+        ridge = RelativeRidge(relative=least * 10**candidate.shift)
+        given = replace(candidate, shift=0.0, ridge=ridge)
+        return fit_candidate(given, span, folds, down_FC, self._norm_eps)
+
+    def forget(self) -> None:
+        """Other sums come."""
+        self._least_residual.clear()
+
+
+class FitHere:
+    """Fits in this process, one after the other; see :class:`FitSpans`.
+
+    Parameters
+    ----------
+    source, architecture
+        Of the model whose down_proj some operators refit.
+    folds
+        Number of folds that the store's ranges are dealt to.
+    device
+        What is computed on where the sums fit there, else the CPU.
+    """
+
+    def __init__(
+        self, source: Checkpoint, architecture: Architecture, folds: int, device: torch.device
+    ) -> None:
+        self._source, self._architecture = source, architecture
+        self._num_folds, self._wanted_device = folds, device
+        self._ridges = RidgeFits(architecture.norm_eps)
+        self._store: StatisticsStore | None = None
+        self._read: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
+        self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
+
+    def __call__(
+        self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
+    ) -> list[Outcome]:
+        """An outcome for each job; see :class:`FitSpans`."""
+        if store is not self._store:
+            self._store, self._read = store, None
+            self._ridges.forget()
+        outcomes: dict[int, Outcome] = {}
+        for number in in_reading_order(jobs):
+            try:
+                outcomes[number] = self._fit(store, jobs[number])
+            except (SingularGramError, SingularOperatorError) as error:
+                outcomes[number] = error.with_traceback(None)  # which would keep the sums
+            advance(1)
+        return [outcomes[number] for number in range(len(jobs))]
+
+    def hold(self, keys: tuple[str, ...], folds: list[dict[str, Sums]]) -> None:
+        """Take the sums of every fold from here on, instead of reading them from a store."""
+        self._held[keys] = folds
+
+    def _fit(self, store: StatisticsStore, job: FitJob) -> Fitted:
+        kind = job.candidate.kind()
+        if kind is None:
+            return Repair(), None
+        keys = stored_keys(kind, job.span, store.plan.entries)
+        sums = self._folds(store, keys)
+        device = self._device(sums)
+        on_device = [
+            {key: part.to(device) for key, part in sums[fold].items()} for fold in job.folds
+        ]
+        down_FC = None
+        if any("/joint" in key for key in keys):
+            down_FC = read_down(self._source, self._architecture, job.span.start - 1).to(device)
+        repair, fit = self._ridges.fit(job.candidate, job.span, on_device, down_FC, job.folds)
+        return repair.to(torch.device("cpu")), fit
+
+    def _folds(self, store: StatisticsStore, keys: tuple[str, ...]) -> list[dict[str, Sums]]:
+        """Sums of each fold, its ranges added in id order; the last ones read are kept."""
+        if keys in self._held:
+            return self._held[keys]
+        if self._read is None or self._read[0] != keys:
+            self._read = None
+            ids = range(len(store.plan.ranges))
+            read = [
+                store.total([i for i in ids if fold_of_range(i, self._num_folds) == fold], keys)
+                for fold in range(self._num_folds)
+            ]
+            self._read = (keys, read)
+        return self._read[1]
+
+    def _device(self, folds: Sequence[Mapping[str, Sums]]) -> torch.device:
+        """The wanted device if the solve fits there, else the CPU."""
+        device = self._wanted_device
+        if device.type != "cuda":
+            return device
+        parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
+        nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
+        needed = nbytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, len(folds)))
+        free = torch.cuda.mem_get_info(device)[0]
+        return device if needed < free else torch.device("cpu")
+
+
+def in_reading_order(jobs: Sequence[FitJob]) -> list[int]:
+    """Numbers of the jobs, span by span and by the sums they need, so that these are read once."""
+    spans = list(dict.fromkeys(job.span for job in jobs))
+    return sorted(
+        range(len(jobs)), key=lambda i: (spans.index(jobs[i].span), str(jobs[i].candidate.kind()))
+    )
+
+
+def read_down(source: Checkpoint, architecture: Architecture, layer: int) -> Tensor:
+    """The model's down_proj of a layer, (F, C) float64."""
+    name = f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight"
+    return read_tensor(source, name).T.double()
