@@ -34,6 +34,7 @@ from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
 from ghost_dist.statistics.moments import Moments
@@ -47,8 +48,6 @@ HELD_OUT_TOKENS = 4096
 _Fitted = dict[Span, tuple[Repair, Fit | None]]
 _FitOn = Callable[[Candidate, Span, Sequence[int] | None], tuple[Repair, Fit | None]]
 """A candidate at a span, fitted on some folds or on all."""
-
-_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 
 
 @dataclass(frozen=True)
@@ -450,7 +449,7 @@ class Solver:
             return device
         parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
         nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
-        needed = nbytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, len(folds)))
+        needed = fit_bytes(nbytes, len(folds))
         free = torch.cuda.mem_get_info(device)[0]
         return device if needed < free else torch.device("cpu")
 

@@ -39,7 +39,6 @@ from ghost_dist.pipeline.collecting import (
     CollectHere,
     entries_of,
     mend,
-    moments_bytes,
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
@@ -56,6 +55,7 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span, check_spans
+from ghost_dist.statistics.sizes import moments_bytes
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
