@@ -2,9 +2,9 @@
 
 FLOPs are those of matrix products, 2 for a multiplication and an addition: twice the parameters
 that a token meets, of experts only the routed and the shared ones, and for attention
-``2 heads (d_qk + d_v)`` per token and key, all T keys of the window. Fused kernels skip about half of
-the keys where attention is causal without a window; that is not taken off, because it is not so on
-every device. Left out: embeddings, norms, activations, and the scans of state-space layers.
+``2 heads (d_qk + d_v)`` per token and key, all T keys of the window. Fused kernels skip about half
+of the keys where attention is causal without a window; that is not taken off, because it is not so
+on every device. Left out: embeddings, norms, activations, the scans of state-space layers.
 
 Legend: C hidden width, F inner width of an MLP, V entries of the vocabulary, T tokens of a window.
 """
