@@ -236,7 +236,7 @@ class RefineConfig(_Section):
 class EngineConfig(_Section):
     """How the model is run over the windows."""
 
-    kind: Literal["auto", "resident", "tensor_parallel"] = "auto"
+    kind: Literal["auto", "resident", "tensor_parallel", "streaming"] = "auto"
     """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
     by the ranks of a replica. auto: resident in one process, tensor_parallel on a cluster."""
     tensor_parallel: int = Field(default=1, ge=1)

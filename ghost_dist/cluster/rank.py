@@ -30,7 +30,8 @@ from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import Backend, open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, RunFolderError
-from ghost_dist.pipeline.collectors import Collectors, MakeCollector, free_bytes, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
+from ghost_dist.planning.machine import free_bytes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 

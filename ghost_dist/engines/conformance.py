@@ -154,16 +154,23 @@ def _shared_small_model(
     message: list[dict[str, bytes] | None] = [None]
     with errors_shared():  # one rank draws and saves it: transformers saves on that rank only
         if dist.get_rank() == 0:
-            message[0] = _small_model(checkpoint, architecture, degree)
+            message[0] = small_model(checkpoint, architecture, degree)
     dist.broadcast_object_list(message)
     files = message[0]
     assert files is not None, "rank 0 sent no model"
     return files
 
 
-def _small_model(
+def small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int
 ) -> dict[str, bytes]:
+    """Files of a random model with the code paths of the real one, one layer of each kind.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If none could be built.
+    """
     reasons = []
     for small_heads in (True, False):
         try:

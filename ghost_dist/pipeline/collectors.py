@@ -6,7 +6,6 @@ of which keeps its block of columns.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +14,7 @@ import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.planning.machine import free_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
@@ -122,10 +122,3 @@ def sums_of_range(
 def passes_here(collectors: Collectors, engine: Engine) -> list[MakeCollector]:
     """The passes of one process that has the whole model."""
     return collectors.passes(engine.device, free_bytes(engine.device), WHOLE)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

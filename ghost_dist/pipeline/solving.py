@@ -222,8 +222,7 @@ class Solver:
         if config.choose != "kl":
             rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
             return rows, [torch.tensor([r or 0.0 for r in row.get("residual", ())]) for row in rows]
-        per_fold = self._tokens.tokens.size // config.folds
-        judges = everything[-min(config.folds, math.ceil(HELD_OUT_TOKENS / per_fold)) :]
+        judges = everything[-num_judges(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
         of_fold = []
         for judge in judges:
@@ -452,6 +451,11 @@ class Solver:
         needed = fit_bytes(nbytes, len(folds))
         free = torch.cuda.mem_get_info(device)[0]
         return device if needed < free else torch.device("cpu")
+
+
+def num_judges(num_tokens: int, folds: int) -> int:
+    """Folds that candidates are judged on: as many as hold HELD_OUT_TOKENS, of all tokens."""
+    return min(folds, math.ceil(HELD_OUT_TOKENS / (num_tokens // folds)))
 
 
 def _at_boundary(

@@ -45,6 +45,7 @@ from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     check_disk_space,
+    disk_needs,
     held_out_windows,
     open_causal_lm,
 )
@@ -209,14 +210,15 @@ class Stages:
                 )
                 for span, kind in samples
             ]
-            width = architecture.hidden_size
             check_disk_space(
                 self._run.path,
-                {
-                    "statistics": len(missing) * sum(sizes),
-                    "operators": 2 * len(spans) * width * width * 8,
-                    "checkpoint": inputs.source.nbytes,
-                },
+                disk_needs(
+                    len(missing),
+                    sum(sizes),
+                    len(spans),
+                    architecture.hidden_size,
+                    inputs.source.nbytes,
+                ),
             )
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics

@@ -78,9 +78,7 @@ def _left_in_cgroups() -> list[int]:
 
 
 def _left_below_ulimits() -> list[int]:
-    status = dict(
-        line.split(":", 1) for line in _lines(Path("/proc/self/status")) if ":" in line
-    )
+    status = dict(line.split(":", 1) for line in _lines(Path("/proc/self/status")) if ":" in line)
     left = []
     for limit, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         most, used = resource.getrlimit(limit)[0], status.get(field)

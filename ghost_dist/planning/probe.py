@@ -8,6 +8,7 @@ Legend: B windows of a batch, T tokens, C hidden width, F inner width of an MLP,
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -295,10 +296,8 @@ def _sums(spec: ProbeSpec) -> tuple[dict[str, float], dict[str, float]]:
         dtype = torch.float32 if kind == "joint" else spec.dtype
         a_TM = torch.ones(tokens, size, dtype=dtype, device=spec.device)
         total_MN = torch.zeros(size, size, dtype=torch.float64, device=spec.device)
-        seconds = timed(
-            lambda a=a_TM, total=total_MN: add_product(total, a, a, float64_products=full_rate),
-            spec.device,
-        )
+        add = functools.partial(add_product, total_MN, a_TM, a_TM, float64_products=full_rate)
+        seconds = timed(add, spec.device)
         products[kind] = 2 * tokens * size * size / seconds
         beside[kind] = _beside_products(spec, kind, inner, products[kind])
     return products, beside

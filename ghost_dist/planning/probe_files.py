@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
+from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
@@ -136,12 +137,11 @@ def _blocks(paths: Sequence[Path]) -> Iterator[tuple[Path, int, int]]:
             yield path, offset, min(BLOCK_BYTES, size - offset)
 
 
-def _load(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float]:
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes/s of large tensors to the device and checked, and seconds of each small one."""
     largest = sorted(checkpoint.tensors.values(), key=lambda tensor: -tensor.nbytes)
-    large, total = [], 0
+    large: list[TensorInfo] = []
+    total = 0
     for tensor in largest:
         if tensor.nbytes > _LOADED_BYTES and large:
             continue

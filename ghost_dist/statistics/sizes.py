@@ -43,8 +43,8 @@ def moments_flops(num_regressors: int, num_targets: int, block: ColumnBlock = WH
     """
     z, c = num_regressors, num_targets
     if block.count > 1:
-        kept_z, kept_c = block.of(z), block.of(c)
-        return 2 * z * (kept_z.stop - kept_z.start + kept_c.stop - kept_c.start)
+        kept = sum(len(range(width)[block.of(width)]) for width in (z, c))
+        return 2 * z * kept
     widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
     gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))
     return 2 * gram + 2 * z * c
