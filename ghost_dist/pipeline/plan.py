@@ -1,8 +1,8 @@
 """``ghost-dist plan``: a run's bytes, FLOPs and seconds from headers, and the engine it gets.
 
-Reads ``config.json``, the safetensors headers and, where there is a tokenizer, some text; no weight,
-except that a first look at a machine reads pieces of the files to see how fast they come. What the
-headers do not say is assumed, and said in the plan's notes.
+Reads ``config.json``, the safetensors headers and, where there is a tokenizer, some text; of the
+weights nothing, except that a first look at a machine reads pieces of the files to see how fast
+they come. What the headers do not say is assumed, and said in the plan's notes.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_SHOWN_PARTS = 2
-
 
 def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
     """Print engine, stages, disk and assumptions, from the plain values of a plan."""
@@ -29,17 +27,17 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
     )
     engine = plan["engine"]
     say(f"engine {engine['kind']}: {engine['reason']}")
-    table = Table("stage", "time", "most of it", "PFLOP", "read", "written", "device", "host")
+    table = Table("stage", "time", "most of it", "TFLOP", "read", "written", "device", "host")
     streams = any(stage["streams"] for stage in plan["stages"])
     if streams:
         table.add_column("streams in")
     for stage in plan["stages"]:
-        longest = sorted(stage["parts"].items(), key=lambda part: -part[1])[:_SHOWN_PARTS]
+        part = max(stage["parts"], key=stage["parts"].get, default=None)
         table.add_row(
             stage["name"],
             _duration(stage["seconds"]),
-            ", ".join(f"{name} {_duration(seconds)}" for name, seconds in longest),
-            f"{stage['flops'] / 1e15:.3g}",
+            f"{part} {stage['parts'][part] / stage['seconds']:.0%}" if part else "-",
+            f"{stage['flops'] / 1e12:,.0f}",
             *(
                 _gb(stage[name]) if stage[name] else "-"
                 for name in ("read_bytes", "written_bytes", "device_bytes", "host_bytes")
@@ -47,7 +45,7 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
             *([stage["streams"] or "-"] if streams else []),
         )
     table.add_section()
-    total = ("all", _duration(plan["seconds"]), "", f"{plan['flops'] / 1e15:.3g}")
+    total = ("all", _duration(plan["seconds"]), "", f"{plan['flops'] / 1e12:,.0f}")
     table.add_row(*total)
     console.print(table)
     parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
