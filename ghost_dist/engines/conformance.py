@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ _HEADS = (
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
+Used = TypeVar("Used")
 LoadSharded = Callable[[Path, Architecture, int, torch.dtype], Engine]
 
 
@@ -154,22 +155,40 @@ def _shared_small_model(
     message: list[dict[str, bytes] | None] = [None]
     with errors_shared():  # one rank draws and saves it: transformers saves on that rank only
         if dist.get_rank() == 0:
-            message[0] = small_model(checkpoint, architecture, degree)
+            message[0] = _small_model(checkpoint, architecture, degree)
     dist.broadcast_object_list(message)
     files = message[0]
     assert files is not None, "rank 0 sent no model"
     return files
 
 
-def small_model(
+def _small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int
 ) -> dict[str, bytes]:
-    """Files of a random model with the code paths of the real one, one layer of each kind.
+    def saved(model: Any) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            with quiet_loading():
+                model.save_pretrained(folder)
+            inspect_architecture(open_checkpoint(Path(folder)))
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    return with_small_model(checkpoint, architecture, degree, saved)
+
+
+def with_small_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    degree: int,
+    use: Callable[[Any], Used],
+) -> Used:
+    """What ``use`` makes of a random causal LM with the code paths of the real one.
+
+    It has one layer of each kind, everything narrow, and can be dealt out to ``degree`` ranks.
 
     Raises
     ------
     UnsupportedArchitectureError
-        If none could be built.
+        If none could be built, or ``use`` failed on all.
     """
     reasons = []
     for small_heads in (True, False):
@@ -179,11 +198,7 @@ def small_model(
             _draw_weights(model)
             with torch.inference_mode():
                 model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
-            with tempfile.TemporaryDirectory() as folder:
-                with quiet_loading():
-                    model.save_pretrained(folder)
-                inspect_architecture(open_checkpoint(Path(folder)))
-                return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+            return use(model)
         except Exception as error:  # a size that the family cannot have
             reasons.append(f"{type(error).__name__}: {error}")
     raise UnsupportedArchitectureError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,19 +18,24 @@ from typing import Any
 import torch
 
 from ghost_dist.calibration.windows import build_windows
-from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
+from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import (
     adds_mlp_output,
-    load_decoder,
+    as_decoder,
     load_tokenizer,
     truncated_config,
 )
-from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.engines.conformance import small_model
+from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.resident import auto_batch
 from ghost_dist.engines.tensor_parallel import check_degree
-from ghost_dist.errors import CalibrationError, CheckpointError, ConfigError
+from ghost_dist.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedArchitectureError,
+)
 from ghost_dist.pipeline.candidates import (
     BOUNDARY_SHIFTS,
     FINE_SHIFTS,
@@ -353,24 +357,23 @@ def _refittable(
     wanted = operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
     if not wanted or not architecture.down_projections:
         return frozenset()
+
+    def added(model: Any) -> bool:
+        paths = set(architecture.down_projections.values())
+        small = {
+            number: path
+            for number, layer in enumerate(model.get_submodule(architecture.layers))
+            for path in paths & {path for path, _ in layer.named_modules()}
+        }
+        with as_decoder(model, replace(architecture, down_projections=small)) as decoder:
+            return adds_mlp_output(decoder, min(small))
+
     layers = frozenset(architecture.down_projections)
-    with tempfile.TemporaryDirectory(prefix="ghost-dist-plan-") as name:
-        try:
-            for file, content in small_model(source, architecture, 1).items():
-                (Path(name) / file).write_bytes(content)
-        except CheckpointError:
-            notes.append("no small model of the family could be built; taken to allow ghost-joint")
-            return layers
-        small = inspect_architecture(open_checkpoint(Path(name)))
-        first = min(small.down_projections)
-        decoder = load_decoder(
-            Path(name),
-            small,
-            num_layers=first + 1,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
-        return layers if adds_mlp_output(decoder, first) else frozenset()
+    try:
+        return layers if with_small_model(source, architecture, 1, added) else frozenset()
+    except UnsupportedArchitectureError:
+        notes.append("no small model of the family could be built; taken to allow ghost-joint")
+        return layers
 
 
 def _texts(

@@ -3,12 +3,10 @@
 import pytest
 import torch
 import transformers
-from families import FAMILIES, NUM_LAYERS, random_tokens, save_checkpoint
+from families import FAMILIES, NUM_LAYERS, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
-from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.planning.sizes import model_sizes
 
 CPU = torch.device("cpu")
