@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
-from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
+from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
@@ -139,28 +140,38 @@ def _blocks(paths: Sequence[Path]) -> Iterator[tuple[Path, int, int]]:
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes/s of large tensors to the device and checked, and seconds of each small one."""
-    largest = sorted(checkpoint.tensors.values(), key=lambda tensor: -tensor.nbytes)
-    large: list[TensorInfo] = []
+    by_size = sorted(checkpoint.tensors.values(), key=lambda tensor: -tensor.nbytes)
+    large, total = [], 0
+    for tensor in by_size:
+        if total < _LOADED_BYTES:
+            large.append(tensor)
+            total += min(tensor.nbytes, _LOADED_BYTES)
+    small = [tensor for tensor in by_size[::-1][:64] if tensor.nbytes < 1 << 20]
+    began = time.perf_counter()
+    _pieces(checkpoint, small, device, dtype)
+    each = (time.perf_counter() - began) / len(small) if small else 0.0
+    _pieces(checkpoint, large, device, dtype)  # brings the pages into the cache
+    began = time.perf_counter()
+    loaded = _pieces(checkpoint, large, device, dtype)
+    seconds = time.perf_counter() - began
+    return loaded / max(0.1 * seconds, seconds - each * len(large)), each
+
+
+def _pieces(
+    checkpoint: Checkpoint, tensors: Sequence[TensorInfo], device: torch.device, dtype: torch.dtype
+) -> int:
+    """Load tensors, of those that are too large the first rows; returns the bytes."""
     total = 0
-    for tensor in largest:
-        if tensor.nbytes > _LOADED_BYTES and large:
-            continue
-        large.append(tensor)
-        total += tensor.nbytes
-        if total > _LOADED_BYTES:
-            break
-    small = [tensor for tensor in largest[::-1][:64] if tensor.nbytes < 1 << 20]
-    spent = []
-    for group in (large, small):
-        for _ in range(2):  # the first time brings the pages into the cache
-            began = time.perf_counter()
-            for tensor in group:
-                loaded = read_tensor(checkpoint, tensor.name).to(device, dtype, copy=True)
-                bool(torch.isfinite(loaded).all())
-            seconds = time.perf_counter() - began
-        spent.append(seconds)
-    each = spent[1] / len(small) if small else 0.0
-    return total / max(1e-6, spent[0] - each * len(large)), each
+    for tensor in tensors:
+        with safe_open(checkpoint.path / tensor.file, framework="pt") as opened:
+            whole = opened.get_slice(tensor.name)
+            rows = tensor.shape[0] if tensor.shape else 1
+            rows = max(1, min(rows, _LOADED_BYTES * rows // max(1, tensor.nbytes)))
+            piece = whole[:rows] if tensor.shape else opened.get_tensor(tensor.name)
+            loaded = piece.to(device, dtype, copy=True)
+            bool(torch.isfinite(loaded).all())
+            total += piece.nbytes
+    return total
 
 
 def _commit(scratch: Path) -> tuple[float, float, float]:

@@ -109,7 +109,9 @@ def _solve(run: RunShape, engine: EngineKind) -> Work:
                 work, run, search.kind, search.size, search.candidates, shifts, fine, folds, judges
             )
         _fit(work, run, search.kind, search.size, run.ridges, run.folds, 1)
-    candidates = sum(search.candidates for search in run.searches[:1]) * run.shifts
+    # Every candidate repairs all spans, so those of one span are all.
+    first = run.searches[0].span
+    candidates = run.shifts * sum(s.candidates for s in run.searches if s.span == first)
     if run.by_kl and candidates > 1:
         _compare(work, run, candidates, run.fine_shifts)
     if run.boundary:
@@ -183,6 +185,8 @@ def _search(
     single = candidates * max(0, shifts - 1) + fine
     _fit(work, run, kind, size, run.ridges, folds, judges * grids)
     _fit(work, run, kind, size, 1, folds, judges * single)
+    if shifts > 1:
+        _fit(work, run, kind, size, 1, run.folds, 1)  # the final one, beside its grid
 
 
 def _fit(
