@@ -466,7 +466,10 @@ def _with_host(needs: DeviceNeeds, run: RunShape) -> DeviceNeeds:
     """On a CPU the device's memory is the host's, so what waits there adds to it."""
 
     def add(by_stage: Mapping[str, int], engine: str) -> dict[str, int]:
-        return {name: nbytes + host_bytes(run, name, engine) for name, nbytes in by_stage.items()}
+        return {
+            name: nbytes + host_bytes(run, name, engine, copies=0)
+            for name, nbytes in by_stage.items()
+        }
 
     return replace(
         needs,
@@ -572,14 +575,16 @@ def _stages(
         if config.on_cluster and name in ("select", "calibrate"):
             parts = _shared(parts, config.engine.tensor_parallel, replicas)
         device_bytes = choice.device_bytes.get(name, 0)
-        host = host_bytes(run, name, choice.kind) if name in choice.device_bytes else 0
+        host = 0
+        if name in choice.device_bytes and device.type != "cpu":
+            copies = 2 if config.on_cluster else 1
+            host = host_bytes(run, name, choice.kind, copies=copies)
         streams = ""
         if choice.kind == "streaming" and name in choice.device_bytes:
             streams, device_bytes, host = _place(run, name, device, device_bytes, host, free_host)
-        on_host = host + (device_bytes if device.type == "cpu" else 0)
-        if device.type != "cpu" and on_host > SHARE_OF_FREE_MEMORY * free_host:
+        if host > SHARE_OF_FREE_MEMORY * free_host:
             raise ConfigError(
-                f"Stage {name} needs {on_host / 1e9:.2f} GB of host memory, but "
+                f"Stage {name} needs {host / 1e9:.2f} GB of host memory, but "
                 f"{free_host / 1e9:.2f} GB are free, of which {SHARE_OF_FREE_MEMORY:.0%} may be "
                 "filled. Take operator.name=ghost (sums of C^2 instead of (C + F)^2), or more "
                 "memory."

@@ -46,11 +46,15 @@ def device_needs(
     )
 
 
-def host_bytes(run: RunShape, stage: str, engine: str) -> int:
-    """What waits in host memory, beside the mapped files; on a CPU it adds to the device's."""
+def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
+    """What waits in host memory, beside the mapped files; on a CPU it adds to the device's.
+
+    ``copies`` of the sums of a range are there while it is written: none where the sums are in host
+    memory already, one from a GPU, two on a rank that writes one range and computes the next.
+    """
     sizes, tokens = run.sizes, run.num_tokens
     sums = {"select": _selection_bytes(run), "calibrate": run.samples_bytes}.get(stage, 0)
-    total = 2 * sums  # a copy to be written, and what the store makes of it
+    total = copies * sums
     if stage == "solve":
         largest = max((sample.nbytes for sample in run.samples), default=0)
         total += fit_bytes(run.folds * largest, run.folds)

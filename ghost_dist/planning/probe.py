@@ -230,7 +230,8 @@ def _one_layer(spec: ProbeSpec, number: int, batch: int, length: int) -> tuple[f
             module._parameters[name] = nn.Parameter(full, requires_grad=False)
     model.to(spec.device)
     layer = model.get_submodule(architecture.in_base(architecture.layers))[0]
-    ids_BT = torch.arange(batch * length, device=spec.device).reshape(batch, length) % 1000
+    ids_BT = torch.arange(batch * length, device=spec.device) % config.vocab_size
+    ids_BT = ids_BT.reshape(batch, length)
     inside: list[float] = []
     marks: list[float] = []
 

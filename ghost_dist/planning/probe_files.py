@@ -75,6 +75,8 @@ def cached_share(checkpoint: Checkpoint, samples: int = 64) -> float:
 
 
 def _is_cached(path: Path, offset: int) -> bool:
+    if _is_sparse(path):
+        return False  # what was never written has no page
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1

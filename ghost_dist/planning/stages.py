@@ -99,19 +99,15 @@ def _solve(run: RunShape, engine: EngineKind) -> Work:
     if run.runs_whole_model:
         _read_whole(work, run, engine)
     work.store_read_bytes = run.num_ranges * run.samples_bytes
-    for search in run.searches:
-        folds = run.folds - 1 if run.by_kl else run.folds
-        tried = search.candidates > 1 or run.shifts > 1
-        judges = run.judges if run.by_kl else 1
-        if tried:
-            shifts, fine = run.shifts, run.fine_shifts
-            _search(
-                work, run, search.kind, search.size, search.candidates, shifts, fine, folds, judges
-            )
-        _fit(work, run, search.kind, search.size, run.ridges, run.folds, 1)
-    # Every candidate repairs all spans, so those of one span are all.
-    first = run.searches[0].span
-    candidates = run.shifts * sum(s.candidates for s in run.searches if s.span == first)
+    candidates = 0
+    for span in run.spans:
+        searches = [search for search in run.searches if search.span == span]
+        # Every candidate repairs all spans, so those of one span are all.
+        candidates = run.shifts * sum(search.candidates for search in searches)
+        for search in searches if candidates > 1 else ():
+            _tried(work, run, search.kind, search.size, search.candidates, run.shifts)
+        dearest = max(searches, key=lambda search: search.size)
+        _decided(work, run, dearest.kind, dearest.size, run.shifts, run.fine_shifts)
     if run.by_kl and candidates > 1:
         _compare(work, run, candidates, run.fine_shifts)
     if run.boundary:
@@ -127,14 +123,11 @@ def _boundary(work: Work, run: RunShape) -> None:
     joint = [search.span for search in run.searches if search.kind == "joint"]
     _walk(work, run, joint, heal=False)
     _sums(work, run, [("stream+norm", 2 * c)] * len(joint))
-    judges = run.judges if run.by_kl else 1
-    folds = run.folds - 1 if run.by_kl else run.folds
     for _ in joint:
-        arguments = (run.boundary_shifts, run.fine_shifts, folds, judges)
-        _search(work, run, "stream+norm", 2 * c, 1, *arguments)
+        _tried(work, run, "stream+norm", 2 * c, 1, run.boundary_shifts)
         if run.boundary_plain:
-            _search(work, run, "stream", c, 1, 1, 0, folds, judges)
-        _fit(work, run, "stream+norm", 2 * c, run.ridges, run.folds, 1)
+            _tried(work, run, "stream", c, 1, 1)
+        _decided(work, run, "stream+norm", 2 * c, run.boundary_shifts, run.fine_shifts)
     if run.by_kl:
         _compare(work, run, run.boundary_shifts + run.boundary_plain, run.fine_shifts)
 
@@ -167,26 +160,28 @@ def _evaluate(run: RunShape, engine: EngineKind) -> Work:
     return work
 
 
-def _search(
-    work: Work,
-    run: RunShape,
-    kind: str,
-    size: int,
-    candidates: int,
-    shifts: int,
-    fine: int,
-    folds: int,
-    judges: int,
-) -> None:
+def _tried(work: Work, run: RunShape, kind: str, size: int, candidates: int, shifts: int) -> None:
     """Fits of a search on each judge: the whole grid for the ridge of least residual, once more
     for the candidate that has it, one ridge for each of the others.
     """
+    judges, folds = _judging(run)
     grids = candidates * (2 if shifts > 1 else 1)
-    single = candidates * max(0, shifts - 1) + fine
     _fit(work, run, kind, size, run.ridges, folds, judges * grids)
-    _fit(work, run, kind, size, 1, folds, judges * single)
+    _fit(work, run, kind, size, 1, folds, judges * candidates * (shifts - 1))
+
+
+def _decided(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine: int) -> None:
+    """Fits around the best candidate, and its final one on all folds."""
+    judges, folds = _judging(run)
+    _fit(work, run, kind, size, 1, folds, judges * fine)
+    _fit(work, run, kind, size, run.ridges, run.folds, 1)
     if shifts > 1:
-        _fit(work, run, kind, size, 1, run.folds, 1)  # the final one, beside its grid
+        _fit(work, run, kind, size, 1, run.folds, 1)
+
+
+def _judging(run: RunShape) -> tuple[int, int]:
+    """How often candidates are fitted, and on how many folds."""
+    return (run.judges, run.folds - 1) if run.by_kl else (1, run.folds)
 
 
 def _fit(
