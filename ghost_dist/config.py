@@ -238,7 +238,9 @@ class EngineConfig(_Section):
 
     kind: Literal["auto", "resident", "tensor_parallel", "streaming"] = "auto"
     """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
-    by the ranks of a replica. auto: resident in one process, tensor_parallel on a cluster."""
+    by the ranks of a replica. streaming: layer after layer, each read once a stage, for checkpoints
+    larger than the device or the machine. auto: resident in one process, tensor_parallel on a
+    cluster."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
@@ -253,9 +255,9 @@ class EngineConfig(_Section):
 
     @model_validator(mode="after")
     def _one_device_has_one_rank(self) -> EngineConfig:
-        if self.kind == "resident" and self.tensor_parallel > 1:
+        if self.kind in ("resident", "streaming") and self.tensor_parallel > 1:
             raise ValueError(
-                f"kind=resident keeps all layers on one device, but tensor_parallel="
+                f"kind={self.kind} runs whole layers on one device, but tensor_parallel="
                 f"{self.tensor_parallel} shares them: set kind=auto, or tensor_parallel=1"
             )
         return self
@@ -331,6 +333,28 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     output: OutputConfig
+
+    @model_validator(mode="after")
+    def _streaming_has_no_whole_model(self) -> Config:
+        if self.engine.kind != "streaming":
+            return self
+        operator = self.operator
+        for wanted, field, other in (
+            (operator.heal, "operator.heal=true", "false"),
+            (operator.refit == "sequential", "operator.refit=sequential", "parallel"),
+            (
+                operator.features == "stream+norm" and operator.name != "ghost",
+                f"operator.features=stream+norm with operator.name={operator.name}",
+                "stream, or operator.name=ghost",
+            ),
+            (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
+        ):
+            if wanted:
+                raise ValueError(
+                    f"{field} runs the whole model again and again, which engine.kind=streaming "
+                    f"never holds: give {other}, or engine.kind=resident"
+                )
+        return self
 
     @property
     def on_cluster(self) -> bool:

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.checkpoint.surgery import bypassed, entering_at
+from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 
@@ -335,7 +335,9 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0] if args else kwargs.get("hidden_states"))
 
-    def after(_: Any, __: Any, output: Any) -> None:
+    def after(module: Any, __: Any, output: Any) -> None:
+        if module is not decoder._norm:
+            note_return_type(type(module), output)
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     watched: list[Callable[[], None]] = []

@@ -131,18 +131,11 @@ def as_recovered(
 def bypassed(model: Any, layers: Any, skipped: Sequence[int]) -> Iterator[None]:
     """Let some of a model's layers hand their input stream on unchanged, computing nothing."""
 
-    def hand_on(tuple_length: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            stream = args[0] if args else kwargs["hidden_states"]
-            return (stream, *(None,) * (tuple_length - 1)) if tuple_length else stream
-
-        return forward
-
     if any(type(layers[index]) not in _TUPLE_LENGTH for index in skipped):
         _learn_return_types(model, layers)
     own = {index: layers[index].__dict__.get("forward") for index in skipped}  # accelerate's hooks
     for index in skipped:
-        layers[index].__dict__["forward"] = hand_on(_TUPLE_LENGTH[type(layers[index])])
+        layers[index].__dict__["forward"] = handing_on(type(layers[index]))
     try:
         yield
     finally:
@@ -177,12 +170,32 @@ _TUPLE_LENGTH: dict[type, int] = {}
 """Length of the tuple in which a class of decoder layers returns its stream first; 0: alone."""
 
 
+def note_return_type(layer_class: type, output: Any) -> None:
+    """Remember how a class of decoder layers returns its stream."""
+    _TUPLE_LENGTH[layer_class] = len(output) if isinstance(output, tuple) else 0
+
+
+def handing_on(layer_class: type) -> Callable[..., Any]:
+    """A forward for a layer that hands its input stream on, in the form of its class.
+
+    One layer of the class must have been run by :func:`bypassed` or seen by
+    :func:`note_return_type`.
+    """
+    tuple_length = _TUPLE_LENGTH[layer_class]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        return (stream, *(None,) * (tuple_length - 1)) if tuple_length else stream
+
+    return forward
+
+
 @torch.inference_mode()
 def _learn_return_types(model: Any, layers: Any) -> None:
     """Look at what each layer returns; annotations are missing or wrong in several families."""
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
-        _TUPLE_LENGTH[type(module)] = len(output) if isinstance(output, tuple) else 0
+        note_return_type(type(module), output)
 
     handles = [layer.register_forward_hook(note) for layer in layers]
     try:
@@ -206,7 +219,7 @@ def _install(
         last = boundary == len(layers)
         module = model.get_submodule(architecture.final_norm) if last else layers[boundary]
         parameter = next(module.parameters())
-        hook = _operator_hook(repair, parameter.dtype, parameter.device)
+        hook = repair_hook(operator_as_computed(repair, parameter.dtype, parameter.device))
         undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     for layer, down_FC in down_of_layer.items():
         module = layers[layer].get_submodule(down_path(architecture))
@@ -226,7 +239,8 @@ def down_path(architecture: Architecture) -> str:
     return next(iter(architecture.down_projections.values()))
 
 
-def _operator_hook(repair: Repair, dtype: torch.dtype, device: torch.device) -> Any:
+def operator_as_computed(repair: Repair, dtype: torch.dtype, device: torch.device) -> Repair:
+    """An operator as a model of this dtype applies it, on the device."""
     if repair.dtype == torch.float32:
         dtype = torch.float32
     repair = repair.stored(dtype, dtype).to(device)
@@ -235,7 +249,12 @@ def _operator_hook(repair: Repair, dtype: torch.dtype, device: torch.device) -> 
         name: part.T.contiguous().T if part.ndim == 2 else part
         for name, part in repair.boundary_parts().items()
     }
-    return repair_hook(Repair.from_parts(parts, repair.norm_eps))
+    return Repair.from_parts(parts, repair.norm_eps)
+
+
+def repair_stream(repair: Repair, x_BTC: Tensor) -> Tensor:
+    """What an operator makes of the stream at its boundary, in the stream's dtype."""
+    return apply_repair(repair, x_BTC).to(x_BTC.dtype)
 
 
 def repair_hook(repair: Repair) -> Callable[..., Any]:
@@ -243,7 +262,7 @@ def repair_hook(repair: Repair) -> Callable[..., Any]:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x_BTC = args[0] if args else kwargs["hidden_states"]
-        y_BTC = apply_repair(repair, x_BTC).to(x_BTC.dtype)
+        y_BTC = repair_stream(repair, x_BTC)
         if args:
             return (y_BTC, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": y_BTC}

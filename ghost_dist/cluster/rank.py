@@ -27,11 +27,11 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
+from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import Backend, open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
-from ghost_dist.planning.machine import free_bytes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 

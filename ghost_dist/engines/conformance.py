@@ -8,52 +8,37 @@ the very code that will load the real one, and run next to the unsharded engine 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
-from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.load import load_decoder, quiet_loading
+from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
+from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.base import Engine
 from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.small_model import small_model
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
-from ghost_dist.spans import Span
 
 TOLERANCE = 1e-4
 """Largest difference in float32, relative to the largest entry. Sums in another order give 1e-6;
 a layer that is split wrongly gave 0.14 and more where it ran at all."""
 
 _WINDOWS, _LENGTH = 2, 16
-_VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
-_INNER = (
-    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    *("ffn_dim", "n_inner"),
-)
-_HEADS = (
-    *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
-    *("q_lora_rank", "kv_lora_rank", "mamba_d_state", "mamba_chunk_size"),
-)
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
-Used = TypeVar("Used")
-LoadSharded = Callable[[Path, Architecture, int, torch.dtype], Engine]
+LoadEngine = Callable[[Path, Architecture, int, torch.dtype], Engine]
 
 
 def check_conformance(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    load_sharded: LoadSharded,
+    load: LoadEngine,
     device: torch.device,
     degree: int,
     backend: str,
@@ -64,7 +49,7 @@ def check_conformance(
     ----------
     checkpoint, architecture
         Of the real model; no tensor is read.
-    load_sharded
+    load
         Loads the first layers of a checkpoint folder in a dtype and gives an engine.
     device
         This rank's.
@@ -86,7 +71,7 @@ def check_conformance(
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
-            worst, problem = _compare(Path(folder), load_sharded, device)
+            worst, problem = _compare(Path(folder), load, device)
         except (ConfigError, UnsupportedArchitectureError):
             raise
         except Exception as error:  # whatever a library raises on a model it splits wrongly
@@ -98,6 +83,34 @@ def check_conformance(
                 f"{backend}: a small random model of it does not compute what it computes "
                 f"unsharded ({problem}). Set engine.backend={other} or engine.tensor_parallel=1."
             )
+    return worst
+
+
+def check_streamed(
+    checkpoint: Checkpoint, architecture: Architecture, load: LoadEngine, device: torch.device
+) -> float:
+    """Run a small random model of the family layer by layer and as a whole, in this process.
+
+    Parameters and result as for :func:`check_conformance`.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If the streams differ, or the engine could not run the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
+        for name, content in small_model(checkpoint, architecture).items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            worst, problem = _compare(Path(folder), load, device)
+        except Exception as error:  # whatever a family does that needs more than one layer
+            problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        raise UnsupportedArchitectureError(
+            f"Family {architecture.model_type} cannot be run layer by layer: a small random model "
+            f"of it does not compute what it computes as a whole ({problem}). Set "
+            "engine.kind=resident or tensor_parallel."
+        )
     return worst
 
 
@@ -117,9 +130,7 @@ class _Recorder:
         self.seen["down_proj product of layer", layer, window] = product_TC.clone()
 
 
-def _compare(
-    folder: Path, load_sharded: LoadSharded, device: torch.device
-) -> tuple[float, str | None]:
+def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[float, str | None]:
     architecture = inspect_architecture(open_checkpoint(folder))
     num_layers = architecture.num_layers
     whole = ResidentEngine(
@@ -128,7 +139,7 @@ def _compare(
         ),
         _WINDOWS,
     )
-    sharded = load_sharded(folder, architecture, num_layers, torch.float32)
+    sharded = load(folder, architecture, num_layers, torch.float32)
     generator = np.random.default_rng(0)
     shape = (_WINDOWS, _LENGTH)
     tokens = generator.integers(0, architecture.vocab_size, shape, dtype=np.int32)
@@ -155,146 +166,8 @@ def _shared_small_model(
     message: list[dict[str, bytes] | None] = [None]
     with errors_shared():  # one rank draws and saves it: transformers saves on that rank only
         if dist.get_rank() == 0:
-            message[0] = _small_model(checkpoint, architecture, degree)
+            message[0] = small_model(checkpoint, architecture, degree)
     dist.broadcast_object_list(message)
     files = message[0]
     assert files is not None, "rank 0 sent no model"
     return files
-
-
-def _small_model(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int
-) -> dict[str, bytes]:
-    def saved(model: Any) -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as folder:
-            with quiet_loading():
-                model.save_pretrained(folder)
-            inspect_architecture(open_checkpoint(Path(folder)))
-            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-    return with_small_model(checkpoint, architecture, degree, saved)
-
-
-def with_small_model(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    degree: int,
-    use: Callable[[Any], Used],
-) -> Used:
-    """What ``use`` makes of a random causal LM with the code paths of the real one.
-
-    It has one layer of each kind, everything narrow, and can be dealt out to ``degree`` ranks.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If none could be built, or ``use`` failed on all.
-    """
-    reasons = []
-    for small_heads in (True, False):
-        try:
-            config = _small_config(checkpoint, architecture, degree, small_heads)
-            model = getattr(transformers, architecture.causal_lm_class)(config).eval()
-            _draw_weights(model)
-            with torch.inference_mode():
-                model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
-            return use(model)
-        except Exception as error:  # a size that the family cannot have
-            reasons.append(f"{type(error).__name__}: {error}")
-    raise UnsupportedArchitectureError(
-        f"Family {architecture.model_type} cannot be sharded: no small model of it could be built "
-        f"to prove the shards right ({'; '.join(reasons)}). Set engine.tensor_parallel=1."
-    )
-
-
-def _small_config(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int, small_heads: bool
-) -> Any:
-    """One layer of each kind, everything narrow; where a family allows it, the heads too."""
-    config_class = getattr(transformers, architecture.config_class)
-    kept = _one_layer_of_each_kind(checkpoint.config, architecture)
-    removed = [layer for layer in range(architecture.num_layers) if layer not in kept]
-    config = read_config(
-        config_class, cut_config(checkpoint.config, _joined(removed), architecture)
-    )
-    sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
-    for name in sizes.keys() & set(_INNER):
-        # What the degree leaves over is kept: an uneven split is one more case.
-        size = min(sizes[name], _INNER_PER_RANK * degree + sizes[name] % degree)
-        setattr(config, name, size)
-    for name in sizes.keys() & set(_EXPERT_COUNTS):
-        if sizes[name] > _EXPERTS:
-            setattr(config, name, _EXPERTS)
-            config.num_experts_per_tok = min(config.num_experts_per_tok, _EXPERTS // 2)
-            for group in sizes.keys() & {"n_group", "topk_group"}:
-                setattr(config, group, 1)
-    if small_heads:
-        _shrink_heads(config, sizes)
-    config.vocab_size = min(config.vocab_size, _VOCABULARY)
-    for name in _TOKEN_IDS:
-        setattr(config, name, None)
-    return config
-
-
-def _shrink_heads(config: Any, sizes: Mapping[str, int]) -> None:
-    """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
-    heads, width = config.num_attention_heads, config.hidden_size
-    mamba = ("mamba_expand", "mamba_n_heads", "mamba_d_head")
-    mamba_heads_span_stream = (
-        sizes.keys() >= set(mamba) and sizes[mamba[0]] * width == sizes[mamba[1]] * sizes[mamba[2]]
-    )
-    for name in sizes.keys() & set(_HEADS):
-        setattr(config, name, min(sizes[name], _HEAD))
-    if width % heads == 0:
-        config.hidden_size = heads * min(width // heads, _HEAD)
-    if mamba_heads_span_stream:
-        config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
-    if "word_embed_proj_dim" in sizes:
-        config.word_embed_proj_dim = config.hidden_size
-
-
-def _one_layer_of_each_kind(raw: Mapping[str, Any], architecture: Architecture) -> list[int]:
-    """The first layer of every kind that the configuration tells apart; two layers at least."""
-    fields = architecture.fields
-    kinds: dict[Any, int] = {}
-    for layer in range(architecture.num_layers):
-        kind = (
-            *(values[layer] for values in fields.lists.values()),
-            *(layer in layers for layers in fields.indices.values()),
-            *(layer < count for count in fields.counts.values()),
-            layer in architecture.down_projections,
-        )
-        kinds.setdefault(repr(kind), layer)
-    kept = set(kinds.values())
-    # A list as long as there are layers would be taken for one entry per layer.
-    config = getattr(transformers, architecture.config_class)
-    others = {
-        len(value)
-        for name, value in read_config(config, raw).to_dict().items()
-        if isinstance(value, (list, tuple)) and name not in fields.lists
-    }
-    for layer in range(architecture.num_layers):
-        if len(kept) > 1 and len(kept) not in others:
-            break
-        kept.add(layer)
-    return sorted(kept)
-
-
-def _joined(layers: list[int]) -> tuple[Span, ...]:
-    spans: list[Span] = []
-    for layer in layers:
-        if spans and spans[-1].stop == layer:
-            spans[-1] = Span(spans[-1].start, layer + 1)
-        else:
-            spans.append(Span(layer, layer + 1))
-    return tuple(spans)
-
-
-@torch.no_grad()
-def _draw_weights(model: torch.nn.Module) -> None:
-    """N(0, 0.08^2) around what the family initialises norms with: no layer is near the identity."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * 0.08
-        is_scale = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
-        parameter.copy_(noise + parameter.mean() if is_scale else noise)

@@ -8,8 +8,7 @@ conversions are the family's own and no full tensor exists that is not replicate
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.load import check_loaded, quiet_loading
 from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.sharding import Shard, Sharding
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 
@@ -89,32 +89,14 @@ def load_shards(
     UnsupportedArchitectureError
         If a family merges tensors on loading in a way that cannot be done slice by slice.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    mapping = get_model_conversion_mapping(model)
     with contextlib.ExitStack() as files:
         on_cpu = device.type == "cpu"
-        found, merged = _find_tensors(
-            model, checkpoint, sharding, shapes, mapping, files, copied=on_cpu
-        )
-        settings = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
-            device_map={"": device},
-            weight_mapping=mapping,
-        )
-        with quiet_loading(), _one_by_one() if on_cpu or merged else contextlib.nullcontext():
-            info, _ = convert_and_load_state_dict_in_model(model, found, settings)
-    for name, got, expected in sorted(info.mismatched_keys):
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name} gave this rank the shape {tuple(got)} instead of "
-            f"{tuple(expected)}. config.json and the files disagree; download them again."
-        )
-    for name, problem in sorted(info.conversion_errors.items()):
-        raise CheckpointError(f"{checkpoint.path}: tensor {name} cannot be converted: {problem}")
-    check_loaded(checkpoint.path, model, sorted(info.missing_keys), dtype)
+        found, merged = _find_tensors(model, checkpoint, sharding, shapes, files, copied=on_cpu)
+        with quiet_loading():
+            missing = convert_and_load(
+                model, checkpoint, found, dtype, device, one_by_one=on_cpu or merged
+            )
+    check_loaded(checkpoint.path, model, sorted(missing), dtype)
     sharding.add_once(model)
     return sum(tensor.nbytes for tensor in found.values())
 
@@ -124,30 +106,19 @@ def _find_tensors(
     checkpoint: Checkpoint,
     sharding: Sharding,
     shapes: Mapping[str, tuple[int, ...]],
-    mapping: list[Any],
     files: contextlib.ExitStack,
     *,
     copied: bool,
 ) -> tuple[dict[str, _SlicedTensor], bool]:
     """Tensors of the files that the model needs, and whether any of them are merged."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
     opened: dict[str, Any] = {}
     found: dict[str, _SlicedTensor] = {}
     merged = False
-    for key, info in checkpoint.tensors.items():
-        target, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        if target not in state:
-            continue
+    for key, (target, pattern, converter) in renamed(model, checkpoint).items():
+        info = checkpoint.tensors[key]
         merged = merged or pattern is not None
         shard = sharding.shards.get(target)
         if pattern is not None and shard is not None:
-            converter = next(entry for entry in converters if pattern in entry.source_patterns)
             shard = _source_shard(model, target, pattern, converter, shard, shapes[target], info)
         elif pattern is None and tuple(info.shape) != shapes[target]:
             raise CheckpointError(
@@ -159,24 +130,6 @@ def _find_tensors(
             opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
         found[key] = _SlicedTensor(opened[info.file].get_slice(key), shard, copied)
     return found, merged
-
-
-@contextlib.contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Read each tensor when its turn comes, instead of all of them ahead by threads.
-
-    Ahead, the experts' own tensors and what they are merged into would be held at once.
-    """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _source_shard(

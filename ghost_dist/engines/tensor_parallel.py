@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
-from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.engines.sharded_loading import load_shards
 from ghost_dist.engines.sharding import (
     Shard,
@@ -259,7 +260,9 @@ def _load_by_deepspeed(
     degree: int,
 ) -> ShardedDecoder:
     checkpoint = open_checkpoint(path)
-    model = _meta_model(checkpoint, architecture, num_layers, dtype)
+    config = truncated_config(checkpoint, architecture, num_layers)
+    model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
+    model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
     shapes = full_shapes(model)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     layers = model.get_submodule(architecture.in_base(architecture.layers))
@@ -276,36 +279,13 @@ def _load_by_deepspeed(
     # AutoTP allocated the shards: back to shapes only, so that one parameter after the other takes
     # its place as it is read.
     model.to("meta")
-    _restore_buffers(model, buffers, device)
+    restore_buffers(model, buffers, device)
     with errors_shared():
         read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
     model.requires_grad_(False).eval()
     decoder = ShardedDecoder(model, architecture, read_bytes)
     check_stream(decoder, architecture)
     return decoder
-
-
-def _meta_model(
-    checkpoint: Checkpoint, architecture: Architecture, num_layers: int, dtype: torch.dtype
-) -> Any:
-    """The truncated base model: parameters without storage, real buffers, no final norm."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    config = truncated_config(checkpoint, architecture, num_layers)
-    model_class = getattr(transformers, architecture.base_class)
-    # Buffers such as rotary frequencies are computed when the model is built and are in no file.
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = model_class._from_config(config, dtype=dtype)
-    model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
-    return model.requires_grad_(False).eval()
-
-
-def _restore_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
-    """Put buffers back, in their own dtype: AutoTP cast them and wiped what they held."""
-    for name, buffer in buffers.items():
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
 
 
 def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> None:

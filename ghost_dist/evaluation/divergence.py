@@ -16,7 +16,7 @@ from torch import Tensor
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair, down_projections
 from ghost_dist.checkpoint.surgery import as_recovered, entering_at
-from ghost_dist.evaluation.perplexity import HeadRunner
+from ghost_dist.evaluation.perplexity import Head, HeadRunner
 from ghost_dist.spans import Span
 
 # Shapes: B windows of a batch, T tokens of a window, C width, V entries of the vocabulary.
@@ -106,16 +106,37 @@ def window_divergences(
                     entering_at(model, layers, first, kept[0]),
                 ):
                     streams.append(head.body(ids_BT))
-            for piece in head.pieces(ids_BT):
-                expected = torch.log_softmax(head.logits(dense, ids_BT, piece).float(), -1)
-                for number, stream in enumerate(streams):
-                    got = torch.log_softmax(head.logits(stream, ids_BT, piece).float(), -1)
-                    divergence = (expected.exp() * (expected - got)).sum(-1)
-                    window = start + torch.arange(piece.start, piece.stop, device=device) // length
-                    sums[number].index_add_(0, window, divergence.to(device, torch.float64))
+            batch_sums = sums[:, start : start + batch]
+            add_divergences(head, dense, streams, ids_BT, batch_sums)
             advance(ids_BT.numel())
     per_token: Tensor = sums / length
     return per_token
+
+
+def add_divergences(
+    head: Head, dense: Any, others: Sequence[Any], ids_BT: Tensor, sums_NB: Tensor
+) -> None:
+    """Add the divergences of a batch's tokens from the dense model, window by window.
+
+    Parameters
+    ----------
+    head
+        That gives logits of what bodies computed.
+    dense, others
+        What the body of the dense model, and of N others, computed.
+    ids_BT
+        The batch.
+    sums_NB
+        float64, changed in place.
+    """
+    length, device = ids_BT.shape[1], sums_NB.device
+    for piece in head.pieces(ids_BT):
+        expected = torch.log_softmax(head.logits(dense, ids_BT, piece).float(), -1)
+        for number, other in enumerate(others):
+            got = torch.log_softmax(head.logits(other, ids_BT, piece).float(), -1)
+            divergence = (expected.exp() * (expected - got)).sum(-1)
+            window = torch.arange(piece.start, piece.stop, device=device) // length
+            sums_NB[number].index_add_(0, window, divergence.to(device, torch.float64))
 
 
 def first_changed_layer(spans: Sequence[Span], candidates: Sequence[Mapping[Span, Repair]]) -> int:

@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -106,23 +106,44 @@ def perplexity(
             rows = windows.tokens[first : first + batch].astype(np.int64)
             ids_BT = torch.from_numpy(rows).to(device)
             head = head or HeadRunner(model, ids_BT)
-            nats_B = _nats(head, ids_BT)
+            nats_B = window_nats(head, head.body(ids_BT), ids_BT)
             nats[first : first + batch] = nats_B
-            bad = np.flatnonzero(~np.isfinite(nats_B))
-            if bad.size:
-                raise NonFiniteLossError(first + int(bad[0]), windows.source)
             if on_progress is not None:
                 on_progress(ids_BT.numel())
+            check_nats(nats[: first + batch], windows)
     return PerplexityResult(nats, windows.num_windows * (windows.window_length - 1))
 
 
-def _nats(head: HeadRunner, ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Nats of each window."""
+def check_nats(nats: np.ndarray[Any, np.dtype[np.float64]], windows: TokenWindows) -> None:
+    """Raise NonFiniteLossError for the first window whose loss is not finite."""
+    bad = np.flatnonzero(~np.isfinite(nats))
+    if bad.size:
+        raise NonFiniteLossError(int(bad[0]), windows.source)
+
+
+class Head(Protocol):
+    """Gives logits of some positions at a time, from what a model's body computed."""
+
+    def pieces(self, ids_BT: Tensor) -> Iterator[slice]:
+        """Slices of the B x T positions, window after window, small enough for their logits."""
+
+    def logits(self, body: Any, ids_BT: Tensor, piece: slice) -> Tensor:
+        """Logits (n, V) of some positions, in the model's dtype."""
+
+
+def logit_pieces(num_positions: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of positions, small enough for their logits."""
+    size = max(1, _LOGITS_AT_ONCE // vocab_size)
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
+
+
+def window_nats(head: Head, body: Any, ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Nats of each window of a batch, from what the body computed."""
     targets_BT = torch.full_like(ids_BT, _NO_TARGET)
     targets_BT[:, :-1] = ids_BT[:, 1:]
     targets_N = targets_BT.flatten()
     nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=ids_BT.device)
-    body = head.body(ids_BT)
     for piece in head.pieces(ids_BT):
         logits_nV = head.logits(body, ids_BT, piece)
         nats_N[piece] = torch.nn.functional.cross_entropy(
@@ -160,9 +181,7 @@ class HeadRunner:
 
     def pieces(self, ids_BT: Tensor) -> Iterator[slice]:
         """Slices of the B x T positions, window after window, small enough for their logits."""
-        size = max(1, _LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
-        for start in range(0, ids_BT.numel(), size):
-            yield slice(start, min(start + size, ids_BT.numel()))
+        yield from logit_pieces(ids_BT.numel(), self._model.config.get_text_config().vocab_size)
 
     def logits(self, body: Any, ids_BT: Tensor, piece: slice) -> Tensor:
         """Logits (n, V) of some positions, in the model's dtype."""

@@ -66,7 +66,19 @@ def verify_reload(
     """
     expected = _logits(model, tokens, device)
     found = reload_logits({folder: tokens}, dtype=dtype, device=device, timeout_s=timeout_s)[folder]
-    num_layers = model.config.num_hidden_layers
+    return check_same_logits(folder, found, expected, model.config.num_hidden_layers, dtype)
+
+
+def check_same_logits(
+    folder: Path, found: Tensor, expected: Tensor, num_layers: int, dtype: torch.dtype
+) -> float:
+    """The largest difference of logits of an exported folder from those of the recovered model.
+
+    Raises
+    ------
+    ExportError
+        If it is more than rounding, see :func:`verify_reload`.
+    """
     allowed = (
         _ROUNDINGS * math.sqrt(num_layers) * torch.finfo(dtype).eps * float(expected.abs().max())
     )
@@ -78,7 +90,7 @@ def verify_reload(
     difference = float((found - expected).abs().max())
     if not difference <= allowed:
         raise ExportError(
-            f"{folder}, loaded by transformers in a fresh process, does not reproduce the "
+            f"{folder}, loaded by transformers, does not reproduce the "
             f"recovered model: the logits differ by {difference:.3g}, allowed are {allowed:.3g}. "
             "It is not used; please report the family of the model and the versions."
         )
@@ -114,7 +126,7 @@ def reload_logits(
                     "logits": str(scratch / f"logits-{number}.npy"),
                     "dtype": str(dtype).removeprefix("torch."),
                     "device": str(device),
-                    "trust_remote_code": _has_our_code(Path(folder)),
+                    "trust_remote_code": has_our_code(Path(folder)),
                     "num_threads": torch.get_num_threads(),
                 }
             )
@@ -157,7 +169,7 @@ def _run(arguments: list[str], scratch: Path, timeout_s: float, folders: list[Pa
         )
 
 
-def _has_our_code(folder: Path) -> bool:
+def has_our_code(folder: Path) -> bool:
     """Whether the folder has a modeling file of ours; any other code is refused."""
     found = sorted(path.name for path in folder.glob("**/*.py"))
     if not found:

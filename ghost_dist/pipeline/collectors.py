@@ -14,7 +14,7 @@ import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.engines.base import Engine, Tokens
-from ghost_dist.planning.machine import free_bytes
+from ghost_dist.engines.memory import free_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config, parse_size
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
+from ghost_dist.engines.small_model import small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
@@ -75,11 +77,16 @@ class RunInputs:
 
     @property
     def engine_kind(self) -> str:
-        """``resident`` or ``tensor_parallel``, with who shards it."""
+        """Whole layers (streamed ones compute the same), or ``tensor_parallel`` by whom."""
         engine = self.config.engine
-        if engine.kind == "resident" or not self.config.on_cluster:
+        if engine.kind in ("resident", "streaming") or not self.config.on_cluster:
             return "resident"
         return f"tensor_parallel by {engine.backend}"
+
+    @property
+    def streaming(self) -> bool:
+        """Whether this process never holds the model, but reads layer after layer."""
+        return self.config.engine.kind == "streaming"
 
 
 def open_inputs(
@@ -287,16 +294,26 @@ def _refittable(
     wanted = any_operator or operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
     if not wanted or not architecture.down_projections:
         return frozenset()
-    first = min(architecture.down_projections)
-    decoder = load_decoder(
-        source.path,
-        architecture,
-        num_layers=first + 1,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    added = adds_mlp_output(decoder, first)
-    return frozenset(architecture.down_projections) if added else frozenset()
+    refittable = architecture.down_projections
+    with tempfile.TemporaryDirectory(prefix="ghost_dist_small_") as name:
+        folder = Path(name)
+        if config.engine.kind == "streaming":
+            # The classes decide, not the weights: one real layer may be larger than memory.
+            for file, content in small_model(source, architecture).items():
+                (folder / file).write_bytes(content)
+            architecture = inspect_architecture(open_checkpoint(folder))
+        else:
+            folder = source.path
+        first = min(architecture.down_projections)
+        decoder = load_decoder(
+            folder,
+            architecture,
+            num_layers=first + 1,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        added = adds_mlp_output(decoder, first)
+    return frozenset(refittable) if added else frozenset()
 
 
 def compute_device(name: str) -> torch.device:

@@ -27,8 +27,9 @@ from ghost_dist.checkpoint.load import (
 )
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.engines.conformance import with_small_model
+from ghost_dist.engines.memory import free_bytes, host_free_bytes
 from ghost_dist.engines.resident import auto_batch
+from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import (
     CalibrationError,
@@ -60,7 +61,7 @@ from ghost_dist.planning.choice import (
     EngineChoice,
     choose_engine,
 )
-from ghost_dist.planning.machine import device_name, existing_folder, free_bytes, host_free_bytes
+from ghost_dist.planning.machine import device_name, existing_folder
 from ghost_dist.planning.memory import device_needs, host_bytes, streams_bytes
 from ghost_dist.planning.probe import ProbeSpec, measure
 from ghost_dist.planning.probe_files import cached_share
@@ -188,6 +189,8 @@ def plan_run(
     run, tokens_s = _run_shape(config, source, architecture, sizes, remove, device, notes)
     folder = existing_folder(Path(config.output.path))
     choice = _choose(config, source, architecture, run, device)
+    if choice.kind == "streaming":
+        run = replace(run, boundary=False)  # that walk would read every layer again
     disk = _disk(config, run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
     rates = None if measure_again else stored_rates(spec.key())

@@ -30,6 +30,7 @@ from ghost_dist.pipeline.candidates import (
     stored_keys,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
+from ghost_dist.pipeline.streamed import streamed_divergences
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.down_proj import SingularOperatorError
@@ -121,7 +122,9 @@ class Solver:
                 operators[span], fits[span] = self.fit(chosen, span)
                 advance(1)
         boundary = None
-        if chosen.operator == "ghost-joint" and config.features != "stream":
+        # Where layers are streamed, features=auto means the stream: no second pass.
+        again = config.features != "stream" and not self._inputs.streaming
+        if chosen.operator == "ghost-joint" and again:
             boundary = self._boundary_features(chosen, operators, fits, table)
         sequential = config.refit == "sequential" and len(spans) > 1
         walk = None
@@ -401,6 +404,10 @@ class Solver:
         inputs = self._inputs
         windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
+        if inputs.streaming:
+            layers = inputs.architecture.num_layers + 1
+            with self._reporter.stage("compare with dense", layers, "layers") as advance:
+                return streamed_divergences(inputs, self._spans, repairs, tokens, advance)
         with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
             return window_divergences(
                 self._causal_lm(),

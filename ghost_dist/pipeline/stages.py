@@ -23,6 +23,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.config import config_tree, fingerprint
 from ghost_dist.durable import fsync_folder
+from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.export.operator_files import (
@@ -51,6 +52,11 @@ from ghost_dist.pipeline.inputs import (
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
+from ghost_dist.pipeline.streamed import (
+    CollectByStreaming,
+    streamed_perplexities,
+    streamed_verify,
+)
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
@@ -111,6 +117,8 @@ class Stages:
     ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._again = again
+        if collect is None and inputs.streaming:
+            collect = CollectByStreaming(inputs, reporter, run.path)
         self._collect = collect or CollectHere(inputs, reporter)
 
     def tokens(self) -> TokenWindows:
@@ -385,6 +393,18 @@ class Stages:
 
         def work() -> dict[str, Any]:
             values: dict[str, dict[str, float]] = {name: {} for name in inputs.evaluation}
+            if inputs.streaming:
+                lanes = {
+                    "dense": Lane(),
+                    "pruned": Lane(spans),
+                    "recovered": Lane(spans, operators, healed),
+                }
+                layers = inputs.architecture.num_layers + 1
+                with self._reporter.stage("evaluate", layers, "layers") as advance:
+                    results = streamed_perplexities(inputs, lanes, inputs.evaluation, advance)
+                for name, of_corpus in results.items():
+                    values[name] = {variant: found.value for variant, found in of_corpus.items()}
+                return {"perplexity": values}
             model = open_causal_lm(inputs)
             for variant in ("dense", "pruned", "recovered"):
                 if variant == "pruned":
@@ -479,6 +499,12 @@ class Stages:
         """Compare logits of the exported folder, in a fresh process, with the recovered model."""
         inputs = self._inputs
         tokens = load_windows(self._run.tokens).tokens[:2, :VERIFY_TOKENS]
+        if inputs.streaming:
+            kept = inputs.architecture.num_layers - sum(map(len, spans))
+            layers = inputs.architecture.num_layers + kept + 2
+            with self._reporter.stage("verify", layers, "layers") as advance:
+                recovered = Lane(spans, operators, healed)
+                return streamed_verify(inputs, folder, recovered, tokens, advance)
         model = open_causal_lm(inputs)
         remove_layers(model, inputs.architecture, spans)
         insert_operators(model, inputs.architecture, spans, operators, healed)

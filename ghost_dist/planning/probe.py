@@ -26,7 +26,9 @@ from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import RelativeRidge
-from ghost_dist.planning.machine import device_name, free_bytes
+from ghost_dist.engines.memory import free_bytes
+from ghost_dist.engines.shapes_only import shapes_only
+from ghost_dist.planning.machine import device_name
 from ghost_dist.planning.probe_files import measure_files
 from ghost_dist.planning.rates import Curve, Rates
 from ghost_dist.planning.sizes import LayerSizes, ModelSizes
@@ -212,8 +214,6 @@ def _layers(spec: ProbeSpec, compute: float) -> tuple[dict[str, float], float]:
 
 def _one_layer(spec: ProbeSpec, number: int, batch: int, length: int) -> tuple[float, float]:
     """Seconds of one layer of random weights, and of the forward around it."""
-    from accelerate import init_empty_weights
-
     architecture, total = spec.architecture, spec.architecture.num_layers
     others = [Span(0, number)] if number else []
     others += [Span(number + 1, total)] if number + 1 < total else []
@@ -221,8 +221,7 @@ def _one_layer(spec: ProbeSpec, number: int, batch: int, length: int) -> tuple[f
     config = read_config(getattr(transformers, architecture.config_class), raw)
     config.vocab_size = min(config.vocab_size, 1024)
     config.pad_token_id = None
-    with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, architecture.base_class)(config).eval()
+    model = shapes_only(getattr(transformers, architecture.base_class), config, spec.dtype)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = torch.empty(parameter.shape, dtype=spec.dtype, device=spec.device)

@@ -15,16 +15,12 @@ Where the ranks of a tensor-parallel replica share a range, each writes its bloc
 (:meth:`StatisticsStore.write_block`) and one process, which need not be one of them, commits all
 blocks of the attempt (:meth:`StatisticsStore.commit_attempt`). Blocks of two attempts never mix.
 
-Zarr alone would not do: a missing chunk reads back as the fill value, and the default codecs carry
-no checksum. So chunks have CRC32C, the fill value is NaN, empty chunks are written, and readers
-compare the hash in the manifest.
+How an array is written so that damage shows is in ``statistics/arrays.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import shutil
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -35,8 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
-from zarr.codecs import Crc32cCodec
 
 from ghost_dist.config import fingerprint
 from ghost_dist.durable import (
@@ -48,12 +42,12 @@ from ghost_dist.durable import (
 )
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
+from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.recoverability import PairMoments
 from ghost_dist.statistics.scores import ScoreSums
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
-CHUNK_BYTES = 64 << 20
 _WRITERS = 4  # arrays at a time: hashes and checksums take longer than the disk
 FORMAT = 3
 
@@ -215,7 +209,7 @@ class StatisticsStore:
         }
 
         def write(key: str) -> Mapping[str, Any]:
-            return _write_array(folder / key, wanted[key].cpu().numpy())
+            return write_array(folder / key, wanted[key].cpu().numpy())
 
         try:
             with ThreadPoolExecutor(_WRITERS) as pool:
@@ -408,50 +402,11 @@ class StatisticsStore:
     def _read_array(
         self, path: Path, expected: Mapping[str, Any], range_id: int
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        where = f"{path.relative_to(self.path)} of range {range_id}"
         try:
-            array = zarr.open_array(path, mode="r")
-            values = np.asarray(array[...])
-        except Exception as error:  # zarr raises many kinds; each means that it cannot be read
-            raise CorruptStoreError(
-                f"{where} cannot be read ({type(error).__name__}: {error}). Re-run this range.",
-                (range_id,),
-            ) from error
-        found = _describe_array(values)
-        for key, value in expected.items():
-            if found.get(key) != value:
-                raise CorruptStoreError(
-                    f"{where} has {key} {found.get(key)}, but {value} was committed. "
-                    "Re-run this range.",
-                    (range_id,),
-                )
-        return values
-
-
-def _write_array(path: Path, values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
-    """Write one array in chunks of whole rows, contiguous in memory; returns its manifest entry."""
-    chunks = list(values.shape)
-    row_bytes = values.dtype.itemsize * math.prod(values.shape[1:])
-    chunks[0] = max(1, min(values.shape[0], CHUNK_BYTES // max(1, row_bytes)))
-    array = zarr.create_array(
-        path,
-        shape=values.shape,
-        chunks=tuple(chunks),
-        dtype=values.dtype,
-        compressors=[Crc32cCodec()],
-        fill_value=float("nan"),
-        config={"write_empty_chunks": True},
-    )
-    array[...] = values
-    return _describe_array(values)
-
-
-def _describe_array(values: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
-    return {
-        "shape": list(values.shape),
-        "dtype": str(values.dtype),
-        "sha256": hashlib.sha256(np.ascontiguousarray(values).data).hexdigest(),
-    }
+            return read_array(path, expected)
+        except CorruptStoreError as error:
+            where = f"{path.relative_to(self.path)} of range {range_id}"
+            raise CorruptStoreError(f"{where} {error}. Re-run this range.", (range_id,)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def compare(folder, degree, backend, dtype):
     }
 
 
-restore = tensor_parallel._restore_buffers
+restore = tensor_parallel.restore_buffers
 
 
 def pass_on(_, __, output):
@@ -151,7 +151,7 @@ SABOTAGE = {
     "fused attention keeps the heads of all": (tensor_parallel, "narrow_fused_attention", nothing),
     "gates of one output are sharded": (sharding, "_GATES", ()),
     "mixers are sharded": (tensor_parallel, "kept_whole", put_nothing_aside),
-    "buffers are wiped": (tensor_parallel, "_restore_buffers", restore_zeros),
+    "buffers are wiped": (tensor_parallel, "restore_buffers", restore_zeros),
 }
 
 

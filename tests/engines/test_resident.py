@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB, random_model, save_checkpoint
+from recording import Recorder
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder
@@ -17,23 +18,6 @@ from ghost_dist.engines.resident import ResidentEngine, auto_batch
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 5, 20
 TOKENS = np.random.default_rng(0).integers(3, VOCAB, (WINDOWS, LENGTH), dtype=np.int32)
-
-
-class Recorder:
-    """Keeps what the engine pushes, and in which order."""
-
-    def __init__(self, boundaries, mlp_layers=()):
-        self.boundaries, self.mlp_layers = boundaries, mlp_layers
-        self.streams, self.mlp = {}, {}
-        self.order = []
-
-    def take_mlp(self, layer, window, input_TF, product_TC):
-        self.mlp[layer, window] = (input_TF.clone(), product_TC.clone())
-
-    def __call__(self, boundary, window, stream_TC):
-        assert (boundary, window) not in self.streams, "a window came twice"
-        self.streams[boundary, window] = stream_TC.clone()
-        self.order.append((boundary, window))
 
 
 def open_engine(folder, num_layers, batch):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ghost_dist.planning import machine
+from ghost_dist.engines import memory
 from ghost_dist.planning.rates import Curve, Rates, cache_file, store_rates, stored_rates
 
 RATES = Rates(
@@ -82,7 +82,7 @@ def test_every_rate_is_stored(tmp_path, monkeypatch):
 
 def test_a_ulimit_bounds_what_is_free():
     code = (
-        "import torch\nfrom ghost_dist.planning.machine import free_bytes\n"
+        "import torch\nfrom ghost_dist.engines.memory import free_bytes\n"
         "print(free_bytes(torch.device('cpu')))"
     )
 
@@ -104,7 +104,7 @@ def test_a_control_group_bounds_what_is_free_but_for_file_pages(tmp_path, monkey
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200\nactive_file 300\n")
     limit.write_text("1500\n")
     usage.write_text("1100\n")
-    monkeypatch.setattr(machine, "_CGROUPS", ((str(limit), str(usage)),))
-    assert machine.free_bytes(torch.device("cpu")) == 1500 - 1100 + 500
+    monkeypatch.setattr(memory, "_CGROUPS", ((str(limit), str(usage)),))
+    assert memory.free_bytes(torch.device("cpu")) == 1500 - 1100 + 500
     limit.write_text("max\n")
-    assert machine.free_bytes(torch.device("cpu")) > 1 << 20
+    assert memory.free_bytes(torch.device("cpu")) > 1 << 20

@@ -1,0 +1,251 @@
+"""What a layer-by-layer run has to keep to go on after a kill: streams at a layer boundary.
+
+Layout below the folder::
+
+    state.json          boundary, windows, and every array with its sha256; replaced as a whole
+    arrays/<id>         Zarr arrays, one for each kept stream
+
+A thread writes while the next layers run. Streams that are asked for at the end (*rows*) are always
+written; the stream that the next layer enters is skipped while the one before is still being
+written, so that a slow disk never holds up the run: a resume then repeats the layers that ran
+during one write. Nothing counts before ``state.json`` names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes, write_bytes
+from ghost_dist.errors import CorruptStoreError
+from ghost_dist.statistics.arrays import read_array, write_array
+
+_PARTS = 4
+"""Parts of an array that are hashed and written at the same time."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was found.
+
+    Attributes
+    ----------
+    boundary
+        Where to go on: the layer that the streams enter.
+    streams_WTC
+        At that boundary, on the CPU.
+    rows
+        Kept streams by name, on the CPU.
+    """
+
+    boundary: int
+    streams_WTC: Tensor
+    rows: Mapping[str, Tensor]
+
+
+class StreamState:
+    """The folder of one run's state.
+
+    Parameters
+    ----------
+    folder
+        Created if absent.
+    fingerprint
+        Of everything that decides the streams but which windows they are of. A state of another
+        one is removed.
+    windows
+        That are needed. A state of more windows is of use, one that lacks some is removed.
+
+    Attributes
+    ----------
+    windows
+        That the state has, or will have.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, windows: Sequence[int]) -> None:
+        self.folder, self._fingerprint = folder, fingerprint
+        self._arrays = folder / "arrays"
+        self._manifest = folder / "state.json"
+        self._rows: dict[str, Any] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="stream-state")
+        self._parts = ThreadPoolExecutor(_PARTS, thread_name_prefix="stream-part")
+        self._jobs: list[Future[None]] = []
+        self._failure: BaseException | None = None
+        found = self._read_manifest()
+        if found is not None and set(windows) <= set(found["windows"]):
+            self.windows = tuple(found["windows"])
+        else:
+            self.windows = tuple(windows)
+            shutil.rmtree(folder, ignore_errors=True)
+        self._arrays.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> Saved | None:
+        """The newest state that is whole; None if there is none.
+
+        Raises
+        ------
+        CorruptStoreError
+            If a file is not what was written; the folder may then be removed to begin again.
+        """
+        manifest = self._read_manifest()
+        if manifest is None:
+            return None
+        self._rows = dict(manifest["rows"])
+        self._sweep(manifest)
+        rows = {name: self._read(entry) for name, entry in self._rows.items()}
+        kept = rows.get(manifest["streams"]) if isinstance(manifest["streams"], str) else None
+        streams = self._read(manifest["streams"]) if kept is None else kept.clone()
+        return Saved(manifest["boundary"], streams, rows)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not changed any more; a later :meth:`save` makes it count."""
+        ready = _ready(tensor)
+
+        def work() -> None:
+            self._rows[name] = self._write(tensor, ready)
+
+        self._submit(work)
+
+    def save(self, boundary: int, snapshot: Callable[[], Tensor] | str) -> bool:
+        """Note that all layers below a boundary are done; False if it was skipped.
+
+        Parameters
+        ----------
+        boundary
+            Layer that comes next.
+        snapshot
+            Gives a copy of the streams entering it, or the name they are kept under.
+
+        Raises
+        ------
+        OSError
+            If an earlier write met a full disk.
+        """
+        self._raise_errors()
+        named = isinstance(snapshot, str)
+        if self._jobs and not named:
+            return False
+        tensor = None if isinstance(snapshot, str) else snapshot()
+        ready = None if tensor is None else _ready(tensor)
+
+        def work() -> None:
+            streams = snapshot if tensor is None else self._write(tensor, ready)
+            manifest = {
+                "fingerprint": self._fingerprint,
+                "windows": list(self.windows),
+                "boundary": boundary,
+                "streams": streams,
+                "rows": self._rows,
+            }
+            fsync_tree(self._arrays)
+            write_bytes(self._manifest, json_bytes(manifest))
+            fsync_folder(self.folder)
+            self._sweep(manifest)
+
+        self._submit(work)
+        return True
+
+    def wait(self) -> None:
+        """Until everything is on the disk.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or not writable.
+        """
+        wait(self._jobs)
+        self._raise_errors()
+
+    def close(self) -> None:
+        """End the threads; what is being written is finished."""
+        self._writer.shutdown(cancel_futures=True)
+        self._parts.shutdown(cancel_futures=True)
+
+    def remove(self) -> None:
+        """Everything was used: remove the folder."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._raise_errors()
+
+        def unless_failed() -> None:
+            # A manifest must not name what could not be written before it.
+            if self._failure is None:
+                try:
+                    work()
+                except BaseException as error:
+                    self._failure = error
+                    raise
+
+        self._jobs.append(self._writer.submit(unless_failed))
+
+    def _raise_errors(self) -> None:
+        self._jobs = [job for job in self._jobs if not job.done()]
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(self, tensor: Tensor, ready: Any) -> dict[str, Any]:
+        """Write one tensor in parts along its first dimension; returns its entry."""
+        values = _as_numpy(tensor, ready)
+        identity = uuid.uuid4().hex
+        bounds = np.linspace(0, len(values), min(_PARTS, len(values)) + 1).astype(int)
+        pieces = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        paths = [self._arrays / f"{identity}-{number}" for number in range(len(pieces))]
+        parts = list(self._parts.map(write_array, paths, pieces))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return {"id": identity, "dtype": dtype, "parts": parts}
+
+    def _read(self, entry: Mapping[str, Any]) -> Tensor:
+        paths = [self._arrays / f"{entry['id']}-{n}" for n in range(len(entry["parts"]))]
+        try:
+            parts = list(self._parts.map(read_array, paths, entry["parts"]))
+        except CorruptStoreError as error:
+            raise CorruptStoreError(f"The saved streams in {self.folder}: {error}.") from error
+        values = torch.from_numpy(np.concatenate(parts))
+        dtype: torch.dtype = getattr(torch, entry["dtype"])
+        return values.view(dtype)
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        try:
+            manifest = json.loads(self._manifest.read_bytes())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(manifest, dict) or manifest.get("fingerprint") != self._fingerprint:
+            return None
+        return manifest
+
+    def _sweep(self, manifest: Mapping[str, Any]) -> None:
+        """Remove arrays that the manifest does not name."""
+        named = [*manifest["rows"].values(), manifest["streams"], *self._rows.values()]
+        used = {entry["id"] for entry in named if isinstance(entry, dict)}
+        for path in self._arrays.iterdir():
+            if path.name.partition("-")[0] not in used:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _ready(tensor: Tensor) -> Any:
+    """When the work so far is done, on a GPU."""
+    return torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+
+def _as_numpy(tensor: Tensor, ready: Any) -> np.ndarray[Any, Any]:
+    if ready is not None:
+        stream: Any = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)  # numpy has no bfloat16
+    return tensor.numpy()

@@ -1,0 +1,62 @@
+"""Checkpoints of random weights in the shapes of real models, written layer by layer.
+
+Memory holds one shard at a time, so the size on the disk is only limited by the disk.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+
+def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", **sizes):
+    """Write a Llama of the given sizes with N(0, 0.02^2) weights, if absent; its folder."""
+    folder = Path(folder)
+    if (folder / "model.safetensors.index.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.LlamaConfig(**{**LLAMA_8B, **sizes})
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    shards = {}
+    for name, parameter in model.state_dict().items():
+        found = re.search(r"layers\.(\d+)\.", name)
+        shards.setdefault(found[1] if found else name, []).append((name, parameter.shape))
+    weight_map, total = {}, 0
+    generator = torch.Generator(device).manual_seed(0)
+    for number, tensors in enumerate(shards.values()):
+        file = f"model-{number:05d}.safetensors"
+        drawn = {}
+        for name, shape in tensors:
+            drawn[name] = torch.empty(shape, dtype=dtype, device=device)
+            if name.endswith("norm.weight"):
+                drawn[name].fill_(1)
+            else:
+                drawn[name].normal_(0, 0.02, generator=generator)
+            drawn[name] = drawn[name].cpu()
+            weight_map[name] = file
+            total += drawn[name].nbytes
+        save_file(drawn, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    config.dtype = dtype
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(PICO).save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
