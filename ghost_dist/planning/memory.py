@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.planning.choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
 
-PINNED_BYTES = 16 * (64 << 20)
-"""streaming: buffers that layers are read into."""
+PINNED_BYTES = 2 * READERS * BLOCK_BYTES
+"""streaming: buffers that layers are read into, two a reader."""
 _PREFETCHED_BATCHES = 2
 _LOGITS_BYTES = (1 << 25) * 16  # a piece of logits in the model's dtype and three in float32
 _FLOAT64_BYTES = 8

@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
+from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
-BLOCK_BYTES = 64 << 20
-READERS = 4
 _MOST_BYTES, _MOST_S = 2_000_000_000, 2.0
 _LOADED_BYTES = 256 << 20
+_WRITTEN_BYTES = 512 << 20
 _SPARSE = 0.5  # a file of which less than this is on the disk was never written
 
 
@@ -98,7 +98,7 @@ def _write(path: Path) -> tuple[float, Path]:
     began = time.perf_counter()
     written = 0
     with path.open("wb", buffering=0) as file:
-        while written < 8 * BLOCK_BYTES and (time.perf_counter() - began) < _MOST_S / 2:
+        while written < _WRITTEN_BYTES and (time.perf_counter() - began) < _MOST_S / 2:
             written += file.write(block)
         os.fsync(file.fileno())
     return written / (time.perf_counter() - began), path

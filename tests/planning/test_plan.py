@@ -194,7 +194,7 @@ def test_memory_of_the_streaming_engine(llama_405b, tmp_path, gpu_of):
     calibrate = next(stage for stage in plan.stages if stage.name == "calibrate")
     assert calibrate.streams == "host"
     sums = 8 * (2 * 16384**2 + 3 * 16384 + 1)
-    assert calibrate.host_bytes == sums + 16 * (64 << 20) + 3 * streams
+    assert calibrate.host_bytes == sums + 16 * (32 << 20) + 3 * streams
     assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"]
 
 
