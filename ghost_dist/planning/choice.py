@@ -174,7 +174,8 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     return (
         f"Nothing would fit there: a device with {_gb(int(least / SHARE_OF_FREE_MEMORY))} free is "
         "the least. Fewer bytes are needed with a smaller engine.batch or "
-        "calibration.window_length, or operator.name=ghost instead of ghost-joint."
+        "calibration.window_length, or smaller sums (operator.name=ghost with "
+        "operator.features=stream)."
     )
 
 

@@ -105,7 +105,7 @@ def measure(spec: ProbeSpec) -> Rates:
     began = time.perf_counter()
     with torch.inference_mode():
         device = device_name(spec.device)
-        process_s = _process(spec.device)
+        process_s = _process(spec)
         files = measure_files(spec.checkpoint, spec.folder, spec.device, spec.dtype)
         to_device, host_copy = _copies(spec.device)
         matmul = {
@@ -158,10 +158,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _process(device: torch.device) -> float:
-    """A fresh process as the verification of an export starts it."""
-    code = f"import torch, transformers; torch.zeros(1, device={str(device)!r})"
-    code += "; transformers.AutoModelForCausalLM"
+def _process(spec: ProbeSpec) -> float:
+    """A fresh process as the verification of an export starts it: with the model's own code."""
+    code = f"import torch, transformers; torch.zeros(1, device={str(spec.device)!r})"
+    code += f"; transformers.AutoModelForCausalLM, transformers.{spec.architecture.causal_lm_class}"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     return time.perf_counter() - began
