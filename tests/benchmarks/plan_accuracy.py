@@ -109,7 +109,7 @@ def main() -> None:
     if not arguments.without_select:
         config = configure("select", selection__remove=remove)
         shutil.rmtree(folder / "select", ignore_errors=True)
-        planned_select = plan_run(config)
+        planned_select = plan_run(config, measure_again=True)
         recover(config, again="select")
         record = json.loads((folder / "select" / "stages" / "select.json").read_text())
         rows += compare(planned_select, {"select": record["outputs"]["seconds"]})
