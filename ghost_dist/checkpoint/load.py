@@ -310,11 +310,16 @@ def check_loaded(path: Path, model: nn.Module, missing: list[str], dtype: torch.
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not _all_finite(local.detach()):
-            raise CheckpointError(
-                f"{path}: tensor {name} holds NaN or Inf as {str(dtype).removeprefix('torch.')}. "
-                "If the checkpoint has a wider dtype its numbers may overflow: try "
-                "model.dtype=bfloat16 or float32. Else download or copy it again."
-            )
+            raise non_finite_weight(path, name, dtype)
+
+
+def non_finite_weight(path: Path, name: str, dtype: torch.dtype) -> CheckpointError:
+    """The error for a tensor that holds NaN or Inf in the dtype of the computation."""
+    return CheckpointError(
+        f"{path}: tensor {name} holds NaN or Inf as {str(dtype).removeprefix('torch.')}. "
+        "If the checkpoint has a wider dtype its numbers may overflow: try "
+        "model.dtype=bfloat16 or float32. Else download or copy it again."
+    )
 
 
 def _all_finite(tensor: Tensor) -> bool:

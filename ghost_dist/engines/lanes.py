@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,7 @@ def run_lanes(
             if group == "embeddings":
                 streams.embed(tokens)
             elif group == "head":
+                model.check_weights()
                 for part in streams.parts():
                     at_end(part, streams.of_all(part))
                 advance(1)
@@ -149,7 +151,7 @@ class _Streams:
     def embed(self, tokens: Tokens) -> None:
         """The streams entering layer 0."""
         for part in self.parts():
-            ids_BT = torch.from_numpy(tokens[part]).to(self._model.device, torch.int64)
+            ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(self._model.device)
             self._dense[part] = self._model.embed(ids_BT).to(self._place)
         self._repair(0)
 

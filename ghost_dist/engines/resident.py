@@ -34,10 +34,15 @@ class ResidentEngine:
         Layers 0 to the last boundary - 1, on one device.
     batch
         Windows per forward.
+    compiled
+        Let ``torch.compile`` fuse what a layer does between its matrix products.
     """
 
-    def __init__(self, decoder: Decoder, batch: int) -> None:
+    def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
         self._decoder = decoder
+        if compiled:
+            for layer in decoder.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
         self._batch = batch
         self.hidden_size = decoder.hidden_size
         self.num_layers = decoder.num_layers
@@ -132,9 +137,17 @@ class ResidentEngine:
             self._decoder.down_projection(layer).register_forward_hook(tap(layer))
             for layer in layers
         ]
+        # A compiled forward may leave out hooks that came later.
+        compiled = {
+            layer: self._decoder.layers[layer].__dict__.pop("forward")
+            for layer in layers
+            if "forward" in self._decoder.layers[layer].__dict__
+        }
         try:
             yield
         finally:
+            for layer, forward in compiled.items():
+                self._decoder.layers[layer].__dict__["forward"] = forward
             for handle in handles:
                 handle.remove()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -20,7 +21,12 @@ import transformers
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.load import check_loaded, quiet_loading, truncated_config
+from ghost_dist.checkpoint.load import (
+    check_loaded,
+    non_finite_weight,
+    quiet_loading,
+    truncated_config,
+)
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
@@ -49,6 +55,8 @@ class StreamedModel:
         Of the computation.
     keep_cached
         As for :class:`~ghost_dist.checkpoint.weight_reader.WeightReader`.
+    compiled
+        Let ``torch.compile`` fuse what a layer does between its matrix products.
     model_class, config
         Of an exported model; None: the family's own.
 
@@ -67,6 +75,7 @@ class StreamedModel:
         dtype: torch.dtype,
         device: torch.device,
         keep_cached: bool = False,
+        compiled: bool = False,
         model_class: Any = None,
         config: Any = None,
     ) -> None:
@@ -87,9 +96,19 @@ class StreamedModel:
         self._norm = self._model.get_submodule(architecture.final_norm)
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
+        self._compiled = compiled
+        self._extremes: list[tuple[str, Tensor]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached)
+        # A layer that only hands on must not run what hangs on it, such as an exported operator.
+        self._hooks = [
+            (la._forward_pre_hooks, la._forward_pre_hooks_with_kwargs) for la in self.layers
+        ]
         for layer in self.layers:
             layer.__dict__["forward"] = handing_on(type(layer))
+            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = (
+                OrderedDict(),
+                OrderedDict(),
+            )
 
     @property
     def bytes_read(self) -> int:
@@ -163,8 +182,11 @@ class StreamedModel:
         return kept[0]
 
     @contextlib.contextmanager
-    def running(self, layer: int) -> Iterator[RunLayer]:
-        """A function that runs one layer, whose group must be at hand."""
+    def running(self, layer: int, *, tapped: bool = False) -> Iterator[RunLayer]:
+        """A function that runs one layer, whose group must be at hand.
+
+        One that is ``tapped`` is not compiled: hooks inside it could be left out.
+        """
         module = self.layers[layer]
         entering: list[Tensor] = []
         left: list[Tensor] = []
@@ -184,6 +206,10 @@ class StreamedModel:
             return left.pop()
 
         hands_on = module.__dict__.pop("forward")
+        if self._compiled and not tapped:
+            module.__dict__["forward"] = torch.compile(module.forward, dynamic=False)
+        no_hooks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = self._hooks[layer]
         handles = [
             module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
             module.register_forward_hook(leave),
@@ -195,6 +221,7 @@ class StreamedModel:
             entering.clear()
             for handle in handles:
                 handle.remove()
+            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = no_hooks
 
     def logits(self, stream_NC: Tensor) -> Tensor:
         """Logits (N, V) of streams that the final norm would get; its group must be at hand."""
@@ -263,14 +290,29 @@ class StreamedModel:
             missing = convert_and_load(
                 self._model, self._checkpoint, tensors, self.dtype, self.device
             )
-        check_loaded(
-            self._checkpoint.path,
-            self.layers[group] if isinstance(group, int) else nn.Module(),
-            sorted(missing & set(self._targets[group])),
-            self.dtype,
-        )
+        missing &= set(self._targets[group])
+        check_loaded(self._checkpoint.path, nn.Module(), sorted(missing), self.dtype)
+        self._note_weights(group)
         if group == "head" and self._tied:
             self._model.get_submodule(self._architecture.head).weight = self._embeddings.weight
+
+    def check_weights(self) -> None:
+        """Raise CheckpointError for weights installed so far that held NaN or Inf.
+
+        Waits for the device; so it is a call of its own, for when the next layers are under way.
+        """
+        noted, self._extremes = self._extremes, []
+        for name, extremes in noted:
+            if not bool(torch.isfinite(extremes).all()):
+                raise non_finite_weight(self._checkpoint.path, name, self.dtype)
+
+    def _note_weights(self, group: Group) -> None:
+        """Remember the extremes of each weight, which are NaN or Inf if any number is."""
+        for name in self._targets[group]:
+            parent, _, leaf = name.rpartition(".")
+            weight = getattr(self._model.get_submodule(parent), leaf)
+            if weight.is_floating_point() and weight.numel() and not weight.is_meta:
+                self._extremes.append((name, torch.stack(torch.aminmax(weight.detach()))))
 
     def _release(self, group: Group) -> None:
         """Back to shapes; what the embeddings' group holds besides the table of tokens stays."""

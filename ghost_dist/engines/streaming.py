@@ -87,6 +87,8 @@ class StreamingEngine:
         Windows per forward.
     keep_cached
         Leave the files in the page cache.
+    compiled
+        As for :class:`~ghost_dist.engines.streamed_model.StreamedModel`.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class StreamingEngine:
         device: torch.device,
         batch: int,
         keep_cached: bool = False,
+        compiled: bool = False,
     ) -> None:
         self._architecture, self._batch = architecture, batch
         self.model = StreamedModel(
@@ -108,6 +111,7 @@ class StreamingEngine:
             dtype=dtype,
             device=device,
             keep_cached=keep_cached,
+            compiled=compiled,
         )
         self.hidden_size, self.device = architecture.hidden_size, device
 
@@ -182,7 +186,10 @@ class StreamingEngine:
             )
         done = -1 if saved is None else saved.boundary
 
-        def finish(boundary: int) -> None:
+        checks = _Checks(self.model, self.device, place)
+
+        def finish(boundary: int, finite: FiniteCheck) -> None:
+            checks.later(finite)
             name = f"boundary {boundary}"
             if boundary in boundaries:
                 rows.tensors[name] = place.row_of(streams_WTC)
@@ -196,17 +203,19 @@ class StreamingEngine:
             for group in at_hand:
                 if group == "embeddings":
                     if done < 0:
-                        self._embed(tokens, windows, streams_WTC)
-                        finish(0)
+                        finish(0, self._embed(tokens, windows, streams_WTC))
                     continue
                 assert isinstance(group, int)
-                kept = self._run_layer(group, windows, streams_WTC, group in mlp_layers, place)
+                kept, finite = self._run_layer(
+                    group, windows, streams_WTC, group in mlp_layers, place
+                )
                 for name, tensor in kept.items():
                     rows.tensors[name] = tensor
                     if state is not None:
                         state.keep(name, tensor)
-                finish(group + 1)
+                finish(group + 1, finite)
                 advance(1)
+        checks.now()
         if state is not None:
             state.wait()
         return rows
@@ -215,14 +224,14 @@ class StreamingEngine:
         for first in range(0, count, self._batch):
             yield slice(first, min(first + self._batch, count))
 
-    def _embed(self, tokens: Tokens, windows: Sequence[int], streams_WTC: Tensor) -> None:
+    def _embed(self, tokens: Tokens, windows: Sequence[int], streams_WTC: Tensor) -> FiniteCheck:
         finite = FiniteCheck()
         for part in self._batches(len(windows)):
             ids_BT = torch.from_numpy(tokens[list(windows[part])]).to(self.device, torch.int64)
             stream_BTC = self.model.embed(ids_BT)
             self._note(finite, 0, windows[part], stream_BTC)
             streams_WTC[part].copy_(stream_BTC, non_blocking=True)
-        finite.check()
+        return finite
 
     def _note(
         self, finite: FiniteCheck, boundary: int, windows: Sequence[int], stream_BTC: Tensor
@@ -237,7 +246,7 @@ class StreamingEngine:
         streams_WTC: Tensor,
         with_mlp: bool,
         place: _Place,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], FiniteCheck]:
         """Run a layer over all windows, in place; its MLP's rows where they are wanted."""
         kept: dict[str, Tensor] = {}
         finite = FiniteCheck()
@@ -261,7 +270,7 @@ class StreamingEngine:
             keep("product", output if module.bias is None else output - module.bias)
 
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(self.model.running(layer))
+            run = stack.enter_context(self.model.running(layer, tapped=with_mlp))
             if with_mlp:
                 path = self._architecture.down_projections[layer]
                 module = self.model.layers[layer].get_submodule(path)
@@ -271,9 +280,34 @@ class StreamingEngine:
                 y_BTC = run(x_BTC)
                 self._note(finite, layer + 1, windows[part], y_BTC)
                 streams_WTC[part].copy_(y_BTC, non_blocking=True)
-        # Waits for the device: what was copied to the host is there then.
-        finite.check()
-        return kept
+        return kept, finite
+
+
+class _Checks:
+    """Looks at numbers one layer late, while the next one runs, so that the device never waits.
+
+    Where streams or rows are copied to the host, it waits for the device: they are read there.
+    """
+
+    def __init__(self, model: StreamedModel, device: torch.device, place: _Place) -> None:
+        self._model, self._device = model, device
+        self._wait = device.type == "cuda" and "cpu" in (place.of_streams.type, place.of_rows.type)
+        self._late: list[FiniteCheck] = []
+
+    def later(self, finite: FiniteCheck) -> None:
+        """Look at the layer before this one."""
+        if self._wait:
+            torch.cuda.synchronize(self._device)
+        if self._late:
+            self.now()
+        self._late.append(finite)
+
+    def now(self) -> None:
+        """Raise for what was found so far: a weight before the streams that it spoiled."""
+        self._model.check_weights()
+        for finite in self._late:
+            finite.check()
+        self._late.clear()
 
 
 @functools.cache

@@ -73,6 +73,7 @@ class RunInputs:
             "batch": self.batch,
             "engine": self.engine_kind,
             "tensor_parallel": self.config.engine.tensor_parallel,
+            **({"compiled": True} if self.compiled else {}),
         }
 
     @property
@@ -82,6 +83,11 @@ class RunInputs:
         if engine.kind in ("resident", "streaming") or not self.config.on_cluster:
             return "resident"
         return f"tensor_parallel by {engine.backend}"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled: on a GPU, where it is asked for."""
+        return self.config.engine.compile and self.worker_device.type == "cuda"
 
     @property
     def streaming(self) -> bool:
@@ -193,7 +199,7 @@ def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
         device=inputs.device,
         trust_remote_code=inputs.config.model.trust_remote_code,
     )
-    return ResidentEngine(decoder, inputs.batch)
+    return ResidentEngine(decoder, inputs.batch, compiled=inputs.compiled)
 
 
 def open_causal_lm(inputs: RunInputs) -> Any:

@@ -134,6 +134,7 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int) -> StreamingEngine
         device=inputs.device,
         batch=inputs.batch,
         keep_cached=_keep_cached(inputs),
+        compiled=inputs.compiled,
     )
 
 

@@ -162,15 +162,22 @@ class MomentsAccumulator:
         return Moments.from_arrays(self._num_tokens, self._sums.arrays())
 
 
-def add_product(total_MN: Tensor, a_TM: Tensor, b_TN: Tensor, *, float64_products: bool) -> None:
-    """``total += a' b`` in place, in float64 or through float32 flushed every FLUSH_TOKENS rows."""
+def add_product(
+    total_MN: Tensor,
+    a_TM: Tensor,
+    b_TN: Tensor,
+    *,
+    float64_products: bool,
+    flush_tokens: int = FLUSH_TOKENS,
+) -> None:
+    """``total += a' b`` in place, in float64 or through float32 flushed every so many rows."""
     if float64_products:
         total_MN.addmm_(a_TM.double().T, b_TN.double())
     else:
         if a_TM.dtype != b_TN.dtype:  # exact products of two bf16 numbers need both to be bf16
             a_TM, b_TN = a_TM.float(), b_TN.float()
-        for first in range(0, len(a_TM), FLUSH_TOKENS):
-            rows = slice(first, first + FLUSH_TOKENS)
+        for first in range(0, len(a_TM), flush_tokens):
+            rows = slice(first, first + flush_tokens)
             total_MN.add_(float32_product(a_TM[rows].T, b_TN[rows]))
 
 

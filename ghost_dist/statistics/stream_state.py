@@ -6,9 +6,10 @@ Layout below the folder::
     arrays/<id>         Zarr arrays, one for each kept stream
 
 A thread writes while the next layers run. Streams that are asked for at the end (*rows*) are always
-written; the stream that the next layer enters is skipped while the one before is still being
-written, so that a slow disk never holds up the run: a resume then repeats the layers that ran
-during one write. Nothing counts before ``state.json`` names it.
+written; the stream that the next layer enters is skipped while one before is still being written,
+and for as long again, so that a slow disk never holds up the run. A resume repeats at most one
+layer where a layer takes twice as long as writing its streams, and otherwise those that ran in that
+time. Nothing counts before ``state.json`` names it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -82,6 +84,7 @@ class StreamState:
         self._parts = ThreadPoolExecutor(_PARTS, thread_name_prefix="stream-part")
         self._jobs: list[Future[None]] = []
         self._failure: BaseException | None = None
+        self._rested = 0.0
         found = self._read_manifest()
         if found is not None and set(windows) <= set(found["windows"]):
             self.windows = tuple(found["windows"])
@@ -134,7 +137,7 @@ class StreamState:
         """
         self._raise_errors()
         named = isinstance(snapshot, str)
-        if self._jobs and not named:
+        if not named and (self._jobs or time.monotonic() < self._rested):
             return False
         tensor = None if isinstance(snapshot, str) else snapshot()
         ready = None if tensor is None else _ready(tensor)
@@ -152,7 +155,10 @@ class StreamState:
             write_bytes(self._manifest, json_bytes(manifest))
             fsync_folder(self.folder)
             self._sweep(manifest)
+            now = time.monotonic()
+            self._rested = now + (now - began)
 
+        began = time.monotonic()
         self._submit(work)
         return True
 

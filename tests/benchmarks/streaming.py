@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device-memory", type=float, default=7e9)
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -78,6 +79,18 @@ def main():
     product_rate = measure_products(given, device, dtype)
     flops = layer_flops(given) * last
     rows = {}
+    if given.compile:  # the first time takes seconds
+        engine = StreamingEngine(
+            checkpoint,
+            architecture,
+            num_layers=2,
+            dtype=dtype,
+            device=device,
+            batch=given.batch,
+            compiled=True,
+        )
+        engine.sweep(tokens, range(given.batch), (2,), (), lambda _: None)
+        engine.close()
     for name in ("streams not saved", "streams saved at every layer"):
         drop_cache(checkpoint)
         if device.type == "cuda":
@@ -89,6 +102,7 @@ def main():
             dtype=dtype,
             device=device,
             batch=given.batch,
+            compiled=given.compile,
         )
         with contextlib.ExitStack() as stack:
             stack.callback(engine.close)

@@ -163,8 +163,9 @@ def sweep(source, architecture, state, die_after=None):
 
     def advance(count):
         layers.append(count)
-        if state is not None and state._jobs:
+        if state is not None:
             state.wait()  # the disk keeps up
+            state._rested = 0.0
         if die_after is not None and sum(layers) == die_after:
             raise Killed
 

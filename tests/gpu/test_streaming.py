@@ -1,0 +1,106 @@
+"""Layer streaming on a GPU: the same bits as the resident engine, wherever the streams live."""
+
+import numpy as np
+import pytest
+import torch
+from families import NUM_LAYERS, VOCAB, save_checkpoint
+from recording import Recorder
+
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.load import load_decoder
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.engines import streaming
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.errors import CheckpointError
+from ghost_dist.statistics.stream_state import StreamState
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda:0")
+TOKENS = np.random.default_rng(0).integers(3, VOCAB, (6, 32), dtype=np.int32)
+
+
+@pytest.fixture(params=["llama", "mixtral", "gemma2", "deepseek_v3"])
+def opened(request, tmp_path):
+    source = open_checkpoint(save_checkpoint(request.param, tmp_path / "model", torch.bfloat16))
+    architecture = inspect_architecture(source)
+    prove_streamed(source.path, CUDA)
+    return source, architecture
+
+
+def stream(opened, state=None, **options):
+    source, architecture = opened
+    engine = StreamingEngine(
+        source,
+        architecture,
+        num_layers=NUM_LAYERS,
+        dtype=torch.bfloat16,
+        device=CUDA,
+        batch=2,
+        **options,
+    )
+    mlp = tuple(sorted(architecture.down_projections))[:1]
+    recorder = Recorder((0, 3, NUM_LAYERS), mlp)
+    rows = engine.sweep(TOKENS, range(6), recorder.boundaries, mlp, lambda _: None, state)
+    rows.feed(range(6), recorder, CUDA)
+    engine.close()
+    return rows, recorder
+
+
+def resident(opened):
+    source, architecture = opened
+    decoder = load_decoder(
+        source.path, architecture, num_layers=NUM_LAYERS, dtype=torch.bfloat16, device=CUDA
+    )
+    mlp = tuple(sorted(architecture.down_projections))[:1]
+    recorder = Recorder((0, 3, NUM_LAYERS), mlp)
+    ResidentEngine(decoder, 2).run(TOKENS, range(6), recorder, lambda _: None)
+    return recorder
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_streams_and_rows_are_bitwise_the_resident_ones(opened, place, monkeypatch, tmp_path):
+    if place == "host":
+        monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
+    state = StreamState(tmp_path / "state", "same", range(6))
+    rows, got = stream(opened, state)
+    state.close()
+    kind = "cuda" if place == "device" else "cpu"
+    assert {tensor.device.type for tensor in rows.tensors.values()} == {kind}
+    expected = resident(opened)
+    assert all(torch.equal(got.streams[key], s) for key, s in expected.streams.items())
+    for key, parts in expected.mlp.items():
+        assert all(map(torch.equal, got.mlp[key], parts)), key
+    saved = StreamState(tmp_path / "state", "same", range(6)).load()
+    for name, tensor in rows.tensors.items():
+        assert torch.equal(saved.rows[name], tensor.cpu()), name
+
+
+def test_nan_in_a_weight_is_named_one_layer_late(opened):
+    from safetensors.torch import load_file, save_file
+
+    source, architecture = opened
+    name = next(n for n in source.tensors if "layers.3.self_attn.o_proj.weight" in n)
+    path = source.path / source.tensors[name].file
+    tensors = load_file(path)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.3.self_attn.o_proj.weight holds NaN"):
+        stream((open_checkpoint(source.path), architecture))
+
+
+def test_compiled_layers_differ_by_rounding_only(tmp_path):
+    source = open_checkpoint(save_checkpoint("llama", tmp_path / "model", torch.bfloat16))
+    architecture = inspect_architecture(source)
+    prove_streamed(source.path, CUDA)
+    opened = source, architecture
+    plain, compiled = resident(opened), stream(opened, compiled=True)[1]
+    for key, expected in plain.streams.items():
+        difference = (compiled.streams[key] - expected).float().norm() / expected.float().norm()
+        assert difference < 0.02, key
+    assert all(
+        torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05)
+        for key in plain.mlp
+        for a, b in zip(plain.mlp[key], compiled.mlp[key], strict=True)
+    )

@@ -1,0 +1,206 @@
+"""``engine.kind=streaming`` through the whole run: the same result as with the model in memory."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from ghost_dist.config import config_tree, load_config
+from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.pipeline import inputs as run_inputs
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
+
+KILLS = 8
+
+
+def operators(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
+
+
+def events(run, name):
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == name]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"operator__name": "ghost"},
+        {"operator__name": "auto", "operator__choose": "kl", "selection__spans": [[2, 4], [6, 8]]},
+        {"operator__name": "fold", "selection__spans": None, "selection__remove": 3},
+        {"operator__name": "none", "selection__spans": [[0, 2]]},
+        {"operator__name": "low-rank", "operator__rank": 8, "operator__affine": True},
+    ],
+    ids=lambda fields: fields["operator__name"],
+)
+def test_a_streamed_run_ends_as_a_resident_one(make_config, text_file, tmp_path, fields):
+    results = {}
+    for kind in ("resident", "streaming"):
+        config = make_config(
+            **{**fields, "operator__features": "stream"},
+            engine__kind=kind,
+            evaluation__corpora={"a": str(text_file), "b": str(text_file)},
+            evaluation__windows=3,
+            evaluation__window_length=32,
+            output__path=str(tmp_path / kind),
+        )
+        results[kind] = recover(config)
+    expected, got = results["resident"], results["streaming"]
+    assert operators(tmp_path / "streaming") == operators(tmp_path / "resident")
+    assert got["spans"] == expected["spans"]
+    assert got["chosen"] == expected["chosen"]
+    for corpus, of_variant in expected["perplexity"].items():
+        assert got["perplexity"][corpus] == pytest.approx(of_variant, rel=1e-5)
+    for old, new in zip(expected["candidates"], got["candidates"], strict=True):
+        if old.get("kl") is None:
+            assert new.get("kl") is None
+        else:
+            assert new["kl"] == pytest.approx(old["kl"], rel=1e-4)
+    assert got["reload_max_abs_difference"] < 1e-4
+    for name in ("config.json", "model.safetensors"):
+        folders = [tmp_path / kind / "checkpoint" for kind in results]
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+    assert not list((tmp_path / "streaming").glob("streams-*"))
+
+
+def test_every_stage_reads_the_layers_it_needs_once(make_config, tmp_path, model_folder):
+    from ghost_dist.checkpoint.reader import open_checkpoint
+
+    recover(
+        make_config(engine__kind="streaming", selection__spans=None, selection__remove=2),
+        again="calibrate",
+    )
+    read = {row["stage"]: row["bytes"] for row in events(tmp_path / "run", "layers-read")}
+    spans = recover(
+        make_config(engine__kind="streaming", selection__spans=None, selection__remove=2)
+    )["spans"]
+    tensors = open_checkpoint(model_folder).tensors
+
+    def below(stop):
+        return sum(
+            tensor.nbytes
+            for name, tensor in tensors.items()
+            if "embed" in name or any(f"layers.{layer}." in name for layer in range(stop))
+        )
+
+    assert read == {"select": below(8), "calibrate": below(spans[0][1])}
+
+
+def run_in_child(tree, log):
+    import torch
+
+    from ghost_dist.config import config_from_tree
+    from ghost_dist.pipeline.recover import recover
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    recover(config_from_tree(tree), again="solve")
+
+
+@pytest.mark.timeout(600)
+def test_killed_streamed_runs_end_in_bitwise_equal_operators(make_config, tmp_path):
+    """SIGKILL at random moments of sweeps and of sums."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ghost_dist.pipeline.recover"])
+
+    def start(run):
+        config = make_config(
+            engine__kind="streaming",
+            operator__name="ghost-joint",
+            output__path=str(tmp_path / run),
+            calibration__windows=64,
+            calibration__ranges=16,
+            selection__spans=[[5, 7]],
+        )
+        arguments = (config_tree(config), str(tmp_path / "log.txt"))
+        return context.Process(target=run_in_child, args=arguments)
+
+    for run in ("warm-up", "calm"):
+        began = time.monotonic()
+        process = start(run)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        duration_s = time.monotonic() - began
+    chance = random.Random(0)
+    kills = runs = 0
+    while kills < KILLS:
+        run, interrupted = f"disturbed-{runs}", True
+        runs += 1
+        while interrupted:
+            process = start(run)
+            process.start()
+            process.join(chance.uniform(0.2, 0.95) * duration_s)
+            interrupted = process.exitcode is None
+            if interrupted:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+            kills += interrupted
+        assert operators(tmp_path / run) == operators(tmp_path / "calm")
+        store = StatisticsStore.open(tmp_path / run / "statistics.zarr")
+        assert (store.damaged(), store.missing()) == ({}, ())
+        assert not list((tmp_path / run).glob("streams-*"))
+
+
+def test_a_damaged_state_is_told_and_the_stage_begins_again(make_config, tmp_path, monkeypatch):
+    from ghost_dist.engines.streaming import StreamingEngine
+
+    calm = make_config(engine__kind="streaming", output__path=str(tmp_path / "calm"))
+    recover(calm, again="solve")
+    run_layer = StreamingEngine._run_layer
+
+    def stopped(self, layer, *arguments):
+        if layer == 4:
+            raise KeyboardInterrupt
+        return run_layer(self, layer, *arguments)
+
+    monkeypatch.setattr(StreamingEngine, "_run_layer", stopped)
+    config = make_config(engine__kind="streaming")
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, again="solve")
+    monkeypatch.undo()
+    arrays = tmp_path / "run" / "streams-calibrate" / "arrays"
+    for chunk in (path for path in arrays.rglob("c/**/*") if path.is_file()):
+        chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    recover(config, again="solve")
+    warnings = (tmp_path / "run" / "events.jsonl").read_text()
+    assert operators(tmp_path / "run") == operators(tmp_path / "calm")
+    assert "The saved streams in" in warnings or not list(arrays.glob("*"))
+
+
+def test_streams_that_do_not_fit_on_the_disk_are_refused_before_work(make_config, monkeypatch):
+    usage = run_inputs.shutil.disk_usage
+
+    def small(path):
+        return usage(path)._replace(free=100_000)
+
+    monkeypatch.setattr(run_inputs.shutil, "disk_usage", small)
+    with pytest.raises(RunFolderError, match=r"saved streams 0.00|statistics"):
+        recover(make_config(engine__kind="streaming"), again="calibrate")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"engine.tensor_parallel": 2}, "kind=streaming runs whole layers on one device"),
+        ({"operator.heal": True}, "operator.heal=true runs the whole model again and again"),
+        ({"operator.refit": "sequential"}, "operator.refit=sequential runs the whole model"),
+        ({"refine.steps": 10}, "refine.steps=10 runs the whole model"),
+        ({"operator.features": "stream+norm"}, "operator.features=stream.norm with"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(fields, message):
+    given = {
+        "model.path": "m",
+        "selection.remove": 2,
+        "output.path": "r",
+        "engine.kind": "streaming",
+        **fields,
+    }
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, given)
