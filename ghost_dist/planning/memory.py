@@ -14,6 +14,7 @@ from ghost_dist.planning.choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
+from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
 
 PINNED_BYTES = 2 * READERS * BLOCK_BYTES
 """streaming: buffers that layers are read into, two a reader."""
@@ -99,6 +100,11 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     if stage == "select":
         weights = sizes.decoder_bytes(run.num_layers, degree)
         waiting = (_longest(run) + 1) * sizes.stream_bytes(batch_tokens)
+        if run.selection is not None and run.selection.stops_of:
+            # On a GPU rows of all starts wait until there are enough for one product.
+            starts = min(len(run.selection.stops_of), run.selection.starts_at_once)
+            rows = min(run.num_tokens, max(batch_tokens, PAIR_FLUSH_TOKENS))
+            waiting = (starts + _longest(run)) * sizes.stream_bytes(rows)
         return weights + activations + waiting + _selection_bytes(run) // degree
     if stage == "calibrate":
         weights = sizes.decoder_bytes(run.last_boundary, degree)

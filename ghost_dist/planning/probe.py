@@ -38,8 +38,14 @@ from ghost_dist.solver.least_squares import cholesky_factor, map_error
 from ghost_dist.solver.sizes import num_steps, step_flops
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Regressors, SampleKind, SpanCollector
-from ghost_dist.statistics.moments import Moments, add_product, has_full_rate_float64
-from ghost_dist.statistics.recoverability import PairCollector
+from ghost_dist.statistics.moments import (
+    FLUSH_TOKENS,
+    Moments,
+    add_product,
+    has_full_rate_float64,
+)
+from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
+from ghost_dist.statistics.recoverability import PairCollector, has_float64_pairs
 from ghost_dist.statistics.sizes import moments_bytes, moments_flops, num_regressors, pair_flops
 
 _LONGEST_S = 1.0
@@ -292,11 +298,22 @@ def _sums(spec: ProbeSpec) -> tuple[dict[str, float], dict[str, float]]:
     if spec.columns != 0:
         kinds["pairs"] = (width, 0)
     for kind, (regressors, inner) in kinds.items():
-        size, tokens = min(regressors, most), spec.window_length
+        size, tokens, float64, flush = (
+            min(regressors, most),
+            spec.window_length,
+            full_rate,
+            FLUSH_TOKENS,
+        )
+        if kind == "pairs":
+            float64 = has_float64_pairs(spec.device, spec.columns is not None)
+            flush = PAIR_FLUSH_TOKENS
+            tokens = tokens if float64 else flush
         dtype = torch.float32 if kind == "joint" else spec.dtype
         a_TM = torch.ones(tokens, size, dtype=dtype, device=spec.device)
         total_MN = torch.zeros(size, size, dtype=torch.float64, device=spec.device)
-        add = functools.partial(add_product, total_MN, a_TM, a_TM, float64_products=full_rate)
+        add = functools.partial(
+            add_product, total_MN, a_TM, a_TM, float64_products=float64, flush_tokens=flush
+        )
         seconds = timed(add, spec.device)
         products[kind] = 2 * tokens * size * size / seconds
         beside[kind] = _beside_products(spec, kind, inner, products[kind])
