@@ -60,40 +60,62 @@ def _root(
         raise typer.Exit
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|CONFIG.yaml",
+        help="Checkpoint folder, hub id, or a YAML file that holds the whole run.",
+    ),
+]
+Out = Annotated[str | None, typer.Option("--out", help="RUN folder.")]
+Remove = Annotated[
+    str | None, typer.Option("--remove", help="How much goes: 7 layers, 20%, or 4GB.")
+]
+Spans = Annotated[str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")]
+Operator = Annotated[
+    str | None, typer.Option("--operator", help="auto, ghost, ghost-joint, fold, ...")
+]
+
+
 @app.command()
 def recover(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|CONFIG.yaml",
-            help="Checkpoint folder, hub id, or a YAML file that holds the whole run.",
-        ),
-    ],
-    out: Annotated[str | None, typer.Option("--out", help="RUN folder.")] = None,
-    remove: Annotated[
-        str | None, typer.Option("--remove", help="How much goes: 7 layers, 20%, or 4GB.")
-    ] = None,
-    spans: Annotated[
-        str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")
-    ] = None,
-    operator: Annotated[
-        str | None, typer.Option("--operator", help="auto, ghost, ghost-joint, fold, ...")
-    ] = None,
+    model: Model,
+    out: Out = None,
+    remove: Remove = None,
+    spans: Spans = None,
+    operator: Operator = None,
     assignments: Set = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
-    from ghost_dist.config import load_config, parse_set
     from ghost_dist.report.terminal import print_result
 
-    is_file = model.endswith((".yaml", ".yml"))
-    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
-    given: dict[str, Any] = {"output.path": out, "selection.spans": spans}
-    given["selection.remove"] = int(remove) if remove and remove.isdigit() else remove
-    given["operator.name"] = operator
-    overrides.update({key: value for key, value in given.items() if value is not None})
-    overrides.update(parse_set(assignment) for assignment in assignments or ())
-    config = load_config(Path(model) if is_file else None, overrides)
+    config = _run_config(model, out, remove, spans, operator, assignments)
     print_result(_recover(config), Path(config.output.path))
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Out = None,
+    remove: Remove = None,
+    spans: Spans = None,
+    operator: Operator = None,
+    assignments: Set = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine again; else as remembered.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
+    from ghost_dist.pipeline.plan import plan_run
+    from ghost_dist.report.plan import print_plan
+
+    config = _run_config(model, out, remove, spans, operator, assignments)
+    tree = plan_run(config, measure_again=measure).tree()
+    if as_json:
+        Console(soft_wrap=True).print_json(data=tree)
+    else:
+        print_plan(tree)
 
 
 @app.command()
@@ -279,6 +301,27 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _run_config(
+    model: str,
+    out: str | None,
+    remove: str | None,
+    spans: str | None,
+    operator: str | None,
+    assignments: Sequence[str] | None,
+) -> Any:
+    """The configuration that the arguments of a run make."""
+    from ghost_dist.config import load_config, parse_set
+
+    is_file = model.endswith((".yaml", ".yml"))
+    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
+    given: dict[str, Any] = {"output.path": out, "selection.spans": spans}
+    given["selection.remove"] = int(remove) if remove and remove.isdigit() else remove
+    given["operator.name"] = operator
+    overrides.update({key: value for key, value in given.items() if value is not None})
+    overrides.update(parse_set(assignment) for assignment in assignments or ())
+    return load_config(Path(model) if is_file else None, overrides)
 
 
 def _recover(config: Any, *arguments: Any, **options: Any) -> dict[str, Any]:

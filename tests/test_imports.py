@@ -17,6 +17,7 @@ ROWS = [
     {"engines", "evaluation"},
     {"solver", "refine"},
     {"export", "report"},
+    {"planning"},
     {"pipeline"},
     {"assets"},
     {"cluster", "demo"},

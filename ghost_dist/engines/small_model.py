@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -16,6 +16,8 @@ from ghost_dist.checkpoint.load import quiet_loading
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span
+
+Used = TypeVar("Used")
 
 _LENGTH = 16
 _VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
@@ -48,6 +50,30 @@ def small_model(
     UnsupportedArchitectureError
         If none could be built.
     """
+
+    def saved(model: Any) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            with quiet_loading():
+                model.save_pretrained(folder)
+            inspect_architecture(open_checkpoint(Path(folder)))
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    return with_small_model(checkpoint, architecture, degree, saved)
+
+
+def with_small_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    degree: int,
+    use: Callable[[Any], Used],
+) -> Used:
+    """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If none could be built, or ``use`` failed on all.
+    """
     reasons = []
     for small_heads in (True, False):
         try:
@@ -56,11 +82,7 @@ def small_model(
             _draw_weights(model)
             with torch.inference_mode():
                 model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
-            with tempfile.TemporaryDirectory() as folder:
-                with quiet_loading():
-                    model.save_pretrained(folder)
-                inspect_architecture(open_checkpoint(Path(folder)))
-                return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+            return use(model)
         except Exception as error:  # a size that the family cannot have
             reasons.append(f"{type(error).__name__}: {error}")
     raise UnsupportedArchitectureError(

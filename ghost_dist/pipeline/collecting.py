@@ -15,10 +15,8 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Regressors, SampleKind
+from ghost_dist.statistics.collect import SampleKind
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
-
-_FLOAT64_BYTES = 8
 
 
 class Collect(Protocol):
@@ -144,12 +142,3 @@ def entries_of(samples: Sequence[tuple[Span, SampleKind]]) -> dict[str, str]:
         kind.key(span): "absolute" if kind.regressors == "absolute" else "moments"
         for span, kind in samples
     }
-
-
-def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
-    """Bytes of one span's sums of one kind."""
-    c = hidden_size
-    if regressors == "absolute":
-        return 4 * c * _FLOAT64_BYTES
-    z = {"stream": c, "stream+norm": 2 * c}.get(regressors, c + inner_size)
-    return (z * z + z * c + z + 2 * c + 1) * _FLOAT64_BYTES

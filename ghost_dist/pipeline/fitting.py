@@ -19,10 +19,12 @@ from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.config import RelativeRidge
+from ghost_dist.engines.memory import free_bytes
 from ghost_dist.errors import SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsStore
@@ -31,8 +33,6 @@ from ghost_dist.statistics.sums import Sums
 Fitted = tuple[Repair, Fit | None]
 Outcome = Fitted | SingularGramError | SingularOperatorError
 """A repair on the CPU and how well it fits, or why there is none."""
-
-_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,8 @@ class FitHere:
             return device
         parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
         nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
-        needed = nbytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, len(folds)))
-        free = torch.cuda.mem_get_info(device)[0]
-        return device if needed < free else torch.device("cpu")
+        needed = fit_bytes(nbytes, len(folds))
+        return device if needed < free_bytes(device) else torch.device("cpu")
 
 
 def in_reading_order(jobs: Sequence[FitJob]) -> list[int]:

@@ -114,26 +114,13 @@ def open_inputs(
     ConfigError
         If a field does not fit the model or the machine.
     """
-    model = config.model
-    path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
-    source = open_checkpoint(path)
-    architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
-    remove = None
-    if config.selection.spans is not None:
-        check_spans(config.selection.spans, architecture.num_layers)
-    else:
-        remove = _number_of_layers(config, source, architecture)
-        if config.selection.criterion != "block-influence":
-            Selector(config.selection, remove, architecture).candidates()
-    if config.engine.tensor_parallel > 1:
-        whole = truncated_config(source, architecture, architecture.num_layers)
-        check_degree(whole, config.engine.tensor_parallel)
+    source, architecture, remove = open_model(config)
     if worker_device is None:
-        device = workers = _device(config.engine.device)
+        device = workers = compute_device(config.engine.device)
     else:
         device, workers = _driver_device(source, reporter), worker_device()
-    num_ranges = _num_ranges(config)
-    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
+    num_ranges = count_ranges(config)
+    tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
         name: build_windows(
             corpus,
@@ -157,7 +144,7 @@ def open_inputs(
         model_fingerprint=model_fingerprint(source),
         device=device,
         worker_device=workers,
-        dtype=_dtype(config, source, workers),
+        dtype=compute_dtype(config, source, workers),
         batch=(
             auto_batch(workers, config.calibration.window_length)
             if config.engine.batch == "auto"
@@ -168,6 +155,38 @@ def open_inputs(
         refittable=_refittable(config, source, architecture, any_operator),
         evaluation=evaluation,
     )
+
+
+def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
+    """Headers and architecture of the model, checked against what is to be removed.
+
+    Returns
+    -------
+    source, architecture, remove
+        ``remove`` is the number of layers to remove, None where spans are given.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedArchitectureError
+        If the model cannot be used.
+    ConfigError
+        If a field does not fit the model.
+    """
+    model = config.model
+    path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
+    source = open_checkpoint(path)
+    architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
+    remove = None
+    if config.selection.spans is not None:
+        check_spans(config.selection.spans, architecture.num_layers)
+    else:
+        remove = _number_of_layers(config, source, architecture)
+        if config.selection.criterion != "block-influence":
+            Selector(config.selection, remove, architecture).candidates()
+    if config.engine.tensor_parallel > 1:
+        whole = truncated_config(source, architecture, architecture.num_layers)
+        check_degree(whole, config.engine.tensor_parallel)
+    return source, architecture, remove
 
 
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
@@ -203,6 +222,17 @@ def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
         for window in windows
         if fold_of_range(range_id, folds) == folds - 1
     ]
+
+
+def disk_needs(
+    missing_ranges: int, sums_bytes: int, num_spans: int, hidden_size: int, checkpoint_bytes: int
+) -> dict[str, int]:
+    """Bytes that calibration and what follows it write into the RUN folder, by what they are."""
+    return {
+        "statistics": missing_ranges * sums_bytes,
+        "operators": 2 * num_spans * hidden_size * hidden_size * 8,
+        "checkpoint": checkpoint_bytes,
+    }
 
 
 def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
@@ -292,7 +322,7 @@ def _refittable(
     return frozenset(refittable) if added else frozenset()
 
 
-def _device(name: str) -> torch.device:
+def compute_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
@@ -316,7 +346,7 @@ def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
 
     Two, because the exported checkpoint is compared with the recovered model.
     """
-    device = _device("auto")
+    device = compute_device("auto")
     if device.type == "cpu":
         return device
     free = torch.cuda.mem_get_info(device)[0]
@@ -330,7 +360,7 @@ def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
     return torch.device("cpu")
 
 
-def _dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:
+def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:
     """The compute dtype; auto is the checkpoint's own on a GPU and float32 on a CPU.
 
     CPUs without bf16 or fp16 matrix units compute in half precision many times slower, and the
@@ -342,7 +372,7 @@ def _dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dt
     return torch.float32 if device.type == "cpu" else source.dtype
 
 
-def _num_ranges(config: Config) -> int:
+def count_ranges(config: Config) -> int:
     calibration, folds = config.calibration, config.operator.folds
     ranges = calibration.ranges or min(2 * folds, calibration.windows)
     if ranges > calibration.windows:

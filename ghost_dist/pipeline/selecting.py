@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,10 @@ from ghost_dist.statistics.scores import (
     PaperCollector,
     ScoreSums,
 )
+from ghost_dist.statistics.sizes import pair_bytes
 from ghost_dist.statistics.store import StatisticsStore
-from ghost_dist.statistics.sums import ColumnBlock
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
-_FLOAT64_BYTES = 8
 _SHARE_OF_FREE_MEMORY = 0.7
 
 
@@ -64,7 +65,7 @@ class Selector:
     prefix: str = ""
 
     @property
-    def _columns(self) -> int | None:
+    def columns(self) -> int | None:
         """Columns of the projection; None: one length only, where the whole cross is affordable."""
         return PROJECTION_COLUMNS if self.config.max_spans > 1 else None
 
@@ -94,10 +95,17 @@ class Selector:
 
     def start_bytes(self) -> int:
         """Bytes of the sums of the start with the most stops."""
-        width = self.architecture.hidden_size
-        starts = [span.start for span in self.candidates()]
-        stops = max(starts.count(start) for start in set(starts))
-        return (width * width + width * stops * (self._columns or width)) * _FLOAT64_BYTES
+        most = max(self.stops_of().values())
+        return pair_bytes(self.architecture.hidden_size, most, self.columns)
+
+    def stops_of(self) -> dict[int, int]:
+        """Number of stops of every start."""
+        return dict(sorted(Counter(span.start for span in self.candidates()).items()))
+
+    def starts_at_once(self, free_bytes: int, block: ColumnBlock = WHOLE) -> int:
+        """Starts whose sums fit on a device with so much free memory: those of one pass."""
+        of_start = self.start_bytes() // block.count
+        return max(1, int(free_bytes * _SHARE_OF_FREE_MEMORY) // of_start)
 
     @property
     def last_boundary(self) -> int:
@@ -119,15 +127,14 @@ class Selector:
             case "block-influence":
                 return [lambda: BlockInfluenceCollector(num_layers, device)]
         starts = sorted({span.start for span in self.candidates()})
-        of_start = self.start_bytes() // block.count
-        at_once = max(1, int(free_bytes * _SHARE_OF_FREE_MEMORY) // of_start)
+        at_once = self.starts_at_once(free_bytes, block)
         groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]
         return [
             lambda group=frozenset(group): PairCollector(  # type: ignore[misc]
                 [span for span in self.candidates() if span.start in group],
                 self.architecture.hidden_size,
                 device,
-                self._columns,
+                self.columns,
                 block,
             )
             for group in groups
@@ -174,8 +181,8 @@ class Selector:
     ) -> dict[Span, HeldOut]:
         width = self.architecture.hidden_size
         projection_Cr = None
-        if self._columns is not None:
-            projection_Cr = projection(width, self._columns).to(device)
+        if self.columns is not None:
+            projection_Cr = projection(width, self.columns).to(device)
         stops_of: dict[int, list[int]] = {}
         for span in self.candidates():
             stops_of.setdefault(span.start, []).append(span.stop)

@@ -210,8 +210,7 @@ class Solver:
         if config.choose != "kl":
             rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
             return rows, [torch.tensor([r or 0.0 for r in row.get("residual", ())]) for row in rows]
-        per_fold = self._tokens.tokens.size // config.folds
-        judges = everything[-min(config.folds, math.ceil(HELD_OUT_TOKENS / per_fold)) :]
+        judges = everything[-num_judges(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
         of_fold = []
         for judge in judges:
@@ -441,6 +440,11 @@ def _fitted(outcome: Outcome) -> Fitted:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def num_judges(num_tokens: int, folds: int) -> int:
+    """Folds that candidates are judged on: as many as hold HELD_OUT_TOKENS, of all tokens."""
+    return min(folds, math.ceil(HELD_OUT_TOKENS / (num_tokens // folds)))
 
 
 def _at_boundary(

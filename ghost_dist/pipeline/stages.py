@@ -40,7 +40,6 @@ from ghost_dist.pipeline.collecting import (
     CollectHere,
     entries_of,
     mend,
-    moments_bytes,
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
@@ -48,6 +47,7 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     check_disk_space,
+    disk_needs,
     held_out_windows,
     open_causal_lm,
 )
@@ -63,6 +63,7 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span, check_spans
+from ghost_dist.statistics.sizes import moments_bytes
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
@@ -220,14 +221,15 @@ class Stages:
                 )
                 for span, kind in samples
             ]
-            width = architecture.hidden_size
             check_disk_space(
                 self._run.path,
-                {
-                    "statistics": len(missing) * sum(sizes),
-                    "operators": 2 * len(spans) * width * width * 8,
-                    "checkpoint": inputs.source.nbytes,
-                },
+                disk_needs(
+                    len(missing),
+                    sum(sizes),
+                    len(spans),
+                    architecture.hidden_size,
+                    inputs.source.nbytes,
+                ),
             )
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics

@@ -1,0 +1,188 @@
+"""Which engine runs a model: a pure function of what each needs and of what the device has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ghost_dist.errors import ConfigError
+
+SHARE_OF_FREE_MEMORY = 0.85
+"""What a plan may fill of the memory that is free: allocators and libraries need some too."""
+
+EngineKind = Literal["resident", "tensor_parallel", "streaming"]
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Peak bytes on one device, by stage, for each engine.
+
+    Attributes
+    ----------
+    resident
+        The whole truncated model, activations and sums.
+    tensor_parallel
+        The same of one rank, for each degree that the model's heads allow.
+    degree
+        The degree that is configured; a key of ``tensor_parallel``.
+    streaming
+        Two layers (one computed, one being read), activations and sums.
+    streaming_one_layer
+        The same with one layer, which is read and then computed.
+    largest_layer
+        Bytes of the largest layer alone, for the message.
+    """
+
+    resident: Mapping[str, int]
+    tensor_parallel: Mapping[int, Mapping[str, int]]
+    degree: int
+    streaming: Mapping[str, int]
+    streaming_one_layer: Mapping[str, int]
+    largest_layer: int
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """What runs, and why.
+
+    Attributes
+    ----------
+    kind
+        The engine.
+    reason
+        With the bytes that decided.
+    device_bytes
+        Peak bytes on one device, by stage.
+    prefetch
+        streaming: whether the next layer is read while one is computed.
+    """
+
+    kind: EngineKind
+    reason: str
+    device_bytes: Mapping[str, int]
+    prefetch: bool = True
+
+
+def choose_engine(
+    kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
+    *,
+    on_cluster: bool,
+    needs: DeviceNeeds,
+    free_bytes: int,
+    where: str,
+) -> EngineChoice:
+    """The engine of a run: the configured one if it fits, with ``auto`` the first that fits.
+
+    ``auto``: resident if everything fits into 85 % of the free device memory (on a cluster, only
+    where ranks do not share the layers by configuration); else tensor_parallel as configured on a
+    cluster; else streaming.
+
+    Parameters
+    ----------
+    kind
+        ``engine.kind``.
+    on_cluster
+        Whether Ray runs the windows.
+    needs
+        Of the run.
+    free_bytes
+        Of one device.
+    where
+        Name of the device, for messages.
+
+    Raises
+    ------
+    ConfigError
+        If nothing allowed fits; says what is needed, what is free and what would fit.
+    """
+    room = int(free_bytes * SHARE_OF_FREE_MEMORY)
+    has = f"{where} has {_gb(free_bytes)} free, of which {SHARE_OF_FREE_MEMORY:.0%} may be filled"
+    shared = needs.tensor_parallel[needs.degree]
+    if kind == "resident" or (kind == "auto" and not (on_cluster and needs.degree > 1)):
+        stage, peak = _peak(needs.resident)
+        if peak <= room:
+            return EngineChoice(
+                "resident",
+                f"the whole model fits on one device: at most {_gb(peak)} are needed ({stage}), "
+                f"and {has}",
+                needs.resident,
+            )
+        if kind == "resident":
+            raise ConfigError(
+                f"engine.kind=resident needs {_gb(peak)} on one device ({stage}), but {has}. "
+                + _what_would_fit(needs, room)
+            )
+    if kind == "tensor_parallel" or (kind == "auto" and on_cluster):
+        stage, peak = _peak(shared)
+        if peak <= room:
+            return EngineChoice(
+                "tensor_parallel",
+                f"{needs.degree} ranks share every layer: at most {_gb(peak)} are needed on each "
+                f"({stage}), and {has}",
+                shared,
+            )
+        raise ConfigError(
+            f"engine.tensor_parallel={needs.degree} needs {_gb(peak)} on each rank ({stage}), but "
+            f"{has}. " + _what_would_fit(needs, room)
+        )
+    stage, peak = _peak(needs.streaming)
+    whole = _gb(_peak(needs.resident)[1])
+    why = f"the whole model would need {whole}" if kind == "auto" else "as configured"
+    if peak <= room:
+        return EngineChoice(
+            "streaming",
+            f"{why}; two layers at a time need {_gb(peak)} ({stage}), and {has}",
+            needs.streaming,
+        )
+    stage, peak = _peak(needs.streaming_one_layer)
+    if peak <= room:
+        return EngineChoice(
+            "streaming",
+            f"{why}; one layer at a time, without prefetch, needs {_gb(peak)} ({stage}), and {has}",
+            needs.streaming_one_layer,
+            prefetch=False,
+        )
+    raise ConfigError(
+        f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
+        f"{_gb(peak)} ({stage}; the largest layer alone is {_gb(needs.largest_layer)}), but {has}. "
+        + _what_would_fit(needs, room)
+    )
+
+
+def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
+    """Advice with numbers."""
+    fitting = []
+    if _peak(needs.streaming)[1] <= room:
+        fitting.append(f"engine.kind=streaming needs {_gb(_peak(needs.streaming)[1])}")
+    elif _peak(needs.streaming_one_layer)[1] <= room:
+        fitting.append(
+            f"engine.kind=streaming without prefetch needs "
+            f"{_gb(_peak(needs.streaming_one_layer)[1])}"
+        )
+    degrees = [n for n, of_rank in needs.tensor_parallel.items() if _peak(of_rank)[1] <= room]
+    if degrees:
+        least = min(degrees)
+        peak = _gb(_peak(needs.tensor_parallel[least])[1])
+        fitting.append(f"engine.tensor_parallel={least} needs {peak} on each of {least} devices")
+    if fitting:
+        return "What would fit: " + "; ".join(fitting) + "."
+    least = min(
+        _peak(needs.streaming_one_layer)[1],
+        *(_peak(of_rank)[1] for of_rank in needs.tensor_parallel.values()),
+    )
+    return (
+        f"Nothing would fit there: a device with {_gb(int(least / SHARE_OF_FREE_MEMORY))} free is "
+        "the least. Fewer bytes are needed with a smaller engine.batch or "
+        "calibration.window_length, or smaller sums (operator.name=ghost with "
+        "operator.features=stream)."
+    )
+
+
+def _peak(by_stage: Mapping[str, int]) -> tuple[str, int]:
+    stage = max(by_stage, key=lambda name: by_stage[name])
+    return stage, by_stage[stage]
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

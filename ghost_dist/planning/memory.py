@@ -1,0 +1,163 @@
+"""Peak bytes of every stage on the device, in host memory and on the disk, for each engine.
+
+Device: weights, activations of one batch, streams that wait for their partner, sums, temporaries
+of products, logits of a piece. Host: what waits there. These are the tensors that the code holds
+at the same time; allocators and libraries come on top, which the 15 % that a plan leaves are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
+from ghost_dist.planning.choice import DeviceNeeds
+from ghost_dist.planning.run_shape import RunShape
+from ghost_dist.solver.sizes import fit_bytes
+from ghost_dist.statistics.moments import BLOCK_COLUMNS
+from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
+
+PINNED_BYTES = 2 * READERS * BLOCK_BYTES
+"""streaming: buffers that layers are read into, two a reader."""
+_PREFETCHED_BATCHES = 2
+_LOGITS_BYTES = (1 << 25) * 16  # a piece of logits in the model's dtype and three in float32
+_FLOAT64_BYTES = 8
+_FEW_BYTES = 64 << 20  # scores of other criteria, masks, positions
+
+
+def device_needs(
+    run: RunShape, *, on_cluster: bool, degrees: Sequence[int], degree: int
+) -> DeviceNeeds:
+    """Peak bytes on one device by stage; on a cluster, of what the ranks do."""
+    stages = ("select", "calibrate", "solve", "export", "evaluate")
+    wanted = [name for name in stages if name in ("select", "calibrate") or not on_cluster]
+    if run.selection is None:
+        wanted.remove("select")
+    if not run.evaluation_tokens and "evaluate" in wanted:
+        wanted.remove("evaluate")
+    resident = {name: _resident(run, name) for name in wanted}
+    return DeviceNeeds(
+        resident=resident,
+        tensor_parallel={
+            n: {name: _resident(run, name, n) for name in ("select", "calibrate") if name in wanted}
+            for n in sorted({*degrees, degree})
+        },
+        degree=degree,
+        streaming={name: _streaming(run, name, 2) for name in wanted},
+        streaming_one_layer={name: _streaming(run, name, 1) for name in wanted},
+        largest_layer=run.sizes.largest_layer_bytes,
+    )
+
+
+def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
+    """What waits in host memory, beside the mapped files; on a CPU it adds to the device's.
+
+    ``copies`` of the sums of a range are there while it is written: none where the sums are in host
+    memory already, one from a GPU, two on a rank that writes one range and computes the next.
+    """
+    sizes, tokens = run.sizes, run.num_tokens
+    sums = {"select": _selection_bytes(run), "calibrate": run.samples_bytes}.get(stage, 0)
+    total = copies * sums
+    if stage == "solve":
+        largest = max((sample.nbytes for sample in run.samples), default=0)
+        total += fit_bytes(run.folds * largest, run.folds)
+        if run.boundary or run.refits or run.heal:
+            total += 3 * sizes.stream_bytes(tokens)  # dense, recovered, targets
+    if engine == "streaming":
+        total += PINNED_BYTES
+    return total
+
+
+def streams_bytes(run: RunShape, stage: str) -> int:
+    """streaming: streams between two layers, and rows that are kept until the sums are taken."""
+    sizes = run.sizes
+    streams = sizes.stream_bytes(run.num_tokens)
+    if stage == "calibrate":
+        boundaries = {b for span in run.spans for b in (span.start, span.stop)}
+        inner = {
+            sample.span.start - 1: run.inner_sizes[sample.span.start - 1]
+            for sample in run.samples
+            if sample.kind == "joint"
+        }
+        rows = len(boundaries) * sizes.hidden_size
+        rows += sum(size + sizes.hidden_size for size in inner.values())
+        return streams + run.num_tokens * rows * sizes.itemsize
+    if stage == "select":
+        # Boundaries from a start to its stop wait; one more is being made.
+        assert run.selection is not None
+        longest = max([1, *(span.stop - span.start for span in run.spans)])
+        return streams + (longest + 1) * sizes.stream_bytes(run.num_tokens)
+    if stage == "solve" and run.by_kl:
+        judged = run.num_tokens * run.judges // run.folds
+        return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
+    if stage == "evaluate":
+        return 3 * sizes.stream_bytes(max(run.evaluation_tokens.values(), default=0))
+    return streams
+
+
+def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
+    sizes, batch_tokens = run.sizes, run.batch * run.window_length
+    activations = sizes.activation_bytes(batch_tokens)
+    if stage == "select":
+        weights = sizes.decoder_bytes(run.num_layers, degree)
+        waiting = (_longest(run) + 1) * sizes.stream_bytes(batch_tokens)
+        if run.selection is not None and run.selection.stops_of:
+            # On a GPU rows of all starts wait until there are enough for one product.
+            starts = min(len(run.selection.stops_of), run.selection.starts_at_once)
+            rows = min(run.num_tokens, max(batch_tokens, PAIR_FLUSH_TOKENS))
+            waiting = (starts + _longest(run)) * sizes.stream_bytes(rows)
+        return weights + activations + waiting + _selection_bytes(run) // degree
+    if stage == "calibrate":
+        weights = sizes.decoder_bytes(run.last_boundary, degree)
+        waiting = len(run.spans) * sizes.stream_bytes(batch_tokens) + sum(
+            batch_tokens
+            * (4 * sizes.hidden_size + run.inner_sizes[s.span.start - 1] * sizes.itemsize)
+            for s in run.samples
+            if s.kind == "joint"
+        )
+        sums = run.samples_bytes // degree
+        return weights + activations + waiting + sums + _product_bytes(run)
+    if stage == "solve":
+        if not run.runs_whole_model:
+            return _FEW_BYTES  # a fit goes to the CPU where the device has no room for it
+        candidates = run.shifts + run.fine_shifts
+        streams = candidates * sizes.stream_bytes(batch_tokens)
+        return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
+    if stage == "export":
+        # The recovered model here, and the exported one in a process of its own.
+        return max(sizes.causal_lm_bytes, 2 * run.kept_loaded_bytes) + activations
+    return sizes.causal_lm_bytes + activations + _LOGITS_BYTES
+
+
+def _streaming(run: RunShape, stage: str, layers: int) -> int:
+    sizes = run.sizes
+    weights = layers * sizes.largest_layer_bytes
+    activations = _PREFETCHED_BATCHES * sizes.activation_bytes(run.batch * run.window_length)
+    embeddings = sizes.below_bytes + activations  # the first step, before any layer is there
+    sums = {
+        "select": _selection_bytes(run),
+        "calibrate": run.samples_bytes + _product_bytes(run),
+    }.get(stage, 0)
+    head = 0
+    if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
+        head = (sizes.above_bytes or sizes.below_bytes) + _LOGITS_BYTES
+    # Sums are taken range by range at the end of a sweep, the head runs behind the last layer.
+    return max(embeddings, weights + activations, sums, head + activations)
+
+
+def _selection_bytes(run: RunShape) -> int:
+    if run.selection is None or not run.selection.stops_of:
+        return _FEW_BYTES
+    starts = min(len(run.selection.stops_of), run.selection.starts_at_once)
+    return starts * run.selection.start_bytes
+
+
+def _longest(run: RunShape) -> int:
+    return max(span.stop - span.start for span in run.spans)
+
+
+def _product_bytes(run: RunShape) -> int:
+    """Temporaries of one product of sums: wide copies of a block of rows, and the product."""
+    largest = max((sample.size for sample in run.samples), default=0)
+    columns = min(BLOCK_COLUMNS, largest)
+    rows = run.window_length * (largest + 2 * columns + run.sizes.hidden_size)
+    return (rows + columns * columns) * _FLOAT64_BYTES

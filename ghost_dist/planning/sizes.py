@@ -1,0 +1,286 @@
+"""Bytes and FLOPs of a model and its layers, from the headers and a model on the meta device.
+
+FLOPs are those of matrix products, 2 for a multiplication and an addition: twice the parameters
+that a token meets, of experts only the routed and the shared ones, and for attention
+``2 heads (d_qk + d_v)`` per token and key, all T keys of the window. Fused kernels skip about half
+of the keys where attention is causal without a window; that is not taken off, because it is not so
+on every device. Left out: embeddings, norms, activations, the scans of state-space layers.
+
+Legend: C hidden width, F inner width of an MLP, V entries of the vocabulary, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ghost_dist.checkpoint.architecture import Architecture, layer_sizes
+from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.twin import empty_model
+
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
+_GATES = ("gate", "router", "shared_expert_gate")
+_STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
+_STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer.
+
+    Attributes
+    ----------
+    stored_bytes
+        In the checkpoint's files.
+    loaded_bytes
+        In memory, in the compute dtype.
+    sharded_bytes
+        The part of ``loaded_bytes`` that tensor-parallel ranks share; the rest each rank has.
+    matmul_flops
+        Per token.
+    attention_flops
+        Per token and key.
+    widest
+        Numbers per token of the widest activation inside.
+    kind
+        Equal for layers that cost the same.
+    """
+
+    stored_bytes: int
+    loaded_bytes: int
+    sharded_bytes: int
+    matmul_flops: int
+    attention_flops: int
+    widest: int
+    kind: str
+
+    def flops(self, window_length: int) -> int:
+        """Per token, in a window of so many tokens."""
+        return self.matmul_flops + self.attention_flops * window_length
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A whole causal LM.
+
+    Attributes
+    ----------
+    layers
+        In order.
+    hidden_size, vocab_size
+        C and V.
+    itemsize
+        Bytes of a number of the compute dtype.
+    stored_bytes
+        Of the whole checkpoint.
+    below_bytes, below_stored_bytes
+        Embeddings and whatever else comes before the layers, in memory and in the files.
+    above_bytes, above_stored_bytes
+        Final norm and head; 0 for a head that is the embeddings.
+    """
+
+    layers: tuple[LayerSizes, ...]
+    hidden_size: int
+    vocab_size: int
+    itemsize: int
+    stored_bytes: int
+    below_bytes: int
+    below_stored_bytes: int
+    above_bytes: int
+    above_stored_bytes: int
+
+    @property
+    def head_flops(self) -> int:
+        """Per token."""
+        return 2 * self.hidden_size * self.vocab_size
+
+    @property
+    def causal_lm_bytes(self) -> int:
+        """The whole model in memory."""
+        return self.decoder_bytes(len(self.layers)) + self.above_bytes
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """In memory."""
+        return max(layer.loaded_bytes for layer in self.layers)
+
+    def decoder_bytes(self, num_layers: int, tensor_parallel: int = 1) -> int:
+        """Embeddings and the first layers in memory, of one rank."""
+        layers = self.layers[:num_layers]
+        shared = sum(layer.sharded_bytes for layer in layers)
+        whole = sum(layer.loaded_bytes - layer.sharded_bytes for layer in layers)
+        return self.below_bytes + whole + -(-shared // tensor_parallel)
+
+    def decoder_stored_bytes(self, num_layers: int) -> int:
+        """The same in the files."""
+        return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
+
+    def flops(self, first: int, last: int, window_length: int) -> int:
+        """Per token, of layers ``first .. last - 1``."""
+        return sum(layer.flops(window_length) for layer in self.layers[first:last])
+
+    def activation_bytes(self, tokens: int, last: int | None = None) -> int:
+        """What a forward of so many tokens holds at once, beside weights and streams kept."""
+        widest = max(layer.widest for layer in self.layers[:last])
+        numbers = max(_STREAMS_OF_A_LAYER * self.hidden_size, _STREAMS_OF_AN_MLP * widest)
+        return tokens * numbers * self.itemsize
+
+    def stream_bytes(self, tokens: int) -> int:
+        """Streams of so many tokens at one boundary."""
+        return tokens * self.hidden_size * self.itemsize
+
+
+def model_sizes(
+    checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype
+) -> ModelSizes:
+    """Sizes of a model in a compute dtype; no tensor is read."""
+    config_class = getattr(transformers, architecture.config_class)
+    config = read_config(config_class, checkpoint.config)
+    model = empty_model(getattr(transformers, architecture.causal_lm_class), config)
+    itemsize = dtype.itemsize
+    wide = _kept_in_float32(model, dtype)
+    loaded: dict[int, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = tensor.dtype.itemsize if not tensor.is_floating_point() else itemsize
+        loaded[id(tensor)] = tensor.numel() * (4 if name in wide else own)
+    _, stored = layer_sizes(checkpoint, architecture)
+    listed = model.get_submodule(architecture.layers)
+    layers = tuple(
+        _layer(layer, config, stored[number], loaded, _named_kind(architecture, number))
+        for number, layer in enumerate(listed)
+    )
+    in_layers = sum(layer.loaded_bytes for layer in layers)
+    above = {
+        id(tensor)
+        for path in (architecture.final_norm, architecture.head)
+        for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()
+    } - {id(t) for t in model.get_submodule(architecture.embeddings).parameters()}
+    above_bytes = sum(loaded[tensor] for tensor in above)
+    norm = architecture.in_files(architecture.final_norm) + "."
+    inner = (architecture.base_prefix + ".", architecture.in_files(architecture.embeddings) + ".")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    head = (architecture.vocab_size, architecture.hidden_size)
+    above_stored = sum(
+        tensor.nbytes
+        for tensor in checkpoint.tensors.values()
+        if tensor.name.startswith(norm)
+        # Families call their head otherwise in the files, but never put it inside the base model.
+        or (not tied and tensor.shape == head and not tensor.name.startswith(inner))
+    )
+    # Layers beyond num_layers predict further tokens (MTP): they are in the files, but never read.
+    outside = checkpoint.nbytes - sum(stored) - above_stored - _beyond(checkpoint, architecture)
+    return ModelSizes(
+        layers=layers,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        itemsize=itemsize,
+        stored_bytes=checkpoint.nbytes,
+        below_bytes=sum(loaded.values()) - in_layers - above_bytes,
+        below_stored_bytes=outside,
+        above_bytes=above_bytes,
+        above_stored_bytes=above_stored,
+    )
+
+
+def _layer(
+    layer: nn.Module, config: Any, stored_bytes: int, loaded: Mapping[int, int], named: str
+) -> LayerSizes:
+    matmul, attention, widest, sharded = 0, 0, 0, 0
+    for path, module in layer.named_modules():
+        weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        attention += _attention_flops(module, config)
+        if any(weight.ndim == 3 for weight in weights) and not isinstance(module, nn.Conv1d):
+            experts = [weight for weight in weights if weight.ndim == 3]  # biases are 2-dimensional
+            used = min(len(experts[0]), _experts_per_token(config) or len(experts[0]))
+            matmul += sum(2 * used * weight[0].numel() for weight in experts)
+            widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
+            sharded += sum(loaded[id(parameter)] for parameter in experts)
+            continue
+        matmul += sum(2 * weight.numel() for weight in weights)
+        widest = max([widest, *(size for w in weights if w.ndim == 2 for size in w.shape)])
+        if _is_shared_by_ranks(layer, path, module):
+            sharded += sum(loaded[id(weight)] for weight in weights)
+    loaded_bytes = sum(loaded[id(t)] for t in layer.state_dict(keep_vars=True).values())
+    return LayerSizes(
+        stored_bytes=stored_bytes,
+        loaded_bytes=loaded_bytes,
+        sharded_bytes=sharded,
+        matmul_flops=matmul,
+        attention_flops=attention,
+        widest=widest,
+        kind=f"{matmul} {attention} {loaded_bytes} {named}",
+    )
+
+
+def _attention_flops(module: nn.Module, config: Any) -> int:
+    """Per token and key, of a module that is an attention; else 0."""
+    name = type(module).__name__
+    width = next(
+        (
+            getattr(module, field)
+            for field in ("qk_head_dim", "head_dim", "head_size")
+            if isinstance(getattr(module, field, None), int)
+        ),
+        None,
+    )
+    if not name.endswith("Attention") or width is None:
+        return 0
+    values = getattr(module, "v_head_dim", width)
+    return 2 * int(config.num_attention_heads) * (int(width) + int(values))
+
+
+def _experts_per_token(config: Any) -> int | None:
+    """Routed experts that a token uses; None if the configuration has no name for it we know."""
+    for name in _EXPERTS_PER_TOKEN:
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    return None
+
+
+def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether tensor-parallel ranks share the weight: linear modules, but gates and mixers."""
+    if not isinstance(module, nn.Linear) or path.rpartition(".")[2] in _GATES:
+        return False
+    top = layer.get_submodule(path.partition(".")[0])
+    return not any(isinstance(inner, nn.Conv1d) for inner in top.modules())
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Tensors that the family keeps in float32 whatever the compute dtype."""
+    plan = model._get_dtype_plan(dtype)
+    return frozenset(
+        name
+        for name in model.state_dict()
+        for pattern in plan
+        if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name)
+    )
+
+
+def _named_kind(architecture: Architecture, layer: int) -> str:
+    """What the configuration calls the layer, such as ``sliding_attention``."""
+    return " ".join(str(values[layer]) for values in architecture.fields.lists.values())
+
+
+def _beyond(checkpoint: Checkpoint, architecture: Architecture) -> int:
+    """Bytes of layers behind the last one (further-token prediction), which nobody loads."""
+    pattern = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.")
+    return sum(
+        tensor.nbytes
+        for tensor in checkpoint.tensors.values()
+        if tensor.name.startswith(("mtp.", "model.mtp."))
+        or ((m := pattern.match(tensor.name)) and int(m[1]) >= architecture.num_layers)
+    )

@@ -1,0 +1,261 @@
+"""What each stage of a run does, as :class:`Work`: the counts that ``pipeline/`` follows.
+
+Reading: a resident engine loads the model anew in each stage that runs it, from the page cache if
+the checkpoint stays there; a streaming one sweeps over the layers once a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghost_dist.planning.choice import EngineKind
+from ghost_dist.planning.run_shape import RunShape
+from ghost_dist.planning.work import FitWork, Work, merged
+from ghost_dist.solver.sizes import num_steps, step_flops
+from ghost_dist.spans import Span
+from ghost_dist.statistics.sizes import moments_flops, pair_flops
+
+VERIFIED_TOKENS = 512
+"""Tokens whose logits an export compares."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Of the host's page cache.
+
+    Attributes
+    ----------
+    share
+        Of the checkpoint that is in it before the run.
+    keeps
+        Whether the checkpoint stays in it once it was read.
+    """
+
+    share: float
+    keeps: bool
+
+
+def work_of_stages(
+    run: RunShape, engine: EngineKind, cache: Cache, tokens_s: float
+) -> dict[str, Work]:
+    """Work by stage, in order; stages that a run does not have are left out."""
+    works = {"tokens": Work(other_s=tokens_s)}
+    if run.selection is not None:
+        works["select"] = _select(run, engine)
+    works["calibrate"] = _calibrate(run, engine)
+    works["solve"] = _solve(run, engine)
+    works["export"] = _export(run)
+    if run.evaluation_tokens:
+        works["evaluate"] = _evaluate(run, engine)
+    share = cache.share
+    for work in works.values():
+        work.window_length, work.head_flops = run.window_length, run.sizes.head_flops
+        if engine != "streaming":  # which reads past the cache
+            work.cached_bytes = int(work.read_bytes * share)
+        if work.read_bytes and cache.keeps and engine != "streaming":
+            share = 1.0
+    return works
+
+
+def _select(run: RunShape, engine: EngineKind) -> Work:
+    selection = run.selection
+    assert selection is not None
+    work = Work()
+    _read_decoder(work, run, run.num_layers, engine)
+    _forward(work, run, range(run.num_layers), run.num_tokens * selection.passes)
+    if not selection.stops_of:
+        return work
+    c = run.sizes.hidden_size
+    flops = sum(pair_flops(c, stops, selection.columns) for stops in selection.stops_of.values())
+    pairs = sum(selection.stops_of.values())
+    merged(work.sums, "pairs", run.num_tokens * pairs, run.num_tokens * flops)
+    # One range a fold; read back by fold and start.
+    nbytes = run.folds * len(selection.stops_of) * selection.start_bytes
+    work.commits, work.commit_bytes, work.store_read_bytes = run.folds, nbytes, nbytes
+    columns = selection.columns or c
+    for stops in selection.stops_of.values():
+        flops_of_step = step_flops(c, stops * columns)
+        steps = num_steps(run.ridges, run.folds) - 1  # nothing is fitted in the end
+        equal = max(1, round(steps * flops_of_step / step_flops(c, c)))
+        work.fits.append(FitWork("stream", c, equal, 0, step_flops(c, c)))
+    return work
+
+
+def _calibrate(run: RunShape, engine: EngineKind) -> Work:
+    work = Work()
+    if not run.samples:
+        return work
+    _read_decoder(work, run, run.last_boundary, engine)
+    _forward(work, run, range(run.last_boundary), run.num_tokens)
+    _sums(work, run, [(s.kind, s.size) for s in run.samples])
+    work.commits, work.commit_bytes = run.num_ranges, run.num_ranges * run.samples_bytes
+    return work
+
+
+def _solve(run: RunShape, engine: EngineKind) -> Work:
+    work = Work()
+    if not run.searches:
+        return work
+    if run.runs_whole_model:
+        _read_whole(work, run, engine)
+    work.store_read_bytes = run.num_ranges * run.samples_bytes
+    candidates = 0
+    for span in run.spans:
+        searches = [search for search in run.searches if search.span == span]
+        # Every candidate repairs all spans, so those of one span are all.
+        candidates = run.shifts * sum(search.candidates for search in searches)
+        for search in searches if candidates > 1 else ():
+            _tried(work, run, search.kind, search.size, search.candidates, run.shifts)
+        dearest = max(searches, key=lambda search: search.size)
+        _decided(work, run, dearest.kind, dearest.size, run.shifts, run.fine_shifts)
+    if run.by_kl and candidates > 1:
+        _compare(work, run, candidates, run.fine_shifts)
+    if run.boundary:
+        _boundary(work, run)
+    if run.refits or run.heal:
+        _walk(work, run, run.spans, heal=run.heal)
+    return work
+
+
+def _boundary(work: Work, run: RunShape) -> None:
+    """A walk for the sums of [x, rmsnorm(x)] behind each joint fit, and the search among them."""
+    c = run.sizes.hidden_size
+    joint = [search.span for search in run.searches if search.kind == "joint"]
+    _walk(work, run, joint, heal=False)
+    _sums(work, run, [("stream+norm", 2 * c)] * len(joint))
+    for _ in joint:
+        _tried(work, run, "stream+norm", 2 * c, 1, run.boundary_shifts)
+        if run.boundary_plain:
+            _tried(work, run, "stream", c, 1, 1)
+        _decided(work, run, "stream+norm", 2 * c, run.boundary_shifts, run.fine_shifts)
+    if run.by_kl:
+        _compare(work, run, run.boundary_shifts + run.boundary_plain, run.fine_shifts)
+
+
+def _export(run: RunShape) -> Work:
+    """Bytes copied, then logits of the recovered model here and of the exported one elsewhere."""
+    work = Work(
+        read_bytes=run.sizes.stored_bytes,
+        load_bytes=run.sizes.stored_bytes + run.kept_stored_bytes,
+        load_tensors=2 * run.num_tensors,
+        written_bytes=run.kept_stored_bytes,
+        processes=1,
+        forwards=4,
+        head_tokens=2 * VERIFIED_TOKENS,
+    )
+    kept = [layer for layer in range(run.num_layers) if layer not in run.removed]
+    work.layers = [(run.sizes.layers[layer], 2 * VERIFIED_TOKENS) for layer in kept]
+    return work
+
+
+def _evaluate(run: RunShape, engine: EngineKind) -> Work:
+    """The dense, the pruned and the recovered model on every corpus."""
+    work = Work()
+    _read_whole(work, run, engine)
+    tokens = sum(run.evaluation_tokens.values())
+    kept = [layer for layer in range(run.num_layers) if layer not in run.removed]
+    for layers in (range(run.num_layers), kept, kept):
+        _forward(work, run, layers, tokens)
+    work.head_tokens = work.loss_tokens = 3 * tokens
+    return work
+
+
+def _tried(work: Work, run: RunShape, kind: str, size: int, candidates: int, shifts: int) -> None:
+    """Fits of a search on each judge: the whole grid for the ridge of least residual, once more
+    for the candidate that has it, one ridge for each of the others.
+    """
+    judges, folds = _judging(run)
+    grids = candidates * (2 if shifts > 1 else 1)
+    _fit(work, run, kind, size, run.ridges, folds, judges * grids)
+    _fit(work, run, kind, size, 1, folds, judges * candidates * (shifts - 1))
+
+
+def _decided(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine: int) -> None:
+    """Fits around the best candidate, and its final one on all folds."""
+    judges, folds = _judging(run)
+    _fit(work, run, kind, size, 1, folds, judges * fine)
+    _fit(work, run, kind, size, run.ridges, run.folds, 1)
+    if shifts > 1:
+        _fit(work, run, kind, size, 1, run.folds, 1)
+
+
+def _judging(run: RunShape) -> tuple[int, int]:
+    """How often candidates are fitted, and on how many folds."""
+    return (run.judges, run.folds - 1) if run.by_kl else (1, run.folds)
+
+
+def _fit(
+    work: Work, run: RunShape, kind: str, size: int, ridges: int, folds: int, count: int
+) -> None:
+    if count and kind != "absolute":
+        steps = count * num_steps(ridges, folds)
+        flops = step_flops(size, run.sizes.hidden_size)
+        work.fits.append(FitWork(kind, size, steps, count, flops))
+
+
+def _compare(work: Work, run: RunShape, candidates: int, fine: int) -> None:
+    """The dense model and the candidates on the judging folds, in one go, then the fine ones."""
+    tokens = run.num_tokens * run.judges // run.folds
+    behind = [n for n in range(run.first_changed, run.num_layers) if n not in run.removed]
+    for number in (candidates, fine):
+        if not number:
+            continue
+        _forward(work, run, range(run.num_layers), tokens)
+        for _ in range(number):
+            _forward(work, run, behind, tokens)
+        work.head_tokens += (1 + number) * tokens
+        work.divergence_tokens += number * tokens
+        # The dense distribution is made once a piece; half of what a divergence costs.
+        work.divergence_tokens += tokens // 2
+
+
+def _walk(work: Work, run: RunShape, fitted: tuple[Span, ...] | list[Span], *, heal: bool) -> None:
+    """Dense and recovered streams side by side, from before the first span, through the host."""
+    first = max(0, run.spans[0].start - 1)
+    last = run.num_layers if heal else run.last_boundary
+    _forward(work, run, range(first + 1), run.num_tokens)
+    passed = 0
+    for layer in range(first, last):
+        times = 1 if layer in run.removed else 2
+        times += heal and layer not in run.removed and 2
+        _forward(work, run, [layer] * times, run.num_tokens)
+        passed += times
+    for span in fitted:  # the targets, and the layer before the span taken apart
+        before = max(0, span.start - 1)
+        _forward(work, run, [*range(before, span.stop), before], run.num_tokens)
+        passed += span.stop - before + 1
+    work.moved_bytes += 2 * passed * run.sizes.stream_bytes(run.num_tokens)
+    if heal:
+        layers = [n for n in range(run.spans[0].stop, run.num_layers) if n in run.inner_sizes]
+        for layer in layers:
+            size = run.inner_sizes[layer]
+            _sums(work, run, [("joint", size)])
+            _fit(work, run, "joint", size, run.ridges, run.folds, 1)
+
+
+def _sums(work: Work, run: RunShape, samples: list[tuple[str, int]]) -> None:
+    for kind, size in samples:
+        if kind != "absolute":
+            flops = moments_flops(size, run.sizes.hidden_size)
+            merged(work.sums, kind, run.num_tokens, run.num_tokens * flops)
+
+
+def _forward(work: Work, run: RunShape, layers: range | list[int], tokens: int) -> None:
+    work.layers += [(run.sizes.layers[layer], tokens) for layer in layers]
+    work.forwards += tokens / (run.batch * run.window_length)
+
+
+def _read_decoder(work: Work, run: RunShape, num_layers: int, engine: EngineKind) -> None:
+    work.read_bytes += run.sizes.decoder_stored_bytes(num_layers)
+    _loaded(work, run, engine)
+
+
+def _read_whole(work: Work, run: RunShape, engine: EngineKind) -> None:
+    work.read_bytes += run.sizes.stored_bytes
+    _loaded(work, run, engine)
+
+
+def _loaded(work: Work, run: RunShape, engine: EngineKind) -> None:
+    work.load_bytes += work.read_bytes
+    work.load_tensors += round(run.num_tensors * work.read_bytes / run.sizes.stored_bytes)
+    work.overlaps = engine == "streaming"

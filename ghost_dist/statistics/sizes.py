@@ -1,0 +1,58 @@
+"""What sums cost, from shapes alone: bytes held and stored, FLOPs per token.
+
+Legend: C hidden width, F inner width of an MLP, Z regressors, P stops of one start, r columns of
+the projection.
+"""
+
+from __future__ import annotations
+
+from ghost_dist.statistics.collect import Regressors
+from ghost_dist.statistics.moments import BLOCK_COLUMNS
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock
+
+_FLOAT64_BYTES = 8
+
+
+def num_regressors(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
+    """Z of one kind of moments; not of ``absolute``, which has none."""
+    widths = {"stream": hidden_size, "stream+norm": 2 * hidden_size}
+    return widths.get(regressors, hidden_size + inner_size)
+
+
+def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
+    """Bytes of one span's sums of one kind."""
+    c = hidden_size
+    if regressors == "absolute":
+        return 4 * c * _FLOAT64_BYTES
+    z = num_regressors(regressors, c, inner_size)
+    return (z * z + z * c + z + 2 * c + 1) * _FLOAT64_BYTES
+
+
+def pair_bytes(hidden_size: int, num_stops: int, columns: int | None) -> int:
+    """Bytes of the sums of one start and its stops; ``columns`` is r, None the whole cross."""
+    c = hidden_size
+    r = columns or c
+    return (c * c + c * num_stops * r + num_stops * r + 2 * num_stops) * _FLOAT64_BYTES
+
+
+def moments_flops(num_regressors: int, num_targets: int, block: ColumnBlock = WHOLE) -> int:
+    """FLOPs per token of gram and cross, as ``MomentsAccumulator`` computes them.
+
+    About Z^2 + 2 Z C: blocks of the gram above its diagonal are not computed. A rank that keeps
+    one of n column blocks computes (2 Z^2 + 2 Z C) / n.
+    """
+    z, c = num_regressors, num_targets
+    if block.count > 1:
+        kept = sum(len(range(width)[block.of(width)]) for width in (z, c))
+        return 2 * z * kept
+    widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
+    gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))
+    return 2 * gram + 2 * z * c
+
+
+def pair_flops(hidden_size: int, num_stops: int, columns: int | None) -> int:
+    """FLOPs per token of one start and its stops, as ``PairCollector`` computes them."""
+    c = hidden_size
+    if columns is None:
+        return 2 * c * c * (1 + num_stops)
+    return 2 * c * c + 4 * c * columns * num_stops  # the projection, and the cross with it

@@ -1,0 +1,402 @@
+"""The plan of a run, from headers alone: what it prints, and what it refuses."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.twin import empty_model
+from ghost_dist.cli import main
+from ghost_dist.config import load_config
+from ghost_dist.errors import CheckpointError, ConfigError
+from ghost_dist.pipeline import plan as planning
+from ghost_dist.pipeline.plan import plan_run
+from ghost_dist.planning import probe
+from ghost_dist.planning.probe import ProbeSpec, measure
+from ghost_dist.planning.rates import Curve, Rates
+from ghost_dist.planning.sizes import model_sizes
+from ghost_dist.spans import Span
+
+CPU = torch.device("cpu")
+LLAMA_405B = {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def write_headers(folder, config, dtype=torch.bfloat16):
+    """A checkpoint of the right shape and size that holds no data: one sparse file a layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    model = empty_model(transformers.LlamaForCausalLM, config)
+    shards = {}
+    for name, tensor in model.state_dict().items():
+        number = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(f"model-{number}.safetensors", {})[name] = tuple(tensor.shape)
+    weight_map = {}
+    for file, tensors in shards.items():
+        header, offset = {}, 0
+        for name, shape in tensors.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": "BF16",
+                "shape": list(shape),
+                "data_offsets": [offset, offset + nbytes],
+            }
+            offset += nbytes
+            weight_map[name] = file
+        raw = json.dumps(header).encode()
+        path = folder / file
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+        with path.open("r+b") as opened:
+            opened.truncate(8 + len(raw) + offset)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_405b(tmp_path_factory):
+    return write_headers(tmp_path_factory.mktemp("405b"), transformers.LlamaConfig(**LLAMA_405B))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def of_a_gpu(kinds, dtype="bfloat16"):
+    """Round figures of a machine, for predictions that can be checked by hand."""
+    curve = Curve(((1024, 1.0), (2048, 8.0)))
+    return Rates(
+        device="GPU X",
+        read=2e9,
+        read_from="checkpoint",
+        load=4e9,
+        load_tensor_s=0.0,
+        to_device=5e10,
+        host_copy=1e10,
+        write=1e9,
+        commit=5e8,
+        commit_s=0.0,
+        store_read=1e9,
+        matmul={dtype: 5e14, "float64": 5e13},
+        layer_s={},
+        forward_s=0.0,
+        head_s=0.0,
+        loss_s=0.0,
+        divergence_s=0.0,
+        products=dict.fromkeys((*kinds, "pairs"), 5e13),
+        sums_s=dict.fromkeys((*kinds, "pairs"), 0.0),
+        fit=dict.fromkeys((*kinds, "stream"), curve),
+        step=dict.fromkeys((*kinds, "stream"), curve),
+        fit_steps=4,
+        process_s=5.0,
+        measured_s=1.0,
+    )
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """Let the plan find so much memory and a machine of known rates."""
+
+    def have(device_gb, host_gb=500, disk_gb=10_000, kinds=("stream", "joint", "stream+norm")):
+        monkeypatch.setattr(planning, "free_bytes", lambda _: int(device_gb * 1e9))
+        monkeypatch.setattr(planning, "compute_device", lambda _: torch.device("cuda"))
+        for module in (planning, probe):
+            monkeypatch.setattr(module, "device_name", lambda _: "GPU X")
+        monkeypatch.setattr(planning, "cached_share", lambda _: 0.0)
+        monkeypatch.setattr(planning, "host_free_bytes", lambda: int(host_gb * 1e9))
+        usage = type("usage", (), {"free": int(disk_gb * 1e9)})
+        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(planning, "measure", lambda spec: of_a_gpu(kinds))
+
+    return have
+
+
+def configure(model, tmp_path, **overrides):
+    given = {
+        "model.path": str(model),
+        "model.dtype": "bfloat16",
+        "selection.spans": [[100, 120]],
+        "operator.name": "ghost",
+        "operator.features": "stream",
+        "engine.device": "cpu",
+        "output.path": str(tmp_path / "run"),
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    return load_config(None, given)
+
+
+def test_a_405b_checkpoint_takes_no_room_on_the_disk(llama_405b):
+    files = list(llama_405b.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) > 800e9
+    assert sum(path.stat().st_blocks * 512 for path in files) < 10e6
+
+
+def test_bytes_flops_and_seconds_of_405b_by_hand(llama_405b, tmp_path, gpu_of):
+    gpu_of(80)
+    plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
+    assert plan.engine.kind == "streaming"
+    assert plan.engine.prefetch
+    stages = {stage.name: stage for stage in plan.stages}
+    c, f, kv, v = 16384, 53248, 1024, 128256
+    layer = 2 * c * c + 2 * c * kv + 3 * c * f + 2 * c  # numbers of one layer
+    calibrate = stages["calibrate"]
+    assert calibrate.read_bytes == 2 * (120 * layer + v * c)
+    tokens, length = 32 * 2048, 2048
+    per_token = 120 * (2 * (layer - 2 * c) + 4 * c * length)
+    sums = sum(2 * 4096 * 4096 * (block + 1) for block in range(4)) + 2 * c * c
+    assert calibrate.flops == tokens * (per_token + sums)
+    # Reading at 2 GB/s takes longer than computing at 500 TFLOP/s, and hides it.
+    assert calibrate.parts["forward"] == pytest.approx(tokens * per_token / 5e14)
+    assert calibrate.parts["read"] + calibrate.parts["forward"] == pytest.approx(
+        calibrate.read_bytes / 2e9
+    )
+    assert calibrate.parts["sums"] == pytest.approx(tokens * sums / 5e13)
+    nbytes = 8 * (2 * c * c + 3 * c + 1)
+    assert calibrate.written_bytes == 8 * nbytes
+    assert calibrate.parts["store"] == pytest.approx(8 * nbytes / 5e8)
+    # 4 folds x 13 ridges and the final fit; a step is 1 s at 1024 and grows with the cube.
+    assert stages["solve"].parts["fit"] == pytest.approx(53 * 16**3)
+    assert stages["export"].parts["processes"] == 5.0
+    assert plan.disk_bytes["statistics"] == 8 * nbytes
+    assert plan.disk_bytes["checkpoint"] == pytest.approx(
+        2 * (106 * layer + 2 * v * c + 2 * c * c), rel=1e-3
+    )
+
+
+def test_memory_of_the_streaming_engine(llama_405b, tmp_path, gpu_of):
+    gpu_of(80)
+    plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
+    layer = 2 * (2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248 + 2 * 16384)
+    calibrate = next(stage for stage in plan.stages if stage.name == "calibrate")
+    activations = 2 * (4 * 2048) * 3 * 53248 * 2  # two batches of four windows
+    assert plan.engine.device_bytes["calibrate"] == 2 * layer + activations
+    streams = 32 * 2048 * 16384 * 2
+    assert calibrate.streams == "device"
+    assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"] + 3 * streams
+    gpu_of(device_gb=18, host_gb=60)  # 3 times 2.1 GB beside a layer are too much
+    plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
+    calibrate = next(stage for stage in plan.stages if stage.name == "calibrate")
+    assert calibrate.streams == "host"
+    sums = 8 * (2 * 16384**2 + 3 * 16384 + 1)
+    assert calibrate.host_bytes == sums + 16 * (32 << 20) + 3 * streams
+    assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"]
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "kind", "prefetch"),
+    [
+        (1100, "streaming", True),
+        (2100, "resident", True),
+        (22, "streaming", True),
+        (18, "streaming", False),
+    ],
+)
+def test_auto_takes_the_engine_that_fits(llama_405b, tmp_path, gpu_of, device_gb, kind, prefetch):
+    gpu_of(device_gb)
+    plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
+    assert (plan.engine.kind, plan.engine.prefetch) == (kind, prefetch)
+
+
+@pytest.mark.parametrize(
+    ("machine", "overrides", "words"),
+    [
+        ({"device_gb": 5}, {}, ["even one layer at a time", "6.38 GB", "5.00 GB free"]),
+        (
+            {"device_gb": 80},
+            {"engine__kind": "resident"},
+            ["engine.kind=resident needs", "80.00 GB free", "engine.kind=streaming needs"],
+        ),
+        (
+            {"device_gb": 80, "disk_gb": 100},
+            {},
+            ["GB of disk", "statistics 34", "100.00 GB are free"],
+        ),
+        (
+            {"device_gb": 80},
+            {"engine__tensor_parallel": 3},
+            ["engine.tensor_parallel=3 does not divide"],
+        ),
+        (
+            {"device_gb": 80},
+            {"engine__tensor_parallel": 4},
+            ["engine.tensor_parallel=4 needs", "on each rank"],
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_its_numbers(
+    llama_405b, tmp_path, gpu_of, machine, overrides, words
+):
+    gpu_of(**machine)
+    with pytest.raises(ConfigError) as refused:
+        plan_run(configure(llama_405b, tmp_path, **overrides))
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_cluster_shares_the_forward(llama_405b, tmp_path, gpu_of):
+    gpu_of(180)
+    one = plan_run(configure(llama_405b, tmp_path, engine__tensor_parallel=8))
+    two = plan_run(configure(llama_405b, tmp_path, engine__tensor_parallel=8, engine__replicas=2))
+    assert one.engine.kind == "tensor_parallel"
+    first, second = (
+        next(s for s in plan.stages if s.name == "calibrate").parts for plan in (one, two)
+    )
+    assert second["forward"] == pytest.approx(first["forward"] / 2)
+    assert second["read"] == first["read"]  # every replica reads for itself
+    assert any("cluster" in note for note in one.notes)
+
+
+def test_spans_that_are_not_known_are_the_dearest(make_config, gpu_of):
+    gpu_of(80)
+    plan = plan_run(
+        make_config(selection__spans=None, selection__remove=3, model__dtype="bfloat16")
+    )
+    assert (plan.spans, plan.spans_known) == ((Span(5, 8),), False)
+    assert [stage.name for stage in plan.stages][:2] == ["tokens", "select"]
+    assert any("not known" in note for note in plan.notes)
+    several = plan_run(
+        make_config(
+            selection__spans=None,
+            selection__remove=3,
+            selection__max_spans=2,
+            model__dtype="bfloat16",
+        )
+    )
+    assert several.spans == (Span(4, 5), Span(6, 8))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "granite", "olmo2"])
+def test_down_projections_are_judged_as_the_run_judges_them(checkpoint, tmp_path, family):
+    from families import _COMMON
+
+    from ghost_dist.pipeline.inputs import _refittable as of_run
+
+    if family == "granite":  # scales what its MLP gives
+        config = transformers.GraniteConfig(
+            **_COMMON, num_key_value_heads=2, intermediate_size=96, residual_multiplier=0.5
+        )
+        torch.manual_seed(0)
+        transformers.GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+        source = open_checkpoint(tmp_path / "granite")
+        architecture = inspect_architecture(source)
+    else:
+        source, architecture = checkpoint(family)
+    config = configure(source.path, tmp_path, operator__name="auto", selection__spans=[[2, 4]])
+    expected = of_run(config, source, architecture, False)
+    assert planning._refittable(config, source, architecture, []) == expected
+    assert bool(expected) == (family == "llama")
+
+
+@pytest.fixture
+def probed(model_folder, tmp_path):
+    source = open_checkpoint(model_folder)
+    architecture = inspect_architecture(source)
+    return ProbeSpec(
+        checkpoint=source,
+        architecture=architecture,
+        sizes=model_sizes(source, architecture, torch.float32),
+        device=CPU,
+        dtype=torch.float32,
+        batch=2,
+        window_length=64,
+        inner_sizes={"stream": 0, "joint": 96, "stream+norm": 0},
+        columns=None,
+        folder=tmp_path,
+    )
+
+
+def test_the_probe_measures_this_machine_and_leaves_nothing(probed, tmp_path):
+    rates = measure(probed)
+    plain = {k: v for k, v in vars(rates).items() if isinstance(v, float)}
+    assert all(value > 0 for name, value in plain.items() if name != "forward_s"), plain
+    assert rates.layer_s.keys() == {layer.kind for layer in probed.sizes.layers}
+    assert rates.products.keys() == {"stream", "joint", "stream+norm", "pairs"}
+    assert rates.fit.keys() == rates.step.keys() == {"stream", "joint", "stream+norm"}
+    assert rates.read_from == "checkpoint"
+    assert not list(tmp_path.glob(".ghost-dist-probe-*"))
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return stopped.value.code or 0, printed.out, printed.err
+
+
+def test_the_command_measures_once_and_prints_json(
+    model_folder, text_file, tmp_path, capsys, monkeypatch
+):
+    arguments = [
+        *("plan", model_folder, "--spans", "3:5", "--out", tmp_path / "run", "--json"),
+        *("--set", f"calibration.source={text_file}", "--set", "engine.device=cpu"),
+        *("--set", "calibration.window_length=64"),
+    ]
+    code, out, err = run(capsys, *arguments)
+    assert code == 0
+    tree = json.loads(out)
+    assert [stage["name"] for stage in tree["stages"]] == ["tokens", "calibrate", "solve", "export"]
+    assert tree["engine"]["kind"] == "resident"
+    assert tree["seconds"] == pytest.approx(sum(stage["seconds"] for stage in tree["stages"]))
+    assert "measuring" in err
+    assert not (tmp_path / "run").exists()
+    calls = []
+    monkeypatch.setattr(planning, "measure", lambda spec: calls.append(spec) or of_a_gpu(()))
+    code, out, err = run(capsys, *arguments)
+    assert (code, calls) == (0, [])
+    assert json.loads(out)["rates"] == tree["rates"]
+    assert "measuring" not in err
+
+
+def test_a_table_for_people(llama_405b, tmp_path, capsys, gpu_of, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    gpu_of(80)
+    code, out, _ = run(
+        capsys,
+        *("plan", llama_405b, "--spans", "100:120", "--out", tmp_path / "run"),
+        *("--operator", "ghost", "--set", "model.dtype=bfloat16", "--set", "engine.device=cpu"),
+    )
+    assert code == 0
+    assert "126 layers, removing [100, 120)" in out
+    assert "engine streaming: the whole model would need" in out
+    assert "calibrate" in out
+    assert "there is no tokenizer" in out
+
+
+def test_a_refusal_is_a_wrong_configuration(llama_405b, tmp_path, capsys, gpu_of):
+    gpu_of(5)
+    code, out, err = run(
+        capsys,
+        *("plan", llama_405b, "--spans", "100:120", "--out", tmp_path / "run"),
+        *("--set", "model.dtype=bfloat16", "--set", "engine.device=cpu"),
+    )
+    assert (code, out) == (2, "")
+    assert "even one layer at a time" in err
+
+
+def test_a_truncated_shard_is_found_as_by_a_run(llama_405b, tmp_path):
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4
+    )
+    folder = write_headers(tmp_path / "small", config)
+    shard = folder / "model-2.safetensors"
+    with shard.open("r+b") as opened:
+        opened.truncate(shard.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="model-2.safetensors is truncated"):
+        plan_run(configure(folder, tmp_path, selection__spans=[[1, 2]]))
+    assert Path(llama_405b).exists()

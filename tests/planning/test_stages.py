@@ -1,0 +1,224 @@
+"""What stages are reckoned to do against what real runs do: counted, not timed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from ghost_dist.pipeline.inputs import open_inputs, open_model
+from ghost_dist.pipeline.plan import _run_shape
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.planning.sizes import model_sizes
+from ghost_dist.planning.stages import Cache, work_of_stages
+from ghost_dist.progress import Reporter
+from ghost_dist.solver import least_squares
+from ghost_dist.spans import Span
+from ghost_dist.statistics.collect import SampleKind, SpanCollector
+from ghost_dist.statistics.recoverability import PairCollector
+from ghost_dist.statistics.sizes import moments_bytes, moments_flops, pair_bytes, pair_flops
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sums import ColumnBlock
+
+CPU = torch.device("cpu")
+LENGTH = 64
+
+
+def counting():
+    """Torch's own counter, told that adding a product in place is a product."""
+
+    def in_place(total, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+
+
+def works(config, engine="resident"):
+    source, architecture, remove = open_model(config)
+    sizes = model_sizes(source, architecture, torch.float32)
+    run, _ = _run_shape(config, source, architecture, sizes, remove, CPU, [])
+    return run, work_of_stages(run, engine, Cache(0.0, True), 0.0)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Tokens times layers of whole windows, and Cholesky factors of fits."""
+    counts = {"tokens": 0, "factors": 0}
+    forward, factor = LlamaDecoderLayer.forward, least_squares.cholesky_factor
+
+    def count_tokens(self, hidden_states, *arguments, **options):
+        if hidden_states.shape[1] == LENGTH:  # shorter ones are trials
+            counts["tokens"] += hidden_states.shape[0] * hidden_states.shape[1]
+        return forward(self, hidden_states, *arguments, **options)
+
+    def count_factors(*arguments):
+        counts["factors"] += 1
+        return factor(*arguments)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", count_tokens)
+    monkeypatch.setattr(least_squares, "cholesky_factor", count_factors)
+
+    def stage(config, name):
+        counts.update(tokens=0, factors=0)
+        recover(config, again=name)
+        return dict(counts)
+
+    return stage
+
+
+DEFAULTS = {"operator__name": "auto", "operator__features": "auto", "operator__choose": "kl"}
+RUNS = {
+    "ghost": {},
+    "ghost by kl": {"operator__choose": "kl"},
+    "ghost, a ridge given": {"operator__ridge": {"relative": 0.1}},
+    "stream+norm": {"operator__features": "auto", "operator__choose": "kl"},
+    "defaults": DEFAULTS,
+    "defaults, three judges": {**DEFAULTS, "calibration__windows": 64, "operator__folds": 3},
+    "joint": {"operator__name": "ghost-joint"},
+    "joint, weights": {"operator__name": "ghost-joint", "operator__row_weights": "auto"},
+    "joint by kl, weights": {**DEFAULTS, "operator__row_weights": "auto"},
+    "two spans": {**DEFAULTS, "selection__spans": [[2, 3], [5, 7]]},
+    "cut only": {"operator__name": "none"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_layers_and_fits_are_counted_as_the_stages_run_them(make_config, counted, name):
+    config = make_config(**RUNS[name])
+    run, planned = works(config)
+    for stage in ("calibrate", "solve"):
+        found = counted(config, stage)
+        work = planned[stage]
+        assert sum(tokens for _, tokens in work.layers) == found["tokens"], stage
+        if stage == "solve":
+            # The final fit of a search is a ridge more, unless the one of least residual wins.
+            reckoned = sum(fit.steps for fit in work.fits)
+            saved = (run.folds + 1) * (len(run.searches) + 2 * run.boundary)
+            assert reckoned - saved * (run.shifts > 1) <= found["factors"] <= reckoned
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"selection__remove": 2},
+        {"selection__remove": 3, "selection__max_spans": 2},
+        {"selection__remove": 2, "selection__criterion": "cosine"},
+        {"selection__remove": 2, "selection__criterion": "block-influence"},
+    ],
+    ids=str,
+)
+def test_selection_runs_every_layer_once(make_config, counted, selection):
+    config = make_config(selection__spans=None, **selection)
+    run, planned = works(config)
+    assert not run.spans_known
+    found = counted(config, "select")
+    assert sum(tokens for _, tokens in planned["select"].layers) == found["tokens"]
+    assert found["tokens"] == run.num_tokens * run.num_layers
+    ridges = 13 * run.folds * len(run.selection.stops_of)
+    width = run.sizes.hidden_size
+    columns = run.selection.columns or width
+    flops = sum(
+        13 * run.folds * (width**3 // 3 + 4 * width**2 * stops * columns)
+        for stops in run.selection.stops_of.values()
+    )
+    assert sum(f.steps * f.step_flops for f in planned["select"].fits) == pytest.approx(
+        flops, rel=0.02
+    )
+    assert found["factors"] in (0, ridges)  # 0: solver.recoverability has its own name for it
+
+
+def test_evaluation_and_export(make_config, text_file, counted):
+    config = make_config(
+        evaluation__corpora={"a": str(text_file), "b": str(text_file)},
+        evaluation__windows=5,
+        evaluation__window_length=LENGTH,
+    )
+    _, planned = works(config)
+    recover(config, again="solve")
+    found = counted(config, "evaluate")
+    evaluated = sum(tokens for _, tokens in planned["evaluate"].layers)
+    verified = 2 * LENGTH * 6  # the export runs two windows here, and two elsewhere
+    assert evaluated + verified == found["tokens"]
+    assert evaluated == 2 * 5 * LENGTH * (8 + 6 + 6)
+    assert planned["evaluate"].loss_tokens == 3 * 2 * 5 * LENGTH
+
+
+def test_all_windows_of_a_corpus_are_counted(make_config, text_file):
+    config = make_config(
+        evaluation__corpora={"a": str(text_file)}, evaluation__window_length=LENGTH
+    )
+    run, _ = works(config)
+    assert run.evaluation_tokens["a"] == open_inputs(config, Reporter()).evaluation["a"].tokens.size
+
+
+@pytest.mark.parametrize("operator", ["ghost", "ghost-joint", "linear-patch"])
+def test_stored_bytes_are_those_of_a_written_store(make_config, operator):
+    config = make_config(operator__name=operator)
+    run, planned = works(config)
+    recover(config, again="calibrate")
+    store = StatisticsStore.open(Path(config.output.path) / "statistics.zarr")
+    arrays = store.total()
+    nbytes = sum(a.nbytes for sums in arrays.values() for a in sums.arrays().values())
+    assert run.samples_bytes == nbytes
+    assert planned["calibrate"].commit_bytes == nbytes * len(store.plan.ranges)
+    on_disk = sum(
+        path.stat().st_size for path in (store.path / "ranges").rglob("*") if path.is_file()
+    )
+    if operator != "linear-patch":  # whose sums are smaller than what Zarr says of them
+        assert planned["calibrate"].commit_bytes == pytest.approx(on_disk, rel=0.2)
+
+
+@pytest.mark.parametrize(("z", "c"), [(48, 48), (5000, 64), (9000, 32)])
+def test_flops_of_moments_are_those_that_torch_counts(z, c):
+    collector = SpanCollector([(Span(1, 2), SampleKind("joint"))], c, CPU, inner_size={0: z - c})
+    stream_TC = torch.randn(16, c)
+    with counting() as counter:
+        collector.take_mlp(0, 0, torch.randn(16, z - c), stream_TC)
+        collector(1, 0, stream_TC)
+        collector(2, 0, stream_TC)
+    products = counter.get_total_flops()
+    assert products == 16 * moments_flops(z, c)
+    sums = collector.result()["1-2/joint"]
+    assert moments_bytes("joint", c, z - c) == sum(a.nbytes for a in sums.arrays().values())
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_ranks_share_the_products_without_symmetry(blocks):
+    z = c = 48
+    flops = 0
+    for index in range(blocks):
+        block = ColumnBlock(index, blocks)
+        collector = SpanCollector([(Span(1, 2), SampleKind("stream"))], c, CPU, block=block)
+        with counting() as counter:
+            collector(1, 0, torch.randn(16, c))
+            collector(2, 0, torch.randn(16, c))
+        counted = counter.get_total_flops()
+        assert counted == 16 * moments_flops(z, c, block)
+        flops += counted
+    assert flops == 16 * 2 * (z * z + z * c)
+
+
+@pytest.mark.parametrize("columns", [None, 8])
+def test_flops_and_bytes_of_pairs(columns):
+    collector = PairCollector([Span(1, 2), Span(1, 3)], 48, CPU, columns)
+    stream_TC = torch.randn(16, 48)
+    with counting() as counter:
+        for boundary in (1, 2, 3):
+            collector(boundary, 0, stream_TC)
+    assert counter.get_total_flops() == 16 * pair_flops(48, 2, columns)
+    sums = collector.result()["start-1"]
+    assert pair_bytes(48, 2, columns) == sum(a.nbytes for a in sums.arrays().values())
+
+
+def test_only_a_streaming_engine_overlaps_and_reads_past_the_cache(make_config):
+    config = make_config()
+    _, resident = works(config)
+    _, streaming = works(config, "streaming")
+    for name in ("calibrate", "export"):
+        assert resident[name].read_bytes == streaming[name].read_bytes > 0
+        assert not resident[name].overlaps
+    assert streaming["calibrate"].overlaps
+    assert resident["calibrate"].cached_bytes == 0  # the first that reads
+    assert resident["export"].cached_bytes == resident["export"].read_bytes
+    assert streaming["export"].cached_bytes == 0
