@@ -101,7 +101,7 @@ class Solver:
         self._inputs, self._spans, self._store = inputs, spans, store
         self._tokens, self._reporter = tokens, reporter
         self._cached: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
-        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
+        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], Fit] = {}
         self._model = model
 
     def solve(self) -> Solved:
@@ -171,15 +171,18 @@ class Solver:
         if candidate.ridge != "auto" or candidate.shift == 0:
             repair, fit = fit_candidate(candidate, span, folds, down_FC, eps)
             if fit is not None and candidate.ridge == "auto":
-                self._least_residual[candidate, span, picked] = fit.relative_ridge
+                self._least_residual[candidate, span, picked] = fit
             return repair, fit
         plain = replace(candidate, shift=0.0)
         if (plain, span, picked) not in self._least_residual:
             self._fit_on(plain, span, folds, down_FC, picked)
         least = self._least_residual[plain, span, picked]
-        ridge = RelativeRidge(relative=least * 10**candidate.shift)
+        ridge = RelativeRidge(relative=least.relative_ridge * 10**candidate.shift)
         given = replace(candidate, shift=0.0, ridge=ridge)
-        return fit_candidate(given, span, folds, down_FC, eps)
+        repair, fit = fit_candidate(given, span, folds, down_FC, eps)
+        if fit is not None:  # the curve of the whole grid, with the ridge that was taken on it
+            fit = replace(fit, ridge_curve=tuple(sorted({*least.ridge_curve, *fit.ridge_curve})))
+        return repair, fit
 
     def down(self, layer: int) -> Tensor:
         """The model's down_proj of a layer, (F, C) float64."""
@@ -505,5 +508,7 @@ def check_store(
 
 
 def fit_row(span: Span, fit: Fit) -> dict[str, Any]:
-    """One span's fit as plain values."""
-    return {"span": [span.start, span.stop], **asdict(fit)}
+    """One span's fit as plain values, without those of every channel."""
+    row = {"span": [span.start, span.stop], **asdict(fit)}
+    del row["r2_channels"]
+    return row

@@ -258,6 +258,14 @@ class Stages:
                 "chosen": solved.candidate.described(),
                 "candidates": solved.table,
                 "fits": [fit_row(span, fit) for span, fit in fits.items() if fit is not None],
+                "r2_channels": [
+                    {
+                        "span": [span.start, span.stop],
+                        "r2": [r2 if math.isfinite(r2) else None for r2 in fit.r2_channels],
+                    }
+                    for span, fit in fits.items()
+                    if fit is not None
+                ],
                 "files": files,
                 "healing": solved.healing,
                 "healed": {
@@ -383,6 +391,7 @@ class Stages:
 
         def work() -> dict[str, Any]:
             values: dict[str, dict[str, float]] = {name: {} for name in inputs.evaluation}
+            nats: dict[str, dict[str, list[float]]] = {name: {} for name in inputs.evaluation}
             model = open_causal_lm(inputs)
             for variant in ("dense", "pruned", "recovered"):
                 if variant == "pruned":
@@ -400,7 +409,9 @@ class Stages:
                             on_progress=advance,
                         )
                     values[name][variant] = result.value
-            return {"perplexity": values}
+                    nats[name][variant] = result.nats_per_window.tolist()
+            predicted = {n: w.window_length - 1 for n, w in inputs.evaluation.items()}
+            return {"perplexity": values, "nats_per_window": nats, "tokens_per_window": predicted}
 
         if not inputs.evaluation:
             return {}
