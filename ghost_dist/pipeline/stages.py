@@ -25,6 +25,7 @@ from ghost_dist.config import config_tree, fingerprint
 from ghost_dist.durable import fsync_folder
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import (
     load_healed,
     load_operator,
@@ -154,6 +155,7 @@ class Stages:
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
         """The spans to remove: as given, or as the criterion finds them."""
         inputs, selection = self._inputs, self._inputs.config.selection
+        num_layers = inputs.architecture.num_layers
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
             "model": self._model,
@@ -164,8 +166,8 @@ class Stages:
 
         def work() -> dict[str, Any]:
             if selection.spans is not None:
-                spans = check_spans(selection.spans, inputs.architecture.num_layers)
-                return {"spans": [[s.start, s.stop] for s in spans]}
+                spans = check_spans(selection.spans, num_layers)
+                return {"spans": [[s.start, s.stop] for s in spans], "num_layers": num_layers}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
             plan = plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
@@ -182,7 +184,8 @@ class Stages:
                 )
             self._collect(store, tokens, selector, "select")
             spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
-            return {"spans": [[s.start, s.stop] for s in spans], **scores}
+            found = [[s.start, s.stop] for s in spans]
+            return {"spans": found, "num_layers": num_layers, **scores}
 
         recorded = self._stage("select", wanted, work)
         shutil.rmtree(self._run.path / "selection.zarr", ignore_errors=True)  # all is in the record
@@ -357,7 +360,10 @@ class Stages:
                         unverified,
                         healed=healed,
                         max_shard_bytes=config.export.max_shard_bytes,
-                        extra_files={"config.yaml": self._run.path / "config.yaml"},
+                        extra_files={
+                            "config.yaml": self._run.path / "config.yaml",
+                            CARD: model_card(inputs.source, config, spans, operators).encode(),
+                        },
                         advance=advance,
                     )
                 difference = self._verify(unverified, spans, operators, healed)
@@ -418,6 +424,10 @@ class Stages:
         outputs = self._stage("evaluate", wanted, work)
         found: dict[str, dict[str, float]] = outputs["perplexity"]
         return found
+
+    def exported_operators(self, solution: Solution) -> dict[Span, Repair]:
+        """Operators in the dtypes of the checkpoint."""
+        return self._as_exported(solution)[0]
 
     @property
     def _model(self) -> str:

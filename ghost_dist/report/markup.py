@@ -124,3 +124,19 @@ def figure(
         else el("details", el("summary", f"Numbers: {title[:1].lower()}{title[1:]}"), numbers),
         class_="wide" if wide else None,
     )
+
+
+def section(anchor: str, title: str, *content: Child) -> Html:
+    """A section with its heading."""
+    return el(
+        "section",
+        el("h2", title, id=f"{anchor}-title"),
+        content,
+        id=anchor,
+        aria_labelledby=f"{anchor}-title",
+    )
+
+
+def beside(left: Child, *right: Child) -> Html:
+    """Two columns where there is room, else one after the other."""
+    return el("div", left, el("div", right), class_="beside")

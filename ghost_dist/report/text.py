@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """``digits`` significant digits, a power of ten where plain digits would be long."""
     if value is None or math.isnan(value):
-        return "–"
+        return DASH
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
@@ -75,15 +76,13 @@ def spans(pairs: Sequence[Sequence[int]]) -> str:
 
 def layers(pairs: Sequence[Sequence[int]]) -> str:
     """Spans in words: layers 7 to 13."""
-    parts = [
-        f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in pairs
-    ]
+    parts = [f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in pairs]
     return join_words(parts)
 
 
 def interval(pair: tuple[float, float] | None) -> str:
     """An interval of perplexities."""
-    return "" if pair is None else f"{perplexity(pair[0])} – {perplexity(pair[1])}"
+    return "" if pair is None else f"{perplexity(pair[0])} {DASH} {perplexity(pair[1])}"
 
 
 def join_words(parts: Sequence[str]) -> str:
