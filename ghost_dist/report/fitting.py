@@ -151,11 +151,10 @@ def operator(run: RunRecord, spectra: Mapping[str, Mapping[str, Spectrum]]) -> H
     names: list[str] = []
     facts: list[tuple[str, ...]] = []
     styles = itertools.cycle(_STYLES)
-    meanings = {"M": f"M = W {text.MINUS} I", "N": "N, on rmsnorm(x)"}
     for span, matrices in spectra.items():
         for matrix, spectrum in matrices.items():
             values = spectrum.singular_values
-            label = f"{span} {meanings[matrix]}"
+            label = f"{span} {matrix}"
             points = [(float(i + 1), value) for i, value in enumerate(values)]
             series.append(Series(label, points, next(styles)))
             names.append(label)
@@ -182,8 +181,9 @@ def operator(run: RunRecord, spectra: Mapping[str, Mapping[str, Spectrum]]) -> H
     )
     note = el(
         "p",
-        "The stream x becomes x W = x + x M. The antisymmetric share is that of M's squared norm: "
-        "0 % would only stretch, 100 % only rotate, a matrix without symmetry has about 50 %.",
+        "The stream x becomes x W = x + x M, and + rmsnorm(x) N where there is an N. The "
+        "antisymmetric share is that of the squared norm: 0 % would only stretch, 100 % only "
+        "rotate, a matrix without symmetry has about 50 %.",
         class_="note",
     )
     chart = line_chart(

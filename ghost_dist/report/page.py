@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ghost_dist.report.record import RunRecord, read_run
 from ghost_dist.report.spectrum import spectra
 
 GENERATOR = f"ghost_dist {__version__}"
+_HEADING = re.compile(r'<h2 id="([\w-]+)-title">(.*?)</h2>')
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'"  # no request, no script, whatever a name holds
 )
@@ -76,7 +78,6 @@ def run_page(run: RunRecord, device: torch.device | None = None) -> str:
     """The page of one run."""
     said = remarks(run)
     sections = [
-        _removed(run),
         _remarks(said),
         choice_of_layers(run),
         fits(run),
@@ -149,7 +150,8 @@ def _header(run: RunRecord, num_remarks: int) -> Html:
             ],
             class_="key-figures",
         ),
-        el("div", bars, class_="corpora") if bars else None,
+        _removed(run),
+        section("perplexity", "Perplexity", el("div", bars, class_="corpora")) if bars else None,
     )
 
 
@@ -183,13 +185,11 @@ def _remarks(said: Sequence[str]) -> Html | None:
 
 def _page(title: str, header: Html, sections: Sequence[Html | None]) -> str:
     """The whole document; the navigation follows from the sections' headings."""
-    shown = [one for one in sections if one is not None]
-    links = []
-    for one in shown:
-        anchor = one.partition('id="')[2].partition('"')[0]
-        if not anchor.endswith("-title"):
-            name = one.partition(f'id="{anchor}-title">')[2].partition("</h2>")[0]
-            links.append(el("li", el("a", Html(name), href=f"#{anchor}")))
+    shown = join(sections)
+    links = [
+        el("li", el("a", Html(name), href=f"#{anchor}"))
+        for anchor, name in _HEADING.findall(header + shown)
+    ]
     style = (importlib.resources.files(__package__) / "page.css").read_text(encoding="utf-8")
     head = el(
         "head",
@@ -207,7 +207,7 @@ def _page(title: str, header: Html, sections: Sequence[Html | None]) -> str:
         header,
         el("div",
             el("nav", el("ul", links), aria_label="Sections"),
-            el("main", join(shown), id="content", tabindex="-1"),
+            el("main", shown, id="content", tabindex="-1"),
             class_="columns",
         ),
         el("footer", el("p", f"Written by {GENERATOR}. This file needs nothing beside it.")),
