@@ -40,7 +40,7 @@ def percent(value: float, digits: int = 0, *, sign: bool = False) -> str:
 
 def count(value: float) -> str:
     """A large number: 7.72 M."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{NARROW}{name}"
     return f"{value:,.0f}"

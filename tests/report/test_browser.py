@@ -32,7 +32,7 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(params=[(w, s) for w in WIDTHS for s in ("light", "dark")], ids="-".join)
+@pytest.fixture(params=[("desktop", "light"), ("phone", "dark")], ids="-".join)
 def look(request):
     return request.param
 
@@ -67,7 +67,6 @@ def test_opens_alone_and_has_every_section(page, pages, name):
 def test_nothing_is_wider_than_the_screen(page):
     for details in page.locator("details").all():
         details.evaluate("d => { d.open = true }")
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     # Only what scrolls by itself may reach past the edge.
     outside = page.evaluate(
         """() => [...document.querySelectorAll('body *')].filter(e =>
@@ -75,6 +74,8 @@ def test_nothing_is_wider_than_the_screen(page):
              && !e.closest('.scroll, pre')).map(e => e.outerHTML.slice(0, 80))"""
     )
     assert outside == []
+    widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert widths[0] <= widths[1]
 
 
 def test_axe_finds_nothing_serious(page):
