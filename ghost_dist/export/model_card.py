@@ -98,7 +98,7 @@ def _what(
     present = acting(operators)
     refitted = [s.start - 1 for s in spans if s in operators and operators[s].down_FC is not None]
     if present:
-        text += " In each gap a linear operator, solved in closed form, maps the stream across."
+        text += " A linear operator for each gap, solved in closed form, carries the stream across."
     if refitted:
         layers = ", ".join(map(str, refitted))
         text += f" The down_proj of layer {layers} of the original was refitted."
@@ -120,7 +120,7 @@ def _figures(result: Mapping[str, Any] | None) -> str:
         "|---|---|---|---|",
     ]
     for corpus, value in result["perplexity"].items():
-        cells = [f"{value[variant]:.4g}" for variant in _VARIANTS]
+        cells = [_perplexity(value[variant]) for variant in _VARIANTS]
         lines.append(f"| {_cell(corpus)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -243,6 +243,10 @@ def _licence_of_file(folder: Path) -> dict[str, Any]:
                 return {"license": name}
         return {"license": "other", "license_name": path.name, "license_link": path.name}
     return {}
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
 def _cell(text: str) -> str:

@@ -113,6 +113,8 @@ def perplexity_bars(
 ) -> Html:
     """Bars of the dense, the pruned and the recovered model as a table.
 
+    Where nothing was repaired the recovered model is the pruned one, and is not shown twice.
+
     Parameters
     ----------
     corpus
@@ -124,7 +126,8 @@ def perplexity_bars(
     windows
         Evaluated ones.
     """
-    rows = [(name, name, values[name], intervals.get(name)) for name in VARIANTS]
+    shown = [n for n in VARIANTS if n != "recovered" or values[n] != values["pruned"]]
+    rows = [(name, name, values[name], intervals.get(name)) for name in shown]
     about = [] if windows is None else [f"{windows} windows"]
     table, logarithmic = bars(f"{corpus}: perplexity", rows, "Model", "Perplexity")
     about += ["95 % intervals"] if any(intervals.get(name) for name in VARIANTS) else []

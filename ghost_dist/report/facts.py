@@ -22,8 +22,8 @@ def cost(run: RunRecord) -> Html | None:
         if device:
             cells.append(text.nbytes(record["peak_device_bytes"]))
         rows.append((stage, record["seconds"], cells))
-    titles = ["Stage", "Time", "", "Host memory"] + (["Device memory"] if device else [])
-    titles[2] = "Seconds to hours"
+    titles = ["Stage", "Share of the time", "Time", "Host memory"]
+    titles += ["Device memory"] if device else []
     total = sum(record["seconds"] for record in done.values())
     times = run.sessions
     said = f"{text.duration(total)} in all" + (

@@ -154,7 +154,7 @@ def operator(run: RunRecord, spectra: Mapping[str, Mapping[str, Spectrum]]) -> H
     for span, matrices in spectra.items():
         for matrix, spectrum in matrices.items():
             values = spectrum.singular_values
-            label = f"{span} {matrix}"
+            label = f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}")
             points = [(float(i + 1), value) for i, value in enumerate(values)]
             series.append(Series(label, points, next(styles)))
             names.append(label)

@@ -125,7 +125,8 @@ def _header(run: RunRecord, num_remarks: int) -> Html:
         facts.append(("Parameters", f"{text.count(before)} → {text.count(after)}", change))
     if run.operator is not None:
         tokens = run.stages["tokens"].get("num_tokens", 0)
-        facts.append(("Operator", run.operator, f"from {tokens:,} tokens"))
+        fitted = f"from {tokens:,} tokens" if run.operator != "none" else "the plain cut"
+        facts.append(("Operator", run.operator, fitted))
     done = [record["seconds"] for record in run.stages.values() if record]
     if done:
         facts.append(("Time", text.duration(sum(done)), (run.result or {}).get("device", "")))
@@ -164,7 +165,7 @@ def _removed(run: RunRecord) -> Html | None:
         "none": "Nothing was put in their place: this is the plain cut.",
         "fold": "The down_proj before each gap was refitted; nothing acts at the gap.",
         "replaceme": "The down_proj before each gap was refitted; nothing acts at the gap.",
-    }.get(run.operator, f"In each gap the operator {run.operator} maps the stream across.")
+    }.get(run.operator, f"Across each gap the operator {run.operator} carries the stream.")
     return section(
         "removed",
         "What was removed",

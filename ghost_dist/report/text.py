@@ -65,8 +65,8 @@ def duration(seconds: float) -> str:
 
 
 def span(pair: Sequence[int]) -> str:
-    """A half-open span of layers."""
-    return f"[{pair[0]}, {pair[1]})"
+    """A half-open span of layers, not to be broken."""
+    return f"[{pair[0]},\N{NO-BREAK SPACE}{pair[1]})"
 
 
 def spans(pairs: Sequence[Sequence[int]]) -> str:
