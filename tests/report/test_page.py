@@ -2,16 +2,26 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
+from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
 from ghost_dist.errors import ConfigError, CorruptStoreError, RunFolderError
 from ghost_dist.pipeline import recover as recover_module
+from ghost_dist.pipeline.candidates import candidates_of
+from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.solving import Solver
+from ghost_dist.progress import Reporter
 from ghost_dist.report import text
 from ghost_dist.report.page import headline, write_report
 from ghost_dist.report.record import read_run
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+from ghost_dist.statistics.store import StatisticsStore
 
 
 def page_of(run, tmp_path):
@@ -52,6 +62,23 @@ def test_ridge_taken_lies_on_the_curve_of_the_whole_grid(made_runs):
     assert len(curve) >= 13
     assert curve == sorted(curve)
     assert [fit["relative_ridge"], fit["residual"]] in curve
+
+
+def test_ridge_beside_that_of_least_residual_keeps_the_whole_curve(made_runs):
+    quiet = Reporter(console=Console(quiet=True))
+    run = made_runs["map"]
+    config = RunFolder.stored_config(run)
+    inputs = open_inputs(config, quiet)
+    spans = tuple(Span(*span) for span in read_run(run).spans)
+    store = StatisticsStore.open(run / "statistics.zarr")
+    solver = Solver(inputs, spans, store, load_windows(run / "tokens.safetensors"), quiet)
+    candidate = candidates_of(config.operator, spans, inputs.refittable)[0]
+    _, shifted = solver.fit(replace(candidate, shift=0.25), spans[0])
+    _, plain = solver.fit(candidate, spans[0])
+    assert shifted.relative_ridge == pytest.approx(plain.relative_ridge * 10**0.25)
+    assert len(shifted.ridge_curve) == len(plain.ridge_curve) + 1 >= 10
+    assert set(plain.ridge_curve) < set(shifted.ridge_curve)
+    assert (shifted.relative_ridge, shifted.residual) in shifted.ridge_curve
 
 
 def test_recorded_nats_give_the_recorded_perplexity(made_runs):
