@@ -99,18 +99,19 @@ def _recoverability(run: RunRecord, rows: Sequence[Mapping[str, Any]]) -> list[H
         )
         title = "Recoverability map"
         words = f"Stronger colour: easier to repair. Framed: chosen, {text.spans(chosen)}."
+    top = best[:6] + [row for row in best[6:] if list(row["span"]) in chosen]
     few = table(
-        ["Best spans", "Left after repair", "Plain cut"],
+        ["Easiest to repair", "Left after repair", "Plain cut"],
         [
             (
                 text.span(row["span"]) + (" (chosen)" if list(row["span"]) in chosen else ""),
                 text.percent(row["residual"], 2),
                 text.percent(row["cut"], 2),
             )
-            for row in best[:6]
+            for row in top
         ],
         "Unexplained share of energy",
-        marked=[i for i, row in enumerate(best[:6]) if list(row["span"]) in chosen],
+        marked=[i for i, row in enumerate(top) if list(row["span"]) in chosen],
     )
     return [beside(figure(title, drawing, words, numbers), intro, few)]
 
