@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ghost_dist.report import text
@@ -63,10 +64,12 @@ def fits(run: RunRecord) -> Html | None:
             series,
             Axis("ridge / median of the Gram diagonal", log=True),
             Axis("held-out residual (plain cut = 1)"),
-            marks,
+            # Rings of several spans lie close together, their labels would cover one another.
+            marks if len(marks) == 1 else [replace(mark, label="") for mark in marks],
         )
         by_kl = len(run.candidates) > 1 and run.config["operator"]["choose"] == "kl"
-        words = "The ring is the ridge that was taken" + (
+        taken_ones = text.join_words([mark.label for mark in marks])
+        words = f"The ring is the ridge that was taken: {taken_ones}" + (
             ", by divergence from the dense model and not by this residual." if by_kl else "."
         )
         drawing = figure("Ridge curve", chart, words, numbers)
@@ -227,9 +230,7 @@ def _channels(run: RunRecord) -> Html | None:
         Axis("channels, worst to best, per cent", low=0, high=100),
         Axis("held-out R²", low=min(0.0, math.floor(10 * lowest) / 10), high=1.0),
     )
-    words = (
-        "1: the channel's value behind the gap is predicted exactly; 0: no better than its mean."
-    )
+    words = "At 1 a channel's value behind the gap is predicted exactly, at 0 no better than by its mean."
     detail = table(["Channels below", "Span", "R²"], numbers, "Quantiles of R² over channels")
     return figure("R² by channel", chart, words, detail)
 

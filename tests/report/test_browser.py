@@ -101,6 +101,7 @@ def test_letters_in_drawings_can_be_read(page):
         """() => [...document.querySelectorAll('figure > svg')].map(svg =>
              11 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)"""
     )
+    assert len(sizes) == page.locator("figure").count()
     assert all(9.5 <= size <= 16 for size in sizes), sizes
 
 
