@@ -230,7 +230,7 @@ def _channels(run: RunRecord) -> Html | None:
         Axis("channels, worst to best, per cent", low=0, high=100),
         Axis("held-out R²", low=min(0.0, math.floor(10 * lowest) / 10), high=1.0),
     )
-    words = "At 1 a channel's value behind the gap is predicted exactly, at 0 no better than by its mean."
+    words = "At 1 a channel behind the gap is predicted exactly, at 0 no better than by its mean."
     detail = table(["Channels below", "Span", "R²"], numbers, "Quantiles of R² over channels")
     return figure("R² by channel", chart, words, detail)
 
