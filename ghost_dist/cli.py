@@ -231,6 +231,24 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Made by recover.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File; RUN/report.html, or comparison.html for several RUNs."),
+    ] = None,
+) -> None:
+    """Write what a run did, finished or not, as one HTML file; or a comparison of several."""
+    from ghost_dist.report.page import write_report
+    from ghost_dist.report.terminal import print_run
+
+    page = write_report(runs, out)
+    if len(runs) == 1:
+        print_run(runs[0])
+    Console().print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def demo(
     out: Annotated[
         str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")

@@ -7,6 +7,11 @@
 extras=dev
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# The report is opened in a browser where playwright and a Chromium can be had; elsewhere those tests
+# are skipped and say why.
+if ! python -c 'import playwright, axe_playwright_python' 2>/dev/null; then
+  python -m pip install --quiet 'playwright>=1.50' 'axe-playwright-python>=0.1.4' || echo "note: no playwright, the report's browser tests are skipped"
+fi
 ruff check .
 ruff format --check .
 mypy

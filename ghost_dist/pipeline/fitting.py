@@ -78,7 +78,7 @@ class RidgeFits:
 
     def __init__(self, norm_eps: float) -> None:
         self._norm_eps = norm_eps
-        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], float] = {}
+        self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], Fit] = {}
 
     def fit(
         self,
@@ -92,15 +92,18 @@ class RidgeFits:
         if candidate.ridge != "auto" or candidate.shift == 0:
             repair, fit = fit_candidate(candidate, span, folds, down_FC, self._norm_eps)
             if fit is not None and candidate.ridge == "auto":
-                self._least_residual[candidate, span, picked] = fit.relative_ridge
+                self._least_residual[candidate, span, picked] = fit
             return repair, fit
         plain = replace(candidate, shift=0.0)
         if (plain, span, picked) not in self._least_residual:
             self.fit(plain, span, folds, down_FC, picked)
         least = self._least_residual[plain, span, picked]
-        ridge = RelativeRidge(relative=least * 10**candidate.shift)
+        ridge = RelativeRidge(relative=least.relative_ridge * 10**candidate.shift)
         given = replace(candidate, shift=0.0, ridge=ridge)
-        return fit_candidate(given, span, folds, down_FC, self._norm_eps)
+        repair, fit = fit_candidate(given, span, folds, down_FC, self._norm_eps)
+        if fit is not None:  # the curve of the whole grid, with the ridge that was taken on it
+            fit = replace(fit, ridge_curve=tuple(sorted({*least.ridge_curve, *fit.ridge_curve})))
+        return repair, fit
 
     def forget(self) -> None:
         """Other sums come."""

@@ -14,10 +14,12 @@ from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.config import Config, decisive_tree, fingerprint
 from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
+from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs
 from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
+from ghost_dist.report.page import write_report
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 
@@ -94,8 +96,24 @@ def recover(
         content = json_bytes(result)
         write_bytes(run.checkpoint / "result.json", content)
         write_bytes(run.result, content)
+        card = model_card(inputs.source, config, spans, stages.exported_operators(solution), result)
+        write_bytes(run.checkpoint / CARD, card.encode())
         reporter.event("run-end")
+        _report(run, inputs.device, reporter)
         return result
+
+
+def _report(run: RunFolder, device: torch.device, reporter: Reporter) -> None:
+    """Write ``RUN/report.html``; whatever goes wrong there, the run is finished and stays so."""
+    try:
+        page = write_report([run.path], device=device)
+    except Exception as error:
+        reporter.warn(
+            f"The report could not be written ({type(error).__name__}: {error}). The run itself is "
+            f"finished and whole. Again: ghost-dist report {run.path}"
+        )
+    else:
+        reporter.say(f"report: {page}")
 
 
 def _result(
@@ -109,6 +127,7 @@ def _result(
     records = {stage: run.outputs(stage) for stage in STAGES}
     return {
         "spans": [[s.start, s.stop] for s in spans],
+        "num_layers": inputs.architecture.num_layers,
         "operator": solution.operator,
         "ridge": [fit["ridge"] for fit in solution.record["fits"]],
         "fit": solution.record["fits"],

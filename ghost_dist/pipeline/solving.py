@@ -497,5 +497,7 @@ def check_store(
 
 
 def fit_row(span: Span, fit: Fit) -> dict[str, Any]:
-    """One span's fit as plain values."""
-    return {"span": [span.start, span.stop], **asdict(fit)}
+    """One span's fit as plain values, without those of every channel."""
+    row = {"span": [span.start, span.stop], **asdict(fit)}
+    del row["r2_channels"]
+    return row

@@ -26,6 +26,7 @@ from ghost_dist.durable import fsync_folder
 from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import (
     load_healed,
     load_operator,
@@ -166,6 +167,7 @@ class Stages:
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
         """The spans to remove: as given, or as the criterion finds them."""
         inputs, selection = self._inputs, self._inputs.config.selection
+        num_layers = inputs.architecture.num_layers
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
             "model": self._model,
@@ -176,8 +178,8 @@ class Stages:
 
         def work() -> dict[str, Any]:
             if selection.spans is not None:
-                spans = check_spans(selection.spans, inputs.architecture.num_layers)
-                return {"spans": [[s.start, s.stop] for s in spans]}
+                spans = check_spans(selection.spans, num_layers)
+                return {"spans": [[s.start, s.stop] for s in spans], "num_layers": num_layers}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
             plan = plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
@@ -194,7 +196,8 @@ class Stages:
                 )
             self._collect(store, tokens, selector, "select")
             spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
-            return {"spans": [[s.start, s.stop] for s in spans], **scores}
+            found = [[s.start, s.stop] for s in spans]
+            return {"spans": found, "num_layers": num_layers, **scores}
 
         recorded = self._stage("select", wanted, work)
         shutil.rmtree(self._run.path / "selection.zarr", ignore_errors=True)  # all is in the record
@@ -271,6 +274,14 @@ class Stages:
                 "chosen": solved.candidate.described(),
                 "candidates": solved.table,
                 "fits": [fit_row(span, fit) for span, fit in fits.items() if fit is not None],
+                "r2_channels": [
+                    {
+                        "span": [span.start, span.stop],
+                        "r2": [r2 if math.isfinite(r2) else None for r2 in fit.r2_channels],
+                    }
+                    for span, fit in fits.items()
+                    if fit is not None
+                ],
                 "files": files,
                 "healing": solved.healing,
                 "healed": {
@@ -365,7 +376,10 @@ class Stages:
                         unverified,
                         healed=healed,
                         max_shard_bytes=config.export.max_shard_bytes,
-                        extra_files={"config.yaml": self._run.path / "config.yaml"},
+                        extra_files={
+                            "config.yaml": self._run.path / "config.yaml",
+                            CARD: model_card(inputs.source, config, spans, operators).encode(),
+                        },
                         advance=advance,
                     )
                 difference = self._verify(unverified, spans, operators, healed)
@@ -399,6 +413,8 @@ class Stages:
 
         def work() -> dict[str, Any]:
             values: dict[str, dict[str, float]] = {name: {} for name in inputs.evaluation}
+            nats: dict[str, dict[str, list[float]]] = {name: {} for name in inputs.evaluation}
+            predicted = {n: w.window_length - 1 for n, w in inputs.evaluation.items()}
             if inputs.streaming:
                 lanes = {
                     "dense": Lane(),
@@ -408,9 +424,17 @@ class Stages:
                 layers = inputs.architecture.num_layers + 1
                 with self._reporter.stage("evaluate", layers, "layers") as advance:
                     results = streamed_perplexities(inputs, lanes, inputs.evaluation, advance)
-                for name, of_corpus in results.items():
-                    values[name] = {variant: found.value for variant, found in of_corpus.items()}
-                return {"perplexity": values}
+                return {
+                    "perplexity": {
+                        name: {variant: found.value for variant, found in of_corpus.items()}
+                        for name, of_corpus in results.items()
+                    },
+                    "nats_per_window": {
+                        name: {v: found.nats_per_window.tolist() for v, found in of_corpus.items()}
+                        for name, of_corpus in results.items()
+                    },
+                    "tokens_per_window": predicted,
+                }
             model = open_causal_lm(inputs)
             for variant in ("dense", "pruned", "recovered"):
                 if variant == "pruned":
@@ -428,13 +452,18 @@ class Stages:
                             on_progress=advance,
                         )
                     values[name][variant] = result.value
-            return {"perplexity": values}
+                    nats[name][variant] = result.nats_per_window.tolist()
+            return {"perplexity": values, "nats_per_window": nats, "tokens_per_window": predicted}
 
         if not inputs.evaluation:
             return {}
         outputs = self._stage("evaluate", wanted, work)
         found: dict[str, dict[str, float]] = outputs["perplexity"]
         return found
+
+    def exported_operators(self, solution: Solution) -> dict[Span, Repair]:
+        """Operators in the dtypes of the checkpoint."""
+        return self._as_exported(solution)[0]
 
     @property
     def _model(self) -> str:

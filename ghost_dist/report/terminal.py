@@ -9,6 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ghost_dist.report import charts
+from ghost_dist.report.checks import remarks
+from ghost_dist.report.record import read_run
+
 
 def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
     """Print perplexities, fits and where the checkpoint lies, from the content of result.json."""
@@ -50,6 +54,29 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console.print(
         f"checkpoint: {run / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True
     )
+
+
+def print_run(path: Path, console: Console | None = None) -> None:
+    """Print a run with charts: perplexities, recoverability, ridge curves, what to beware of.
+
+    Raises
+    ------
+    RunFolderError
+        If it is no RUN folder.
+    """
+    console = console or Console()
+    run = read_run(path)
+    if run.result is not None:
+        print_result(run.result, path, console)
+    for chart in (
+        charts.perplexity_bars(run),
+        charts.recoverability(run),
+        charts.ridge_curves(run),
+    ):
+        if chart is not None:
+            console.print(chart)
+    for remark in remarks(run):
+        console.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_comparison(

@@ -60,6 +60,8 @@ class Fit:
         Held-out ``1 - ||Y - Z B||^2 / ||Y - mean(Y)||^2`` over all channels.
     r2_channel_quantiles
         The same per channel: its quantiles 0.05, 0.25, 0.5, 0.75, 0.95.
+    r2_channels
+        The same of every channel, in the channels' order.
     condition
         Estimated 2-norm condition number of Gram + ridge of the final fit.
     num_tokens
@@ -75,6 +77,7 @@ class Fit:
     residual: float
     r2: float
     r2_channel_quantiles: tuple[float, ...]
+    r2_channels: tuple[float, ...]
     condition: float
     num_tokens: int
     tokens_per_channel: float
@@ -157,6 +160,7 @@ def fit_least_squares(
             residual=float(held_out_C.sum()) / cut if cut > 0 else 0.0,
             r2=1 - float(held_out_C.sum()) / variance if variance > 0 else 0.0,
             r2_channel_quantiles=tuple(quantiles.tolist()),
+            r2_channels=tuple(r2_C.tolist()),
             condition=condition_number(gram_ZZ, best * scale_Z, factor_ZZ),
             num_tokens=total.num_tokens,
             tokens_per_channel=total.num_tokens / total.gram_ZZ.shape[0],

@@ -1,0 +1,70 @@
+"""How far a perplexity would move on other windows of the same text: bootstrap over windows.
+
+All variants are drawn with the same windows, so that a ratio or a share of two of them has the
+interval of a paired comparison. Windows next to each other in one text are not independent; the
+intervals are of the windows as drawn, and say nothing of another text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_DRAWN_AT_ONCE = 64
+
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+def resampled_perplexities(
+    nats: Mapping[str, Sequence[float]],
+    tokens_per_window: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, FloatArray]:
+    """Perplexity of every variant on windows drawn with replacement, the same for all variants.
+
+    Parameters
+    ----------
+    nats
+        Variant to negative log likelihood of each window, nats; the same windows in one order.
+    tokens_per_window
+        Predicted tokens of a window.
+    resamples, seed
+        Number of draws, and of the generator.
+
+    Returns
+    -------
+    dict
+        Variant to float64 of shape (resamples,), draw i of all variants from the same windows.
+
+    Raises
+    ------
+    ValueError
+        If the variants have different numbers of windows, or none.
+    """
+    lengths = {len(values) for values in nats.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"expected the same windows of every variant, got {sorted(lengths)} of")
+    [windows] = lengths
+    nats_WV = np.array(list(nats.values()), dtype=np.float64).T
+    generator = np.random.default_rng(seed)
+    means = []
+    for first in range(0, resamples, _DRAWN_AT_ONCE):
+        number = min(_DRAWN_AT_ONCE, resamples - first)
+        counts_RW = generator.multinomial(windows, np.full(windows, 1 / windows), size=number)
+        means.append(counts_RW @ nats_WV / (windows * tokens_per_window))
+    with np.errstate(over="ignore"):  # beyond exp(709) it is infinite, as the perplexity is
+        values_RV = np.exp(np.concatenate(means))
+    return {name: values_RV[:, column] for column, name in enumerate(nats)}
+
+
+def interval(values: FloatArray, level: float = LEVEL) -> tuple[float, float] | None:
+    """The middle ``level`` of resampled values; None where they are not finite or all one."""
+    if not np.isfinite(values).all() or np.ptp(values) == 0:
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,271 @@
+"""What a RUN folder says of its run, finished or not: everything that a report is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ghost_dist.config import config_tree
+from ghost_dist.errors import RunFolderError
+from ghost_dist.evaluation.bootstrap import FloatArray, interval, resampled_perplexities
+from ghost_dist.run_folder import RunFolder
+
+VARIANTS = ("dense", "pruned", "recovered")
+_STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
+_Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as it stands on the disk.
+
+    Attributes
+    ----------
+    path
+        The RUN folder.
+    config
+        The resolved configuration.
+    result
+        Content of ``result.json``; None while the run is not finished.
+    stages
+        Outputs of every finished stage.
+    events
+        Lines of ``events.jsonl``.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    stages: dict[str, dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def model(self) -> str:
+        """Last part of the model's path, or its hub id."""
+        path = str(self.config["model"]["path"])
+        return Path(path).name if Path(path).expanduser().exists() else path
+
+    @property
+    def spans(self) -> list[list[int]]:
+        """Removed spans; empty before they are chosen."""
+        return list(self._of("spans", "select", "spans", []))
+
+    @property
+    def num_removed(self) -> int:
+        """Layers that go."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the uncut model."""
+        if self.result is not None and "num_layers" in self.result:
+            return int(self.result["num_layers"])
+        found: int | None = self.stages["select"].get("num_layers")
+        return found
+
+    @property
+    def operator(self) -> str | None:
+        """What was fitted; None before."""
+        found: str | None = self._of("operator", "solve", "operator", None)
+        return found
+
+    @property
+    def fits(self) -> list[dict[str, Any]]:
+        """A row per fitted span."""
+        return list(self._of("fit", "solve", "fits", []))
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """What was tried."""
+        return list(self._of("candidates", "solve", "candidates", []))
+
+    @property
+    def healing(self) -> list[dict[str, Any]]:
+        """Layers refitted behind the gap."""
+        return list(self._of("healing", "solve", "healing", []))
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """``scores`` or ``recoverability``."""
+        found = self._of("selection", "select", None, {})
+        return {key: found[key] for key in ("scores", "recoverability") if key in found}
+
+    @property
+    def perplexity(self) -> dict[str, dict[str, float]]:
+        """Corpus to variant to perplexity."""
+        return dict(self._of("perplexity", "evaluate", "perplexity", {}))
+
+    @cached_property
+    def resampled(self) -> dict[str, dict[str, FloatArray]]:
+        """Corpus to variant to perplexities on resampled windows, where nats were recorded."""
+        record = self.stages["evaluate"]
+        if record.get("perplexity") != self.perplexity or "nats_per_window" not in record:
+            return {}
+        return {
+            name: resampled_perplexities(nats, record["tokens_per_window"][name])
+            for name, nats in record["nats_per_window"].items()
+        }
+
+    @property
+    def intervals(self) -> dict[str, dict[str, _Pair | None]]:
+        """Corpus to variant to the 95 % interval of its perplexity."""
+        return {
+            name: {variant: interval(values) for variant, values in variants.items()}
+            for name, variants in self.resampled.items()
+        }
+
+    def num_windows(self, corpus: str) -> int | None:
+        """Evaluated windows of a corpus, None if they were not recorded."""
+        nats = self.stages["evaluate"].get("nats_per_window", {}).get(corpus)
+        return None if nats is None else len(nats["dense"])
+
+    def gap_closed(self, corpus: str) -> tuple[float, _Pair | None] | None:
+        """Share of what pruning cost that recovery gave back, and its interval; None: no cost."""
+        value = self.perplexity[corpus]
+        if value["pruned"] <= value["dense"]:
+            return None
+        share = (value["pruned"] - value["recovered"]) / (value["pruned"] - value["dense"])
+        drawn = self.resampled.get(corpus)
+        if drawn is None:
+            return share, None
+        cost = drawn["pruned"] - drawn["dense"]
+        if (cost <= 0).any():
+            return share, None
+        return share, interval((drawn["pruned"] - drawn["recovered"]) / cost)
+
+    @property
+    def r2_channels(self) -> list[tuple[list[int], list[float]]]:
+        """Span and held-out R2 of every channel that varies; as the fits are of."""
+        if not self._solve_is_current:
+            return []
+        return [
+            (row["span"], [r2 for r2 in row["r2"] if r2 is not None])
+            for row in self.stages["solve"].get("r2_channels", [])
+        ]
+
+    @property
+    def operator_files(self) -> dict[str, tuple[Path, str]]:
+        """Span as text to the file of its operator and its sha256, refined where it was."""
+        folder, files = self.path / "operators", self.stages["solve"].get("files", {})
+        if self.stages["refine"]:
+            folder, files = folder / "refined", self.stages["refine"]["files"]
+        if not self._solve_is_current:
+            return {}
+        return {
+            span: (folder / f"{span.strip('[)').replace(', ', '-')}.safetensors", sha256)
+            for span, sha256 in files.items()
+        }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was warned about while the run worked, each once."""
+        found = [e["message"] for e in self.events if e.get("event") == "warning"]
+        return list(dict.fromkeys(found))
+
+    @property
+    def sessions(self) -> int:
+        """How often the command was started."""
+        return sum(event.get("event") == "run-start" for event in self.events)
+
+    @property
+    def stale(self) -> list[str]:
+        """Stages that were done again after the result was written."""
+        if self.result is None:
+            return []
+        stages = {
+            "select": self.stages["select"].get("spans") == self.result["spans"],
+            "solve": self._solve_is_current,
+            "evaluate": self.stages["evaluate"].get("perplexity", {}) == self.result["perplexity"],
+        }
+        return [name for name, current in stages.items() if not current]
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that are not done, of a run that is not finished."""
+        if self.result is not None:
+            return []
+        wanted = [s for s in _STAGES if s != "refine" or self.config["refine"]["steps"]]
+        if not self.config["evaluation"]["corpora"]:
+            wanted.remove("evaluate")
+        return [stage for stage in wanted if not self.stages[stage]]
+
+    @property
+    def _solve_is_current(self) -> bool:
+        return self.result is None or self.stages["solve"].get("fits") == self.result["fit"]
+
+    def _of(self, key: str, stage: str, name: str | None, default: Any) -> Any:
+        """Of the result, which belongs together; of the stages only while there is none."""
+        if self.result is not None:
+            return self.result[key]
+        record = self.stages[stage]
+        return record if name is None else record.get(name, default)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a RUN folder; takes no lock, since files there are whole or absent.
+
+    Raises
+    ------
+    RunFolderError
+        If it is no RUN folder, or a file in it is damaged.
+    """
+    config = config_tree(RunFolder.stored_config(path))
+    result = _json(path / "result.json")
+    stages = {stage: _json(path / "stages" / f"{stage}.json") or {} for stage in _STAGES}
+    return RunRecord(
+        path=path,
+        config=config,
+        result=result,
+        stages={stage: record.get("outputs", {}) for stage, record in stages.items()},
+        events=_events(path / "events.jsonl"),
+    )
+
+
+def file_sha256(path: Path) -> str | None:
+    """Of a file, None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {error}. Run recover again; it writes what is missing."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise RunFolderError(f"{path} should hold an object. Remove it and run recover again.")
+    return dict(found)
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """Events; a line cut short by a kill is left out, it is the last of its session."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events

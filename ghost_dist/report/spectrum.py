@@ -1,0 +1,137 @@
+"""What an operator does to the stream beyond passing it on: the spectrum of ``M = W - I``.
+
+Legend: C hidden width. Computed from the operator files, float64, and kept in ``RUN/report.json``
+under the sha256 of the file, since it takes O(C^3): about a minute at C = 8192 on many cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ghost_dist.durable import write_json
+from ghost_dist.errors import CorruptStoreError
+from ghost_dist.report.record import RunRecord, file_sha256
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of one matrix that acts at a boundary.
+
+    Attributes
+    ----------
+    singular_values
+        Largest first; of M = W - I, or of N where it acts on rmsnorm(x).
+    antisymmetric_share
+        ``||(M - M')/2||^2 / ||M||^2``, Frobenius norms: 0 only stretches, 1 only rotates, near 1/2
+        for a matrix without symmetry.
+    relative_norm
+        ``||M|| / ||I||``.
+    """
+
+    singular_values: tuple[float, ...]
+    antisymmetric_share: float
+    relative_norm: float
+
+    @property
+    def effective_rank(self) -> int:
+        """Singular values that hold 90 % of the sum of squares."""
+        squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
+        total = float(squares.sum())
+        if total == 0:
+            return 0
+        return int((squares.cumsum(0) < 0.9 * total).sum()) + 1
+
+
+def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
+    """Spectrum of a matrix; at most its first ``rank`` singular values."""
+    energy = float(matrix_CC.square().sum())
+    half_CC = (matrix_CC - matrix_CC.T) / 2
+    values = torch.linalg.svdvals(matrix_CC).tolist()
+    return Spectrum(
+        singular_values=tuple(values[:rank]),
+        antisymmetric_share=float(half_CC.square().sum()) / energy if energy > 0 else 0.0,
+        relative_norm=(energy / matrix_CC.shape[0]) ** 0.5,
+    )
+
+
+def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dict[str, Spectrum]]:
+    """Span to matrix (``M``, ``N``) to its spectrum; spans without a matrix are left out.
+
+    Raises
+    ------
+    CorruptStoreError
+        If an operator is not the one that was solved.
+    """
+    cache = run.path / "report.json"
+    stored = _stored(cache)
+    found: dict[str, dict[str, Spectrum]] = {}
+    fresh: dict[str, Any] = {}
+    for span, (path, sha256) in run.operator_files.items():
+        row = stored.get(sha256)
+        if row is None:
+            parts = _parts(path, sha256)
+            row = {
+                name: asdict(spectrum_of(matrix_CC.to(device or "cpu"), rank))
+                for name, matrix_CC, rank in _matrices(parts)
+            }
+        fresh[sha256] = row
+        if row:
+            found[span] = {
+                name: Spectrum(
+                    tuple(value["singular_values"]),
+                    value["antisymmetric_share"],
+                    value["relative_norm"],
+                )
+                for name, value in row.items()
+            }
+    if fresh != stored:
+        with contextlib.suppress(OSError):  # a RUN that may only be read has no cache
+            write_json(cache, {"format": FORMAT, "spectra": fresh})
+    return found
+
+
+def _matrices(parts: dict[str, Tensor]) -> list[tuple[str, Tensor, int | None]]:
+    """Name, matrix and largest possible rank of what acts at the boundary."""
+    found: list[tuple[str, Tensor, int | None]] = []
+    if "linear" in parts:
+        weight_CC = parts["linear"].double()
+        eye_CC = torch.eye(weight_CC.shape[0], dtype=torch.float64)
+        found.append(("M", weight_CC - eye_CC, None))
+    if "low_rank_in" in parts:
+        u_Cr, v_rC = parts["low_rank_in"].double(), parts["low_rank_out"].double()
+        found.append(("M", u_Cr @ v_rC, u_Cr.shape[1]))
+    if "norm_linear" in parts:
+        found.append(("N", parts["norm_linear"].double(), None))
+    return found
+
+
+def _parts(path: Path, sha256: str) -> dict[str, Tensor]:
+    if file_sha256(path) != sha256:
+        raise CorruptStoreError(
+            f"Operator {path} is not the one that was solved. Run solve again; it needs only the "
+            "stored statistics."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CorruptStoreError(f"Operator {path} cannot be read: {error}.") from error
+
+
+def _stored(cache: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(cache.read_bytes())
+        found: dict[str, Any] = content["spectra"] if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # computed again
+    return found

@@ -1,0 +1,92 @@
+"""Numbers with their units as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, a power of ten where plain digits would be long."""
+    if value is None or math.isnan(value):
+        return DASH
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if not -4 <= size < 6:
+        mantissa, _, exponent = f"{value:.{max(0, digits - 1)}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+    return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", MINUS)
+
+
+def perplexity(value: float | None) -> str:
+    """Two decimals below 1000, as papers print it."""
+    if value is not None and 0.01 <= value < 1000:
+        return f"{value:.2f}"
+    return number(value)
+
+
+def percent(value: float, digits: int = 0, *, sign: bool = False) -> str:
+    """A share as per cent."""
+    plus = "+" if sign else ""
+    return f"{100 * value:{plus}.{digits}f}{NARROW}%".replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """A large number: 7.72 M."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{NARROW}{name}"
+    return f"{value:,.0f}"
+
+
+def nbytes(value: float) -> str:
+    """Bytes in decimal units."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.3g}{NARROW}{name}"
+    return f"{value:.0f}{NARROW}B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours."""
+    if seconds < 100:
+        return f"{seconds:.1f}{NARROW}s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes}{NARROW}min"
+    return f"{minutes // 60}{NARROW}h {minutes % 60:02d}{NARROW}min"
+
+
+def span(pair: Sequence[int]) -> str:
+    """A half-open span of layers, not to be broken."""
+    return f"[{pair[0]},\N{NO-BREAK SPACE}{pair[1]})"
+
+
+def spans(pairs: Sequence[Sequence[int]]) -> str:
+    """Several of them."""
+    return ", ".join(span(pair) for pair in pairs) or "none"
+
+
+def layers(pairs: Sequence[Sequence[int]]) -> str:
+    """Spans in words: layers 7 to 13."""
+    parts = [f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in pairs]
+    return join_words(parts)
+
+
+def interval(pair: tuple[float, float] | None) -> str:
+    """An interval of perplexities."""
+    return "" if pair is None else f"{perplexity(pair[0])} {DASH} {perplexity(pair[1])}"
+
+
+def join_words(parts: Sequence[str]) -> str:
+    """``a, b and c``."""
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"

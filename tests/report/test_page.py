@@ -1,0 +1,224 @@
+"""What the page says, judged against the run's own record; what it does with what is not there."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from ghost_dist.calibration.windows import load_windows
+from ghost_dist.cli import main
+from ghost_dist.errors import ConfigError, CorruptStoreError, RunFolderError
+from ghost_dist.pipeline import recover as recover_module
+from ghost_dist.pipeline.candidates import candidates_of
+from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.solving import Solver
+from ghost_dist.progress import Reporter
+from ghost_dist.report import text
+from ghost_dist.report.page import headline, write_report
+from ghost_dist.report.record import read_run
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+from ghost_dist.statistics.store import StatisticsStore
+
+
+def page_of(run, tmp_path):
+    out = tmp_path / "page.html"
+    out.unlink(missing_ok=True)
+    return write_report([run], out).read_text()
+
+
+def test_recover_writes_the_page_with_the_figures_of_its_result(made_runs):
+    for run in made_runs.values():
+        page = (run / "report.html").read_text()
+        result = json.loads((run / "result.json").read_text())
+        assert all(text.span(span) in page for span in result["spans"])
+        for values in result["perplexity"].values():
+            assert all(f"<b>{text.perplexity(value)}</b>" in page for value in values.values())
+        assert result["fingerprint"] in page
+        assert f"{sum(stop - start for start, stop in result['spans'])} of 8 layers" in page
+        for fit in result["fit"]:
+            assert text.number(fit["residual"]) in page
+
+
+def test_page_asks_for_nothing_and_runs_nothing(made_runs):
+    for run in made_runs.values():
+        page = (run / "report.html").read_text()
+        assert "<script" not in page
+        assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
+        assert not re.findall(r"url\(|@import", page)
+        assert len(page) < 400_000
+
+
+def test_same_run_gives_the_same_page(runs, tmp_path):
+    assert page_of(runs["joint"], tmp_path) == page_of(runs["joint"], tmp_path)
+
+
+def test_ridge_taken_lies_on_the_curve_of_the_whole_grid(made_runs):
+    [fit] = json.loads((made_runs["joint"] / "result.json").read_text())["fit"]
+    curve = fit["ridge_curve"]
+    assert len(curve) >= 13
+    assert curve == sorted(curve)
+    assert [fit["relative_ridge"], fit["residual"]] in curve
+
+
+def test_ridge_beside_that_of_least_residual_keeps_the_whole_curve(made_runs):
+    quiet = Reporter(console=Console(quiet=True))
+    run = made_runs["map"]
+    config = RunFolder.stored_config(run)
+    inputs = open_inputs(config, quiet)
+    spans = tuple(Span(*span) for span in read_run(run).spans)
+    store = StatisticsStore.open(run / "statistics.zarr")
+    solver = Solver(inputs, spans, store, load_windows(run / "tokens.safetensors"), quiet)
+    candidate = candidates_of(config.operator, spans, inputs.refittable)[0]
+    _, shifted = solver.fit(replace(candidate, shift=0.25), spans[0])
+    _, plain = solver.fit(candidate, spans[0])
+    assert shifted.relative_ridge == pytest.approx(plain.relative_ridge * 10**0.25)
+    assert len(shifted.ridge_curve) == len(plain.ridge_curve) + 1 >= 10
+    assert set(plain.ridge_curve) < set(shifted.ridge_curve)
+    assert (shifted.relative_ridge, shifted.residual) in shifted.ridge_curve
+
+
+def test_recorded_nats_give_the_recorded_perplexity(made_runs):
+    record = json.loads((made_runs["joint"] / "stages" / "evaluate.json").read_text())["outputs"]
+    [(corpus, values)] = record["perplexity"].items()
+    tokens = record["tokens_per_window"][corpus]
+    assert tokens == 63
+    for variant, value in values.items():
+        nats = record["nats_per_window"][corpus][variant]
+        assert len(nats) == 10
+        # The sum in the result is over all tokens; so is this one.
+        assert value == pytest.approx(2.718281828459045 ** (sum(nats) / (10 * tokens)), rel=1e-12)
+
+
+def test_result_stays_small_and_channels_are_in_the_record(made_runs):
+    result = (made_runs["joint"] / "result.json").read_text()
+    assert "r2_channels" not in result
+    assert "nats_per_window" not in result
+    record = json.loads((made_runs["joint"] / "stages" / "solve.json").read_text())["outputs"]
+    [row] = record["r2_channels"]
+    assert len(row["r2"]) == 48
+    [fit] = record["fits"]
+    assert sorted(row["r2"])[24] >= fit["r2_channel_quantiles"][2] >= sorted(row["r2"])[23]
+
+
+def test_unfinished_run_is_reported_as_far_as_it_is(make_config, tmp_path):
+    recover(make_config(), again="solve")
+    run = read_run(tmp_path / "run")
+    assert run.result is None
+    assert headline(run) == "2 of 8 layers removed; not finished"
+    page = page_of(tmp_path / "run", tmp_path)
+    assert "export still to do" in page
+    assert "How well the gap is bridged" in page
+    recover(make_config(), again="calibrate")
+    assert "not finished" in page_of(tmp_path / "run", tmp_path)
+
+
+def test_figures_of_a_stage_done_again_are_not_mixed_with_an_older_result(runs, tmp_path):
+    path = runs["joint"] / "stages" / "solve.json"
+    record = json.loads(path.read_text())
+    record["outputs"]["fits"][0]["residual"] = 0.123456
+    record["outputs"]["files"] = {"[0, 1)": "0" * 64}
+    path.write_text(json.dumps(record))
+    page = page_of(runs["joint"], tmp_path)
+    assert "Solve was done again after this result" in page
+    assert "0.123" not in page
+    assert "R² by channel</strong>" not in page
+
+
+def test_run_without_nats_per_window_has_no_intervals_and_says_so(runs, tmp_path):
+    path = runs["cut"] / "stages" / "evaluate.json"
+    record = json.loads(path.read_text())
+    del record["outputs"]["nats_per_window"]
+    path.write_text(json.dumps(record))
+    page = page_of(runs["cut"], tmp_path)
+    assert "95 %" not in page
+    assert "were not recorded, so no interval" in page
+
+
+def test_damaged_operator_is_refused(runs, tmp_path):
+    (runs["joint"] / "report.json").unlink()
+    [file] = (runs["joint"] / "operators").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptStoreError, match="Run solve again"):
+        write_report([runs["joint"]], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_failing_report_does_not_lose_the_run(make_config, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(recover_module, "write_report", fail)
+    result = recover(make_config())
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert "no ink" in (tmp_path / "run" / "events.jsonl").read_text()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_target_that_is_no_report_is_left_alone(runs, tmp_path):
+    mine = tmp_path / "thesis.html"
+    mine.write_text("years of work")
+    with pytest.raises(ConfigError, match="is not a report"):
+        write_report([runs["cut"]], mine)
+    assert mine.read_text() == "years of work"
+    with pytest.raises(ConfigError, match="does not exist"):
+        write_report([runs["cut"]], tmp_path / "nowhere" / "page.html")
+    with pytest.raises(RunFolderError, match="not a RUN folder"):
+        write_report([tmp_path])
+    damaged = runs["map"] / "result.json"
+    damaged.write_text("{")
+    with pytest.raises(RunFolderError, match=r"result\.json cannot be read"):
+        write_report([runs["map"]])
+
+
+def test_comparison_says_where_runs_differ_and_does_not_rank_what_cannot_be_ranked(runs, tmp_path):
+    out = tmp_path / "both.html"
+    page = write_report([runs["joint"], runs["cut"]], out).read_text()
+    assert "operator.name" in page
+    assert "selection.criterion" in page
+    assert "calibration.windows" not in page
+    assert "has the lowest perplexity" in page
+    assert "cannot be set against" not in page
+    for name in ("result.json", "stages/evaluate.json"):
+        path = runs["cut"] / name
+        record = json.loads(path.read_text())
+        for values in record.get("outputs", record)["perplexity"].values():
+            values["dense"] *= 1.1
+        path.write_text(json.dumps(record))
+    page = write_report([runs["joint"], runs["cut"]], out).read_text()
+    assert "2 runs compared</h1>" in page
+    assert "cannot be set against" in page
+
+
+def test_command_writes_and_prints(runs, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(runs["map"])])
+    assert not stopped.value.code
+    printed = capsys.readouterr().out
+    assert f"report: {runs['map'] / 'report.html'}" in printed.replace("\n", "")
+    assert "recovered" in printed
+    assert "XX" in printed  # the chosen cell of the map
+    assert "<- taken" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"residual": 1.2}, "no better than the plain cut"),
+        ({"tokens_per_channel": 1.5}, "below 4"),
+        ({"condition": 1e14}, "few are left"),
+        ({"ridge_curve": [[1e-8, 0.5], [1e-4, 0.6], [1.0, 0.7]]}, "at the end of the ridges"),
+    ],
+)
+def test_what_to_beware_of_is_said_in_words(runs, tmp_path, change, said):
+    before = page_of(runs["map"], tmp_path)
+    for name, key in (("result.json", "fit"), ("stages/solve.json", "fits")):
+        path = runs["map"] / name
+        record = json.loads(path.read_text())
+        record.get("outputs", record)[key][0].update(change)
+        path.write_text(json.dumps(record))
+    after = page_of(runs["map"], tmp_path)
+    assert after.count(said) > before.count(said)
