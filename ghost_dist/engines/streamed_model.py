@@ -32,6 +32,7 @@ from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
+from ghost_dist.statistics.collect import FlagsOnTheWay
 
 Group = int | Literal["embeddings", "head"]
 RunLayer = Callable[[Tensor], Tensor]
@@ -97,7 +98,7 @@ class StreamedModel:
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self._compiled = compiled
-        self._extremes: list[tuple[str, Tensor]] = []
+        self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached)
         # A layer that only hands on must not run what hangs on it, such as an exported operator.
         self._hooks = [
@@ -310,18 +311,24 @@ class StreamedModel:
 
         Waits for the device; so it is a call of its own, for when the next layers are under way.
         """
-        noted, self._extremes = self._extremes, []
-        for name, extremes in noted:
-            if not bool(torch.isfinite(extremes).all()):
-                raise non_finite_weight(self._checkpoint.path, name, self.dtype)
+        noted, self._noted_weights = self._noted_weights, []
+        for names, flags in noted:
+            for name, finite in zip(names, flags.arrived(), strict=True):
+                if not finite:
+                    raise non_finite_weight(self._checkpoint.path, name, self.dtype)
 
     def _note_weights(self, group: Group) -> None:
-        """Remember the extremes of each weight, which are NaN or Inf if any number is."""
+        """Remember whether each weight is finite: its extremes are NaN or Inf if any number is."""
+        names, extremes = [], []
         for name in self._targets[group]:
             parent, _, leaf = name.rpartition(".")
             weight = getattr(self._model.get_submodule(parent), leaf)
             if weight.is_floating_point() and weight.numel() and not weight.is_meta:
-                self._extremes.append((name, torch.stack(torch.aminmax(weight.detach()))))
+                least, most = torch.aminmax(weight.detach())
+                names.append(name)
+                extremes.append((most * 0 + least * 0).float())  # Inf times 0 is NaN
+        if names:
+            self._noted_weights.append((names, FlagsOnTheWay(extremes)))
 
     def _release(self, group: Group) -> None:
         """Back to shapes; what the embeddings' group holds besides the table of tokens stays."""

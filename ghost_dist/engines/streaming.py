@@ -231,6 +231,7 @@ class StreamingEngine:
             stream_BTC = self.model.embed(ids_BT)
             self._note(finite, 0, windows[part], stream_BTC)
             streams_WTC[part].copy_(stream_BTC, non_blocking=True)
+        finite.send()
         return finite
 
     def _note(
@@ -280,6 +281,7 @@ class StreamingEngine:
                 y_BTC = run(x_BTC)
                 self._note(finite, layer + 1, windows[part], y_BTC)
                 streams_WTC[part].copy_(y_BTC, non_blocking=True)
+        finite.send()
         return kept, finite
 
 

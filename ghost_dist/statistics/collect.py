@@ -9,7 +9,7 @@ for once, at the end.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -246,6 +246,7 @@ class FiniteCheck:
     def __init__(self) -> None:
         self._seen: list[tuple[int, int]] = []
         self._flags: list[Tensor] = []
+        self._on_the_way: FlagsOnTheWay | None = None
 
     def note(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Remember one stream."""
@@ -255,11 +256,36 @@ class FiniteCheck:
         wide = torch.promote_types(stream_TC.dtype, torch.float32)
         self._flags.append(torch.linalg.vector_norm(stream_TC, 1, dtype=wide))
 
+    def send(self) -> None:
+        """Nothing more comes: let the answer be on its way while the device does other things."""
+        if self._flags:
+            self._on_the_way = FlagsOnTheWay(self._flags)
+
     def check(self) -> None:
         """Raise NonFiniteActivationError for the first layer and window that was not finite."""
         if not self._flags:
             return
-        finite = torch.isfinite(torch.stack(self._flags))
-        if not bool(finite.all()):
-            bad = itertools.compress(self._seen, (not ok for ok in finite.tolist()))
+        flags = self._on_the_way or FlagsOnTheWay(self._flags)
+        finite = flags.arrived()
+        if not all(finite):
+            bad = itertools.compress(self._seen, (not ok for ok in finite))
             raise NonFiniteActivationError(*min(bad))
+
+
+class FlagsOnTheWay:
+    """Whether numbers are finite, copied to the host behind what the device has to do so far.
+
+    Asked for later, the answer costs no waiting for what the device was given since.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        finite = torch.isfinite(torch.stack(list(numbers)))
+        self._flags = finite.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+
+    def arrived(self) -> list[bool]:
+        """One flag for each number."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        flags: list[bool] = self._flags.tolist()
+        return flags
