@@ -239,8 +239,8 @@ class EngineConfig(_Section):
     kind: Literal["auto", "resident", "tensor_parallel", "streaming"] = "auto"
     """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
     by the ranks of a replica. streaming: layer after layer, each read once a stage, for checkpoints
-    larger than the device or the machine. auto: resident in one process, tensor_parallel on a
-    cluster."""
+    larger than the device or the machine. auto: tensor_parallel on a cluster; in one process
+    resident, or streaming where two copies of the model do not fit on the device."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
@@ -362,22 +362,11 @@ class Config(_Section):
                 "engine.kind=streaming runs in one process: leave out engine.replicas and "
                 "cluster.address, or set engine.kind=tensor_parallel"
             )
-        operator = self.operator
-        for wanted, field, other in (
-            (operator.heal, "operator.heal=true", "false"),
-            (operator.refit == "sequential", "operator.refit=sequential", "parallel"),
-            (
-                operator.features == "stream+norm" and operator.name != "ghost",
-                f"operator.features=stream+norm with operator.name={operator.name}",
-                "stream, or operator.name=ghost",
-            ),
-            (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
-        ):
-            if wanted:
-                raise ValueError(
-                    f"{field} runs the whole model again and again, which engine.kind=streaming "
-                    f"never holds: give {other}, or engine.kind=resident"
-                )
+        if (wanted := self.needs_whole_model) is not None:
+            raise ValueError(
+                f"{wanted[0]} runs the whole model again and again, which engine.kind=streaming "
+                f"never holds: give {wanted[1]}, or engine.kind=resident"
+            )
         return self
 
     @model_validator(mode="after")
@@ -388,6 +377,24 @@ class Config(_Section):
                 "one process: set engine.replicas or cluster.address, or reduction=ordered"
             )
         return self
+
+    @property
+    def needs_whole_model(self) -> tuple[str, str] | None:
+        """A setting that layer streaming cannot do, and what it can; None: there is none."""
+        operator = self.operator
+        for wanted, setting, instead in (
+            (operator.heal, "operator.heal=true", "false"),
+            (operator.refit == "sequential", "operator.refit=sequential", "parallel"),
+            (
+                operator.features == "stream+norm" and operator.name != "ghost",
+                f"operator.features=stream+norm with operator.name={operator.name}",
+                "stream, or operator.name=ghost",
+            ),
+            (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
+        ):
+            if wanted:
+                return setting, instead
+        return None
 
     @property
     def on_cluster(self) -> bool:

@@ -29,12 +29,14 @@ from ghost_dist.checkpoint.reader import (
     resolve_checkpoint,
 )
 from ghost_dist.config import Config, parse_size
+from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.planning.choice import must_stream
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
@@ -63,6 +65,8 @@ class RunInputs:
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
+    streaming: bool
+    """Whether this process never holds the model, but reads layer after layer."""
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -88,11 +92,6 @@ class RunInputs:
     def compiled(self) -> bool:
         """Whether layers are compiled: on a GPU, where it is asked for."""
         return self.config.engine.compile and self.worker_device.type == "cuda"
-
-    @property
-    def streaming(self) -> bool:
-        """Whether this process never holds the model, but reads layer after layer."""
-        return self.config.engine.kind == "streaming"
 
 
 def open_inputs(
@@ -120,6 +119,15 @@ def open_inputs(
     else:
         device, workers = _driver_device(source, reporter), worker_device()
     num_ranges = count_ranges(config)
+    dtype = compute_dtype(config, source, workers)
+    streaming = False
+    if any_operator and config.engine.kind == "streaming":
+        raise ConfigError(
+            "engine.kind=streaming: operators are compared on a model that is held whole. Set "
+            "engine.kind=resident on a machine that can, or recover with one operator at a time."
+        )
+    if worker_device is None and not any_operator:
+        streaming = _streams(config, source, dtype, device, reporter)
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
         name: build_windows(
@@ -144,7 +152,7 @@ def open_inputs(
         model_fingerprint=model_fingerprint(source),
         device=device,
         worker_device=workers,
-        dtype=compute_dtype(config, source, workers),
+        dtype=dtype,
         batch=(
             auto_batch(workers, config.calibration.window_length)
             if config.engine.batch == "auto"
@@ -152,8 +160,9 @@ def open_inputs(
         ),
         num_ranges=num_ranges,
         remove=remove,
-        refittable=_refittable(config, source, architecture, any_operator),
+        refittable=_refittable(config, source, architecture, any_operator, streaming),
         evaluation=evaluation,
+        streaming=streaming,
     )
 
 
@@ -292,8 +301,38 @@ def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None
         )
 
 
+def _streams(
+    config: Config,
+    source: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    reporter: Reporter,
+) -> bool:
+    """Whether this process reads layer after layer: as configured, or because it must."""
+    if config.engine.kind != "auto":
+        return config.engine.kind == "streaming"
+    needed = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    free = free_bytes(device)
+    if not must_stream(needed, free):
+        return False
+    sizes = f"two copies of the model ({2 * needed / 1e9:.1f} GB in {dtype}) do not fit into"
+    there = f"{free / 1e9:.1f} GB free on {device}"
+    if config.needs_whole_model is not None:
+        reporter.warn(
+            f"{sizes} {there}, but {config.needs_whole_model[0]} needs it whole: it is loaded as "
+            "a whole, and may be too large for the last stages."
+        )
+        return False
+    reporter.say(f"{sizes} {there}: layers are streamed (engine.kind=resident to force it)")
+    return True
+
+
 def _refittable(
-    config: Config, source: Checkpoint, architecture: Architecture, any_operator: bool
+    config: Config,
+    source: Checkpoint,
+    architecture: Architecture,
+    any_operator: bool,
+    streaming: bool,
 ) -> frozenset[int]:
     """Layers whose down_proj can be refitted, found on the first layer that has one."""
     operator = config.operator
@@ -303,7 +342,7 @@ def _refittable(
     refittable = architecture.down_projections
     with tempfile.TemporaryDirectory(prefix="ghost_dist_small_") as name:
         folder = Path(name)
-        if config.engine.kind == "streaming":
+        if streaming:
             # The classes decide, not the weights: one real layer may be larger than memory.
             for file, content in small_model(source, architecture).items():
                 (folder / file).write_bytes(content)

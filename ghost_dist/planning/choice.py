@@ -150,6 +150,22 @@ def choose_engine(
     )
 
 
+def must_stream(model_bytes: int, free_bytes: int) -> bool:
+    """Whether a run in one process had better stream, from the size of the model alone.
+
+    What needs most of a resident run, for usual windows, is the check of the exported checkpoint,
+    which holds the recovered model twice.
+
+    Parameters
+    ----------
+    model_bytes
+        Of the whole model in the compute dtype.
+    free_bytes
+        Of the device.
+    """
+    return 2 * model_bytes > SHARE_OF_FREE_MEMORY * free_bytes
+
+
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     """Advice with numbers."""
     fitting = []

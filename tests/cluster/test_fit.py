@@ -219,6 +219,8 @@ def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path,
     """Two replicas of two ranks; then the same from what an earlier run left in the store."""
     showing(monkeypatch, tmp_path / "held", ranks=4)
     fields = {"engine__kind": "auto", "engine__tensor_parallel": 2, "calibration__ranges": 16}
+    # Replicas take turns: a fold must have ranges of both, or its sums would be the ordered ones.
+    fields["operator__folds"] = 3
     config = make(**ALL_REDUCE, **fields)
     recover_on_cluster(config, again="solve")
     run = tmp_path / "run"
@@ -227,7 +229,7 @@ def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path,
     assert list(chain(*reduced["read"].values())) == []
     assert len({(e["replica"], e["rank"]) for e in events(run, "span-fitted")}) == 3
     store = StatisticsStore.open(run / "statistics.zarr")
-    differing, _ = within_rounding(tmp_path / "held", store, 4)
+    differing, _ = within_rounding(tmp_path / "held", store, 3)
     assert differing > 0  # else nothing was tried
     live = operators(run)
     for path in (tmp_path / "held").glob("*.pt"):
@@ -236,7 +238,7 @@ def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path,
     reduced = events(run, "reduced")[-1]
     assert list(chain(*reduced["kept"].values())) == []
     assert sorted(map(len, reduced["read"].values())) == [8, 8]
-    within_rounding(tmp_path / "held", store, 4)
+    within_rounding(tmp_path / "held", store, 3)
     assert worst_difference(operators(run), live) < 1e-9
     clean, left = nothing_leaked(cluster)
     assert clean, left

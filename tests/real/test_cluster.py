@@ -33,6 +33,9 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
             "operator.name": "ghost-joint",
             "operator.features": "stream",
             "operator.choose": "residual",
+            # Not a multiple of the replicas: these take turns, and a fold must have ranges of
+            # both, or its sums would be the ordered ones.
+            "operator.folds": 3,
             "engine.device": "cpu",
             "output.path": str(tmp_path / name),
         }
@@ -59,7 +62,7 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
     live = configure("live", **on_cluster, **{"engine.reduction": "all-reduce"})
     recover_on_cluster(live, again="solve")
     store = StatisticsStore.open(tmp_path / "live" / "statistics.zarr")
-    differing, ratio = within_rounding(tmp_path / "held", store, 4)
+    differing, ratio = within_rounding(tmp_path / "held", store, 3)
     assert differing > 0
     by_all_reduce = load_file(tmp_path / "live" / file)
     worst = max(float((by_all_reduce[n] - t).norm() / t.norm()) for n, t in got.items())
