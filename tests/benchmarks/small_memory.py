@@ -1,11 +1,13 @@
 """Recover a checkpoint that is larger than the memory it may use, on a CPU, with kills in between.
 
-    python tests/benchmarks/small_memory.py FOLDER [--gib 2] [--layers 48]
+    python tests/benchmarks/small_memory.py FOLDER [--gib 2] [--layers 48] [--cgroup FOLDER]
 
 FOLDER takes a random checkpoint (48 layers of 122 MB in bfloat16: 6 GB; made if absent). `recover`
-runs by layer streaming, in a process whose private memory is limited (RLIMIT_DATA: weights that
-were mapped would not count, but streaming maps none), once undisturbed, and once killed at several
-layers and continued. Printed: peak resident memory, bytes of the checkpoint, whether the operators
+runs by layer streaming, once undisturbed, and once killed at several layers and continued, in a
+control group whose memory is limited (page cache counts too, and is given back); without one it
+gets RLIMIT_DATA, which also counts what allocators and threads reserve and never use.
+
+Printed: peak resident memory, bytes of the checkpoint, whether the operators
 are equal bit by bit, and what each resume repeated.
 """
 
@@ -36,6 +38,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--cgroup", type=Path, help="an empty control group (version 1 or 2)")
     given = parser.parse_args()
     model = write_random_checkpoint(
         given.folder / f"random-{given.layers}x2048",
@@ -51,7 +54,8 @@ def main():
     text.write_text("\n".join(Path(module).read_text() for module in (argparse.__file__, __file__)))
     print(
         f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; checkpoint {size / 1e9:.2f} GB, limit {given.gib:g} GiB\n"
+        f"{transformers.__version__}; checkpoint {size / 1e9:.2f} GB, limit {given.gib:g} GiB "
+        f"({'control group' if given.cgroup else 'RLIMIT_DATA'})\n"
     )
     stop = given.layers * 2 // 3
     command = [
@@ -66,12 +70,12 @@ def main():
     for run in (calm, disturbed):
         shutil.rmtree(run, ignore_errors=True)
     began = time.monotonic()
-    peak = finish([*command, "--out", str(calm)], given.gib)
+    peak = finish([*command, "--out", str(calm)], given)
     whole = time.monotonic() - began
     print(f"undisturbed: {whole:.0f} s, peak resident memory {peak / 2**30:.2f} GiB")
     for layer in KILL_AT:
-        kill_after(layer, [*command, "--out", str(disturbed)], given.gib, disturbed)
-    peak = finish([*command, "--out", str(disturbed)], given.gib)
+        kill_after(layer, [*command, "--out", str(disturbed)], given, disturbed)
+    peak = finish([*command, "--out", str(disturbed)], given)
     print(f"killed {len(KILL_AT)} times and continued: peak {peak / 2**30:.2f} GiB")
     equal = [
         (calm / "operators" / path.name).read_bytes() == path.read_bytes()
@@ -85,15 +89,21 @@ def main():
         sys.exit(1)
 
 
-def start(command, gib):
-    limit = int(gib * 2**30)
+def start(command, given):
+    limit = int(given.gib * 2**30)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    if given.cgroup is None:
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+        return process
+    for name in ("memory.limit_in_bytes", "memory.max"):
+        if (given.cgroup / name).exists():
+            (given.cgroup / name).write_text(str(limit))
+    (given.cgroup / "cgroup.procs").write_text(str(process.pid))
     return process
 
 
-def finish(command, gib):
-    process = start(command, gib)
+def finish(command, given):
+    process = start(command, given)
     lines = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
@@ -101,7 +111,7 @@ def finish(command, gib):
     return usage.ru_maxrss * 1024
 
 
-def kill_after(layer, command, gib, run):
+def kill_after(layer, command, given, run):
     """Kill it once the saved state is at this layer or above."""
     state = run / "streams-calibrate" / "state.json"
 
@@ -112,7 +122,7 @@ def kill_after(layer, command, gib, run):
             return 0
 
     resumed_at = boundary()
-    process = start(command, gib)
+    process = start(command, given)
     while boundary() < layer:
         if process.poll() is not None:
             sys.exit(f"it ended by itself:\n{process.stderr.read()[-3000:]}")
