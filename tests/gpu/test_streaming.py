@@ -15,7 +15,10 @@ from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError
 from ghost_dist.statistics.stream_state import StreamState
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
 
 CUDA = torch.device("cuda:0")
 TOKENS = np.random.default_rng(0).integers(3, VOCAB, (6, 32), dtype=np.int32)
@@ -90,6 +93,8 @@ def test_nan_in_a_weight_is_named_one_layer_late(opened):
         stream((open_checkpoint(source.path), architecture))
 
 
+# torch 2.11 warns of itself when its compiler is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_layers_differ_by_rounding_only(tmp_path):
     source = open_checkpoint(save_checkpoint("llama", tmp_path / "model", torch.bfloat16))
     architecture = inspect_architecture(source)
