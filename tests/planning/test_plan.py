@@ -298,7 +298,8 @@ def test_down_projections_are_judged_as_the_run_judges_them(checkpoint, tmp_path
     else:
         source, architecture = checkpoint(family)
     config = configure(source.path, tmp_path, operator__name="auto", selection__spans=[[2, 4]])
-    expected = of_run(config, source, architecture, False)
+    expected = of_run(config, source, architecture, False, streaming=False)
+    assert of_run(config, source, architecture, False, streaming=True) == expected
     assert planning._refittable(config, source, architecture, []) == expected
     assert bool(expected) == (family == "llama")
 
