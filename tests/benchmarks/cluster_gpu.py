@@ -75,8 +75,10 @@ def main() -> None:
     whole = time.monotonic() - began
     events = [json.loads(line) for line in (run / "events.jsonl").open()]
     ready = next(event for event in events if event["event"] == "replica-ready")
-    # The first of every replica ends its warming up.
-    committed = sorted(e["time"] for e in events if e["event"] == "range-committed")[replicas - 1 :]
+    committed = [e for e in events if e["event"] == "range-committed"]
+    # The first range of a replica warms it up: counted is what comes after the last of those.
+    warm = max(min(e["time"] for e in committed if e["replica"] == r["replica"]) for r in committed)
+    after = [e["time"] for e in committed if e["time"] > warm]
 
     inputs = open_inputs(configure(output__path=str(folder / "alone")), Reporter())
     engine = open_engine(inputs, SPAN.stop)
@@ -106,7 +108,7 @@ def main() -> None:
             lambda: sums_of_range(engine, tokens, of_range, passes, lambda _: None)
         ),
         f"Ray, DeepSpeed, {replicas} x tp {arguments.tensor_parallel}, sums, written and "
-        "committed": (committed[-1] - committed[0]) / (len(committed) - 1),
+        "committed": (after[-1] - warm) / len(after),
     }
     print(
         f"{torch.cuda.get_device_name()}, {platform.machine()}, torch {torch.__version__}, "
@@ -118,8 +120,9 @@ def main() -> None:
     size = len(of_range) * LENGTH
     for name, duration in rows.items():
         print(f"| {name} | {size / duration:,.0f} | {rows['bare forward'] / duration:.1%} |")
+    print(f"\n{len(after)} of {len(committed)} ranges after every replica's first")
     print(
-        f"\nreplica ready after {ready['seconds']:.1f} s; {ready['parameter_bytes'][0] / 1e9:.2f} "
+        f"replica ready after {ready['seconds']:.1f} s; {ready['parameter_bytes'][0] / 1e9:.2f} "
         f"GB of weights, conformance {ready['conformance'][0]:.1e}; the whole stage {whole:.1f} s"
     )
 
