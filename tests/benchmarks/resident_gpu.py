@@ -108,8 +108,8 @@ def main():
         f"{transformers.__version__}; {tokens.size} tokens, batch {given.batch}\n"
         f"plain bf16 products: {rate / 1e12:.0f} TFLOP/s; model {model_bytes / 1e9:.2f} GB on the "
         f"device; compiling took {compiling:.1f} s; peak of the host process {host / 1e9:.2f} GB "
-        f"with the pages of mapped files, {most / 2**30:.2f} GiB without them ({before / 2**30:.2f} "
-        "GiB before the model)\n"
+        f"with the pages of mapped files, {most / 2**30:.2f} GiB without them "
+        f"({before / 2**30:.2f} GiB before the model)\n"
     )
     print("| | s | model's TFLOP/s | of the products | peak above the model, GiB |")
     print("|---|---|---|---|---|")
@@ -150,7 +150,8 @@ class AnonymousPages:
 
     @staticmethod
     def _now():
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").open())
+        lines = Path("/proc/self/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
 
 
