@@ -177,7 +177,7 @@ def as_a_backend(folder, scratch):
     architecture = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(architecture).is_backend_compatible()
     inner = getattr(architecture, architecture.base_model_prefix)
-    with init_empty_weights():
+    with torch.device("cpu"), init_empty_weights():  # as vLLM: a device, yet no storage
         model = AutoModel.from_config(
             config, trust_remote_code=True, attn_implementation="ours"
         ).eval()
