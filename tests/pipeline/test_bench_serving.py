@@ -1,4 +1,4 @@
-"""Serving speed of dense, pruned and recovered: the figures belong to what they say; not the times."""
+"""Serving speed of dense, pruned and recovered: figures that belong to what they say; no times."""
 
 import io
 import json
