@@ -45,7 +45,7 @@ def load(folder, **arguments):
 
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
-        return model(tokens.to(model.device), use_cache=False).logits.float()
+        return model(tokens, use_cache=False).logits.float()
 
 
 def difference(a, b):
