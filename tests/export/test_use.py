@@ -128,5 +128,5 @@ def test_text_generation_pipeline(results):
 
 
 def test_quantised_operator(results):
-    """An operator whose input was made int8 with its weights would lose everything."""
+    """Quantised modules have no parameters that say what to compute in."""
     assert results["llama"]["quantised"] < 0.2
