@@ -149,7 +149,10 @@ def _command(command: Any, name: str) -> str:
         meaning = (parameter.help or "").replace("|", r"\|")
         if parameter.envvar:
             meaning += f" Else from `{parameter.envvar}`."
-        lines.append(f"| `{shown}` | {default} | {meaning} |".replace("MODEL|", r"MODEL\|"))
+        shown = shown.replace(
+            "|", "` or `"
+        )  # a table has no way to write it that all readers share
+        lines.append(f"| `{shown}` | {default} | {meaning} |")
     return "\n".join(lines)
 
 

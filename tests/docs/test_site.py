@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -27,10 +28,14 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.links, self.loaded, self.anchors = [], [], set()
+        self.prose = ""
+        self._code = self._paragraphs = 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
+        self._code += tag in ("code", "pre")
+        self._paragraphs += tag == "p"
         if given.get("id"):
             self.anchors.add(given["id"])
         if tag == "a" and given.get("href"):
@@ -39,6 +44,14 @@ class Page(HTMLParser):
             self.loaded.append(given["src"])
         if tag == "link" and given.get("rel") not in ("canonical", "next", "prev"):
             self.loaded.append(given["href"])
+
+    def handle_endtag(self, tag):
+        self._code -= tag in ("code", "pre")
+        self._paragraphs -= tag == "p"
+
+    def handle_data(self, data):
+        if self._paragraphs and not self._code:
+            self.prose += data
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +107,13 @@ def test_no_link_is_broken(site, pages):
             if parts.fragment and unquote(parts.fragment) not in anchors:
                 broken.append(f"{path.name}: no anchor {link}")
     assert not broken
+
+
+def test_no_list_or_table_is_shown_as_prose(pages):
+    """GitHub takes a list or a table right below a line of text, MkDocs wants an empty line."""
+    for path, page in pages.items():
+        marks = re.findall(r"^(?:- |\d+\. |\|).*", page.prose, re.MULTILINE)
+        assert not marks, f"{path.name}: {marks[0]}"
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
