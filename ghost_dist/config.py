@@ -76,7 +76,8 @@ class CalibrationConfig(_Section):
     window_bos: bool = False
     """Whether each window, also in evaluation, begins with the BOS token (Gemma needs it)."""
     ranges: int | None = Field(default=None, ge=1)
-    """Window ranges, the unit of commit and retry; null: 2 per fold."""
+    """Window ranges, the unit of commit and retry; null: one per fold,
+    two where a fold has more than 65,536 tokens."""
 
 
 class SelectionConfig(_Section):

@@ -41,6 +41,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
 
+_TOKENS_OF_RANGE = 1 << 16
 _SHARE_OF_FREE_MEMORY = 0.85
 
 
@@ -412,8 +413,11 @@ def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> t
 
 
 def count_ranges(config: Config) -> int:
+    """Each is written whole, so more of them than a stop may cost again only cost time."""
     calibration, folds = config.calibration, config.operator.folds
-    ranges = calibration.ranges or min(2 * folds, calibration.windows)
+    tokens = calibration.windows * calibration.window_length
+    of_fold = 1 if tokens <= folds * _TOKENS_OF_RANGE else 2
+    ranges = calibration.ranges or min(of_fold * folds, calibration.windows)
     if ranges > calibration.windows:
         raise ConfigError(
             f"calibration.ranges={ranges} is more than calibration.windows={calibration.windows}; "

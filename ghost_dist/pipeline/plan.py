@@ -74,7 +74,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import RIDGE_GRID
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Regressors
-from ghost_dist.statistics.sizes import moments_bytes, num_regressors
+from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
 
 TOKENS_PER_BYTE = 0.25
 """Of text whose tokens cannot be counted."""
@@ -191,7 +191,7 @@ def plan_run(
     choice = _choose(config, source, architecture, run, device)
     if choice.kind == "streaming":
         run = replace(run, boundary=False)  # that walk would read every layer again
-    disk = _disk(config, run, choice, folder)
+    disk = _disk(run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
     rates = None if measure_again else stored_rates(spec.key())
     if rates is None:
@@ -268,14 +268,7 @@ def _run_shape(
             spans=tuple(spans),
             spans_known=known,
             samples=tuple(
-                SampleShape(
-                    span,
-                    kind.regressors,
-                    0
-                    if kind.regressors == "absolute"
-                    else num_regressors(kind.regressors, c, _inner(architecture, span)),
-                    moments_bytes(kind.regressors, c, _inner(architecture, span)),
-                )
+                _sample(span, kind.regressors, architecture, config.engine.tensor_parallel)
                 for span, kind in samples
             ),
             searches=_searches(candidates, spans, architecture, refittable),
@@ -334,6 +327,15 @@ def _searches(
     return tuple(searches)
 
 
+def _sample(
+    span: Span, regressors: Regressors, architecture: Architecture, blocks: int
+) -> SampleShape:
+    width, inner = architecture.hidden_size, _inner(architecture, span)
+    size = 0 if regressors == "absolute" else num_regressors(regressors, width, inner)
+    nbytes = moments_bytes(regressors, width, inner)
+    return SampleShape(span, regressors, size, nbytes, nbytes - saved_by_strips(size, blocks))
+
+
 def _selection(
     config: Config, remove: int | None, architecture: Architecture, device: torch.device
 ) -> SelectionShape | None:
@@ -341,13 +343,14 @@ def _selection(
         return None
     selector = Selector(config.selection, remove, architecture)
     if config.selection.criterion != "recoverability":
-        return SelectionShape(config.selection.criterion, {}, None, 0, 1)
+        return SelectionShape(config.selection.criterion, {}, None, 0, 0, 1)
     # Weights are there before the sums: what they leave is what the run will see as free.
     return SelectionShape(
         criterion="recoverability",
         stops_of=selector.stops_of(),
         columns=selector.columns,
         start_bytes=selector.start_bytes(),
+        start_stored_bytes=selector.start_stored_bytes(config.engine.tensor_parallel),
         starts_at_once=selector.starts_at_once(free_bytes(device)),
     )
 
@@ -485,18 +488,18 @@ def _with_host(needs: DeviceNeeds, run: RunShape) -> DeviceNeeds:
     )
 
 
-def _disk(config: Config, run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
+def _disk(run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
     """What the RUN folder holds when it is largest; refused where there is no room for it."""
     needs = disk_needs(
         run.num_ranges,
-        run.samples_bytes,
+        run.samples_stored_bytes,
         len(run.spans),
         run.sizes.hidden_size,
         run.kept_stored_bytes,
     )
     if run.selection is not None and run.selection.stops_of:
         # Removed once the spans are known.
-        sums = run.folds * len(run.selection.stops_of) * run.selection.start_bytes
+        sums = run.folds * len(run.selection.stops_of) * run.selection.start_stored_bytes
         needs["statistics"] = max(needs["statistics"], sums)
     if choice.kind == "streaming":
         needs["streams"] = max(streams_bytes(run, stage) for stage in choice.device_bytes)
@@ -504,10 +507,14 @@ def _disk(config: Config, run: RunShape, choice: EngineChoice, folder: Path) -> 
     needed = sum(needs.values())
     if needed > free:
         parts = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in needs.items())
+        fewer = (
+            f"give fewer calibration.ranges (now {run.num_ranges}; {run.folds} are enough), "
+            if run.num_ranges > run.folds
+            else ""
+        )
         raise ConfigError(
             f"The run needs about {needed / 1e9:.2f} GB of disk at {folder} ({parts}), but "
-            f"{free / 1e9:.2f} GB are free. Choose another --out, give fewer calibration.ranges "
-            f"(now {run.num_ranges}; {config.operator.folds} are enough), or a smaller operator "
+            f"{free / 1e9:.2f} GB are free. Choose another --out, {fewer}or a smaller operator "
             "(operator.name=ghost)."
         )
     return needs

@@ -36,7 +36,7 @@ from ghost_dist.statistics.scores import (
     PaperCollector,
     ScoreSums,
 )
-from ghost_dist.statistics.sizes import pair_bytes
+from ghost_dist.statistics.sizes import pair_bytes, saved_by_strips
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
@@ -97,6 +97,10 @@ class Selector:
         """Bytes of the sums of the start with the most stops."""
         most = max(self.stops_of().values())
         return pair_bytes(self.architecture.hidden_size, most, self.columns)
+
+    def start_stored_bytes(self, blocks: int) -> int:
+        """The same in the store, where the ranks keep so many blocks of columns."""
+        return self.start_bytes() - saved_by_strips(self.architecture.hidden_size, blocks)
 
     def stops_of(self) -> dict[int, int]:
         """Number of stops of every start."""

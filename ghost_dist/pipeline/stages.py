@@ -64,7 +64,7 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.sizes import moments_bytes
+from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
@@ -192,7 +192,8 @@ class Stages:
             if selection.criterion == "recoverability":
                 left = len(store.missing())
                 check_disk_space(
-                    self._run.path, {"selection": left * starts * selector.start_bytes()}
+                    self._run.path,
+                    {"selection": left * starts * selector.start_stored_bytes(plan.blocks)},
                 )
             self._collect(store, tokens, selector, "select")
             spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
@@ -216,14 +217,13 @@ class Stages:
 
         def work() -> dict[str, Any]:
             architecture = inputs.architecture
-            sizes = [
-                moments_bytes(
-                    kind.regressors,
-                    architecture.hidden_size,
-                    architecture.inner_sizes.get(span.start - 1, 0),
-                )
-                for span, kind in samples
-            ]
+            width, sizes = architecture.hidden_size, []
+            for span, kind in samples:
+                inner = architecture.inner_sizes.get(span.start - 1, 0)
+                sizes.append(moments_bytes(kind.regressors, width, inner))
+                if kind.regressors != "absolute":
+                    rows = num_regressors(kind.regressors, width, inner)
+                    sizes[-1] -= saved_by_strips(rows, plan.blocks)
             check_disk_space(
                 self._run.path,
                 disk_needs(

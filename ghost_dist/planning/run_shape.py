@@ -22,7 +22,7 @@ class SelectionShape:
         recoverability: number of stops of every start; else empty.
     columns
         r of its projection, None the whole cross.
-    start_bytes, starts_at_once
+    start_bytes, start_stored_bytes, starts_at_once
         Bytes of the largest start's sums, and starts of one pass; 0 and 1 without them.
     """
 
@@ -30,6 +30,7 @@ class SelectionShape:
     stops_of: Mapping[int, int]
     columns: int | None
     start_bytes: int
+    start_stored_bytes: int
     starts_at_once: int
 
     @property
@@ -50,14 +51,15 @@ class SampleShape:
         Of regressors.
     size
         Z; 0 for ``absolute``.
-    nbytes
-        Of the sums.
+    nbytes, stored_bytes
+        Of the sums, in memory and in the store.
     """
 
     span: Span
     kind: Regressors
     size: int
     nbytes: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,11 @@ class RunShape:
     def samples_bytes(self) -> int:
         """Of the sums of one range."""
         return sum(sample.nbytes for sample in self.samples)
+
+    @property
+    def samples_stored_bytes(self) -> int:
+        """Of the sums of one range in the store."""
+        return sum(sample.stored_bytes for sample in self.samples)
 
     @property
     def runs_whole_model(self) -> bool:

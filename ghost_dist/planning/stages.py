@@ -70,7 +70,7 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
     pairs = sum(selection.stops_of.values())
     merged(work.sums, "pairs", run.num_tokens * pairs, run.num_tokens * flops)
     # One range a fold; read back by fold and start.
-    nbytes = run.folds * len(selection.stops_of) * selection.start_bytes
+    nbytes = run.folds * len(selection.stops_of) * selection.start_stored_bytes
     work.commits, work.commit_bytes, work.store_read_bytes = run.folds, nbytes, nbytes
     columns = selection.columns or c
     for stops in selection.stops_of.values():
@@ -88,7 +88,7 @@ def _calibrate(run: RunShape, engine: EngineKind) -> Work:
     _read_decoder(work, run, run.last_boundary, engine)
     _forward(work, run, range(run.last_boundary), run.num_tokens)
     _sums(work, run, [(s.kind, s.size) for s in run.samples])
-    work.commits, work.commit_bytes = run.num_ranges, run.num_ranges * run.samples_bytes
+    work.commits, work.commit_bytes = run.num_ranges, run.num_ranges * run.samples_stored_bytes
     return work
 
 
@@ -98,7 +98,7 @@ def _solve(run: RunShape, engine: EngineKind) -> Work:
         return work
     if run.runs_whole_model:
         _read_whole(work, run, engine)
-    work.store_read_bytes = run.num_ranges * run.samples_bytes
+    work.store_read_bytes = run.num_ranges * run.samples_stored_bytes
     candidates = 0
     for span in run.spans:
         searches = [search for search in run.searches if search.span == span]

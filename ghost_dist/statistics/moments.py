@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ghost_dist.statistics.strips import mirror_
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 FLUSH_TOKENS = 512
@@ -66,6 +67,7 @@ class Moments(Sums):
     sum_weights_1: Tensor
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_ZZ", "cross_ZC"})
+    SYMMETRIC: ClassVar[frozenset[str]] = frozenset({"gram_ZZ"})
 
 
 class MomentsAccumulator:
@@ -154,11 +156,9 @@ class MomentsAccumulator:
         add_product(total_MN, a_TM, b_TN, float64_products=self._float64_products)
 
     def result(self) -> Moments:
-        """The sums so far; the upper half of the gram is filled in from the lower (no copy)."""
-        gram_ZZ = self._sums.gram_ZZ
-        for i, rows in enumerate(self._blocks if self._whole else ()):
-            for columns in self._blocks[:i]:
-                gram_ZZ[columns, rows] = gram_ZZ[rows, columns].T
+        """The sums so far; the upper half of a whole gram is filled in from the lower (no copy)."""
+        if self._whole:
+            mirror_(self._sums.gram_ZZ)
         return Moments.from_arrays(self._num_tokens, self._sums.arrays())
 
 

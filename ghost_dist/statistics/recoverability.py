@@ -31,6 +31,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.moments import add_product, has_full_rate_float64
+from ghost_dist.statistics.strips import mirror_
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 FLUSH_TOKENS = 8192
@@ -97,6 +98,7 @@ class PairMoments(Sums):
     sumsq_change_P: Tensor
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_CC", "cross_CPr"})
+    SYMMETRIC: ClassVar[frozenset[str]] = frozenset({"gram_CC"})
 
 
 class PairCollector:
@@ -135,6 +137,7 @@ class PairCollector:
             None if columns is None else projection(hidden_size, columns).to(device)
         )
         columns = columns or hidden_size
+        self._whole = block.count == 1
         self._kept_C, self._kept_r = block.of(hidden_size), block.of(columns)
         kept_c = self._kept_C.stop - self._kept_C.start
         kept_r = self._kept_r.stop - self._kept_r.start
@@ -230,6 +233,8 @@ class PairCollector:
         self._finite.check()
         for start in self.stops:
             self._add_products(start)
+            if self._whole:
+                mirror_(self._sums[start].gram_CC)
         return {
             start_key(start): PairMoments.from_arrays(self._num_tokens[start], sums.arrays())
             for start, sums in self._sums.items()

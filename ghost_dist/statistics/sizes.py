@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ghost_dist.statistics.collect import Regressors
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
+from ghost_dist.statistics.strips import num_numbers
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
 _FLOAT64_BYTES = 8
@@ -33,6 +34,11 @@ def pair_bytes(hidden_size: int, num_stops: int, columns: int | None) -> int:
     c = hidden_size
     r = columns or c
     return (c * c + c * num_stops * r + num_stops * r + 2 * num_stops) * _FLOAT64_BYTES
+
+
+def saved_by_strips(num_rows: int, blocks: int) -> int:
+    """Bytes by which a symmetric matrix is smaller in the store; 0 where ranks share columns."""
+    return (num_rows**2 - num_numbers(num_rows)) * _FLOAT64_BYTES if blocks == 1 else 0
 
 
 def moments_flops(num_regressors: int, num_targets: int, block: ColumnBlock = WHOLE) -> int:

@@ -4,7 +4,8 @@ Layout below ``RUN/statistics.zarr``::
 
     ledger/plan.json                 what is counted: created once, never changed
     ledger/00003.json                commit manifest of range 3: created once, last
-    ranges/00003/<attempt>/<block>/<entry>/gram_ZZ ...  Zarr arrays of one attempt
+    ranges/00003/<attempt>/<block>/<entry>/sum_y_C ...  Zarr arrays of one attempt
+    ranges/00003/<attempt>/0/<entry>/gram_ZZ/0 ...      strips of a symmetric one that is whole
 
 A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
 create-only manifest that holds every array's sha256. Only manifests are believed: an attempt
@@ -15,7 +16,8 @@ Where the ranks of a tensor-parallel replica share a range, each writes its bloc
 (:meth:`StatisticsStore.write_block`) and one process, which need not be one of them, commits all
 blocks of the attempt (:meth:`StatisticsStore.commit_attempt`). Blocks of two attempts never mix.
 
-How an array is written so that damage shows is in ``statistics/arrays.py``.
+How an array is written so that damage shows is in ``statistics/arrays.py``; a symmetric matrix of
+which no rank keeps columns of its own is written as its lower half (``statistics/strips.py``).
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.recoverability import PairMoments
 from ghost_dist.statistics.scores import ScoreSums
+from ghost_dist.statistics.strips import from_strips, to_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 _WRITERS = 4  # arrays at a time: hashes and checksums take longer than the disk
-FORMAT = 3
+FORMAT = 4
 
 KINDS: Mapping[str, type[Sums]] = {
     "moments": Moments,
@@ -201,12 +204,14 @@ class StatisticsStore:
             If the disk is full or not writable.
         """
         folder = self._attempt_folder(range_id, attempt) / str(block.index)
-        wanted = {
-            f"{entry}/{name}": tensor
-            for entry in self.plan.entries
-            for name, tensor in sums[entry].arrays().items()
-            if block.index == 0 or name in sums[entry].BY_COLUMNS
-        }
+        wanted: dict[str, torch.Tensor] = {}
+        for entry in self.plan.entries:
+            for name, tensor in sums[entry].arrays().items():
+                if name in sums[entry].SYMMETRIC and block.count == 1:
+                    strips = enumerate(to_strips(tensor))
+                    wanted |= {f"{entry}/{name}/{number}": strip for number, strip in strips}
+                elif block.index == 0 or name in sums[entry].BY_COLUMNS:
+                    wanted[f"{entry}/{name}"] = tensor
 
         def write(key: str) -> Mapping[str, Any]:
             return write_array(folder / key, wanted[key].cpu().numpy())
@@ -293,20 +298,27 @@ class StatisticsStore:
                 continue
             by_columns = KINDS[kind].BY_COLUMNS
             blocks: list[dict[str, torch.Tensor]] = []
+            strips: dict[str, dict[int, torch.Tensor]] = {}
             for number, arrays in enumerate(manifest["blocks"]):
                 blocks.append({})
                 for key, expected in arrays.items():
-                    of_entry, _, name = key.rpartition("/")
-                    wanted = block is None or name not in by_columns or number == block.index
-                    if of_entry == entry and wanted:
+                    if not key.startswith(f"{entry}/"):
+                        continue
+                    name, _, strip = key.removeprefix(f"{entry}/").partition("/")
+                    if block is None or name not in by_columns or number == block.index:
                         path = folder / str(number) / key
-                        array = self._read_array(path, expected, range_id)
-                        blocks[-1][name] = torch.from_numpy(array)
+                        array = torch.from_numpy(self._read_array(path, expected, range_id))
+                        if strip:
+                            strips.setdefault(name, {})[int(strip)] = array
+                        else:
+                            blocks[-1][name] = array
             if block is not None:
                 blocks = [{name: a for arrays in blocks for name, a in arrays.items()}]
             try:
+                for name, parts in strips.items():
+                    blocks[0][name] = from_strips([parts[k] for k in range(len(parts))])
                 sums[entry] = KINDS[kind].join(manifest["num_tokens"][entry], blocks)
-            except (TypeError, KeyError) as error:
+            except (TypeError, KeyError, ValueError) as error:
                 raise CorruptStoreError(
                     f"Range {range_id} lacks arrays of {entry}: {error}.", (range_id,)
                 ) from error

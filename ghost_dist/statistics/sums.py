@@ -49,6 +49,9 @@ class Sums:
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset()
     """Arrays of which a rank may keep a block of the last axis; of the others it keeps all."""
 
+    SYMMETRIC: ClassVar[frozenset[str]] = frozenset()
+    """Arrays that are symmetric matrices where they are whole: half of them is enough to keep."""
+
     def __add__(self, other: Self) -> Self:
         return self._combine(other, 1)
 

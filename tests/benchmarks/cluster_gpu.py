@@ -1,11 +1,12 @@
 """A Ray actor with a DeepSpeed engine on a GPU, against the bare forward, on an 8B-shaped model.
 
-    python tests/benchmarks/cluster_gpu.py FOLDER
+    python tests/benchmarks/cluster_gpu.py FOLDER [--tensor-parallel 2] [--replicas 2]
 
 FOLDER takes a checkpoint of random weights in the shape of Llama 3.1 8B (16 GB, made if absent).
-One run: ``recover`` up to its statistics on a Ray cluster of this machine (one replica, tensor-
-parallel degree 1, through the code that runs on many nodes), then in this process the resident
-engine with the same collectors, and the bare forward of the same layers, batch and windows.
+One run: ``recover`` up to its statistics on a Ray cluster of this machine (one replica of tensor-
+parallel degree 1 if not said otherwise, through the code that runs on many nodes), then in this
+process, on one GPU, the resident engine with the same collectors, and the bare forward of the same
+layers, batch and windows. Rates of several GPUs are those of all together.
 """
 
 from __future__ import annotations
@@ -32,42 +33,56 @@ from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"
-SPAN, WINDOWS, LENGTH, RANGES = Span(20, 27), 128, 2048, 8
+SPAN, WINDOWS, LENGTH, RANGES = Span(20, 27), 128, 2048, 8  # windows and ranges: of a replica
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--replicas", type=int, default=1)
+    arguments = parser.parse_args()
+    folder, replicas = arguments.folder, arguments.replicas
+    run = folder / f"run-{replicas}x{arguments.tensor_parallel}"
     make_checkpoint(folder / "model")
     text = folder / "text.txt"
-    text.write_text("\n".join(inspect.getsource(m) for m in (argparse, json, typing, inspect)) * 8)
+    text.write_text(
+        "\n".join(inspect.getsource(m) for m in (argparse, json, typing, inspect)) * 8 * replicas
+    )
 
     def configure(**fields):
         given = {
             "model.path": str(folder / "model"),
             "calibration.source": str(text),
-            "calibration.windows": WINDOWS,
+            "calibration.windows": WINDOWS * replicas,
             "calibration.window_length": LENGTH,
-            "calibration.ranges": RANGES,
+            "calibration.ranges": RANGES * replicas,
             "selection.spans": [[SPAN.start, SPAN.stop]],
             "operator.name": "ghost",
             "operator.features": "stream",
             "operator.choose": "residual",
-            "output.path": str(folder / "run"),
+            "output.path": str(run),
         }
         return load_config(None, {**given, **{k.replace("__", "."): v for k, v in fields.items()}})
 
     began = time.monotonic()
-    recover_on_cluster(configure(engine__kind="tensor_parallel"), again="calibrate")
+    on_cluster = configure(
+        engine__kind="tensor_parallel",
+        engine__tensor_parallel=arguments.tensor_parallel,
+        engine__replicas=replicas,
+    )
+    recover_on_cluster(on_cluster, again="calibrate")
     whole = time.monotonic() - began
-    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").open()]
+    events = [json.loads(line) for line in (run / "events.jsonl").open()]
     ready = next(event for event in events if event["event"] == "replica-ready")
-    committed = [e["time"] for e in events if e["event"] == "range-committed"]
+    committed = [e for e in events if e["event"] == "range-committed"]
+    # The first range of a replica warms it up: counted is what comes after the last of those.
+    warm = max(min(e["time"] for e in committed if e["replica"] == r["replica"]) for r in committed)
+    after = [e["time"] for e in committed if e["time"] > warm]
 
     inputs = open_inputs(configure(output__path=str(folder / "alone")), Reporter())
     engine = open_engine(inputs, SPAN.stop)
-    tokens = load_windows(folder / "run" / "tokens.safetensors").tokens
+    tokens = load_windows(run / "tokens.safetensors").tokens
     collectors = SpanCollectors(((SPAN, SampleKind("stream")),), inputs.architecture)
     passes = passes_here(collectors, engine)
     of_range = list(range(WINDOWS // RANGES))
@@ -92,9 +107,8 @@ def main() -> None:
         "resident engine, sums": timed(
             lambda: sums_of_range(engine, tokens, of_range, passes, lambda _: None)
         ),
-        # From the first commit, as above: before it the actor warms up.
-        "Ray actor, DeepSpeed, sums, written and committed": (committed[-1] - committed[0])
-        / (RANGES - 1),
+        f"Ray, DeepSpeed, {replicas} x tp {arguments.tensor_parallel}, sums, written and "
+        "committed": (after[-1] - warm) / len(after),
     }
     print(
         f"{torch.cuda.get_device_name()}, {platform.machine()}, torch {torch.__version__}, "
@@ -106,8 +120,9 @@ def main() -> None:
     size = len(of_range) * LENGTH
     for name, duration in rows.items():
         print(f"| {name} | {size / duration:,.0f} | {rows['bare forward'] / duration:.1%} |")
+    print(f"\n{len(after)} of {len(committed)} ranges after every replica's first")
     print(
-        f"\nreplica ready after {ready['seconds']:.1f} s; {ready['parameter_bytes'][0] / 1e9:.2f} "
+        f"replica ready after {ready['seconds']:.1f} s; {ready['parameter_bytes'][0] / 1e9:.2f} "
         f"GB of weights, conformance {ready['conformance'][0]:.1e}; the whole stage {whole:.1f} s"
     )
 

@@ -161,6 +161,7 @@ def test_stored_bytes_are_those_of_a_written_store(make_config, operator):
     arrays = store.total()
     nbytes = sum(a.nbytes for sums in arrays.values() for a in sums.arrays().values())
     assert run.samples_bytes == nbytes
+    # C is 48: a gram of fewer rows than a strip is stored whole.
     assert planned["calibrate"].commit_bytes == nbytes * len(store.plan.ranges)
     on_disk = sum(
         path.stat().st_size for path in (store.path / "ranges").rglob("*") if path.is_file()

@@ -16,6 +16,7 @@ from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.strips import num_numbers
 from ghost_dist.statistics.sums import ColumnBlock
 
 C, LENGTH = 8, 16
@@ -33,9 +34,11 @@ def moments(seed, windows=2):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    tokens = windows * LENGTH
+    tokens, gram = windows * LENGTH, draw(C, C)
     return {
-        "1-3/stream": Moments(tokens, draw(C, C), draw(C, C), draw(C), draw(C), draw(C), draw(1)),
+        "1-3/stream": Moments(
+            tokens, gram + gram.T, draw(C, C), draw(C), draw(C), draw(C), draw(1)
+        ),
         "4-5/absolute": AbsoluteSums(tokens, draw(C), draw(C), draw(C), draw(C)),
     }
 
@@ -141,6 +144,24 @@ def test_blocks_of_ranks_are_read_as_one(shared_store):
     assert not (shared_store.path / "ranges/00000/one/1/1-3/stream/sum_y_C").exists()
 
 
+def test_of_a_whole_gram_half_is_stored_and_all_read_back(tmp_path):
+    size = 1000  # strips of 256 rows, the last of 232
+    gram = torch.randn(size, size, dtype=torch.float64)
+    gram, row = gram + gram.T, gram[0].clone()
+    sums = {"1-3/stream": Moments(LENGTH, gram, gram[:, :3], row, row[:3], row[:3], row[:1])}
+    plan = replace(PLAN, entries={"1-3/stream": "moments"}, ranges=((0,),))
+    store = StatisticsStore(tmp_path / "whole.zarr", plan)
+    assert store.commit(0, sums)
+    assert equal(store.read(0), sums)
+    chunks = [p for p in store.path.rglob("*/gram_ZZ/*/c/*/*") if p.is_file()]
+    # 4 bytes of checksum a chunk.
+    assert sum(path.stat().st_size - 4 for path in chunks) == num_numbers(size) * 8
+    assert num_numbers(size) < 0.63 * size**2
+    shutil.rmtree(next(store.path.rglob("*/gram_ZZ/2")))
+    with pytest.raises(CorruptStoreError, match=r"gram_ZZ/2 of range 0"):
+        store.read(0)
+
+
 def test_of_two_attempts_only_the_first_committed_counts(shared_store):
     written = [
         write_blocks(shared_store, 0, name, moments(seed))
@@ -189,7 +210,7 @@ def flip(path, position=40):
 
 
 DAMAGE = {
-    "flipped bit": lambda store: flip(array_file(store, 1, "1-3/stream/gram_ZZ")),
+    "flipped bit": lambda store: flip(array_file(store, 1, "1-3/stream/gram_ZZ/0")),
     "truncated chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(
         b"1234567890"
     ),
@@ -269,7 +290,7 @@ def test_full_disk_commits_nothing(tmp_path, monkeypatch):
 
 def test_chunks_are_protected_in_the_zarr_metadata(store):
     """A reader without our ledger is protected too: CRC32C, NaN where a chunk is missing."""
-    [path] = (store.path / "ranges" / "00000").glob("*/0/1-3/stream/gram_ZZ")
+    [path] = (store.path / "ranges" / "00000").glob("*/0/1-3/stream/gram_ZZ/0")
     array = zarr.open_array(path, mode="r")
     assert "crc32c" in str(array.metadata.codecs).lower()
     assert torch.isnan(torch.tensor(float(array.fill_value)))
