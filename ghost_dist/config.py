@@ -63,7 +63,8 @@ class CalibrationConfig(_Section):
     """Which text the statistics are taken over."""
 
     source: str = Field(default="c4", min_length=1)
-    """A .txt, .jsonl or .parquet file, or a name for ``datasets.load_dataset``; c4: allenai/c4."""
+    """A .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, or a dataset
+    ``NAME[:CONFIG[:SPLIT]]``, which is streamed; c4: allenai/c4."""
     windows: int = Field(default=32, ge=1)
     """Number of windows; they are packed end to end, so none holds padding."""
     window_length: int = Field(default=2048, ge=2)
@@ -73,7 +74,7 @@ class CalibrationConfig(_Section):
     special_tokens: bool = False
     """Whether the tokenizer adds its own special tokens (BOS, EOS) to every document."""
     window_bos: bool = False
-    """Whether each window begins with the BOS token (Gemma needs it)."""
+    """Whether each window, also in evaluation, begins with the BOS token (Gemma needs it)."""
     ranges: int | None = Field(default=None, ge=1)
     """Window ranges, the unit of commit and retry; null: one per fold,
     two where a fold has more than 65,536 tokens."""
@@ -84,11 +85,14 @@ class SelectionConfig(_Section):
 
     criterion: Criterion = "recoverability"
     """recoverability: least held-out residual after repair; cosine (LLM-Streamline), angular
-    (PruneMe), block-influence (ShortGPT), paper (the published code's score)."""
+    (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined), paper (the
+    published code's score, along the sequence, never the first or the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
-    """How much goes: 7 layers, 20% of the parameters, or 4GB of the checkpoint's bytes."""
+    """How much goes: layers (``7``), a share of all parameters (``20%``), or bytes of the
+    checkpoint (``4GB``, ``512MiB``)."""
     spans: tuple[Span, ...] | None = None
-    """Explicit half-open spans, [[11, 18]]; overrides criterion and remove."""
+    """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
+    last layer; overrides criterion and remove."""
     max_spans: int = Field(default=1, ge=1)
     """recoverability: most separate spans to remove."""
     min_length: int = Field(default=1, ge=1)
@@ -170,8 +174,8 @@ class OperatorConfig(_Section):
     (the paper); ghost-joint: that and a new down_proj before the gap; fold, replaceme: only that;
     low-rank: x -> x + x U V; linear-patch, linear-patch-hadamard: a diagonal; none: cut only."""
     ridge: Literal["auto"] | RelativeRidge | AbsoluteRidge = "auto"
-    """auto: chosen on held-out windows; {relative: r} to the median of the Gram's diagonal;
-    {absolute: a}, as it is (the paper: 1e-6)."""
+    """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
+    diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
     """Folds of the held-out windows, dealt range by range."""
     affine: bool = False
@@ -180,11 +184,12 @@ class OperatorConfig(_Section):
     """ghost, ghost-joint: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what
     ``choose`` prefers. With ghost-joint, stream+norm takes one more pass over the windows."""
     rank: int | None = Field(default=None, ge=1)
-    """low-rank: rank of U V; null: least rank within 1 % of the best held-out residual."""
+    """low-rank: rank of U V; null: the least within 1 % of the best held-out residual, at most
+    C / 2."""
     row_weights: Literal["auto"] | RowWeights = "none"
     """How tokens are weighted in the least squares: none, drop-first (position 0 does not count),
-    inverse-norm (1/||y||), clip (massive ones bounded); auto: none or inverse-norm, with twice the
-    statistics."""
+    inverse-norm (1/||y||), clip (norm at most twice the window's median); auto: none or
+    inverse-norm, chosen by KL, with twice the statistics."""
     choose: Literal["kl", "residual"] = "kl"
     """What settles whatever is auto: kl, the divergence from the dense model on held-out windows;
     residual, the held-out boundary residual, and of row weights none."""
@@ -193,7 +198,7 @@ class OperatorConfig(_Section):
     heal: bool = False
     """After the operators, refit every later down_proj towards the dense model's stream."""
     dtype: Literal["model", "float32"] = "model"
-    """Dtype of the operator in the exported checkpoint."""
+    """Dtype of what acts at the boundary in the exported checkpoint; model: the checkpoint's."""
 
     @model_validator(mode="after")
     def _fitting_together(self) -> OperatorConfig:
@@ -227,7 +232,7 @@ class RefineConfig(_Section):
     top_k: int | None = Field(default=None, ge=1)
     """kl: only the dense model's k likeliest tokens, renormalised; null: all."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """kl: of both distributions."""
+    """kl: temperature of both distributions."""
     every: int = Field(default=25, ge=1)
     """Steps between two looks at the held-out loss; the state is saved then."""
     patience: int = Field(default=8, ge=1)
@@ -254,12 +259,12 @@ class EngineConfig(_Section):
     order of their ids, bitwise the same whatever died. all-reduce: the replicas add what each has
     run and all-reduce that, equal up to float64 rounding; nothing is read back. Needs Ray."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto: a GPU if there is one, else the CPU."""
+    """cpu, cuda or cuda:1; auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Windows per forward; auto: as the device's memory allows."""
     compile: bool = False
     """torch.compile the decoder layers, on a GPU: a quarter faster, after some ten seconds for each
-    kind of layer; for long calibrations. Decides the last bits of the result."""
+    kind of layer; for long calibrations; not on a cluster. Decides the last bits of the result."""
 
     @model_validator(mode="after")
     def _one_device_has_one_rank(self) -> EngineConfig:
