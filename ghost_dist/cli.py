@@ -7,7 +7,6 @@ stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continue
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import signal
 import sys
 from collections.abc import Sequence
@@ -87,10 +86,11 @@ def recover(
     assignments: Set = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
+    from ghost_dist.api import run_config
     from ghost_dist.report.terminal import print_result
 
     config = _run_config(model, out, remove, spans, operator, assignments)
-    print_result(_recover(config), Path(config.output.path))
+    print_result(run_config(config), Path(config.output.path))
 
 
 @app.command()
@@ -107,11 +107,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
-    from ghost_dist.pipeline.plan import plan_run
+    from ghost_dist import api
     from ghost_dist.report.plan import print_plan
 
     config = _run_config(model, out, remove, spans, operator, assignments)
-    tree = plan_run(config, measure_again=measure).tree()
+    tree = api.plan(config, measure_again=measure).tree()
     if as_json:
         Console(soft_wrap=True).print_json(data=tree)
     else:
@@ -305,9 +305,10 @@ def _add_stage(stage: Stage) -> None:
     """Define the command that does one stage of a finished or stopped run again."""
 
     def command(run: Run, assignments: Set = None) -> None:
+        from ghost_dist.api import run_config
         from ghost_dist.pipeline.again import run_stage_again
 
-        Console().print_json(data=run_stage_again(run, stage, assignments or (), run=_recover))
+        Console().print_json(data=run_stage_again(run, stage, assignments or (), run=run_config))
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
     app.command(name=stage)(command)
@@ -350,28 +351,13 @@ def _run_config(
     assignments: Sequence[str] | None,
 ) -> Any:
     """The configuration that the arguments of a run make."""
-    from ghost_dist.config import load_config, parse_set
+    from ghost_dist.api import make_config
+    from ghost_dist.config import parse_set
 
-    is_file = model.endswith((".yaml", ".yml"))
-    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
-    given: dict[str, Any] = {"output.path": out, "selection.spans": spans}
-    given["selection.remove"] = int(remove) if remove and remove.isdigit() else remove
-    given["operator.name"] = operator
-    overrides.update({key: value for key, value in given.items() if value is not None})
-    overrides.update(parse_set(assignment) for assignment in assignments or ())
-    return load_config(Path(model) if is_file else None, overrides)
-
-
-def _recover(config: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-    """In this process, or with the windows run by Ray where the configuration needs it."""
-    if not config.on_cluster:
-        from ghost_dist.pipeline.recover import recover as run
-
-        return run(config, *arguments, **options)
-    _check_ray("engine.tensor_parallel, engine.replicas and cluster.address need")
-    from ghost_dist.cluster.recover import recover_on_cluster
-
-    return recover_on_cluster(config, *arguments, **options)
+    settings = dict(parse_set(assignment) for assignment in assignments or ())
+    return make_config(
+        model, out=out, remove=remove, spans=spans, operator=operator, settings=settings
+    )
 
 
 def _jobs(address: str | None, allow_unauthenticated: bool) -> Any:
@@ -380,17 +366,12 @@ def _jobs(address: str | None, allow_unauthenticated: bool) -> Any:
         raise ConfigError(
             "Say which cluster: --address http://head:8265, or RAY_API_SERVER_ADDRESS."
         )
-    _check_ray("Jobs need")
+    from ghost_dist.api import check_ray
+
+    check_ray("Jobs need")
     from ghost_dist.cluster.jobs import Jobs
 
     return Jobs(address, allow_unauthenticated=allow_unauthenticated)
-
-
-def _check_ray(who_needs: str) -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            f"{who_needs} the package ray, which is not installed. Install ghost_dist[cluster]."
-        )
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:

@@ -21,6 +21,7 @@ ROWS = [
     {"pipeline"},
     {"assets"},
     {"cluster", "demo"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,347 @@
+"""Runs from Python: what the commands do, with the same names and the same RUN folders.
+
+    import ghost_dist
+
+    plan = ghost_dist.plan("meta-llama/Llama-3.1-8B", remove=7, out="RUN")
+    run = ghost_dist.recover("meta-llama/Llama-3.1-8B", remove=7, out="RUN")
+    model = run.load_model(dtype="bfloat16", device_map="auto")
+
+A call that was stopped, by whatever, is continued by the same call; so is one of the command line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.config import Config, load_config
+from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.export.operator_files import load_operator as _load_operator
+from ghost_dist.pipeline.plan import Plan, plan_run
+from ghost_dist.pipeline.recover import Stage
+from ghost_dist.pipeline.recover import recover as _recover
+from ghost_dist.progress import Reporter
+from ghost_dist.report.record import RunRecord, read_run
+from ghost_dist.spans import Span, parse_spans
+
+Spans = str | Sequence[Span | Sequence[int]]
+"""``"11:18"``, ``[(11, 18)]`` or ``[Span(11, 18)]``: half open, counted from 0."""
+
+
+@dataclass(frozen=True)
+class RecoveredRun:
+    """A finished run.
+
+    Attributes
+    ----------
+    path
+        Its RUN folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """Content of ``result.json``; its keys are in the documentation of the configuration.
+
+        Raises
+        ------
+        RunFolderError
+            If the run is not finished.
+        """
+        record = self._record
+        if record.result is None:
+            raise RunFolderError(
+                f"The run in {self.path} is not finished. Continue it: ghost-dist recover "
+                f"{self.path / 'config.yaml'}"
+            )
+        return record.result
+
+    @property
+    def checkpoint(self) -> Path:
+        """The recovered Hugging Face checkpoint."""
+        return self.path / "checkpoint"
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What was removed, of the uncut model's layers."""
+        return tuple(Span(start, stop) for start, stop in self.result["spans"])
+
+    @property
+    def perplexity(self) -> dict[str, dict[str, float]]:
+        """By corpus: ``dense``, ``pruned`` and ``recovered``; empty if none was named."""
+        perplexity: dict[str, dict[str, float]] = self.result["perplexity"]
+        return perplexity
+
+    def operator(self, span: Span | Sequence[int] | str | None = None) -> Repair:
+        """As :func:`load_operator`."""
+        return load_operator(self.path, span)
+
+    def load_model(self, **arguments: Any) -> Any:
+        """The recovered causal LM in plain transformers.
+
+        ``arguments`` go to ``AutoModelForCausalLM.from_pretrained``. ``trust_remote_code`` is set:
+        the one file of code in the checkpoint is the one that this package wrote.
+        """
+        from transformers import AutoModelForCausalLM
+
+        given = {"trust_remote_code": True, **arguments}
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint, **given)
+
+    def load_tokenizer(self, **arguments: Any) -> Any:
+        """Its tokenizer; ``arguments`` go to ``AutoTokenizer.from_pretrained``."""
+        from transformers import AutoTokenizer
+
+        given = {"trust_remote_code": True, **arguments}
+        return AutoTokenizer.from_pretrained(self.checkpoint, **given)
+
+    @cached_property
+    def _record(self) -> RunRecord:
+        return read_run(self.path)
+
+
+def make_config(
+    model: str | Path,
+    *,
+    out: str | Path | None = None,
+    remove: int | str | None = None,
+    spans: Spans | None = None,
+    operator: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a run.
+
+    Parameters
+    ----------
+    model
+        A checkpoint folder, a hub id, or a YAML file (``.yaml``, ``.yml``) that holds a whole run,
+        on which the other arguments are laid.
+    out
+        The RUN folder.
+    remove
+        How much goes: layers (``7``), a share of the parameters (``"20%"``), or bytes (``"4GB"``).
+    spans
+        Or exactly which layers.
+    operator
+        ``auto``, ``ghost``, ``ghost-joint``, ``fold``, ...
+    settings
+        Any field, ``{"calibration.windows": 64}``; these win.
+
+    Raises
+    ------
+    ConfigError
+        If a field is unknown or a value not valid; names it and what is allowed.
+
+    Examples
+    --------
+    >>> config = make_config("my-model", remove=7, out="RUN", settings={"calibration.windows": 64})
+    >>> config.calibration.windows, config.selection.remove
+    (64, 7)
+    >>> make_config("my-model", spans=[(11, 18)], out="RUN").selection.spans
+    (Span(start=11, stop=18),)
+    """
+    model = str(model)
+    is_file = model.endswith((".yaml", ".yml"))
+    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
+    if isinstance(remove, str) and remove.isdigit():
+        remove = int(remove)
+    if spans is not None and not isinstance(spans, str):
+        spans = [[s.start, s.stop] if isinstance(s, Span) else list(s) for s in spans]
+    given = {
+        "output.path": None if out is None else str(out),
+        "selection.spans": spans,
+        "selection.remove": remove,
+        "operator.name": operator,
+    }
+    overrides.update({key: value for key, value in given.items() if value is not None})
+    overrides.update(settings or {})
+    return load_config(Path(model) if is_file else None, overrides)
+
+
+def recover(
+    model: str | Path | Config,
+    *,
+    out: str | Path | None = None,
+    remove: int | str | None = None,
+    spans: Spans | None = None,
+    operator: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> RecoveredRun:
+    """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run.
+
+    In this process, or on Ray where the configuration needs it (``engine.tensor_parallel``,
+    ``engine.replicas``, ``cluster.address``).
+
+    Parameters
+    ----------
+    model, out, remove, spans, operator, settings
+        As for :func:`make_config`; or a configuration that is made already, and nothing else.
+    progress
+        Whether stages and warnings are told on standard error.
+
+    Raises
+    ------
+    GhostDistError
+        Whatever cannot be done, by its own class; what is finished is kept, and the same call
+        continues.
+
+    Examples
+    --------
+    With a text file and the model that comes with the package:
+
+    >>> run = recover(
+    ...     PICO,
+    ...     spans="5:10",
+    ...     out=folder / "RUN",
+    ...     settings={
+    ...         "calibration.source": str(text),
+    ...         "calibration.windows": 16,
+    ...         "calibration.window_length": 256,
+    ...         "operator.choose": "residual",
+    ...     },
+    ...     progress=False,
+    ... )
+    >>> run.spans, run.result["operator"]
+    ((Span(start=5, stop=10),), 'ghost-joint')
+    >>> run.load_model().num_parameters()
+    6014784
+    """
+    config = _config(model, out, remove, spans, operator, settings)
+    reporter = None if progress else Reporter(console=Console(quiet=True))
+    run_config(config, reporter)
+    return RecoveredRun(Path(config.output.path).expanduser())
+
+
+def plan(
+    model: str | Path | Config,
+    *,
+    out: str | Path | None = None,
+    remove: int | str | None = None,
+    spans: Spans | None = None,
+    operator: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    measure_again: bool = False,
+) -> Plan:
+    """What :func:`recover` with the same arguments would read, hold, compute and take.
+
+    Reads headers only, and measures this machine for some seconds unless that is remembered.
+
+    Parameters
+    ----------
+    model, out, remove, spans, operator, settings
+        As for :func:`recover`.
+    measure_again
+        Do not use the remembered rates.
+
+    Raises
+    ------
+    ConfigError
+        If the run cannot fit; says what is needed, what is there, and what would fit.
+    """
+    config = _config(model, out, remove, spans, operator, settings)
+    return plan_run(config, measure_again=measure_again)
+
+
+def load_run(path: str | Path) -> RecoveredRun:
+    """A finished run by its RUN folder.
+
+    Raises
+    ------
+    RunFolderError
+        If it is no RUN folder, or the run is not finished.
+    """
+    run = RecoveredRun(Path(path).expanduser())
+    _ = run.result
+    return run
+
+
+def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = None) -> Repair:
+    """The operator of a removed span, as solved: float64, rows are tokens, matrices (in, out).
+
+    Parameters
+    ----------
+    run
+        A RUN folder, finished or at least solved.
+    span
+        ``(11, 18)``, ``"11:18"`` or a Span; may be left out if only one was removed.
+
+    Raises
+    ------
+    ConfigError
+        If the span is not one of the run's.
+    CorruptStoreError
+        If the file is not the one that was solved.
+
+    Examples
+    --------
+    >>> operator = load_operator(folder / "RUN")
+    >>> {name: (tuple(part.shape), part.dtype) for name, part in operator.parts().items()}
+    {'linear': ((192, 192), torch.float64), 'down': ((448, 192), torch.float64)}
+    """
+    record = read_run(Path(run).expanduser())
+    files = record.operator_files
+    removed = [Span(start, stop) for start, stop in record.spans]
+    wanted: Span | None
+    if span is None:
+        wanted = removed[0] if len(removed) == 1 else None
+    elif isinstance(span, str):
+        parsed = parse_spans(span)
+        wanted = parsed[0] if len(parsed) == 1 else None
+    else:
+        wanted = span if isinstance(span, Span) else Span(*span)
+    if wanted not in removed:
+        raise ConfigError(
+            f"span={span} is not one of those that the run in {run} removed: "
+            f"{', '.join(map(str, removed)) or 'none is chosen yet'}."
+        )
+    if str(wanted) not in files:
+        if record.stages["solve"]:
+            return Repair()  # a plain cut
+        raise ConfigError(f"The run in {run} has no operators yet. Continue it with recover.")
+    path, sha256 = files[str(wanted)]
+    return _load_operator(path.parent, wanted, sha256)
+
+
+def run_config(
+    config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
+) -> dict[str, Any]:
+    """Run a configuration in this process, or with its windows run by Ray where it says so.
+
+    Parameters and what is returned and raised: as
+    :func:`ghost_dist.pipeline.recover.recover`.
+    """
+    if not config.on_cluster:
+        return _recover(config, reporter, again=again)
+    check_ray("engine.tensor_parallel, engine.replicas and cluster.address need")
+    from ghost_dist.cluster.recover import recover_on_cluster
+
+    return recover_on_cluster(config, reporter, again=again)
+
+
+def check_ray(who_needs: str) -> None:
+    """Raise a ConfigError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            f"{who_needs} the package ray, which is not installed. Install ghost_dist[cluster]."
+        )
+
+
+def _config(model: str | Path | Config, *arguments: Any) -> Config:
+    names = ("out", "remove", "spans", "operator", "settings")
+    given = {n: a for n, a in zip(names, arguments, strict=True) if a is not None}
+    if not isinstance(model, Config):
+        return make_config(model, **given)
+    if given:
+        raise ConfigError(
+            f"A whole configuration was given, and {', '.join(given)} beside it. Put "
+            f"{'them' if len(given) > 1 else 'it'} into make_config."
+        )
+    return model
