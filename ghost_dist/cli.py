@@ -248,6 +248,26 @@ def report(
     Console().print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command(name="bench-serving")
+def bench_serving(
+    run: Run,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Prefill and decode tokens a second: dense, pruned and recovered, taking turns."""
+    from ghost_dist.pipeline.bench_serving import bench_serving as measure
+    from ghost_dist.report.terminal import print_serving
+
+    measured = measure(run, batch=batch, prompt=prompt, new=new, rounds=rounds)
+    if as_json:
+        Console(soft_wrap=True).print_json(data=measured)
+    else:
+        print_serving(measured)
+
+
 @app.command()
 def demo(
     out: Annotated[

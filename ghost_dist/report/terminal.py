@@ -109,6 +109,31 @@ def print_comparison(
     )
 
 
+def print_serving(measured: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what ``bench_serving`` measured: dense, pruned and recovered side by side."""
+    console = console or Console()
+    console.print(
+        f"{measured['device']}; {measured['dtype']}; {measured['batch']} x {measured['prompt']} "
+        f"tokens of prompt, {measured['new']} new; {measured['rounds']} rounds",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("", *measured["variants"])
+    variants = list(measured["variants"].values())
+    table.add_row("layers", *(str(v["layers"]) for v in variants))
+    table.add_row("parameters", *(f"{v['parameters']:,}" for v in variants))
+    table.add_row("weights, GB", *(f"{v['weight_bytes'] / 1e9:.3f}" for v in variants))
+    if all(v["peak_bytes"] is not None for v in variants):
+        table.add_row("peak memory, GB", *(f"{v['peak_bytes'] / 1e9:.3f}" for v in variants))
+    for part in ("prefill", "decode"):
+        rates = [v[part] for v in variants]
+        table.add_row(f"{part}, tokens/s", *(f"{r['median']:,.1f}" for r in rates))
+        table.add_row("  range", *(f"{r['low']:,.1f} to {r['high']:,.1f}" for r in rates))
+        table.add_row("  times dense", *(f"{r['ratio']:.2f}" for r in rates))
+    console.print(table)
+
+
 def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
     """What was tried, and how far each is from the dense model on held-out windows."""
     table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")

@@ -5,41 +5,197 @@ and what it measured, or the exception.
 """
 
 import json
+import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 sys.modules["ghost_dist"] = None
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from accelerate import init_empty_weights  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.masking_utils import eager_mask  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-TOKENS = torch.arange(3, 27).repeat(2, 1)
+TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def load(folder, **arguments):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments)
+    """The model; nothing may be missing from the files, or be left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **arguments
+    )
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["unexpected_keys"], info["unexpected_keys"]
+    return model
 
 
 def logits(model, tokens=TOKENS):
     with torch.inference_mode():
-        return model(tokens.to(model.device), use_cache=False).logits.float()
+        return model(tokens, use_cache=False).logits.float()
 
 
 def difference(a, b):
     return float((a.float() - b.float()).abs().max())
 
 
-def cached_generation(folder, scratch):
-    """Whether generate gives the same tokens with and without a key-value cache."""
+def reloaded(folder, scratch):
+    """Writes the logits to compare; whether generate gives the same tokens without a cache."""
     model = load(folder)
-    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with torch.inference_mode():
+        rows = [model(row[None], use_cache=False).logits for row in TOKENS]
+    np.save(folder / "logits.npy", torch.cat(rows).numpy())
+    arguments = {**GREEDY, "max_new_tokens": 5}
     with_cache = model.generate(TOKENS[:1], use_cache=True, **arguments)
     without = model.generate(TOKENS[:1], use_cache=False, **arguments)
-    return bool(torch.equal(with_cache, without)) and with_cache.shape[1] == 36
+    return bool(torch.equal(with_cache, without)) and with_cache.shape[1] == TOKENS.shape[1] + 5
+
+
+def static_cache(folder, scratch):
+    """Whether a cache of fixed size gives the same tokens."""
+    model = load(folder)
+    arguments = {**GREEDY, "max_new_tokens": 5}
+    expected = model.generate(TOKENS[:1], **arguments)
+    found = model.generate(TOKENS[:1], cache_implementation="static", **arguments)
+    return bool(torch.equal(found, expected))
+
+
+def left_padded(folder, scratch):
+    """Whether a batch of prompts of several lengths gives what each gives by itself."""
+    model = load(folder)
+    prompts = [TOKENS[0], TOKENS[1, :17], TOKENS[1, :3]]
+    longest = len(prompts[0])
+    padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(padded)
+    for row, prompt in enumerate(prompts):
+        padded[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    arguments = {**GREEDY, "max_new_tokens": 6}
+    together = model.generate(padded, attention_mask=mask, **arguments)[:, longest:]
+    alone = [model.generate(p[None], **arguments)[0, len(p) :] for p in prompts]
+    return bool(torch.equal(together, torch.stack(alone)))
+
+
+def assisted(folder, scratch):
+    """Whether drafts of another model leave greedy tokens as they are."""
+    model = load(folder)
+    drafts = load(folder)
+    with torch.no_grad():
+        drafts.get_output_embeddings().weight[::2] += 0.3  # right sometimes
+    arguments = {**GREEDY, "max_new_tokens": 8}
+    expected = model.generate(TOKENS[:1], **arguments)
+    return bool(
+        torch.equal(model.generate(TOKENS[:1], assistant_model=drafts, **arguments), expected)
+    )
+
+
+def placed(folder, scratch):
+    """Largest difference when accelerate is asked where to put the model."""
+    model = load(folder)
+    return max(
+        difference(logits(load(folder, device_map=where, offload_folder=scratch)), logits(model))
+        for where in ("auto", "cpu", {"": "disk"})
+    )
+
+
+def lora(folder, scratch):
+    """One step of training adapters on the operators and elsewhere, merged and saved.
+
+    What the step changed, and the difference of the merged model, loaded again, from the trained.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    before = logits(load(folder))
+    config = LoraConfig(target_modules=["q_proj", "ghost.linear"], r=4, lora_dropout=0.0)
+    model = get_peft_model(load(folder), config)
+    adapted = [n for n, p in model.named_parameters() if p.requires_grad and ".ghost." in n]
+    assert adapted, "no adapter on an operator"
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    for _ in range(2):  # the second factor starts at zero, so the first moves in the second step
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for n, p in model.named_parameters() if n in adapted)
+    trained = logits(model.eval())
+    model.merge_and_unload().save_pretrained(scratch)
+    return [difference(trained, before), difference(logits(load(scratch)), trained)]
+
+
+def text_pipeline(folder, scratch):
+    """The tokens of a text-generation pipeline, and generate's."""
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    pipe = transformers.pipeline(
+        "text-generation", str(folder), tokenizer=words, trust_remote_code=True
+    )
+    text = "some text to be split"
+    found = pipe(text, return_tensors=True, max_new_tokens=5, **GREEDY)
+    tokens = torch.tensor([words(text)["input_ids"]])
+    expected = load(folder).generate(tokens, max_new_tokens=5, **GREEDY)[0]
+    return [found[0]["generated_token_ids"], expected.tolist()]
+
+
+def quantised(folder, scratch):
+    """Relative difference with every linear module quantised to int8, the operator among them."""
+    model = load(folder)
+    before = logits(model)
+    with warnings.catch_warnings(action="ignore"):  # deprecated, but the one that torch carries
+        small = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    found = [m for n, m in small.named_modules() if n.endswith("ghost.linear")]
+    assert found, "no operator"
+    assert not any(isinstance(m, torch.nn.Linear) for m in found), "not quantised"
+    return difference(logits(small), before) / float(before.abs().max())
+
+
+def as_a_backend(folder, scratch):
+    """What vLLM's Transformers backend does: no head, its attention, names that it replaces.
+
+    The layers whose attention was called and the difference of the last hidden state.
+    """
+    calls = []
+
+    def attention(module, *args, counted=None, **kwargs):
+        calls.append(module.layer_idx)
+        assert counted == "passed down", "arguments of the call did not reach the attention"
+        family = sys.modules[type(module).__module__]
+        return family.eager_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("ours", attention)
+    AttentionMaskInterface.register("ours", eager_mask)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    architecture = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(architecture).is_backend_compatible()
+    inner = getattr(architecture, architecture.base_model_prefix)
+    with torch.device("cpu"), init_empty_weights():  # as vLLM: a device, yet no storage
+        model = AutoModel.from_config(
+            config, trust_remote_code=True, attn_implementation="ours"
+        ).eval()
+    assert all(p.is_meta for p in model.parameters())
+    assert model.supports_pp_plan
+    plain = [n for n, m in model.named_modules() if type(m) is torch.nn.LayerNorm]
+    assert not any(hasattr(model.get_submodule(name), "ghost") for name in plain)
+    operators = [n for n, m in model.named_modules() if n.rpartition(".")[0].endswith("ghost")]
+    for pattern in model.tp_plan:  # vLLM takes them for regular expressions
+        sharded = [name for name in operators if re.match(pattern, name)]
+        assert not sharded, f"{pattern} would deal out {sharded}"
+    model.load_state_dict(inner.state_dict(), assign=True)
+    positions = torch.arange(TOKENS.shape[1])[None]
+    arguments = {"position_ids": positions, "use_cache": False, "return_dict": False}
+    with torch.inference_mode():
+        found = model(TOKENS[:1], counted="passed down", **arguments)[0]
+        expected = inner(TOKENS[:1], **arguments)[0]
+    return [calls, difference(found, expected)]
 
 
 def saved_again(folder, scratch):
@@ -132,7 +288,15 @@ def without_trust(folder, scratch):
 CHECKS = {
     check.__name__: check
     for check in (
-        cached_generation,
+        reloaded,
+        static_cache,
+        left_padded,
+        assisted,
+        placed,
+        lora,
+        text_pipeline,
+        quantised,
+        as_a_backend,
         saved_again,
         base_model,
         gradient_checkpointing,

@@ -1,0 +1,219 @@
+"""``ghost-dist bench-serving``: tokens a second of the dense, the pruned and the recovered model.
+
+All three are in memory of one process and take turns, in another order every round, so that
+whatever else the machine does hits all alike. Each is run by transformers' own ``generate``; the
+clock is read as each step's logits come out.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from ghost_dist.calibration.windows import TokenWindows, load_windows
+from ghost_dist.checkpoint.load import load_causal_lm, quiet_loading
+from ghost_dist.checkpoint.surgery import remove_layers
+from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.export.verify import has_our_code
+from ghost_dist.pipeline.inputs import compute_device, compute_dtype, open_model
+from ghost_dist.planning.machine import device_name
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+
+VARIANTS = ("dense", "pruned", "recovered")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generation.
+
+    Attributes
+    ----------
+    prefill_s, decode_s
+        Seconds until the logits of the first new token, and from there to those of the last.
+    tokens
+        What was generated, int64, shape (batch, new).
+    peak_bytes
+        Most bytes of the device in use by this model and what it computed; None on a CPU, where
+        they cannot be told from those of the other models.
+    """
+
+    prefill_s: float
+    decode_s: float
+    tokens: Tensor
+    peak_bytes: int | None
+
+
+def bench_serving(
+    run: Path, *, batch: int = 1, prompt: int = 512, new: int = 64, rounds: int = 5
+) -> dict[str, Any]:
+    """Measure the models of a finished run, on the device and in the dtype of the run.
+
+    Parameters
+    ----------
+    run
+        RUN folder; the original model must still be where it was.
+    batch, prompt, new
+        Sequences at once, tokens of each prompt (of the calibration text) and tokens generated for
+        each, 2 at least.
+    rounds
+        Turns of each model that count; one before them does not.
+
+    Returns
+    -------
+    dict
+        ``device``, ``dtype``, ``versions``, the arguments, and under ``variants`` by name:
+        ``layers``, ``parameters``, ``weight_bytes``, ``peak_bytes`` and, for ``prefill`` and
+        ``decode``, tokens a second (``median``, ``low``, ``high``) and ``ratio``, the median over
+        rounds of the dense model's time by this one's.
+
+    Raises
+    ------
+    RunFolderError
+        If the run has no checkpoint yet.
+    ConfigError
+        If prompt and new tokens are more than the model was made for.
+    CheckpointError
+        If a checkpoint cannot be read.
+    """
+    config = RunFolder.stored_config(run)
+    checkpoint, result = run / "checkpoint", run / "result.json"
+    if not checkpoint.is_dir() or not result.is_file():
+        raise RunFolderError(
+            f"{run} has no recovered checkpoint yet. Finish it first: ghost-dist recover "
+            f"{run / 'config.yaml'} --out {run}"
+        )
+    spans = [Span(*span) for span in json.loads(result.read_bytes())["spans"]]
+    source, architecture, _ = open_model(config)
+    limit = source.config.get("max_position_embeddings")
+    if min(batch, prompt, rounds) < 1 or new < 2:
+        raise ConfigError(
+            f"batch {batch}, prompt {prompt} and rounds {rounds} must be 1 at least, new {new} 2."
+        )
+    if limit is not None and prompt + new > limit:
+        raise ConfigError(
+            f"prompt {prompt} and new {new} are {prompt + new} tokens, the model was made for "
+            f"{limit}. Take fewer."
+        )
+    device = compute_device(config.engine.device)
+    dtype = compute_dtype(config, source, device)
+    pruned = load_causal_lm(source.path, dtype=dtype, device=device)
+    remove_layers(pruned, architecture, spans)
+    models = {
+        "dense": load_causal_lm(source.path, dtype=dtype, device=device),
+        "pruned": pruned,
+        "recovered": _as_users_do(checkpoint, dtype, device),
+    }
+    ids_BT = _prompts(load_windows(run / "tokens.safetensors"), batch, prompt).to(device)
+    turns = take_turns(models, ids_BT, new, rounds)
+    return {
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "batch": batch,
+        "prompt": prompt,
+        "new": new,
+        "rounds": rounds,
+        "variants": {
+            name: {
+                "layers": model.config.num_hidden_layers,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "weight_bytes": _weight_bytes(model),
+                "peak_bytes": turns[name][0].peak_bytes,
+                "prefill": _rates(batch * prompt, turns, name, "prefill_s"),
+                "decode": _rates(batch * (new - 1), turns, name, "decode_s"),
+            }
+            for name, model in models.items()
+        },
+    }
+
+
+def take_turns(
+    models: Mapping[str, Any], ids_BT: Tensor, new: int, rounds: int
+) -> dict[str, list[Turn]]:
+    """Let each model generate ``new`` tokens after ``ids_BT`` in every round; the first is dropped.
+
+    The order is turned by one place from round to round.
+    """
+    names = list(models)
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            turn = _turn(models[name], ids_BT, new)
+            if number > 0:
+                turns[name].append(turn)
+    return turns
+
+
+def _turn(model: Any, ids_BT: Tensor, new: int) -> Turn:
+    marks: list[float] = []
+    cuda = ids_BT.device.type == "cuda"
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize(ids_BT.device)
+        return time.perf_counter()
+
+    def mark(_: Tensor, scores: Tensor) -> Tensor:
+        marks.append(now())
+        return scores
+
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    others = 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(ids_BT.device)
+        others = torch.cuda.memory_allocated(ids_BT.device) - _weight_bytes(model)
+    began = now()
+    found = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=[mark], use_cache=True
+    )
+    peak = torch.cuda.max_memory_allocated(ids_BT.device) - others if cuda else None
+    assert len(marks) == new, "one forward a token"
+    return Turn(marks[0] - began, marks[-1] - marks[0], found[:, ids_BT.shape[1] :].cpu(), peak)
+
+
+def _rates(
+    num_tokens: int, turns: Mapping[str, Sequence[Turn]], name: str, part: str
+) -> dict[str, float]:
+    seconds = [getattr(turn, part) for turn in turns[name]]
+    dense = [getattr(turn, part) for turn in turns["dense"]]
+    return {
+        "median": num_tokens / statistics.median(seconds),
+        "low": num_tokens / max(seconds),
+        "high": num_tokens / min(seconds),
+        "ratio": statistics.median(d / s for d, s in zip(dense, seconds, strict=True)),
+    }
+
+
+def _as_users_do(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint by plain transformers, its own modeling file included."""
+    with quiet_loading():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, trust_remote_code=has_our_code(checkpoint)
+        )
+    return model.to(device).eval()
+
+
+def _prompts(windows: TokenWindows, batch: int, length: int) -> Tensor:
+    """Consecutive calibration tokens, from the start again where they end; (batch, length)."""
+    flat = np.resize(windows.tokens.reshape(-1), batch * length)
+    return torch.from_numpy(flat.astype(np.int64)).reshape(batch, length)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Of parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
