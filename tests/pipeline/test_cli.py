@@ -18,7 +18,7 @@ def run(capsys, *arguments):
 
 @pytest.fixture
 def solved(make_config, tmp_path):
-    recover(make_config(), again="solve")
+    recover(make_config(calibration__ranges=8), again="solve")
     return tmp_path / "run"
 
 
