@@ -205,6 +205,7 @@ def recover(
     ...         "calibration.source": str(text),
     ...         "calibration.windows": 16,
     ...         "calibration.window_length": 256,
+    ...         "operator.features": "stream",
     ...         "operator.choose": "residual",
     ...     },
     ...     progress=False,
@@ -212,7 +213,7 @@ def recover(
     >>> run.spans, run.result["operator"]
     ((Span(start=5, stop=10),), 'ghost-joint')
     >>> run.load_model().num_parameters()
-    6014784
+    5977920
     """
     config = _config(model, out, remove, spans, operator, settings)
     reporter = None if progress else Reporter(console=Console(quiet=True))

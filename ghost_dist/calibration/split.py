@@ -1,9 +1,10 @@
 """Deals windows to ranges and ranges to folds: the train / held-out split is by window.
 
-A range is a run of consecutive windows, the unit of commit and retry. Fold ``k`` of ``K`` holds out
-the ranges ``k, k + K, k + 2 K, ...``, so every fold samples the whole corpus, every window is held
-out exactly once, and no window lies on both sides. Windows are packed end to end: where two ranges
-meet, one document may continue into the next, which is a neighbourhood of one window per border.
+A range is the unit of commit and retry: one or more pieces of consecutive windows. Fold ``k`` of
+``K`` holds out the ranges ``k, k + K, k + 2 K, ...``, so with two pieces or ranges a fold every
+fold samples the whole corpus; every window is held out exactly once, and no window lies on both
+sides. Windows are packed end to end: where two pieces meet, one document may continue into the
+next, which is a neighbourhood of one window per border.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import itertools
 from ghost_dist.errors import ConfigError
 
 
-def assign_ranges(num_windows: int, num_ranges: int, *, folds: int = 1) -> list[range]:
-    """Cut ``range(num_windows)`` into consecutive ranges whose sizes differ by at most one.
+def assign_ranges(
+    num_windows: int, num_ranges: int, *, folds: int = 1, pieces: int = 1
+) -> list[tuple[int, ...]]:
+    """Cut ``range(num_windows)`` into pieces whose sizes differ by at most one, and deal them.
 
     Parameters
     ----------
@@ -24,15 +27,18 @@ def assign_ranges(num_windows: int, num_ranges: int, *, folds: int = 1) -> list[
         Number of ranges; the first ones are the longer ones.
     folds
         Folds that the ranges are to serve; each needs a range of its own.
+    pieces
+        Of a range: range i of n has the pieces i, i + n, i + 2 n, ...
 
     Raises
     ------
     ConfigError
         If there are fewer windows than ranges, or fewer ranges than folds.
     """
-    if num_ranges < 1 or num_windows < num_ranges:
+    count = num_ranges * pieces
+    if num_ranges < 1 or num_windows < count:
         raise ConfigError(
-            f"{num_windows} calibration windows cannot be cut into {num_ranges} ranges: each holds "
+            f"{num_windows} calibration windows cannot be cut into {count} ranges: each holds "
             "at least one window. Raise calibration.windows, or lower calibration.ranges or "
             "operator.folds."
         )
@@ -41,9 +47,10 @@ def assign_ranges(num_windows: int, num_ranges: int, *, folds: int = 1) -> list[
             f"{num_ranges} window ranges cannot serve {folds} folds: each fold holds out ranges of "
             "its own. Raise calibration.ranges, or lower operator.folds."
         )
-    size, longer = divmod(num_windows, num_ranges)
-    starts = [index * size + min(index, longer) for index in range(num_ranges + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+    size, longer = divmod(num_windows, count)
+    starts = [index * size + min(index, longer) for index in range(count + 1)]
+    cut = [range(start, stop) for start, stop in itertools.pairwise(starts)]
+    return [tuple(itertools.chain(*cut[index::num_ranges])) for index in range(num_ranges)]
 
 
 def fold_of_range(range_id: int, folds: int) -> int:

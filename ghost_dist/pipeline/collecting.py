@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.engines.base import Engine
 from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
@@ -120,7 +119,10 @@ def mend(store: StatisticsStore, reporter: Reporter) -> None:
 
 
 def plan_of(
-    inputs: RunInputs, tokens: TokenWindows, entries: dict[str, str], num_ranges: int
+    inputs: RunInputs,
+    tokens: TokenWindows,
+    entries: dict[str, str],
+    ranges: Sequence[tuple[int, ...]],
 ) -> StatisticsPlan:
     """What a store of a run's windows counts."""
     return StatisticsPlan(
@@ -130,7 +132,7 @@ def plan_of(
             **inputs.numerics,
         },
         entries=entries,
-        ranges=tuple(tuple(ids) for ids in assign_ranges(tokens.num_windows, num_ranges)),
+        ranges=tuple(ranges),
         window_length=tokens.window_length,
         blocks=inputs.config.engine.tensor_parallel,
     )

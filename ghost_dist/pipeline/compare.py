@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from torch import Tensor
 
+from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import layer_sizes
 from ghost_dist.checkpoint.repair import Repair
@@ -32,6 +33,7 @@ from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_o
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
 from ghost_dist.pipeline.inputs import (
     RunInputs,
+    calibration_ranges,
     check_remove,
     held_out_windows,
     open_causal_lm,
@@ -157,7 +159,7 @@ def _select(
     entries: dict[str, str] = {}
     for selector in selectors.values():
         entries |= selector.entries()
-    plan = plan_of(inputs, tokens, entries, folds)
+    plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
     store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
 
@@ -195,7 +197,8 @@ def _fill(
         (s, k) for s, k in samples if k.regressors != "stream" or (s, k.row_weights) not in joint
     )
     entries = entries_of(ordered)
-    plan = plan_of(inputs, tokens, entries, inputs.num_ranges)
+    ranges = calibration_ranges(inputs, tokens.num_windows)
+    plan = plan_of(inputs, tokens, entries, ranges)
     store = StatisticsStore(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
     if ordered:

@@ -222,10 +222,18 @@ def open_causal_lm(inputs: RunInputs) -> Any:
     )
 
 
+def calibration_ranges(inputs: RunInputs, num_windows: int) -> list[tuple[int, ...]]:
+    """Windows of every range; a fold with one range has two pieces of the text."""
+    halved = inputs.num_ranges == inputs.config.operator.folds and num_windows >= (
+        2 * inputs.num_ranges
+    )
+    return assign_ranges(num_windows, inputs.num_ranges, pieces=2 if halved else 1)
+
+
 def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
     """Windows of the last fold: what candidates and training are judged on."""
     folds = inputs.config.operator.folds
-    ranges = assign_ranges(tokens.num_windows, inputs.num_ranges)
+    ranges = calibration_ranges(inputs, tokens.num_windows)
     return [
         window
         for range_id, windows in enumerate(ranges)

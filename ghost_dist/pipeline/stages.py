@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
@@ -47,6 +48,7 @@ from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
+    calibration_ranges,
     check_disk_space,
     disk_needs,
     held_out_windows,
@@ -182,7 +184,8 @@ class Stages:
                 return {"spans": [[s.start, s.stop] for s in spans], "num_layers": num_layers}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
-            plan = plan_of(inputs, tokens, selector.entries(), inputs.config.operator.folds)
+            ranges = assign_ranges(tokens.num_windows, inputs.config.operator.folds)
+            plan = plan_of(inputs, tokens, selector.entries(), ranges)
             path = self._run.path / "selection.zarr"
             if path.exists() and StatisticsStore.open(path).plan != plan:
                 shutil.rmtree(path)
@@ -209,7 +212,8 @@ class Stages:
         inputs = self._inputs
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
-        plan = plan_of(inputs, tokens, entries_of(samples), inputs.num_ranges)
+        ranges = calibration_ranges(inputs, tokens.num_windows)
+        plan = plan_of(inputs, tokens, entries_of(samples), ranges)
         store = self._open_store(plan)
         check_store(store, candidates, spans, inputs)
         mend(store, self._reporter)
@@ -292,9 +296,14 @@ class Stages:
 
         try:
             recorded = self._stage("solve", wanted, work)
+            try:
+                return self._load_solution(spans, recorded)
+            except CorruptStoreError as error:
+                self._reporter.warn(f"{error} That is done now.")
+                self._run.forget("solve")
+                return self._load_solution(spans, self._stage("solve", wanted, work))
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
-        return self._load_solution(spans, recorded)
 
     def refine(self, tokens: TokenWindows, spans: tuple[Span, ...], solution: Solution) -> Solution:
         """Train the operators against the dense model, where the configuration asks for it."""

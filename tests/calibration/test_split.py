@@ -23,6 +23,11 @@ def test_folds_split_the_windows_and_each_samples_the_whole_corpus():
     assert all(min(fold) < 20 <= max(fold) for fold in held_out.values())
 
 
+def test_two_pieces_of_a_range_are_those_of_two_ranges_of_its_fold():
+    eight, four = assign_ranges(33, 8), assign_ranges(33, 4, pieces=2)
+    assert four == [eight[k] + eight[k + 4] for k in range(4)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "folds", "message"),
     [

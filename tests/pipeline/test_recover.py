@@ -175,6 +175,21 @@ def test_batch_size_changes_the_operator_by_rounding_only(make_config, tmp_path,
     assert (a - b).abs().max() < 1e-4
 
 
+def test_a_damaged_operator_is_solved_again(make_config, tmp_path):
+    recover(make_config())
+    before = operators(tmp_path / "run")
+    path = tmp_path / "run" / "operators" / "3-5.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = recover(make_config())
+    assert operators(tmp_path / "run") == before
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "is not the one that was solved" in events
+    assert result["spans"] == [[3, 5]]
+    assert events.count('"range-committed"') == 4  # nothing was run again
+
+
 def test_damaged_statistics_are_repaired_by_running_that_range_again(make_config, tmp_path):
     recover(make_config(), again="solve")
     before = operators(tmp_path / "run")
