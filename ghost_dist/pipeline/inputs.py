@@ -34,6 +34,7 @@ from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.planning.choice import must_stream
@@ -65,6 +66,8 @@ class RunInputs:
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
+    tasks: tuple[HarnessTask, ...]
+    """Of lm-evaluation-harness."""
     streaming: bool
     """Whether this process never holds the model, but reads layer after layer."""
 
@@ -111,7 +114,7 @@ def open_inputs(
     CheckpointError, UnsupportedArchitectureError, CalibrationError
         If the model or a text cannot be used.
     ConfigError
-        If a field does not fit the model or the machine.
+        If a task cannot be opened, or a field does not fit the model or the machine.
     """
     source, architecture, remove = open_model(config)
     if worker_device is None:
@@ -143,6 +146,11 @@ def open_inputs(
         )
         for name, corpus in config.evaluation.corpora.items()
     }
+    tasks = open_tasks(
+        () if any_operator else config.evaluation.tasks,
+        num_fewshot=config.evaluation.num_fewshot,
+        limit=config.evaluation.limit,
+    )
     _warn_without_bos(config, architecture, tokenizer, reporter)
     return RunInputs(
         config=config,
@@ -162,6 +170,7 @@ def open_inputs(
         remove=remove,
         refittable=_refittable(config, source, architecture, any_operator, streaming),
         evaluation=evaluation,
+        tasks=tasks,
         streaming=streaming,
     )
 
