@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -95,14 +96,12 @@ def open_tasks(
             "evaluation.tasks needs the package lm_eval, which is not installed. Install "
             "ghost_dist[harness], or leave evaluation.tasks empty."
         )
-    from lm_eval.tasks import TaskManager
-
     wanted: list[str] = []
     for name in names:
         wanted += PAPER_TASKS if name == PAPER else _files(name)
     local = all(name.endswith(_SUFFIXES) for name in wanted)
     with _quiet():
-        manager = TaskManager(include_defaults=not local)  # its index of names takes seconds
+        manager = _manager(local)
         tasks = [_open(manager, name, num_fewshot, limit) for name in wanted]
     seen: set[str] = set()
     for task in tasks:
@@ -179,6 +178,14 @@ def run_task(
         }
         for name, figures in rows.items()
     }
+
+
+@functools.cache
+def _manager(local: bool) -> Any:
+    """What finds tasks; the index of the harness's own names takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=not local)
 
 
 def _files(name: str) -> list[str]:

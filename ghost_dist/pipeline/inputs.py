@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ghost_dist.calibration.published import PUBLISHED, published_windows
 from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
@@ -133,17 +134,7 @@ def open_inputs(
         streaming = _streams(config, source, dtype, device, reporter)
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
-        name: build_windows(
-            corpus,
-            tokenizer,
-            windows=config.evaluation.windows,
-            window_length=config.evaluation.window_length,
-            seed=None,
-            special_tokens=False,
-            window_bos=config.calibration.window_bos,
-            vocab_size=architecture.vocab_size,
-            split="test",
-        )
+        name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)
         for name, corpus in config.evaluation.corpora.items()
     }
     tasks = open_tasks(
@@ -172,6 +163,31 @@ def open_inputs(
         evaluation=evaluation,
         tasks=tasks,
         streaming=streaming,
+    )
+
+
+def _evaluation_windows(
+    config: Config, corpus: str, tokenizer: Any, vocab_size: int
+) -> TokenWindows:
+    windows, window_length = config.evaluation.windows, config.evaluation.window_length
+    if corpus in PUBLISHED:
+        return published_windows(
+            PUBLISHED[corpus],
+            tokenizer,
+            windows=windows,
+            window_length=window_length,
+            vocab_size=vocab_size,
+        )
+    return build_windows(
+        corpus,
+        tokenizer,
+        windows=windows,
+        window_length=window_length,
+        seed=None,
+        special_tokens=False,
+        window_bos=config.calibration.window_bos,
+        vocab_size=vocab_size,
+        split="test",
     )
 
 

@@ -1,4 +1,4 @@
-"""Scores of three variants in one pass, against each model run by itself with plain transformers."""
+"""Scores of three variants in one pass, against each model run alone by plain transformers."""
 
 import copy
 
@@ -32,7 +32,7 @@ def make_variants(model, architecture):
     torch.manual_seed(2)
     width = architecture.hidden_size
     operators = {
-        span: Repair(linear_CC=torch.eye(width) + 0.1 * torch.randn(width, width)) for span in SPANS
+        span: Repair(weight_CC=torch.eye(width) + 0.1 * torch.randn(width, width)) for span in SPANS
     }
     layer = 4
     path = architecture.down_projections.get(layer)
@@ -88,7 +88,7 @@ def test_scores_are_those_of_each_model_alone(loaded, family):
 def test_a_loss_that_is_not_finite_is_named(loaded):
     model, architecture = loaded("llama")
     windows = make_windows(architecture.vocab_size)
-    broken = {SPANS[0]: Repair(linear_CC=torch.full((architecture.hidden_size,) * 2, np.nan))}
+    broken = {SPANS[0]: Repair(weight_CC=torch.full((architecture.hidden_size,) * 2, np.nan))}
     with pytest.raises(NonFiniteLossError, match=r"window 0 of random\.txt"):
         score_variants(
             model, architecture, SPANS, [{}, broken], windows, batch=2, device=torch.device("cpu")

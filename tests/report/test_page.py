@@ -37,6 +37,10 @@ def test_recover_writes_the_page_with_the_figures_of_its_result(made_runs):
         assert all(text.span(span) in page for span in result["spans"])
         for values in result["perplexity"].values():
             assert all(f"<b>{text.perplexity(value)}</b>" in page for value in values.values())
+        for variant, figures in result["agreement"]["text"].items():
+            assert f">text, {variant}</th>" in page
+            assert f">{text.number(figures['kl'])}</td>" in page
+            assert f">{text.percent(figures['top1'], 1)}</td>" in page
         assert result["fingerprint"] in page
         assert f"{sum(stop - start for start, stop in result['spans'])} of 8 layers" in page
         for fit in result["fit"]:
