@@ -1,4 +1,4 @@
-"""Windows of the published texts, from rows on this disk, against the published loops written out."""
+"""Windows of the published texts, of rows on this disk, against the published loops."""
 
 import dataclasses
 import json
