@@ -38,7 +38,7 @@ def write_rolling(folder, texts, name="local_text"):
 
 
 def write_choices(folder, rows, name="local_choice", **fields):
-    """The likeliest of ``choices`` after a ``question``; ``answer`` is the number of the right one."""
+    """The likeliest of ``choices`` after a ``question``; ``answer`` is the right one's number."""
     return write_task(
         folder,
         name,
@@ -78,7 +78,7 @@ def bos_windows(source, tokenizer, *, windows, window_length):
 
 
 def continuations(text, number):
-    """Beginnings of ``number`` paragraphs, and what follows each among what follows three others."""
+    """Beginnings of ``number`` paragraphs; what follows each among what follows three others."""
     paragraphs = [p.split() for p in text.split("\n") if len(p.split()) >= 80][:number]
     ends = [" " + " ".join(words[48:64]) for words in paragraphs]
     rows = []
