@@ -60,13 +60,15 @@ class HarnessTask:
         Of its configuration, its documents, and the harness's version.
     num_fewshot, limit
         Examples in the prompt, and documents; None: as the task says, and all.
+    loaded, manager
+        The harness's own objects.
     """
 
     name: str
     fingerprint: str
     num_fewshot: int | None
     limit: int | None
-    loaded: Any
+    loaded: list[Any]
     manager: Any
 
 
@@ -145,7 +147,6 @@ def run_task(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    loaded = task.loaded if isinstance(task.loaded, list) else [task.loaded]
     try:
         with _quiet():
             harness_model = HFLM(
@@ -156,7 +157,7 @@ def run_task(
             )
             found = lm_eval.simple_evaluate(
                 model=harness_model,
-                tasks=loaded,
+                tasks=task.loaded,
                 num_fewshot=task.num_fewshot,
                 limit=task.limit,
                 bootstrap_iters=_BOOTSTRAP_ITERATIONS,
@@ -174,7 +175,7 @@ def run_task(
         name: {
             "metrics": _metrics(figures, found["higher_is_better"].get(name) or {}),
             "examples": _examples(found, name),
-            "shots": found["n-shot"].get(name),
+            "shots": shots if isinstance(shots := found["n-shot"].get(name), int) else None,
         }
         for name, figures in rows.items()
     }
@@ -220,7 +221,8 @@ def _open(manager: Any, name: str, num_fewshot: int | None, limit: int | None) -
         )
     try:
         found = manager.load([name])
-        loaded = list(found["groups"].values()) or list(found["tasks"].values())
+        # A group comes with the groups inside it, and runs them; a tag is a list of tasks.
+        loaded = list(found["groups"].values())[:1] or list(found["tasks"].values())
         if not loaded:
             raise ConfigError(f"evaluation.tasks: {name} names no task (task: NAME).")
         digest = _fingerprint(found["tasks"], limit)
@@ -232,7 +234,8 @@ def _open(manager: Any, name: str, num_fewshot: int | None, limit: int | None) -
             "data are on the hub and there is no network here, open it once where there is one "
             "and bring the cache (HF_HOME), or name a task on local files."
         ) from error
-    title = loaded[0].task_name if len(loaded) == 1 and not found["groups"] else Path(name).stem
+    names = list(found["groups"]) or list(found["tasks"])
+    title = names[0] if len(names) == 1 or name.endswith(_SUFFIXES) else name
     return HarnessTask(title, digest, num_fewshot, limit, loaded, manager)
 
 

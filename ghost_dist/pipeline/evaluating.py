@@ -107,10 +107,12 @@ class Evaluation:
             for task in inputs.tasks:
                 identity = fingerprint([task.fingerprint, task.num_fewshot, task.limit])
                 if identity not in done:
-                    with self._reporter.stage(f"{variant} on {task.name}", 1, "tasks") as advance:
-                        done[identity] = run_task(task, model, inputs.tokenizer, batch=inputs.batch)
-                        advance(1)
+                    # No bar of ours: on a terminal the harness has its own.
+                    self._reporter.say(f"{variant} on {task.name}")
+                    self._reporter.event("task-start", variant=variant, task=task.name)
+                    done[identity] = run_task(task, model, inputs.tokenizer, batch=inputs.batch)
                     self._run.finish(stage, key, done)
+                    self._reporter.event("task-end", variant=variant, task=task.name)
                 for row, figures in done[identity].items():
                     found.setdefault(row, {})[variant] = figures
         return found

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from local_tasks import bos_windows, write_choices, write_rolling
 
 from ghost_dist.config import load_config
@@ -68,9 +69,10 @@ def finished(model_folder, text_file, texts, tmp_path_factory):
     return root / "run", recover(config)
 
 
-def events(run):
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line))["event"] == "stage-start"]
+def tasks_begun(run):
+    """Variant and task of every one that was begun, in order."""
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [f"{row['variant']} {row['task']}" for row in rows if row["event"] == "task-start"]
 
 
 def test_perplexity_of_the_harness_is_ours_on_the_same_windows(finished, texts):
@@ -131,16 +133,12 @@ def test_results_are_in_page_and_card(finished):
 
 def test_a_stopped_evaluation_goes_on_where_it_was(finished, tmp_path):
     run, result = finished
-    before = len(events(run))
+    before = len(tasks_begun(run))
     run_stage_again(run, "evaluate", [])
-    new = [event["stage"] for event in events(run)[before:]]
-    assert new == ["evaluate on text"]  # every task of every variant is on record
-    # A task that fails in the third variant leaves the others; with it gone only that is missing.
+    assert not tasks_begun(run)[before:]  # every task of every variant is on record
     (run / "stages" / "tasks-recovered.json").unlink()
-    before = len(events(run))
     again = run_stage_again(run, "evaluate", [])
-    new = [event["stage"] for event in events(run)[before:]]
-    assert new == ["evaluate on text", "recovered on local_choice", "recovered on local_text"]
+    assert tasks_begun(run)[before:] == ["recovered local_choice", "recovered local_text"]
     assert again["tasks"] == result["tasks"]
 
 
@@ -151,23 +149,42 @@ def test_a_failing_task_is_named_and_what_was_done_is_kept(finished, tmp_path):
     text = broken.read_text().replace("'!missing'", "!function scoring.fail")
     broken.write_text(text)  # a tag, which PyYAML's dumper would quote
     (tmp_path / "scoring.py").write_text("def fail(doc, results):\n    raise OSError('no luck')\n")
-    before = len(events(run))
+    before = len(tasks_begun(run))
     tasks = f"evaluation.tasks=[{first}, {broken}]"
     with pytest.raises(HarnessError, match=r"Task broken failed.*OSError: no luck"):
         run_stage_again(run, "evaluate", [tasks])
-    assert [e["stage"] for e in events(run)[before:]] == [
-        "evaluate on text", "dense on first", "dense on broken",
-    ]  # fmt: skip
-    before = len(events(run))
+    assert tasks_begun(run)[before:] == ["dense first", "dense broken"]
+    before = len(tasks_begun(run))
     again = run_stage_again(run, "evaluate", [f"evaluation.tasks=[{first}]"])
-    stages = [e["stage"] for e in events(run)[before:]]
-    assert stages == ["evaluate on text", "pruned on first", "recovered on first"]
+    assert tasks_begun(run)[before:] == ["pruned first", "recovered first"]
     accuracies = [row["acc"] for row in _values(again["tasks"]["first"])]
     assert accuracies == [row["acc"] for row in _values(result["tasks"]["local_choice"])]
 
 
 def _values(by_variant):
     return [one["metrics"] for one in by_variant.values()]
+
+
+def test_a_group_is_one_row(finished, tmp_path):
+    run, _ = finished
+    write_choices(tmp_path, QUESTIONS, "one")
+    write_choices(tmp_path, QUESTIONS[:2], "two")
+    members = [yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("one", "two")]
+    group = {
+        "group": "both",
+        "task": members,
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    names = [f"{tmp_path}/{name}.yaml" for name in ("group", "one", "two")]
+    again = run_stage_again(run, "evaluate", [f"evaluation.tasks=[{', '.join(names)}]"])
+    assert list(again["tasks"]) == ["both", "one", "two"]
+    for variant in ("dense", "recovered"):
+        one, two, both = (
+            again["tasks"][name][variant]["metrics"]["acc"]["value"]
+            for name in ("one", "two", "both")
+        )
+        assert both == pytest.approx((4 * one + 2 * two) / 6)
 
 
 def test_what_decides_a_result_decides_its_fingerprint(tmp_path):
