@@ -102,7 +102,7 @@ def test_multiple_choice_is_that_of_the_exported_checkpoint(finished):
     )
     right = 0
     for row in QUESTIONS:
-        context = len(tokenizer.encode(row["question"]))
+        context = len(tokenizer.encode(row["question"].rstrip()))  # its spaces are the choice's
         scores = []
         for choice in row["choices"]:
             ids = torch.tensor([tokenizer.encode(row["question"] + choice)])
