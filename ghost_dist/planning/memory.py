@@ -90,7 +90,7 @@ def streams_bytes(run: RunShape, stage: str) -> int:
         judged = run.num_tokens * run.judges // run.folds
         return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
     if stage == "evaluate":
-        return 3 * sizes.stream_bytes(max(run.evaluation_tokens.values(), default=0))
+        return 3 * sizes.stream_bytes(sum(run.evaluation_tokens.values()))  # one sweep for all
     return streams
 
 
