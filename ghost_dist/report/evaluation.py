@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ghost_dist.evaluation.task_rows import shots_and_examples, task_rows
 from ghost_dist.report import text
 from ghost_dist.report.markup import Html, el, section, table
@@ -16,25 +18,20 @@ def agreement(run: RunRecord) -> Html | None:
     rows = []
     for corpus, of_corpus in run.agreement.items():
         for variant, figures in of_corpus.items():
-            pairs = intervals.get(corpus, {}).get(variant, {})
-            kl, top1 = pairs.get("kl"), pairs.get("top1")
-            between = (
-                f"{text.percent(top1[0], 1)} {text.DASH} {text.percent(top1[1], 1)}" if top1 else ""
-            )
-            rows.append(
-                (
-                    f"{corpus}, {variant}",
-                    text.number(figures["kl"]),
-                    f"{text.number(kl[0])} {text.DASH} {text.number(kl[1])}" if kl else "",
-                    text.percent(figures["top1"], 1),
-                    between,
-                )
-            )
+            kl, top1 = text.number(figures["kl"]), text.percent(figures["top1"], 1)
+            cells = [kl, top1]
+            if intervals:
+                pairs = intervals[corpus][variant]
+                cells = [kl, _between(pairs["kl"], text.number)]
+                cells += [top1, _between(pairs["top1"], lambda share: text.percent(share, 1))]
+            rows.append((f"{corpus}, {variant}", *cells))
     said = (
         "KL divergence of the next-token distribution from the dense model's, in nats per token, "
         "and the share of positions where both have the same likeliest token."
     )
-    titles = ["Text, model", "KL", "95 % interval", "Same token", "95 % interval"]
+    titles = ["Text, model", "KL", "Same token"]
+    if intervals:
+        titles = ["Text, model", "KL", "95 % interval", "Same token", "95 % interval"]
     return section(
         "agreement",
         "Agreement with the dense model",
@@ -57,3 +54,7 @@ def tasks(run: RunRecord) -> Html | None:
         el("p", said),
         table(titles, rows, "Results of tasks", numbers=(2, 3, 4)),
     )
+
+
+def _between(pair: tuple[float, float] | None, shown: Callable[[float], str]) -> str:
+    return "" if pair is None else f"{shown(pair[0])} {text.DASH} {shown(pair[1])}"

@@ -119,7 +119,7 @@ class RunRecord:
     def agreement_intervals(self) -> dict[str, dict[str, dict[str, _Pair | None]]]:
         """Corpus to variant to figure to its 95 % interval, where figures of windows are there."""
         record = self.stages["evaluate"]
-        if record.get("agreement") != self.agreement:
+        if record.get("agreement") != self.agreement or "agreement_per_window" not in record:
             return {}
         return {
             corpus: {
@@ -128,7 +128,7 @@ class RunRecord:
                 }
                 for variant, figures in of_corpus.items()
             }
-            for corpus, of_corpus in record.get("agreement_per_window", {}).items()
+            for corpus, of_corpus in record["agreement_per_window"].items()
         }
 
     @property
