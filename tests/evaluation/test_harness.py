@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from local_tasks import bos_windows, write_choices, write_rolling
 
 from ghost_dist.config import load_config
@@ -163,28 +162,6 @@ def test_a_failing_task_is_named_and_what_was_done_is_kept(finished, tmp_path):
 
 def _values(by_variant):
     return [one["metrics"] for one in by_variant.values()]
-
-
-def test_a_group_is_one_row(finished, tmp_path):
-    run, _ = finished
-    write_choices(tmp_path, QUESTIONS, "one")
-    write_choices(tmp_path, QUESTIONS[:2], "two")
-    members = [yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("one", "two")]
-    group = {
-        "group": "both",
-        "task": members,
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    }
-    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
-    names = [f"{tmp_path}/{name}.yaml" for name in ("group", "one", "two")]
-    again = run_stage_again(run, "evaluate", [f"evaluation.tasks=[{', '.join(names)}]"])
-    assert list(again["tasks"]) == ["both", "one", "two"]
-    for variant in ("dense", "recovered"):
-        one, two, both = (
-            again["tasks"][name][variant]["metrics"]["acc"]["value"]
-            for name in ("one", "two", "both")
-        )
-        assert both == pytest.approx((4 * one + 2 * two) / 6)
 
 
 def test_what_decides_a_result_decides_its_fingerprint(tmp_path):

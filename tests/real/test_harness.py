@@ -23,7 +23,7 @@ def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path
     assert len(texts) >= 4
     tasks = [
         write_rolling(tmp_path, texts.values()),
-        write_choices(tmp_path, continuations(text.read_text(encoding="utf-8"), 40)),
+        write_choices(tmp_path, continuations(text.read_text(encoding="utf-8"), 12)),
     ]
     result = recover(
         load_config(
@@ -32,7 +32,7 @@ def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path
                 "model.path": str(model),
                 "model.dtype": "float32",
                 "calibration.source": str(shared / "data" / "calibration.txt"),
-                "calibration.windows": 32,
+                "calibration.windows": 128,
                 "calibration.window_length": LENGTH,
                 "calibration.window_bos": True,
                 "selection.spans": [[11, 18]],
