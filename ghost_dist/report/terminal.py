@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ghost_dist.evaluation.task_rows import task_rows
 from ghost_dist.report import charts
@@ -49,7 +49,7 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
             table.add_row(name, *kl, *(f"{one['top1']:.1%}" for one in found))
         console.print(table)
     if result["tasks"]:
-        table = Table("task", "metric", "dense", "pruned", "recovered")
+        table = Table("task", Column("metric", overflow="fold"), "dense", "pruned", "recovered")
         for name, metric, cells in task_rows(result["tasks"]):
             table.add_row(name, metric, *cells)
         console.print(table)
