@@ -19,11 +19,11 @@ LENGTH = 256
 def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path):
     model, text = shared / "models" / "wiki-llama-32l", shared / "data" / "wikitext2-test.txt"
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    texts = bos_windows(text, tokenizer, windows=16, window_length=LENGTH)
+    texts = bos_windows(text, tokenizer, windows=8, window_length=LENGTH)
     assert len(texts) >= 4
     tasks = [
         write_rolling(tmp_path, texts.values()),
-        write_choices(tmp_path, continuations(text.read_text(encoding="utf-8"), 12)),
+        write_choices(tmp_path, continuations(text.read_text(encoding="utf-8"), 4)),
     ]
     result = recover(
         load_config(
@@ -40,7 +40,7 @@ def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path
                 "operator.features": "stream",
                 "operator.choose": "residual",
                 "evaluation.corpora": {"wikitext2": str(text)},
-                "evaluation.windows": 16,
+                "evaluation.windows": 8,
                 "evaluation.window_length": LENGTH,
                 "evaluation.tasks": [str(task) for task in tasks],
                 "engine.device": "cpu",
