@@ -307,11 +307,19 @@ class EvaluationConfig(_Section):
     """What the dense, the pruned and the recovered model are compared on."""
 
     corpora: dict[str, str] = Field(default_factory=dict)
-    """Name of each corpus to its text file or dataset."""
+    """Name of each corpus to its text file or dataset; wikitext2, ptb and c4 as value: windows as
+    the paper takes them."""
     windows: int | None = Field(default=None, ge=1)
     """Windows of each corpus, from its beginning; null: all whole windows."""
     window_length: int = Field(default=2048, ge=2)
     """Tokens per window."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-evaluation-harness: its names, paper for the paper's nine, or YAML files of tasks
+    and folders of them. Needs ghost_dist[harness]."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in the prompts of tasks; null: as each task says."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Documents of each task, from its beginning; null: all."""
 
     @field_validator("corpora")
     @classmethod
@@ -397,6 +405,7 @@ class Config(_Section):
                 "stream, or operator.name=ghost",
             ),
             (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
+            (bool(self.evaluation.tasks), "evaluation.tasks", "[]"),
         ):
             if wanted:
                 return setting, instead

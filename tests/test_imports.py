@@ -31,7 +31,7 @@ ONLY_IMPORTERS = {
     "ray": "cluster/",
     "deepspeed": "engines/tensor_parallel.py",
     "matplotlib": "report/",
-    "lm_eval": "evaluation/",
+    "lm_eval": "evaluation/harness.py",
     "zarr": "statistics/",
     "typer": "cli.py",
 }

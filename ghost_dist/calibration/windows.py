@@ -126,7 +126,7 @@ def build_windows(
     rows = stream[: count * text_length].reshape(count, text_length)
     if bos is not None:
         rows = np.concatenate([np.full((count, 1), bos, dtype=np.int64), rows], axis=1)
-    _check_vocabulary(rows, tokenizer, vocab_size)
+    check_vocabulary(rows, tokenizer, vocab_size)
     return TokenWindows(rows.astype(np.int32), source)
 
 
@@ -183,7 +183,8 @@ def _bos(tokenizer: Any) -> int:
     return bos
 
 
-def _check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> None:
+def check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> None:
+    """Raise CalibrationError if a token id has no row in the model's embedding."""
     outside = tokens[(tokens >= vocab_size) | (tokens < 0)]
     if outside.size:
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""How far a perplexity would move on other windows of the same text: bootstrap over windows.
+"""How far a figure would move on other windows of the same text: bootstrap over windows.
 
 All variants are drawn with the same windows, so that a ratio or a share of two of them has the
 interval of a paired comparison. Windows next to each other in one text are not independent; the
@@ -46,20 +46,46 @@ def resampled_perplexities(
     ValueError
         If the variants have different numbers of windows, or none.
     """
-    lengths = {len(values) for values in nats.values()}
+    means = resampled_means(nats, resamples=resamples, seed=seed)
+    with np.errstate(over="ignore"):  # beyond exp(709) it is infinite, as the perplexity is
+        return {name: np.exp(values / tokens_per_window) for name, values in means.items()}
+
+
+def resampled_means(
+    per_window: Mapping[str, Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, FloatArray]:
+    """Mean of each variant's figure on windows drawn with replacement, the same for all variants.
+
+    Parameters
+    ----------
+    per_window
+        Variant to a figure of each window; the same windows in one order.
+    resamples, seed
+        Number of draws, and of the generator.
+
+    Returns
+    -------
+    dict
+        Variant to float64 of shape (resamples,), draw i of all variants from the same windows.
+
+    Raises
+    ------
+    ValueError
+        If the variants have different numbers of windows, or none.
+    """
+    lengths = {len(values) for values in per_window.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"expected the same windows of every variant, got {sorted(lengths)} of")
     [windows] = lengths
-    nats_WV = np.array(list(nats.values()), dtype=np.float64).T
+    figures_WV = np.array(list(per_window.values()), dtype=np.float64).T
     generator = np.random.default_rng(seed)
     means = []
     for first in range(0, resamples, _DRAWN_AT_ONCE):
         number = min(_DRAWN_AT_ONCE, resamples - first)
         counts_RW = generator.multinomial(windows, np.full(windows, 1 / windows), size=number)
-        means.append(counts_RW @ nats_WV / (windows * tokens_per_window))
-    with np.errstate(over="ignore"):  # beyond exp(709) it is infinite, as the perplexity is
-        values_RV = np.exp(np.concatenate(means))
-    return {name: values_RV[:, column] for column, name in enumerate(nats)}
+        means.append(counts_RW @ figures_WV / windows)
+    means_RV = np.concatenate(means)
+    return {name: means_RV[:, column] for column, name in enumerate(per_window)}
 
 
 def interval(values: FloatArray, level: float = LEVEL) -> tuple[float, float] | None:

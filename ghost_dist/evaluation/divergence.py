@@ -6,7 +6,7 @@ candidate only runs what lies behind the first thing that differs, on the same w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,38 +79,71 @@ def window_divergences(
     Tensor
         Mean ``KL(dense || candidate)`` per token of each window, (candidates, windows) float64.
     """
-    length = tokens.shape[1]
-    first = first_changed_layer(spans, candidates)
-    layers = model.get_submodule(architecture.layers)
     shape = (len(candidates), len(tokens))
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    batches = variant_bodies(
+        model, architecture, spans, candidates, tokens, batch=batch, device=device
+    )
+    with torch.inference_mode():
+        for part, head, ids_BT, (dense, *others) in batches:
+            add_divergences(head, dense, others, ids_BT, sums[:, part])
+            advance(ids_BT.numel())
+    per_token: Tensor = sums / tokens.shape[1]
+    return per_token
+
+
+def variant_bodies(
+    model: Any,
+    architecture: Architecture,
+    spans: Sequence[Span],
+    candidates: Sequence[Mapping[Span, Repair]],
+    tokens: np.ndarray[Any, np.dtype[np.int32]],
+    *,
+    batch: int,
+    device: torch.device,
+    healed: Sequence[Mapping[int, Tensor]] = (),
+) -> Iterator[tuple[slice, HeadRunner, Tensor, list[Any]]]:
+    """Run the dense model and every candidate over the windows, on one model's weights.
+
+    To be gone through under ``torch.inference_mode()``; other parameters as for
+    :func:`window_divergences`.
+
+    Parameters
+    ----------
+    healed
+        More down_proj weights (F, C) of each candidate, by layer of the uncut model; empty: none.
+
+    Yields
+    ------
+    part, head, ids_BT, bodies
+        The batch's windows, what gives logits of a body, the tokens (B, T), and what the body of
+        the dense model and of each candidate computed.
+    """
+    own = healed or [{} for _ in candidates]
+    first = min([first_changed_layer(spans, candidates), *(layer for one in own for layer in one)])
+    layers = model.get_submodule(architecture.layers)
     kept: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept[:] = [args[0] if args else kwargs["hidden_states"]]
 
-    with torch.inference_mode():
-        head: HeadRunner | None = None
-        for start in range(0, len(tokens), batch):
-            ids_BT = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(device)
-            head = head or HeadRunner(model, ids_BT)
-            handle = layers[first].register_forward_pre_hook(keep, with_kwargs=True)
-            try:
-                dense = head.body(ids_BT)
-            finally:
-                handle.remove()
-            streams = []
-            for candidate in candidates:
-                with (
-                    as_recovered(model, architecture, spans, candidate),
-                    entering_at(model, layers, first, kept[0]),
-                ):
-                    streams.append(head.body(ids_BT))
-            batch_sums = sums[:, start : start + batch]
-            add_divergences(head, dense, streams, ids_BT, batch_sums)
-            advance(ids_BT.numel())
-    per_token: Tensor = sums / length
-    return per_token
+    head: HeadRunner | None = None
+    for start in range(0, len(tokens), batch):
+        part = slice(start, min(start + batch, len(tokens)))
+        ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(device)
+        head = head or HeadRunner(model, ids_BT)
+        handle = layers[first].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            bodies = [head.body(ids_BT)]
+        finally:
+            handle.remove()
+        for candidate, downs in zip(candidates, own, strict=True):
+            with (
+                as_recovered(model, architecture, spans, candidate, downs),
+                entering_at(model, layers, first, kept[0]),
+            ):
+                bodies.append(head.body(ids_BT))
+        yield part, head, ids_BT, bodies
 
 
 def add_divergences(

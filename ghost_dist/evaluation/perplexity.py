@@ -138,20 +138,30 @@ def logit_pieces(num_positions: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_positions))
 
 
-def window_nats(head: Head, body: Any, ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Nats of each window of a batch, from what the body computed."""
+def next_tokens(ids_BT: Tensor) -> Tensor:
+    """What each of the B x T positions predicts, window after window; the last of one nothing."""
     targets_BT = torch.full_like(ids_BT, _NO_TARGET)
     targets_BT[:, :-1] = ids_BT[:, 1:]
-    targets_N = targets_BT.flatten()
+    return targets_BT.flatten()
+
+
+def token_nats(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
+    """Nats of each target, float32; 0 where nothing is predicted."""
+    return torch.nn.functional.cross_entropy(
+        logits_nV.float(),
+        targets_n.to(logits_nV.device),
+        reduction="none",
+        ignore_index=_NO_TARGET,
+    )
+
+
+def window_nats(head: Head, body: Any, ids_BT: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Nats of each window of a batch, from what the body computed."""
+    targets_N = next_tokens(ids_BT)
     nats_N = torch.empty(targets_N.shape, dtype=torch.float64, device=ids_BT.device)
     for piece in head.pieces(ids_BT):
         logits_nV = head.logits(body, ids_BT, piece)
-        nats_N[piece] = torch.nn.functional.cross_entropy(
-            logits_nV.float(),
-            targets_N[piece].to(logits_nV.device),
-            reduction="none",
-            ignore_index=_NO_TARGET,
-        ).to(nats_N.device, torch.float64)
+        nats_N[piece] = token_nats(logits_nV, targets_N[piece]).to(nats_N.device, torch.float64)
     result: np.ndarray[Any, np.dtype[np.float64]] = (
         nats_N.view(ids_BT.shape[0], -1).sum(dim=1).cpu().numpy()
     )

@@ -18,6 +18,7 @@ from ghost_dist.calibration.corpora import ALIASES
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.repair import Repair, acting
 from ghost_dist.config import Config
+from ghost_dist.evaluation.task_rows import shots_and_examples, task_rows
 from ghost_dist.spans import Span
 
 CARD = "README.md"
@@ -59,6 +60,7 @@ def model_card(
         f"# {name.rpartition('/')[2]}, {sum(map(len, spans))} layers removed and recovered",
         _what(name, spans, operators, result),
         _figures(result),
+        _tasks(result),
         _loading(bool(acting(operators))),
         _how(config, result),
         _limits(config, base, metadata),
@@ -122,6 +124,38 @@ def _figures(result: Mapping[str, Any] | None) -> str:
     for corpus, value in result["perplexity"].items():
         cells = [_perplexity(value[variant]) for variant in _VARIANTS]
         lines.append(f"| {_cell(corpus)} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        (
+            "Against the original: KL divergence of the next-token distribution, nats per token, "
+            "and the share of positions with the same likeliest token."
+        ),
+        "",
+        "| text | KL, cut | KL, this model | same token, cut | same token, this model |",
+        "|---|---|---|---|---|",
+    ]
+    for corpus, of_corpus in result["agreement"].items():
+        found = [of_corpus[variant] for variant in _VARIANTS[1:]]
+        cells = [f"{one['kl']:.3f}" for one in found] + [f"{one['top1']:.1%}" for one in found]
+        lines.append(f"| {_cell(corpus)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _tasks(result: Mapping[str, Any] | None) -> str:
+    if result is None or not result["tasks"]:
+        return ""
+    lines = [
+        "## Tasks",
+        (
+            "By [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness); "
+            f"{shots_and_examples(result['tasks'])}."
+        ),
+        "",
+        "| task | metric | original | cut, not repaired | this model |",
+        "|---|---|---|---|---|",
+    ]
+    for name, metric, cells in task_rows(result["tasks"]):
+        lines.append(f"| {_cell(name)} | {_cell(metric)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ghost_dist.calibration.published import PUBLISHED, published_windows
 from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
@@ -34,6 +35,7 @@ from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.planning.choice import must_stream
@@ -66,6 +68,8 @@ class RunInputs:
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
+    tasks: tuple[HarnessTask, ...]
+    """Of lm-evaluation-harness."""
     streaming: bool
     """Whether this process never holds the model, but reads layer after layer."""
 
@@ -112,7 +116,7 @@ def open_inputs(
     CheckpointError, UnsupportedArchitectureError, CalibrationError
         If the model or a text cannot be used.
     ConfigError
-        If a field does not fit the model or the machine.
+        If a task cannot be opened, or a field does not fit the model or the machine.
     """
     source, architecture, remove = open_model(config)
     if worker_device is None:
@@ -131,19 +135,14 @@ def open_inputs(
         streaming = _streams(config, source, dtype, device, reporter)
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
-        name: build_windows(
-            corpus,
-            tokenizer,
-            windows=config.evaluation.windows,
-            window_length=config.evaluation.window_length,
-            seed=None,
-            special_tokens=False,
-            window_bos=config.calibration.window_bos,
-            vocab_size=architecture.vocab_size,
-            split="test",
-        )
+        name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)
         for name, corpus in config.evaluation.corpora.items()
     }
+    tasks = open_tasks(
+        () if any_operator else config.evaluation.tasks,
+        num_fewshot=config.evaluation.num_fewshot,
+        limit=config.evaluation.limit,
+    )
     _warn_without_bos(config, architecture, tokenizer, reporter)
     return RunInputs(
         config=config,
@@ -163,7 +162,33 @@ def open_inputs(
         remove=remove,
         refittable=_refittable(config, source, architecture, any_operator, streaming),
         evaluation=evaluation,
+        tasks=tasks,
         streaming=streaming,
+    )
+
+
+def _evaluation_windows(
+    config: Config, corpus: str, tokenizer: Any, vocab_size: int
+) -> TokenWindows:
+    windows, window_length = config.evaluation.windows, config.evaluation.window_length
+    if corpus in PUBLISHED:
+        return published_windows(
+            PUBLISHED[corpus],
+            tokenizer,
+            windows=windows,
+            window_length=window_length,
+            vocab_size=vocab_size,
+        )
+    return build_windows(
+        corpus,
+        tokenizer,
+        windows=windows,
+        window_length=window_length,
+        seed=None,
+        special_tokens=False,
+        window_bos=config.calibration.window_bos,
+        vocab_size=vocab_size,
+        split="test",
     )
 
 

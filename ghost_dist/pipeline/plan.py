@@ -429,6 +429,8 @@ def _texts(
             counted = max(1, int(nbytes * TOKENS_PER_BYTE) // length)
             notes.append(f"corpus {name} is taken for {counted} windows of {length} tokens")
         tokens[name] = counted * length
+    if evaluation.tasks:
+        notes.append("evaluation.tasks are not predicted")
     return (tokens_s if found is not None else 0.0), tokens
 
 

@@ -91,8 +91,8 @@ def recover(
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
         stages.export(spans, solution)
-        perplexities = stages.evaluate(spans, solution)
-        result = _result(inputs, run, spans, solution, perplexities, store.plan_fingerprint)
+        evaluation = stages.evaluate(spans, solution)
+        result = _result(inputs, run, spans, solution, evaluation, store.plan_fingerprint)
         content = json_bytes(result)
         write_bytes(run.checkpoint / "result.json", content)
         write_bytes(run.result, content)
@@ -121,7 +121,7 @@ def _result(
     run: RunFolder,
     spans: tuple[Span, ...],
     solution: Solution,
-    perplexities: dict[str, dict[str, float]],
+    evaluation: dict[str, Any],
     statistics: str,
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
@@ -140,7 +140,7 @@ def _result(
             for key in ("scores", "recoverability")
             if key in records["select"]
         },
-        "perplexity": perplexities,
+        **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks")},
         "parameters": {
             "before": _num_parameters(inputs.source),
             "after": _num_parameters(open_checkpoint(run.checkpoint)),

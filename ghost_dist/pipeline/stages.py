@@ -26,7 +26,6 @@ from ghost_dist.config import config_tree, fingerprint
 from ghost_dist.durable import fsync_folder
 from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import (
     load_healed,
@@ -45,6 +44,7 @@ from ghost_dist.pipeline.collecting import (
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
+from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
@@ -56,11 +56,7 @@ from ghost_dist.pipeline.inputs import (
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
-from ghost_dist.pipeline.streamed import (
-    CollectByStreaming,
-    streamed_perplexities,
-    streamed_verify,
-)
+from ghost_dist.pipeline.streamed import CollectByStreaming, streamed_verify
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
@@ -407,68 +403,28 @@ class Stages:
             self._run.forget("export")
         self._stage("export", wanted, work)
 
-    def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, dict[str, float]]:
-        """Perplexity of the dense, the pruned and the recovered model on every corpus."""
+    def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
+        """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
         operators, healed = self._as_exported(solution)
+        decisive = {
+            "operators": [solution.files, solution.healed_files],
+            "operator_dtype": str(self._operator_dtype),
+        }
         wanted = {
             "model": self._model,
             "spans": [[s.start, s.stop] for s in spans],
-            "operators": [solution.files, solution.healed_files],
-            "operator_dtype": str(self._operator_dtype),
+            **decisive,
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
+            "tasks": [[t.name, t.fingerprint, t.num_fewshot, t.limit] for t in inputs.tasks],
             **inputs.numerics,
         }
-
-        def work() -> dict[str, Any]:
-            values: dict[str, dict[str, float]] = {name: {} for name in inputs.evaluation}
-            nats: dict[str, dict[str, list[float]]] = {name: {} for name in inputs.evaluation}
-            predicted = {n: w.window_length - 1 for n, w in inputs.evaluation.items()}
-            if inputs.streaming:
-                lanes = {
-                    "dense": Lane(),
-                    "pruned": Lane(spans),
-                    "recovered": Lane(spans, operators, healed),
-                }
-                layers = inputs.architecture.num_layers + 1
-                with self._reporter.stage("evaluate", layers, "layers") as advance:
-                    results = streamed_perplexities(inputs, lanes, inputs.evaluation, advance)
-                return {
-                    "perplexity": {
-                        name: {variant: found.value for variant, found in of_corpus.items()}
-                        for name, of_corpus in results.items()
-                    },
-                    "nats_per_window": {
-                        name: {v: found.nats_per_window.tolist() for v, found in of_corpus.items()}
-                        for name, of_corpus in results.items()
-                    },
-                    "tokens_per_window": predicted,
-                }
-            model = open_causal_lm(inputs)
-            for variant in ("dense", "pruned", "recovered"):
-                if variant == "pruned":
-                    remove_layers(model, inputs.architecture, spans)
-                if variant == "recovered":
-                    insert_operators(model, inputs.architecture, spans, operators, healed)
-                for name, windows in inputs.evaluation.items():
-                    total = int(windows.tokens.size)
-                    with self._reporter.stage(f"{variant} on {name}", total, "tokens") as advance:
-                        result = perplexity(
-                            model,
-                            windows,
-                            batch=inputs.batch,
-                            device=inputs.device,
-                            on_progress=advance,
-                        )
-                    values[name][variant] = result.value
-                    nats[name][variant] = result.nats_per_window.tolist()
-            return {"perplexity": values, "nats_per_window": nats, "tokens_per_window": predicted}
-
-        if not inputs.evaluation:
-            return {}
-        outputs = self._stage("evaluate", wanted, work)
-        found: dict[str, dict[str, float]] = outputs["perplexity"]
-        return found
+        if not inputs.evaluation and not inputs.tasks:
+            return {"perplexity": {}, "agreement": {}, "tasks": {}}
+        evaluation = Evaluation(
+            inputs, self._run, self._reporter, spans, operators, healed, decisive
+        )
+        return self._stage("evaluate", wanted, evaluation.measure)
 
     def exported_operators(self, solution: Solution) -> dict[Span, Repair]:
         """Operators in the dtypes of the checkpoint."""

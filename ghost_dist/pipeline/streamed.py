@@ -25,13 +25,9 @@ from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CorruptStoreError
+from ghost_dist.evaluation.agreement import WindowScores, batch_scores, window_scores
 from ghost_dist.evaluation.divergence import add_divergences
-from ghost_dist.evaluation.perplexity import (
-    PerplexityResult,
-    check_nats,
-    logit_pieces,
-    window_nats,
-)
+from ghost_dist.evaluation.perplexity import logit_pieces
 from ghost_dist.export.verify import check_same_logits, has_our_code
 from ghost_dist.pipeline.collectors import Collectors, passes_here
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space
@@ -178,13 +174,24 @@ def streamed_divergences(
     return per_token
 
 
-def streamed_perplexities(
+def streamed_scores(
     inputs: RunInputs,
-    variants: Mapping[str, Lane],
+    lanes: Sequence[Lane],
     corpora: Mapping[str, TokenWindows],
     advance: Advance,
-) -> dict[str, dict[str, PerplexityResult]]:
-    """Perplexity of every variant on every corpus, each layer read once for all of them.
+) -> dict[str, list[WindowScores]]:
+    """Scores of every lane on every corpus, each layer read once for all of them.
+
+    Parameters
+    ----------
+    inputs
+        Of the run.
+    lanes
+        The dense model first.
+    corpora
+        By name; windows of one length.
+    advance
+        Called with layers.
 
     Raises
     ------
@@ -192,33 +199,29 @@ def streamed_perplexities(
         If the loss of a window is NaN or Inf.
     """
     tokens = np.concatenate([windows.tokens for windows in corpora.values()])
-    nats = {name: np.zeros(len(tokens)) for name in variants}
+    sums = np.zeros((3, len(lanes), len(tokens)))
     with _streamed_model(inputs) as model:
         head = _Head(model, inputs.architecture.vocab_size)
 
         def score(part: slice, streams: list[Tensor]) -> None:
             ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(inputs.device)
-            for name, stream_BTC in zip(variants, streams, strict=True):
-                nats[name][part] = window_nats(head, stream_BTC.flatten(0, 1), ids_BT)
+            flat = [stream_BTC.flatten(0, 1) for stream_BTC in streams]
+            sums[:, :, part] = batch_scores(head, flat, ids_BT)
 
         run_lanes(
             model,
             inputs.architecture,
-            list(variants.values()),
+            lanes,
             tokens,
             batch=inputs.batch,
             at_end=score,
             advance=advance,
         )
-    found: dict[str, dict[str, PerplexityResult]] = {name: {} for name in corpora}
-    first = 0
+    found, first = {}, 0
     for corpus, windows in corpora.items():
         part = slice(first, first + windows.num_windows)
+        found[corpus] = window_scores(sums[:, :, part], windows)
         first = part.stop
-        for name in variants:
-            check_nats(nats[name][part], windows)
-            predicted = windows.num_windows * (windows.window_length - 1)
-            found[corpus][name] = PerplexityResult(nats[name][part], predicted)
     return found
 
 

@@ -90,7 +90,7 @@ def streams_bytes(run: RunShape, stage: str) -> int:
         judged = run.num_tokens * run.judges // run.folds
         return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
     if stage == "evaluate":
-        return 3 * sizes.stream_bytes(max(run.evaluation_tokens.values(), default=0))
+        return 3 * sizes.stream_bytes(sum(run.evaluation_tokens.values()))  # one sweep for all
     return streams
 
 
@@ -125,7 +125,8 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     if stage == "export":
         # The recovered model here, and the exported one in a process of its own.
         return max(sizes.causal_lm_bytes, 2 * run.kept_loaded_bytes) + activations
-    return sizes.causal_lm_bytes + activations + _LOGITS_BYTES
+    streams = 3 * sizes.stream_bytes(batch_tokens)  # of the three variants
+    return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
 
 
 def _streaming(run: RunShape, stage: str, layers: int) -> int:

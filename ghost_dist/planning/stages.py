@@ -153,10 +153,11 @@ def _evaluate(run: RunShape, engine: EngineKind) -> Work:
     work = Work()
     _read_whole(work, run, engine)
     tokens = sum(run.evaluation_tokens.values())
-    kept = [layer for layer in range(run.num_layers) if layer not in run.removed]
-    for layers in (range(run.num_layers), kept, kept):
+    behind = [n for n in range(run.first_changed, run.num_layers) if n not in run.removed]
+    for layers in (range(run.num_layers), behind, behind):
         _forward(work, run, layers, tokens)
     work.head_tokens = work.loss_tokens = 3 * tokens
+    work.divergence_tokens = 2 * tokens + tokens // 2  # as in _compare
     return work
 
 

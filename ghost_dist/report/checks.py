@@ -34,7 +34,7 @@ def _unfinished(run: RunRecord) -> list[str]:
 
 def _perplexities(run: RunRecord) -> list[str]:
     found = []
-    if run.result is not None and not run.perplexity:
+    if run.result is not None and not run.perplexity and not run.tasks:
         found.append(
             "Perplexity was not measured, so nothing here says what the model is worth. Name a "
             "text: ghost-dist evaluate RUN --set 'evaluation.corpora={name: FILE}'."

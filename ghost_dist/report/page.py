@@ -17,6 +17,7 @@ from ghost_dist.report.checks import remarks
 from ghost_dist.report.choice import choice_of_layers
 from ghost_dist.report.comparison import comparison_sections, comparison_title
 from ghost_dist.report.drawings import perplexity_bars, stack_of
+from ghost_dist.report.evaluation import agreement, tasks
 from ghost_dist.report.facts import configuration, cost, provenance
 from ghost_dist.report.fitting import after_the_fit, candidates, fits, operator
 from ghost_dist.report.markup import Html, el, join, section
@@ -79,6 +80,8 @@ def run_page(run: RunRecord, device: torch.device | None = None) -> str:
     said = remarks(run)
     sections = [
         _remarks(said),
+        agreement(run),
+        tasks(run),
         choice_of_layers(run),
         fits(run),
         candidates(run),

@@ -12,7 +12,12 @@ from typing import Any
 
 from ghost_dist.config import config_tree
 from ghost_dist.errors import RunFolderError
-from ghost_dist.evaluation.bootstrap import FloatArray, interval, resampled_perplexities
+from ghost_dist.evaluation.bootstrap import (
+    FloatArray,
+    interval,
+    resampled_means,
+    resampled_perplexities,
+)
 from ghost_dist.run_folder import RunFolder
 
 VARIANTS = ("dense", "pruned", "recovered")
@@ -105,6 +110,32 @@ class RunRecord:
         """Corpus to variant to perplexity."""
         return dict(self._of("perplexity", "evaluate", "perplexity", {}))
 
+    @property
+    def agreement(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
+        return dict((self.result or self.stages["evaluate"]).get("agreement", {}))
+
+    @property
+    def agreement_intervals(self) -> dict[str, dict[str, dict[str, _Pair | None]]]:
+        """Corpus to variant to figure to its 95 % interval, where figures of windows are there."""
+        record = self.stages["evaluate"]
+        if record.get("agreement") != self.agreement or "agreement_per_window" not in record:
+            return {}
+        return {
+            corpus: {
+                variant: {
+                    figure: interval(values) for figure, values in resampled_means(figures).items()
+                }
+                for variant, figures in of_corpus.items()
+            }
+            for corpus, of_corpus in record["agreement_per_window"].items()
+        }
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Task of the harness to variant to its metrics."""
+        return dict((self.result or self.stages["evaluate"]).get("tasks", {}))
+
     @cached_property
     def resampled(self) -> dict[str, dict[str, FloatArray]]:
         """Corpus to variant to perplexities on resampled windows, where nats were recorded."""
@@ -185,7 +216,10 @@ class RunRecord:
         stages = {
             "select": self.stages["select"].get("spans") == self.result["spans"],
             "solve": self._solve_is_current,
-            "evaluate": self.stages["evaluate"].get("perplexity", {}) == self.result["perplexity"],
+            "evaluate": all(
+                self.stages["evaluate"].get(key, {}) == self.result.get(key, {})
+                for key in ("perplexity", "tasks")
+            ),
         }
         return [name for name, current in stages.items() if not current]
 
@@ -195,7 +229,7 @@ class RunRecord:
         if self.result is not None:
             return []
         wanted = [s for s in _STAGES if s != "refine" or self.config["refine"]["steps"]]
-        if not self.config["evaluation"]["corpora"]:
+        if not self.config["evaluation"]["corpora"] and not self.config["evaluation"]["tasks"]:
             wanted.remove("evaluate")
         return [stage for stage in wanted if not self.stages[stage]]
 

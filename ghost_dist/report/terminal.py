@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from ghost_dist.evaluation.task_rows import task_rows
 from ghost_dist.report import charts
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import read_run
@@ -34,6 +35,23 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
                 *(f"{value[variant]:.2f}" for variant in ("dense", "pruned", "recovered")),
                 _gap_closed(value),
             )
+        console.print(table)
+        table = Table(
+            "from the dense model",
+            "KL, nats: pruned",
+            "recovered",
+            "same token: pruned",
+            "recovered",
+        )
+        for name, value in result["agreement"].items():
+            found = [value[variant] for variant in ("pruned", "recovered")]
+            kl = [f"{one['kl']:.3f}" for one in found]
+            table.add_row(name, *kl, *(f"{one['top1']:.1%}" for one in found))
+        console.print(table)
+    if result["tasks"]:
+        table = Table("task", Column("metric", overflow="fold"), "dense", "pruned", "recovered")
+        for name, metric, cells in task_rows(result["tasks"]):
+            table.add_row(name, metric, *cells)
         console.print(table)
     if len(result["candidates"]) > 1:
         console.print(_candidates(result["candidates"]))

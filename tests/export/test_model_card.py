@@ -61,6 +61,9 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
     text = (folder / "README.md").read_text()
     values = [f"{result['perplexity']['text'][v]:.2f}" for v in ("dense", "pruned", "recovered")]
     assert f"| text | {' | '.join(values)} |" in text
+    found = [result["agreement"]["text"][v] for v in ("pruned", "recovered")]
+    cells = [f"{one['kl']:.3f}" for one in found] + [f"{one['top1']:.1%}" for one in found]
+    assert f"| text | {' | '.join(cells)} |" in text
     assert "`[3, 5)`" in text
     assert f"{result['parameters']['after']:,} now" in text
     assert str(tmp_path) not in text

@@ -56,6 +56,9 @@ def test_a_streamed_run_ends_as_a_resident_one(make_config, text_file, tmp_path,
     assert got["chosen"] == expected["chosen"]
     for corpus, of_variant in expected["perplexity"].items():
         assert got["perplexity"][corpus] == pytest.approx(of_variant, rel=1e-5)
+        for variant, figures in expected["agreement"][corpus].items():
+            assert figures["kl"] > 1e-4
+            assert got["agreement"][corpus][variant] == pytest.approx(figures, rel=1e-3)
     for old, new in zip(expected["candidates"], got["candidates"], strict=True):
         if old.get("kl") is None:
             assert new.get("kl") is None

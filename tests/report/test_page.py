@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -37,6 +38,10 @@ def test_recover_writes_the_page_with_the_figures_of_its_result(made_runs):
         assert all(text.span(span) in page for span in result["spans"])
         for values in result["perplexity"].values():
             assert all(f"<b>{text.perplexity(value)}</b>" in page for value in values.values())
+        for variant, figures in result["agreement"]["text"].items():
+            assert f">text, {variant}</th>" in page
+            assert f">{text.number(figures['kl'])}</td>" in page
+            assert f">{text.percent(figures['top1'], 1)}</td>" in page
         assert result["fingerprint"] in page
         assert f"{sum(stop - start for start, stop in result['spans'])} of 8 layers" in page
         for fit in result["fit"]:
@@ -128,10 +133,23 @@ def test_figures_of_a_stage_done_again_are_not_mixed_with_an_older_result(runs, 
     assert "R² by channel</strong>" not in page
 
 
+def test_agreement_has_the_interval_of_its_windows(made_runs, tmp_path):
+    run = read_run(made_runs["joint"])
+    windows = run.stages["evaluate"]["agreement_per_window"]["text"]["recovered"]["kl"]
+    mean, error = np.mean(windows), np.std(windows) / len(windows) ** 0.5
+    assert run.agreement["text"]["recovered"]["kl"] == pytest.approx(mean)
+    low, high = run.agreement_intervals["text"]["recovered"]["kl"]
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.7 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.7 * error)
+    shown = f"{text.number(low)} {text.DASH} {text.number(high)}"
+    assert f">{shown}</td>" in page_of(made_runs["joint"], tmp_path)
+
+
 def test_run_without_nats_per_window_has_no_intervals_and_says_so(runs, tmp_path):
     path = runs["cut"] / "stages" / "evaluate.json"
     record = json.loads(path.read_text())
     del record["outputs"]["nats_per_window"]
+    record["outputs"]["agreement_per_window"] = {}
     path.write_text(json.dumps(record))
     page = page_of(runs["cut"], tmp_path)
     assert "95 %" not in page
