@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from ghost_dist import __version__
+from ghost_dist.cli_jobs import jobs_app, submit
 from ghost_dist.errors import ConfigError, GhostDistError
 
 app = typer.Typer(
@@ -35,19 +36,6 @@ Set = Annotated[
 ]
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A RUN folder made by recover.")]
-
-
-Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Such as http://head:8265."),
-]
-Unauthenticated = Annotated[
-    bool,
-    typer.Option(
-        "--allow-unauthenticated", help="Use a cluster that takes jobs from anybody who reaches it."
-    ),
-]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or the path of its RUN.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -118,73 +106,8 @@ def plan(
         print_plan(tree)
 
 
-@app.command()
-def submit(
-    config_file: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="The whole run; paths of the cluster.")
-    ],
-    address: Address = None,
-    assignments: Set = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow its output.")] = True,
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, help="Submit again this often if it fails.")
-    ] = 0,
-    python: Annotated[
-        str, typer.Option("--python", help="Interpreter on the head node.")
-    ] = "python",
-    env: Annotated[
-        list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="Of the job; repeat.")
-    ] = None,
-    allow_unauthenticated: Unauthenticated = False,
-) -> None:
-    """Run recover as a Ray job; the same command follows it, or continues it after a failure."""
-    from ghost_dist.config import load_config, parse_set
-
-    config = load_config(config_file, dict(parse_set(item) for item in assignments or ()))
-    variables = dict(item.partition("=")[::2] for item in env or ())
-    jobs = _jobs(address, allow_unauthenticated)
-    status = ""
-    for _ in range(1 + (retries if wait else 0)):
-        job, fresh = jobs.submit(config, python=python, env=variables)
-        say = Console(stderr=True).print
-        say(f"{'submitted' if fresh else 'already running:'} {job}", highlight=False)
-        if not wait:
-            typer.echo(job)
-            return
-        try:
-            status = jobs.follow(job, lambda text: typer.echo(text, nl=False))
-        except SystemExit:
-            say(f"{job} goes on. ghost-dist jobs stop {job} stops it.", highlight=False)
-            raise
-        if status != "FAILED":
-            break
-    if status != "SUCCEEDED":
-        raise GhostDistError(f"Job {job} ended as {status}. The same command continues it.")
-
-
-jobs_app = typer.Typer(help="Look at the Ray jobs of ghost-dist submit, or stop them.")
+app.command()(submit)
 app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
-
-
-@jobs_app.command()
-def status(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """What a job is doing, as JSON."""
-    jobs = _jobs(address, unauthenticated)
-    Console().print_json(data=jobs.status(jobs.find(job)))
-
-
-@jobs_app.command()
-def logs(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """Everything a job has printed."""
-    jobs = _jobs(address, unauthenticated)
-    typer.echo(jobs.logs(jobs.find(job)), nl=False)
-
-
-@jobs_app.command()
-def stop(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """Stop a job; what it has finished is kept."""
-    jobs = _jobs(address, unauthenticated)
-    typer.echo(jobs.stop(jobs.find(job)))
 
 
 @app.command()
@@ -266,6 +189,31 @@ def bench_serving(
         Console(soft_wrap=True).print_json(data=measured)
     else:
         print_serving(measured)
+
+
+@app.command()
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made new.")] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open one, commit nothing.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch; the default one if not given.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and list what would be sent.")
+    ] = False,
+) -> None:
+    """Send the recovered checkpoint of a finished run to the Hugging Face Hub."""
+    from ghost_dist.pipeline.push import prepare_upload, upload
+    from ghost_dist.report.terminal import print_upload
+
+    what = prepare_upload(run, repo)
+    print_upload(what.repo_id, what.files, what.notes)
+    if not dry_run:
+        typer.echo(upload(what, private=private, pull_request=pull_request, revision=revision))
 
 
 @app.command()
@@ -358,20 +306,6 @@ def _run_config(
     return make_config(
         model, out=out, remove=remove, spans=spans, operator=operator, settings=settings
     )
-
-
-def _jobs(address: str | None, allow_unauthenticated: bool) -> Any:
-    """The jobs of a cluster."""
-    if address is None:
-        raise ConfigError(
-            "Say which cluster: --address http://head:8265, or RAY_API_SERVER_ADDRESS."
-        )
-    from ghost_dist.api import check_ray
-
-    check_ray("Jobs need")
-    from ghost_dist.cluster.jobs import Jobs
-
-    return Jobs(address, allow_unauthenticated=allow_unauthenticated)
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:

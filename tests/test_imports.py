@@ -22,6 +22,7 @@ ROWS = [
     {"assets"},
     {"cluster", "demo"},
     {"api"},
+    {"cli_jobs"},
     {"cli"},
     {"__main__"},
 ]
@@ -33,7 +34,7 @@ ONLY_IMPORTERS = {
     "matplotlib": "report/",
     "lm_eval": "evaluation/harness.py",
     "zarr": "statistics/",
-    "typer": "cli.py",
+    "typer": "cli",
 }
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ghost_dist.evaluation.task_rows import task_rows
-from ghost_dist.report import charts
+from ghost_dist.report import charts, text
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import read_run
 
@@ -150,6 +150,20 @@ def print_serving(measured: Mapping[str, Any], console: Console | None = None) -
         table.add_row("  range", *(f"{r['low']:,.1f} to {r['high']:,.1f}" for r in rates))
         table.add_row("  times dense", *(f"{r['ratio']:.2f}" for r in rates))
     console.print(table)
+
+
+def print_upload(
+    repo_id: str, files: Mapping[str, int], notes: Sequence[str], console: Console | None = None
+) -> None:
+    """Print what would be sent to the Hub, and what to look at before."""
+    console = console or Console()
+    table = Table(Column("file", overflow="fold"), Column("size", justify="right"), title=repo_id)
+    for name, nbytes in files.items():
+        table.add_row(name, text.nbytes(nbytes))
+    table.add_row("all", text.nbytes(sum(files.values())))
+    console.print(table)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
