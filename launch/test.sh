@@ -16,7 +16,7 @@ ruff check .
 ruff format --check .
 mypy
 if [ $# -eq 0 ]; then
-  # Two processes, a file at a time: most tests use one thread.
-  set -- -m "not gpu and not chaos_nightly" -n 2 --dist loadfile
+  # Two processes, since most tests use one thread; how they share the files is in tests/conftest.py.
+  set -- -m "not gpu and not chaos_nightly" -n 2 --dist loadgroup --no-loadscope-reorder
 fi
 exec python -m pytest "$@"

@@ -24,6 +24,20 @@ transformers.utils.logging.disable_progress_bar()
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
+def pytest_collection_modifyitems(config, items):
+    """What two workers run side by side: files of their own, and all of Ray's in one of them.
+
+    Two clusters at once on two cores wait for each other; and files of few, long tests come first,
+    or one worker would be left with them in the end.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        on_ray = "cluster" in (item.path.parent.name, item.path.stem.removeprefix("test_"))
+        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The models are tiny, and the tests run beside others; real/ has all threads."""
