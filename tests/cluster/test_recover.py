@@ -86,7 +86,7 @@ def test_two_replicas_of_two_ranks_equal_one_process(make, make_config, cluster,
     half = [size for event in ready for size in event["parameter_bytes"]]
     assert len(set(half)) == 1
     committed = [event["range"] for event in events(run, "range-committed")]
-    assert sorted(committed) == list(range(8))
+    assert sorted(committed) == list(range(4))
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
