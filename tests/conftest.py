@@ -24,6 +24,7 @@ transformers.utils.logging.disable_progress_bar()
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config, items):
     """What two workers run side by side: files of their own, and all of Ray's in one of them.
 
