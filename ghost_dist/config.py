@@ -244,9 +244,9 @@ class EngineConfig(_Section):
 
     kind: Literal["auto", "resident", "tensor_parallel", "streaming"] = "auto"
     """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
-    by the ranks of a replica. streaming: layer after layer, each read once a stage, for checkpoints
-    larger than the device or the machine. auto: tensor_parallel on a cluster; in one process
-    resident, or streaming where two copies of the model do not fit on the device."""
+    by the ranks of a replica. streaming: layer after layer, each read once a stage (on a cluster
+    once a range), for checkpoints larger than the device or the machine. auto: tensor_parallel on a
+    cluster; in one process resident, or streaming where two copies of the model do not fit."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
@@ -371,11 +371,6 @@ class Config(_Section):
     def _streaming_has_no_whole_model(self) -> Config:
         if self.engine.kind != "streaming":
             return self
-        if self.on_cluster:
-            raise ValueError(
-                "engine.kind=streaming runs in one process: leave out engine.replicas and "
-                "cluster.address, or set engine.kind=tensor_parallel"
-            )
         if (wanted := self.needs_whole_model) is not None:
             raise ValueError(
                 f"{wanted[0]} runs the whole model again and again, which engine.kind=streaming "

@@ -18,14 +18,14 @@ def use_rank(monkeypatch, kind):
     monkeypatch.setattr(replica, "remote_rank", lambda **options: remote_rank(kind, **options))
 
 
-def showing(monkeypatch, folder, ranks=1):
-    """Ranks leave what they hold after a reduction in a folder, and nothing of the model.
+def waiting(folder, ranks):
+    """A kind of ranks of which none runs a range before so many have loaded the model.
 
-    None runs a range before so many have loaded it: each replica has ranges of its own then.
+    Each replica has ranges of its own then, however fast the first one is.
     """
     folder.mkdir()
 
-    class RankThatShows(Rank):
+    class RankThatWaits(Rank):
         def load(self, *arguments):
             found = super().load(*arguments)
             (folder / f"loaded-{os.getpid()}").touch()
@@ -36,6 +36,16 @@ def showing(monkeypatch, folder, ranks=1):
                 time.sleep(0.05)
             return super().run(*arguments)
 
+    return RankThatWaits
+
+
+def showing(monkeypatch, folder, ranks=1):
+    """Ranks leave what they hold after a reduction in a folder, and nothing of the model.
+
+    They wait for ``ranks`` of them.
+    """
+
+    class RankThatShows(waiting(folder, ranks)):
         def unload(self):
             parameters = [
                 weakref.ref(parameter)

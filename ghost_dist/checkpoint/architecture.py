@@ -171,7 +171,7 @@ def layer_sizes(
         match = pattern.match(name)
         if match is not None and int(match[1]) < architecture.num_layers:
             numbers[int(match[1])] += math.prod(tensor.shape)
-            nbytes[int(match[1])] += tensor.nbytes
+            nbytes[int(match[1])] += checkpoint.stored_bytes(name)
     return tuple(numbers), tuple(nbytes)
 
 
@@ -237,8 +237,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise _refused(
             family,
-            f"the checkpoint is quantised ({method}); give the checkpoint in bfloat16, float16 or "
-            "float32",
+            f"the checkpoint is quantised ({method}); give the checkpoint in bfloat16, float16, "
+            "float32, or FP8 with scales per block (weight_block_size)",
         )
     if family not in CONFIG_MAPPING:
         code = "auto_map" in raw

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, LazyTensor, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
@@ -179,7 +179,13 @@ def load_causal_lm(
     CheckpointError
         If a tensor is missing, misshapen, NaN or Inf; the message names it.
     """
-    known = open_checkpoint(path).config.get("model_type") in CONFIG_MAPPING
+    checkpoint = open_checkpoint(path)
+    family = checkpoint.config.get("model_type")
+    known = family in CONFIG_MAPPING
+    if known and checkpoint.block is not None:
+        config = read_config(CONFIG_MAPPING[family], checkpoint.config)
+        model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        return _load(model_class, path, dtype, device, config=config)
     return _load(
         transformers.AutoModelForCausalLM,
         path,
@@ -275,11 +281,19 @@ def _load(
 ) -> Any:
     if device.type != "cpu" and "distributed_config" not in arguments:
         arguments["device_map"] = {"": device}
+    source: Path | None = path
+    checkpoint = open_checkpoint(path)
+    if checkpoint.block is not None:
+        # transformers knows such files, but takes every block for 128 x 128 of whole ones.
+        arguments["state_dict"] = {
+            name: LazyTensor(checkpoint, name) for name in checkpoint.tensors
+        }
+        source = None
     reports: list[str] = []
     try:
         with quiet_loading() as reports:
             model, info = model_class.from_pretrained(
-                path,
+                source,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,

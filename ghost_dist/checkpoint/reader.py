@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ghost_dist.checkpoint.block_scales import dequantised, scales_of, weight_block
 from ghost_dist.checkpoint.safetensors_header import TensorInfo, read_header
 from ghost_dist.errors import CheckpointError
 
@@ -52,26 +53,38 @@ class Checkpoint:
     path
         The folder.
     config
-        Content of ``config.json``.
+        Content of ``config.json``; without its ``quantization_config`` where ``block`` is set.
     tensors
-        Every tensor by name.
+        Every tensor by name, but for scales.
     headers
         Raw safetensors header of each shard by file name.
+    block, scales
+        Of a checkpoint in block-scaled FP8: numbers (out, in) that share a scale, and the scales
+        by name of their weight. Such a weight is bfloat16 for whoever reads it.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     headers: dict[str, bytes]
+    block: tuple[int, int] | None = None
+    scales: dict[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(map(self.stored_bytes, self.tensors))
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the files, with its scales."""
+        scales = self.scales.get(name)
+        return self.tensors[name].nbytes + (scales.nbytes if scales else 0)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype that most bytes of the checkpoint have."""
+        """Floating dtype that most bytes of the checkpoint have once read."""
+        if self.scales:
+            return torch.bfloat16
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.nbytes if tensor.dtype in _FLOATS else 0
@@ -126,11 +139,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     if not tensors:
         raise CheckpointError(f"{path} holds no tensor. Download or copy the checkpoint again.")
-    return Checkpoint(path, config, tensors, headers)
+    block = weight_block(config)
+    if block is None:
+        return Checkpoint(path, config, tensors, headers)
+    scales = scales_of(path, tensors, block)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    for scale in scales.values():
+        del tensors[scale.name]
+    return Checkpoint(path, config, tensors, headers, block, scales)
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of a checkpoint, on the CPU in its own dtype.
+    """One tensor of a checkpoint, on the CPU in its own dtype; bfloat16 if that is FP8.
 
     Raises
     ------
@@ -138,14 +158,26 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         If it is not there or cannot be read.
     """
     try:
-        file = checkpoint.path / checkpoint.tensors[name].file
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+        tensor = _stored(checkpoint, checkpoint.tensors[name])
+        scales = checkpoint.scales.get(name)
+        if scales is None:
+            return tensor
+        assert checkpoint.block is not None, "scales come with a block"
+        return dequantised(tensor, _stored(checkpoint, scales), checkpoint.block)
     except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name} cannot be read: {error}"
         ) from error
-    return tensor
+
+
+class LazyTensor:
+    """A tensor of a checkpoint that is read when it is indexed, as :func:`read_tensor` does."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return read_tensor(self._checkpoint, self._name)[index]
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -156,11 +188,14 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     cost more than the calibration.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    if checkpoint.block is not None:
+        digest.update(f"\nblock {checkpoint.block}\n".encode())
+    stored = [*checkpoint.tensors.values(), *checkpoint.scales.values()]
     for file, header in checkpoint.headers.items():
         path = checkpoint.path / file
         digest.update(f"\n{file} {path.stat().st_size}\n".encode())
         digest.update(header)
-        tensors = [t for t in checkpoint.tensors.values() if t.file == file]
+        tensors = [t for t in stored if t.file == file]
         with path.open("rb") as shard:
             for tensor in sorted(tensors, key=lambda t: t.offset):
                 last = max(tensor.offset, tensor.offset + tensor.nbytes - _PROBE_BYTES)
@@ -207,6 +242,12 @@ def resolve_checkpoint(
             f"{path_or_id}{at} is not a local folder and could not be fetched from the hub: "
             f"{error} Check the name, your access and the connection, or give a folder."
         ) from error
+
+
+def _stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
+    with safe_open(checkpoint.path / info.file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(info.name)
+    return tensor
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_dist.checkpoint.block_scales import dequantised
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.errors import CheckpointError
@@ -58,30 +59,41 @@ class _State:
 class Reading:
     """Tensors that are being read."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], blocks: Sequence[Future[Any]]) -> None:
-        self._tensors, self._blocks = tensors, blocks
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        block: tuple[int, int] | None,
+        pieces: Sequence[Future[Any]],
+    ) -> None:
+        self._tensors, self._scales, self._block = dict(tensors), scales, block
+        self._pieces = pieces
 
     def wait(self) -> dict[str, Tensor]:
-        """All tensors by name, on the device in the dtype of the file.
+        """All tensors by name, on the device in the dtype of the file; bfloat16 if that is FP8.
 
         Raises
         ------
         CheckpointError
             If a file could not be read to the end.
         """
-        for block in self._blocks:
-            copied = block.result()
+        for piece in self._pieces:
+            copied = piece.result()
             if copied is not None:
                 torch.cuda.current_stream().wait_event(copied)
+        for name, scales in self._scales.items():
+            assert self._block is not None, "scales come with a block"
+            self._tensors[name] = dequantised(self._tensors[name], scales, self._block)
+        self._scales = {}
         return dict(self._tensors)
 
     def cancel(self) -> None:
         """Read no further; the tensors are of no use then."""
-        for block in self._blocks:
-            block.cancel()
-        for block in self._blocks:
-            if not block.cancelled():
-                block.exception()
+        for piece in self._pieces:
+            piece.cancel()
+        for piece in self._pieces:
+            if not piece.cancelled():
+                piece.exception()
 
 
 class WeightReader:
@@ -121,8 +133,11 @@ class WeightReader:
         CheckpointError
             If a file is gone or is not what it was when the checkpoint was opened.
         """
+        checkpoint = self._checkpoint
+        scale_of = {name: checkpoint.scales[name] for name in names if name in checkpoint.scales}
         infos = sorted(
-            (self._checkpoint.tensors[name] for name in names), key=lambda i: (i.file, i.offset)
+            (*(checkpoint.tensors[name] for name in names), *scale_of.values()),
+            key=lambda i: (i.file, i.offset),
         )
         for file in dict.fromkeys(info.file for info in infos):
             self._check_unchanged(file)
@@ -139,11 +154,12 @@ class WeightReader:
             # Earlier work on the memory that the allocator gave us may still be under way.
             ready = torch.cuda.current_stream().record_event()
         self.bytes_read += sum(info.nbytes for info in infos)
-        blocks = [
+        started = [
             self._pool.submit(self._read, info, offset, part, ready)
             for info, offset, part in pieces
         ]
-        return Reading(tensors, blocks)
+        scales = {name: tensors.pop(info.name) for name, info in scale_of.items()}
+        return Reading(tensors, scales, checkpoint.block, started)
 
     def close(self) -> None:
         """End the threads and close the files."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -32,8 +33,8 @@ class EngineSpec:
     device: str
     batch: int
     degree: int
-    sharded: bool
-    """Through ``open_tensor_parallel``; False: the resident engine, degree 1."""
+    kind: Literal["resident", "tensor_parallel", "streaming"]
+    """How the ranks run the layers; whole layers have degree 1."""
     backend: Backend
     trust_remote_code: bool
     threads: int

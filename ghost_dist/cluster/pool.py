@@ -173,7 +173,7 @@ class Pool:
             device=inputs.worker_device.type,
             batch=inputs.batch,
             degree=engine.tensor_parallel,
-            sharded=engine.kind != "resident",
+            kind="tensor_parallel" if engine.kind == "auto" else engine.kind,
             backend=engine.backend,
             trust_remote_code=inputs.config.model.trust_remote_code,
             threads=self._config.cpus_per_rank,

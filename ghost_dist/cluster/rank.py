@@ -44,6 +44,7 @@ from ghost_dist.cluster.running_sums import (
 )
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import (
     CheckpointError,
@@ -53,6 +54,7 @@ from ghost_dist.errors import (
 )
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob
+from ghost_dist.pipeline.streamed import fits_page_cache, streamed_range
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
@@ -66,7 +68,7 @@ class Rank:
 
     def __init__(self) -> None:
         self._beat = Beat("", 0)
-        self._engine: ResidentEngine | None = None
+        self._engine: ResidentEngine | StreamingEngine | None = None
         self._spec: EngineSpec | None = None
         self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
@@ -104,9 +106,22 @@ class Rank:
         self._check_checkpoint(spec)
         device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
         self._device = device
-        if not spec.sharded and not spec.num_layers:
+        if spec.kind != "tensor_parallel" and not spec.num_layers:
             return Loaded(0, None)
-        if not spec.sharded:
+        if spec.kind == "streaming":
+            difference = prove_streamed(spec.path, device)
+            checkpoint = open_checkpoint(spec.path)
+            self._engine = StreamingEngine(
+                checkpoint,
+                spec.architecture,
+                num_layers=spec.num_layers,
+                dtype=spec.dtype,
+                device=device,
+                batch=spec.batch,
+                keep_cached=fits_page_cache(checkpoint),
+            )
+            return Loaded(0, difference)
+        if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,
                 spec.architecture,
@@ -163,7 +178,9 @@ class Rank:
         self._beat = Beat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
             store = self._open_store(work.store, work.plan_fingerprint)
-            self._work = (work_id, store, self._passes(work.collectors))
+            # A streaming engine says how many passes fit once the rows are where they stay.
+            streams = isinstance(self._engine, StreamingEngine)
+            self._work = (work_id, store, [] if streams else self._passes(work.collectors))
             self._running = None if work.keep is None else RunningSums(work.keep)
         _, store, passes = self._work
         windows = store.plan.ranges[range_id]
@@ -172,7 +189,12 @@ class Rank:
             self._beat = Beat(attempt, self._beat.done + tokens)
 
         with torch.inference_mode():
-            sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)
+            if isinstance(self._engine, StreamingEngine):
+                sums, times = streamed_range(
+                    self._engine, work.tokens, windows, work.collectors, advance
+                )
+            else:
+                sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)
             # Here and not in write: a copy from the device would queue behind the next range.
             on_host = {name: part.to(torch.device("cpu")) for name, part in sums.items()}
         self._unwritten[attempt] = (store, on_host)
@@ -206,6 +228,8 @@ class Rank:
 
         The rank stays in its replica's world.
         """
+        if isinstance(self._engine, StreamingEngine):
+            self._engine.close()
         self._engine = self._work = None
         gc.collect()
         self._give_back()

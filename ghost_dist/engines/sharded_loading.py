@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ghost_dist.checkpoint.load import check_loaded, quiet_loading
-from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, LazyTensor
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.sharding import Shard, Sharding
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
@@ -125,6 +125,10 @@ def _find_tensors(
                 f"{checkpoint.path}: tensor {key} has the shape {tuple(info.shape)}, the model of "
                 f"config.json needs {shapes[target]}. Download or copy the checkpoint again."
             )
+        if key in checkpoint.scales:
+            # Whole for a moment, since the rank's slice may begin within a block.
+            found[key] = _SlicedTensor(LazyTensor(checkpoint, key), shard, copied)
+            continue
         if info.file not in opened:
             path = Path(checkpoint.path) / info.file
             opened[info.file] = files.enter_context(safe_open(path, framework="pt"))

@@ -133,7 +133,7 @@ class StreamedModel:
 
     def group_bytes(self, group: Group) -> int:
         """Bytes of a group's tensors in the files."""
-        return sum(self._checkpoint.tensors[key].nbytes for key in self._keys[group])
+        return sum(map(self._checkpoint.stored_bytes, self._keys[group]))
 
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:

@@ -232,6 +232,11 @@ def _load_by_transformers(
             f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
             "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
         )
+    if degree > 1 and open_checkpoint(path).block is not None:
+        raise ConfigError(
+            f"{path} is in FP8, which engine.backend=transformers cannot shard. Set "
+            "engine.backend=deepspeed or engine.tensor_parallel=1."
+        )
     if torch._C._get_accelerator().type != device.type:
         raise ConfigError(
             f"engine.backend=transformers shards on {torch._C._get_accelerator().type} with this "

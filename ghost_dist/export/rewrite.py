@@ -1,5 +1,7 @@
 """Write the recovered checkpoint from the byte ranges of the original; no model is built.
 
+Weights in block-scaled FP8 are written as the bfloat16 that was calibrated.
+
     headers -> new names -> shards (copied) -> config.json, modeling file, side files -> rename
 
 Everything is written in a hidden folder beside the target, brought to the disk, and gets its name
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
-from ghost_dist.checkpoint.reader import INDEX, Checkpoint
+from ghost_dist.checkpoint.reader import INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair, acting, down_projections, keeps_float32
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
@@ -150,7 +153,13 @@ def _new_tensors(
         if down_FC is not None:
             where = f"The new down_proj {tensor.name}"
             shape = (tensor.shape[1], tensor.shape[0])
-            tensors.append(_tensor(where, name, down_FC, shape, _DTYPES[tensor.dtype]))
+            stored = source.dtype if tensor.name in source.scales else _DTYPES[tensor.dtype]
+            tensors.append(_tensor(where, name, down_FC, shape, stored))
+            continue
+        if tensor.name in source.scales:
+            read = partial(_dequantised_bytes, source, tensor.name)
+            numbers = math.prod(tensor.shape)
+            tensors.append(NewTensor(name, "BF16", tensor.shape, 2 * numbers, read))
             continue
         place = (source.path / tensor.file, tensor.offset)
         tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
@@ -207,6 +216,10 @@ def _transposed_bytes(value: Tensor) -> bytes:
     """W (in, out) as the weight (out, in) of ``nn.Linear``; a bias as it is."""
     rows = value.T.contiguous() if value.ndim > 1 else value.contiguous()
     return rows.view(torch.uint8).numpy().tobytes()
+
+
+def _dequantised_bytes(source: Checkpoint, name: str) -> bytes:
+    return read_tensor(source, name).view(torch.uint8).numpy().tobytes()
 
 
 def _write_weights(

@@ -122,7 +122,9 @@ def open_inputs(
     if worker_device is None:
         device = workers = compute_device(config.engine.device)
     else:
-        device, workers = _driver_device(source, reporter), worker_device()
+        streams = config.engine.kind == "streaming"  # the driver as well
+        device = compute_device("auto") if streams else _driver_device(source, reporter)
+        workers = worker_device()
     num_ranges = count_ranges(config)
     dtype = compute_dtype(config, source, workers)
     streaming = False
@@ -131,7 +133,9 @@ def open_inputs(
             "engine.kind=streaming: operators are compared on a model that is held whole. Set "
             "engine.kind=resident on a machine that can, or recover with one operator at a time."
         )
-    if worker_device is None and not any_operator:
+    if worker_device is not None:
+        streaming = config.engine.kind == "streaming"
+    elif not any_operator:
         streaming = _streams(config, source, dtype, device, reporter)
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {

@@ -191,7 +191,7 @@ def plan_run(
     choice = _choose(config, source, architecture, run, device)
     if choice.kind == "streaming":
         run = replace(run, boundary=False)  # that walk would read every layer again
-    disk = _disk(run, choice, folder)
+    disk = _disk(config, run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
     rates = None if measure_again else stored_rates(spec.key())
     if rates is None:
@@ -490,7 +490,7 @@ def _with_host(needs: DeviceNeeds, run: RunShape) -> DeviceNeeds:
     )
 
 
-def _disk(run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
+def _disk(config: Config, run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
     """What the RUN folder holds when it is largest; refused where there is no room for it."""
     needs = disk_needs(
         run.num_ranges,
@@ -503,7 +503,7 @@ def _disk(run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
         # Removed once the spans are known.
         sums = run.folds * len(run.selection.stops_of) * run.selection.start_stored_bytes
         needs["statistics"] = max(needs["statistics"], sums)
-    if choice.kind == "streaming":
+    if choice.kind == "streaming" and not config.on_cluster:
         needs["streams"] = max(streams_bytes(run, stage) for stage in choice.device_bytes)
     free = shutil.disk_usage(folder).free
     needed = sum(needs.values())
@@ -583,6 +583,12 @@ def _stages(
         )
     plans = []
     for name, work in works.items():
+        if config.on_cluster and choice.kind == "streaming" and name in ("select", "calibrate"):
+            # Every range is a sweep of its own; those of the replicas run side by side.
+            sweeps = -(-(run.folds if name == "select" else run.num_ranges) // replicas)
+            work.read_bytes *= sweeps
+            work.load_bytes *= sweeps
+            work.load_tensors *= sweeps
         parts = work.seconds(rates, compute)
         if config.on_cluster and name in ("select", "calibrate"):
             parts = _shared(parts, config.engine.tensor_parallel, replicas)

@@ -16,26 +16,27 @@ import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import fingerprint
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import StreamedModel
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.agreement import WindowScores, batch_scores, window_scores
 from ghost_dist.evaluation.divergence import add_divergences
 from ghost_dist.evaluation.perplexity import logit_pieces
 from ghost_dist.export.verify import check_same_logits, has_our_code
-from ghost_dist.pipeline.collectors import Collectors, passes_here
+from ghost_dist.pipeline.collectors import Collectors, MakeCollector, passes_here
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space
+from ghost_dist.pipeline.timing import RangeTimes, Stopwatch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.stream_state import StreamState
-from ghost_dist.statistics.sums import WHOLE
+from ghost_dist.statistics.sums import WHOLE, Sums
 
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
@@ -99,11 +100,7 @@ class CollectByStreaming:
             passes = passes_here(collectors, engine)
             with self._reporter.stage(f"{stage}: sums", len(missing), "ranges") as advance:
                 for range_id in missing:
-                    sums: dict[str, Any] = {}
-                    for make in passes:
-                        collector = make()
-                        rows.feed(ranges[range_id], collector, engine.device)
-                        sums |= collector.result()
+                    sums = _sums_of_rows(rows, ranges[range_id], passes, engine.device)
                     store.commit(range_id, sums)
                     self._reporter.event("range-committed", stage=stage, range=range_id)
                     advance(1)
@@ -125,6 +122,48 @@ class CollectByStreaming:
         check_disk_space(self._folder, {"saved streams": 2 * stream, "kept streams": kept})
 
 
+def streamed_range(
+    engine: StreamingEngine,
+    tokens: Tokens,
+    windows: Sequence[int],
+    collectors: Collectors,
+    advance: Advance,
+) -> tuple[dict[str, Sums], RangeTimes]:
+    """As ``collectors.sums_of_range``, each layer read once for all passes.
+
+    ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
+    """
+    boundaries, mlp_layers = _wanted(collectors)
+    total, done, told = len(windows) * tokens.shape[1], 0, 0
+
+    def after(layers: int) -> None:
+        nonlocal done, told
+        done += layers
+        advance(total * done // boundaries[-1] - told)
+        told = total * done // boundaries[-1]
+
+    watch = Stopwatch(engine.device)
+    began = watch.now()
+    rows = engine.sweep(tokens, windows, boundaries, mlp_layers, after)
+    with watch.lap():
+        passes = passes_here(collectors, engine)
+        sums = _sums_of_rows(rows, windows, passes, engine.device)
+    total_s = watch.until_now(began)
+    sums_s = watch.seconds()
+    return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
+
+
+def _sums_of_rows(
+    rows: Rows, windows: Sequence[int], passes: Sequence[MakeCollector], device: torch.device
+) -> dict[str, Sums]:
+    sums: dict[str, Sums] = {}
+    for make in passes:
+        collector = make()
+        rows.feed(windows, collector, device)
+        sums |= collector.result()
+    return sums
+
+
 def open_streaming_engine(inputs: RunInputs, num_layers: int) -> StreamingEngine:
     """The run's engine over layers ``0 .. num_layers - 1``, proven right on a small model."""
     prove_streamed(inputs.source.path, inputs.device)
@@ -135,7 +174,7 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int) -> StreamingEngine
         dtype=inputs.dtype,
         device=inputs.device,
         batch=inputs.batch,
-        keep_cached=_keep_cached(inputs),
+        keep_cached=fits_page_cache(inputs.source),
         compiled=inputs.compiled,
     )
 
@@ -305,14 +344,14 @@ def _streamed_model(inputs: RunInputs) -> StreamedModel:
         num_layers=inputs.architecture.num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
-        keep_cached=_keep_cached(inputs),
+        keep_cached=fits_page_cache(inputs.source),
     )
 
 
-def _keep_cached(inputs: RunInputs) -> bool:
+def fits_page_cache(checkpoint: Checkpoint) -> bool:
     """Whether the page cache can hold the checkpoint, so that the next stage finds it there."""
     free = free_bytes(torch.device("cpu"))
-    return inputs.source.nbytes < _SHARE_OF_MEMORY_TO_CACHE * free
+    return checkpoint.nbytes < _SHARE_OF_MEMORY_TO_CACHE * free
 
 
 def _wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -175,7 +175,7 @@ def model_sizes(
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     head = (architecture.vocab_size, architecture.hidden_size)
     above_stored = sum(
-        tensor.nbytes
+        checkpoint.stored_bytes(tensor.name)
         for tensor in checkpoint.tensors.values()
         if tensor.name.startswith(norm)
         # Families call their head otherwise in the files, but never put it inside the base model.
@@ -279,7 +279,7 @@ def _beyond(checkpoint: Checkpoint, architecture: Architecture) -> int:
     """Bytes of layers behind the last one (further-token prediction), which nobody loads."""
     pattern = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.")
     return sum(
-        tensor.nbytes
+        checkpoint.stored_bytes(tensor.name)
         for tensor in checkpoint.tensors.values()
         if tensor.name.startswith(("mtp.", "model.mtp."))
         or ((m := pattern.match(tensor.name)) and int(m[1]) >= architecture.num_layers)

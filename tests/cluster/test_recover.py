@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from live_sums import use_rank, waiting
 from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
 from safetensors.torch import load_file
 
@@ -63,12 +64,16 @@ def make(make_config, cluster):
     return make_for_cluster
 
 
-def test_two_replicas_of_two_ranks_equal_one_process(make, make_config, cluster, tmp_path):
+def test_two_replicas_of_two_ranks_equal_one_process(
+    make, make_config, cluster, tmp_path, monkeypatch
+):
     alone = make_config(
         selection__spans=SPANS, operator__name="ghost-joint", output__path=str(tmp_path / "alone")
     )
     recover(alone, again="solve")
-    recover_on_cluster(make(engine__replicas=2), again="solve")
+    with monkeypatch.context() as patched:
+        use_rank(patched, waiting(tmp_path / "loaded", 4))
+        recover_on_cluster(make(engine__replicas=2), again="solve")
     run = tmp_path / "run"
     # float32: the halves of a row-parallel product are added in another order.
     difference = worst_difference(operators(run), operators(tmp_path / "alone"))

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from block_scaled import save_in_fp8
 from families import FAMILIES, HIDDEN, save_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +35,8 @@ BY_TRANSFORMERS = {
 SHARE = {"opt": 0.56, "deepseek_v3": 0.66, "bamba": 0.77, "falcon_h1": 0.75}
 """Largest share of the parameters per rank: learned positions, low-rank projections and
 state-space mixers are replicated."""
+
+IN_FP8 = ("llama", "mixtral")
 
 SABOTAGED = {
     "experts are not summed": "mixtral",
@@ -98,6 +101,9 @@ def ranks(tmp_path_factory):
         save_checkpoint(family, folder / family)
     save_uneven(folder / "uneven")
     save_gated(folder / "gated")
+    for family in IN_FP8:
+        fp8, twin = folder / f"{family} fp8", folder / f"{family} twin"
+        save_in_fp8(folder / family, fp8, twin, (40, 28))
     damage(folder / "lacking", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     damage(folder / "spoilt", spoil_second_rank)
     runs = [
@@ -108,6 +114,12 @@ def ranks(tmp_path_factory):
     runs += [
         (f"{family} bfloat16", family, "deepspeed", "bfloat16", None)
         for family in ("llama", "gemma3", "mixtral")
+    ]
+    runs += [
+        (f"{family} {form} {backend}", f"{family} {form}", backend, "float32", None)
+        for family in IN_FP8
+        for form in ("fp8", "twin")
+        for backend in ("deepspeed", "transformers")
     ]
     runs.append(("gated deepspeed", "gated", "deepspeed", "float32", None))
     runs.append(("ungated", "gated", "deepspeed", "float32", "gates of one output are sharded"))
@@ -135,6 +147,23 @@ def ranks(tmp_path_factory):
     assert "AutoTP: " not in logs, "DeepSpeed's chatter is in the way of progress lines"
     reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(DEGREE)]
     return {run: [report[run] for report in reports] for run in reports[0]}
+
+
+@pytest.mark.parametrize("family", IN_FP8)
+def test_slices_of_fp8_are_those_of_its_bfloat16_twin(ranks, family):
+    """Slices that begin within a block, and experts that are merged."""
+    for stored, twin in zip(
+        ranks[f"{family} fp8 deepspeed"], ranks[f"{family} twin deepspeed"], strict=True
+    ):
+        assert stored["streams"] == twin["streams"]
+        assert stored["parameter_bytes"] == twin["parameter_bytes"]
+        assert stored["differences"]["boundary"] < 2e-5
+
+
+def test_fp8_is_refused_by_the_other_backend(ranks):
+    for result in ranks["llama fp8 transformers"]:
+        assert result["kind"] == "ConfigError"
+        assert "engine.backend=deepspeed" in result["message"]
 
 
 def check_alike(results, share, tolerance=2e-5):

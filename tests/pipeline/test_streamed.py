@@ -8,11 +8,14 @@ import signal
 import time
 
 import pytest
+import torch
 
 from ghost_dist.config import config_tree, load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.streamed import open_streaming_engine, streamed_range
+from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import StatisticsStore
 
 KILLS = 8
@@ -228,3 +231,30 @@ def test_what_needs_the_whole_model_is_refused(fields, message):
     }
     with pytest.raises(ConfigError, match=message):
         load_config(None, given)
+
+
+def test_a_range_advances_layer_by_layer(make_config):
+    """A layer may take minutes to read, and a replica that does not advance counts as hung."""
+
+    class Sink:
+        boundaries, mlp_layers = (0, 4), ()
+
+        def __call__(self, *_):
+            pass
+
+        def result(self):
+            return {}
+
+    class OnePass:
+        def passes(self, *_):
+            return [Sink]
+
+    inputs = run_inputs.open_inputs(make_config(engine__kind="streaming"), Reporter())
+    engine = open_streaming_engine(inputs, 4)
+    tokens = torch.arange(3 * 10, dtype=torch.int32).reshape(3, 10).numpy()
+    told = []
+    try:
+        streamed_range(engine, tokens, (0, 2), OnePass(), told.append)
+    finally:
+        engine.close()
+    assert told == [5, 5, 5, 5]

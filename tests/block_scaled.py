@@ -1,0 +1,60 @@
+"""Checkpoints in block-scaled FP8, and the same numbers in bfloat16, made block by block."""
+
+import json
+import re
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+QUANTISED = re.compile(r"layers\.\d+\..*(proj\w*|experts\.\d+\.\w+)\.weight")
+
+
+def quantise(weight_OI, block):
+    """(e4m3 numbers, scales, the weight they stand for in bfloat16)."""
+    high, wide = block
+    rows, columns = weight_OI.shape
+    numbers = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-rows // high), -(-columns // wide))
+    twin = torch.empty(rows, columns, dtype=torch.bfloat16)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            at = slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide)
+            scales[i, j] = weight_OI[at].float().abs().max() / 448
+            numbers[at] = (weight_OI[at].float() / scales[i, j]).to(torch.float8_e4m3fn)
+            twin[at] = (numbers[at].float() * scales[i, j]).to(torch.bfloat16)
+    return numbers, scales, twin
+
+
+def save_in_fp8(folder, stored, twin, block):
+    """Write a checkpoint's FP8 form, and the bfloat16 one that it stands for; number quantised."""
+    for out in (stored, twin):
+        shutil.copytree(folder, out)
+    count, places = 0, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        in_fp8, in_bfloat16 = {}, {}
+        for name, tensor in load_file(path).items():
+            in_fp8[name] = in_bfloat16[name] = tensor.to(torch.bfloat16)
+            if QUANTISED.search(name) and tensor.ndim == 2:
+                numbers, scales, weight = quantise(tensor, block)
+                in_fp8[name], in_fp8[f"{name}_scale_inv"] = numbers, scales
+                in_bfloat16[name] = weight
+                count += 1
+        save_file(in_fp8, stored / path.name, metadata={"format": "pt"})
+        save_file(in_bfloat16, twin / path.name, metadata={"format": "pt"})
+        places |= dict.fromkeys(in_fp8, path.name)
+    index = stored / "model.safetensors.index.json"
+    if index.exists():
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for out in (stored, twin):
+        config = json.loads((out / "config.json").read_text())
+        config["dtype"] = "bfloat16"
+        if out == stored:
+            config["quantization_config"] = {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": list(block),
+            }
+        (out / "config.json").write_text(json.dumps(config))
+    return count
