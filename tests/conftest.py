@@ -36,7 +36,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         on_ray = "cluster" in (item.path.parent.name, item.path.stem.removeprefix("test_"))
         item.add_marker(pytest.mark.xdist_group("ray" if on_ray else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
+    items.sort(key=_turn)
+
+
+def _turn(item):
+    if item.get_closest_marker("xdist_group").args == ("ray",):
+        return 0
+    return 1 if item.path.stem == "test_reference_table" else 2
 
 
 @pytest.fixture(autouse=True, scope="module")

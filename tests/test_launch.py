@@ -242,3 +242,11 @@ def test_slurm_stops_the_driver(slurm, tmp_path, number, restarts, code, requeue
     assert finish(process)[0] == code
     assert (tmp_path / "scontrol.log").exists() == requeued
     assert (tmp_path / "sleep.log").exists() == waited
+
+
+def test_workers_see_the_groups(request):
+    """Else two Ray clusters run side by side, and wait for each other."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("in one process there are no groups")
+    assert request.node.nodeid.endswith("test_launch.py")
+    assert "@" in request.node.nodeid
