@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -74,6 +75,13 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(map(self.stored_bytes, self.tensors))
+
+    @property
+    def bytes_once_read(self) -> int:
+        """As :attr:`nbytes`, with the weights in FP8 as the bfloat16 that they are read as."""
+        numbers = sum(math.prod(self.tensors[name].shape) for name in self.scales)
+        others = sum(t.nbytes for name, t in self.tensors.items() if name not in self.scales)
+        return others + torch.bfloat16.itemsize * numbers
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor in the files, with its scales."""

@@ -427,10 +427,11 @@ def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
     if device.type == "cpu":
         return device
     free = torch.cuda.mem_get_info(device)[0]
-    if 2 * source.nbytes < _SHARE_OF_FREE_MEMORY * free:
+    copies = 2 * source.bytes_once_read
+    if copies < _SHARE_OF_FREE_MEMORY * free:
         return device
     reporter.warn(
-        f"two copies of the model ({2 * source.nbytes / 1e9:.1f} GB) do not fit on the driver's "
+        f"two copies of the model ({copies / 1e9:.1f} GB) do not fit on the driver's "
         f"GPU ({free / 1e9:.1f} GB free): verification, and evaluation and the choice by KL if "
         "asked for, run on its CPU."
     )

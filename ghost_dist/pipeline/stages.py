@@ -231,7 +231,7 @@ class Stages:
                     sum(sizes),
                     len(spans),
                     architecture.hidden_size,
-                    inputs.source.nbytes,
+                    inputs.source.bytes_once_read,
                 ),
             )
             if not samples:
@@ -372,7 +372,9 @@ class Stages:
             shutil.rmtree(unverified, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
             try:
-                with self._reporter.stage("export", inputs.source.nbytes, "bytes") as advance:
+                with self._reporter.stage(
+                    "export", inputs.source.bytes_once_read, "bytes"
+                ) as advance:
                     export_checkpoint(
                         inputs.source,
                         inputs.architecture,

@@ -176,8 +176,8 @@ class RunShape:
     @property
     def kept_stored_bytes(self) -> int:
         """Of the recovered checkpoint."""
-        gone = sum(self.sizes.layers[layer].stored_bytes for layer in self.removed)
-        return self.sizes.stored_bytes - gone + self.operator_bytes
+        gone = sum(self.sizes.layers[layer].exported_bytes for layer in self.removed)
+        return self.sizes.exported_bytes - gone + self.operator_bytes
 
     @property
     def kept_loaded_bytes(self) -> int:

@@ -50,6 +50,8 @@ class LayerSizes:
         In memory, in the compute dtype.
     sharded_bytes
         The part of ``loaded_bytes`` that tensor-parallel ranks share; the rest each rank has.
+    exported_bytes
+        In the files of a recovered checkpoint: what was FP8 is bfloat16 there.
     matmul_flops
         Per token.
     attention_flops
@@ -63,6 +65,7 @@ class LayerSizes:
     stored_bytes: int
     loaded_bytes: int
     sharded_bytes: int
+    exported_bytes: int
     matmul_flops: int
     attention_flops: int
     widest: int
@@ -85,8 +88,8 @@ class ModelSizes:
         C and V.
     itemsize
         Bytes of a number of the compute dtype.
-    stored_bytes
-        Of the whole checkpoint.
+    stored_bytes, exported_bytes
+        Of the whole checkpoint, as it is and as it would be written.
     below_bytes, below_stored_bytes
         Embeddings and whatever else comes before the layers, in memory and in the files.
     above_bytes, above_stored_bytes
@@ -98,6 +101,7 @@ class ModelSizes:
     vocab_size: int
     itemsize: int
     stored_bytes: int
+    exported_bytes: int
     below_bytes: int
     below_stored_bytes: int
     above_bytes: int
@@ -157,10 +161,19 @@ def model_sizes(
     for name, tensor in model.state_dict(keep_vars=True).items():
         own = tensor.dtype.itemsize if not tensor.is_floating_point() else itemsize
         loaded[id(tensor)] = tensor.numel() * (4 if name in wide else own)
-    _, stored = layer_sizes(checkpoint, architecture)
+    numbers, stored = layer_sizes(checkpoint, architecture)
+    exported = stored
+    if checkpoint.scales:
+        exported = tuple(torch.bfloat16.itemsize * count for count in numbers)
     listed = model.get_submodule(architecture.layers)
     layers = tuple(
-        _layer(layer, config, stored[number], loaded, _named_kind(architecture, number))
+        _layer(
+            layer,
+            config,
+            (stored[number], exported[number]),
+            loaded,
+            _named_kind(architecture, number),
+        )
         for number, layer in enumerate(listed)
     )
     in_layers = sum(layer.loaded_bytes for layer in layers)
@@ -189,6 +202,7 @@ def model_sizes(
         vocab_size=architecture.vocab_size,
         itemsize=itemsize,
         stored_bytes=checkpoint.nbytes,
+        exported_bytes=checkpoint.bytes_once_read,
         below_bytes=sum(loaded.values()) - in_layers - above_bytes,
         below_stored_bytes=outside,
         above_bytes=above_bytes,
@@ -197,7 +211,11 @@ def model_sizes(
 
 
 def _layer(
-    layer: nn.Module, config: Any, stored_bytes: int, loaded: Mapping[int, int], named: str
+    layer: nn.Module,
+    config: Any,
+    in_files: tuple[int, int],
+    loaded: Mapping[int, int],
+    named: str,
 ) -> LayerSizes:
     matmul, attention, widest, sharded = 0, 0, 0, 0
     for path, module in layer.named_modules():
@@ -216,7 +234,8 @@ def _layer(
             sharded += sum(loaded[id(weight)] for weight in weights)
     loaded_bytes = sum(loaded[id(t)] for t in layer.state_dict(keep_vars=True).values())
     return LayerSizes(
-        stored_bytes=stored_bytes,
+        stored_bytes=in_files[0],
+        exported_bytes=in_files[1],
         loaded_bytes=loaded_bytes,
         sharded_bytes=sharded,
         matmul_flops=matmul,

@@ -9,11 +9,13 @@ from families import random_tokens, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from ghost_dist.checkpoint import block_scales
+from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.block_scales import dequantised, weight_block
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint, read_tensor
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.errors import CheckpointError
+from ghost_dist.planning.sizes import model_sizes
 
 CPU = torch.device("cpu")
 BLOCK = (40, 28)  # no size of the models is a multiple of it
@@ -55,6 +57,15 @@ def test_every_way_to_read_gives_the_twin(pair, family):
     files = stored.path.glob("*.safetensors")
     assert stored.nbytes == sum(t.nbytes for path in files for t in load_file(path).values())
     assert stored.nbytes < 0.8 * twin.nbytes
+    assert stored.bytes_once_read == twin.nbytes == twin.bytes_once_read
+    sizes, of_twin = (
+        model_sizes(checkpoint, inspect_architecture(checkpoint), torch.float32)
+        for checkpoint in (stored, twin)
+    )
+    assert sizes.stored_bytes == stored.nbytes
+    assert sizes.exported_bytes == of_twin.exported_bytes == of_twin.stored_bytes
+    assert [la.exported_bytes for la in sizes.layers] == [la.stored_bytes for la in of_twin.layers]
+    assert [la.loaded_bytes for la in sizes.layers] == [la.loaded_bytes for la in of_twin.layers]
     with WeightReader(stored, CPU) as reader:
         streamed = reader.start(list(stored.tensors)).wait()
     assert reader.bytes_read == stored.nbytes
