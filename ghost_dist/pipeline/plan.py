@@ -583,15 +583,14 @@ def _stages(
         )
     plans = []
     for name, work in works.items():
-        if config.on_cluster and choice.kind == "streaming" and name in ("select", "calibrate"):
-            # Every range is a sweep of its own; those of the replicas run side by side.
-            sweeps = -(-(run.folds if name == "select" else run.num_ranges) // replicas)
-            work.read_bytes *= sweeps
-            work.load_bytes *= sweeps
-            work.load_tensors *= sweeps
-        parts = work.seconds(rates, compute)
-        if config.on_cluster and name in ("select", "calibrate"):
-            parts = _shared(parts, config.engine.tensor_parallel, replicas)
+        if not config.on_cluster or name not in ("select", "calibrate"):
+            parts = work.seconds(rates, compute)
+        elif choice.kind == "streaming":
+            ranges = run.folds if name == "select" else run.num_ranges
+            parts = _streamed_by_replicas(work, ranges, replicas).seconds(rates, compute)
+            parts |= {part: parts[part] / replicas for part in ("sums", "store")}
+        else:
+            parts = _shared(work.seconds(rates, compute), config.engine.tensor_parallel, replicas)
         device_bytes = choice.device_bytes.get(name, 0)
         host = 0
         if name in choice.device_bytes and device.type != "cpu":
@@ -628,6 +627,22 @@ def _shared(parts: Mapping[str, float], degree: int, replicas: int) -> dict[str,
     keep = KEPT_BY_SHARDING if degree > 1 else 1.0
     divisors = {"forward": replicas * degree * keep, "sums": replicas * degree, "store": replicas}
     return {name: seconds / divisors.get(name, 1) for name, seconds in parts.items()}
+
+
+def _streamed_by_replicas(work: Work, ranges: int, replicas: int) -> Work:
+    """Reading and the forward of the replica with most ranges, each a sweep of its own.
+
+    What is read is set in ``work`` too; its FLOPs stay those of all replicas.
+    """
+    sweeps = -(-ranges // replicas)
+    work.read_bytes *= sweeps
+    work.load_bytes *= sweeps
+    work.load_tensors *= sweeps
+    return replace(
+        work,
+        layers=[(layer, tokens * sweeps // ranges) for layer, tokens in work.layers],
+        forwards=work.forwards * sweeps / ranges,
+    )
 
 
 def _stage_plan(

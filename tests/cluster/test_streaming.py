@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 
 import pytest
-from live_sums import use_rank
+from live_sums import use_rank, waiting
 from ray_processes import nothing_leaked
 
 from ghost_dist.cluster.rank import Rank
@@ -46,8 +46,11 @@ def make(make_config, cluster):
     return make_for_cluster
 
 
-def test_streaming_replicas_give_the_bits_of_a_resident_run(make, alone, cluster, tmp_path):
+def test_streaming_replicas_give_the_bits_of_a_resident_run(
+    make, alone, cluster, tmp_path, monkeypatch
+):
     expected, of_alone = alone
+    use_rank(monkeypatch, waiting(tmp_path / "loaded", 2))
     result = recover_on_cluster(make())
     run = tmp_path / "run"
     assert operators(run) == of_alone

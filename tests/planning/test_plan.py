@@ -263,6 +263,25 @@ def test_a_cluster_shares_the_forward(llama_405b, tmp_path, gpu_of):
     assert any("cluster" in note for note in one.notes)
 
 
+def test_streaming_replicas_read_once_a_range(llama_405b, tmp_path, gpu_of):
+    gpu_of(180)
+    fields = {"engine__kind": "streaming", "calibration__ranges": 7}
+    alone, shared = (
+        plan_run(configure(llama_405b, tmp_path, **fields, **of_cluster))
+        for of_cluster in ({}, {"engine__replicas": 2})
+    )
+    one, two = (next(s for s in plan.stages if s.name == "calibrate") for plan in (alone, shared))
+    assert shared.engine.kind == "streaming"
+    assert two.read_bytes == 4 * one.read_bytes  # of seven ranges one replica has four
+    assert two.parts["forward"] == pytest.approx(one.parts["forward"] * 4 / 7, rel=1e-3)
+    # Reading is the bound here, and what is computed meanwhile is not counted twice.
+    seconds = [sum(stage.parts[p] for p in ("read", "forward")) for stage in (one, two)]
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=1e-3)
+    assert two.flops == one.flops
+    assert "streams" in alone.disk_bytes
+    assert "streams" not in shared.disk_bytes  # nothing is saved between two layers
+
+
 def test_spans_that_are_not_known_are_the_dearest(make_config, gpu_of):
     gpu_of(80)
     plan = plan_run(
