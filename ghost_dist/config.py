@@ -249,6 +249,9 @@ class EngineConfig(_Section):
     cluster; in one process resident, or streaming where two copies of the model do not fit."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
+    data_parallel: int = Field(default=1, ge=1)
+    """Ranks of a replica that streams, such as the GPUs of a node: each reads its part of a layer,
+    gets the rest from the others, and runs its part of the windows. More than 1 needs Ray."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Copies of the model that share the windows; auto: as many as the cluster has room for. More
     than 1, or auto, needs Ray. May differ when a run is continued."""
@@ -273,7 +276,17 @@ class EngineConfig(_Section):
                 f"kind={self.kind} runs whole layers on one device, but tensor_parallel="
                 f"{self.tensor_parallel} shares them: set kind=auto, or tensor_parallel=1"
             )
+        if self.kind != "streaming" and self.data_parallel > 1:
+            raise ValueError(
+                f"data_parallel={self.data_parallel} shares what kind=streaming reads, and kind is "
+                f"{self.kind}: set kind=streaming, or data_parallel=1 with more replicas"
+            )
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a replica, each with a block of the columns of every sum."""
+        return max(self.tensor_parallel, self.data_parallel)
 
 
 class ClusterConfig(_Section):
@@ -412,7 +425,7 @@ class Config(_Section):
         engine = self.engine
         return (
             engine.kind == "tensor_parallel"
-            or engine.tensor_parallel > 1
+            or engine.ranks > 1
             or engine.replicas != 1
             or self.cluster.address is not None
         )

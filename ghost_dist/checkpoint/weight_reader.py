@@ -11,12 +11,12 @@ from __future__ import annotations
 import datetime as dt
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ READERS = 8
 since they wait for the disk."""
 BLOCK_BYTES = 32 << 20
 _BUFFERS_PER_READER = 2
+_ALIGNMENT = 256
+"""Bytes; where tensors begin in memory that ranks fill together, as the allocator aligns them."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,6 +48,24 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+class SharedRead(Protocol):
+    """Ranks that read the same tensors at the same time, each a part of the bytes."""
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+
+    @property
+    def count(self) -> int:
+        """Of so many."""
+
+    def gather(self, memory: Tensor) -> None:
+        """Fill uint8 memory of ``count`` equal parts of which this rank holds its own; collective.
+
+        On a GPU work that is queued on the current stream may not be waited for.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,22 +85,28 @@ class Reading:
         scales: Mapping[str, Tensor],
         block: tuple[int, int] | None,
         pieces: Sequence[Future[Any]],
+        gather: Callable[[Sequence[Any]], None] | None = None,
     ) -> None:
         self._tensors, self._scales, self._block = dict(tensors), scales, block
-        self._pieces = pieces
+        self._pieces, self._gather = pieces, gather
 
     def wait(self) -> dict[str, Tensor]:
         """All tensors by name, on the device in the dtype of the file; bfloat16 if that is FP8.
+
+        Collective where ranks share the reading.
 
         Raises
         ------
         CheckpointError
             If a file could not be read to the end.
         """
-        for piece in self._pieces:
-            copied = piece.result()
-            if copied is not None:
-                torch.cuda.current_stream().wait_event(copied)
+        copied = [event for piece in self._pieces if (event := piece.result()) is not None]
+        if self._gather is not None:
+            self._gather(copied)
+            self._gather = None
+        else:
+            for event in copied:
+                torch.cuda.current_stream().wait_event(event)
         for name, scales in self._scales.items():
             assert self._block is not None, "scales come with a block"
             self._tensors[name] = dequantised(self._tensors[name], scales, self._block)
@@ -108,17 +134,27 @@ class WeightReader:
     keep_cached
         Leave what was read in the page cache: right where the checkpoint fits there and is read
         again.
+    shared
+        Ranks that ask for the same tensors in the same order: each reads its part of the bytes
+        and gets the rest from the others.
 
     Attributes
     ----------
     bytes_read
-        So far, counting what is being read.
+        So far, counting what is being read; on ranks that share, what this one reads.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, *, keep_cached: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        keep_cached: bool = False,
+        shared: SharedRead | None = None,
     ) -> None:
         self._checkpoint, self._device, self._keep_cached = checkpoint, device, keep_cached
+        self._shared = shared
+        self._side: Any = None
         self.bytes_read = 0
         self._states = {file: self._state(file) for file in checkpoint.headers}
         self._files: dict[str, int] = {}
@@ -141,25 +177,69 @@ class WeightReader:
         )
         for file in dict.fromkeys(info.file for info in infos):
             self._check_unchanged(file)
+        memory, raws = self._memory(infos)
         tensors: dict[str, Tensor] = {}
         pieces: list[tuple[TensorInfo, int, Tensor]] = []
-        for info in infos:
-            raw = torch.empty(info.nbytes, dtype=torch.uint8, device=self._device)
+        own = None if memory is None else self._own_part(memory)
+        for info, (begin, raw) in zip(infos, raws, strict=True):
             tensors[info.name] = raw.view(DTYPES[info.dtype]).view(info.shape)
-            for first in range(0, info.nbytes, BLOCK_BYTES):
-                part = raw[first : first + BLOCK_BYTES]
-                pieces.append((info, info.offset + first, part))
+            first, last = 0, info.nbytes
+            if own is not None:
+                first, last = max(first, own.start - begin), min(last, own.stop - begin)
+            for at in range(first, last, BLOCK_BYTES):
+                part = raw[at : min(at + BLOCK_BYTES, last)]
+                pieces.append((info, info.offset + at, part))
         ready = None
         if self._device.type == "cuda":
             # Earlier work on the memory that the allocator gave us may still be under way.
             ready = torch.cuda.current_stream().record_event()
-        self.bytes_read += sum(info.nbytes for info in infos)
+        self.bytes_read += sum(part.numel() for _, _, part in pieces)
         started = [
             self._pool.submit(self._read, info, offset, part, ready)
             for info, offset, part in pieces
         ]
         scales = {name: tensors.pop(info.name) for name, info in scale_of.items()}
-        return Reading(tensors, scales, checkpoint.block, started)
+        gather = None if memory is None else lambda copied: self._exchange(memory, [ready, *copied])
+        return Reading(tensors, scales, checkpoint.block, started, gather)
+
+    def _memory(
+        self, infos: Sequence[TensorInfo]
+    ) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
+        """Memory of each tensor; of ranks that share, in one piece with the place of each there."""
+        if self._shared is None:
+            separate = [
+                torch.empty(info.nbytes, dtype=torch.uint8, device=self._device) for info in infos
+            ]
+            return None, [(0, raw) for raw in separate]
+        begins, end = [], 0
+        for info in infos:
+            begins.append(end)
+            end += -(-info.nbytes // _ALIGNMENT) * _ALIGNMENT
+        whole = _ALIGNMENT * self._shared.count
+        memory = torch.empty(-(-end // whole) * whole, dtype=torch.uint8, device=self._device)
+        return memory, [
+            (begin, memory[begin : begin + info.nbytes])
+            for begin, info in zip(begins, infos, strict=True)
+        ]
+
+    def _own_part(self, memory: Tensor) -> slice:
+        assert self._shared is not None
+        size = memory.numel() // self._shared.count
+        return slice(self._shared.rank * size, (self._shared.rank + 1) * size)
+
+    def _exchange(self, memory: Tensor, behind: Sequence[Any]) -> None:
+        """Get what the others read, while the device still computes with what came before."""
+        assert self._shared is not None
+        if self._device.type != "cuda":
+            self._shared.gather(memory)
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._side):
+            for event in behind:
+                self._side.wait_event(event)
+            self._shared.gather(memory)
+        torch.cuda.current_stream().wait_stream(self._side)
 
     def close(self) -> None:
         """End the threads and close the files."""

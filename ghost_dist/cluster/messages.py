@@ -33,8 +33,9 @@ class EngineSpec:
     device: str
     batch: int
     degree: int
+    """Ranks of a replica."""
     kind: Literal["resident", "tensor_parallel", "streaming"]
-    """How the ranks run the layers; whole layers have degree 1."""
+    """How the ranks run the layers; resident ones have degree 1."""
     backend: Backend
     trust_remote_code: bool
     threads: int

@@ -28,16 +28,19 @@ class Shape:
     Attributes
     ----------
     ranks
-        Actors of a replica: the tensor-parallel degree.
+        Actors of a replica.
     cpus_per_rank
         CPUs of each.
     gpus_per_rank
         0 or 1.
+    setting
+        Field that says how many ranks, for messages.
     """
 
     ranks: int
     cpus_per_rank: int
     gpus_per_rank: int
+    setting: str = "engine.tensor_parallel"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -84,10 +87,10 @@ def check_room(nodes: Sequence[Node], shape: Shape, replicas: int) -> None:
     advice = (
         f"Set engine.replicas={fitting} or auto"
         if fitting
-        else "Lower engine.tensor_parallel" + ("" if shape.gpus_per_rank else " or cpus_per_rank")
+        else f"Lower {shape.setting}" + ("" if shape.gpus_per_rank else " or cpus_per_rank")
     )
     raise ConfigError(
-        f"engine.replicas={replicas} x engine.tensor_parallel={shape.ranks} ranks of {each} "
+        f"engine.replicas={replicas} x {shape.setting}={shape.ranks} ranks of {each} "
         f"{kind}{'s' if each > 1 else ''} need {replicas * shape.ranks * each} {kind}s"
         f"{' with ' + str(shape.cpus_per_rank) + ' CPUs each' if shape.gpus_per_rank else ''}, "
         f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add nodes."

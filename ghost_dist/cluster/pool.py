@@ -172,7 +172,7 @@ class Pool:
             dtype=inputs.dtype,
             device=inputs.worker_device.type,
             batch=inputs.batch,
-            degree=engine.tensor_parallel,
+            degree=engine.ranks,
             kind="tensor_parallel" if engine.kind == "auto" else engine.kind,
             backend=engine.backend,
             trust_remote_code=inputs.config.model.trust_remote_code,

@@ -43,6 +43,7 @@ from ghost_dist.cluster.running_sums import (
     reduce_folds,
 )
 from ghost_dist.engines.memory import free_bytes
+from ghost_dist.engines.peers import Peers
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
@@ -106,10 +107,15 @@ class Rank:
         self._check_checkpoint(spec)
         device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
         self._device = device
-        if spec.kind != "tensor_parallel" and not spec.num_layers:
+        difference = None
+        if spec.kind == "streaming" and spec.num_layers:
+            # Before there is a world: in one transformers saves the small model on rank 0 alone.
+            difference = prove_streamed(spec.path, device)
+        if spec.kind == "tensor_parallel" or spec.degree > 1:
+            self._join(rank, address, port, spec)
+        if not spec.num_layers:
             return Loaded(0, None)
         if spec.kind == "streaming":
-            difference = prove_streamed(spec.path, device)
             checkpoint = open_checkpoint(spec.path)
             self._engine = StreamingEngine(
                 checkpoint,
@@ -119,6 +125,7 @@ class Rank:
                 device=device,
                 batch=spec.batch,
                 keep_cached=fits_page_cache(checkpoint),
+                peers=Peers(rank, spec.degree),
             )
             return Loaded(0, difference)
         if spec.kind == "resident":
@@ -132,23 +139,6 @@ class Rank:
             )
             self._engine = ResidentEngine(decoder, spec.batch)
             return Loaded(0, None)
-        os.environ.update(
-            MASTER_ADDR=address,
-            MASTER_PORT=str(port),
-            RANK=str(rank),
-            WORLD_SIZE=str(spec.degree),
-            # Ray gives an actor one GPU, which is number 0 to it whatever its number on the node.
-            LOCAL_RANK="0",
-        )
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}",
-            rank=rank,
-            world_size=spec.degree,
-            timeout=dt.timedelta(seconds=spec.timeout_s),
-        )
-        if not spec.num_layers:
-            return Loaded(0, None)
         engine = open_tensor_parallel(
             spec.path,
             spec.architecture,
@@ -161,6 +151,24 @@ class Rank:
         )
         self._engine = engine
         return Loaded(engine.decoder.parameter_bytes, engine.conformance)
+
+    def _join(self, rank: int, address: str, port: int, spec: EngineSpec) -> None:
+        """Join the torch.distributed world of the replica."""
+        os.environ.update(
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            WORLD_SIZE=str(spec.degree),
+            # Ray gives an actor one GPU, which is number 0 to it whatever its number on the node.
+            LOCAL_RANK="0",
+        )
+        dist.init_process_group(
+            "nccl" if self._device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=spec.degree,
+            timeout=dt.timedelta(seconds=spec.timeout_s),
+        )
 
     def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
         """Run a range from zero; its sums wait in host memory for :meth:`write`.
@@ -191,7 +199,12 @@ class Rank:
         with torch.inference_mode():
             if isinstance(self._engine, StreamingEngine):
                 sums, times = streamed_range(
-                    self._engine, work.tokens, windows, work.collectors, advance
+                    self._engine,
+                    work.tokens,
+                    windows,
+                    work.collectors,
+                    self._passes,
+                    advance,
                 )
             else:
                 sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)

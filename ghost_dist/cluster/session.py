@@ -76,9 +76,10 @@ class Session:
         self._connect()
         engine = self._config.engine
         shape = Shape(
-            ranks=engine.tensor_parallel,
+            ranks=engine.ranks,
             cpus_per_rank=self._config.cluster.cpus_per_rank,
             gpus_per_rank=int(inputs.worker_device.type == "cuda"),
+            setting=f"engine.{'data' if engine.data_parallel > 1 else 'tensor'}_parallel",
         )
         self._pool = Pool(inputs, reporter, shape, self.nodes)
         return self._pool

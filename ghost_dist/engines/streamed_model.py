@@ -29,7 +29,7 @@ from ghost_dist.checkpoint.load import (
 )
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
-from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
+from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.statistics.collect import FlagsOnTheWay
@@ -58,6 +58,8 @@ class StreamedModel:
         As for :class:`~ghost_dist.checkpoint.weight_reader.WeightReader`.
     compiled
         Let ``torch.compile`` fuse what a layer does between its matrix products.
+    shared
+        As for :class:`~ghost_dist.checkpoint.weight_reader.WeightReader`.
     model_class, config
         Of an exported model; None: the family's own.
 
@@ -77,6 +79,7 @@ class StreamedModel:
         device: torch.device,
         keep_cached: bool = False,
         compiled: bool = False,
+        shared: SharedRead | None = None,
         model_class: Any = None,
         config: Any = None,
     ) -> None:
@@ -99,7 +102,7 @@ class StreamedModel:
         self._keys, self._targets = self._group_tensors()
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
-        self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached)
+        self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, shared=shared)
         # A layer that only hands on must not run what hangs on it, such as an exported operator.
         self._hooks = [
             (la._forward_pre_hooks, la._forward_pre_hooks_with_kwargs) for la in self.layers

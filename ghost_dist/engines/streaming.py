@@ -26,6 +26,7 @@ from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.memory import free_bytes
+from ghost_dist.engines.peers import ALONE, Peers
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
@@ -47,19 +48,29 @@ class Rows:
         Window ids, in the order of the first dimension.
     tensors
         By name: ``"boundary b"`` (W, T, C), ``"mlp input l"`` (W, T, F), ``"mlp product l"``
-        (W, T, C).
+        (W, T, C); of ranks that share the windows, those of this rank's part.
+    peers
+        Who has the rest.
     """
 
     windows: tuple[int, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    peers: Peers = ALONE
 
     def feed(self, windows: Sequence[int], sink: Sink, device: torch.device) -> None:
-        """Give a sink what it wants of some windows, in their order."""
+        """Give a sink what it wants of some windows, in their order; collective over the peers."""
+        own = self.peers.part_of(len(self.windows))
         position = {window: number for number, window in enumerate(self.windows)}
         order = sorted([(b, 0) for b in sink.boundaries] + [(la, 1) for la in sink.mlp_layers])
 
         def row(name: str, window: int) -> Tensor:
-            return self.tensors[name][position[window]].to(device, non_blocking=True)
+            rows_WTn, number = self.tensors[name], position[window]
+            if number in own:
+                row_Tn = rows_WTn[number - own.start].to(device, non_blocking=True)
+            else:
+                row_Tn = torch.empty(rows_WTn.shape[1:], dtype=rows_WTn.dtype, device=device)
+            self.peers.send(row_Tn, self.peers.owner_of(number, len(self.windows)))
+            return row_Tn
 
         for window in windows:
             for index, is_mlp in order:
@@ -89,6 +100,8 @@ class StreamingEngine:
         Leave the files in the page cache.
     compiled
         As for :class:`~ghost_dist.engines.streamed_model.StreamedModel`.
+    peers
+        Ranks that make the same calls at the same time: they share the windows and the reading.
     """
 
     def __init__(
@@ -102,8 +115,9 @@ class StreamingEngine:
         batch: int,
         keep_cached: bool = False,
         compiled: bool = False,
+        peers: Peers = ALONE,
     ) -> None:
-        self._architecture, self._batch = architecture, batch
+        self._architecture, self._batch, self._peers = architecture, batch, peers
         self.model = StreamedModel(
             checkpoint,
             architecture,
@@ -112,6 +126,7 @@ class StreamingEngine:
             device=device,
             keep_cached=keep_cached,
             compiled=compiled,
+            shared=peers if peers.count > 1 else None,
         )
         self.hidden_size, self.device = architecture.hidden_size, device
 
@@ -150,13 +165,13 @@ class StreamingEngine:
         tokens
             int32, shape (num_windows, T).
         windows
-            Row numbers to run.
+            Row numbers to run; of all peers.
         boundaries, mlp_layers
             What to keep, ascending.
         advance
             Called with the number of layers just finished.
         state
-            Where streams are saved, and from where an interrupted sweep goes on.
+            Where streams are saved, and from where an interrupted sweep goes on; without peers.
 
         Raises
         ------
@@ -168,8 +183,11 @@ class StreamingEngine:
             If the state cannot be written.
         """
         assert state is None or state.windows == tuple(windows), "saved streams have an order"
+        assert state is None or self._peers.count == 1, "peers save no streams"
         last = boundaries[-1]
-        rows = Rows(tuple(windows))
+        rows = Rows(tuple(windows), peers=self._peers)
+        part = self._peers.part_of(len(windows))
+        windows = windows[part.start : part.stop]
         place = _Place.for_sweep(self, len(windows), tokens.shape[1], boundaries, mlp_layers)
         saved = None if state is None else state.load()
         if saved is not None:
@@ -282,7 +300,14 @@ class StreamingEngine:
                 self._note(finite, layer + 1, windows[part], y_BTC)
                 streams_WTC[part].copy_(y_BTC, non_blocking=True)
         finite.send()
+        if with_mlp and not len(streams_WTC):  # of more peers than windows
+            for name, width in self._mlp_widths(layer).items():
+                shape = (*streams_WTC.shape[:2], width)
+                kept[f"mlp {name} {layer}"] = streams_WTC.new_empty(shape)
         return kept, finite
+
+    def _mlp_widths(self, layer: int) -> dict[str, int]:
+        return {"input": self._architecture.inner_sizes[layer], "product": self.hidden_size}
 
 
 class _Checks:

@@ -134,7 +134,7 @@ def plan_of(
         entries=entries,
         ranges=tuple(ranges),
         window_length=tokens.window_length,
-        blocks=inputs.config.engine.tensor_parallel,
+        blocks=inputs.config.engine.ranks,
     )
 
 

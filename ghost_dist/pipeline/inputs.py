@@ -82,6 +82,7 @@ class RunInputs:
             "batch": self.batch,
             "engine": self.engine_kind,
             "tensor_parallel": self.config.engine.tensor_parallel,
+            **({"data_parallel": ranks} if (ranks := self.config.engine.data_parallel) > 1 else {}),
             **({"compiled": True} if self.compiled else {}),
         }
 

@@ -268,7 +268,7 @@ def _run_shape(
             spans=tuple(spans),
             spans_known=known,
             samples=tuple(
-                _sample(span, kind.regressors, architecture, config.engine.tensor_parallel)
+                _sample(span, kind.regressors, architecture, config.engine.ranks)
                 for span, kind in samples
             ),
             searches=_searches(candidates, spans, architecture, refittable),
@@ -350,7 +350,7 @@ def _selection(
         stops_of=selector.stops_of(),
         columns=selector.columns,
         start_bytes=selector.start_bytes(),
-        start_stored_bytes=selector.start_stored_bytes(config.engine.tensor_parallel),
+        start_stored_bytes=selector.start_stored_bytes(config.engine.ranks),
         starts_at_once=selector.starts_at_once(free_bytes(device)),
     )
 
@@ -578,8 +578,12 @@ def _stages(
     if config.on_cluster:
         notes.append(
             f"cluster: every device is taken to be as fast as this one, {replicas} replicas of "
-            f"{config.engine.tensor_parallel} ranks, which keep {KEPT_BY_SHARDING:.0%} of the "
-            "forward's rate where they share a layer"
+            + (
+                f"{config.engine.ranks} ranks, which share the windows and one reading"
+                if choice.kind == "streaming"
+                else f"{config.engine.ranks} ranks, which keep {KEPT_BY_SHARDING:.0%} of the "
+                "forward's rate where they share a layer"
+            )
         )
     plans = []
     for name, work in works.items():
@@ -587,8 +591,12 @@ def _stages(
             parts = work.seconds(rates, compute)
         elif choice.kind == "streaming":
             ranges = run.folds if name == "select" else run.num_ranges
-            parts = _streamed_by_replicas(work, ranges, replicas).seconds(rates, compute)
-            parts |= {part: parts[part] / replicas for part in ("sums", "store")}
+            ranks = config.engine.ranks
+            parts = _streamed_by_replicas(work, ranges, replicas, ranks).seconds(rates, compute)
+            parts |= {
+                "sums": parts["sums"] / (replicas * ranks),
+                "store": parts["store"] / replicas,
+            }
         else:
             parts = _shared(work.seconds(rates, compute), config.engine.tensor_parallel, replicas)
         device_bytes = choice.device_bytes.get(name, 0)
@@ -629,9 +637,10 @@ def _shared(parts: Mapping[str, float], degree: int, replicas: int) -> dict[str,
     return {name: seconds / divisors.get(name, 1) for name, seconds in parts.items()}
 
 
-def _streamed_by_replicas(work: Work, ranges: int, replicas: int) -> Work:
+def _streamed_by_replicas(work: Work, ranges: int, replicas: int, ranks: int) -> Work:
     """Reading and the forward of the replica with most ranges, each a sweep of its own.
 
+    Its ranks share the windows, and what is read once between them: they are taken to share a disk.
     What is read is set in ``work`` too; its FLOPs stay those of all replicas.
     """
     sweeps = -(-ranges // replicas)
@@ -640,8 +649,8 @@ def _streamed_by_replicas(work: Work, ranges: int, replicas: int) -> Work:
     work.load_tensors *= sweeps
     return replace(
         work,
-        layers=[(layer, tokens * sweeps // ranges) for layer, tokens in work.layers],
-        forwards=work.forwards * sweeps / ranges,
+        layers=[(layer, tokens * sweeps // (ranges * ranks)) for layer, tokens in work.layers],
+        forwards=work.forwards * sweeps / (ranges * ranks),
     )
 
 

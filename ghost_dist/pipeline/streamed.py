@@ -6,7 +6,7 @@ The same stages as with a resident model, each in one pass over the files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,12 @@ def streamed_range(
     tokens: Tokens,
     windows: Sequence[int],
     collectors: Collectors,
+    make_passes: Callable[[Collectors], Sequence[MakeCollector]],
     advance: Advance,
 ) -> tuple[dict[str, Sums], RangeTimes]:
     """As ``collectors.sums_of_range``, each layer read once for all passes.
 
+    ``make_passes`` is asked once the rows are where they stay, for what memory they leave.
     ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
     """
     boundaries, mlp_layers = _wanted(collectors)
@@ -146,8 +148,7 @@ def streamed_range(
     began = watch.now()
     rows = engine.sweep(tokens, windows, boundaries, mlp_layers, after)
     with watch.lap():
-        passes = passes_here(collectors, engine)
-        sums = _sums_of_rows(rows, windows, passes, engine.device)
+        sums = _sums_of_rows(rows, windows, make_passes(collectors), engine.device)
     total_s = watch.until_now(began)
     sums_s = watch.seconds()
     return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)

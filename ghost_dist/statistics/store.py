@@ -86,7 +86,7 @@ class StatisticsPlan:
     ----------
     inputs
         Fingerprints and settings that decide the numbers: model, tokens, dtype, device type,
-        batch, tensor-parallel degree.
+        batch, ranks of a replica.
     entries
         Name of each sum to its kind, a key of :data:`KINDS`.
     ranges
@@ -94,7 +94,7 @@ class StatisticsPlan:
     window_length
         Tokens per window.
     blocks
-        Column blocks that every range is written in: the tensor-parallel degree.
+        Column blocks that every range is written in: one for each rank of a replica.
     """
 
     inputs: Mapping[str, Any]

@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+import time
 from collections import Counter
 
 import pytest
+import torch
 from live_sums import use_rank, waiting
 from ray_processes import nothing_leaked
+from safetensors.torch import load, load_file
 
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.pipeline.recover import recover
 
 FIELDS = {
@@ -92,5 +96,94 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
     assert marker.exists()
     assert len(events(run, "replica-lost")) >= 1
     assert operators(run) == alone[1]
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
+
+
+def same_numbers(run, expected):
+    """Sums in blocks of columns are products of other shapes: equal up to float64 rounding."""
+    found = sorted((run / "operators").glob("*.safetensors"))
+    assert [path.name for path in found] == sorted(n for n in expected if "safetensors" in n)
+    for path in found:
+        theirs = load(expected[path.name])
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_that_share_the_windows_and_the_reading(make, alone, cluster, tmp_path, monkeypatch):
+    expected, of_alone = alone
+    reads = tmp_path / "reads"
+    reads.mkdir()
+
+    class RankThatCounts(Rank):
+        def run(self, work_id, work, range_id, attempt):
+            reader = self._engine.model._reader
+            before = reader.bytes_read
+            found = super().run(work_id, work, range_id, attempt)
+            line = [work_id, range_id, self._block.index, reader.bytes_read - before]
+            (reads / f"{attempt}-{self._block.index}").write_text(json.dumps(line))
+            return found
+
+    use_rank(monkeypatch, RankThatCounts)
+    result = recover_on_cluster(make(engine__replicas=1, engine__data_parallel=2))
+    run = tmp_path / "run"
+    assert result["spans"] == expected["spans"]
+    same_numbers(run, of_alone)
+    assert result["reload_max_abs_difference"] < 1e-4
+    ready = events(run, "replica-ready")
+    assert ready
+    assert all(len(event["pids"]) == 2 for event in ready)
+    by_range = {}
+    for path in reads.iterdir():
+        work, range_id, rank, nbytes = json.loads(path.read_text())
+        by_range.setdefault((work, range_id), {})[rank] = nbytes
+    assert len(by_range) == 8  # four ranges of each of two stages
+    for of_ranks in by_range.values():
+        assert sorted(of_ranks) == [0, 1]
+        assert 0.4 < of_ranks[0] / sum(of_ranks.values()) < 0.6
+    # Each stage reads what it needs of the decoder once a range, whoever reads it.
+    assert len({(work, sum(of.values())) for (work, _), of in by_range.items()}) == 2
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
+
+
+def test_more_ranks_than_windows(make_config, cluster, tmp_path):
+    """Five windows in four ranges: in three of them one of the two ranks has no window at all."""
+    few = {
+        "operator__name": "ghost-joint",
+        "calibration__windows": 5,
+    }
+    shared = {
+        "cluster__address": cluster.address,
+        "engine__kind": "streaming",
+        "engine__data_parallel": 2,
+    }
+    recover(make_config(**few, output__path=str(tmp_path / "alone")))
+    recover_on_cluster(make_config(**few, **shared))
+    same_numbers(tmp_path / "run", operators(tmp_path / "alone"))
+
+
+def test_what_one_of_the_ranks_meets_ends_the_run_by_name(make, cluster, tmp_path, monkeypatch):
+    """The other one waits for it in a collective, and must not be waited for."""
+
+    class RankWithBadStream(Rank):
+        def run(self, *arguments):
+            model = self._engine.model
+            embed = model.embed
+
+            def spoilt(ids_BT):
+                stream_BTC = embed(ids_BT)
+                if self._block.index == 1:
+                    stream_BTC[0, 0, 0] = float("nan")
+                return stream_BTC
+
+            model.embed = spoilt
+            return super().run(*arguments)
+
+    use_rank(monkeypatch, RankWithBadStream)
+    began = time.monotonic()
+    with pytest.raises(NonFiniteActivationError, match="layer 0 .* window 2"):
+        recover_on_cluster(make(engine__replicas=1, engine__data_parallel=2))
+    assert time.monotonic() - began < 300  # cluster.progress_timeout_s is 600
     clean, left = nothing_leaked(cluster)
     assert clean, left
