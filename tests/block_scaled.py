@@ -5,7 +5,10 @@ import re
 import shutil
 
 import torch
+from families import TEXT, save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
+
+from ghost_dist.pipeline.recover import recover
 
 QUANTISED = re.compile(r"layers\.\d+\..*(proj\w*|experts\.\d+\.\w+)\.weight")
 
@@ -58,3 +61,35 @@ def save_in_fp8(folder, stored, twin, block):
             }
         (out / "config.json").write_text(json.dumps(config))
     return count
+
+
+def weights(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def recover_both(make_config, folder, family, **fields):
+    """Recover a family's FP8 form and its bfloat16 twin, and compare; the first's checkpoint."""
+    source = save_checkpoint(family, folder / "source", torch.bfloat16)
+    save_tokenizer(source)
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    assert save_in_fp8(source, folder / "stored", folder / "twin", (40, 28)) > 10
+    for name in ("stored", "twin"):
+        recover(
+            make_config(
+                model__path=str(folder / name),
+                calibration__source=str(text),
+                calibration__windows=8,
+                calibration__window_length=32,
+                selection__spans=[[2, 4]],
+                output__path=str(folder / f"run-{name}"),
+                **fields,
+            )
+        )
+    stored, twin = (folder / f"run-{name}" / "checkpoint" for name in ("stored", "twin"))
+    found, expected = weights(stored), weights(twin)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    return stored

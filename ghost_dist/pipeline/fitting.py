@@ -132,6 +132,7 @@ class FitHere:
         self._store: StatisticsStore | None = None
         self._read: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
         self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
+        self._placed: tuple[tuple[str, ...], torch.device, dict[int, dict[str, Sums]]] | None = None
 
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
@@ -141,12 +142,15 @@ class FitHere:
             self._store, self._read = store, None
             self._ridges.forget()
         outcomes: dict[int, Outcome] = {}
-        for number in in_reading_order(jobs):
-            try:
-                outcomes[number] = self._fit(store, jobs[number])
-            except (SingularGramError, SingularOperatorError) as error:
-                outcomes[number] = error.with_traceback(None)  # which would keep the sums
-            advance(1)
+        try:
+            for number in in_reading_order(jobs):
+                try:
+                    outcomes[number] = self._fit(store, jobs[number])
+                except (SingularGramError, SingularOperatorError) as error:
+                    outcomes[number] = error.with_traceback(None)  # which would keep the sums
+                advance(1)
+        finally:
+            self._placed = None  # the model may run there next
         return [outcomes[number] for number in range(len(jobs))]
 
     def hold(self, keys: tuple[str, ...], folds: list[dict[str, Sums]]) -> None:
@@ -158,11 +162,7 @@ class FitHere:
         if kind is None:
             return Repair(), None
         keys = stored_keys(kind, job.span, store.plan.entries)
-        sums = self._folds(store, keys)
-        device = self._device(sums)
-        on_device = [
-            {key: part.to(device) for key, part in sums[fold].items()} for fold in job.folds
-        ]
+        device, on_device = self._on_device(keys, self._folds(store, keys), job.folds)
         down_FC = None
         if any("/joint" in key for key in keys):
             down_FC = read_down(self._source, self._architecture, job.span.start - 1).to(device)
@@ -182,6 +182,19 @@ class FitHere:
             ]
             self._read = (keys, read)
         return self._read[1]
+
+    def _on_device(
+        self, keys: tuple[str, ...], sums: Sequence[Mapping[str, Sums]], folds: Sequence[int]
+    ) -> tuple[torch.device, list[dict[str, Sums]]]:
+        """Sums of some folds where they are computed with; copied once for all jobs in a row."""
+        if self._placed is None or self._placed[0] != keys:
+            self._placed = None  # gives its memory back before it is asked what is free
+            self._placed = (keys, self._device(sums), {})
+        _, device, placed = self._placed
+        for fold in folds:
+            if fold not in placed:
+                placed[fold] = {key: part.to(device) for key, part in sums[fold].items()}
+        return device, [placed[fold] for fold in folds]
 
     def _device(self, folds: Sequence[Mapping[str, Sums]]) -> torch.device:
         """The wanted device if the solve fits there, else the CPU."""

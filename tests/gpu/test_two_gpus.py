@@ -1,4 +1,4 @@
-"""Two real GPUs under Ray: tensor parallelism and the live all-reduce over NCCL, on pico."""
+"""Two real GPUs under Ray, on pico: tensor parallelism, shared reading, live sums, over NCCL."""
 
 import json
 from pathlib import Path
@@ -78,6 +78,21 @@ def test_two_ranks_of_one_replica(configure, alone):
     print(f"\ntensor-parallel 2 over NCCL: operators differ by {worst:.1e}")
     # float32: the halves of a product are added in another order.
     assert 0 < worst < 1e-4
+
+
+def test_two_ranks_that_stream_share_windows_and_reading(configure, alone):
+    config = configure("peers", engine__kind="streaming", engine__data_parallel=2)
+    recover_on_cluster(config, again="solve")
+    worst = worst_difference(operators(config), alone)
+    print(f"\nstreaming, data-parallel 2 over NCCL: operators differ by {worst:.1e}")
+    assert worst < 1e-9
+
+
+def test_two_replicas_that_stream(configure, alone):
+    config = configure("streams", engine__kind="streaming", engine__replicas=2)
+    recover_on_cluster(config, again="solve")
+    got = operators(config)
+    assert all(torch.equal(got[name], tensor) for name, tensor in alone.items())
 
 
 @pytest.fixture(scope="module")
