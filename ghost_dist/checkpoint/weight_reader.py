@@ -152,6 +152,8 @@ class WeightReader:
         keep_cached: bool = False,
         shared: SharedRead | None = None,
     ) -> None:
+        if device == torch.device("cuda"):  # without a number: a thread's own current one
+            device = torch.device("cuda", torch.cuda.current_device())
         self._checkpoint, self._device, self._keep_cached = checkpoint, device, keep_cached
         self._shared = shared
         self._side: Any = None

@@ -26,7 +26,6 @@ from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
@@ -130,7 +129,7 @@ class FitHere:
         self._num_folds, self._wanted_device = folds, device
         self._ridges = RidgeFits(architecture.norm_eps)
         self._store: StatisticsStore | None = None
-        self._read: tuple[tuple[str, ...], list[dict[str, Sums]]] | None = None
+        self._read: tuple[tuple[str, ...], dict[int, dict[str, Sums]]] | None = None
         self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
         self._placed: tuple[tuple[str, ...], torch.device, dict[int, dict[str, Sums]]] | None = None
 
@@ -162,48 +161,56 @@ class FitHere:
         if kind is None:
             return Repair(), None
         keys = stored_keys(kind, job.span, store.plan.entries)
-        device, on_device = self._on_device(keys, self._folds(store, keys), job.folds)
+        device, on_device = self._sums(store, keys, job.folds)
         down_FC = None
         if any("/joint" in key for key in keys):
             down_FC = read_down(self._source, self._architecture, job.span.start - 1).to(device)
         repair, fit = self._ridges.fit(job.candidate, job.span, on_device, down_FC, job.folds)
         return repair.to(torch.device("cpu")), fit
 
-    def _folds(self, store: StatisticsStore, keys: tuple[str, ...]) -> list[dict[str, Sums]]:
-        """Sums of each fold, its ranges added in id order; the last ones read are kept."""
-        if keys in self._held:
-            return self._held[keys]
-        if self._read is None or self._read[0] != keys:
-            self._read = None
-            ids = range(len(store.plan.ranges))
-            read = [
-                store.total([i for i in ids if fold_of_range(i, self._num_folds) == fold], keys)
-                for fold in range(self._num_folds)
-            ]
-            self._read = (keys, read)
-        return self._read[1]
-
-    def _on_device(
-        self, keys: tuple[str, ...], sums: Sequence[Mapping[str, Sums]], folds: Sequence[int]
+    def _sums(
+        self, store: StatisticsStore, keys: tuple[str, ...], folds: Sequence[int]
     ) -> tuple[torch.device, list[dict[str, Sums]]]:
-        """Sums of some folds where they are computed with; copied once for all jobs in a row."""
+        """Sums of some folds where they are computed with; brought there once for jobs in a row."""
         if self._placed is None or self._placed[0] != keys:
             self._placed = None  # gives its memory back before it is asked what is free
-            self._placed = (keys, self._device(sums), {})
+            self._placed = (keys, self._device(store, keys), {})
         _, device, placed = self._placed
         for fold in folds:
             if fold not in placed:
-                placed[fold] = {key: part.to(device) for key, part in sums[fold].items()}
+                placed[fold] = self._fold(store, keys, fold, device)
         return device, [placed[fold] for fold in folds]
 
-    def _device(self, folds: Sequence[Mapping[str, Sums]]) -> torch.device:
+    def _fold(
+        self, store: StatisticsStore, keys: tuple[str, ...], fold: int, device: torch.device
+    ) -> dict[str, Sums]:
+        """Sums of a fold, its ranges added in id order; in host memory the last ones are kept."""
+        if keys in self._held:
+            return {key: part.to(device) for key, part in self._held[keys][fold].items()}
+        ids = [
+            i for i in range(len(store.plan.ranges)) if fold_of_range(i, self._num_folds) == fold
+        ]
+        if device.type != "cpu":
+            return store.total(ids, keys, device)
+        if self._read is None or self._read[0] != keys:
+            self._read = None
+            self._read = (keys, {})
+        read = self._read[1]
+        if fold not in read:
+            read[fold] = store.total(ids, keys)
+        return read[fold]
+
+    def _device(self, store: StatisticsStore, keys: tuple[str, ...]) -> torch.device:
         """The wanted device if the solve fits there, else the CPU."""
         device = self._wanted_device
         if device.type != "cuda":
             return device
-        parts = [part for fold in folds for part in fold.values() if isinstance(part, Moments)]
-        nbytes = sum(a.numel() * a.element_size() for part in parts for a in part.arrays().values())
-        needed = fit_bytes(nbytes, len(folds))
+        if keys in self._held:
+            parts = [part for fold in self._held[keys] for part in fold.values()]
+            nbytes = sum(a.nbytes for part in parts for a in part.arrays().values())
+        else:
+            nbytes = self._num_folds * store.sums_bytes(keys)
+        needed = fit_bytes(nbytes, self._num_folds)
         return device if needed < free_bytes(device) else torch.device("cpu")
 
 

@@ -403,7 +403,7 @@ def _refittable(
 def compute_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
+        return torch.device("cuda:0" if available else "cpu")
     if name.startswith("cuda"):
         if not available:
             raise ConfigError(
@@ -416,6 +416,7 @@ def compute_device(name: str) -> torch.device:
                 f"engine.device={name}, but this machine has {torch.cuda.device_count()} GPUs "
                 f"(cuda:0 to cuda:{torch.cuda.device_count() - 1})."
             )
+        return torch.device("cuda", index)
     return torch.device(name)
 
 

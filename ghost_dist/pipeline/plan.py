@@ -572,7 +572,7 @@ def _stages(
         < SHARE_OF_FREE_MEMORY * free_host
     )
     cache = Cache(cached_share(source), keeps)
-    works = work_of_stages(run, choice.kind, cache, tokens_s)
+    works = work_of_stages(run, choice.kind, cache, tokens_s, keeps_sums=device.type == "cpu")
     compute = str(dtype).removeprefix("torch.")
     replicas = 1 if config.engine.replicas == "auto" else config.engine.replicas
     if config.on_cluster:

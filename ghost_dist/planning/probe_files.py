@@ -54,7 +54,7 @@ def measure_files(
         read = _read(real or [written])
         read_from = "checkpoint" if real else "a file of the run's file system"
         load, load_tensor_s = _load(checkpoint, device, dtype)
-        commit, commit_s, store_read = _commit(scratch)
+        commit, commit_s, store_read = _commit(scratch, device)
     return FileRates(read, read_from, load, load_tensor_s, write, commit, commit_s, store_read)
 
 
@@ -177,11 +177,11 @@ def _pieces(
     return total
 
 
-def _commit(scratch: Path) -> tuple[float, float, float]:
-    """Bytes/s into the store, seconds of a tiny range, bytes/s out of it."""
+def _commit(scratch: Path, device: torch.device) -> tuple[float, float, float]:
+    """Bytes/s into the store, seconds of a tiny range, bytes/s out of it onto the device."""
     spent, nbytes = [], []
     read = 1.0
-    for size in (8, 2048):
+    for size in (8, 4096):
         plan = StatisticsPlan({}, {"probe": "moments"}, ((0,), (1,)), 1)
         store = StatisticsStore(scratch / f"{size}.zarr", plan)
         matrix = torch.rand(size, size, dtype=torch.float64)
@@ -196,6 +196,8 @@ def _commit(scratch: Path) -> tuple[float, float, float]:
         in_memory = sum(array.nbytes for array in sums.arrays().values())
         nbytes.append(in_memory - saved_by_strips(size, 1))
         began = time.perf_counter()
-        store.read(1)
+        store.read(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         read = time.perf_counter() - began
     return nbytes[1] / max(1e-6, spent[1] - spent[0]), spent[0], nbytes[1] / read

@@ -17,7 +17,7 @@ from typing import Any
 from ghost_dist.config import fingerprint
 from ghost_dist.durable import json_bytes, write_bytes
 
-FORMAT = 1
+FORMAT = 2
 _STEEPEST = 3.0  # seconds grow at most with the cube of a matrix's size
 
 

@@ -36,14 +36,18 @@ class Cache:
 
 
 def work_of_stages(
-    run: RunShape, engine: EngineKind, cache: Cache, tokens_s: float
+    run: RunShape, engine: EngineKind, cache: Cache, tokens_s: float, *, keeps_sums: bool = True
 ) -> dict[str, Work]:
-    """Work by stage, in order; stages that a run does not have are left out."""
+    """Work by stage, in order; stages that a run does not have are left out.
+
+    ``keeps_sums``: those that spans are fitted from stay in memory between fits, as on a CPU; a GPU
+    gives their memory to the model in between and reads them again.
+    """
     works = {"tokens": Work(other_s=tokens_s)}
     if run.selection is not None:
         works["select"] = _select(run, engine)
     works["calibrate"] = _calibrate(run, engine)
-    works["solve"] = _solve(run, engine)
+    works["solve"] = _solve(run, engine, keeps_sums)
     works["export"] = _export(run)
     if run.evaluation_tokens:
         works["evaluate"] = _evaluate(run, engine)
@@ -92,13 +96,12 @@ def _calibrate(run: RunShape, engine: EngineKind) -> Work:
     return work
 
 
-def _solve(run: RunShape, engine: EngineKind) -> Work:
+def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
     work = Work()
     if not run.searches:
         return work
     if run.runs_whole_model:
         _read_whole(work, run, engine)
-    work.store_read_bytes = run.num_ranges * run.samples_stored_bytes
     candidates = 0
     for span in run.spans:
         searches = [search for search in run.searches if search.span == span]
@@ -108,6 +111,8 @@ def _solve(run: RunShape, engine: EngineKind) -> Work:
             _tried(work, run, search.kind, search.size, search.candidates, run.shifts)
         dearest = max(searches, key=lambda search: search.size)
         _decided(work, run, dearest.kind, dearest.size, run.shifts, run.fine_shifts)
+    reads = 1 if keeps_sums else 1 + (candidates > 1) + (run.fine_shifts > 0)
+    work.store_read_bytes = reads * run.num_ranges * run.samples_stored_bytes
     if run.by_kl and candidates > 1:
         _compare(work, run, candidates, run.fine_shifts)
     if run.boundary:

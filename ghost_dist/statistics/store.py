@@ -23,6 +23,7 @@ which no rank keeps columns of its own is written as its lower half (``statistic
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -51,7 +52,9 @@ from ghost_dist.statistics.scores import ScoreSums
 from ghost_dist.statistics.strips import from_strips, to_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
-_WRITERS = 4  # arrays at a time: hashes and checksums take longer than the disk
+CPU = torch.device("cpu")
+_THREADS = 8
+"""Arrays that are written, or read, at a time: hashes and checksums take longer than the disk."""
 FORMAT = 4
 
 KINDS: Mapping[str, type[Sums]] = {
@@ -217,7 +220,7 @@ class StatisticsStore:
             return write_array(folder / key, wanted[key].cpu().numpy())
 
         try:
-            with ThreadPoolExecutor(_WRITERS) as pool:
+            with ThreadPoolExecutor(_THREADS) as pool:
                 arrays = dict(zip(wanted, pool.map(write, wanted), strict=True))
             if folder.exists():
                 fsync_tree(folder)
@@ -280,10 +283,13 @@ class StatisticsStore:
         range_id: int,
         entries: Collection[str] | None = None,
         block: ColumnBlock | None = None,
+        device: torch.device = CPU,
     ) -> dict[str, Sums]:
-        """Sums of a committed range, every hash checked; all entries unless some are named.
+        """Sums of a committed range on a device, every hash checked.
 
-        With ``block`` as one rank wrote them: that block of columns, and all small arrays.
+        All entries unless some are named. With ``block`` as one rank wrote them: that block of
+        columns, and all small arrays. To another device each array goes as soon as it is read, so
+        that host memory never holds the sums.
 
         Raises
         ------
@@ -292,26 +298,36 @@ class StatisticsStore:
         """
         manifest = self._read_manifest(range_id)
         folder = self._attempt_folder(range_id, manifest["attempt"])
+        wanted = {
+            (entry, number, key): expected
+            for entry, kind in self.plan.entries.items()
+            if entries is None or entry in entries
+            for number, arrays in enumerate(manifest["blocks"])
+            for key, expected in arrays.items()
+            if key.startswith(f"{entry}/")
+            and (block is None or number == block.index or not _by_columns(kind, entry, key))
+        }
+
+        def read(place: tuple[str, int, str]) -> torch.Tensor:
+            _, number, key = place
+            array = self._read_array(folder / str(number) / key, wanted[place], range_id)
+            return torch.from_numpy(array).to(device)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            arrays = dict(zip(wanted, pool.map(read, wanted), strict=True))
         sums: dict[str, Sums] = {}
         for entry, kind in self.plan.entries.items():
             if entries is not None and entry not in entries:
                 continue
-            by_columns = KINDS[kind].BY_COLUMNS
-            blocks: list[dict[str, torch.Tensor]] = []
+            blocks: list[dict[str, torch.Tensor]] = [{} for _ in manifest["blocks"]]
             strips: dict[str, dict[int, torch.Tensor]] = {}
-            for number, arrays in enumerate(manifest["blocks"]):
-                blocks.append({})
-                for key, expected in arrays.items():
-                    if not key.startswith(f"{entry}/"):
-                        continue
-                    name, _, strip = key.removeprefix(f"{entry}/").partition("/")
-                    if block is None or name not in by_columns or number == block.index:
-                        path = folder / str(number) / key
-                        array = torch.from_numpy(self._read_array(path, expected, range_id))
-                        if strip:
-                            strips.setdefault(name, {})[int(strip)] = array
-                        else:
-                            blocks[-1][name] = array
+            for place in [place for place in arrays if place[0] == entry]:
+                _, number, key = place
+                name, strip = _name_and_strip(entry, key)
+                if strip:
+                    strips.setdefault(name, {})[int(strip)] = arrays.pop(place)
+                else:
+                    blocks[number][name] = arrays.pop(place)
             if block is not None:
                 blocks = [{name: a for arrays in blocks for name, a in arrays.items()}]
             try:
@@ -367,8 +383,32 @@ class StatisticsStore:
                     removed += 1
         return removed
 
+    def sums_bytes(self, entries: Collection[str]) -> int:
+        """Bytes of the sums of some entries, as :meth:`total` gives them.
+
+        Raises
+        ------
+        CorruptStoreError
+            If the first range is not committed or its manifest is damaged.
+        """
+        total = 0
+        for arrays in self._read_manifest(0)["blocks"]:
+            for entry in entries:
+                of_entry = {k: a for k, a in arrays.items() if k.startswith(f"{entry}/")}
+                for key, array in of_entry.items():
+                    height, width = array["shape"][0], math.prod(array["shape"][1:])
+                    name, strip = _name_and_strip(entry, key)
+                    if strip:  # each is as wide as it reaches down; the last is as wide as all
+                        last = f"{entry}/{name}/{int(strip) + 1}" not in of_entry
+                        height = width if last else 0
+                    total += height * width * np.dtype(array["dtype"]).itemsize
+        return total
+
     def total(
-        self, range_ids: Sequence[int] | None = None, entries: Collection[str] | None = None
+        self,
+        range_ids: Sequence[int] | None = None,
+        entries: Collection[str] | None = None,
+        device: torch.device = CPU,
     ) -> dict[str, Sums]:
         """Sum over committed ranges in id order; all of the plan unless ids are given.
 
@@ -385,7 +425,7 @@ class StatisticsStore:
             )
         total: dict[str, Sums] = {}
         for range_id in wanted:
-            sums = self.read(range_id, entries)
+            sums = self.read(range_id, entries, device=device)
             total = {name: total[name] + part if total else part for name, part in sums.items()}
         return total
 
@@ -440,6 +480,16 @@ class StatisticsStore:
         except CorruptStoreError as error:
             where = f"{path.relative_to(self.path)} of range {range_id}"
             raise CorruptStoreError(f"{where} {error}. Re-run this range.", (range_id,)) from error
+
+
+def _name_and_strip(entry: str, key: str) -> tuple[str, str]:
+    """Name of an array, and the number of its strip; empty where it is whole."""
+    name, _, strip = key.removeprefix(f"{entry}/").partition("/")
+    return name, strip
+
+
+def _by_columns(kind: str, entry: str, key: str) -> bool:
+    return _name_and_strip(entry, key)[0] in KINDS[kind].BY_COLUMNS
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def from_strips(strips: Sequence[Tensor]) -> Tensor:
         If these are not all strips of one matrix.
     """
     size = strips[-1].shape[-1]
-    matrix_nn = torch.empty(size, size, dtype=strips[0].dtype)
+    matrix_nn = torch.empty(size, size, dtype=strips[0].dtype, device=strips[0].device)
     for rows, strip in zip(rows_of_strips(size), strips, strict=True):
         if strip.shape != (rows.stop - rows.start, rows.stop):
             raise ValueError(f"a strip has the shape {tuple(strip.shape)}")

@@ -16,7 +16,7 @@ from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
-from ghost_dist.statistics.strips import num_numbers
+from ghost_dist.statistics.strips import LEAST_ROWS, num_numbers
 from ghost_dist.statistics.sums import ColumnBlock
 
 C, LENGTH = 8, 16
@@ -325,3 +325,30 @@ while True:
         for range_id in store.committed():
             assert equal(store.read(range_id), moments(range_id, len(PLAN.ranges[range_id])))
         store.sweep()
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_bytes_of_sums_are_known_before_they_are_read(tmp_path, blocks):
+    """A Gram matrix of several strips, a cross, and vectors; whole or in blocks of columns."""
+    size = 2 * LEAST_ROWS + 5
+    gram = torch.ones(size, size, dtype=torch.float64)
+    row = torch.ones(size, dtype=torch.float64)
+    sums = Moments(8, gram, gram[:, :7].contiguous(), row, row[:7], row[:7], row[:1])
+    plan = StatisticsPlan({}, {"a": "moments", "ab": "moments"}, ((0,),), 8, blocks)
+    store = StatisticsStore(tmp_path / "s.zarr", plan)
+    written = []
+    for index in range(blocks):
+        block = ColumnBlock(index, blocks)
+        part = {
+            name: tensor[..., block.of(tensor.shape[-1])].contiguous()
+            if name in Moments.BY_COLUMNS and blocks > 1
+            else tensor
+            for name, tensor in sums.arrays().items()
+        }
+        of_block = Moments.from_arrays(8, part)
+        written.append(store.write_block(0, "x", {"a": of_block, "ab": of_block}, block))
+    assert store.commit_attempt(0, "x", written)
+    read = store.read(0)
+    nbytes = sum(array.nbytes for array in read["a"].arrays().values())
+    assert store.sums_bytes(["a"]) == nbytes
+    assert store.sums_bytes(["a", "ab"]) == 2 * nbytes
