@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections import Counter
 
 import pytest
@@ -181,9 +180,7 @@ def test_what_one_of_the_ranks_meets_ends_the_run_by_name(make, cluster, tmp_pat
             return super().run(*arguments)
 
     use_rank(monkeypatch, RankWithBadStream)
-    began = time.monotonic()
     with pytest.raises(NonFiniteActivationError, match="layer 0 .* window 2"):
         recover_on_cluster(make(engine__replicas=1, engine__data_parallel=2))
-    assert time.monotonic() - began < 300  # cluster.progress_timeout_s is 600
     clean, left = nothing_leaked(cluster)
     assert clean, left

@@ -282,6 +282,20 @@ def test_streaming_replicas_read_once_a_range(llama_405b, tmp_path, gpu_of):
     assert "streams" not in shared.disk_bytes  # nothing is saved between two layers
 
 
+def test_ranks_that_share_a_reading_share_the_forward_too(llama_405b, tmp_path, gpu_of):
+    gpu_of(180)
+    fields = {"engine__kind": "streaming", "engine__replicas": 2}
+    plans = [
+        plan_run(configure(llama_405b, tmp_path, **fields, engine__data_parallel=n)) for n in (1, 4)
+    ]
+    one, four = (next(s for s in plan.stages if s.name == "calibrate") for plan in plans)
+    assert plans[1].engine.kind == "streaming"
+    assert four.read_bytes == one.read_bytes
+    for part in ("forward", "sums"):
+        assert four.parts[part] == pytest.approx(one.parts[part] / 4, rel=1e-3)
+    assert any("4 ranks, which share the windows and one reading" in n for n in plans[1].notes)
+
+
 def test_spans_that_are_not_known_are_the_dearest(make_config, gpu_of):
     gpu_of(80)
     plan = plan_run(
