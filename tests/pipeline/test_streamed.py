@@ -13,6 +13,7 @@ import torch
 from ghost_dist.config import config_tree, load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
+from ghost_dist.pipeline.collectors import passes_here
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.streamed import open_streaming_engine, streamed_range
 from ghost_dist.progress import Reporter
@@ -254,7 +255,14 @@ def test_a_range_advances_layer_by_layer(make_config):
     tokens = torch.arange(3 * 10, dtype=torch.int32).reshape(3, 10).numpy()
     told = []
     try:
-        streamed_range(engine, tokens, (0, 2), OnePass(), told.append)
+        streamed_range(
+            engine,
+            tokens,
+            (0, 2),
+            OnePass(),
+            lambda collectors: passes_here(collectors, engine),
+            told.append,
+        )
     finally:
         engine.close()
     assert told == [5, 5, 5, 5]
