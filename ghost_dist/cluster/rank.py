@@ -109,7 +109,6 @@ class Rank:
         if spec.kind != "tensor_parallel" and not spec.num_layers:
             return Loaded(0, None)
         if spec.kind == "streaming":
-            difference = prove_streamed(spec.path, device)
             checkpoint = open_checkpoint(spec.path)
             self._engine = StreamingEngine(
                 checkpoint,
@@ -120,7 +119,12 @@ class Rank:
                 batch=spec.batch,
                 keep_cached=fits_page_cache(checkpoint),
             )
-            return Loaded(0, difference)
+            experts = self._engine.model.hold_experts(
+                spec.experts,
+                batch_tokens=spec.batch * spec.window_length,
+                tokens=spec.range_windows * spec.window_length,
+            )
+            return Loaded(0, prove_streamed(spec.path, device, experts))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,

@@ -87,11 +87,17 @@ def check_conformance(
 
 
 def check_streamed(
-    checkpoint: Checkpoint, architecture: Architecture, load: LoadEngine, device: torch.device
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    load: LoadEngine,
+    device: torch.device,
+    *,
+    in_parts: bool = False,
 ) -> float:
     """Run a small random model of the family layer by layer and as a whole, in this process.
 
-    Parameters and result as for :func:`check_conformance`.
+    Parameters and result as for :func:`check_conformance`; ``in_parts`` says for the message that
+    ``load`` gives an engine that holds experts in parts.
 
     Raises
     ------
@@ -107,9 +113,10 @@ def check_streamed(
             problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         raise UnsupportedArchitectureError(
-            f"Family {architecture.model_type} cannot be run layer by layer: a small random model "
-            f"of it does not compute what it computes as a whole ({problem}). Set "
-            "engine.kind=resident or tensor_parallel."
+            f"Family {architecture.model_type} cannot be run layer by layer"
+            f"{', its experts in parts' if in_parts else ''}: a small random model of it does not "
+            f"compute what it computes as a whole ({problem}). Set engine.kind=resident or "
+            "tensor_parallel."
         )
     return worst
 

@@ -24,15 +24,8 @@ from ghost_dist.checkpoint.architecture import Architecture, layer_sizes
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
+from ghost_dist.engines.expert_parts import experts_per_token
 
-_EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
-)
 _GATES = ("gate", "router", "shared_expert_gate")
 _STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
 _STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
@@ -223,7 +216,7 @@ def _layer(
         attention += _attention_flops(module, config)
         if any(weight.ndim == 3 for weight in weights) and not isinstance(module, nn.Conv1d):
             experts = [weight for weight in weights if weight.ndim == 3]  # biases are 2-dimensional
-            used = min(len(experts[0]), _experts_per_token(config) or len(experts[0]))
+            used = min(len(experts[0]), experts_per_token(config) or len(experts[0]))
             matmul += sum(2 * used * weight[0].numel() for weight in experts)
             widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
             sharded += sum(loaded[id(parameter)] for parameter in experts)
@@ -260,14 +253,6 @@ def _attention_flops(module: nn.Module, config: Any) -> int:
         return 0
     values = getattr(module, "v_head_dim", width)
     return 2 * int(config.num_attention_heads) * (int(width) + int(values))
-
-
-def _experts_per_token(config: Any) -> int | None:
-    """Routed experts that a token uses; None if the configuration has no name for it we know."""
-    for name in _EXPERTS_PER_TOKEN:
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
 
 
 def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:
