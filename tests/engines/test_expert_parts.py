@@ -106,7 +106,13 @@ def test_sums_are_made_as_each_implementation_makes_them(
         engine = in_parts(source, architecture, at_once, dtype)
         assert engine.model._model.config._experts_implementation == implementation
         got = recorded(engine, architecture)
-        assert_same(got, expected)
+        if implementation != "batched_mm":
+            assert_same(got, expected)
+            continue
+        # Its matrix products depend in the last bits on how many pairs there are.
+        for key, stream in expected.streams.items():
+            bound = 8 * NUM_LAYERS * torch.finfo(dtype).eps * float(stream.abs().max())
+            torch.testing.assert_close(got.streams[key], stream, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
