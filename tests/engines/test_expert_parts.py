@@ -251,7 +251,7 @@ def test_nan_in_an_expert_is_named(tmp_path):
 def test_the_small_model_is_run_in_parts_too(checkpoint, family, monkeypatch):
     source, _ = checkpoint(family)
     prove_streamed.cache_clear()
-    # The experts of the small model are 16 wide, and a scalar sigmoid differs from a vectorised one.
+    # Experts of the small model are 16 wide, and a scalar sigmoid differs from a vectorised one.
     assert prove_streamed(source.path, CPU, 3) < 1e-6
     monkeypatch.setattr(SplitLayer, "_answer", lambda self, *_: self._batches.popleft().hidden_NC)
     prove_streamed.cache_clear()
