@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -296,20 +297,22 @@ class SplitLayer:
         UnsupportedArchitectureError
             If the layer does not call its experts once with matrices.
         """
-        reading = self._parts.read(self._ranges[0])
+        ahead = [self._parts.read(self._ranges[0])]
         try:
             self._record(run, inputs)
-            for number, part in enumerate(self._ranges):
-                self._parts.install(part, reading.wait())
-                if number + 1 < len(self._ranges):
-                    reading = self._parts.read(self._ranges[number + 1])
+            for part, following in itertools.zip_longest(self._ranges, self._ranges[1:]):
+                # Nothing here holds what was read once the module has it, stacked anew.
+                self._parts.install(part, ahead.pop().wait())
+                if following is not None:
+                    ahead.append(self._parts.read(following))
                 for batch in self._batches:
                     self._run_part(part, batch)
                 self._parts.release()
             self._experts.__dict__["forward"] = self._answer
             yield
         finally:
-            reading.cancel()
+            for reading in ahead:
+                reading.cancel()
             self._batches.clear()
             self._experts.__dict__.pop("forward", None)
             self._parts.release()

@@ -261,6 +261,7 @@ class StreamedModel:
             for number, group in enumerate(groups):
                 reading = ahead.pop() if ahead else self._start(group)
                 tensors = reading.wait()
+                del reading  # it would hold the experts beside what they are stacked into
                 if number + 1 < len(groups):
                     ahead.append(self._start(groups[number + 1]))
                 self._install(self._targets_at_hand(group), tensors)

@@ -1,6 +1,7 @@
 """Mixture layers whose routed experts are read in parts, against the same layers as a whole."""
 
 import contextlib
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines import streamed_model
 from ghost_dist.engines.expert_parts import Inputs, SplitLayer, even_part, routed_experts
 from ghost_dist.engines.lanes import Lane, run_lanes
@@ -385,3 +387,23 @@ def test_inputs_come_as_often_as_they_are_asked_for():
         batches = list(inputs)
         assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
         assert torch.equal(torch.cat(batches), torch.cat([streams, streams + 1]))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_was_read_is_given_up_before_the_next_part_is_read(checkpoint, monkeypatch, at_once):
+    """Of one part what was read and what it was stacked into, or of two: no more at any time."""
+    source, architecture = checkpoint("mixtral")
+    engine = in_parts(source, architecture, at_once, num_layers=2)
+    read, start = [], WeightReader.start
+
+    def watched(self, names, rows=None):
+        alive = [reference for reference in read if reference() is not None]
+        reading = start(self, names, rows)
+        if any("experts" in name for name in names):
+            assert not alive, "an earlier part is still there"
+            read.extend(weakref.ref(tensor) for tensor in reading._tensors.values())
+        return reading
+
+    monkeypatch.setattr(WeightReader, "start", watched)
+    engine.run(TOKENS, range(WINDOWS), Recorder((2,)), lambda _: None)
+    assert len(read) == 2 * 4 * 3
