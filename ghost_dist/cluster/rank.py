@@ -109,6 +109,7 @@ class Rank:
         if spec.kind != "tensor_parallel" and not spec.num_layers:
             return Loaded(0, None)
         if spec.kind == "streaming":
+            difference = prove_streamed(spec.path, device)
             checkpoint = open_checkpoint(spec.path)
             self._engine = StreamingEngine(
                 checkpoint,
@@ -124,7 +125,7 @@ class Rank:
                 batch_tokens=spec.batch * spec.window_length,
                 tokens=spec.range_windows * spec.window_length,
             )
-            return Loaded(0, prove_streamed(spec.path, device, experts))
+            return Loaded(0, max(difference, prove_streamed(spec.path, device, experts)))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,

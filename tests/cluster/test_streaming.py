@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 
 import pytest
+from families import TEXT, save_checkpoint, save_tokenizer
 from live_sums import use_rank, waiting
 from ray_processes import nothing_leaked
 
@@ -94,3 +95,35 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
     assert operators(run) == alone[1]
     clean, left = nothing_leaked(cluster)
     assert clean, left
+
+
+def test_replicas_hold_experts_in_parts(make_config, cluster, tmp_path, monkeypatch):
+    source = save_checkpoint("mixtral", tmp_path / "source")
+    save_tokenizer(source)
+    (tmp_path / "text.txt").write_text(TEXT)
+    told = tmp_path / "parts"
+
+    class RankThatTells(Rank):
+        def run(self, *arguments):
+            told.write_text(str(self._engine.model._experts_at_once))
+            return super().run(*arguments)
+
+    use_rank(monkeypatch, RankThatTells)
+    fields = {
+        "model__path": str(source),
+        "calibration__source": str(tmp_path / "text.txt"),
+        "calibration__windows": 8,
+        "calibration__window_length": 32,
+        "selection__spans": [[2, 4]],
+    }
+    recover(make_config(**fields, output__path=str(tmp_path / "alone")), again="solve")
+    config = make_config(
+        **fields,
+        engine__kind="streaming",
+        engine__experts=3,
+        engine__replicas=2,
+        cluster__address=cluster.address,
+    )
+    recover_on_cluster(config, again="solve")
+    assert told.read_text() == "3"
+    assert operators(tmp_path / "run") == operators(tmp_path / "alone")
