@@ -86,9 +86,7 @@ def test_a_run_in_parts_ends_as_a_resident_one(of_mixture, tmp_path, parts):
     assert read["parts"].keys() == {"select", "calibrate"}
 
 
-@pytest.mark.parametrize(
-    ("stage", "last"), [("calibrate", [4]), ("solve", [6]), ("export", [6, 4]), (None, [4, 6])]
-)
+@pytest.mark.parametrize(("stage", "last"), [("calibrate", [4]), ("solve", [6]), (None, [6, 4, 6])])
 def test_every_stage_holds_few_experts(of_mixture, tmp_path, monkeypatch, stage, last):
     """Calibration below the span, the choice by KL, the check of the export, evaluation."""
     held, hold = [], StreamedModel.hold_experts
