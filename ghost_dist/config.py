@@ -265,6 +265,10 @@ class EngineConfig(_Section):
     """cpu, cuda or cuda:1; auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Windows per forward; auto: as the device's memory allows."""
+    experts: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """streaming: routed experts of a layer that are held at once, while they run and the next ones
+    are read; auto: all of them where layers fit the device, else as many as fit. May differ when a
+    run is continued."""
     compile: bool = False
     """torch.compile the decoder layers, on a GPU: a quarter faster, after some ten seconds for each
     kind of layer; for long calibrations; not on a cluster. Decides the last bits of the result."""
@@ -431,15 +435,15 @@ class Config(_Section):
         )
 
 
-MAY_DIFFER = ("output.path", "engine.replicas", "cluster.")
-"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs and
-on how many copies of the model does not change a bit of its sums."""
+MAY_DIFFER = ("output.path", "engine.replicas", "engine.experts", "cluster.")
+"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
+how many copies of the model and with how many experts at hand does not change a bit of its sums."""
 
 
 def decisive_tree(config: Config) -> dict[str, Any]:
     """:func:`config_tree` without what may differ between two runs with the same result."""
     tree = config_tree(config)
-    del tree["output"], tree["cluster"], tree["engine"]["replicas"]
+    del tree["output"], tree["cluster"], tree["engine"]["replicas"], tree["engine"]["experts"]
     return tree
 
 

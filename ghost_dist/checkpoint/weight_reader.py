@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -163,8 +163,15 @@ class WeightReader:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
         self._local = threading.local()
 
-    def start(self, names: Sequence[str]) -> Reading:
+    def start(self, names: Sequence[str], rows: Mapping[str, range] | None = None) -> Reading:
         """Begin to read tensors by name; memory on the device is taken at once.
+
+        Parameters
+        ----------
+        names
+            Of the tensors.
+        rows
+            Of some tensors only these entries along the first dimension; none of them in FP8.
 
         Raises
         ------
@@ -174,7 +181,10 @@ class WeightReader:
         checkpoint = self._checkpoint
         scale_of = {name: checkpoint.scales[name] for name in names if name in checkpoint.scales}
         infos = sorted(
-            (*(checkpoint.tensors[name] for name in names), *scale_of.values()),
+            (
+                *(_rows_of(checkpoint.tensors[name], (rows or {}).get(name)) for name in names),
+                *scale_of.values(),
+            ),
             key=lambda i: (i.file, i.offset),
         )
         for file in dict.fromkeys(info.file for info in infos):
@@ -336,6 +346,19 @@ class WeightReader:
             local.turn = 0
         local.turn = (local.turn + 1) % _BUFFERS_PER_READER
         return (*local.buffers[local.turn], local.stream)
+
+
+def _rows_of(info: TensorInfo, rows: range | None) -> TensorInfo:
+    """A tensor of which only some entries along the first dimension are read: one piece of it."""
+    if rows is None:
+        return info
+    nbytes = info.nbytes // info.shape[0]
+    return replace(
+        info,
+        shape=(len(rows), *info.shape[1:]),
+        offset=info.offset + rows.start * nbytes,
+        nbytes=len(rows) * nbytes,
+    )
 
 
 def _time(nanoseconds: int) -> str:

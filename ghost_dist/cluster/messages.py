@@ -36,6 +36,11 @@ class EngineSpec:
     """Ranks of a replica."""
     kind: Literal["resident", "tensor_parallel", "streaming"]
     """How the ranks run the layers; resident ones have degree 1."""
+    experts: int | Literal["auto"]
+    """As ``engine.experts``."""
+    window_length: int
+    range_windows: int
+    """Of the largest range."""
     backend: Backend
     trust_remote_code: bool
     threads: int

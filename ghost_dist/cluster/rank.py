@@ -107,15 +107,13 @@ class Rank:
         self._check_checkpoint(spec)
         device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
         self._device = device
-        difference = None
-        if spec.kind == "streaming" and spec.num_layers:
-            # Before there is a world: in one transformers saves the small model on rank 0 alone.
-            difference = prove_streamed(spec.path, device)
         if spec.kind == "tensor_parallel" or spec.degree > 1:
             self._join(rank, address, port, spec)
         if not spec.num_layers:
             return Loaded(0, None)
         if spec.kind == "streaming":
+            # Before the engine: it makes the family's classes known.
+            difference = prove_streamed(spec.path, device)
             checkpoint = open_checkpoint(spec.path)
             self._engine = StreamingEngine(
                 checkpoint,
@@ -127,7 +125,13 @@ class Rank:
                 keep_cached=fits_page_cache(checkpoint),
                 peers=Peers(rank, spec.degree),
             )
-            return Loaded(0, difference)
+            experts = self._engine.model.hold_experts(
+                spec.experts,
+                batch_tokens=spec.batch * spec.window_length,
+                tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
+                free=self._free_everywhere(),
+            )
+            return Loaded(0, max(difference, prove_streamed(spec.path, device, experts)))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,
@@ -330,11 +334,14 @@ class Rank:
 
     def _passes(self, collectors: Collectors) -> list[MakeCollector]:
         assert self._engine is not None
-        device = self._engine.device
-        free = torch.tensor([free_bytes(device)], device=device)
+        return collectors.passes(self._engine.device, self._free_everywhere(), self._block)
+
+    def _free_everywhere(self) -> int:
+        """Bytes that are free on the devices of all ranks, which must decide alike; collective."""
+        free = torch.tensor([free_bytes(self._device)], device=self._device)
         if self._block.count > 1:
-            dist.all_reduce(free, dist.ReduceOp.MIN)  # all ranks must make the same passes
-        return collectors.passes(device, int(free), self._block)
+            dist.all_reduce(free, dist.ReduceOp.MIN)
+        return int(free)
 
     def _check_checkpoint(self, spec: EngineSpec) -> None:
         where = f"on node {socket.gethostname()}"

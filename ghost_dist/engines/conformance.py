@@ -87,19 +87,30 @@ def check_conformance(
 
 
 def check_streamed(
-    checkpoint: Checkpoint, architecture: Architecture, load: LoadEngine, device: torch.device
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    load: LoadEngine,
+    device: torch.device,
+    *,
+    in_parts: bool = False,
 ) -> float:
     """Run a small random model of the family layer by layer and as a whole, in this process.
 
-    Parameters and result as for :func:`check_conformance`.
+    Parameters and result as for :func:`check_conformance`; ``in_parts`` says for the message that
+    ``load`` gives an engine that holds experts in parts. Collective over the world, if there is
+    one.
 
     Raises
     ------
     UnsupportedArchitectureError
         If the streams differ, or the engine could not run the model.
     """
+    if dist.is_initialized():
+        files = _shared_small_model(checkpoint, architecture)
+    else:
+        files = small_model(checkpoint, architecture)
     with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
-        for name, content in small_model(checkpoint, architecture).items():
+        for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
             worst, problem = _compare(Path(folder), load, device)
@@ -107,9 +118,10 @@ def check_streamed(
             problem = f"{type(error).__name__}: {error}"
     if problem is not None:
         raise UnsupportedArchitectureError(
-            f"Family {architecture.model_type} cannot be run layer by layer: a small random model "
-            f"of it does not compute what it computes as a whole ({problem}). Set "
-            "engine.kind=resident or tensor_parallel."
+            f"Family {architecture.model_type} cannot be run layer by layer"
+            f"{', its experts in parts' if in_parts else ''}: a small random model of it does not "
+            f"compute what it computes as a whole ({problem}). Set engine.kind=resident or "
+            "tensor_parallel."
         )
     return worst
 
@@ -160,7 +172,7 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
 
 
 def _shared_small_model(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int
+    checkpoint: Checkpoint, architecture: Architecture, degree: int = 1
 ) -> dict[str, bytes]:
     """Files of a random model with the same code paths, the same on every rank."""
     message: list[dict[str, bytes] | None] = [None]

@@ -19,6 +19,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair, down_projections
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.engines.base import Tokens
+from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.spans import Span
@@ -158,12 +159,17 @@ class _Streams:
     def run_layer(self, layer: int, architecture: Architecture) -> None:
         """Let one layer act on every lane that has it, then the operators behind it."""
         self._part_ways(layer)
-        with self._model.running(layer) as run:
-            if any(own is None for own in self._own):
-                self._run(run, self._dense)
-            for lane, own in zip(self._lanes, self._own, strict=True):
-                if own is None or layer in lane.removed:
-                    continue
+        running = [
+            (lane, own)
+            for lane, own in zip(self._lanes, self._own, strict=True)
+            if own is not None and layer not in lane.removed
+        ]
+        streams = [self._dense] if any(own is None for own in self._own) else []
+        inputs = Inputs([*streams, *(own for _, own in running)], self._batch, self._model.device)
+        with self._model.running(layer, inputs) as run:
+            for streams_WTC in streams:
+                self._run(run, streams_WTC)
+            for lane, own in running:
                 with self._down_of(lane, layer, architecture):
                     self._run(run, own)
         self._repair(layer + 1)

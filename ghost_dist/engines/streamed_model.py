@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -31,12 +32,32 @@ from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
 from ghost_dist.engines.conversions import convert_and_load, renamed
+from ghost_dist.engines.expert_parts import (
+    LAYERS_AT_ONCE,
+    SHARE_OF_FREE_MEMORY,
+    ExpertTensors,
+    Inputs,
+    RoutedExperts,
+    RunLayer,
+    SplitLayer,
+    bytes_in_parts,
+    cannot_be_split,
+    even_part,
+    expert_tensors,
+    experts_per_token,
+    pair_bytes,
+    routed_experts,
+)
+from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
+from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.collect import FlagsOnTheWay
 
 Group = int | Literal["embeddings", "head"]
-RunLayer = Callable[[Tensor], Tensor]
-"""Stream (B, T, C) entering a layer to the stream that leaves it; full rows, no padding."""
+_WIDTHS_AT_ONCE = 16
+"""Streams' worth of memory that a batch takes inside a layer (attention, dense MLP)."""
+_LEAST_LAYERS_AT_ONCE = 2
+"""What nothing but whole layers would take where no conversion holds one twice."""
 
 
 class _LayerDone(Exception):  # noqa: N818 - no error: it ends a forward early
@@ -100,6 +121,10 @@ class StreamedModel:
         self._norm = self._model.get_submodule(architecture.final_norm)
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
+        self._experts = self._routed_experts()
+        self._split: dict[int, _Split] = {}
+        self._experts_at_once: int | None = None
+        self._batch_bytes = 0
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, shared=shared)
@@ -138,6 +163,104 @@ class StreamedModel:
         """Bytes of a group's tensors in the files."""
         return sum(map(self._checkpoint.stored_bytes, self._keys[group]))
 
+    def hold_experts(
+        self,
+        experts: int | Literal["auto"],
+        *,
+        batch_tokens: int,
+        tokens: int,
+        kept: int = 1,
+        free: int | None = None,
+    ) -> int | None:
+        """Set how many routed experts of a layer are held at once; before anything is read.
+
+        Parameters
+        ----------
+        experts
+            So many at most. auto: all of them where layers fit as a whole, else as many as fit.
+        batch_tokens
+            Of one forward.
+        tokens, kept
+            Tokens of all streams that go through a layer, and the streams that are kept of each:
+            where the device is the host, they and what experts are asked and answer lie there too.
+        free
+            Bytes of the device that are taken to be free; None: those that are. Ranks that share
+            the reading must be given the same number.
+
+        Returns
+        -------
+        int | None
+            Experts of a part; None: all layers are whole.
+
+        Raises
+        ------
+        ConfigError
+            If not even one expert at a time fits, or layers are to be compiled that are not whole.
+        UnsupportedArchitectureError
+            If the family's experts cannot be run in parts, but would have to be.
+        """
+        found = self._experts
+        most = max((one.count for one in found.values()), default=0)
+        self._split, self._experts_at_once = {}, None
+        if not found or (experts != "auto" and experts >= most):
+            return None
+        stream_bytes = self.hidden_size * self.dtype.itemsize
+        k = experts_per_token(self._model.config) or most
+        self._batch_bytes = batch_tokens * stream_bytes * _WIDTHS_AT_ONCE
+        free = free_bytes(self.device) if free is None else free
+        room = int(SHARE_OF_FREE_MEMORY * free)
+        if self.device.type != "cuda":
+            room -= tokens * stream_bytes * (kept + 1)  # one more is being saved
+        if experts == "auto":
+            left = room - self._batch_bytes
+            whole = max(map(self._loaded_bytes, range(self.num_layers)))
+            problem = any(one.problem for one in found.values())
+            if (_LEAST_LAYERS_AT_ONCE if problem else LAYERS_AT_ONCE) * whole <= left:
+                return None
+        for one in found.values():
+            if one.problem:
+                raise cannot_be_split(self._architecture.model_type, one.problem)
+        if self._compiled:
+            raise ConfigError(
+                "engine.compile=true compiles whole layers, but these do not fit the device, or "
+                "engine.experts splits them: set engine.compile=false."
+            )
+        numbers = max(map(self._expert_numbers, found))
+        pairs = batch_tokens * k * pair_bytes(self.hidden_size, numbers, self.dtype.itemsize)
+        self._batch_bytes = max(self._batch_bytes, pairs)
+        if self.device.type != "cuda":
+            room -= tokens * stream_bytes * (1 + k)
+        at_once = self._most_experts(room - self._batch_bytes) if experts == "auto" else experts
+        if at_once < 1:
+            one_at_a_time = bytes_in_parts(*self._rest_and_beside(), self._expert_bytes(), 1)
+            raise ConfigError(
+                f"The layers do not fit {self.device}: one routed expert at a time, with the rest "
+                f"of its layer and what is read ahead, takes {one_at_a_time / 1e9:.2f} GB, a batch "
+                f"of {batch_tokens} tokens {self._batch_bytes / 1e9:.2f} GB, but only "
+                f"{max(0, room) / 1e9:.2f} GB may be filled. Take a smaller engine.batch, fewer or "
+                "shorter calibration.windows, or a device with more memory."
+            )
+        if experts == "auto":
+            at_once = even_part(most, at_once)
+        self._experts_at_once = at_once
+        self._split = {
+            layer: self._split_of(layer, one) for layer, one in found.items() if one.count > at_once
+        }
+        return at_once if self._split else None
+
+    def _most_experts(self, room: int) -> int:
+        """Experts of a part that fit into so many bytes; 0 or less: none."""
+        none = bytes_in_parts(*self._rest_and_beside(), 0, 0)
+        return (room - none) // bytes_in_parts(0, 0, self._expert_bytes(), 1)
+
+    def bytes_at_once(self, layers: Sequence[int]) -> int:
+        """What weights take on the device at most while these layers run one after the other."""
+        if not self._split:
+            return LAYERS_AT_ONCE * max(map(self.group_bytes, layers))
+        assert self._experts_at_once is not None
+        one = self._expert_bytes()
+        return bytes_in_parts(*self._rest_and_beside(), one, self._experts_at_once)
+
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
         """Groups one after the other, each with its weights while it is the current one.
@@ -149,11 +272,15 @@ class StreamedModel:
 
         def steps() -> Generator[Group]:
             for number, group in enumerate(groups):
-                reading = ahead.pop() if ahead else self._reader.start(self._keys[group])
+                reading = ahead.pop() if ahead else self._start(group)
                 tensors = reading.wait()
+                del reading  # it would hold the experts beside what they are stacked into
                 if number + 1 < len(groups):
-                    ahead.append(self._reader.start(self._keys[groups[number + 1]]))
-                self._install(group, tensors)
+                    ahead.append(self._start(groups[number + 1]))
+                self._install(self._targets_at_hand(group), tensors)
+                if group == "head" and self._tied:
+                    head = self._model.get_submodule(self._architecture.head)
+                    head.weight = self._embeddings.weight
                 del tensors
                 try:
                     yield group
@@ -186,11 +313,34 @@ class StreamedModel:
         return kept[0]
 
     @contextlib.contextmanager
-    def running(self, layer: int, *, tapped: bool = False) -> Iterator[RunLayer]:
+    def running(
+        self, layer: int, inputs: Inputs | None = None, *, tapped: bool = False
+    ) -> Iterator[RunLayer]:
         """A function that runs one layer, whose group must be at hand.
 
-        One that is ``tapped`` is not compiled: hooks inside it could be left out.
+        It takes a stream (B, T, C) of full rows, without padding, to that which leaves the layer.
+
+        Parameters
+        ----------
+        layer
+            Its number.
+        inputs
+            What the function will be called with, in that order. Only a layer whose experts are
+            held in parts needs them: those are run here, for all inputs.
+        tapped
+            It is not compiled: hooks inside it could be left out. Set such hooks once this context
+            is entered, so that they see every input once.
         """
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(self._running(layer, tapped=tapped))
+            if layer in self._split:
+                assert inputs is not None, "experts in parts are run for all inputs beforehand"
+                split = self._split_layer(layer)
+                stack.enter_context(split.answered(run, inputs))
+            yield run
+
+    @contextlib.contextmanager
+    def _running(self, layer: int, *, tapped: bool) -> Iterator[RunLayer]:
         module = self.layers[layer]
         entering: list[Tensor] = []
         left: list[Tensor] = []
@@ -298,16 +448,96 @@ class StreamedModel:
             keys["head"] += [key for key, target in target_of.items() if target == embedding]
         return keys, targets
 
-    def _install(self, group: Group, tensors: dict[str, Tensor]) -> None:
+    def _routed_experts(self) -> dict[int, RoutedExperts]:
+        """Of the layers that have some; with what keeps them from being split."""
+        return {
+            number: found
+            for number, layer in enumerate(self.layers)
+            if number < self.num_layers and (found := routed_experts(layer)) is not None
+        }
+
+    def _expert_targets(self, layer: int) -> list[str]:
+        found = self._experts[layer]
+        path = f"{self._architecture.layers}.{layer}.{found.path}"
+        return [f"{path}.{name}" for name in found.parameters]
+
+    def _split_of(self, layer: int, found: RoutedExperts) -> _Split:
+        targets = self._expert_targets(layer)
+        target_of = renamed(self._model, self._checkpoint)
+        names = [name for name in self._keys[layer] if target_of[name][0] in targets]
+        tensors = expert_tensors(self._checkpoint, names, found.count)
+        if isinstance(tensors, str):
+            raise cannot_be_split(self._architecture.model_type, tensors)
+        return _Split(found, targets, tensors, frozenset(names))
+
+    def _split_layer(self, layer: int) -> SplitLayer:
+        split = self._split[layer]
+        assert self._experts_at_once is not None
+        parts = _Parts(self, split, self.layers[layer].get_submodule(split.experts.path))
+        return SplitLayer(
+            parts.module,
+            split.experts.count,
+            self._experts_at_once,
+            family=self._architecture.model_type,
+            parts=parts,
+            device=self.device,
+            reserve=self._batch_bytes + self.bytes_at_once([layer]),
+        )
+
+    def _expert_numbers(self, layer: int) -> int:
+        """Parameters of one expert."""
+        numbers = sum(self._empty[name].numel() for name in self._expert_targets(layer))
+        return int(numbers) // self._experts[layer].count
+
+    def _expert_bytes(self) -> int:
+        """Of the largest expert, in the files or in memory, whichever takes more."""
+        return max(
+            self._loaded_bytes(layer, self._expert_targets(layer)) // found.count
+            for layer, found in self._experts.items()
+        )
+
+    def _rest_and_beside(self) -> tuple[int, int]:
+        """Largest layer without its experts, and largest of what is read while it runs."""
+        rests = {
+            group: self._loaded_bytes(group)
+            - (
+                self._loaded_bytes(group, self._expert_targets(group))
+                if group in self._experts
+                else 0
+            )
+            for group in self._keys
+            if group != "embeddings"
+        }
+        return max(rests[layer] for layer in self._experts), max(rests.values())
+
+    def _loaded_bytes(self, group: Group, targets: Sequence[str] | None = None) -> int:
+        """In memory, once converted."""
+        return sum(
+            self._empty[name].numel() * self._empty[name].itemsize
+            for name in (self._targets[group] if targets is None else targets)
+            if name in self._empty
+        )
+
+    def _start(self, group: Group) -> Reading:
+        """Begin to read a group; of a split layer all but its routed experts."""
+        names = self._keys[group]
+        if isinstance(group, int) and group in self._split:
+            names = [name for name in names if name not in self._split[group].names]
+        return self._reader.start(names)
+
+    def _targets_at_hand(self, group: Group) -> list[str]:
+        if isinstance(group, int) and group in self._split:
+            return [t for t in self._targets[group] if t not in self._split[group].targets]
+        return self._targets[group]
+
+    def _install(self, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         with quiet_loading():
             missing = convert_and_load(
                 self._model, self._checkpoint, tensors, self.dtype, self.device
             )
-        missing &= set(self._targets[group])
+        missing &= set(targets)
         check_loaded(self._checkpoint.path, nn.Module(), sorted(missing), self.dtype)
-        self._note_weights(group)
-        if group == "head" and self._tied:
-            self._model.get_submodule(self._architecture.head).weight = self._embeddings.weight
+        self._note_weights(targets)
 
     def check_weights(self) -> None:
         """Raise CheckpointError for weights installed so far that held NaN or Inf.
@@ -320,10 +550,10 @@ class StreamedModel:
                 if not finite:
                     raise non_finite_weight(self._checkpoint.path, name, self.dtype)
 
-    def _note_weights(self, group: Group) -> None:
+    def _note_weights(self, targets: Sequence[str]) -> None:
         """Remember whether each weight is finite: its extremes are NaN or Inf if any number is."""
         names, extremes = [], []
-        for name in self._targets[group]:
+        for name in targets:
             parent, _, leaf = name.rpartition(".")
             weight = getattr(self._model.get_submodule(parent), leaf)
             if weight.is_floating_point() and weight.numel() and not weight.is_meta:
@@ -346,3 +576,58 @@ class StreamedModel:
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")
             self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A layer whose routed experts are read in parts.
+
+    Attributes
+    ----------
+    experts
+        Of the layer.
+    targets
+        Names of their parameters in the model.
+    tensors, names
+        What they are made of in the files: by expert, and all together.
+    """
+
+    experts: RoutedExperts
+    targets: Sequence[str]
+    tensors: ExpertTensors
+    names: frozenset[str]
+
+
+class _Parts:
+    """Lets a module of experts hold some of them; a ``PartsOfExperts``."""
+
+    def __init__(self, model: StreamedModel, split: _Split, module: nn.Module) -> None:
+        self._model, self._split, self.module = model, split, module
+
+    def read(self, part: range) -> Reading:
+        """Begin to read experts."""
+        tensors = self._split.tensors
+        return self._model._reader.start(tensors.names(part), tensors.rows(part))
+
+    def install(self, part: range, tensors: Mapping[str, Tensor]) -> None:
+        """Let the module hold these experts, and no others."""
+        self.release()
+        for name, whole in self._own():
+            shape = (len(part), *whole.shape[1:])
+            empty = torch.empty(shape, dtype=whole.dtype, device="meta")
+            self.module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        self._set_count(len(part))
+        self._model._install(self._split.targets, tensors)
+
+    def release(self) -> None:
+        """Let it hold none."""
+        for name, whole in self._own():
+            self.module._parameters[name] = whole
+        self._set_count(self._split.experts.count)
+
+    def _set_count(self, count: int) -> None:
+        self.module.__dict__["num_experts"] = count
+
+    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, target in zip(self._split.experts.parameters, self._split.targets, strict=True):
+            yield name, self._model._empty[target]

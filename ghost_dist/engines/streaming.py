@@ -25,6 +25,7 @@ from ghost_dist.checkpoint.architecture import Architecture, inspect_architectur
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
+from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.peers import ALONE, Peers
 from ghost_dist.engines.streamed_model import Group, StreamedModel
@@ -32,8 +33,6 @@ from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
 _SHARE_OF_FREE_MEMORY = 0.85
-_LAYERS_AT_ONCE = 3
-"""The one that runs, the one that is read, and what a conversion may hold twice."""
 _WIDTHS_AT_ONCE = 16
 """Streams' worth of memory that a batch takes inside a layer (attention, MLP)."""
 
@@ -289,7 +288,8 @@ class StreamingEngine:
             keep("product", output if module.bias is None else output - module.bias)
 
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(self.model.running(layer, tapped=with_mlp))
+            inputs = Inputs([streams_WTC], self._batch, self.device)
+            run = stack.enter_context(self.model.running(layer, inputs, tapped=with_mlp))
             if with_mlp:
                 path = self._architecture.down_projections[layer]
                 module = self.model.layers[layer].get_submodule(path)
@@ -338,8 +338,15 @@ class _Checks:
 
 
 @functools.cache
-def prove_streamed(path: Path, device: torch.device) -> float:
+def prove_streamed(path: Path, device: torch.device, experts: int | None = None) -> float:
     """Once in a process, before real layers are read: run a small model of the family both ways.
+
+    Parameters
+    ----------
+    path, device
+        Of the real model.
+    experts
+        Routed experts of a part, as ``StreamedModel.hold_experts`` gives them.
 
     Returns
     -------
@@ -356,7 +363,7 @@ def prove_streamed(path: Path, device: torch.device) -> float:
     def load(
         folder: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> StreamingEngine:
-        return StreamingEngine(
+        engine = StreamingEngine(
             open_checkpoint(folder),
             architecture,
             num_layers=num_layers,
@@ -364,8 +371,14 @@ def prove_streamed(path: Path, device: torch.device) -> float:
             device=device,
             batch=2,
         )
+        if experts is not None:
+            # The small model has 8 experts at most: 3 leave a shorter part at the end.
+            engine.model.hold_experts(min(experts, 3), batch_tokens=1, tokens=1)
+        return engine
 
-    return check_streamed(checkpoint, inspect_architecture(checkpoint), load, device)
+    return check_streamed(
+        checkpoint, inspect_architecture(checkpoint), load, device, in_parts=experts is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -393,8 +406,8 @@ class _Place:
         inner = [engine._architecture.inner_sizes[layer] for layer in mlp_layers]
         rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
         batch = engine._batch * window_length * width * itemsize * _WIDTHS_AT_ONCE
-        layer = max(model.group_bytes(group) for group in range(boundaries[-1]))
-        left = _SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - _LAYERS_AT_ONCE * layer - batch
+        weights = model.bytes_at_once(range(boundaries[-1]))
+        left = _SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - weights - batch
         return _Place(
             engine.device,
             engine.device if 2 * stream <= left else cpu,  # the second is the copy being saved

@@ -62,7 +62,7 @@ from ghost_dist.planning.choice import (
     choose_engine,
 )
 from ghost_dist.planning.machine import device_name, existing_folder
-from ghost_dist.planning.memory import device_needs, host_bytes, streams_bytes
+from ghost_dist.planning.memory import asked_bytes, device_needs, host_bytes, streams_bytes
 from ghost_dist.planning.probe import ProbeSpec, measure
 from ghost_dist.planning.probe_files import cached_share
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
@@ -452,13 +452,14 @@ def _choose(
     degree = config.engine.tensor_parallel
     needs = device_needs(run, on_cluster=config.on_cluster, degrees=degrees, degree=degree)
     if device.type == "cpu":
-        needs = _with_host(needs, run)
+        needs = _with_host(needs, run, on_cluster=config.on_cluster)
     return choose_engine(
         config.engine.kind,
         on_cluster=config.on_cluster,
         needs=needs,
         free_bytes=free_bytes(device),
         where=device_name(device),
+        experts=config.engine.experts,
     )
 
 
@@ -470,7 +471,7 @@ def _divides(whole: Any, degree: int) -> bool:
     return True
 
 
-def _with_host(needs: DeviceNeeds, run: RunShape) -> DeviceNeeds:
+def _with_host(needs: DeviceNeeds, run: RunShape, *, on_cluster: bool) -> DeviceNeeds:
     """On a CPU the device's memory is the host's, so what waits there adds to it."""
 
     def add(by_stage: Mapping[str, int], engine: str) -> dict[str, int]:
@@ -487,6 +488,13 @@ def _with_host(needs: DeviceNeeds, run: RunShape) -> DeviceNeeds:
         },
         streaming=add(needs.streaming, "streaming"),
         streaming_one_layer=add(needs.streaming_one_layer, "streaming"),
+        streaming_parts={
+            at_once: {
+                name: nbytes + asked_bytes(run, name, on_cluster=on_cluster)
+                for name, nbytes in add(of_parts, "streaming").items()
+            }
+            for at_once, of_parts in needs.streaming_parts.items()
+        },
     )
 
 
@@ -585,6 +593,11 @@ def _stages(
                 "forward's rate where they share a layer"
             )
         )
+    if choice.experts is not None:
+        notes.append(
+            "layers with experts in parts run twice but for their routed experts, which FLOPs and "
+            "seconds leave out"
+        )
     plans = []
     for name, work in works.items():
         if not config.on_cluster or name not in ("select", "calibrate"):
@@ -607,6 +620,20 @@ def _stages(
         streams = ""
         if choice.kind == "streaming" and name in choice.device_bytes:
             streams, device_bytes, host = _place(run, name, device, device_bytes, host, free_host)
+        if choice.experts is not None and streams and device.type != "cpu":
+            asked = asked_bytes(run, name, on_cluster=config.on_cluster)
+            if device_bytes + asked <= SHARE_OF_FREE_MEMORY * free_bytes(device):
+                device_bytes += asked
+            elif host + asked <= SHARE_OF_FREE_MEMORY * free_host:
+                host += asked
+            else:
+                raise ConfigError(
+                    f"Stage {name} needs {(host + asked) / 1e9:.2f} GB of host memory, "
+                    f"{asked / 1e9:.2f} GB of it for what a layer's experts are asked and answer "
+                    f"(engine.experts), but {free_host / 1e9:.2f} GB are free, of which "
+                    f"{SHARE_OF_FREE_MEMORY:.0%} may be filled. Take fewer calibration.windows or "
+                    "evaluation.windows, or more memory."
+                )
         if host > SHARE_OF_FREE_MEMORY * free_host:
             raise ConfigError(
                 f"Stage {name} needs {host / 1e9:.2f} GB of host memory, but "

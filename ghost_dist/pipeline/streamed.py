@@ -82,7 +82,7 @@ class CollectByStreaming:
             self._folder / f"streams-{stage}", fingerprint(identity), sorted(windows)
         )
         self._check_disk(len(state.windows) * tokens.window_length, boundaries, mlp_layers)
-        engine = open_streaming_engine(inputs, collectors.last_boundary)
+        engine = open_streaming_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
         try:
             with self._reporter.stage(stage, boundaries[-1], "layers") as advance:
                 try:
@@ -165,10 +165,12 @@ def _sums_of_rows(
     return sums
 
 
-def open_streaming_engine(inputs: RunInputs, num_layers: int) -> StreamingEngine:
-    """The run's engine over layers ``0 .. num_layers - 1``, proven right on a small model."""
-    prove_streamed(inputs.source.path, inputs.device)
-    return StreamingEngine(
+def open_streaming_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> StreamingEngine:
+    """The run's engine over layers ``0 .. num_layers - 1``, proven right on a small model.
+
+    It will keep so many streams of each token.
+    """
+    engine = StreamingEngine(
         inputs.source,
         inputs.architecture,
         num_layers=num_layers,
@@ -178,6 +180,15 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int) -> StreamingEngine
         keep_cached=fits_page_cache(inputs.source),
         compiled=inputs.compiled,
     )
+    calibration = inputs.config.calibration
+    experts = engine.model.hold_experts(
+        inputs.config.engine.experts,
+        batch_tokens=inputs.batch * calibration.window_length,
+        tokens=calibration.windows * calibration.window_length,
+        kept=kept,
+    )
+    prove_streamed(inputs.source.path, inputs.device, experts)
+    return engine
 
 
 def streamed_divergences(
@@ -193,7 +204,7 @@ def streamed_divergences(
     """
     sums = torch.zeros((len(candidates), len(tokens)), dtype=torch.float64, device=inputs.device)
     lanes = [Lane(), *(Lane(tuple(spans), candidate) for candidate in candidates)]
-    with _streamed_model(inputs) as model:
+    with _streamed_model(inputs, tokens, len(lanes), inputs.batch) as model:
         head = _Head(model, inputs.architecture.vocab_size)
 
         def compare(part: slice, streams: list[Tensor]) -> None:
@@ -240,7 +251,7 @@ def streamed_scores(
     """
     tokens = np.concatenate([windows.tokens for windows in corpora.values()])
     sums = np.zeros((3, len(lanes), len(tokens)))
-    with _streamed_model(inputs) as model:
+    with _streamed_model(inputs, tokens, len(lanes), inputs.batch) as model:
         head = _Head(model, inputs.architecture.vocab_size)
 
         def score(part: slice, streams: list[Tensor]) -> None:
@@ -284,7 +295,7 @@ def streamed_verify(
     ExportError
         If the logits differ by more than rounding.
     """
-    with _streamed_model(inputs) as model:
+    with _streamed_model(inputs, tokens, 1, 1) as model:
         expected = _logits(model, inputs, recovered, tokens, advance)
     exported = open_checkpoint(folder)
     ours = has_our_code(folder)
@@ -304,6 +315,7 @@ def streamed_verify(
         model_class=model_class,
         config=config,
     ) as model:
+        _hold_experts(model, inputs, tokens, 1, 1)
         found = _logits(model, inputs, Lane(), tokens, advance)
     return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
@@ -337,15 +349,28 @@ class _Head:
         return self._model.logits(body[piece])
 
 
-def _streamed_model(inputs: RunInputs) -> StreamedModel:
-    prove_streamed(inputs.source.path, inputs.device)
-    return StreamedModel(
+def _streamed_model(inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: int) -> StreamedModel:
+    """The run's whole model, for lanes over some windows; proven right on a small model."""
+    model = StreamedModel(
         inputs.source,
         inputs.architecture,
         num_layers=inputs.architecture.num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
         keep_cached=fits_page_cache(inputs.source),
+    )
+    experts = _hold_experts(model, inputs, tokens, num_lanes, batch)
+    prove_streamed(inputs.source.path, inputs.device, experts)
+    return model
+
+
+def _hold_experts(
+    model: StreamedModel, inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: int
+) -> int | None:
+    return model.hold_experts(
+        inputs.config.engine.experts,
+        batch_tokens=batch * tokens.shape[1],
+        tokens=num_lanes * tokens.size,
     )
 
 

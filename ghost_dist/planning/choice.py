@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ghost_dist.engines.expert_parts import even_part
 from ghost_dist.errors import ConfigError
 
 SHARE_OF_FREE_MEMORY = 0.85
@@ -27,9 +28,13 @@ class DeviceNeeds:
     degree
         The degree that is configured; a key of ``tensor_parallel``.
     streaming
-        Two layers (one computed, one being read), activations and sums.
+        Two layers (one computed, one being read; three where experts have to be stacked),
+        activations and sums.
     streaming_one_layer
         The same with one layer, which is read and then computed.
+    streaming_parts
+        The same of layers whose routed experts are held in parts, for each number of experts of a
+        part below all; empty for a model whose experts cannot be.
     largest_layer
         Bytes of the largest layer alone, for the message.
     """
@@ -40,6 +45,7 @@ class DeviceNeeds:
     streaming: Mapping[str, int]
     streaming_one_layer: Mapping[str, int]
     largest_layer: int
+    streaming_parts: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,15 @@ class EngineChoice:
         Peak bytes on one device, by stage.
     prefetch
         streaming: whether the next layer is read while one is computed.
+    experts
+        streaming: routed experts of a layer that are held at once; None: all of them.
     """
 
     kind: EngineKind
     reason: str
     device_bytes: Mapping[str, int]
     prefetch: bool = True
+    experts: int | None = None
 
 
 def choose_engine(
@@ -71,6 +80,7 @@ def choose_engine(
     needs: DeviceNeeds,
     free_bytes: int,
     where: str,
+    experts: int | Literal["auto"] = "auto",
 ) -> EngineChoice:
     """The engine of a run: the configured one if it fits, with ``auto`` the first that fits.
 
@@ -90,6 +100,8 @@ def choose_engine(
         Of one device.
     where
         Name of the device, for messages.
+    experts
+        ``engine.experts``.
 
     Raises
     ------
@@ -126,15 +138,19 @@ def choose_engine(
             f"engine.tensor_parallel={needs.degree} needs {_gb(peak)} on each rank ({stage}), but "
             f"{has}. " + _what_would_fit(needs, room)
         )
-    stage, peak = _peak(needs.streaming)
     whole = _gb(_peak(needs.resident)[1])
     why = f"the whole model would need {whole}" if kind == "auto" else "as configured"
-    if peak <= room:
+    in_parts = experts if experts != "auto" and experts in needs.streaming_parts else None
+    stage, peak = _peak(needs.streaming)
+    if peak <= room and in_parts is None:
+        count = "three" if needs.streaming_parts else "two"
         return EngineChoice(
             "streaming",
-            f"{why}; two layers at a time need {_gb(peak)} ({stage}), and {has}",
+            f"{why}; {count} layers at a time need {_gb(peak)} ({stage}), and {has}",
             needs.streaming,
         )
+    if needs.streaming_parts and (in_parts is not None or experts == "auto"):
+        return _by_experts(needs, in_parts, room, why, has)
     stage, peak = _peak(needs.streaming_one_layer)
     if peak <= room:
         return EngineChoice(
@@ -147,6 +163,33 @@ def choose_engine(
         f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
         f"{_gb(peak)} ({stage}; the largest layer alone is {_gb(needs.largest_layer)}), but {has}. "
         + _what_would_fit(needs, room)
+    )
+
+
+def _by_experts(
+    needs: DeviceNeeds, configured: int | None, room: int, why: str, has: str
+) -> EngineChoice:
+    """Layers with their experts in parts: as many as configured, or as fit."""
+    count = max(needs.streaming_parts) + 1
+    fitting = [n for n, of_parts in needs.streaming_parts.items() if _peak(of_parts)[1] <= room]
+    at_once = configured
+    if at_once is None and fitting:
+        at_once = even_part(count, max(fitting))
+    if at_once in fitting:
+        assert at_once is not None
+        stage, peak = _peak(needs.streaming_parts[at_once])
+        return EngineChoice(
+            "streaming",
+            f"{why}; layers with {at_once} of {count} routed experts at a time need {_gb(peak)} "
+            f"({stage}; the largest layer alone is {_gb(needs.largest_layer)}), and {has}",
+            needs.streaming_parts[at_once],
+            experts=at_once,
+        )
+    stage, peak = _peak(needs.streaming_parts[at_once or 1])
+    raise ConfigError(
+        f"The model does not fit: even {at_once or 1} of {count} routed experts of a layer at a "
+        f"time (engine.kind=streaming, engine.experts) need {_gb(peak)} ({stage}; the largest "
+        f"layer alone is {_gb(needs.largest_layer)}), but {has}. " + _what_would_fit(needs, room)
     )
 
 
@@ -171,6 +214,9 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     fitting = []
     if _peak(needs.streaming)[1] <= room:
         fitting.append(f"engine.kind=streaming needs {_gb(_peak(needs.streaming)[1])}")
+    elif needs.streaming_parts:
+        if _peak(needs.streaming_parts[1])[1] <= room:
+            fitting.append("engine.kind=streaming with engine.experts=auto")
     elif _peak(needs.streaming_one_layer)[1] <= room:
         fitting.append(
             f"engine.kind=streaming without prefetch needs "
@@ -184,7 +230,7 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     if fitting:
         return "What would fit: " + "; ".join(fitting) + "."
     least = min(
-        _peak(needs.streaming_one_layer)[1],
+        _peak(needs.streaming_parts.get(1, needs.streaming_one_layer))[1],
         *(_peak(of_rank)[1] for of_rank in needs.tensor_parallel.values()),
     )
     return (

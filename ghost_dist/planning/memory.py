@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
+from ghost_dist.engines.expert_parts import LAYERS_AT_ONCE, bytes_in_parts, pair_bytes
 from ghost_dist.planning.choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.sizes import fit_bytes
@@ -42,8 +43,12 @@ def device_needs(
             for n in sorted({*degrees, degree})
         },
         degree=degree,
-        streaming={name: _streaming(run, name, 2) for name in wanted},
+        streaming={name: _streaming(run, name, _layers_at_once(run)) for name in wanted},
         streaming_one_layer={name: _streaming(run, name, 1) for name in wanted},
+        streaming_parts={
+            at_once: {name: _streaming(run, name, 0, at_once) for name in wanted}
+            for at_once in range(1, run.sizes.experts)
+        },
         largest_layer=run.sizes.largest_layer_bytes,
     )
 
@@ -94,6 +99,21 @@ def streams_bytes(run: RunShape, stage: str) -> int:
     return streams
 
 
+def asked_bytes(run: RunShape, stage: str, *, on_cluster: bool) -> int:
+    """streaming with experts in parts: what all tokens ask of a layer's experts, and the answers.
+
+    The input of the experts, and a product for each expert of a token.
+    """
+    if stage in ("select", "calibrate"):
+        tokens = run.num_tokens
+        if on_cluster:  # ranges go through one after the other
+            tokens = -(-run.num_windows // run.num_ranges) * run.window_length
+        streams = run.sizes.stream_bytes(tokens)
+    else:
+        streams = streams_bytes(run, stage)
+    return (1 + run.sizes.experts_per_token) * streams
+
+
 def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     sizes, batch_tokens = run.sizes, run.batch * run.window_length
     activations = sizes.activation_bytes(batch_tokens)
@@ -129,18 +149,31 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
 
 
-def _streaming(run: RunShape, stage: str, layers: int) -> int:
-    sizes = run.sizes
+def _layers_at_once(run: RunShape) -> int:
+    """One that is computed and one that is read; experts are stacked, and for a moment twice."""
+    return LAYERS_AT_ONCE if run.sizes.experts else 2
+
+
+def _streaming(run: RunShape, stage: str, layers: int, experts: int = 0) -> int:
+    """With so many whole layers, or with so many experts of a part."""
+    sizes, batch_tokens = run.sizes, run.batch * run.window_length
     weights = layers * sizes.largest_layer_bytes
-    activations = _PREFETCHED_BATCHES * sizes.activation_bytes(run.batch * run.window_length)
+    activations = _PREFETCHED_BATCHES * sizes.activation_bytes(batch_tokens)
+    head = 0
+    if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
+        head = (sizes.above_bytes or sizes.below_bytes) + _LOGITS_BYTES
+    if experts:
+        expert = max(layer.expert_bytes for layer in sizes.layers)
+        rest = max(layer.rest_bytes for layer in sizes.layers if layer.experts)
+        beside = max(head, *(layer.rest_bytes for layer in sizes.layers))
+        weights = bytes_in_parts(rest, beside, expert, experts)
+        pair = pair_bytes(sizes.hidden_size, expert // sizes.itemsize, sizes.itemsize)
+        activations = max(activations, batch_tokens * sizes.experts_per_token * pair)
     embeddings = sizes.below_bytes + activations  # the first step, before any layer is there
     sums = {
         "select": _selection_bytes(run),
         "calibrate": run.samples_bytes + _product_bytes(run),
     }.get(stage, 0)
-    head = 0
-    if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
-        head = (sizes.above_bytes or sizes.below_bytes) + _LOGITS_BYTES
     # Sums are taken range by range at the end of a sweep, the head runs behind the last layer.
     return max(embeddings, weights + activations, sums, head + activations)
 

@@ -12,7 +12,7 @@ Legend: C hidden width, F inner width of an MLP, V entries of the vocabulary, T 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,8 @@ from ghost_dist.checkpoint.architecture import Architecture, layer_sizes
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
+from ghost_dist.engines.expert_parts import experts_per_token, routed_experts
 
-_EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
-)
 _GATES = ("gate", "router", "shared_expert_gate")
 _STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
 _STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
@@ -60,6 +53,9 @@ class LayerSizes:
         Numbers per token of the widest activation inside.
     kind
         Equal for layers that cost the same.
+    experts, expert_bytes
+        Routed experts that can be held in parts, and bytes of one in memory; 0 where there are
+        none.
     """
 
     stored_bytes: int
@@ -70,6 +66,13 @@ class LayerSizes:
     attention_flops: int
     widest: int
     kind: str
+    experts: int = 0
+    expert_bytes: int = 0
+
+    @property
+    def rest_bytes(self) -> int:
+        """In memory without routed experts that can be held in parts."""
+        return self.loaded_bytes - self.experts * self.expert_bytes
 
     def flops(self, window_length: int) -> int:
         """Per token, in a window of so many tokens."""
@@ -94,6 +97,8 @@ class ModelSizes:
         Embeddings and whatever else comes before the layers, in memory and in the files.
     above_bytes, above_stored_bytes
         Final norm and head; 0 for a head that is the embeddings.
+    experts_per_token
+        Routed ones; 0 for a model without any.
     """
 
     layers: tuple[LayerSizes, ...]
@@ -106,6 +111,12 @@ class ModelSizes:
     below_stored_bytes: int
     above_bytes: int
     above_stored_bytes: int
+    experts_per_token: int = 0
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer that can be held in parts, of the layer with most; else 0."""
+        return max(layer.experts for layer in self.layers)
 
     @property
     def head_flops(self) -> int:
@@ -207,7 +218,13 @@ def model_sizes(
         below_stored_bytes=outside,
         above_bytes=above_bytes,
         above_stored_bytes=above_stored,
+        experts_per_token=_most_experts_of_a_token(listed, config),
     )
+
+
+def _most_experts_of_a_token(layers: Iterable[nn.Module], config: Any) -> int:
+    counts = [found.count for layer in layers if (found := routed_experts(layer)) is not None]
+    return (experts_per_token(config) or max(counts)) if counts else 0
 
 
 def _layer(
@@ -223,7 +240,7 @@ def _layer(
         attention += _attention_flops(module, config)
         if any(weight.ndim == 3 for weight in weights) and not isinstance(module, nn.Conv1d):
             experts = [weight for weight in weights if weight.ndim == 3]  # biases are 2-dimensional
-            used = min(len(experts[0]), _experts_per_token(config) or len(experts[0]))
+            used = min(len(experts[0]), experts_per_token(config) or len(experts[0]))
             matmul += sum(2 * used * weight[0].numel() for weight in experts)
             widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
             sharded += sum(loaded[id(parameter)] for parameter in experts)
@@ -233,6 +250,11 @@ def _layer(
         if _is_shared_by_ranks(layer, path, module):
             sharded += sum(loaded[id(weight)] for weight in weights)
     loaded_bytes = sum(loaded[id(t)] for t in layer.state_dict(keep_vars=True).values())
+    count, expert_bytes = 0, 0
+    if (found := routed_experts(layer)) is not None and found.problem is None:
+        routed = layer.get_submodule(found.path)
+        count = found.count
+        expert_bytes = sum(loaded[id(p)] for p in routed.parameters(recurse=False)) // count
     return LayerSizes(
         stored_bytes=in_files[0],
         exported_bytes=in_files[1],
@@ -242,6 +264,8 @@ def _layer(
         attention_flops=attention,
         widest=widest,
         kind=f"{matmul} {attention} {loaded_bytes} {named}",
+        experts=count,
+        expert_bytes=expert_bytes,
     )
 
 
@@ -260,14 +284,6 @@ def _attention_flops(module: nn.Module, config: Any) -> int:
         return 0
     values = getattr(module, "v_head_dim", width)
     return 2 * int(config.num_attention_heads) * (int(width) + int(values))
-
-
-def _experts_per_token(config: Any) -> int | None:
-    """Routed experts that a token uses; None if the configuration has no name for it we know."""
-    for name in _EXPERTS_PER_TOKEN:
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
 
 
 def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:

@@ -7,13 +7,17 @@ from collections import Counter
 
 import pytest
 import torch
+from families import TEXT, save_checkpoint, save_tokenizer
 from live_sums import use_rank, waiting
 from ray_processes import nothing_leaked
 from safetensors.torch import load, load_file
 
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.recover import recover_on_cluster
-from ghost_dist.errors import NonFiniteActivationError
+from ghost_dist.engines.streamed_model import StreamedModel
+from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.pipeline.recover import recover
 
 FIELDS = {
@@ -184,3 +188,82 @@ def test_what_one_of_the_ranks_meets_ends_the_run_by_name(make, cluster, tmp_pat
         recover_on_cluster(make(engine__replicas=1, engine__data_parallel=2))
     clean, left = nothing_leaked(cluster)
     assert clean, left
+
+
+@pytest.fixture
+def mixture(make_config, tmp_path):
+    """Of 4 experts; and the operators of a run that holds it."""
+    source = save_checkpoint("mixtral", tmp_path / "source")
+    save_tokenizer(source)
+    (tmp_path / "text.txt").write_text(TEXT)
+    fields = {
+        "model__path": str(source),
+        "calibration__source": str(tmp_path / "text.txt"),
+        "calibration__windows": 8,
+        "calibration__window_length": 32,
+        "selection__spans": [[2, 4]],
+        "operator__name": "ghost",
+    }
+    recover(make_config(**fields, output__path=str(tmp_path / "alone")), again="solve")
+    return fields, operators(tmp_path / "alone")
+
+
+@pytest.fixture
+def run_mixture(make_config, mixture, cluster, tmp_path, monkeypatch):
+    """Run it on the cluster; experts that each rank holds."""
+    told = tmp_path / "told"
+    told.mkdir()
+
+    def run(kind=Rank, **overrides):
+        class RankThatTells(kind):
+            def run(self, *arguments):
+                found = self._engine.model._experts_at_once
+                (told / f"{self._block.index} {found}").touch()
+                return super().run(*arguments)
+
+        use_rank(monkeypatch, RankThatTells)
+        fields = {**mixture[0], "engine__kind": "streaming", "cluster__address": cluster.address}
+        recover_on_cluster(make_config(**{**fields, **overrides}), again="solve")
+        return sorted(path.name for path in told.iterdir())
+
+    return run
+
+
+def test_replicas_hold_experts_in_parts(run_mixture, mixture, tmp_path):
+    assert run_mixture(engine__experts=3, engine__replicas=2) == ["0 3"]
+    assert operators(tmp_path / "run") == mixture[1]
+
+
+def test_ranks_that_share_the_reading_hold_the_same_experts(run_mixture, mixture, tmp_path):
+    """One has memory for whole layers, the other for less; they read the same at the same time."""
+    source = open_checkpoint(mixture[0]["model__path"])
+    ends = {}
+    with StreamedModel(
+        source,
+        inspect_architecture(source),
+        num_layers=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    ) as model:
+        for free in range(50_000, 2_000_000, 10_000):
+            try:
+                ends[model.hold_experts("auto", batch_tokens=64, tokens=32, free=free)] = free
+            except ConfigError:
+                continue
+    assert set(ends) >= {1, 2, None}
+    little, plenty = ends[2], ends[None]
+
+    class RankWithLittle(Rank):
+        def load(self, rank, *rest):
+            import ghost_dist.cluster.rank as module
+
+            measured = module.free_bytes
+            module.free_bytes = lambda _: little if rank else plenty
+            try:
+                return super().load(rank, *rest)
+            finally:
+                module.free_bytes = measured
+
+    found = run_mixture(RankWithLittle, engine__batch=2, engine__data_parallel=2)
+    assert found == ["0 2", "1 2"]
+    same_numbers(tmp_path / "run", mixture[1])

@@ -1,15 +1,18 @@
 """Layer streaming on a GPU: the same bits as the resident engine, wherever the streams live."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import NUM_LAYERS, VOCAB, save_checkpoint
 from recording import Recorder
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.engines import streaming
+from ghost_dist.engines import expert_parts, streaming
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError
@@ -32,7 +35,7 @@ def opened(request, tmp_path):
     return source, architecture
 
 
-def stream(opened, state=None, **options):
+def stream(opened, state=None, experts="auto", **options):
     source, architecture = opened
     engine = StreamingEngine(
         source,
@@ -43,6 +46,7 @@ def stream(opened, state=None, **options):
         batch=2,
         **options,
     )
+    engine.model.hold_experts(experts, batch_tokens=64, tokens=TOKENS.size)
     mlp = tuple(sorted(architecture.down_projections))[:1]
     recorder = Recorder((0, 3, NUM_LAYERS), mlp)
     rows = engine.sweep(TOKENS, range(6), recorder.boundaries, mlp, lambda _: None, state)
@@ -109,3 +113,68 @@ def test_compiled_layers_differ_by_rounding_only(tmp_path):
         for key in plain.mlp
         for a, b in zip(plain.mlp[key], compiled.mlp[key], strict=True)
     )
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_in_parts_give_the_bits_of_whole_layers(
+    tmp_path, monkeypatch, family, experts, place
+):
+    """With what they are asked and answer on the device, and in page-locked host memory."""
+    source = open_checkpoint(save_checkpoint(family, tmp_path / "model", torch.bfloat16))
+    architecture = inspect_architecture(source)
+    prove_streamed(source.path, CUDA, experts)
+    if place == "host":
+        monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
+        monkeypatch.setattr(expert_parts, "_free_or_cached", lambda _: 0)
+    places, run_part = set(), expert_parts.SplitLayer._run_part
+
+    def watched(self, part, batch):
+        places.update((batch.hidden_NC.device.type, batch.products_SC.device.type))
+        run_part(self, part, batch)
+
+    monkeypatch.setattr(expert_parts.SplitLayer, "_run_part", watched)
+    got = stream((source, architecture), experts=experts)[1]
+    assert places == {"cuda" if place == "device" else "cpu"}
+    expected = resident((source, architecture))
+    for key, whole in expected.streams.items():
+        assert torch.equal(got.streams[key], whole), key
+    for key, parts in expected.mlp.items():
+        assert all(map(torch.equal, got.mlp[key], parts)), key
+
+
+def test_experts_in_parts_take_less_than_one_layer(tmp_path):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=64,
+        num_experts_per_tok=4,
+        moe_intermediate_size=512,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    architecture = inspect_architecture(source)
+    prove_streamed(source.path, CUDA, 3)
+    peaks = {}
+    for experts in (64, 4):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with contextlib.closing(
+            StreamingEngine(
+                source, architecture, num_layers=3, dtype=torch.bfloat16, device=CUDA, batch=2
+            )
+        ) as engine:
+            engine.model.hold_experts(experts, batch_tokens=64, tokens=TOKENS.size)
+            engine.sweep(TOKENS, range(6), (3,), (), lambda _: None)
+        peaks[experts] = torch.cuda.max_memory_allocated() - before
+    assert peaks[64] > 2 * layer
+    assert peaks[4] < layer / 2

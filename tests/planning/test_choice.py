@@ -95,3 +95,75 @@ def test_a_refusal_says_what_is_needed_what_is_free_and_what_would_fit(
     message = str(refused.value)
     for word in [*words, f"{free_for(room) / 1e9:.2f} GB free", "85%", "GPU X"]:
         assert word in message, message
+
+
+PARTS = replace(
+    NEEDS,
+    streaming_parts={n: {"calibrate": (4 + n) * GB, "solve": 5 * GB} for n in range(1, 8)},
+)
+
+
+def choose_parts(gigabytes, experts="auto", kind="auto"):
+    return choose_engine(
+        kind,
+        on_cluster=False,
+        needs=PARTS,
+        free_bytes=free_for(gigabytes),
+        where="GPU X",
+        experts=experts,
+    )
+
+
+@pytest.mark.parametrize(
+    ("room", "experts", "held"),
+    [
+        (140, "auto", "resident"),
+        (20, "auto", None),  # whole layers
+        (19, "auto", 4),  # two parts at least, of like sizes
+        (9, "auto", 4),
+        (8, "auto", 4),
+        (7, "auto", 3),
+        (6, "auto", 2),
+        (5, "auto", 1),
+        (30, 3, 3),
+        (7, 3, 3),
+        (30, 8, None),  # all of them
+    ],
+)
+def test_experts_of_layers_that_do_not_fit(room, experts, held):
+    choice = choose_parts(room, experts)
+    if held == "resident":
+        assert (choice.kind, choice.experts) == ("resident", None)
+        return
+    assert (choice.kind, choice.experts, choice.prefetch) == ("streaming", held, True)
+    if held is None:
+        assert choice.device_bytes == NEEDS.streaming
+        assert "three layers at a time need 20.00 GB" in choice.reason
+    else:
+        assert choice.device_bytes == PARTS.streaming_parts[held]
+        assert f"with {held} of 8 routed experts at a time need {4 + held}.00" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("room", "experts", "kind", "words"),
+    [
+        (
+            4,
+            "auto",
+            "auto",
+            ["even 1 of 8 routed", "need 5.00 GB (calibrate", "5.88 GB free is the"],
+        ),
+        (6, 3, "streaming", ["even 3 of 8 routed experts", "need 7.00 GB (calibrate", "auto"]),
+        (12, 8, "streaming", ["engine.experts=auto"]),
+        (12, "auto", "resident", ["engine.kind=streaming with engine.experts=auto"]),
+    ],
+)
+def test_a_refusal_says_what_an_expert_needs(room, experts, kind, words):
+    if words == ["engine.experts=auto"]:
+        # All experts at once, as the user says: one layer at a time is the least then.
+        assert choose_parts(room, experts, kind).prefetch is False
+        return
+    with pytest.raises(ConfigError) as refused:
+        choose_parts(room, experts, kind)
+    for word in [*words, "8.00 GB" if kind != "resident" else "GB", "GPU X"]:
+        assert word in str(refused.value), str(refused.value)

@@ -34,12 +34,12 @@ LLAMA_405B = {
 }
 
 
-def write_headers(folder, config, dtype=torch.bfloat16):
+def write_headers(folder, config, dtype=torch.bfloat16, name="LlamaForCausalLM"):
     """A checkpoint of the right shape and size that holds no data: one sparse file a layer."""
     folder.mkdir(parents=True, exist_ok=True)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [name]
     config.save_pretrained(folder)
-    model = empty_model(transformers.LlamaForCausalLM, config)
+    model = empty_model(getattr(transformers, name), config)
     shards = {}
     for name, tensor in model.state_dict().items():
         number = name.split(".")[2] if ".layers." in name else "rest"
@@ -70,6 +70,30 @@ def write_headers(folder, config, dtype=torch.bfloat16):
 @pytest.fixture(scope="module")
 def llama_405b(tmp_path_factory):
     return write_headers(tmp_path_factory.mktemp("405b"), transformers.LlamaConfig(**LLAMA_405B))
+
+
+MIXTURE_1T = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "vocab_size": 163840,
+}
+
+
+@pytest.fixture(scope="module")
+def mixture_1t(tmp_path_factory):
+    config = transformers.DeepseekV3Config(**MIXTURE_1T)
+    folder = tmp_path_factory.mktemp("1t")
+    return write_headers(folder, config, name="DeepseekV3ForCausalLM")
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +272,65 @@ def test_what_cannot_fit_is_refused_with_its_numbers(
         plan_run(configure(llama_405b, tmp_path, **overrides))
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "experts", "held"),
+    [
+        (140, "auto", None),  # three whole layers
+        (80, "auto", 192),
+        (40, "auto", 128),
+        (24, "auto", 55),
+        (80, 100, 100),
+        (16, "auto", 17),
+    ],
+)
+def test_a_mixture_of_1t_is_planned_with_its_experts_in_parts(
+    mixture_1t, tmp_path, gpu_of, device_gb, experts, held
+):
+    gpu_of(device_gb)
+    spans = [[30, 40]]
+    config = configure(mixture_1t, tmp_path, selection__spans=spans, engine__experts=experts)
+    plan = plan_run(config)
+    assert (plan.engine.kind, plan.engine.experts) == ("streaming", held)
+    assert plan.tree()["engine"]["experts"] == held
+    if held is None:
+        return
+    expert = 2 * 3 * 7168 * 2048
+    layer = max(layer.loaded_bytes for layer in _sizes(mixture_1t).layers)
+    rest = layer - 384 * expert
+    dense = _sizes(mixture_1t).layers[0].loaded_bytes
+    batch = 4 * 2048 * 8 * 2 * (7 * 7168 + 3 * 2048)  # bytes of all pairs of token and expert
+    calibrate = next(stage for stage in plan.stages if stage.name == "calibrate")
+    weights = plan.engine.device_bytes["calibrate"] - batch
+    assert weights == rest + dense + 2 * held * expert
+    streams = 32 * 2048 * 7168 * 2
+    asked = 9 * streams  # the input of the experts and eight answers
+    room = 0.85 * device_gb * 1e9 - plan.engine.device_bytes["calibrate"]
+    waiting = asked * (room >= 3 * streams + asked) + 3 * streams * (room >= 3 * streams)
+    assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"] + waiting
+    on_host = calibrate.host_bytes - 16 * (32 << 20) - 8 * (2 * 7168**2 + 3 * 7168 + 1)
+    assert on_host == 3 * streams + asked - waiting
+    assert f"with {held} of 384 routed experts at a time" in plan.engine.reason
+    assert any("run twice" in note for note in plan.notes)
+    # Each expert is read once, as whole layers would be.
+    whole = sum(layer.stored_bytes for layer in _sizes(mixture_1t).layers[:40])
+    assert calibrate.read_bytes == whole + 2 * 163840 * 7168
+
+
+def _sizes(folder):
+    source = open_checkpoint(folder)
+    return model_sizes(source, inspect_architecture(source), torch.bfloat16)
+
+
+def test_a_mixture_of_which_not_even_one_expert_fits_is_refused(mixture_1t, tmp_path, gpu_of):
+    gpu_of(8)
+    config = configure(mixture_1t, tmp_path, selection__spans=[[30, 40]])
+    with pytest.raises(ConfigError, match=r"even 1 of 384 routed experts .* need \d+\.\d+ GB"):
+        plan_run(config)
+    gpu_of(16, host_gb=10)
+    with pytest.raises(ConfigError, match="for what a layer's experts are asked and answer"):
+        plan_run(config)
 
 
 def test_a_cluster_shares_the_forward(llama_405b, tmp_path, gpu_of):

@@ -1,0 +1,453 @@
+"""A mixture layer whose routed experts are read and run in parts, each expert once for all windows.
+
+    the layer without its routed experts runs until it calls them:  hidden states, indices, weights
+    part after part of the experts:                                 one product per token and expert
+    the layer runs again, and its experts answer with the weighted sums of those products
+
+transformers keeps the routed experts of a layer in one module with a row per expert in each of its
+parameters, called as ``experts(hidden_states, top_k_index, top_k_weights)``. That module's own
+forward computes the products, with only the experts of a part in it; an expert sees the same rows
+as in the whole layer. The sums are made as the module makes them, of products that all are there.
+So the bits are those of the whole layer, but for what torch's elementwise functions compute without
+vector instructions on a CPU: the last numbers of a tensor, none where experts are a multiple of 32
+wide.
+
+Legend: N tokens of a batch, K experts of a token, C hidden width, S pairs of token and expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.weight_reader import Reading
+from ghost_dist.engines.memory import free_bytes
+from ghost_dist.errors import UnsupportedArchitectureError
+
+SHARE_OF_FREE_MEMORY = 0.85
+LAYERS_AT_ONCE = 3
+"""Whole layers on the device: the one that runs, the one that is read, and what a conversion may
+hold twice."""
+_PARTS_AT_ONCE = 2
+"""The same of parts: the next one is read when this one has been converted."""
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
+_ARGUMENTS = 3  # of a routed-experts module: hidden states, indices, weights
+_WIDTHS_OF_A_PAIR = 7
+"""C wide tensors for each pair of token and expert while experts run: gathered and sorted inputs,
+products, weighted products in float32."""
+
+RunLayer = Callable[[Tensor], Tensor]
+
+
+class Inputs:
+    """Streams that will go through a layer, batch by batch, as often as somebody asks.
+
+    Parameters
+    ----------
+    streams
+        Of one shape (W, T, C) each.
+    batch
+        Windows at a time.
+    device
+        Where the layer runs.
+    """
+
+    def __init__(self, streams: Sequence[Tensor], batch: int, device: torch.device) -> None:
+        self._streams, self._batch, self._device = streams, batch, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches (B, T, C) on the device, in the order in which the layer will run them."""
+        for streams_WTC in self._streams:
+            for first in range(0, len(streams_WTC), self._batch):
+                yield streams_WTC[first : first + self._batch].to(self._device, non_blocking=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all batches."""
+        return sum(streams_WTC.shape[0] * streams_WTC.shape[1] for streams_WTC in self._streams)
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The routed experts of one layer.
+
+    Attributes
+    ----------
+    path
+        Of their module in the layer.
+    count
+        Of experts.
+    parameters
+        Names in the module; each parameter has a row per expert.
+    problem
+        Why they cannot be run in parts; None: they can.
+    """
+
+    path: str
+    count: int
+    parameters: tuple[str, ...]
+    problem: str | None = None
+
+
+def routed_experts(layer: nn.Module) -> RoutedExperts | None:
+    """The routed experts of a decoder layer; None for a layer without any."""
+    found = [
+        (path, module)
+        for path, module in layer.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    ]
+    if not found:
+        return None
+    path, module = found[0]
+    own = dict(module.named_parameters(recurse=False))
+    count = max(len(parameter) for parameter in own.values() if parameter.ndim == 3)
+    problem = None
+    if len(found) > 1:
+        problem = f"a layer has {len(found)} modules of experts, {path} and {found[1][0]}"
+    elif getattr(module, "num_experts", None) != count or any(
+        parameter.ndim < 2 or len(parameter) != count for parameter in own.values()
+    ):
+        problem = f"not every parameter of {path} has one row per expert"
+    elif len(_signature(module).parameters) != 1 + _ARGUMENTS:
+        problem = f"{path} is not called with hidden states, indices and weights of experts"
+    return RoutedExperts(path, count, tuple(own), problem)
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Which tensors of the files hold the routed experts of one layer.
+
+    Attributes
+    ----------
+    of_expert
+        Names by expert, of tensors that hold one.
+    of_all
+        Names of tensors with a row per expert.
+    """
+
+    of_expert: Sequence[Sequence[str]]
+    of_all: Sequence[str]
+
+    def names(self, part: range) -> list[str]:
+        """Of the tensors that some experts are read from."""
+        return [name for expert in part for name in self.of_expert[expert]] + list(self.of_all)
+
+    def rows(self, part: range) -> dict[str, range]:
+        """Of those that hold all experts, what is read."""
+        return dict.fromkeys(self.of_all, part)
+
+
+def expert_tensors(checkpoint: Checkpoint, names: Sequence[str], count: int) -> ExpertTensors | str:
+    """Sort the tensors of one layer's routed experts, or say why that is not possible.
+
+    A tensor of one expert has two numbers in its name, those of the layer and of the expert.
+    """
+    of_expert: list[list[str]] = [[] for _ in range(count)]
+    of_all = []
+    for name in names:
+        numbers = re.findall(r"\.(\d+)(?=\.)", name)
+        shape = checkpoint.tensors[name].shape
+        if len(numbers) == 2 and int(numbers[1]) < count:
+            of_expert[int(numbers[1])].append(name)
+        elif len(numbers) == 1 and shape and shape[0] == count and name not in checkpoint.scales:
+            of_all.append(name)
+        else:
+            return f"it is not known which experts the tensor {name} {list(shape)} holds"
+    return ExpertTensors(of_expert, of_all)
+
+
+def experts_per_token(config: Any) -> int | None:
+    """Routed experts that a token uses; None if the configuration has no name for it we know."""
+    for name in _EXPERTS_PER_TOKEN:
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    return None
+
+
+def bytes_in_parts(rest: int, beside: int, expert: int, at_once: int) -> int:
+    """Weights on the device at most while a layer runs in parts.
+
+    Parameters
+    ----------
+    rest
+        Bytes of the layer without its routed experts.
+    beside
+        Of what is read ahead: the largest of the other layers' rest, whole layers and the head.
+    expert
+        Of one expert.
+    at_once
+        Experts of a part.
+    """
+    return rest + beside + _PARTS_AT_ONCE * at_once * expert
+
+
+def even_part(count: int, fitting: int) -> int:
+    """Experts of a part where ``fitting`` fit: the fewest parts, two at least, of like sizes."""
+    return -(-count // max(2, -(-count // fitting)))
+
+
+def pair_bytes(hidden_size: int, expert_numbers: int, itemsize: int) -> int:
+    """What a forward of experts holds for each pair of token and expert.
+
+    ``expert_numbers`` are the parameters of one expert: 3 C F where it has a gate.
+    """
+    return (_WIDTHS_OF_A_PAIR * hidden_size + expert_numbers // hidden_size) * itemsize
+
+
+class PartsOfExperts(Protocol):
+    """Puts some of a layer's routed experts at hand."""
+
+    def read(self, part: range) -> Reading:
+        """Begin to read experts."""
+
+    def install(self, part: range, tensors: Mapping[str, Tensor]) -> None:
+        """Let the module hold these experts, and no others."""
+
+    def release(self) -> None:
+        """Let it hold none."""
+
+
+@dataclass
+class _Batch:
+    """What the experts were asked for by one batch, and what they answered.
+
+    Attributes
+    ----------
+    hidden_NC
+        Input; on the device, or in page-locked host memory.
+    index_NK, weights_NK
+        Experts of each token, and the weights of their products; on the device.
+    products_SC
+        One row per pair, in the order in which experts came; where ``hidden_NC`` is.
+    pairs
+        Positions in (N, K) of those rows, a tensor for each part.
+    """
+
+    hidden_NC: Tensor
+    index_NK: Tensor
+    weights_NK: Tensor
+    products_SC: Tensor
+    pairs: list[Tensor] = field(default_factory=list)
+
+
+class SplitLayer:
+    """Runs one layer with its routed experts in parts.
+
+    Parameters
+    ----------
+    experts
+        The module.
+    count, at_once
+        Experts that it has, and that it holds at most at a time.
+    family
+        For messages.
+    parts
+        Reads them.
+    device
+        Of the computation.
+    reserve
+        Bytes of its memory that inputs and products must leave.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        count: int,
+        at_once: int,
+        *,
+        family: str,
+        parts: PartsOfExperts,
+        device: torch.device,
+        reserve: int,
+    ) -> None:
+        self._experts, self._family, self._parts = experts, family, parts
+        self._device, self._reserve = device, reserve
+        self._ranges = [range(a, min(a + at_once, count)) for a in range(0, count, at_once)]
+        self._signature = _signature(experts)
+        self._one_after_the_other = _adds_expert_by_expert(experts)
+        self._batches: deque[_Batch] = deque()
+        self._place: torch.device | None = None
+
+    @contextlib.contextmanager
+    def answered(self, run: RunLayer, inputs: Inputs) -> Iterator[None]:
+        """All parts are run for the inputs; then ``run`` may be called with each, in their order.
+
+        Raises
+        ------
+        CheckpointError
+            If a tensor cannot be read or converted.
+        UnsupportedArchitectureError
+            If the layer does not call its experts once with matrices.
+        """
+        ahead = [self._parts.read(self._ranges[0])]
+        try:
+            self._record(run, inputs)
+            for part, following in itertools.zip_longest(self._ranges, self._ranges[1:]):
+                # Nothing here holds what was read once the module has it, stacked anew.
+                self._parts.install(part, ahead.pop().wait())
+                if following is not None:
+                    ahead.append(self._parts.read(following))
+                for batch in self._batches:
+                    self._run_part(part, batch)
+                self._parts.release()
+            self._experts.__dict__["forward"] = self._answer
+            yield
+        finally:
+            for reading in ahead:
+                reading.cancel()
+            self._batches.clear()
+            self._experts.__dict__.pop("forward", None)
+            self._parts.release()
+
+    def _record(self, run: RunLayer, inputs: Inputs) -> None:
+        """Keep what every batch asks of the experts."""
+
+        def asked(*args: Any, **kwargs: Any) -> Tensor:
+            hidden_NC, index_NK, weights_NK = self._arguments(args, kwargs)
+            shapes = [
+                tuple(x.shape) if isinstance(x, Tensor) else x
+                for x in (hidden_NC, index_NK, weights_NK)
+            ]
+            if [len(shape or ()) for shape in shapes] != [2, 2, 2] or shapes[1] != shapes[2]:
+                raise self._unsupported(
+                    f"hidden states, indices and weights have shapes {shapes}, expected "
+                    "(tokens, width), (tokens, experts of a token) and the same again"
+                )
+            self._batches.append(self._keep(hidden_NC, index_NK, weights_NK, inputs.num_tokens))
+            raise _Asked
+
+        self._experts.__dict__["forward"] = asked
+        try:
+            for count, x_BTC in enumerate(inputs, 1):
+                with contextlib.suppress(_Asked):
+                    run(x_BTC)
+                if len(self._batches) != count:
+                    raise self._unsupported("a layer did not call them")
+        finally:
+            del self._experts.__dict__["forward"]
+
+    def _keep(
+        self, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor, num_tokens: int
+    ) -> _Batch:
+        shape = (index_NK.numel(), hidden_NC.shape[1])
+        if self._place is None:
+            nbytes = num_tokens * shape[1] * (1 + index_NK.shape[1]) * hidden_NC.dtype.itemsize
+            room = SHARE_OF_FREE_MEMORY * _free_or_cached(self._device) - self._reserve
+            self._place = self._device if nbytes <= room else torch.device("cpu")
+        pinned = self._place != self._device
+        # Every pair has its row, so that none has to be moved while parts come and go.
+        products_SC = torch.empty(
+            shape, dtype=hidden_NC.dtype, device=self._place, pin_memory=pinned
+        )
+        if pinned:
+            on_host = torch.empty_like(hidden_NC, device=self._place, pin_memory=True)
+            hidden_NC = on_host.copy_(hidden_NC, non_blocking=True)
+        return _Batch(hidden_NC, index_NK, weights_NK, products_SC)
+
+    def _run_part(self, part: range, batch: _Batch) -> None:
+        """The products of a part, each for the tokens that chose the expert."""
+        index_NK = batch.index_NK
+        chosen_NK = (index_NK >= part.start) & (index_NK < part.stop)
+        # An expert's rows come in the order in which its implementation takes them from the whole
+        # batch: what vector instructions leave over at the end may be rounded otherwise.
+        if self._one_after_the_other:
+            choice, token = chosen_NK.T.nonzero().unbind(1)
+        else:
+            token, choice = chosen_NK.nonzero().unbind(1)
+        if not len(token):
+            return
+        hidden_SC = batch.hidden_NC.to(self._device, non_blocking=True)[token]
+        expert_S1 = index_NK[token, choice][:, None] - part.start
+        ones_S1 = torch.ones_like(expert_S1, dtype=batch.weights_NK.dtype)
+        products_SC = type(self._experts).forward(self._experts, hidden_SC, expert_S1, ones_S1)
+        first = sum(map(len, batch.pairs))
+        rows = batch.products_SC[first : first + len(token)]
+        rows.copy_(products_SC, non_blocking=True)
+        batch.pairs.append(token * index_NK.shape[1] + choice)
+
+    def _answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The weighted sums (N, C) of the next batch, as the experts' own forward makes them."""
+        _, index_NK, _ = self._arguments(args, kwargs)
+        if not self._batches or self._batches[0].index_NK.shape != index_NK.shape:
+            raise self._unsupported("a layer called them more than once for a batch")
+        batch = self._batches.popleft()
+        n, k = index_NK.shape
+        pairs_S = torch.cat(batch.pairs) if batch.pairs else batch.index_NK.new_empty(0)
+        came_SC = batch.products_SC[: len(pairs_S)].to(self._device, non_blocking=True)
+        # Zeros for indices behind the last expert, which stand for no expert.
+        products_NKC = came_SC.new_zeros(n * k, came_SC.shape[1])
+        products_NKC[pairs_S] = came_SC
+        products_NKC = products_NKC.view(n, k, -1)
+        weights_NK1 = batch.weights_NK[..., None]
+        if not self._one_after_the_other:
+            return (products_NKC * weights_NK1).sum(dim=1).to(came_SC.dtype)
+        sum_NC = torch.zeros_like(products_NKC[:, 0])
+        for choice_N in batch.index_NK.argsort(dim=1, stable=True).unbind(1):
+            at_N11 = choice_N[:, None, None]
+            product_NC = products_NKC.take_along_dim(at_N11, 1)[:, 0]
+            weight_N1 = weights_NK1.take_along_dim(at_N11, 1)[:, 0]
+            sum_NC += (product_NC * weight_N1).to(sum_NC.dtype)
+        return sum_NC
+
+    def _arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """Hidden states, indices and weights of a call, however families name them."""
+        given = self._signature.bind(None, *args, **kwargs)
+        given.apply_defaults()
+        _, hidden_NC, index_NK, weights_NK = given.arguments.values()
+        return hidden_NC, index_NK, weights_NK
+
+    def _unsupported(self, what: str) -> UnsupportedArchitectureError:
+        return cannot_be_split(self._family, what)
+
+
+class _Asked(Exception):  # noqa: N818 - no error: it ends a forward early
+    """The experts were called, and are not there yet."""
+
+
+def cannot_be_split(family: str, why: str) -> UnsupportedArchitectureError:
+    """The error for a family whose experts would have to be run in parts."""
+    return UnsupportedArchitectureError(
+        f"Family {family}: its layers are too large, or engine.experts too small, to hold all "
+        f"routed experts of a layer at once, and they cannot be run in parts ({why}). Take a "
+        "device with more memory, a smaller engine.batch, or engine.experts=auto."
+    )
+
+
+def _signature(experts: nn.Module) -> inspect.Signature:
+    return inspect.signature(type(experts).forward)
+
+
+def _adds_expert_by_expert(experts: nn.Module) -> bool:
+    """Whether products are added in the order of the experts, rounded each time (``eager``).
+
+    transformers' other implementations add the products of a token at once.
+    """
+    if not hasattr(experts, "has_gate"):
+        return True  # a class that knows only its own forward
+    return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
+
+
+def _free_or_cached(device: torch.device) -> int:
+    """Free memory, with what torch's allocator keeps for the next tensors."""
+    free = free_bytes(device)
+    if device.type == "cuda":
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free
