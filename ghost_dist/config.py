@@ -437,8 +437,8 @@ class Config(_Section):
 
 MAY_DIFFER = ("output.path", "engine.replicas", "engine.experts", "cluster.")
 """Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
-how many copies of the model and with how many experts at hand does not change its sums (experts: but
-for their last bits on a CPU with several threads)."""
+how many copies of the model and with how many experts at hand does not change its sums, but for
+last bits where experts are in parts on a CPU with several threads."""
 
 
 def decisive_tree(config: Config) -> dict[str, Any]:
