@@ -87,8 +87,7 @@ def main():
         committed = [event for event in events if event["event"] == "range-committed"]
         assert len(committed) == RANGES
         rows[ranks] = [
-            (max(event["forward_s"]), max(event["sums_s"]), event["seconds"])
-            for event in committed
+            (max(event["forward_s"]), max(event["sums_s"]), event["seconds"]) for event in committed
         ]
         store = StatisticsStore.open(run / "statistics.zarr")
         sums[ranks] = next(iter(store.read(0).values())).arrays()
