@@ -164,6 +164,9 @@ class Pool:
 
     def _spec(self, num_layers: int) -> EngineSpec:
         inputs, engine = self._inputs, self._inputs.config.engine
+        # A selection has a range for each fold, calibration as many or more.
+        selects = inputs.config.selection.spans is None
+        ranges = inputs.config.operator.folds if selects else inputs.num_ranges
         return EngineSpec(
             path=inputs.source.path.resolve(),
             model_fingerprint=inputs.model_fingerprint,
@@ -176,7 +179,7 @@ class Pool:
             kind="tensor_parallel" if engine.kind == "auto" else engine.kind,
             experts=engine.experts,
             window_length=inputs.config.calibration.window_length,
-            range_windows=-(-inputs.config.calibration.windows // inputs.num_ranges),
+            range_windows=-(-inputs.config.calibration.windows // ranges),
             backend=engine.backend,
             trust_remote_code=inputs.config.model.trust_remote_code,
             threads=self._config.cpus_per_rank,

@@ -125,13 +125,13 @@ class Rank:
                 keep_cached=fits_page_cache(checkpoint),
                 peers=Peers(rank, spec.degree),
             )
-            experts = self._engine.model.hold_experts(
+            held = self._engine.model.hold(
                 spec.experts,
                 batch_tokens=spec.batch * spec.window_length,
                 tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
                 free=self._free_everywhere(),
             )
-            return Loaded(0, max(difference, prove_streamed(spec.path, device, experts)))
+            return Loaded(0, max(difference, prove_streamed(spec.path, device, held.experts)))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,

@@ -35,11 +35,8 @@ from ghost_dist.engines.memory import free_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
 SHARE_OF_FREE_MEMORY = 0.85
-LAYERS_AT_ONCE = 3
-"""Whole layers on the device: the one that runs, the one that is read, and what a conversion may
-hold twice."""
 _PARTS_AT_ONCE = 2
-"""The same of parts: the next one is read when this one has been converted."""
+"""Of experts on the device: the next one is read when this one has been converted."""
 _EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",

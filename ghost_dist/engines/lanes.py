@@ -138,7 +138,8 @@ class _Streams:
         ]
         shape = (*tokens.shape, model.hidden_size)
         nbytes = (len(lanes) + 1) * tokens.size * model.hidden_size * model.dtype.itemsize
-        fits = nbytes <= _SHARE_OF_FREE_MEMORY * free_bytes(model.device)
+        left = _SHARE_OF_FREE_MEMORY * free_bytes(model.device) - model.bytes_at_once()
+        fits = nbytes <= left
         self._place = model.device if fits else torch.device("cpu")
         self._shape = shape
         self._dense = self._empty()

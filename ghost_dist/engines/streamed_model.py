@@ -10,6 +10,7 @@ at hand pass the stream on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,21 +34,19 @@ from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.expert_parts import (
-    LAYERS_AT_ONCE,
     SHARE_OF_FREE_MEMORY,
     ExpertTensors,
     Inputs,
     RoutedExperts,
     RunLayer,
     SplitLayer,
-    bytes_in_parts,
     cannot_be_split,
-    even_part,
     expert_tensors,
     experts_per_token,
     pair_bytes,
     routed_experts,
 )
+from ghost_dist.engines.layer_fit import Held, LayerBytes, Room, fit_layers
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
@@ -56,8 +55,6 @@ from ghost_dist.statistics.collect import FlagsOnTheWay
 Group = int | Literal["embeddings", "head"]
 _WIDTHS_AT_ONCE = 16
 """Streams' worth of memory that a batch takes inside a layer (attention, dense MLP)."""
-_LEAST_LAYERS_AT_ONCE = 2
-"""What nothing but whole layers would take where no conversion holds one twice."""
 
 
 class _LayerDone(Exception):  # noqa: N818 - no error: it ends a forward early
@@ -123,7 +120,7 @@ class StreamedModel:
         self._keys, self._targets = self._group_tensors()
         self._experts = self._routed_experts()
         self._split: dict[int, _Split] = {}
-        self._experts_at_once: int | None = None
+        self._held = Held()
         self._batch_bytes = 0
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
@@ -163,7 +160,7 @@ class StreamedModel:
         """Bytes of a group's tensors in the files."""
         return sum(map(self._checkpoint.stored_bytes, self._keys[group]))
 
-    def hold_experts(
+    def hold(
         self,
         experts: int | Literal["auto"],
         *,
@@ -171,13 +168,14 @@ class StreamedModel:
         tokens: int,
         kept: int = 1,
         free: int | None = None,
-    ) -> int | None:
-        """Set how many routed experts of a layer are held at once; before anything is read.
+    ) -> Held:
+        """Set what of the layers is on the device at once; before anything is read.
 
         Parameters
         ----------
         experts
-            So many at most. auto: all of them where layers fit as a whole, else as many as fit.
+            Routed experts of a layer, at most. auto: all of them where layers fit as a whole, else
+            as many as fit.
         batch_tokens
             Of one forward.
         tokens, kept
@@ -187,86 +185,66 @@ class StreamedModel:
             Bytes of the device that are taken to be free; None: those that are. Ranks that share
             the reading must be given the same number.
 
-        Returns
-        -------
-        int | None
-            Experts of a part; None: all layers are whole.
-
         Raises
         ------
         ConfigError
-            If not even one expert at a time fits, or layers are to be compiled that are not whole.
+            If not even one layer, or one of its routed experts, at a time fits; or layers are to be
+            compiled that are not whole.
         UnsupportedArchitectureError
             If the family's experts cannot be run in parts, but would have to be.
         """
-        found = self._experts
-        most = max((one.count for one in found.values()), default=0)
-        self._split, self._experts_at_once = {}, None
-        if not found or (experts != "auto" and experts >= most):
-            return None
+        self._split, self._held = {}, Held()
         stream_bytes = self.hidden_size * self.dtype.itemsize
-        k = experts_per_token(self._model.config) or most
-        self._batch_bytes = batch_tokens * stream_bytes * _WIDTHS_AT_ONCE
+        layers = self._layer_bytes()
         free = free_bytes(self.device) if free is None else free
         room = int(SHARE_OF_FREE_MEMORY * free)
+        self._batch_bytes = batch_tokens * stream_bytes * _WIDTHS_AT_ONCE
+        with_pairs, asked = self._batch_bytes, 0
+        if layers.count:
+            k = experts_per_token(self._model.config) or layers.count
+            numbers = max(map(self._expert_numbers, self._experts))
+            pairs = batch_tokens * k * pair_bytes(self.hidden_size, numbers, self.dtype.itemsize)
+            with_pairs, asked = max(with_pairs, pairs), (1 + k) * tokens * stream_bytes
         if self.device.type != "cuda":
             room -= tokens * stream_bytes * (kept + 1)  # one more is being saved
-        if experts == "auto":
-            left = room - self._batch_bytes
-            whole = max(map(self._loaded_bytes, range(self.num_layers)))
-            problem = any(one.problem for one in found.values())
-            if (_LEAST_LAYERS_AT_ONCE if problem else LAYERS_AT_ONCE) * whole <= left:
-                return None
-        for one in found.values():
-            if one.problem:
-                raise cannot_be_split(self._architecture.model_type, one.problem)
+        else:
+            asked = 0  # goes where there is room for it
+        rooms = Room(
+            whole=room - self._batch_bytes,
+            parts=room - asked - with_pairs,
+            batch=self._batch_bytes,
+            batch_with_pairs=with_pairs,
+            batch_tokens=batch_tokens,
+            device=str(self.device),
+        )
+        held = fit_layers(layers, rooms, experts, may_split=not self._compiled)
+        if held.experts is None:
+            self._held = held
+            return held
         if self._compiled:
             raise ConfigError(
-                "engine.compile=true compiles whole layers, but these do not fit the device, or "
-                "engine.experts splits them: set engine.compile=false."
+                "engine.compile=true compiles whole layers, but engine.experts splits them: set "
+                "engine.compile=false."
             )
-        numbers = max(map(self._expert_numbers, found))
-        pairs = batch_tokens * k * pair_bytes(self.hidden_size, numbers, self.dtype.itemsize)
-        self._batch_bytes = max(self._batch_bytes, pairs)
-        if self.device.type != "cuda":
-            room -= tokens * stream_bytes * (1 + k)
-        at_once = self._most_experts(room - self._batch_bytes) if experts == "auto" else experts
-        if at_once < 1:
-            one_at_a_time = bytes_in_parts(*self._rest_and_beside(), self._expert_bytes(), 1)
-            raise ConfigError(
-                f"The layers do not fit {self.device}: one routed expert at a time, with the rest "
-                f"of its layer and what is read ahead, takes {one_at_a_time / 1e9:.2f} GB, a batch "
-                f"of {batch_tokens} tokens {self._batch_bytes / 1e9:.2f} GB, but only "
-                f"{max(0, room) / 1e9:.2f} GB may be filled. Take a smaller engine.batch, fewer or "
-                "shorter calibration.windows, or a device with more memory."
-            )
-        if experts == "auto":
-            at_once = even_part(most, at_once)
-        self._experts_at_once = at_once
-        self._split = {
-            layer: self._split_of(layer, one) for layer, one in found.items() if one.count > at_once
+        self._batch_bytes = with_pairs
+        split = {
+            layer: self._split_of(layer, found)
+            for layer, found in self._experts.items()
+            if found.count > held.experts
         }
-        return at_once if self._split else None
+        self._split, self._held = split, held
+        return held
 
-    def _most_experts(self, room: int) -> int:
-        """Experts of a part that fit into so many bytes; 0 or less: none."""
-        none = bytes_in_parts(*self._rest_and_beside(), 0, 0)
-        return (room - none) // bytes_in_parts(0, 0, self._expert_bytes(), 1)
-
-    def bytes_at_once(self, layers: Sequence[int]) -> int:
-        """What weights take on the device at most while these layers run one after the other."""
-        if not self._split:
-            return LAYERS_AT_ONCE * max(map(self.group_bytes, layers))
-        assert self._experts_at_once is not None
-        one = self._expert_bytes()
-        return bytes_in_parts(*self._rest_and_beside(), one, self._experts_at_once)
+    def bytes_at_once(self) -> int:
+        """What weights take on the device at most."""
+        return self._layer_bytes().at_once(self._held)
 
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
         """Groups one after the other, each with its weights while it is the current one.
 
-        While a group is at hand the next one is being read. What was read ahead is given up if the
-        caller leaves early.
+        While a group is at hand the next one is being read, where there is room for it. What was
+        read ahead is given up if the caller leaves early.
         """
         ahead: list[Reading] = []
 
@@ -275,7 +253,7 @@ class StreamedModel:
                 reading = ahead.pop() if ahead else self._start(group)
                 tensors = reading.wait()
                 del reading  # it would hold the experts beside what they are stacked into
-                if number + 1 < len(groups):
+                if self._held.reads_ahead and number + 1 < len(groups):
                     ahead.append(self._start(groups[number + 1]))
                 self._install(self._targets_at_hand(group), tensors)
                 if group == "head" and self._tied:
@@ -472,16 +450,16 @@ class StreamedModel:
 
     def _split_layer(self, layer: int) -> SplitLayer:
         split = self._split[layer]
-        assert self._experts_at_once is not None
+        assert self._held.experts is not None
         parts = _Parts(self, split, self.layers[layer].get_submodule(split.experts.path))
         return SplitLayer(
             parts.module,
             split.experts.count,
-            self._experts_at_once,
+            self._held.experts,
             family=self._architecture.model_type,
             parts=parts,
             device=self.device,
-            reserve=self._batch_bytes + self.bytes_at_once([layer]),
+            reserve=self._batch_bytes + self.bytes_at_once(),
         )
 
     def _expert_numbers(self, layer: int) -> int:
@@ -489,26 +467,33 @@ class StreamedModel:
         numbers = sum(self._empty[name].numel() for name in self._expert_targets(layer))
         return int(numbers) // self._experts[layer].count
 
-    def _expert_bytes(self) -> int:
-        """Of the largest expert, in the files or in memory, whichever takes more."""
-        return max(
-            self._loaded_bytes(layer, self._expert_targets(layer)) // found.count
-            for layer, found in self._experts.items()
-        )
-
-    def _rest_and_beside(self) -> tuple[int, int]:
-        """Largest layer without its experts, and largest of what is read while it runs."""
-        rests = {
-            group: self._loaded_bytes(group)
-            - (
-                self._loaded_bytes(group, self._expert_targets(group))
-                if group in self._experts
-                else 0
-            )
-            for group in self._keys
-            if group != "embeddings"
+    def _layer_bytes(self) -> LayerBytes:
+        groups: list[Group] = ["embeddings", *range(self.num_layers), "head"]
+        loaded = {group: self._loaded_bytes(group) for group in groups}
+        if self._tied:
+            loaded["head"] += loaded["embeddings"]
+        found = self._experts
+        problem = next((one.problem for one in found.values() if one.problem), None)
+        # Experts are stacked: for a moment a layer exists twice. The others need no conversion.
+        twice = max(loaded[layer] for layer in found) if found and problem is None else 0
+        with_next = max(loaded[a] + loaded[b] for a, b in itertools.pairwise(groups)) + twice
+        alone = max(*loaded.values(), 2 * twice)
+        if not found:
+            return LayerBytes(with_next, alone)
+        of_experts: dict[Group, int] = {
+            la: self._loaded_bytes(la, self._expert_targets(la)) for la in found
         }
-        return max(rests[layer] for layer in self._experts), max(rests.values())
+        rests = {g: n - of_experts.get(g, 0) for g, n in loaded.items() if g != "embeddings"}
+        return LayerBytes(
+            with_next,
+            alone,
+            rest=max(rests[layer] for layer in found),
+            beside=max(rests.values()),
+            expert=max(of_experts[la] // one.count for la, one in found.items()),
+            count=max(one.count for one in found.values()),
+            family=self._architecture.model_type,
+            problem=problem,
+        )
 
     def _loaded_bytes(self, group: Group, targets: Sequence[str] | None = None) -> int:
         """In memory, once converted."""

@@ -346,7 +346,7 @@ def prove_streamed(path: Path, device: torch.device, experts: int | None = None)
     path, device
         Of the real model.
     experts
-        Routed experts of a part, as ``StreamedModel.hold_experts`` gives them.
+        Routed experts of a part, as ``StreamedModel.hold`` gives them.
 
     Returns
     -------
@@ -373,7 +373,7 @@ def prove_streamed(path: Path, device: torch.device, experts: int | None = None)
         )
         if experts is not None:
             # The small model has 8 experts at most: 3 leave a shorter part at the end.
-            engine.model.hold_experts(min(experts, 3), batch_tokens=1, tokens=1)
+            engine.model.hold(min(experts, 3), batch_tokens=1, tokens=1)
         return engine
 
     return check_streamed(
@@ -406,7 +406,7 @@ class _Place:
         inner = [engine._architecture.inner_sizes[layer] for layer in mlp_layers]
         rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
         batch = engine._batch * window_length * width * itemsize * _WIDTHS_AT_ONCE
-        weights = model.bytes_at_once(range(boundaries[-1]))
+        weights = model.bytes_at_once()
         left = _SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - weights - batch
         return _Place(
             engine.device,

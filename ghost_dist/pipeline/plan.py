@@ -452,7 +452,7 @@ def _choose(
     degree = config.engine.tensor_parallel
     needs = device_needs(run, on_cluster=config.on_cluster, degrees=degrees, degree=degree)
     if device.type == "cpu":
-        needs = _with_host(needs, run, on_cluster=config.on_cluster)
+        needs = _with_host(needs, run, _ranks(config))
     return choose_engine(
         config.engine.kind,
         on_cluster=config.on_cluster,
@@ -471,7 +471,12 @@ def _divides(whole: Any, degree: int) -> bool:
     return True
 
 
-def _with_host(needs: DeviceNeeds, run: RunShape, *, on_cluster: bool) -> DeviceNeeds:
+def _ranks(config: Config) -> int | None:
+    """Of a replica; None where there are none."""
+    return config.engine.ranks if config.on_cluster else None
+
+
+def _with_host(needs: DeviceNeeds, run: RunShape, ranks: int | None) -> DeviceNeeds:
     """On a CPU the device's memory is the host's, so what waits there adds to it."""
 
     def add(by_stage: Mapping[str, int], engine: str) -> dict[str, int]:
@@ -490,7 +495,7 @@ def _with_host(needs: DeviceNeeds, run: RunShape, *, on_cluster: bool) -> Device
         streaming_one_layer=add(needs.streaming_one_layer, "streaming"),
         streaming_parts={
             at_once: {
-                name: nbytes + asked_bytes(run, name, on_cluster=on_cluster)
+                name: nbytes + asked_bytes(run, name, ranks)
                 for name, nbytes in add(of_parts, "streaming").items()
             }
             for at_once, of_parts in needs.streaming_parts.items()
@@ -580,7 +585,14 @@ def _stages(
         < SHARE_OF_FREE_MEMORY * free_host
     )
     cache = Cache(cached_share(source), keeps)
-    works = work_of_stages(run, choice.kind, cache, tokens_s, keeps_sums=device.type == "cpu")
+    works = work_of_stages(
+        run,
+        choice.kind,
+        cache,
+        tokens_s,
+        keeps_sums=device.type == "cpu",
+        prefetch=choice.prefetch,
+    )
     compute = str(dtype).removeprefix("torch.")
     replicas = 1 if config.engine.replicas == "auto" else config.engine.replicas
     if config.on_cluster:
@@ -619,9 +631,10 @@ def _stages(
             host = host_bytes(run, name, choice.kind, copies=copies)
         streams = ""
         if choice.kind == "streaming" and name in choice.device_bytes:
-            streams, device_bytes, host = _place(run, name, device, device_bytes, host, free_host)
+            waiting = streams_bytes(run, name, _ranks(config))
+            streams, device_bytes, host = _place(waiting, device, device_bytes, host, free_host)
         if choice.experts is not None and streams and device.type != "cpu":
-            asked = asked_bytes(run, name, on_cluster=config.on_cluster)
+            asked = asked_bytes(run, name, _ranks(config))
             if device_bytes + asked <= SHARE_OF_FREE_MEMORY * free_bytes(device):
                 device_bytes += asked
             elif host + asked <= SHARE_OF_FREE_MEMORY * free_host:
@@ -646,10 +659,9 @@ def _stages(
 
 
 def _place(
-    run: RunShape, stage: str, device: torch.device, device_bytes: int, host: int, free_host: int
+    nbytes: int, device: torch.device, device_bytes: int, host: int, free_host: int
 ) -> tuple[str, int, int]:
     """streaming: where activations wait between layers, and the bytes with them."""
-    nbytes = streams_bytes(run, stage)
     if device_bytes + nbytes <= SHARE_OF_FREE_MEMORY * free_bytes(device):
         return "device", device_bytes + nbytes, host
     if device.type != "cpu" and host + nbytes <= SHARE_OF_FREE_MEMORY * free_host:

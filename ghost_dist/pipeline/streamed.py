@@ -21,6 +21,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import fingerprint
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.lanes import Lane, run_lanes
+from ghost_dist.engines.layer_fit import Held
 from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
@@ -181,13 +182,13 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> 
         compiled=inputs.compiled,
     )
     calibration = inputs.config.calibration
-    experts = engine.model.hold_experts(
+    held = engine.model.hold(
         inputs.config.engine.experts,
         batch_tokens=inputs.batch * calibration.window_length,
         tokens=calibration.windows * calibration.window_length,
         kept=kept,
     )
-    prove_streamed(inputs.source.path, inputs.device, experts)
+    prove_streamed(inputs.source.path, inputs.device, held.experts)
     return engine
 
 
@@ -315,7 +316,7 @@ def streamed_verify(
         model_class=model_class,
         config=config,
     ) as model:
-        _hold_experts(model, inputs, tokens, 1, 1)
+        _hold(model, inputs, tokens, 1, 1)
         found = _logits(model, inputs, Lane(), tokens, advance)
     return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
@@ -359,15 +360,15 @@ def _streamed_model(inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: in
         device=inputs.device,
         keep_cached=fits_page_cache(inputs.source),
     )
-    experts = _hold_experts(model, inputs, tokens, num_lanes, batch)
-    prove_streamed(inputs.source.path, inputs.device, experts)
+    held = _hold(model, inputs, tokens, num_lanes, batch)
+    prove_streamed(inputs.source.path, inputs.device, held.experts)
     return model
 
 
-def _hold_experts(
+def _hold(
     model: StreamedModel, inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: int
-) -> int | None:
-    return model.hold_experts(
+) -> Held:
+    return model.hold(
         inputs.config.engine.experts,
         batch_tokens=batch * tokens.shape[1],
         tokens=num_lanes * tokens.size,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.expert_parts import LAYERS_AT_ONCE, bytes_in_parts, pair_bytes
+from ghost_dist.engines.expert_parts import bytes_in_parts, pair_bytes
 from ghost_dist.planning.choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.sizes import fit_bytes
@@ -43,10 +43,10 @@ def device_needs(
             for n in sorted({*degrees, degree})
         },
         degree=degree,
-        streaming={name: _streaming(run, name, _layers_at_once(run)) for name in wanted},
-        streaming_one_layer={name: _streaming(run, name, 1) for name in wanted},
+        streaming={name: _streaming(run, name) for name in wanted},
+        streaming_one_layer={name: _streaming(run, name, prefetch=False) for name in wanted},
         streaming_parts={
-            at_once: {name: _streaming(run, name, 0, at_once) for name in wanted}
+            at_once: {name: _streaming(run, name, at_once) for name in wanted}
             for at_once in range(1, run.sizes.experts)
         },
         largest_layer=run.sizes.largest_layer_bytes,
@@ -72,10 +72,25 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
     return total
 
 
-def streams_bytes(run: RunShape, stage: str) -> int:
-    """streaming: streams between two layers, and rows that are kept until the sums are taken."""
-    sizes = run.sizes
-    streams = sizes.stream_bytes(run.num_tokens)
+def tokens_at_once(run: RunShape, stage: str, ranks: int | None) -> int:
+    """streaming: calibration tokens that go through a layer before the next one is read.
+
+    ``ranks``: of a replica, which goes through one range after the other, and each of which takes
+    its part of the windows; None: all windows go through in this process.
+    """
+    if ranks is None or stage not in ("select", "calibrate"):
+        return run.num_tokens
+    of_range = -(-run.num_windows // (run.folds if stage == "select" else run.num_ranges))
+    return -(-of_range // ranks) * run.window_length
+
+
+def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
+    """streaming: streams between two layers, and rows that are kept until the sums are taken.
+
+    ``ranks``: as for ``tokens_at_once``.
+    """
+    sizes, tokens = run.sizes, tokens_at_once(run, stage, ranks)
+    streams = sizes.stream_bytes(tokens)
     if stage == "calibrate":
         boundaries = {b for span in run.spans for b in (span.start, span.stop)}
         inner = {
@@ -85,12 +100,12 @@ def streams_bytes(run: RunShape, stage: str) -> int:
         }
         rows = len(boundaries) * sizes.hidden_size
         rows += sum(size + sizes.hidden_size for size in inner.values())
-        return streams + run.num_tokens * rows * sizes.itemsize
+        return streams + tokens * rows * sizes.itemsize
     if stage == "select":
         # Boundaries from a start to its stop wait; one more is being made.
         assert run.selection is not None
         longest = max([1, *(span.stop - span.start for span in run.spans)])
-        return streams + (longest + 1) * sizes.stream_bytes(run.num_tokens)
+        return streams + (longest + 1) * sizes.stream_bytes(tokens)
     if stage == "solve" and run.by_kl:
         judged = run.num_tokens * run.judges // run.folds
         return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
@@ -99,16 +114,14 @@ def streams_bytes(run: RunShape, stage: str) -> int:
     return streams
 
 
-def asked_bytes(run: RunShape, stage: str, *, on_cluster: bool) -> int:
+def asked_bytes(run: RunShape, stage: str, ranks: int | None) -> int:
     """streaming with experts in parts: what all tokens ask of a layer's experts, and the answers.
 
-    The input of the experts, and a product for each expert of a token.
+    The input of the experts, and a product for each expert of a token. ``ranks``: as for
+    ``tokens_at_once``.
     """
     if stage in ("select", "calibrate"):
-        tokens = run.num_tokens
-        if on_cluster:  # ranges go through one after the other
-            tokens = -(-run.num_windows // run.num_ranges) * run.window_length
-        streams = run.sizes.stream_bytes(tokens)
+        streams = run.sizes.stream_bytes(tokens_at_once(run, stage, ranks))
     else:
         streams = streams_bytes(run, stage)
     return (1 + run.sizes.experts_per_token) * streams
@@ -149,33 +162,32 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
 
 
-def _layers_at_once(run: RunShape) -> int:
-    """One that is computed and one that is read; experts are stacked, and for a moment twice."""
-    return LAYERS_AT_ONCE if run.sizes.experts else 2
-
-
-def _streaming(run: RunShape, stage: str, layers: int, experts: int = 0) -> int:
-    """With so many whole layers, or with so many experts of a part."""
+def _streaming(run: RunShape, stage: str, experts: int = 0, *, prefetch: bool = True) -> int:
+    """With whole layers, the next one read while one runs or not; or with experts in parts."""
     sizes, batch_tokens = run.sizes, run.batch * run.window_length
-    weights = layers * sizes.largest_layer_bytes
     activations = _PREFETCHED_BATCHES * sizes.activation_bytes(batch_tokens)
     head = 0
     if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
         head = (sizes.above_bytes or sizes.below_bytes) + _LOGITS_BYTES
+    embeddings, layer = sizes.below_bytes, sizes.largest_layer_bytes
+    twice = layer if sizes.experts else 0  # experts are stacked, and for a moment exist twice
+    if prefetch:  # the first layer beside the embeddings, the head beside the last
+        weights = max(embeddings, layer, head) + layer + twice
+    else:
+        weights = max(embeddings, layer + twice, head)
     if experts:
         expert = max(layer.expert_bytes for layer in sizes.layers)
         rest = max(layer.rest_bytes for layer in sizes.layers if layer.experts)
         beside = max(head, *(layer.rest_bytes for layer in sizes.layers))
-        weights = bytes_in_parts(rest, beside, expert, experts)
+        weights = max(embeddings + rest, bytes_in_parts(rest, beside, expert, experts))
         pair = pair_bytes(sizes.hidden_size, expert // sizes.itemsize, sizes.itemsize)
         activations = max(activations, batch_tokens * sizes.experts_per_token * pair)
-    embeddings = sizes.below_bytes + activations  # the first step, before any layer is there
     sums = {
         "select": _selection_bytes(run),
         "calibrate": run.samples_bytes + _product_bytes(run),
     }.get(stage, 0)
-    # Sums are taken range by range at the end of a sweep, the head runs behind the last layer.
-    return max(embeddings, weights + activations, sums, head + activations)
+    # Sums are taken range by range at the end of a sweep.
+    return max(weights + activations, sums)
 
 
 def _selection_bytes(run: RunShape) -> int:

@@ -36,12 +36,19 @@ class Cache:
 
 
 def work_of_stages(
-    run: RunShape, engine: EngineKind, cache: Cache, tokens_s: float, *, keeps_sums: bool = True
+    run: RunShape,
+    engine: EngineKind,
+    cache: Cache,
+    tokens_s: float,
+    *,
+    keeps_sums: bool = True,
+    prefetch: bool = True,
 ) -> dict[str, Work]:
     """Work by stage, in order; stages that a run does not have are left out.
 
     ``keeps_sums``: those that spans are fitted from stay in memory between fits, as on a CPU; a GPU
-    gives their memory to the model in between and reads them again.
+    gives their memory to the model in between and reads them again. ``prefetch``: streaming reads
+    the next layer while one is computed.
     """
     works = {"tokens": Work(other_s=tokens_s)}
     if run.selection is not None:
@@ -54,6 +61,7 @@ def work_of_stages(
     share = cache.share
     for work in works.values():
         work.window_length, work.head_flops = run.window_length, run.sizes.head_flops
+        work.overlaps = work.overlaps and prefetch
         if engine != "streaming":  # which reads past the cache
             work.cached_bytes = int(work.read_bytes * share)
         if work.read_bytes and cache.keeps and engine != "streaming":

@@ -70,7 +70,7 @@ def sweep(checkpoint, architecture, given, tokens, device, dtype, at_once):
         batch=given.batch,
         keep_cached=True,
     )
-    engine.model.hold_experts(at_once, batch_tokens=given.batch * given.length, tokens=tokens.size)
+    engine.model.hold(at_once, batch_tokens=given.batch * given.length, tokens=tokens.size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

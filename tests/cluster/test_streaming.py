@@ -217,7 +217,7 @@ def run_mixture(make_config, mixture, cluster, tmp_path, monkeypatch):
     def run(kind=Rank, **overrides):
         class RankThatTells(kind):
             def run(self, *arguments):
-                found = self._engine.model._experts_at_once
+                found = self._engine.model._held.experts
                 (told / f"{self._block.index} {found}").touch()
                 return super().run(*arguments)
 
@@ -247,7 +247,8 @@ def test_ranks_that_share_the_reading_hold_the_same_experts(run_mixture, mixture
     ) as model:
         for free in range(50_000, 2_000_000, 10_000):
             try:
-                ends[model.hold_experts("auto", batch_tokens=64, tokens=32, free=free)] = free
+                held = model.hold("auto", batch_tokens=64, tokens=32, free=free)
+                ends[held.experts] = free
             except ConfigError:
                 continue
     assert set(ends) >= {1, 2, None}

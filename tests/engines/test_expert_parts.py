@@ -37,7 +37,7 @@ def in_parts(source, architecture, experts, dtype=torch.float32, num_layers=NUM_
     engine = StreamingEngine(
         source, architecture, num_layers=num_layers, dtype=dtype, device=CPU, batch=2
     )
-    engine.model.hold_experts(experts, batch_tokens=2 * LENGTH, tokens=TOKENS.size)
+    engine.model.hold(experts, batch_tokens=2 * LENGTH, tokens=TOKENS.size)
     return engine
 
 
@@ -173,7 +173,7 @@ def test_lanes_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
         with StreamedModel(
             source, architecture, num_layers=NUM_LAYERS, dtype=torch.float32, device=CPU
         ) as model:
-            model.hold_experts(at_once, batch_tokens=2 * LENGTH, tokens=3 * TOKENS.size)
+            model.hold(at_once, batch_tokens=2 * LENGTH, tokens=3 * TOKENS.size)
             assert bool(model._split) == (at_once == 3)
 
             def keep(_, streams, model=model, logits=logits):
@@ -291,7 +291,7 @@ def test_as_many_experts_as_fit(checkpoint, free):
 
     def held(nbytes, experts="auto"):
         free(int(nbytes / 0.85) + 4)
-        return model.hold_experts(experts, batch_tokens=40, tokens=TOKENS.size)
+        return model.hold(experts, batch_tokens=40, tokens=TOKENS.size).experts
 
     assert held(3 * layer + 16 * 40 * 64 * 4 + 2 * streams) is None
     needed = pairs + rest + beside + 5 * streams  # two kept, one asked, two answered
@@ -301,11 +301,11 @@ def test_as_many_experts_as_fit(checkpoint, free):
     assert held(needed + 4 * expert) == 2
     assert held(needed + 4 * expert - 1000) == 1
     assert held(needed + 2 * expert) == 1
-    assert model.bytes_at_once([0]) == rest + beside + 2 * expert
+    assert model.bytes_at_once() == rest + beside + 2 * expert
     with pytest.raises(ConfigError, match=r"do not fit cpu: one routed expert at a time"):
         held(needed + 2 * expert - 1000)
     assert held(1 << 40) is None
-    assert model.bytes_at_once([0]) == 3 * layer
+    assert model.bytes_at_once() == 3 * layer
     assert held(1 << 40, 3) == 3
     assert held(1000, 4) is None  # as the user says
 
@@ -316,21 +316,13 @@ def test_parts_are_few_and_alike():
     assert even_part(384, 100) == 96
 
 
-def test_dense_models_have_no_experts_to_hold(checkpoint, free):
-    source, architecture = checkpoint("llama")
-    free(1000)
-    for experts in ("auto", 1):
-        engine = in_parts(source, architecture, experts)
-        assert engine.model.bytes_at_once([0]) == 3 * engine.model.group_bytes(0)
-
-
 def test_compiled_layers_are_whole(checkpoint):
     source, architecture = checkpoint("mixtral")
     engine = StreamingEngine(
         source, architecture, num_layers=2, dtype=torch.float32, device=CPU, batch=2, compiled=True
     )
     with pytest.raises(ConfigError, match="compile=true compiles whole layers"):
-        engine.model.hold_experts(1, batch_tokens=1, tokens=1)
+        engine.model.hold(1, batch_tokens=1, tokens=1)
 
 
 def jetmoe(folder):

@@ -46,7 +46,7 @@ def stream(opened, state=None, experts="auto", **options):
         batch=2,
         **options,
     )
-    engine.model.hold_experts(experts, batch_tokens=64, tokens=TOKENS.size)
+    engine.model.hold(experts, batch_tokens=64, tokens=TOKENS.size)
     mlp = tuple(sorted(architecture.down_projections))[:1]
     recorder = Recorder((0, 3, NUM_LAYERS), mlp)
     rows = engine.sweep(TOKENS, range(6), recorder.boundaries, mlp, lambda _: None, state)
@@ -173,7 +173,7 @@ def test_experts_in_parts_take_less_than_one_layer(tmp_path):
                 source, architecture, num_layers=3, dtype=torch.bfloat16, device=CUDA, batch=2
             )
         ) as engine:
-            engine.model.hold_experts(experts, batch_tokens=64, tokens=TOKENS.size)
+            engine.model.hold(experts, batch_tokens=64, tokens=TOKENS.size)
             engine.sweep(TOKENS, range(6), (3,), (), lambda _: None)
         peaks[experts] = torch.cuda.max_memory_allocated() - before
     assert peaks[64] > 2 * layer

@@ -89,14 +89,14 @@ def test_a_run_in_parts_ends_as_a_resident_one(of_mixture, tmp_path, parts):
 @pytest.mark.parametrize(("stage", "last"), [("calibrate", [4]), ("solve", [6]), (None, [6, 4, 6])])
 def test_every_stage_holds_few_experts(of_mixture, tmp_path, monkeypatch, stage, last):
     """Calibration below the span, the choice by KL, the check of the export, evaluation."""
-    held, hold = [], StreamedModel.hold_experts
+    held, hold = [], StreamedModel.hold
 
     def watched(self, experts, **sizes):
         found = hold(self, experts, **sizes)
-        held.append((experts, found, self.num_layers))
+        held.append((experts, found.experts, self.num_layers))
         return found
 
-    monkeypatch.setattr(StreamedModel, "hold_experts", watched)
+    monkeypatch.setattr(StreamedModel, "hold", watched)
     fields = {
         "engine__kind": "streaming",
         "engine__experts": 2,
