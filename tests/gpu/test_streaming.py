@@ -13,6 +13,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, streaming
+from ghost_dist.engines.layer_fit import Held
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError
@@ -178,3 +179,40 @@ def test_experts_in_parts_take_less_than_one_layer(tmp_path):
         peaks[experts] = torch.cuda.max_memory_allocated() - before
     assert peaks[64] > 2 * layer
     assert peaks[4] < layer / 2
+
+
+def test_layers_one_at_a_time_need_the_memory_of_one(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    architecture = inspect_architecture(source)
+    prove_streamed(source.path, CUDA)
+    peaks, found = {}, {}
+    for layers in (2, 1):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with contextlib.closing(
+            StreamingEngine(
+                source, architecture, num_layers=4, dtype=torch.bfloat16, device=CUDA, batch=2
+            )
+        ) as engine:
+            free = int((layers + 0.5) * layer / 0.85)
+            held = engine.model.hold("auto", batch_tokens=64, tokens=TOKENS.size, free=free)
+            assert held == Held(reads_ahead=layers == 2)
+            rows = engine.sweep(TOKENS, range(6), (4,), (), lambda _: None)
+        peaks[layers] = torch.cuda.max_memory_allocated() - before
+        found[layers] = rows.tensors["boundary 4"].cpu()
+    assert torch.equal(found[1], found[2])
+    assert 2 * layer < peaks[2] < 2.5 * layer
+    assert layer < peaks[1] < 1.5 * layer
