@@ -178,12 +178,12 @@ def note_return_type(layer_class: type, output: Any) -> None:
 def handing_on(layer_class: type) -> Callable[..., Any]:
     """A forward for a layer that hands its input stream on, in the form of its class.
 
-    One layer of the class must have been run by :func:`bypassed` or seen by
+    Before it is called, one layer of the class must have been run by :func:`bypassed` or seen by
     :func:`note_return_type`.
     """
-    tuple_length = _TUPLE_LENGTH[layer_class]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        tuple_length = _TUPLE_LENGTH[layer_class]
         stream = args[0] if args else kwargs["hidden_states"]
         return (stream, *(None,) * (tuple_length - 1)) if tuple_length else stream
 

@@ -112,8 +112,6 @@ class Rank:
         if not spec.num_layers:
             return Loaded(0, None)
         if spec.kind == "streaming":
-            # Before the engine: it makes the family's classes known.
-            difference = prove_streamed(spec.path, device)
             checkpoint = open_checkpoint(spec.path)
             self._engine = StreamingEngine(
                 checkpoint,
@@ -131,7 +129,7 @@ class Rank:
                 tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
                 free=self._free_everywhere(),
             )
-            return Loaded(0, max(difference, prove_streamed(spec.path, device, held.experts)))
+            return Loaded(0, prove_streamed(spec.path, device, held.experts))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,

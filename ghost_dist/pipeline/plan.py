@@ -592,6 +592,7 @@ def _stages(
         tokens_s,
         keeps_sums=device.type == "cpu",
         prefetch=choice.prefetch,
+        experts=choice.experts,
     )
     compute = str(dtype).removeprefix("torch.")
     replicas = 1 if config.engine.replicas == "auto" else config.engine.replicas
@@ -604,11 +605,6 @@ def _stages(
                 else f"{config.engine.ranks} ranks, which keep {KEPT_BY_SHARDING:.0%} of the "
                 "forward's rate where they share a layer"
             )
-        )
-    if choice.experts is not None:
-        notes.append(
-            "layers with experts in parts run twice but for their routed experts, which FLOPs and "
-            "seconds leave out"
         )
     plans = []
     for name, work in works.items():

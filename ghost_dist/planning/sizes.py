@@ -133,6 +133,11 @@ class ModelSizes:
         """In memory."""
         return max(layer.loaded_bytes for layer in self.layers)
 
+    def rest_flops(self, layer: LayerSizes, window_length: int) -> int:
+        """Per token, of a layer without its routed experts."""
+        routed = 2 * self.experts_per_token * layer.expert_bytes // self.itemsize
+        return layer.flops(window_length) - routed
+
     def decoder_bytes(self, num_layers: int, tensor_parallel: int = 1) -> int:
         """Embeddings and the first layers in memory, of one rank."""
         layers = self.layers[:num_layers]

@@ -43,12 +43,13 @@ def work_of_stages(
     *,
     keeps_sums: bool = True,
     prefetch: bool = True,
+    experts: int | None = None,
 ) -> dict[str, Work]:
     """Work by stage, in order; stages that a run does not have are left out.
 
     ``keeps_sums``: those that spans are fitted from stay in memory between fits, as on a CPU; a GPU
     gives their memory to the model in between and reads them again. ``prefetch``: streaming reads
-    the next layer while one is computed.
+    the next layer while one is computed. ``experts``: routed ones that are held at once; None: all.
     """
     works = {"tokens": Work(other_s=tokens_s)}
     if run.selection is not None:
@@ -62,11 +63,24 @@ def work_of_stages(
     for work in works.values():
         work.window_length, work.head_flops = run.window_length, run.sizes.head_flops
         work.overlaps = work.overlaps and prefetch
+        if experts is not None:
+            _run_twice(work, run, experts)
         if engine != "streaming":  # which reads past the cache
             work.cached_bytes = int(work.read_bytes * share)
         if work.read_bytes and cache.keeps and engine != "streaming":
             share = 1.0
     return works
+
+
+def _run_twice(work: Work, run: RunShape, experts: int) -> None:
+    """Layers whose experts are in parts run twice but for these; counted as tokens more."""
+    sizes, length = run.sizes, run.window_length
+    work.layers = [
+        (layer, round(tokens * (1 + sizes.rest_flops(layer, length) / layer.flops(length))))
+        if layer.experts > experts
+        else (layer, tokens)
+        for layer, tokens in work.layers
+    ]
 
 
 def _select(run: RunShape, engine: EngineKind) -> Work:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import TEXT, save_checkpoint, save_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from ghost_dist.pipeline.inputs import open_inputs, open_model
 from ghost_dist.pipeline.plan import _run_shape
@@ -34,11 +36,11 @@ def counting():
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
 
 
-def works(config, engine="resident"):
+def works(config, engine="resident", **options):
     source, architecture, remove = open_model(config)
     sizes = model_sizes(source, architecture, torch.float32)
     run, _ = _run_shape(config, source, architecture, sizes, remove, CPU, [])
-    return run, work_of_stages(run, engine, Cache(0.0, True), 0.0)
+    return run, work_of_stages(run, engine, Cache(0.0, True), 0.0, **options)
 
 
 @pytest.fixture
@@ -224,3 +226,38 @@ def test_only_a_streaming_engine_overlaps_and_reads_past_the_cache(make_config):
     assert resident["calibrate"].cached_bytes == 0  # the first that reads
     assert resident["export"].cached_bytes == resident["export"].read_bytes
     assert streaming["export"].cached_bytes == 0
+
+
+def test_layers_in_parts_run_twice_but_for_their_experts(make_config, tmp_path, monkeypatch):
+    source = save_checkpoint("mixtral", tmp_path / "source")
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config = make_config(
+        model__path=str(source),
+        calibration__source=str(text),
+        engine__kind="streaming",
+        engine__experts=3,
+        selection__spans=[[2, 4]],
+    )
+    ran, forward = [], MixtralAttention.forward
+
+    def counted(self, hidden_states, *arguments, **options):
+        if hidden_states.shape[1] == LENGTH:  # shorter ones are trials
+            ran.append(hidden_states.shape[0] * hidden_states.shape[1])
+        return forward(self, hidden_states, *arguments, **options)
+
+    monkeypatch.setattr(MixtralAttention, "forward", counted)
+    recover(config, again="calibrate")
+    run, whole = works(config, "streaming")
+    _, parts = works(config, "streaming", experts=3)
+    assert sum(ran) == 2 * 4 * run.num_tokens
+    shape = open_model(config)[0].config
+    c, heads = shape["hidden_size"], shape["num_attention_heads"]
+    head_dim, keys = c // heads, shape["num_key_value_heads"]
+    projections = 2 * c * head_dim * (2 * heads + 2 * keys)
+    rest = projections + 2 * c * shape["num_local_experts"] + 4 * heads * head_dim * LENGTH
+    again = parts["calibrate"].model_flops - whole["calibrate"].model_flops
+    assert again == pytest.approx(rest * sum(ran) / 2, rel=2e-3)  # whole tokens
+    _, all_of_four = works(config, "streaming", experts=4)
+    assert all_of_four["calibrate"].model_flops == whole["calibrate"].model_flops
