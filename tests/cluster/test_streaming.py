@@ -38,10 +38,18 @@ def events(run, kind):
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
+@pytest.fixture(scope="module")
+def of_one_process():
+    """What was run once for all tests of this file."""
+    return {}
+
+
 @pytest.fixture
-def alone(make_config, tmp_path):
-    config = make_config(**FIELDS, output__path=str(tmp_path / "alone"))
-    return recover(config), operators(tmp_path / "alone")
+def alone(make_config, tmp_path, of_one_process):
+    if "dense" not in of_one_process:
+        config = make_config(**FIELDS, output__path=str(tmp_path / "alone"))
+        of_one_process["dense"] = recover(config), operators(tmp_path / "alone")
+    return of_one_process["dense"]
 
 
 @pytest.fixture
@@ -191,7 +199,7 @@ def test_what_one_of_the_ranks_meets_ends_the_run_by_name(make, cluster, tmp_pat
 
 
 @pytest.fixture
-def mixture(make_config, tmp_path):
+def mixture(make_config, tmp_path, of_one_process):
     """Of 4 experts; and the operators of a run that holds it."""
     source = save_checkpoint("mixtral", tmp_path / "source")
     save_tokenizer(source)
@@ -204,8 +212,10 @@ def mixture(make_config, tmp_path):
         "selection__spans": [[2, 4]],
         "operator__name": "ghost",
     }
-    recover(make_config(**fields, output__path=str(tmp_path / "alone")), again="solve")
-    return fields, operators(tmp_path / "alone")
+    if "mixture" not in of_one_process:
+        recover(make_config(**fields, output__path=str(tmp_path / "alone")), again="solve")
+        of_one_process["mixture"] = operators(tmp_path / "alone")
+    return fields, of_one_process["mixture"]
 
 
 @pytest.fixture
