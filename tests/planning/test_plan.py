@@ -22,6 +22,7 @@ from ghost_dist.planning.probe import ProbeSpec, measure
 from ghost_dist.planning.rates import Curve, Rates
 from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.spans import Span
+from ghost_dist.statistics.sizes import moments_flops
 
 CPU = torch.device("cpu")
 LLAMA_405B = {
@@ -312,7 +313,13 @@ def test_a_mixture_of_1t_is_planned_with_its_experts_in_parts(
     on_host = calibrate.host_bytes - 16 * (32 << 20) - 8 * (2 * 7168**2 + 3 * 7168 + 1)
     assert on_host == 3 * streams + asked - waiting
     assert f"with {held} of 384 routed experts at a time" in plan.engine.reason
-    assert any("run twice" in note for note in plan.notes)
+    sizes = _sizes(mixture_1t)
+    passed = sum(
+        layer.flops(2048) + (layer.experts > 0) * sizes.rest_flops(layer, 2048)
+        for layer in sizes.layers[:40]
+    )
+    sums = moments_flops(7168, 7168)
+    assert calibrate.flops == pytest.approx(32 * 2048 * (passed + sums), rel=1e-4)
     # Each expert is read once, as whole layers would be.
     whole = sum(layer.stored_bytes for layer in _sizes(mixture_1t).layers[:40])
     assert calibrate.read_bytes == whole + 2 * 163840 * 7168
