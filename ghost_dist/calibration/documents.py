@@ -44,10 +44,13 @@ def pick_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
 def as_document(value: Any, where: str) -> Document | None:
     """The cell of a row as a document; None if the cell is null.
 
+    A list of parts, as chat messages have them, is the text of its parts.
+
     Raises
     ------
     CalibrationError
-        If it is neither text nor a list of messages, or holds text that UTF-8 cannot write.
+        If it is neither text nor a list of messages or text parts, or holds text that UTF-8 cannot
+        write.
     """
     if value is None:
         return None
@@ -55,6 +58,8 @@ def as_document(value: Any, where: str) -> Document | None:
         _check_unicode(value, where)
         return value
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        if all("type" in item and "role" not in item for item in value):
+            return as_document(_joined_parts(value, where), where)
         return [dict(item) for item in value]
     raise CalibrationError(
         f"{where} holds {type(value).__name__} {str(value)[:60]!r}; expected a text, or a chat as "
@@ -91,7 +96,11 @@ def render_chat(tokenizer: Any, chat: Chat, where: str) -> str:
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """One message with the keys of chat templates; null entries, which parquet adds, are gone."""
+    """One message with the keys of chat templates and its content as one text.
+
+    Null entries, which parquet adds, are gone. Templates that handle content as text (most of those
+    without images) would write a list of parts as Python does.
+    """
     message = {key: value for key, value in item.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
@@ -101,7 +110,25 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or leave this row out."
             )
         message = {"role": _SHAREGPT_ROLES[speaker], "content": message.pop("value", "")} | message
+    if isinstance(content := message.get("content"), list):
+        message["content"] = _joined_parts(content, where)
     return message
+
+
+def _joined_parts(parts: list[Any], where: str) -> str:
+    """The text of ``{"type": "text", "text": ...}`` parts."""
+    texts = []
+    for part in parts:
+        text = (
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        )
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"{where} has a part {str(part)[:60]!r} in a message; only parts of text, "
+                '{"type": "text", "text": "..."}, can be read. Leave this row out.'
+            )
+        texts.append(text)
+    return "".join(texts)
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -2,6 +2,7 @@
 
 ``.txt`` is one document and comes in pieces; ``.jsonl`` (or ``.json`` with one object a line) and
 ``.parquet`` hold a document a row. All but parquet may be gzipped. Files are read in their order.
+A file that is one JSON array is the exception: it is read whole.
 """
 
 from __future__ import annotations
@@ -80,9 +81,14 @@ def read_rows(path: Path, column: str | None) -> Generator[Document]:
 
 def _json_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
+        started = False
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            if not started and line.lstrip().startswith(b"["):
+                yield from _array_items(path, column, line + file.read())
+                return
+            started = True
             where = f"{path}, line {number},"
             try:
                 row = json.loads(line.decode("utf-8"))
@@ -98,6 +104,22 @@ def _json_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
                 )
             column = pick_column(row, column, where)
             yield where, row[column]
+
+
+def _array_items(path: Path, column: str | None, content: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        items = json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise CalibrationError(
+            f"{path} is not JSON: {error}. It must be an array of objects, such as "
+            '[{"text": "..."}], or hold one object a line.'
+        ) from error
+    for number, item in enumerate(items, start=1):
+        where = f"{path}, item {number},"
+        if isinstance(item, dict):
+            column = pick_column(item, column, where)
+            item = item[column]
+        yield where, item
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:

@@ -73,6 +73,39 @@ def test_jsonl_and_its_gzip_give_the_same_documents(tmp_path):
     assert list(read_rows(plain, None)) == list(read_rows(zipped, None)) == expected
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_its_rows(tmp_path, indent):
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"text": "eins", "id": 1}, {"text": None}, "zwei\n é", chat]
+    path = tmp_path / "a.json"
+    path.write_text("\n " + json.dumps(rows, indent=indent))
+    zipped = tmp_path / "a.json.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert list(read_rows(path, None)) == ["eins", "zwei\n é", chat]
+    assert list(read_rows(zipped, None)) == ["eins", "zwei\n é", chat]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"text": 7}]', r"a\.json, item 2, holds int '7'; expected a text"),
+        ('[{"text": "a"}, 7]', r"a\.json, item 2, holds int '7'; expected a text"),
+        ('[{"text": "a"}, ', r"a\.json is not JSON: .*an array of objects"),
+    ],
+)
+def test_bad_items_are_named(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        list(read_rows(path, None))
+
+
+def test_content_in_parts_is_its_text(tmp_path):
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"content": parts}])
+    assert list(read_rows(path, None)) == ["one two"]
+
+
 def test_parquet_row_groups_in_order(tmp_path):
     path = tmp_path / "a.parquet"
     documents = [f"document {i}" for i in range(1000)]
