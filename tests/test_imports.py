@@ -1,6 +1,7 @@
-"""Imports go down the table of docs/design.md only, and heavy libraries have one importer each."""
+"""Imports go down the table of docs/design.md; heavy libraries and CUDA have one place each."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "ghost_dist"
 
 ROWS = [
     {"errors"},
-    {"durable", "spans"},
+    {"devices", "durable", "spans"},
     {"config"},
     {"progress", "run_folder"},
     {"checkpoint"},
@@ -74,3 +75,46 @@ def test_heavy_libraries_have_one_place(library, place):
         if any(name.split(".")[0] == library for name in imports_of(path))
     }
     assert all(name.startswith(place) for name in importers), importers
+
+
+def uses_of_cuda(source):
+    """Lines that ask torch for a GPU's streams, events, memory or present number."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(attr="cuda" | "accelerator"):
+                yield node.lineno  # torch.cuda, torch.backends.cuda, tensor.cuda()
+            case ast.Attribute(value=ast.Name("torch"), attr="Stream" | "Event"):
+                yield node.lineno
+            case ast.Import(names):
+                if any(alias.name.startswith(("torch.cuda", "torch.backends")) for alias in names):
+                    yield node.lineno
+            case ast.ImportFrom(module=str(module), names=names):
+                found = {f"{module}.{alias.name}" for alias in names}
+                if any(
+                    re.match(r"torch\.(backends|cuda|accelerator|Stream|Event)", f) for f in found
+                ):
+                    yield node.lineno
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_one_module_talks_to_cuda(path):
+    """The others would have to name the device each time, and one day one does not."""
+    if path.name != "devices.py":
+        assert not list(uses_of_cuda(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.cuda.synchronize(device)",
+        "torch.backends.cuda.matmul.allow_tf32 = False",
+        "model.cuda()",
+        "torch.accelerator.current_stream()",
+        "event = torch.Event('cuda')",
+        "import torch.cuda",
+        "from torch import cuda",
+        "from torch.cuda import Stream",
+    ],
+)
+def test_talking_to_cuda_is_noticed(line):
+    assert list(uses_of_cuda(line)) == [1]

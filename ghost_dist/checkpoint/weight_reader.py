@@ -9,6 +9,7 @@ others need.
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ghost_dist import devices
 from ghost_dist.checkpoint.block_scales import dequantised
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
@@ -84,11 +86,11 @@ class Reading:
         tensors: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
         block: tuple[int, int] | None,
-        pieces: Sequence[Future[Any]],
-        gather: Callable[[Sequence[Any]], None] | None = None,
+        pieces: Sequence[Future[devices.Event | None]],
+        arrive: Callable[[Sequence[devices.Event | None]], None],
     ) -> None:
         self._tensors, self._scales, self._block = dict(tensors), scales, block
-        self._pieces, self._gather = pieces, gather
+        self._pieces, self._arrive = pieces, arrive
 
     def wait(self) -> dict[str, Tensor]:
         """All tensors by name, on the device in the dtype of the file; bfloat16 if that is FP8.
@@ -100,13 +102,7 @@ class Reading:
         CheckpointError
             If a file could not be read to the end.
         """
-        copied = [event for piece in self._pieces if (event := piece.result()) is not None]
-        if self._gather is not None:
-            self._gather(copied)
-            self._gather = None
-        else:
-            for event in copied:
-                torch.cuda.current_stream().wait_event(event)
+        self._arrive([piece.result() for piece in self._pieces])
         for name, scales in self._scales.items():
             assert self._block is not None, "scales come with a block"
             self._tensors[name] = dequantised(self._tensors[name], scales, self._block)
@@ -118,8 +114,8 @@ class Reading:
         for piece in self._pieces:
             piece.cancel()
         for piece in self._pieces:
-            if not piece.cancelled():
-                piece.exception()
+            if not piece.cancelled() and piece.exception() is None:
+                devices.arrived(piece.result())  # other tensors get the memory now
 
 
 class WeightReader:
@@ -152,11 +148,9 @@ class WeightReader:
         keep_cached: bool = False,
         shared: SharedRead | None = None,
     ) -> None:
-        if device == torch.device("cuda"):  # without a number: a thread's own current one
-            device = torch.device("cuda", torch.cuda.current_device())
-        self._checkpoint, self._device, self._keep_cached = checkpoint, device, keep_cached
-        self._shared = shared
-        self._side: Any = None
+        self._checkpoint, self._keep_cached, self._shared = checkpoint, keep_cached, shared
+        self._device = devices.numbered(device)
+        self._side: devices.Stream | None = None
         self.bytes_read = 0
         self._states = {file: self._state(file) for file in checkpoint.headers}
         self._files: dict[str, int] = {}
@@ -201,18 +195,22 @@ class WeightReader:
             for at in range(first, last, BLOCK_BYTES):
                 part = raw[at : min(at + BLOCK_BYTES, last)]
                 pieces.append((info, info.offset + at, part))
-        ready = None
-        if self._device.type == "cuda":
-            # Earlier work on the memory that the allocator gave us may still be under way.
-            ready = torch.cuda.current_stream().record_event()
+        # Earlier work on the memory that the allocator gave us may still be under way.
+        ready = devices.mark(self._device)
         self.bytes_read += sum(part.numel() for _, _, part in pieces)
         started = [
             self._pool.submit(self._read, info, offset, part, ready)
             for info, offset, part in pieces
         ]
         scales = {name: tensors.pop(info.name) for name, info in scale_of.items()}
-        gather = None if memory is None else lambda copied: self._exchange(memory, [ready, *copied])
-        return Reading(tensors, scales, checkpoint.block, started, gather)
+
+        def arrive(copied: Sequence[devices.Event | None]) -> None:
+            if memory is not None:
+                self._exchange(memory, [ready, *copied])
+            else:
+                self._wait_for(copied)
+
+        return Reading(tensors, scales, checkpoint.block, started, arrive)
 
     def _memory(
         self, infos: Sequence[TensorInfo]
@@ -239,19 +237,22 @@ class WeightReader:
         size = memory.numel() // self._shared.count
         return slice(self._shared.rank * size, (self._shared.rank + 1) * size)
 
-    def _exchange(self, memory: Tensor, behind: Sequence[Any]) -> None:
+    def _exchange(self, memory: Tensor, behind: Sequence[devices.Event | None]) -> None:
         """Get what the others read, while the device still computes with what came before."""
         assert self._shared is not None
         if self._device.type != "cuda":
             self._shared.gather(memory)
             return
         if self._side is None:
-            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._side):
-            for event in behind:
-                self._side.wait_event(event)
+            self._side = devices.side_stream(self._device)
+        with devices.on_stream(self._side):
+            self._wait_for(behind)
             self._shared.gather(memory)
-        torch.cuda.current_stream().wait_stream(self._side)
+        devices.wait_for(self._device, devices.mark_of(self._side))
+
+    def _wait_for(self, copied: Sequence[devices.Event | None]) -> None:
+        for event in copied:
+            devices.wait_for(self._device, event)
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -295,23 +296,23 @@ class WeightReader:
                 "start over with another output.path."
             )
 
-    def _read(self, info: TensorInfo, offset: int, part: Tensor, ready: Any) -> Any:
+    def _read(
+        self, info: TensorInfo, offset: int, part: Tensor, ready: devices.Event | None
+    ) -> devices.Event | None:
         """Fill ``part`` from the file; on a GPU an event that says when the copy is done."""
-        if self._device.type != "cuda":
+        if ready is None:
             self._fill(info, offset, part)
             return None
-        buffer, copied, stream = self._next_buffer()
-        copied.synchronize()
-        view = buffer[: part.numel()]
+        stream, buffer = self._next_buffer()
+        devices.arrived(buffer.copied)
+        view = buffer.memory[: part.numel()]
         self._fill(info, offset, view)
         # The tensor may have been made in inference mode, which is a thread's own.
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            stream.wait_event(ready)
+        with torch.inference_mode(), devices.on_stream(stream):
+            devices.wait_for(self._device, ready)
             part.copy_(view, non_blocking=True)
-            copied.record(stream)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(stream)
-        return done
+        buffer.copied = devices.mark_of(stream)
+        return buffer.copied
 
     def _fill(self, info: TensorInfo, offset: int, part: Tensor) -> None:
         descriptor = self._files[info.file]
@@ -332,20 +333,22 @@ class WeightReader:
         if not self._keep_cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
 
-    def _next_buffer(self) -> tuple[Tensor, Any, Any]:
-        """A pinned buffer of this thread, the event of its last copy, and the thread's stream."""
+    def _next_buffer(self) -> tuple[devices.Stream, _Buffer]:
+        """This thread's stream, and the pinned buffer of this thread that was used longest ago."""
         local = self._local
         if not hasattr(local, "buffers"):
-            torch.cuda.set_device(self._device)
-            local.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            events = [torch.cuda.Event() for _ in range(_BUFFERS_PER_READER)]  # type: ignore[no-untyped-call]
-            local.buffers = [
-                (torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True), event)
-                for event in events
-            ]
-            local.turn = 0
-        local.turn = (local.turn + 1) % _BUFFERS_PER_READER
-        return (*local.buffers[local.turn], local.stream)
+            devices.begin(self._device)
+            local.stream = devices.side_stream(self._device)
+            local.buffers = itertools.cycle([_Buffer() for _ in range(_BUFFERS_PER_READER)])
+        return local.stream, next(local.buffers)
+
+
+class _Buffer:
+    """Page-locked memory, and when the last copy out of it is done."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        self.copied: devices.Event | None = None
 
 
 def _rows_of(info: TensorInfo, rows: range | None) -> TensorInfo:

@@ -42,7 +42,7 @@ from ghost_dist.cluster.running_sums import (
     join_group,
     reduce_folds,
 )
-from ghost_dist.engines.memory import free_bytes
+from ghost_dist.devices import begin, free_bytes, release_cached
 from ghost_dist.engines.peers import Peers
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
@@ -107,6 +107,7 @@ class Rank:
         self._check_checkpoint(spec)
         device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
         self._device = device
+        begin(device)
         if spec.kind == "tensor_parallel" or spec.degree > 1:
             self._join(rank, address, port, spec)
         if not spec.num_layers:
@@ -315,8 +316,7 @@ class Rank:
 
     def _give_back(self) -> None:
         """Cached memory of the device: the driver may run its model there between two fits."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_cached(self._device)
 
     def _advance(self, task: str, amount: int) -> None:
         self._beat = Beat(task, self._beat.done + amount)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.devices import begin
 from ghost_dist.errors import ReductionError
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import ColumnBlock, Sums
@@ -111,7 +112,7 @@ class ReplicaGroup:
         timeout = dt.timedelta(seconds=timeout_s)
         self._group: Any
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            begin(device)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, index, count, options)

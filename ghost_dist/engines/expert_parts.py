@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.weight_reader import Reading
-from ghost_dist.engines.memory import free_bytes
+from ghost_dist.devices import free_or_cached_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
 SHARE_OF_FREE_MEMORY = 0.85
@@ -348,7 +348,7 @@ class SplitLayer:
         shape = (index_NK.numel(), hidden_NC.shape[1])
         if self._place is None:
             nbytes = num_tokens * shape[1] * (1 + index_NK.shape[1]) * hidden_NC.dtype.itemsize
-            room = SHARE_OF_FREE_MEMORY * _free_or_cached(self._device) - self._reserve
+            room = SHARE_OF_FREE_MEMORY * free_or_cached_bytes(self._device) - self._reserve
             self._place = self._device if nbytes <= room else torch.device("cpu")
         pinned = self._place != self._device
         # Every pair has its row, so that none has to be moved while parts come and go.
@@ -441,11 +441,3 @@ def _adds_expert_by_expert(experts: nn.Module) -> bool:
     if not hasattr(experts, "has_gate"):
         return True  # a class that knows only its own forward
     return getattr(experts.config, "_experts_implementation", None) in (None, "eager")
-
-
-def _free_or_cached(device: torch.device) -> int:
-    """Free memory, with what torch's allocator keeps for the next tensors."""
-    free = free_bytes(device)
-    if device.type == "cuda":
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free

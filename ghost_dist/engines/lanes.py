@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair, down_projections
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
+from ghost_dist.devices import free_bytes
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.expert_parts import Inputs
-from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.spans import Span
 

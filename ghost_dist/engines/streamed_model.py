@@ -32,6 +32,7 @@ from ghost_dist.checkpoint.load import (
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
+from ghost_dist.devices import free_bytes
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.expert_parts import (
     SHARE_OF_FREE_MEMORY,
@@ -47,7 +48,6 @@ from ghost_dist.engines.expert_parts import (
     routed_experts,
 )
 from ghost_dist.engines.layer_fit import Held, LayerBytes, Room, fit_layers
-from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.collect import FlagsOnTheWay

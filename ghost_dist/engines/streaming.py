@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.devices import free_bytes, mark, synchronize
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.expert_parts import Inputs
-from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.peers import ALONE, Peers
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.statistics.collect import FiniteCheck
@@ -211,7 +211,7 @@ class StreamingEngine:
             if boundary in boundaries:
                 rows.tensors[name] = place.row_of(streams_WTC)
                 if state is not None:
-                    state.keep(name, rows.tensors[name])
+                    state.keep(name, rows.tensors[name], mark(self.device))
             if state is not None and boundary > 0:
                 state.save(boundary, name if boundary in boundaries else streams_WTC.clone)
 
@@ -229,7 +229,7 @@ class StreamingEngine:
                 for name, tensor in kept.items():
                     rows.tensors[name] = tensor
                     if state is not None:
-                        state.keep(name, tensor)
+                        state.keep(name, tensor, mark(self.device))
                 finish(group + 1, finite)
                 advance(1)
         checks.now()
@@ -324,7 +324,7 @@ class _Checks:
     def later(self, finite: FiniteCheck) -> None:
         """Look at the layer before this one."""
         if self._wait:
-            torch.cuda.synchronize(self._device)
+            synchronize(self._device)
         if self._late:
             self.now()
         self._late.append(finite)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.resident import ResidentEngine
@@ -181,8 +182,7 @@ def open_tensor_parallel(
             f"processes of its own, found {world or 'none that is initialised'}. Start {degree} "
             "ranks per replica."
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # collectives of Python objects go through it
+    begin(device)  # collectives of Python objects go through the current device
     with errors_shared():
         checkpoint = open_checkpoint(path)
         check_degree(truncated_config(checkpoint, architecture, num_layers), degree)
@@ -428,9 +428,9 @@ def _local_rank(device: torch.device) -> Iterator[None]:
     """Both libraries choose the GPU by LOCAL_RANK; here the device was chosen already."""
     before = os.environ.get("LOCAL_RANK")
     if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.set_device(index)
-        os.environ["LOCAL_RANK"] = str(index)
+        device = numbered(device)
+        begin(device)
+        os.environ["LOCAL_RANK"] = str(device.index)
     elif before is None:
         os.environ["LOCAL_RANK"] = "0"
     try:

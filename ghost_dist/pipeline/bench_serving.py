@@ -23,9 +23,10 @@ from torch import Tensor
 from ghost_dist.calibration.windows import TokenWindows, load_windows
 from ghost_dist.checkpoint.load import load_causal_lm, quiet_loading
 from ghost_dist.checkpoint.surgery import remove_layers
+from ghost_dist.devices import allocated_bytes, open_device, peak_bytes, reset_peak, synchronize
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.verify import has_our_code
-from ghost_dist.pipeline.inputs import compute_device, compute_dtype, open_model
+from ghost_dist.pipeline.inputs import compute_dtype, open_model
 from ghost_dist.planning.machine import device_name
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
@@ -105,7 +106,7 @@ def bench_serving(
             f"prompt {prompt} and new {new} are {prompt + new} tokens, the model was made for "
             f"{limit}. Take fewer."
         )
-    device = compute_device(config.engine.device)
+    device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     pruned = load_causal_lm(source.path, dtype=dtype, device=device)
     remove_layers(pruned, architecture, spans)
@@ -158,11 +159,11 @@ def take_turns(
 
 def _turn(model: Any, ids_BT: Tensor, new: int) -> Turn:
     marks: list[float] = []
-    cuda = ids_BT.device.type == "cuda"
+    device = ids_BT.device
+    cuda = device.type == "cuda"
 
     def now() -> float:
-        if cuda:
-            torch.cuda.synchronize(ids_BT.device)
+        synchronize(device)
         return time.perf_counter()
 
     def mark(_: Tensor, scores: Tensor) -> Tensor:
@@ -174,13 +175,13 @@ def _turn(model: Any, ids_BT: Tensor, new: int) -> Turn:
     )
     others = 0
     if cuda:
-        torch.cuda.reset_peak_memory_stats(ids_BT.device)
-        others = torch.cuda.memory_allocated(ids_BT.device) - _weight_bytes(model)
+        reset_peak(device)
+        others = allocated_bytes(device) - _weight_bytes(model)
     began = now()
     found = model.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=[mark], use_cache=True
     )
-    peak = torch.cuda.max_memory_allocated(ids_BT.device) - others if cuda else None
+    peak = peak_bytes(device) - others if cuda else None
     assert len(marks) == new, "one forward a token"
     return Turn(marks[0] - began, marks[-1] - marks[0], found[:, ids_BT.shape[1] :].cpu(), peak)
 

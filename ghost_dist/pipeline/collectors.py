@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.devices import free_bytes
 from ghost_dist.engines.base import Engine, Tokens
-from ghost_dist.engines.memory import free_bytes
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together

@@ -30,7 +30,7 @@ from ghost_dist.checkpoint.reader import (
     resolve_checkpoint,
 )
 from ghost_dist.config import Config, parse_size
-from ghost_dist.engines.memory import free_bytes
+from ghost_dist.devices import free_bytes, open_device
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.engines.tensor_parallel import check_degree
@@ -38,13 +38,12 @@ from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.planning.choice import must_stream
+from ghost_dist.planning.choice import SHARE_OF_FREE_MEMORY, must_stream
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
 
 _TOKENS_OF_RANGE = 1 << 16
-_SHARE_OF_FREE_MEMORY = 0.85
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,10 @@ def open_inputs(
     """
     source, architecture, remove = open_model(config)
     if worker_device is None:
-        device = workers = compute_device(config.engine.device)
+        device = workers = open_device(config.engine.device)
     else:
         streams = config.engine.kind == "streaming"  # the driver as well
-        device = compute_device("auto") if streams else _driver_device(source, reporter)
+        device = open_device("auto") if streams else _driver_device(source, reporter)
         workers = worker_device()
     num_ranges = count_ranges(config)
     dtype = compute_dtype(config, source, workers)
@@ -400,37 +399,17 @@ def _refittable(
     return frozenset(refittable) if added else frozenset()
 
 
-def compute_device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda:0" if available else "cpu")
-    if name.startswith("cuda"):
-        if not available:
-            raise ConfigError(
-                f"engine.device={name}, but torch sees no CUDA device. Use engine.device=cpu, or "
-                "install a CUDA build of torch and check that nvidia-smi shows the GPU."
-            )
-        index = int(name.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"engine.device={name}, but this machine has {torch.cuda.device_count()} GPUs "
-                f"(cuda:0 to cuda:{torch.cuda.device_count() - 1})."
-            )
-        return torch.device("cuda", index)
-    return torch.device(name)
-
-
 def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
     """Where the driver of a cluster runs what needs the whole model: a GPU if two copies fit.
 
     Two, because the exported checkpoint is compared with the recovered model.
     """
-    device = compute_device("auto")
+    device = open_device("auto")
     if device.type == "cpu":
         return device
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_bytes(device)
     copies = 2 * source.bytes_once_read
-    if copies < _SHARE_OF_FREE_MEMORY * free:
+    if copies < SHARE_OF_FREE_MEMORY * free:
         return device
     reporter.warn(
         f"two copies of the model ({copies / 1e9:.1f} GB) do not fit on the driver's "

@@ -27,7 +27,7 @@ from ghost_dist.checkpoint.load import (
 )
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.engines.memory import free_bytes, host_free_bytes
+from ghost_dist.devices import free_bytes, host_free_bytes, open_device
 from ghost_dist.engines.resident import auto_batch
 from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.engines.tensor_parallel import check_degree
@@ -47,7 +47,6 @@ from ghost_dist.pipeline.candidates import (
     searches_ridge,
 )
 from ghost_dist.pipeline.inputs import (
-    compute_device,
     compute_dtype,
     count_ranges,
     disk_needs,
@@ -183,7 +182,7 @@ def plan_run(
     reporter = reporter or Reporter()
     notes: list[str] = []
     source, architecture, remove = open_model(config)
-    device = compute_device(config.engine.device)
+    device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     sizes = model_sizes(source, architecture, dtype)
     run, tokens_s = _run_shape(config, source, architecture, sizes, remove, device, notes)

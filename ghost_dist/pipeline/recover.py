@@ -12,6 +12,7 @@ import torch
 from ghost_dist import __version__
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.config import Config, decisive_tree, fingerprint
+from ghost_dist.devices import gpu_name
 from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
@@ -180,5 +181,5 @@ def _num_parameters(checkpoint: Checkpoint) -> int:
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+        return gpu_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

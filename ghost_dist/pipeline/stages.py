@@ -23,6 +23,7 @@ from ghost_dist.calibration.windows import TokenWindows, build_windows, load_win
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.config import config_tree, fingerprint
+from ghost_dist.devices import peak_bytes, reset_peak
 from ghost_dist.durable import fsync_folder
 from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
@@ -520,15 +521,11 @@ class Stages:
         recorded = self._run.record(name, inputs)
         if recorded is not None:
             return recorded
-        cuda = self._inputs.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self._inputs.device)
+        reset_peak(self._inputs.device)
         began = time.monotonic()
         outputs = work()
         outputs["seconds"] = round(time.monotonic() - began, 3)
         outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        outputs["peak_device_bytes"] = (
-            torch.cuda.max_memory_allocated(self._inputs.device) if cuda else 0
-        )
+        outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it

@@ -19,10 +19,10 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import fingerprint
+from ghost_dist.devices import free_bytes
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.layer_fit import Held
-from ghost_dist.engines.memory import free_bytes
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
 from ghost_dist.errors import CorruptStoreError

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost_dist.devices import mark
 from ghost_dist.statistics.collect import Collector
 from ghost_dist.statistics.sums import Sums
 
@@ -38,9 +39,7 @@ class Stopwatch:
         """A point in the device's time."""
         if self._cuda is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._cuda))
-        return event
+        return mark(self._cuda, timing=True)
 
     @contextlib.contextmanager
     def lap(self) -> Iterator[None]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from ghost_dist.devices import gpu_name
+
 
 def device_name(device: torch.device) -> str:
     """Of a GPU with its driver's version, or of the CPU with the number of threads."""
     if device.type == "cuda":
         driver = Path("/proc/driver/nvidia/version")
         version = driver.read_text().split("  ")[1:2] if driver.exists() else []
-        return " ".join([torch.cuda.get_device_name(device), *version])
+        return " ".join([gpu_name(device), *version])
     info = Path("/proc/cpuinfo")
     names = [
         line.partition(":")[2].strip()

@@ -26,7 +26,7 @@ from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import RelativeRidge
-from ghost_dist.engines.memory import free_bytes
+from ghost_dist.devices import free_bytes, synchronize
 from ghost_dist.engines.shapes_only import shapes_only
 from ghost_dist.planning.machine import device_name
 from ghost_dist.planning.probe_files import measure_files
@@ -149,19 +149,14 @@ def timed(work: Callable[[], Any], device: torch.device, repeated_s: float = _RE
     spent: list[float] = []
     total = 0.0
     while len(spent) < 2 or (total < repeated_s and len(spent) < 50):
-        _wait(device)
+        synchronize(device)
         began = time.perf_counter()
         work()
-        _wait(device)
+        synchronize(device)
         spent.append(time.perf_counter() - began)
         total += spent[-1]
     warm = sorted(spent[1:])
     return max(1e-9, warm[len(warm) // 2])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _process(spec: ProbeSpec) -> float:
@@ -241,11 +236,11 @@ def _one_layer(spec: ProbeSpec, number: int, batch: int, length: int) -> tuple[f
     marks: list[float] = []
 
     def enter(*_: Any) -> None:
-        _wait(spec.device)
+        synchronize(spec.device)
         marks.append(time.perf_counter())
 
     def leave(*_: Any) -> None:
-        _wait(spec.device)
+        synchronize(spec.device)
         inside.append(time.perf_counter() - marks.pop())
 
     layer.register_forward_pre_hook(enter)

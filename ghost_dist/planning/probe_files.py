@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
+from ghost_dist.devices import synchronize
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.sizes import saved_by_strips
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
@@ -197,7 +198,6 @@ def _commit(scratch: Path, device: torch.device) -> tuple[float, float, float]:
         nbytes.append(in_memory - saved_by_strips(size, 1))
         began = time.perf_counter()
         store.read(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         read = time.perf_counter() - began
     return nbytes[1] / max(1e-6, spent[1] - spent[0]), spent[0], nbytes[1] / read

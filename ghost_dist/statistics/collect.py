@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.config import RowWeights
+from ghost_dist.devices import arrived, mark
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums
@@ -281,11 +282,10 @@ class FlagsOnTheWay:
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         finite = torch.isfinite(torch.stack(list(numbers)))
         self._flags = finite.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+        self._copied = mark(finite.device)
 
     def arrived(self) -> list[bool]:
         """One flag for each number."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags

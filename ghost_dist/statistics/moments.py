@@ -25,6 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ghost_dist.devices import capability, without_tf32
 from ghost_dist.statistics.strips import mirror_
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
@@ -185,19 +186,15 @@ def has_full_rate_float64(device: torch.device) -> bool:
     """Whether float64 matrix products are worth their exactness on ``device``."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_capability(device) in _FULL_RATE_FLOAT64
+    return capability(device) in _FULL_RATE_FLOAT64
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` accumulated in float32, never in TF32 or bf16."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    previous = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with without_tf32():
         return torch.mm(a.float(), b.float())
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = previous
 
 
 def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:

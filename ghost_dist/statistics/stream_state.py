@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghost_dist.devices import Event, arrived, mark, on_stream, side_stream
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes, write_bytes
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.statistics.arrays import read_array, write_array
@@ -111,12 +112,14 @@ class StreamState:
         streams = self._read(manifest["streams"]) if kept is None else kept.clone()
         return Saved(manifest["boundary"], streams, rows)
 
-    def keep(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that is not changed any more; a later :meth:`save` makes it count."""
-        ready = _ready(tensor)
+    def keep(self, name: str, tensor: Tensor, behind: Event | None) -> None:
+        """Write a tensor that is not changed any more; a later :meth:`save` makes it count.
+
+        ``behind`` is a mark of the device that fills it, which may be another one than it is on.
+        """
 
         def work() -> None:
-            self._rows[name] = self._write(tensor, ready)
+            self._rows[name] = self._write(tensor, behind)
 
         self._submit(work)
 
@@ -128,7 +131,8 @@ class StreamState:
         boundary
             Layer that comes next.
         snapshot
-            Gives a copy of the streams entering it, or the name they are kept under.
+            Gives a copy of the streams entering it, or the name they are kept under. Streams on
+            the CPU must have come there.
 
         Raises
         ------
@@ -140,10 +144,10 @@ class StreamState:
         if not named and (self._jobs or time.monotonic() < self._rested):
             return False
         tensor = None if isinstance(snapshot, str) else snapshot()
-        ready = None if tensor is None else _ready(tensor)
+        behind = None if tensor is None else mark(tensor.device)
 
         def work() -> None:
-            streams = snapshot if tensor is None else self._write(tensor, ready)
+            streams = snapshot if tensor is None else self._write(tensor, behind)
             manifest = {
                 "fingerprint": self._fingerprint,
                 "windows": list(self.windows),
@@ -202,9 +206,9 @@ class StreamState:
         if self._failure is not None:
             raise self._failure
 
-    def _write(self, tensor: Tensor, ready: Any) -> dict[str, Any]:
+    def _write(self, tensor: Tensor, behind: Event | None) -> dict[str, Any]:
         """Write one tensor in parts along its first dimension; returns its entry."""
-        values = _as_numpy(tensor, ready)
+        values = _as_numpy(tensor, behind)
         identity = uuid.uuid4().hex
         bounds = np.linspace(0, len(values), min(_PARTS, len(values)) + 1).astype(int)
         pieces = [values[a:b] for a, b in itertools.pairwise(bounds)]
@@ -241,16 +245,10 @@ class StreamState:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _ready(tensor: Tensor) -> Any:
-    """When the work so far is done, on a GPU."""
-    return torch.cuda.current_stream().record_event() if tensor.is_cuda else None
-
-
-def _as_numpy(tensor: Tensor, ready: Any) -> np.ndarray[Any, Any]:
-    if ready is not None:
-        stream: Any = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            stream.wait_event(ready)
+def _as_numpy(tensor: Tensor, behind: Event | None) -> np.ndarray[Any, Any]:
+    arrived(behind)
+    if tensor.is_cuda:
+        with on_stream(side_stream(tensor.device)):  # not behind what the device computes by now
             tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)  # numpy has no bfloat16

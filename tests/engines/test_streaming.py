@@ -243,7 +243,7 @@ def test_a_slow_disk_skips_states_but_never_rows(tmp_path, monkeypatch):
     streams = torch.arange(12.0).view(2, 2, 3)
     assert state.save(1, streams.clone)
     assert not state.save(2, streams.clone)
-    state.keep("boundary 3", streams * 3)
+    state.keep("boundary 3", streams * 3, None)
     assert state.save(3, "boundary 3")
     go_on.set()
     state.wait()
@@ -259,7 +259,7 @@ def test_states_keep_every_dtype_bit_by_bit(tmp_path, dtype):
     tensor = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[0, 0, 0] = -0.0
     state = StreamState(tmp_path / "state", "same", range(5))
-    state.keep("row", tensor)
+    state.keep("row", tensor, None)
     state.wait()
     state.save(2, tensor.clone)
     state.wait()

@@ -140,7 +140,7 @@ def gpu_of(monkeypatch):
 
     def have(device_gb, host_gb=500, disk_gb=10_000, kinds=("stream", "joint", "stream+norm")):
         monkeypatch.setattr(planning, "free_bytes", lambda _: int(device_gb * 1e9))
-        monkeypatch.setattr(planning, "compute_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr(planning, "open_device", lambda _: torch.device("cuda"))
         for module in (planning, probe):
             monkeypatch.setattr(module, "device_name", lambda _: "GPU X")
         monkeypatch.setattr(planning, "cached_share", lambda _: 0.0)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ghost_dist.engines import memory
+from ghost_dist import devices as memory
 from ghost_dist.planning.rates import Curve, Rates, cache_file, store_rates, stored_rates
 
 RATES = Rates(
@@ -82,7 +82,7 @@ def test_every_rate_is_stored(tmp_path, monkeypatch):
 
 def test_a_ulimit_bounds_what_is_free():
     code = (
-        "import torch\nfrom ghost_dist.engines.memory import free_bytes\n"
+        "import torch\nfrom ghost_dist.devices import free_bytes\n"
         "print(free_bytes(torch.device('cpu')))"
     )
 

@@ -1,0 +1,230 @@
+"""Devices: the only module that talks to ``torch.cuda``, and it names the device every time.
+
+What CUDA is not told a device for belongs to the *current* one, which is a thread's own and GPU 0
+at first. A stream or an event of GPU 0 makes nothing wait on GPU 1: layers would be computed on
+weights that are still being copied. Statistics of memory are refused before CUDA has begun in the
+process. So every function here takes the device, and begins it where that is needed.
+
+A CPU has done what it was told when the call returns: its marks are None, nothing waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ghost_dist.errors import ConfigError
+
+Event = torch.cuda.Event
+Stream = torch.cuda.Stream
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def open_device(name: str) -> torch.device:
+    """The device of ``engine.device``, begun; auto is the first GPU where there is one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda:0" if available else "cpu"
+    if name.startswith("cuda"):
+        if not available:
+            raise ConfigError(
+                f"engine.device={name}, but torch sees no CUDA device. Use engine.device=cpu, or "
+                "install a CUDA build of torch and check that nvidia-smi shows the GPU."
+            )
+        index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= count:
+            raise ConfigError(
+                f"engine.device={name}, but this machine has {count} GPUs (cuda:0 to "
+                f"cuda:{count - 1})."
+            )
+        name = f"cuda:{index}"
+    device = torch.device(name)
+    begin(device)
+    return device
+
+
+def begin(device: torch.device) -> None:
+    """Initialise CUDA, and make ``device`` this thread's current one, for libraries that ask it."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(numbered(device))
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The same device for every thread: ``cuda`` without a number is this thread's current GPU."""
+    if device == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def gpu_name(device: torch.device) -> str:
+    """Of a GPU, as its driver calls it."""
+    return str(torch.cuda.get_device_name(device))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def mark(device: torch.device, *, timing: bool = False) -> Event | None:
+    """An event behind all that this thread has given a GPU so far, on its current stream."""
+    if device.type != "cuda":
+        return None
+    return mark_of(torch.cuda.current_stream(device), timing=timing)
+
+
+def mark_of(stream: Stream, *, timing: bool = False) -> Event:
+    """An event behind all that was given a stream so far."""
+    event = Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def wait_for(device: torch.device, event: Event | None) -> None:
+    """Let what this thread gives a GPU from now on wait for a mark; the host goes on."""
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
+
+
+def arrived(event: Event | None) -> None:
+    """Wait, on the host, until a mark is passed."""
+    if event is not None:
+        event.synchronize()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait, on the host, for everything that a device was given by any thread."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def side_stream(device: torch.device) -> Stream:
+    """A stream of a GPU beside the one that computes."""
+    return Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    """What this thread gives the stream's GPU goes to that stream."""
+    # The guard keeps a thread whose current GPU is another one from beginning that one as well.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 are not rounded to TF32, whatever the user has allowed."""
+    matmul = torch.backends.cuda.matmul
+    previous = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = previous
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """What this process's tensors take on a GPU."""
+    return int(torch.cuda.memory_allocated(device))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let :func:`peak_bytes` begin again."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that tensors took on a GPU since :func:`reset_peak`; 0 for a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def release_cached(device: torch.device) -> None:
+    """Give memory that the allocator keeps for the next tensors back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes, within what this process may use of it."""
+    if device.type != "cuda":
+        return host_free_bytes()
+    device = numbered(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free, allowed - torch.cuda.memory_allocated(device)))
+
+
+def free_or_cached_bytes(device: torch.device) -> int:
+    """The same, with what the allocator keeps for the next tensors."""
+    free = free_bytes(device)
+    if device.type == "cuda":
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free
+
+
+def host_free_bytes() -> int:
+    """Host memory that this process can still have: what is available, below every limit set.
+
+    Limits are those of the control group (a container, a job) and of ``ulimit -v`` and ``-d``.
+    Pages of files are not counted as used: the kernel gives them back.
+    """
+    return max(0, min([_available(), *_left_in_cgroups(), *_left_below_ulimits()]))
+
+
+def _available() -> int:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _left_in_cgroups() -> list[int]:
+    left = []
+    for limit_file, usage_file in _CGROUPS:
+        limit, usage = ("".join(_lines(Path(file))) for file in (limit_file, usage_file))
+        if not (limit.isdigit() and usage.isdigit()):
+            continue  # "max", or no such control group
+        statistics = dict(
+            line.split(maxsplit=1) for line in _lines(Path(limit_file).with_name("memory.stat"))
+        )
+        cached = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+        left.append(int(limit) - int(usage) + cached)
+    return left
+
+
+def _left_below_ulimits() -> list[int]:
+    status = dict(line.split(":", 1) for line in _lines(Path("/proc/self/status")) if ":" in line)
+    left = []
+    for limit, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, used = resource.getrlimit(limit)[0], status.get(field)
+        if most != resource.RLIM_INFINITY and used is not None:
+            left.append(most - int(used.split()[0]) * 1024)
+    return left
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
