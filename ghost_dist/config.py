@@ -66,11 +66,14 @@ class CalibrationConfig(_Section):
     """A .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, or a dataset
     ``NAME[:CONFIG[:SPLIT]]``, which is streamed; c4: allenai/c4."""
     windows: int = Field(default=32, ge=1)
-    """Number of windows; they are packed end to end, so none holds padding."""
+    """Number of windows; none holds padding."""
     window_length: int = Field(default=2048, ge=2)
     """Tokens per window."""
+    sampling: Literal["spread", "beginning"] = "spread"
+    """spread: windows from evenly spaced places of the whole of a file or folder. beginning: the
+    first tokens of a file; a folder through a shuffle buffer, as datasets of the hub always are."""
     seed: int = 0
-    """Order of the documents of a ``datasets`` source; files are read from the beginning."""
+    """Places of spread windows; order of the documents of a ``datasets`` source."""
     special_tokens: bool = False
     """Whether the tokenizer adds its own special tokens (BOS, EOS) to every document."""
     window_bos: bool = False

@@ -47,9 +47,15 @@ class Corpus:
     """Documents in their final order; of a text file, the pieces of its one document."""
     one_text: bool
     """Whether ``documents`` are pieces to be joined without a separator."""
+    shuffled: bool = False
+    """Whether the documents come in random order."""
+    complete: bool = True
+    """Whether no file of a folder was left out."""
 
 
-def open_corpus(source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT) -> Corpus:
+def open_corpus(
+    source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT, files: int | None = None
+) -> Corpus:
     """Find a source and start reading it; nothing is held beyond a buffer of documents.
 
     Parameters
@@ -63,6 +69,9 @@ def open_corpus(source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT) -
         always read from the beginning.
     split
         Split of a dataset whose source names none.
+    files
+        Read a folder of data files in its order and not shuffled; of more than so many files, so
+        many that are evenly spaced.
 
     Raises
     ------
@@ -79,7 +88,7 @@ def open_corpus(source: str, *, seed: int | None, split: str = _DEFAULT_SPLIT) -
         if path.is_file():
             return _file(source, path, parts[count:])
         if path.is_dir():
-            return _dataset(source, [str(path), *parts[count:]], path, seed, split)
+            return _dataset(source, [str(path), *parts[count:]], path, seed, split, files)
     if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise CalibrationError(
             f"There is no file or folder {source} (working directory {Path.cwd()}). Give an "
@@ -103,7 +112,12 @@ def _file(source: str, path: Path, parts: list[str]) -> Corpus:
 
 
 def _dataset(
-    source: str, parts: list[str], folder: Path | None, seed: int | None, split: str
+    source: str,
+    parts: list[str],
+    folder: Path | None,
+    seed: int | None,
+    split: str,
+    files: int | None = None,
 ) -> Corpus:
     name, config, named_split, column, *rest = [part or None for part in parts] + [None] * 3
     if any(rest) or name is None:
@@ -111,14 +125,18 @@ def _dataset(
             f"The source {source} has too many parts; expected DATASET:CONFIG:SPLIT:COLUMN."
         )
     tried = f"dataset {name}, config {config or '(default)'}, split {named_split or split}"
+    complete = True
     try:
         if folder is not None and _is_saved(folder):
-            rows = _load_saved(folder, config, named_split, split)
+            rows, files = _load_saved(folder, config, named_split, split), None
         else:
             import datasets
 
             rows = datasets.load_dataset(name, config, split=named_split or split, streaming=True)
-        if seed is not None:
+        if files is not None:
+            complete = rows.num_shards <= files
+            rows = rows if complete else _evenly_spaced(rows, files)
+        elif seed is not None:
             rows = _shuffle(rows, seed)
     except CalibrationError:
         raise
@@ -128,7 +146,22 @@ def _dataset(
             "Check the name and the parts after the colons; without network, give a local .txt, "
             ".jsonl or .parquet file or a dataset folder instead."
         ) from error
-    return Corpus(source, _documents(rows, column, tried), one_text=False)
+    return Corpus(
+        source,
+        _documents(rows, column, tried),
+        one_text=False,
+        shuffled=files is None and seed is not None,
+        complete=complete,
+    )
+
+
+def _evenly_spaced(rows: Any, files: int) -> Any:
+    """Some of the files of a streamed folder, of each of which ``datasets`` makes a shard."""
+    import datasets
+
+    count = rows.num_shards
+    picked = [index * count // files for index in range(files)]
+    return datasets.concatenate_datasets([rows.shard(count, index) for index in picked])
 
 
 def _is_saved(folder: Path) -> bool:

@@ -16,7 +16,7 @@ work is at most a small multiple of one tokenisation, whatever the size of the t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,14 @@ OnProgress: TypeAlias = Callable[[int, int], None]
 SEPARATOR = "\n\n"
 _CHARACTERS_PER_TOKEN = 4.0  # first guess; corrected by what the text gives
 _LEAST_GROWTH = 1 << 14  # characters
+
+
+class Piece(NamedTuple):
+    """A part of a corpus's text."""
+
+    text: str
+    special: bool
+    """Whether it is a document that is tokenised alone, with the tokenizer's special tokens."""
 
 
 def pack_tokens(
@@ -63,14 +71,49 @@ def pack_tokens(
     numpy.ndarray
         int64, shape (at most ``needed``,).
     """
-    report = _Reports(needed, on_progress)
-    if special_tokens and not corpus.one_text:
-        return _pack_documents(corpus, tokenizer, needed, report)
-    prefix = _Prefix(_pieces(corpus, tokenizer))
+    return pack_pieces(
+        read_pieces(corpus, tokenizer, special_tokens=special_tokens),
+        tokenizer,
+        one_text=corpus.one_text,
+        needed=needed,
+        special_tokens=special_tokens,
+        on_progress=on_progress,
+        least_growth=least_growth,
+    )
+
+
+def read_pieces(corpus: Corpus, tokenizer: Any, *, special_tokens: bool) -> Iterator[Piece]:
+    """The corpus as pieces of one text, or a piece a document where those get special tokens."""
+    alone = special_tokens and not corpus.one_text
+    for number, document in enumerate(corpus.documents):
+        if not isinstance(document, str):
+            where = f"Document {number} of {corpus.name}"
+            yield Piece(render_chat(tokenizer, document, where), special=False)
+            continue
+        if number and not corpus.one_text and not alone:
+            yield Piece(SEPARATOR, special=False)
+        yield Piece(document, special=alone and bool(document))
+
+
+def pack_pieces(
+    pieces: Iterator[Piece],
+    tokenizer: Any,
+    *,
+    one_text: bool,
+    needed: int | None,
+    special_tokens: bool,
+    on_progress: OnProgress | None = None,
+    least_growth: int = _LEAST_GROWTH,
+) -> TokenArray:
+    """:func:`pack_tokens` of what :func:`read_pieces` gave, or of a part of it."""
+    report = Reports(needed, on_progress)
+    if special_tokens and not one_text:
+        return _pack_documents(pieces, tokenizer, needed, report)
 
     def encode(text: str) -> TokenArray:
         return _encode(tokenizer, text, special_tokens)
 
+    prefix = _Prefix(piece.text for piece in pieces)
     return _first_tokens(prefix, encode, needed, report, least_growth)
 
 
@@ -78,7 +121,7 @@ def _first_tokens(
     prefix: _Prefix,
     encode: Callable[[str], TokenArray],
     needed: int | None,
-    report: _Reports,
+    report: Reports,
     least_growth: int,
 ) -> TokenArray:
     target = float("inf") if needed is None else needed * _CHARACTERS_PER_TOKEN + least_growth
@@ -100,37 +143,18 @@ def _first_tokens(
 
 
 def _pack_documents(
-    corpus: Corpus, tokenizer: Any, needed: int | None, report: _Reports
+    pieces: Iterator[Piece], tokenizer: Any, needed: int | None, report: Reports
 ) -> TokenArray:
     parts: list[TokenArray] = []
     count = 0
-    for number, document in enumerate(corpus.documents):
+    for piece in pieces:
         if needed is not None and count >= needed:
             break
-        if isinstance(document, str):
-            tokens = _encode(tokenizer, document, special_tokens=bool(document))
-        else:
-            text = render_chat(tokenizer, document, _where(corpus, number))
-            tokens = _encode(tokenizer, text, special_tokens=False)
+        tokens = _encode(tokenizer, piece.text, piece.special)
         parts.append(tokens)
         count += len(tokens)
         report(count / needed if needed else 0.0)
     return np.concatenate([np.empty(0, np.int64), *parts])[:needed]
-
-
-def _pieces(corpus: Corpus, tokenizer: Any) -> Iterator[str]:
-    """The corpus as pieces of one text."""
-    for number, document in enumerate(corpus.documents):
-        if not isinstance(document, str):
-            yield render_chat(tokenizer, document, _where(corpus, number))
-            continue
-        if number and not corpus.one_text:
-            yield SEPARATOR
-        yield document
-
-
-def _where(corpus: Corpus, number: int) -> str:
-    return f"Document {number} of {corpus.name}"
 
 
 def _encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
@@ -153,7 +177,7 @@ class _Prefix:
         self._text = ""
         self.ended = False
 
-    def grow(self, target: float, report: _Reports) -> str:
+    def grow(self, target: float, report: Reports) -> str:
         """The first ``target`` characters, or all; ``ended`` says that there are no more."""
         parts, size = [self._text], len(self._text)
         while size < target:
@@ -168,7 +192,7 @@ class _Prefix:
         return self._text if size <= target else self._text[: int(target)]
 
 
-class _Reports:
+class Reports:
     """Progress as a fraction, told in at most a hundred steps that never go back."""
 
     def __init__(self, needed: int | None, on_progress: OnProgress | None) -> None:

@@ -3,8 +3,9 @@
 A range is the unit of commit and retry: one or more pieces of consecutive windows. Fold ``k`` of
 ``K`` holds out the ranges ``k, k + K, k + 2 K, ...``, so with two pieces or ranges a fold every
 fold samples the whole corpus; every window is held out exactly once, and no window lies on both
-sides. Windows are packed end to end: where two pieces meet, one document may continue into the
-next, which is a neighbourhood of one window per border.
+sides. Windows are in the order of their places in the source, so what a fold holds out is stretches
+of the text and not windows between those that were fitted on: only where two pieces meet may a
+document be on both sides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Fixed windows of token ids: built from a source, hashed, kept in one safetensors file.
 
-source -> ``corpora`` (documents) -> ``packing`` (one stream of tokens) -> rows of equal length.
+source -> ``corpora`` (documents) -> ``packing`` (one stream of tokens) -> rows of equal length; or
+by ``sampling``, tokens of places that are spread over the source.
 No window holds padding; what does not fill a whole window is left out.
 """
 
@@ -11,7 +12,7 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import safetensors
@@ -19,6 +20,7 @@ import safetensors.numpy
 
 from ghost_dist.calibration.corpora import open_corpus
 from ghost_dist.calibration.packing import OnProgress, TokenArray, pack_tokens
+from ghost_dist.calibration.sampling import spread_tokens
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import CalibrationError, CorruptStoreError
 
@@ -69,10 +71,11 @@ def build_windows(
     special_tokens: bool,
     window_bos: bool,
     vocab_size: int,
+    sampling: Literal["beginning", "spread"] = "beginning",
     split: str = "train",
     on_progress: OnProgress | None = None,
 ) -> TokenWindows:
-    """Cut the beginning of a corpus into windows.
+    """Cut a corpus into windows, from its beginning or at places that are spread over it.
 
     Parameters
     ----------
@@ -85,13 +88,16 @@ def build_windows(
     window_length
         Tokens per window.
     seed
-        Order of the documents of a dataset; None keeps its own, as perplexity wants it.
+        Order of the documents of a dataset; None keeps its own, as perplexity wants it. Also the
+        places of spread windows, which need one.
     special_tokens
         Whether the tokenizer adds its own special tokens to every document.
     window_bos
         Whether each window is the BOS token and ``window_length - 1`` tokens of text.
     vocab_size
         Rows of the model's embedding; every token id must be below it.
+    sampling
+        ``spread`` is for a given number of windows; see ``calibration/sampling.py``.
     split
         Split of a dataset whose source names none; ``test`` for evaluation.
     on_progress
@@ -110,11 +116,29 @@ def build_windows(
             f"{1 if bos is None else 2} tokens is needed."
         )
     needed = None if windows is None else windows * text_length
-    corpus = open_corpus(source, seed=seed, split=split)
-    with contextlib.closing(corpus.documents):
-        stream = pack_tokens(
-            corpus, tokenizer, needed=needed, special_tokens=special_tokens, on_progress=on_progress
+    if sampling == "spread":
+        assert windows is not None
+        assert seed is not None
+        stream = spread_tokens(
+            source,
+            tokenizer,
+            windows=windows,
+            window_length=text_length,
+            seed=seed,
+            special_tokens=special_tokens,
+            split=split,
+            on_progress=on_progress,
         )
+    else:
+        corpus = open_corpus(source, seed=seed, split=split)
+        with contextlib.closing(corpus.documents):
+            stream = pack_tokens(
+                corpus,
+                tokenizer,
+                needed=needed,
+                special_tokens=special_tokens,
+                on_progress=on_progress,
+            )
     count = len(stream) // text_length
     if count < (windows or 1):
         raise CalibrationError(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -392,7 +392,12 @@ def _texts(
         tokenizer = None
         notes.append("there is no tokenizer: stage tokens is not predicted")
 
-    def windows_of(text: str, windows: int | None, length: int) -> int | None:
+    def windows_of(
+        text: str,
+        windows: int | None,
+        length: int,
+        sampling: Literal["beginning", "spread"] = "beginning",
+    ) -> int | None:
         if tokenizer is None or not _is_small_file(text):
             return None
         try:
@@ -401,9 +406,10 @@ def _texts(
                 tokenizer,
                 windows=windows,
                 window_length=length,
-                seed=None,
+                seed=calibration.seed,
                 special_tokens=False,
                 window_bos=False,
+                sampling=sampling,
                 vocab_size=architecture.vocab_size,
             )
         except CalibrationError:
@@ -412,7 +418,7 @@ def _texts(
 
     began = time.perf_counter()
     few = max(1, min(calibration.windows, (1 << 16) // calibration.window_length))
-    found = windows_of(calibration.source, few, calibration.window_length)
+    found = windows_of(calibration.source, few, calibration.window_length, calibration.sampling)
     tokens_s = (time.perf_counter() - began) * calibration.windows / few
     if tokenizer is not None and found is None:
         notes.append(f"stage tokens is not predicted: {calibration.source} is not a local file")

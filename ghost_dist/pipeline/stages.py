@@ -147,6 +147,7 @@ class Stages:
                     seed=calibration.seed,
                     special_tokens=calibration.special_tokens,
                     window_bos=calibration.window_bos,
+                    sampling=calibration.sampling,
                     vocab_size=inputs.architecture.vocab_size,
                     on_progress=on_progress,
                 )

@@ -34,6 +34,7 @@ def main(shared: Path, out: Path) -> None:
         "model.path": str(model),
         "model.dtype": "float32",
         "calibration.source": str(shared / "data" / "calibration.txt"),
+        "calibration.sampling": "beginning",
         "calibration.windows": 64,
         "calibration.window_length": 1024,
         "calibration.window_bos": True,

@@ -85,6 +85,7 @@ def measure(shared, span, folder, model, device):
             "model.path": str(shared / "models" / "wiki-llama-32l"),
             "model.dtype": "float32",
             "calibration.source": str(data / "calibration.txt"),
+            "calibration.sampling": "beginning",
             "calibration.windows": 64,
             "calibration.window_length": 1024,
             "selection.spans": span,

@@ -92,6 +92,7 @@ def row(arguments, ratio, folder, model, device, quiet):
             "model.path": str(arguments.model),
             "model.dtype": "float32",
             "calibration.source": arguments.text,
+            "calibration.sampling": "beginning",
             "calibration.windows": windows,
             "calibration.window_length": length,
             "selection.spans": arguments.span,

@@ -105,10 +105,15 @@ def tokenizers_by_kind(text):
     return {name: _wrapped(make(text)) for name, make in MAKERS.items()}
 
 
+@pytest.fixture(scope="session")
+def _byte_level(text):
+    return byte_level(text).to_str()
+
+
 @pytest.fixture
-def tokenizer(text):
-    """Byte-level, adds BOS and EOS as special tokens, has a chat template."""
-    made = byte_level(text)
+def tokenizer(_byte_level):
+    """Byte-level, adds BOS and EOS as special tokens, has a chat template; of one test alone."""
+    made = Tokenizer.from_str(_byte_level)
     made.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)]
     )

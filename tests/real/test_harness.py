@@ -32,6 +32,7 @@ def test_tasks_of_the_recovered_model_agree_with_our_perplexity(shared, tmp_path
                 "model.path": str(model),
                 "model.dtype": "float32",
                 "calibration.source": str(shared / "data" / "calibration.txt"),
+                "calibration.sampling": "beginning",
                 "calibration.windows": 64,
                 "calibration.window_length": LENGTH,
                 "calibration.window_bos": True,

@@ -60,6 +60,7 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
             "model.path": str(shared / "models" / "wiki-llama-32l"),
             "model.dtype": "float32",
             "calibration.source": str(data / "calibration.txt"),
+            "calibration.sampling": "beginning",
             "calibration.windows": 64,
             "calibration.window_length": 1024,
             "selection.spans": "11:18",

@@ -1,0 +1,201 @@
+"""Windows from evenly spaced places of a source, so that all of it is seen, however long it is.
+
+A source is as many stretches of equal length as there are windows, and each gives one, at the same
+place of every stretch; the seed decides which. So windows never overlap, any two are the same
+distance apart, and a text that is just long enough is taken whole.
+
+Up to ``_WHOLE`` characters for each token needed, the text is tokenised whole and its stream of
+tokens is cut: no token differs from those of the whole text. Of a longer text only the windows are
+tokenised. Each is then the first tokens of the text that begins with the line behind its place; its
+last tokens are those of a text that goes on. Where documents get special tokens, what is left of
+one behind a place is taken for a document of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ghost_dist.calibration.corpora import Corpus, open_corpus
+from ghost_dist.calibration.packing import (
+    OnProgress,
+    Piece,
+    Reports,
+    TokenArray,
+    pack_pieces,
+    read_pieces,
+)
+from ghost_dist.errors import CalibrationError
+
+_WHOLE = 32  # characters a token: about eight times what is needed, and 2 MB of 65,536 tokens
+_ROOM = 16  # characters a token that every place leaves for its window
+_LONGEST_LINE = 1 << 12  # characters; in a longer one the window begins amid the line
+_LEAST_GROWTH = 1 << 12
+
+
+def spread_tokens(
+    source: str,
+    tokenizer: Any,
+    *,
+    windows: int,
+    window_length: int,
+    seed: int,
+    special_tokens: bool,
+    split: str,
+    on_progress: OnProgress | None,
+) -> TokenArray:
+    """Tokens of all windows, in the order of their places.
+
+    The parameters are those of ``windows.build_windows``; ``window_length`` counts tokens of text.
+    A source that is long is read twice, and tokenised where the windows are. A dataset of the hub,
+    or one that was saved, is shuffled instead.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (windows * window_length,), or all tokens of a source that has fewer.
+
+    Raises
+    ------
+    CalibrationError
+        If the source cannot be read, or has hardly a token where a window should be.
+    """
+    needed = windows * window_length
+    text = _Text(source, tokenizer, seed, special_tokens, split, files=windows)
+    while True:
+        with text.opened() as (corpus, pieces):
+            if corpus.shuffled:
+                return text.pack(corpus, pieces, needed=needed, on_progress=on_progress)
+            kept, size = _take(pieces, _WHOLE * needed)
+            if size > _WHOLE * needed:
+                size += sum(len(piece.text) for piece in pieces)
+                break
+            if corpus.complete:
+                stream = text.pack(corpus, iter(kept), needed=None)
+                return _cut(stream, windows, window_length, seed)
+        text = replace(text, files=4 * text.files)
+    del kept
+    places = _places(size, windows, _ROOM * window_length, seed)
+    report = Reports(needed, on_progress)
+    rows = []
+    with text.opened() as (corpus, pieces):
+        reader = _Reader(pieces)
+        for place, stop in itertools.pairwise([*places, size]):
+            lines = reader.lines(place, stop)
+            row = text.pack(corpus, lines, needed=window_length, least_growth=_LEAST_GROWTH)
+            if len(row) < window_length:
+                raise CalibrationError(
+                    f"{source} gives {len(row)} tokens in the {stop - place:,} characters behind "
+                    f"the first {place / size:.0%} of it; a window needs {window_length}. Take out "
+                    "what is not text, or set calibration.sampling=beginning."
+                )
+            rows.append(row)
+            report(len(rows) / windows)
+    return np.concatenate(rows)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A source, and how it becomes tokens."""
+
+    source: str
+    tokenizer: Any
+    seed: int
+    special_tokens: bool
+    split: str
+    files: int
+    """Files of a folder that are read."""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[Corpus, Iterator[Piece]]]:
+        """The source from its beginning."""
+        corpus = open_corpus(self.source, seed=self.seed, split=self.split, files=self.files)
+        with contextlib.closing(corpus.documents):
+            yield corpus, read_pieces(corpus, self.tokenizer, special_tokens=self.special_tokens)
+
+    def pack(self, corpus: Corpus, pieces: Iterator[Piece], **options: Any) -> TokenArray:
+        """Tokens of some of its pieces."""
+        return pack_pieces(
+            pieces,
+            self.tokenizer,
+            one_text=corpus.one_text,
+            special_tokens=self.special_tokens,
+            **options,
+        )
+
+
+def _places(size: int, windows: int, room: int, seed: int) -> list[int]:
+    """Where windows begin: the same place of equal stretches, ``room`` before its end at most."""
+    slack = int(random.Random(seed).random() * (size - windows * room + 1))
+    return [(number * size + slack) // windows for number in range(windows)]
+
+
+def _cut(stream: TokenArray, windows: int, window_length: int, seed: int) -> TokenArray:
+    """The windows of a whole stream of tokens end to end; the stream where it is too short."""
+    if len(stream) < windows * window_length:
+        return stream
+    places = _places(len(stream), windows, window_length, seed)
+    return np.concatenate([stream[place : place + window_length] for place in places])
+
+
+def _take(pieces: Iterator[Piece], limit: int) -> tuple[list[Piece], int]:
+    """Pieces until they have more than ``limit`` characters, and how many they have."""
+    taken, size = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        size += len(piece.text)
+        if size > limit:
+            break
+    return taken, size
+
+
+class _Reader:
+    """Pieces in order, of which parts are read; what lies between is passed over."""
+
+    def __init__(self, pieces: Iterator[Piece]) -> None:
+        self._pieces = pieces
+        self._piece = Piece("", special=False)  # what is left of the present one
+        self._place = 0  # characters before it
+
+    def lines(self, place: int, stop: int) -> Iterator[Piece]:
+        """What is before ``stop``, from the first line on that begins behind ``place``."""
+        for _ in self._until(place):
+            pass
+        pieces = self._until(stop)
+        held: list[Piece] = []
+        passed = 0
+        for piece in pieces:
+            end = piece.text.find("\n", 0, _LONGEST_LINE - passed) + 1
+            if held and piece.special:  # the next document begins here
+                held = [piece]
+                break
+            if end:
+                held = [piece._replace(text=piece.text[end:])]
+                break
+            held.append(piece)
+            passed += len(piece.text)
+            if passed >= _LONGEST_LINE:
+                break
+        yield from held
+        yield from pieces
+
+    def _until(self, stop: int) -> Iterator[Piece]:
+        """Pieces up to a place; the one that reaches over it is cut there."""
+        while self._place < stop:
+            if not self._piece.text:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    return
+                self._piece = piece
+                continue
+            room = stop - self._place
+            text, rest = self._piece.text[:room], self._piece.text[room:]
+            self._place += len(text)
+            self._piece, taken = self._piece._replace(text=rest), self._piece._replace(text=text)
+            yield taken
