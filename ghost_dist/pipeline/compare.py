@@ -25,7 +25,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
 from ghost_dist.durable import write_bytes, write_json
-from ghost_dist.errors import ConfigError
+from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
@@ -45,6 +45,7 @@ from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
+from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
@@ -214,11 +215,16 @@ def _fill(
                     inputs,
                     config=inputs.config.model_copy(update={"operator": _operator(inputs, row)}),
                 )
-                solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
-                operators = solved.operators
-                if row == "refine":
-                    operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
-                table.add(cut, row, inputs, _outcome(of_row, cut, solved, operators, model, tokens))
+                try:
+                    solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
+                except (SingularGramError, SingularOperatorError) as error:
+                    table.refuse(cut, row, inputs, str(error))  # the other rows can still be had
+                else:
+                    operators = solved.operators
+                    if row == "refine":
+                        operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
+                    outcome = _outcome(of_row, cut, solved, operators, model, tokens)
+                    table.add(cut, row, inputs, outcome)
             advance(1)
 
 

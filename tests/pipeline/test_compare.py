@@ -56,6 +56,21 @@ def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
     assert json.loads((tmp_path / "run" / "compare.json").read_text())["rows"] == result["rows"]
 
 
+def test_a_row_that_cannot_be_fitted_leaves_the_others(make_shared):
+    """32 tokens for 48 channels and no ridge: the Gram matrix is singular."""
+    result = compare(
+        make_shared(
+            calibration__windows=4, calibration__window_length=8, operator__ridge={"absolute": 0}
+        ),
+        [2],
+        ["ghost", "none"],
+        ["cosine"],
+    )
+    failed, plain = result["rows"]
+    assert "ridge" in failed["refused"]
+    assert plain["perplexity"]["text"] > 1
+
+
 def test_only_what_is_new_is_computed(make_shared, monkeypatch):
     solved = []
     solve = module.Solver.solve
