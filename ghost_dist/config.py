@@ -249,7 +249,8 @@ class EngineConfig(_Section):
     """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
     by the ranks of a replica. streaming: layer after layer, each read once a stage (on a cluster
     once a range), for checkpoints larger than the device or the machine. auto: tensor_parallel on a
-    cluster; in one process resident, or streaming where two copies of the model do not fit."""
+    cluster; in one process resident, or streaming where a stage of that does not fit, decided once
+    and kept by RUN. May differ when a run is continued."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
     data_parallel: int = Field(default=1, ge=1)
@@ -438,16 +439,19 @@ class Config(_Section):
         )
 
 
-MAY_DIFFER = ("output.path", "engine.replicas", "engine.experts", "cluster.")
+MAY_DIFFER = ("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.")
 """Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
-how many copies of the model and with how many experts at hand does not change its sums, but for
-last bits where experts are in parts on a CPU with several threads."""
+how many copies of the model, and how much of it is at hand does not change its sums, but for last
+bits where experts are in parts on a CPU with several threads. (Sums of ranks that share layers are
+others, and are told apart by the statistics.)"""
 
 
 def decisive_tree(config: Config) -> dict[str, Any]:
     """:func:`config_tree` without what may differ between two runs with the same result."""
     tree = config_tree(config)
-    del tree["output"], tree["cluster"], tree["engine"]["replicas"], tree["engine"]["experts"]
+    del tree["output"], tree["cluster"]
+    for field in ("kind", "replicas", "experts"):
+        del tree["engine"][field]
     return tree
 
 

@@ -20,6 +20,9 @@ import torch
 
 from ghost_dist.errors import ConfigError
 
+SHARE_OF_FREE_MEMORY = 0.85
+"""What may be filled of the memory that is free: allocators and libraries need some too."""
+
 Event = torch.cuda.Event
 Stream = torch.cuda.Stream
 

@@ -32,10 +32,9 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.weight_reader import Reading
-from ghost_dist.devices import free_or_cached_bytes
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_or_cached_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
-SHARE_OF_FREE_MEMORY = 0.85
 _PARTS_AT_ONCE = 2
 """Of experts on the device: the next one is read when this one has been converted."""
 _EXPERTS_PER_TOKEN = (

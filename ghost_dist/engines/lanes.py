@@ -24,8 +24,8 @@ from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.spans import Span
 
-_SHARE_OF_FREE_MEMORY = 0.5
-"""For the streams of all lanes; layers, logits and a batch's own memory have the rest."""
+_SHARE_FOR_STREAMS = 0.5
+"""Of free memory; layers, logits and a batch's own memory have the rest."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class _Streams:
         ]
         shape = (*tokens.shape, model.hidden_size)
         nbytes = (len(lanes) + 1) * tokens.size * model.hidden_size * model.dtype.itemsize
-        left = _SHARE_OF_FREE_MEMORY * free_bytes(model.device) - model.bytes_at_once()
+        left = _SHARE_FOR_STREAMS * free_bytes(model.device) - model.bytes_at_once()
         fits = nbytes <= left
         self._place = model.device if fits else torch.device("cpu")
         self._shape = shape

@@ -32,10 +32,9 @@ from ghost_dist.checkpoint.load import (
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
-from ghost_dist.devices import free_bytes
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.expert_parts import (
-    SHARE_OF_FREE_MEMORY,
     ExpertTensors,
     Inputs,
     RoutedExperts,

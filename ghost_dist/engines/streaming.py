@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.devices import free_bytes, mark, synchronize
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.expert_parts import Inputs
@@ -32,7 +32,6 @@ from ghost_dist.engines.streamed_model import Group, StreamedModel
 from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
-_SHARE_OF_FREE_MEMORY = 0.85
 _WIDTHS_AT_ONCE = 16
 """Streams' worth of memory that a batch takes inside a layer (attention, MLP)."""
 
@@ -407,7 +406,7 @@ class _Place:
         rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
         batch = engine._batch * window_length * width * itemsize * _WIDTHS_AT_ONCE
         weights = model.bytes_at_once()
-        left = _SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - weights - batch
+        left = SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - weights - batch
         return _Place(
             engine.device,
             engine.device if 2 * stream <= left else cpu,  # the second is the copy being saved

@@ -31,6 +31,7 @@ from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_of
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
+from ghost_dist.pipeline.engine import settle
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     calibration_ranges,
@@ -125,6 +126,7 @@ def compare(
             raise ConfigError("compare needs a text to compare on: --set evaluation.corpora=...")
         for remove in removes:
             check_remove(remove, inputs.architecture.num_layers, config.selection.protect)
+        inputs = settle(inputs, run, reporter, whole="compare")
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
         table = _Table(run.path, inputs, tokens)

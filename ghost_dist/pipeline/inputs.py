@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
 from ghost_dist.checkpoint.load import (
     adds_mlp_output,
+    as_decoder,
     load_causal_lm,
     load_decoder,
     load_tokenizer,
@@ -30,15 +30,14 @@ from ghost_dist.checkpoint.reader import (
     resolve_checkpoint,
 )
 from ghost_dist.config import Config, parse_size
-from ghost_dist.devices import free_bytes, open_device
+from ghost_dist.devices import open_device
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
-from ghost_dist.engines.small_model import small_model
+from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.engines.tensor_parallel import check_degree
-from ghost_dist.errors import ConfigError, RunFolderError
+from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.planning.choice import SHARE_OF_FREE_MEMORY, must_stream
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import check_spans
@@ -70,7 +69,8 @@ class RunInputs:
     tasks: tuple[HarnessTask, ...]
     """Of lm-evaluation-harness."""
     streaming: bool
-    """Whether this process never holds the model, but reads layer after layer."""
+    """Whether this process never holds the model, but reads layer after layer: as configured until
+    ``engine.settle`` has decided."""
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -122,21 +122,14 @@ def open_inputs(
     if worker_device is None:
         device = workers = open_device(config.engine.device)
     else:
-        streams = config.engine.kind == "streaming"  # the driver as well
-        device = open_device("auto") if streams else _driver_device(source, reporter)
-        workers = worker_device()
+        device, workers = open_device("auto"), worker_device()
     num_ranges = count_ranges(config)
     dtype = compute_dtype(config, source, workers)
-    streaming = False
     if any_operator and config.engine.kind == "streaming":
         raise ConfigError(
             "engine.kind=streaming: operators are compared on a model that is held whole. Set "
             "engine.kind=resident on a machine that can, or recover with one operator at a time."
         )
-    if worker_device is not None:
-        streaming = config.engine.kind == "streaming"
-    elif not any_operator:
-        streaming = _streams(config, source, dtype, device, reporter)
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
         name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)
@@ -164,10 +157,10 @@ def open_inputs(
         ),
         num_ranges=num_ranges,
         remove=remove,
-        refittable=_refittable(config, source, architecture, any_operator, streaming),
+        refittable=_refittable(config, source, architecture, any_operator=any_operator),
         evaluation=evaluation,
         tasks=tasks,
-        streaming=streaming,
+        streaming=config.engine.kind == "streaming",
     )
 
 
@@ -339,84 +332,58 @@ def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None
         )
 
 
-def _streams(
-    config: Config,
-    source: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    reporter: Reporter,
-) -> bool:
-    """Whether this process reads layer after layer: as configured, or because it must."""
-    if config.engine.kind != "auto":
-        return config.engine.kind == "streaming"
-    needed = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    free = free_bytes(device)
-    if not must_stream(needed, free):
-        return False
-    sizes = f"two copies of the model ({2 * needed / 1e9:.1f} GB in {dtype}) do not fit into"
-    there = f"{free / 1e9:.1f} GB free on {device}"
-    if config.needs_whole_model is not None:
-        reporter.warn(
-            f"{sizes} {there}, but {config.needs_whole_model[0]} needs it whole: it is loaded as "
-            "a whole, and may be too large for the last stages."
-        )
-        return False
-    reporter.say(f"{sizes} {there}: layers are streamed (engine.kind=resident to force it)")
-    return True
-
-
-def _refittable(
+def refittable_layers(
     config: Config,
     source: Checkpoint,
     architecture: Architecture,
-    any_operator: bool,
-    streaming: bool,
+    *,
+    any_operator: bool = False,
 ) -> frozenset[int]:
-    """Layers whose down_proj can be refitted, found on the first layer that has one."""
+    """Layers whose down_proj can be refitted, found on a small random model of the family.
+
+    The classes decide, not the weights: one real layer may be larger than memory.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If no small model could be built.
+    """
     operator = config.operator
     wanted = any_operator or operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
     if not wanted or not architecture.down_projections:
         return frozenset()
-    refittable = architecture.down_projections
-    with tempfile.TemporaryDirectory(prefix="ghost_dist_small_") as name:
-        folder = Path(name)
-        if streaming:
-            # The classes decide, not the weights: one real layer may be larger than memory.
-            for file, content in small_model(source, architecture).items():
-                (folder / file).write_bytes(content)
-            architecture = inspect_architecture(open_checkpoint(folder))
-        else:
-            folder = source.path
+
+    def added(model: Any) -> bool:
+        paths = set(architecture.down_projections.values())
+        small = {
+            number: path
+            for number, layer in enumerate(model.get_submodule(architecture.layers))
+            for path in paths & {path for path, _ in layer.named_modules()}
+        }
+        with as_decoder(model, replace(architecture, down_projections=small)) as decoder:
+            return adds_mlp_output(decoder, min(small))
+
+    added_by_small = with_small_model(source, architecture, 1, added)
+    return frozenset(architecture.down_projections) if added_by_small else frozenset()
+
+
+def _refittable(
+    config: Config, source: Checkpoint, architecture: Architecture, *, any_operator: bool
+) -> frozenset[int]:
+    """The same; where no small model can be built, found on the first real layer that has one."""
+    try:
+        return refittable_layers(config, source, architecture, any_operator=any_operator)
+    except UnsupportedArchitectureError:
         first = min(architecture.down_projections)
         decoder = load_decoder(
-            folder,
+            source.path,
             architecture,
             num_layers=first + 1,
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
         added = adds_mlp_output(decoder, first)
-    return frozenset(refittable) if added else frozenset()
-
-
-def _driver_device(source: Checkpoint, reporter: Reporter) -> torch.device:
-    """Where the driver of a cluster runs what needs the whole model: a GPU if two copies fit.
-
-    Two, because the exported checkpoint is compared with the recovered model.
-    """
-    device = open_device("auto")
-    if device.type == "cpu":
-        return device
-    free = free_bytes(device)
-    copies = 2 * source.bytes_once_read
-    if copies < SHARE_OF_FREE_MEMORY * free:
-        return device
-    reporter.warn(
-        f"two copies of the model ({copies / 1e9:.1f} GB) do not fit on the driver's "
-        f"GPU ({free / 1e9:.1f} GB free): verification, and evaluation and the choice by KL if "
-        "asked for, run on its CPU."
-    )
-    return torch.device("cpu")
+        return frozenset(architecture.down_projections) if added else frozenset()
 
 
 def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:

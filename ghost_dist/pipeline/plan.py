@@ -20,16 +20,13 @@ import torch
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import (
-    adds_mlp_output,
-    as_decoder,
     load_tokenizer,
     truncated_config,
 )
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.devices import free_bytes, host_free_bytes, open_device
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, host_free_bytes, open_device
 from ghost_dist.engines.resident import auto_batch
-from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import (
     CalibrationError,
@@ -51,15 +48,11 @@ from ghost_dist.pipeline.inputs import (
     count_ranges,
     disk_needs,
     open_model,
+    refittable_layers,
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import num_judges
-from ghost_dist.planning.choice import (
-    SHARE_OF_FREE_MEMORY,
-    DeviceNeeds,
-    EngineChoice,
-    choose_engine,
-)
+from ghost_dist.planning.choice import DeviceNeeds, EngineChoice, choose_engine
 from ghost_dist.planning.machine import device_name, existing_folder
 from ghost_dist.planning.memory import asked_bytes, device_needs, host_bytes, streams_bytes
 from ghost_dist.planning.probe import ProbeSpec, measure
@@ -185,9 +178,37 @@ def plan_run(
     device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     sizes = model_sizes(source, architecture, dtype)
-    run, tokens_s = _run_shape(config, source, architecture, sizes, remove, device, notes)
+    try:
+        refittable = refittable_layers(config, source, architecture)
+    except UnsupportedArchitectureError:
+        refittable = frozenset(architecture.down_projections)
+        notes.append("no small model of the family could be built; taken to allow ghost-joint")
+    tokens_s, evaluation = _texts(config, source, architecture, notes)
+    run = run_shape(
+        config,
+        source,
+        architecture,
+        sizes,
+        device,
+        remove=remove,
+        refittable=refittable,
+        evaluation_tokens=evaluation,
+    )
+    if not run.spans_known:
+        notes.append(
+            "the spans are not known before they are selected; reckoned with "
+            f"{', '.join(map(str, run.spans))}, the dearest that {remove} layers can be"
+        )
     folder = existing_folder(Path(config.output.path))
-    choice = _choose(config, source, architecture, run, device)
+    choice = choose(
+        config.engine.kind,
+        config,
+        source,
+        architecture,
+        run,
+        device,
+        whole=None if config.needs_whole_model is None else config.needs_whole_model[0],
+    )
     if choice.kind == "streaming":
         run = replace(run, boundary=False)  # that walk would read every layer again
     disk = _disk(config, run, choice, folder)
@@ -221,30 +242,40 @@ def plan_run(
     )
 
 
-def _run_shape(
+def run_shape(
     config: Config,
     source: Checkpoint,
     architecture: Architecture,
     sizes: ModelSizes,
-    remove: int | None,
     device: torch.device,
-    notes: list[str],
-) -> tuple[RunShape, float]:
-    """The run in numbers, and the seconds of its tokens."""
+    *,
+    remove: int | None,
+    refittable: frozenset[int],
+    evaluation_tokens: Mapping[str, int],
+) -> RunShape:
+    """The run in numbers: of ``plan``, and of ``recover`` before it begins.
+
+    Parameters
+    ----------
+    config, source, architecture, sizes
+        Of the run.
+    device
+        Of the windows.
+    remove
+        Number of layers to remove, where no spans are given.
+    refittable
+        Layers whose down_proj can be refitted.
+    evaluation_tokens
+        Of each corpus.
+    """
     calibration, operator = config.calibration, config.operator
     spans = config.selection.spans
     known = spans is not None
     if spans is None:
         assert remove is not None
         spans = _dearest_spans(remove, config.selection.max_spans, architecture.num_layers)
-        notes.append(
-            f"the spans are not known before they are selected; reckoned with "
-            f"{', '.join(map(str, spans))}, the dearest that {remove} layers can be"
-        )
-    refittable = _refittable(config, source, architecture, notes)
     candidates = candidates_of(operator, spans, refittable)
     samples = samples_of(candidates, spans, refittable)
-    tokens_s, evaluation = _texts(config, source, architecture, notes)
     num_tokens = calibration.windows * calibration.window_length
     c = architecture.hidden_size
     boundary = candidates[0].operator == "ghost-joint" and operator.features != "stream"
@@ -254,39 +285,36 @@ def _run_shape(
     forms = 2 if operator.features != "stream" else 1  # [x, rmsnorm(x)] may be chosen
     searched = searches_ridge(operator)
     by_kl = operator.choose == "kl" and (len(candidates) > 1 or boundary_plain or searched)
-    return (
-        RunShape(
-            sizes=sizes,
-            num_tensors=len(source.tensors),
-            num_windows=calibration.windows,
-            window_length=calibration.window_length,
-            batch=auto_batch(device, calibration.window_length) if batch == "auto" else batch,
-            num_ranges=count_ranges(config),
-            folds=operator.folds,
-            selection=_selection(config, remove, architecture, device),
-            spans=tuple(spans),
-            spans_known=known,
-            samples=tuple(
-                _sample(span, kind.regressors, architecture, config.engine.ranks)
-                for span, kind in samples
-            ),
-            searches=_searches(candidates, spans, architecture, refittable),
-            ridges=len(RIDGE_GRID) if operator.ridge == "auto" else 1,
-            shifts=len(SHIFTS) if searched else 1,
-            boundary_shifts=len(BOUNDARY_SHIFTS) if searched else 1,
-            fine_shifts=len(FINE_SHIFTS) if searched else 0,
-            by_kl=by_kl,
-            judges=num_judges(num_tokens, operator.folds),
-            boundary=boundary,
-            boundary_plain=boundary_plain,
-            refits=len(spans) - 1 if operator.refit == "sequential" else 0,
-            heal=operator.heal,
-            first_changed=max(0, spans[0].start - (candidates[0].operator in NEEDS_DOWN_PROJ)),
-            inner_sizes=architecture.inner_sizes,
-            evaluation_tokens=evaluation,
-            operator_bytes=len(spans) * forms * width * c * source.dtype.itemsize,
+    return RunShape(
+        sizes=sizes,
+        num_tensors=len(source.tensors),
+        num_windows=calibration.windows,
+        window_length=calibration.window_length,
+        batch=auto_batch(device, calibration.window_length) if batch == "auto" else batch,
+        num_ranges=count_ranges(config),
+        folds=operator.folds,
+        selection=_selection(config, remove, architecture, sizes, device),
+        spans=tuple(spans),
+        spans_known=known,
+        samples=tuple(
+            _sample(span, kind.regressors, architecture, config.engine.ranks)
+            for span, kind in samples
         ),
-        tokens_s,
+        searches=_searches(candidates, spans, architecture, refittable),
+        ridges=len(RIDGE_GRID) if operator.ridge == "auto" else 1,
+        shifts=len(SHIFTS) if searched else 1,
+        boundary_shifts=len(BOUNDARY_SHIFTS) if searched else 1,
+        fine_shifts=len(FINE_SHIFTS) if searched else 0,
+        by_kl=by_kl,
+        judges=num_judges(num_tokens, operator.folds),
+        boundary=boundary,
+        boundary_plain=boundary_plain,
+        refits=len(spans) - 1 if operator.refit == "sequential" else 0,
+        heal=operator.heal,
+        first_changed=max(0, spans[0].start - (candidates[0].operator in NEEDS_DOWN_PROJ)),
+        inner_sizes=architecture.inner_sizes,
+        evaluation_tokens=evaluation_tokens,
+        operator_bytes=len(spans) * forms * width * c * source.dtype.itemsize,
     )
 
 
@@ -336,7 +364,11 @@ def _sample(
 
 
 def _selection(
-    config: Config, remove: int | None, architecture: Architecture, device: torch.device
+    config: Config,
+    remove: int | None,
+    architecture: Architecture,
+    sizes: ModelSizes,
+    device: torch.device,
 ) -> SelectionShape | None:
     if remove is None:
         return None
@@ -344,41 +376,16 @@ def _selection(
     if config.selection.criterion != "recoverability":
         return SelectionShape(config.selection.criterion, {}, None, 0, 0, 1)
     # Weights are there before the sums: what they leave is what the run will see as free.
+    free = free_bytes(device)
+    left = free - sizes.decoder_bytes(architecture.num_layers)
     return SelectionShape(
         criterion="recoverability",
         stops_of=selector.stops_of(),
         columns=selector.columns,
         start_bytes=selector.start_bytes(),
         start_stored_bytes=selector.start_stored_bytes(config.engine.ranks),
-        starts_at_once=selector.starts_at_once(free_bytes(device)),
+        starts_at_once=selector.starts_at_once(left if left > 0 else free),
     )
-
-
-def _refittable(
-    config: Config, source: Checkpoint, architecture: Architecture, notes: list[str]
-) -> frozenset[int]:
-    """As the run finds it, but on a small random model of the family: no weight is read."""
-    operator = config.operator
-    wanted = operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
-    if not wanted or not architecture.down_projections:
-        return frozenset()
-
-    def added(model: Any) -> bool:
-        paths = set(architecture.down_projections.values())
-        small = {
-            number: path
-            for number, layer in enumerate(model.get_submodule(architecture.layers))
-            for path in paths & {path for path, _ in layer.named_modules()}
-        }
-        with as_decoder(model, replace(architecture, down_projections=small)) as decoder:
-            return adds_mlp_output(decoder, min(small))
-
-    layers = frozenset(architecture.down_projections)
-    try:
-        return layers if with_small_model(source, architecture, 1, added) else frozenset()
-    except UnsupportedArchitectureError:
-        notes.append("no small model of the family could be built; taken to allow ghost-joint")
-        return layers
 
 
 def _texts(
@@ -444,27 +451,37 @@ def _is_small_file(text: str) -> bool:
     return path.is_file() and path.stat().st_size <= _COUNTED_BYTES
 
 
-def _choose(
+def choose(
+    kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
     config: Config,
     source: Checkpoint,
     architecture: Architecture,
     run: RunShape,
     device: torch.device,
+    *,
+    whole: str | None,
 ) -> EngineChoice:
-    """The engine, or why none fits."""
-    whole = truncated_config(source, architecture, architecture.num_layers)
-    degrees = [degree for degree in (2, 4, 8, 16, 32, 64) if _divides(whole, degree)]
+    """The engine of a run, by what is free on its device now; see ``choose_engine``.
+
+    Raises
+    ------
+    ConfigError
+        If none that is allowed fits.
+    """
+    model_config = truncated_config(source, architecture, architecture.num_layers)
+    degrees = [degree for degree in (2, 4, 8, 16, 32, 64) if _divides(model_config, degree)]
     degree = config.engine.tensor_parallel
     needs = device_needs(run, on_cluster=config.on_cluster, degrees=degrees, degree=degree)
     if device.type == "cpu":
         needs = _with_host(needs, run, _ranks(config))
     return choose_engine(
-        config.engine.kind,
+        kind,
         on_cluster=config.on_cluster,
         needs=needs,
         free_bytes=free_bytes(device),
         where=device_name(device),
         experts=config.engine.experts,
+        whole=whole,
     )
 
 

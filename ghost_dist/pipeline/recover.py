@@ -17,6 +17,7 @@ from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
+from ghost_dist.pipeline.engine import keep, settle
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs
 from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
@@ -73,6 +74,7 @@ def recover(
         inputs = open_inputs(
             config, reporter, worker_device=None if workers is None else workers.device
         )
+        inputs = settle(inputs, run, reporter)
         if again is not None:
             run.forget(again)
         collect = workers.collect(inputs, reporter) if workers is not None else None
@@ -80,6 +82,7 @@ def recover(
         stages = Stages(inputs, run, reporter, again, collect, fit_spans)
         tokens = stages.tokens()
         run.begin()
+        keep(inputs, run)
         spans = stages.select(tokens)
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":

@@ -40,7 +40,7 @@ from ghost_dist.statistics.sizes import pair_bytes, saved_by_strips
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
-_SHARE_OF_FREE_MEMORY = 0.7
+_SHARE_FOR_SUMS = 0.7
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Selector:
     def starts_at_once(self, free_bytes: int, block: ColumnBlock = WHOLE) -> int:
         """Starts whose sums fit on a device with so much free memory: those of one pass."""
         of_start = self.start_bytes() // block.count
-        return max(1, int(free_bytes * _SHARE_OF_FREE_MEMORY) // of_start)
+        return max(1, int(free_bytes * _SHARE_FOR_SUMS) // of_start)
 
     @property
     def last_boundary(self) -> int:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.engines.expert_parts import even_part
 from ghost_dist.errors import ConfigError
-
-SHARE_OF_FREE_MEMORY = 0.85
-"""What a plan may fill of the memory that is free: allocators and libraries need some too."""
 
 EngineKind = Literal["resident", "tensor_parallel", "streaming"]
 
@@ -64,6 +62,8 @@ class EngineChoice:
         streaming: whether the next layer is read while one is computed.
     experts
         streaming: routed experts of a layer that are held at once; None: all of them.
+    fits
+        False where the model does not fit but has to be held whole.
     """
 
     kind: EngineKind
@@ -71,6 +71,7 @@ class EngineChoice:
     device_bytes: Mapping[str, int]
     prefetch: bool = True
     experts: int | None = None
+    fits: bool = True
 
 
 def choose_engine(
@@ -81,6 +82,7 @@ def choose_engine(
     free_bytes: int,
     where: str,
     experts: int | Literal["auto"] = "auto",
+    whole: str | None = None,
 ) -> EngineChoice:
     """The engine of a run: the configured one if it fits, with ``auto`` the first that fits.
 
@@ -102,6 +104,9 @@ def choose_engine(
         Name of the device, for messages.
     experts
         ``engine.experts``.
+    whole
+        With ``auto`` in one process: what needs the whole model, which is then held whole even
+        where it does not fit; None: nothing does.
 
     Raises
     ------
@@ -119,6 +124,14 @@ def choose_engine(
                 f"the whole model fits on one device: at most {_gb(peak)} are needed ({stage}), "
                 f"and {has}",
                 needs.resident,
+            )
+        if whole is not None and kind == "auto" and not on_cluster:
+            return EngineChoice(
+                "resident",
+                f"{whole} needs the model whole: it is loaded so, although {_gb(peak)} are needed "
+                f"({stage}), and {has}",
+                needs.resident,
+                fits=False,
             )
         if kind == "resident":
             raise ConfigError(
@@ -191,22 +204,6 @@ def _by_experts(
         f"time (engine.kind=streaming, engine.experts) need {_gb(peak)} ({stage}; the largest "
         f"layer alone is {_gb(needs.largest_layer)}), but {has}. " + _what_would_fit(needs, room)
     )
-
-
-def must_stream(model_bytes: int, free_bytes: int) -> bool:
-    """Whether a run in one process had better stream, from the size of the model alone.
-
-    What needs most of a resident run, for usual windows, is the check of the exported checkpoint,
-    which holds the recovered model twice.
-
-    Parameters
-    ----------
-    model_bytes
-        Of the whole model in the compute dtype.
-    free_bytes
-        Of the device.
-    """
-    return 2 * model_bytes > SHARE_OF_FREE_MEMORY * free_bytes
 
 
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:

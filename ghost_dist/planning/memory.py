@@ -20,7 +20,8 @@ from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKE
 PINNED_BYTES = 2 * READERS * BLOCK_BYTES
 """streaming: buffers that layers are read into, two a reader."""
 _PREFETCHED_BATCHES = 2
-_LOGITS_BYTES = (1 << 25) * 16  # a piece of logits in the model's dtype and three in float32
+_LOGITS_AT_ONCE = 1 << 25
+_LOGIT_BYTES = 16  # in the model's dtype and three times in float32
 _FLOAT64_BYTES = 8
 _FEW_BYTES = 64 << 20  # scores of other criteria, masks, positions
 
@@ -56,8 +57,9 @@ def device_needs(
 def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
     """What waits in host memory, beside the mapped files; on a CPU it adds to the device's.
 
-    ``copies`` of the sums of a range are there while it is written: none where the sums are in host
-    memory already, one from a GPU, two on a rank that writes one range and computes the next.
+    ``copies`` of the sums of a range are there while it is written: none on a CPU, where they are
+    in host memory already (and nothing is page-locked), one from a GPU, two on a rank that writes
+    one range and computes the next.
     """
     sizes, tokens = run.sizes, run.num_tokens
     sums = {"select": _selection_bytes(run), "calibrate": run.samples_bytes}.get(stage, 0)
@@ -67,7 +69,7 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
         total += fit_bytes(run.folds * largest, run.folds)
         if run.boundary or run.refits or run.heal:
             total += 3 * sizes.stream_bytes(tokens)  # dense, recovered, targets
-    if engine == "streaming":
+    if engine == "streaming" and copies:
         total += PINNED_BYTES
     return total
 
@@ -154,12 +156,12 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
             return _FEW_BYTES  # a fit goes to the CPU where the device has no room for it
         candidates = run.shifts + run.fine_shifts
         streams = candidates * sizes.stream_bytes(batch_tokens)
-        return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
+        return sizes.causal_lm_bytes + activations + streams + _logits_bytes(run)
     if stage == "export":
         # The recovered model here, and the exported one in a process of its own.
         return max(sizes.causal_lm_bytes, 2 * run.kept_loaded_bytes) + activations
     streams = 3 * sizes.stream_bytes(batch_tokens)  # of the three variants
-    return sizes.causal_lm_bytes + activations + streams + _LOGITS_BYTES
+    return sizes.causal_lm_bytes + activations + streams + _logits_bytes(run)
 
 
 def _streaming(run: RunShape, stage: str, experts: int = 0, *, prefetch: bool = True) -> int:
@@ -168,7 +170,7 @@ def _streaming(run: RunShape, stage: str, experts: int = 0, *, prefetch: bool = 
     activations = _PREFETCHED_BATCHES * sizes.activation_bytes(batch_tokens)
     head = 0
     if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
-        head = (sizes.above_bytes or sizes.below_bytes) + _LOGITS_BYTES
+        head = (sizes.above_bytes or sizes.below_bytes) + _logits_bytes(run)
     embeddings, layer = sizes.below_bytes, sizes.largest_layer_bytes
     twice = layer if sizes.experts else 0  # experts are stacked, and for a moment exist twice
     if prefetch:  # the first layer beside the embeddings, the head beside the last
@@ -199,6 +201,12 @@ def _selection_bytes(run: RunShape) -> int:
 
 def _longest(run: RunShape) -> int:
     return max(span.stop - span.start for span in run.spans)
+
+
+def _logits_bytes(run: RunShape) -> int:
+    """Of a piece of positions."""
+    whole_batch = run.batch * run.window_length * run.sizes.vocab_size
+    return _LOGIT_BYTES * min(_LOGITS_AT_ONCE, whole_batch)
 
 
 def _product_bytes(run: RunShape) -> int:

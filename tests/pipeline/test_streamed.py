@@ -98,27 +98,6 @@ def test_every_stage_reads_the_layers_it_needs_once(make_config, tmp_path, model
     assert read == {"select": below(8), "calibrate": below(spans[0][1])}
 
 
-def test_auto_streams_where_two_copies_of_the_model_do_not_fit(make_config, tmp_path, monkeypatch):
-    expected = recover(make_config(output__path=str(tmp_path / "whole")), again="calibrate")
-    assert not events(tmp_path / "whole", "layers-read")
-    monkeypatch.setattr(run_inputs, "free_bytes", lambda _: 1_000_000)
-    assert recover(make_config(), again="calibrate") == expected
-    assert [row["stage"] for row in events(tmp_path / "run", "layers-read")] == ["calibrate"]
-    # The same run continues with the model whole, once there is memory again.
-    monkeypatch.undo()
-    recover(make_config(), again="solve")
-    recover(make_config(output__path=str(tmp_path / "whole")), again="solve")
-    assert operators(tmp_path / "run") == operators(tmp_path / "whole")
-
-
-def test_auto_keeps_the_model_whole_where_a_setting_needs_it(make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_inputs, "free_bytes", lambda _: 1_000_000)
-    recover(make_config(operator__heal=True, operator__name="ghost-joint"), again="calibrate")
-    assert not events(tmp_path / "run", "layers-read")
-    [warning] = [e for e in events(tmp_path / "run", "warning") if "heal" in str(e)]
-    assert "operator.heal=true needs it whole" in str(warning)
-
-
 def run_in_child(tree, log):
     import torch
 

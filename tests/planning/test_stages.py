@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
-from ghost_dist.pipeline.inputs import open_inputs, open_model
-from ghost_dist.pipeline.plan import _run_shape
+from ghost_dist.pipeline.inputs import open_inputs, open_model, refittable_layers
+from ghost_dist.pipeline.plan import _texts, run_shape
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.planning.stages import Cache, work_of_stages
@@ -39,7 +39,16 @@ def counting():
 def works(config, engine="resident", **options):
     source, architecture, remove = open_model(config)
     sizes = model_sizes(source, architecture, torch.float32)
-    run, _ = _run_shape(config, source, architecture, sizes, remove, CPU, [])
+    run = run_shape(
+        config,
+        source,
+        architecture,
+        sizes,
+        CPU,
+        remove=remove,
+        refittable=refittable_layers(config, source, architecture),
+        evaluation_tokens=_texts(config, source, architecture, [])[1],
+    )
     return run, work_of_stages(run, engine, Cache(0.0, True), 0.0, **options)
 
 

@@ -1,0 +1,125 @@
+"""Which engine a run gets: decided once, before any work, as ``plan`` does, and kept in RUN.
+
+Memory that is free decides how a model is run, never what comes out. So a run goes on with the
+engine it began with, whatever is free by then, or says why it cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.plan import choose, run_shape
+from ghost_dist.planning.choice import EngineChoice
+from ghost_dist.planning.memory import device_needs
+from ghost_dist.planning.run_shape import RunShape
+from ghost_dist.planning.sizes import model_sizes
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+
+_RECORD = "engine"
+Kind = Literal["resident", "streaming"]
+
+
+def settle(
+    inputs: RunInputs, run: RunFolder, reporter: Reporter, *, whole: str | None = None
+) -> RunInputs:
+    """Inputs with the engine that this run has, or gets now; :func:`keep` notes it.
+
+    Parameters
+    ----------
+    inputs, run, reporter
+        Of the run.
+    whole
+        What needs the whole model beside the configuration.
+
+    Raises
+    ------
+    ConfigError
+        If no engine fits, or that of the run does not fit any more.
+    """
+    config, known = inputs.config, run.outputs(_RECORD)
+    if config.on_cluster:
+        if inputs.streaming or inputs.device.type == "cpu":
+            return inputs
+        holds = known["driver"] == "cuda" if known else _driver_holds(inputs, reporter)
+        return inputs if holds else replace(inputs, device=torch.device("cpu"))
+    if config.engine.kind != "auto":
+        return inputs
+    if whole is None and config.needs_whole_model is not None:
+        whole = config.needs_whole_model[0]
+    choice = decide(inputs, None if whole is not None else known.get("kind"), whole=whole)
+    if not choice.fits:
+        reporter.warn(f"{choice.reason}. It may be too large for the last stages.")
+    elif choice.kind == "streaming":
+        reporter.say(f"layers are streamed: {choice.reason}")
+    return replace(inputs, streaming=choice.kind == "streaming")
+
+
+def keep(inputs: RunInputs, run: RunFolder) -> None:
+    """Note what :func:`settle` decided, once the folder is bound to the run."""
+    kind = "streaming" if inputs.streaming else "resident"
+    run.finish(_RECORD, "", {"kind": kind, "driver": inputs.device.type})
+
+
+def decide(
+    inputs: RunInputs, kind: Kind | None = None, *, whole: str | None = None
+) -> EngineChoice:
+    """The engine of a run in one process, of an ``engine.kind`` that it began with if it did.
+
+    Raises
+    ------
+    ConfigError
+        If none fits.
+    """
+    try:
+        return choose(
+            kind or "auto",
+            inputs.config,
+            inputs.source,
+            inputs.architecture,
+            _shape(inputs),
+            inputs.device,
+            whole=whole,
+        )
+    except ConfigError as error:
+        if kind != "resident":
+            raise
+        raise ConfigError(
+            f"This run began with the whole model on {inputs.device} and goes on so, but there is "
+            f"no room for it any more: {error} Free memory there, or continue layer after layer, "
+            "to the same result: the same command with --set engine.kind=streaming."
+        ) from error
+
+
+def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
+    """Whether the driver of a cluster can run the whole model on its GPU, for what comes last."""
+    needs = device_needs(_shape(inputs), on_cluster=False, degrees=(), degree=1).resident
+    stage = max(needs.keys() - {"select", "calibrate"}, key=lambda name: needs[name])
+    free = free_bytes(inputs.device)
+    if needs[stage] <= SHARE_OF_FREE_MEMORY * free:
+        return True
+    reporter.warn(
+        f"the last stages need {needs[stage] / 1e9:.1f} GB ({stage}) on the driver's GPU, which "
+        f"has {free / 1e9:.1f} GB free: verification, and evaluation and the choice by KL if asked "
+        "for, run on its CPU."
+    )
+    return False
+
+
+def _shape(inputs: RunInputs) -> RunShape:
+    return run_shape(
+        inputs.config,
+        inputs.source,
+        inputs.architecture,
+        model_sizes(inputs.source, inputs.architecture, inputs.dtype),
+        inputs.device,
+        remove=inputs.remove,
+        refittable=inputs.refittable,
+        evaluation_tokens={name: w.tokens.size for name, w in inputs.evaluation.items()},
+    )

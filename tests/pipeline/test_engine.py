@@ -1,0 +1,223 @@
+"""One function chooses the engine, for ``plan`` and ``recover``; a run keeps what it began with."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from headers_only import write_headers
+
+from ghost_dist.config import load_config
+from ghost_dist.demo import PICO
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import engine, inputs
+from ghost_dist.pipeline import plan as planning
+from ghost_dist.pipeline.compare import compare
+from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.plan import plan_run
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.progress import Reporter
+
+SHAPES = {
+    "8b": (
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "70b": (
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "mixture": (
+        transformers.MixtralConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+        },
+    ),
+}
+SETTINGS = {
+    "default": {"selection.remove": 5},
+    "spans": {"selection.spans": [[10, 15]], "operator.choose": "residual"},
+    "whole": {"selection.spans": [[10, 15], [20, 22]], "operator.refit": "sequential"},
+}
+MEMORY_GB = (4, 8, 16, *range(32, 40), 80, 141, 200, 400)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def big(request, tmp_path_factory):
+    config_class, sizes = SHAPES[request.param]
+    config = config_class(**sizes)
+    name = config_class.__name__.replace("Config", "ForCausalLM")
+    folder = write_headers(tmp_path_factory.mktemp("big") / request.param, config, name=name)
+    for file in PICO.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def have(monkeypatch):
+    """Let the device have so much free memory."""
+
+    def have(nbytes):
+        for module in (planning, engine):
+            monkeypatch.setattr(module, "free_bytes", lambda _: int(nbytes))
+
+    return have
+
+
+def once(function):
+    """The function, asked the first time only."""
+    found = []
+
+    def remembered(*arguments, **options):
+        if not found:
+            found.append(function(*arguments, **options))
+        return found[0]
+
+    return remembered
+
+
+def outcome(work):
+    """What it returns, or the words in which it refuses; None if it was stopped."""
+    try:
+        return work()
+    except StopIteration:
+        return None
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting):
+    """Over shapes, settings and memories of a GPU; where one finds no engine, so does the other."""
+    for module in (planning, inputs):
+        monkeypatch.setattr(module, "open_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(planning, "device_name", lambda _: "GPU X")
+    chosen = []
+
+    def stop(config, run, choice, folder):
+        chosen.append(choice)
+        raise StopIteration
+
+    monkeypatch.setattr(planning, "_disk", stop)  # what comes after the choice
+    for name in ("open_model", "model_sizes", "refittable_layers", "_texts"):
+        # Once for all memories: none of them asks for it.
+        monkeypatch.setattr(planning, name, once(getattr(planning, name)))
+    monkeypatch.setattr(engine, "model_sizes", once(engine.model_sizes))
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text\n" * 9)
+    config = load_config(
+        None,
+        {
+            "model.path": str(big),
+            "model.dtype": "bfloat16",
+            "calibration.source": str(text),
+            "evaluation.corpora": {"text": str(text)},
+            "evaluation.window_length": 8,
+            "output.path": str(tmp_path / "run"),
+            **SETTINGS[setting],
+        },
+    )
+    opened = open_inputs(config, Reporter())
+    whole = (config.needs_whole_model or (None,))[0]
+    kinds = set()
+    for gigabytes in MEMORY_GB:
+        have(gigabytes * 1e9)
+        expected = outcome(lambda: engine.decide(opened, whole=whole))
+        got = outcome(lambda: plan_run(config))
+        assert (chosen.pop() if got is None else got) == expected, gigabytes
+        kinds.add(expected if isinstance(expected, str) else (expected.kind, expected.fits))
+    assert len(kinds) > 1, "the memories tell nothing apart"
+
+
+def little_for_resident(config):
+    """Free bytes that are a little less than the whole model needs."""
+    plenty = engine.decide(open_inputs(config, Reporter()))
+    assert plenty.kind == "resident"
+    return max(plenty.device_bytes.values()) / SHARE_OF_FREE_MEMORY * 0.99
+
+
+def streamed(run):
+    return "layers-read" in (run / "events.jsonl").read_text()
+
+
+def operators(run):
+    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
+
+
+def test_a_streamed_run_goes_on_streaming_whatever_is_free(make_config, tmp_path, have):
+    config = make_config()
+    have(little_for_resident(config))
+    recover(config, again="calibrate")
+    assert streamed(tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").unlink()
+    have(1e12)
+    recover(config)
+    assert json.loads((tmp_path / "run" / "stages" / "engine.json").read_text())["outputs"] == {
+        "kind": "streaming",
+        "driver": "cpu",
+    }
+    whole = make_config(output__path=str(tmp_path / "whole"))
+    recover(whole, again="solve")
+    assert not streamed(tmp_path / "whole")
+    assert operators(tmp_path / "run") == operators(tmp_path / "whole")
+
+
+def test_a_resident_run_that_does_not_fit_any_more_says_so_and_can_go_on(
+    make_config, tmp_path, have
+):
+    config = make_config()
+    recover(config, again="calibrate")
+    have(little_for_resident(config))
+    with pytest.raises(ConfigError) as refused:
+        recover(config)
+    for words in ("began with the whole model on cpu", "GB free", "engine.kind=streaming"):
+        assert words in str(refused.value)
+    recover(make_config(engine__kind="streaming"), again="solve")
+    have(1e12)
+    recover(make_config(output__path=str(tmp_path / "whole")), again="solve")
+    assert operators(tmp_path / "run") == operators(tmp_path / "whole")
+
+
+def test_a_run_that_needs_the_model_whole_has_it_so_with_a_warning(make_config, tmp_path, have):
+    config = make_config(operator__heal=True, operator__name="ghost-joint")
+    have(1_000_000)
+    recover(config, again="calibrate")
+    assert not streamed(tmp_path / "run")
+    assert (
+        "operator.heal=true needs the model whole"
+        in (tmp_path / "run" / "events.jsonl").read_text()
+    )
+
+
+def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_path, have):
+    config = make_config(
+        selection__spans=None,
+        selection__remove=2,
+        evaluation__corpora={"a": str(text_file)},
+        evaluation__windows=2,
+        evaluation__window_length=32,
+    )
+    have(1_000_000)
+    compare(config, [2], ["none"], ["block-influence"])
+    assert "compare needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
