@@ -2,9 +2,12 @@
 a tokenizer of its own and texts: everything a run needs, in seconds."""
 
 import argparse
+import contextlib
+import functools
 import inspect
 import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ranks would wait for whatever the other half of the suite computes: Ray starts them at nice 15.
@@ -14,12 +17,14 @@ import pytest
 import torch
 import transformers
 from families import save_checkpoint
+from forked import Changed, forked_python
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config import load_config
+from ghost_dist.export import verify
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -45,6 +50,34 @@ def _turn(item):
     if item.get_closest_marker("xdist_group").args == ("ray",):
         return 0
     return 1 if item.path.stem == "test_reference_table" else 2
+
+
+@pytest.fixture(scope="session")
+def forked(forked_at_need):
+    """Executable that is ``python`` with the libraries imported, and the process it forks from."""
+    return forked_at_need()
+
+
+@pytest.fixture(scope="session")
+def forked_at_need():
+    """The same as a function: the server begins with the first call."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(forked_python()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reload_checks_are_forked(forked_at_need):
+    """Every run ends by loading its export in a fresh process.
+
+    Commands that tests run in a process of their own start it as users do.
+    """
+
+    class Forking(Changed):
+        executable = property(lambda _: str(forked_at_need().program))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "sys", Forking(sys))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

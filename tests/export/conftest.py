@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def use_exported():
+def use_exported(forked):
     """Function that has ``use_exported.py`` do checks on the folders of one folder."""
 
     def use(root, wanted):
@@ -21,7 +20,7 @@ def use_exported():
         }
         script = Path(__file__).with_name("use_exported.py")
         subprocess.run(
-            [sys.executable, "-I", str(script), str(root), json.dumps(wanted)],
+            [forked.program, "-I", str(script), str(root), json.dumps(wanted)],
             check=True,
             env=environment,
             stdin=subprocess.DEVNULL,
