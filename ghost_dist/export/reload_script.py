@@ -1,47 +1,94 @@
-"""Run by ``verify.py`` in a process of its own: load a checkpoint and write its logits.
+"""Run by ``verify.py`` in a process of its own: load a checkpoint and use it.
 
 Imports torch and transformers only and makes ghost_dist unimportable, so that what it loads is what
-a user without ghost_dist would load. Argument: a JSON file with ``search_path`` and ``jobs``, each
-``folder``, ``tokens`` (.npy, int64), ``logits`` (.npy to write), ``dtype``, ``device``,
-``trust_remote_code`` and ``num_threads``.
+a user without ghost_dist would load. Argument: a JSON file with ``search_path``, ``folder``,
+``results`` (a folder to write into), ``trust_remote_code``, ``num_threads`` and what is asked for:
+``model`` (``tokens``: .npy, int64, ``dtype``, ``device``; or null), ``texts`` for the tokenizer (or
+null).
 """
 
 import json
 import sys
+from typing import Any
+
+NEW_TOKENS = 4
+PROMPT_TOKENS = 32
 
 
 def main(request_file: str) -> None:
-    """Do the jobs of the request."""
+    """Do what the request asks for."""
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
     sys.path[:] = request["search_path"]
     sys.modules["ghost_dist"] = None  # type: ignore[assignment]
 
-    import numpy as np
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    for job in request["jobs"]:
-        torch.set_num_threads(job["num_threads"])
-        device = torch.device(job["device"])
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            job["folder"],
-            dtype=getattr(torch, job["dtype"]),
-            device_map=None if device.type == "cpu" else {"": device},
-            trust_remote_code=job["trust_remote_code"],
+    torch.set_num_threads(request["num_threads"])
+    if request["texts"] is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            request["folder"],
+            trust_remote_code=request["trust_remote_code"],
             local_files_only=True,
-            output_loading_info=True,
         )
-        if info["missing_keys"] or info["unexpected_keys"]:
-            raise SystemExit(
-                f"missing tensors {sorted(info['missing_keys'])}, "
-                f"unexpected tensors {sorted(info['unexpected_keys'])}"
-            )
-        tokens = torch.from_numpy(np.load(job["tokens"]))
-        with torch.inference_mode():
-            rows = [model(row[None].to(device), use_cache=False).logits.float() for row in tokens]
-        np.save(job["logits"], torch.cat(rows).cpu().numpy())
+        with open(request["results"] + "/token_ids.json", "w", encoding="utf-8") as file:
+            json.dump(token_ids(tokenizer, request["texts"]), file)
+    if request["model"] is not None:
+        use_model(request, **request["model"])
+
+
+def use_model(request: dict[str, Any], tokens: str, dtype: str, device: str) -> None:
+    """Write the logits of all windows, and what ``generate`` makes of the first one's beginning."""
+    import numpy as np
+    import torch
+    import transformers
+
+    where = torch.device(device)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        request["folder"],
+        dtype=getattr(torch, dtype),
+        device_map=None if where.type == "cpu" else {"": where},
+        trust_remote_code=request["trust_remote_code"],
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise SystemExit(
+            f"missing tensors {sorted(info['missing_keys'])}, "
+            f"unexpected tensors {sorted(info['unexpected_keys'])}"
+        )
+    windows = torch.from_numpy(np.load(tokens)).to(where)
+    # Penalties and sampling of generation_config.json would hide what the model itself says.
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
+    )
+    with torch.inference_mode():
+        rows = [model(row[None], use_cache=False).logits.float() for row in windows]
+        prompt = windows[:1, :PROMPT_TOKENS]
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+        uncached = model(ids[:, :-1], use_cache=False).logits[0, prompt.shape[1] - 1 :].float()
+    np.save(request["results"] + "/logits.npy", torch.cat(rows).cpu().numpy())
+    np.save(request["results"] + "/generated.npy", ids[0, prompt.shape[1] :].cpu().numpy())
+    np.save(request["results"] + "/uncached.npy", uncached.cpu().numpy())
+
+
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[Any]]:
+    """Ids of texts, with special tokens and without, and of a chat: pairs of text and ids.
+
+    Also called for the original's tokenizer, by ``verify.py``.
+    """
+    chat = [{"role": "user", "content": " 12 cats "}]
+    try:
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # there is no template, or this program of the author's refuses
+        prompt = f"({type(error).__name__} of the chat template)"
+    return [
+        [text, list(tokenizer(text, add_special_tokens=special)["input_ids"])]
+        for text in [*texts, prompt]
+        for special in (True, False)
+    ]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from ghost_dist.export.modeling import (
     modeling_source,
 )
 from ghost_dist.export.shards import NewTensor, plan_shards, write_shard
-from ghost_dist.export.side_files import copy_side_files, name_tokenizer_class
+from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
@@ -55,6 +56,7 @@ def export_checkpoint(
     operators: Mapping[Span, Repair],
     out: Path,
     *,
+    tokenizer: Any = None,
     healed: Mapping[int, Tensor] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
@@ -74,6 +76,8 @@ def export_checkpoint(
         boundary the result is a plain checkpoint of the family and needs no code.
     out
         New folder, or an empty one.
+    tokenizer
+        The original's, as transformers loads it; None: it has none.
     healed
         More down_proj weights (F, C), by layer of the uncut model.
     max_shard_bytes
@@ -106,6 +110,8 @@ def export_checkpoint(
             _write_weights(partial_out, tensors, max_shard_bytes, advance or (lambda _: None))
             copy_side_files(source, partial_out)
             _write_config(partial_out, source, architecture, spans, operators)
+            if tokenizer is not None:
+                keep_tokenizer(tokenizer, partial_out, new_model_type=bool(acting(operators)))
             for name, content in extra_files.items():
                 if isinstance(content, Path):
                     content = content.read_bytes()
@@ -250,7 +256,6 @@ def _write_config(
         config = ghost_config(config, architecture, spans, operators)
         text = modeling_source(architecture, operators)
         (folder / modeling_file_name(architecture)).write_text(text, encoding="utf-8")
-        name_tokenizer_class(source, folder)
     # Not json_bytes: configurations of some families hold Infinity, and keep it.
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

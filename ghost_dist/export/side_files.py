@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.checkpoint.load import load_tokenizer
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.errors import CheckpointError
 
 _LEFT_BEHIND_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
@@ -40,18 +40,41 @@ def copy_side_files(source: Checkpoint, folder: Path) -> None:
             shutil.copytree(source.path / name, folder / name, copy_function=shutil.copyfile)
 
 
-def name_tokenizer_class(source: Checkpoint, folder: Path) -> None:
-    """Write the class of the tokenizer into ``folder/tokenizer_config.json`` if it is not there.
+def keep_tokenizer(tokenizer: Any, folder: Path, *, new_model_type: bool) -> None:
+    """Have transformers make the same tokenizer of ``folder`` as of the original.
 
-    Where it is not, transformers chooses it by the model type, and does not know ours.
+    It chooses the class by the model type first, by the name in ``tokenizer_config.json`` only for
+    model types that it does not know, such as ours. Many checkpoints name a class there that their
+    family does not use, and that would build another pipeline from the same files. So with a new
+    model type the class that was chosen for the original is written there. Code of the tokenizer
+    goes along if it was run for the original, and is not asked for otherwise.
     """
     path = folder / "tokenizer_config.json"
     content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    if "tokenizer_class" in content or "auto_map" in content:
-        return
-    try:
-        tokenizer = load_tokenizer(source.path)
-    except CheckpointError:
-        return  # a checkpoint without a tokenizer stays one
-    content["tokenizer_class"] = type(tokenizer).__name__
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    before = dict(content)
+    content.pop("auto_map", None)
+    if has_own_code(tokenizer):
+        custom_object_save(tokenizer, folder, content)
+    elif new_model_type:
+        content["tokenizer_class"] = type(tokenizer).__name__
+    if content != before:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def has_own_code(tokenizer: Any) -> bool:
+    """Whether the class of a tokenizer came with its checkpoint."""
+    return not type(tokenizer).__module__.startswith("transformers.")
+
+
+def tokenizer_code(folder: Path) -> set[str]:
+    """Names of the Python files in ``folder`` that its tokenizer consists of."""
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_bytes()) if path.is_file() else {}
+    names = content.get("auto_map", {}).get("AutoTokenizer", ())
+    files = {folder / f"{name.partition('.')[0]}.py" for name in names if name is not None}
+    return {
+        Path(needed).name
+        for file in files
+        if file.is_file()
+        for needed in (file, *get_relative_import_files(file))
+    }

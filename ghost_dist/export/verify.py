@@ -1,7 +1,8 @@
-"""Proof that an exported folder is the recovered model: a fresh process loads it and computes.
+"""Proof that an exported folder is the recovered model: a fresh process loads it and uses it.
 
-The process imports torch and transformers only; the one Python file of the folder that it may run
-is the modeling file that the export wrote.
+It tokenises, computes logits, and generates with a cache. The process imports torch and
+transformers only. The one Python file of the folder that it may run is the modeling file that the
+export wrote; beside it only code of a tokenizer that the run itself trusted.
 """
 
 from __future__ import annotations
@@ -12,17 +13,45 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from ghost_dist.errors import ExportError
+from ghost_dist.export import reload_script
+from ghost_dist.export.side_files import has_own_code, tokenizer_code
 
-_SCRIPT = Path(__file__).with_name("reload_script.py")
+_SCRIPT = Path(reload_script.__file__)
 _ROUNDINGS = 4
+_TEXTS = (
+    "12 cats, 1234567 dogs and 3.14 naïve birds.",
+    "  two blanks before,\tand a tab\n\n\nthree lines below   ",
+    "def f(x: int) -> str:\n    return f'{x!r}' # Größe e\u0301 Ａﬁ 漢字かな 🙂\r\n",
+)
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What a fresh process made of a checkpoint folder.
+
+    Attributes
+    ----------
+    logits
+        Float32, shape (windows, T, vocabulary).
+    generated
+        Greedy ids after the beginning of the first window, shape (n,), with a cache.
+    uncached
+        Logits of the positions that chose them, without a cache, shape (n, vocabulary).
+    """
+
+    logits: Tensor
+    generated: Tensor
+    uncached: Tensor
 
 
 def verify_reload(
@@ -30,16 +59,18 @@ def verify_reload(
     model: Any,
     tokens: np.ndarray[Any, Any],
     *,
+    tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
     timeout_s: float = 3600.0,
 ) -> float:
-    """Compare the logits of ``folder``, loaded by plain transformers, with those of ``model``.
+    """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
     Both compute on the same device in the same dtype, window by window, so they usually agree
     bitwise; a library that sums in another order from one process to the next may differ by
     rounding. Every layer adds about one rounding, relative, and independent ones add in
-    quadrature, so 4 sqrt(layers) eps max|logit| is allowed.
+    quadrature, so 4 sqrt(layers) eps max|logit| is allowed. Tokens that ``generate`` chooses with a
+    cache must be those that the model chooses without one, or be as good within the same bound.
 
     Parameters
     ----------
@@ -49,6 +80,8 @@ def verify_reload(
         The recovered model in memory (``remove_layers`` and ``insert_operators``).
     tokens
         Integers, shape (windows, T); a few hundred tokens are enough.
+    tokenizer
+        The original's; None: it has none.
     dtype, device
         Of the computation; the device holds both models for a while.
     timeout_s
@@ -62,11 +95,24 @@ def verify_reload(
     Raises
     ------
     ExportError
-        If the process fails, or the logits differ by more than is allowed.
+        If the process fails, token ids differ, logits differ by more than is allowed, or a cache
+        changes what is generated.
     """
+    num_layers = model.config.num_hidden_layers
     expected = _logits(model, tokens, device)
-    found = reload_logits({folder: tokens}, dtype=dtype, device=device, timeout_s=timeout_s)[folder]
-    return check_same_logits(folder, found, expected, model.config.num_hidden_layers, dtype)
+    found = reload(
+        folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, timeout_s=timeout_s
+    )
+    difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
+    chosen = found.uncached.gather(1, found.generated[:, None])[:, 0]
+    lost = float((found.uncached.amax(1) - chosen).max())
+    if not lost <= _allowed(found.uncached, num_layers, dtype):
+        raise ExportError(
+            f"{folder} generates the tokens {found.generated.tolist()} with a cache, "
+            f"{found.uncached.argmax(1).tolist()} without one (their logits differ by {lost:.3g}). "
+            "It is not used; please report the family of the model and the versions."
+        )
+    return difference
 
 
 def check_same_logits(
@@ -79,9 +125,7 @@ def check_same_logits(
     ExportError
         If it is more than rounding, see :func:`verify_reload`.
     """
-    allowed = (
-        _ROUNDINGS * math.sqrt(num_layers) * torch.finfo(dtype).eps * float(expected.abs().max())
-    )
+    allowed = _allowed(expected, num_layers, dtype)
     if found.shape != expected.shape:
         raise ExportError(
             f"{folder} gives logits of shape {tuple(found.shape)}, the recovered model "
@@ -97,49 +141,99 @@ def check_same_logits(
     return difference
 
 
-def reload_logits(
-    jobs: dict[Path, np.ndarray[Any, Any]],
+def _allowed(logits: Tensor, num_layers: int, dtype: torch.dtype) -> float:
+    return _ROUNDINGS * math.sqrt(num_layers) * torch.finfo(dtype).eps * float(logits.abs().max())
+
+
+def reload(
+    folder: Path,
+    tokens: np.ndarray[Any, Any],
     *,
+    tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
     timeout_s: float = 3600.0,
-) -> dict[Path, Tensor]:
-    """Logits (float32, shape (windows, T, vocabulary)) of checkpoint folders for their tokens.
+) -> Reloaded:
+    """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
 
-    One fresh process does all; it cannot import ghost_dist, reaches no network and keeps its copy
-    of the modeling files in a temporary folder.
+    The process cannot import ghost_dist, reaches no network and keeps its copy of the modeling file
+    in a temporary folder.
 
     Raises
     ------
     ExportError
-        If a folder holds Python code that is not ours, or the process fails.
+        If the folder holds Python code that is not ours, the process fails, or token ids differ.
     """
-    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as scratch_name:
-        scratch = Path(scratch_name)
-        entries = []
-        for number, (folder, tokens) in enumerate(jobs.items()):
-            np.save(scratch / f"tokens-{number}.npy", np.asarray(tokens, dtype=np.int64))
-            entries.append(
-                {
-                    "folder": str(Path(folder).absolute()),
-                    "tokens": str(scratch / f"tokens-{number}.npy"),
-                    "logits": str(scratch / f"logits-{number}.npy"),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "device": str(device),
-                    "trust_remote_code": has_our_code(Path(folder)),
-                    "num_threads": torch.get_num_threads(),
-                }
-            )
-        request = {"search_path": [p for p in sys.path if p], "jobs": entries}
-        (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        _run([str(_SCRIPT), str(scratch / "request.json")], scratch, timeout_s, list(jobs))
-        return {
-            folder: torch.from_numpy(np.load(scratch / f"logits-{number}.npy"))
-            for number, folder in enumerate(jobs)
+    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
+        scratch = Path(name)
+        np.save(scratch / "tokens.npy", np.asarray(tokens, dtype=np.int64))
+        model = {
+            "tokens": str(scratch / "tokens.npy"),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
         }
+        _run_script(folder, scratch, model, tokenizer, timeout_s)
+        return Reloaded(
+            *(
+                torch.from_numpy(np.load(scratch / f"{part}.npy"))
+                for part in ("logits", "generated", "uncached")
+            )
+        )
 
 
-def _run(arguments: list[str], scratch: Path, timeout_s: float, folders: list[Path]) -> None:
+def verify_tokenizer(folder: Path, tokenizer: Any, timeout_s: float = 3600.0) -> None:
+    """Compare token ids of an exported folder, in a fresh process, with the original's tokenizer.
+
+    Raises
+    ------
+    ExportError
+        If they differ, showing the text and both; or if the process fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
+        _run_script(folder, Path(name), None, tokenizer, timeout_s)
+
+
+def _run_script(
+    folder: Path,
+    scratch: Path,
+    model: dict[str, str] | None,
+    tokenizer: Any,
+    timeout_s: float,
+) -> None:
+    texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
+    trusted = tokenizer is not None and has_own_code(tokenizer)
+    request = {
+        # Without the code of checkpoints that this process keeps: the script keeps its own.
+        "search_path": [p for p in sys.path if p and p != HF_MODULES_CACHE],
+        "folder": str(Path(folder).absolute()),
+        "results": str(scratch),
+        "trust_remote_code": has_our_code(Path(folder)) or trusted,
+        "num_threads": torch.get_num_threads(),
+        "model": model,
+        "texts": texts,
+    }
+    (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    _run([str(_SCRIPT), str(scratch / "request.json")], scratch, timeout_s, folder)
+    if texts is None:
+        return
+    expected = reload_script.token_ids(tokenizer, texts)
+    found = json.loads((scratch / "token_ids.json").read_bytes())
+    for (text, ids), (other_text, other_ids) in zip(expected, found, strict=True):
+        if (text, ids) != (other_text, other_ids):
+            raise ExportError(
+                f"{folder} tokenises {other_text!r} as {other_ids}, the original {text!r} as "
+                f"{ids}. It is not used; please report the class of the tokenizer, "
+                f"{type(tokenizer).__name__}, and the versions."
+            )
+
+
+def _text_of_special_tokens(tokenizer: Any) -> str:
+    """Special tokens between words, with blanks and without: they may swallow blanks."""
+    tokens = tokenizer.all_special_tokens[:32]
+    return "".join(f"one{token}two {token} 3" for token in tokens)
+
+
+def _run(arguments: list[str], scratch: Path, timeout_s: float, folder: Path) -> None:
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -147,7 +241,6 @@ def _run(arguments: list[str], scratch: Path, timeout_s: float, folders: list[Pa
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    shown = ", ".join(map(str, folders))
     try:
         done = subprocess.run(
             [sys.executable, "-I", *arguments],
@@ -160,26 +253,26 @@ def _run(arguments: list[str], scratch: Path, timeout_s: float, folders: list[Pa
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(
-            f"Loading {shown} in a fresh process took more than {timeout_s:.0f} s."
+            f"Loading {folder} in a fresh process took more than {timeout_s:.0f} s."
         ) from error
     if done.returncode != 0:
         raise ExportError(
-            f"{shown} cannot be loaded by transformers in a fresh process (exit status "
+            f"{folder} cannot be used by transformers in a fresh process (exit status "
             f"{done.returncode}):\n{done.stderr.strip()[-4000:]}"
         )
 
 
 def has_our_code(folder: Path) -> bool:
-    """Whether the folder has a modeling file of ours; any other code is refused."""
-    found = sorted(path.name for path in folder.glob("**/*.py"))
+    """Whether the folder has a modeling file of ours; other code of a model is refused."""
+    found = {path.name for path in folder.glob("**/*.py")} - tokenizer_code(folder)
     if not found:
         return False
     config = json.loads((folder / "config.json").read_bytes())
     modules = {name.partition(".")[0] + ".py" for name in config.get("auto_map", {}).values()}
-    if set(found) != modules or not all(n.startswith("modeling_ghost_") for n in found):
+    if found != modules or not all(n.startswith("modeling_ghost_") for n in found):
         raise ExportError(
-            f"{folder} holds Python code that ghost_dist did not write ({', '.join(found)}); it is "
-            "not run."
+            f"{folder} holds Python code that ghost_dist did not write "
+            f"({', '.join(sorted(found))}); it is not run."
         )
     return True
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
+from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.config import config_tree, fingerprint
@@ -35,7 +36,7 @@ from ghost_dist.export.operator_files import (
     save_operator,
 )
 from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import verify_reload
+from ghost_dist.export.verify import verify_reload, verify_tokenizer
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
@@ -198,6 +199,7 @@ class Stages:
                 )
             self._collect(store, tokens, selector, "select")
             spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
+            check_cut(inputs.architecture, inputs.source.config, spans)
             found = [[s.start, s.stop] for s in spans]
             return {"spans": found, "num_layers": num_layers, **scores}
 
@@ -383,6 +385,7 @@ class Stages:
                         spans,
                         operators,
                         unverified,
+                        tokenizer=inputs.tokenizer,
                         healed=healed,
                         max_shard_bytes=config.export.max_shard_bytes,
                         extra_files={
@@ -508,11 +511,20 @@ class Stages:
             layers = inputs.architecture.num_layers + kept + 2
             with self._reporter.stage("verify", layers, "layers") as advance:
                 recovered = Lane(spans, operators, healed)
-                return streamed_verify(inputs, folder, recovered, tokens, advance)
+                difference = streamed_verify(inputs, folder, recovered, tokens, advance)
+            verify_tokenizer(folder, inputs.tokenizer)
+            return difference
         model = open_causal_lm(inputs)
         remove_layers(model, inputs.architecture, spans)
         insert_operators(model, inputs.architecture, spans, operators, healed)
-        return verify_reload(folder, model, tokens, dtype=inputs.dtype, device=inputs.device)
+        return verify_reload(
+            folder,
+            model,
+            tokens,
+            tokenizer=inputs.tokenizer,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        )
 
     def _stage(
         self, name: str, wanted: dict[str, Any], work: Callable[[], dict[str, Any]]

@@ -29,7 +29,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import reload_logits, verify_reload
+from ghost_dist.export.verify import reload, verify_reload
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
@@ -198,6 +198,20 @@ def test_verify_finds_another_operator(checkpoint, exported):
         verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
 
 
+def test_verify_finds_what_only_a_cache_shows(checkpoint, exported, tmp_path):
+    """An operator that is left out where one token comes at a time."""
+    source, architecture = checkpoint("llama")
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    code = broken / "modeling_ghost_llama.py"
+    line = "    y = module.ghost(x)\n"
+    assert line in code.read_text()
+    only_prompts = "    y = module.ghost(x) if x.shape[1] > 1 else x\n"
+    code.write_text(code.read_text().replace(line, only_prompts))
+    model = recovered(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]))
+    with pytest.raises(ExportError, match=r"generates the tokens \[.*\] with a cache, \[.*\] wi"):
+        verify_reload(broken, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+
+
 def test_verify_finds_nan(checkpoint, exported, tmp_path):
     source, architecture = checkpoint("llama")
     model = recovered(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]))
@@ -214,24 +228,24 @@ def test_verify_finds_a_lost_operator(exported, tmp_path):
     with pytest.raises(
         ExportError, match=r"unexpected tensors \['model.layers.2.ghost.linear.weight'\]"
     ):
-        reload_logits({broken: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
+        reload(broken, TOKENS.numpy(), dtype=torch.float32, device=CPU)
 
 
 def test_only_our_code_is_run(exported, tmp_path):
     strange = shutil.copytree(exported, tmp_path / "strange")
     (strange / "more.py").write_text("raise SystemExit('this ran')")
     with pytest.raises(ExportError, match=r"more\.py.*not run"):
-        reload_logits({strange: TOKENS.numpy()}, dtype=torch.float32, device=CPU)
+        reload(strange, TOKENS.numpy(), dtype=torch.float32, device=CPU)
 
 
 def test_user_cache_stays_clean(exported, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
     narrow = TOKENS.numpy().astype(np.int32)
-    found = reload_logits({exported: narrow}, dtype=torch.float32, device=CPU)[exported]
-    assert found.shape == (*TOKENS.shape, VOCAB)
+    found = reload(exported, narrow, dtype=torch.float32, device=CPU)
+    assert found.logits.shape == (*TOKENS.shape, VOCAB)
     assert not (tmp_path / "cache").exists()
 
 
 def test_timeout(exported):
     with pytest.raises(ExportError, match="more than 0 s"):
-        reload_logits({exported: TOKENS.numpy()}, dtype=torch.float32, device=CPU, timeout_s=0.01)
+        reload(exported, TOKENS.numpy(), dtype=torch.float32, device=CPU, timeout_s=0.01)
