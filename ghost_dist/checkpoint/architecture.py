@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ghost_dist.checkpoint.layer_fields import LayerFields, find_layer_fields, read_config
+from ghost_dist.checkpoint.layer_fields import (
+    LayerFields,
+    descriptions,
+    find_layer_fields,
+    read_config,
+)
 from ghost_dist.checkpoint.layer_fields import cut_config as cut_fields
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import cut_difference, empty_model
@@ -87,7 +93,10 @@ class Architecture:
     def per_layer_fields(self) -> tuple[str, ...]:
         """Names of all configuration fields that a cut may change."""
         f = self.fields
-        return (*f.count_names, *f.lists, *f.indices, *f.counts, *f.changed, *f.removed)
+        return (
+            *(*f.count_names, *f.lists, *f.indices, *f.keyed),
+            *(*f.counts, *f.scaled, *f.changed, *f.removed),
+        )
 
     def in_base(self, path: str) -> str:
         """A module path of the causal LM as seen from the base model."""
@@ -99,14 +108,14 @@ class Architecture:
 
 
 def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
-    """Find the parts of the model and try representative cuts on the meta device.
+    """Find the parts of the model, on the meta device; what may be cut says ``check_cut``.
 
     ``trust_remote_code`` only changes what a refusal says: model code from a checkpoint is not run.
 
     Raises
     ------
     UnsupportedArchitectureError
-        If the family cannot be cut, naming it and the reason.
+        If no cut of the family is possible, naming it and the reason.
     CheckpointError
         If ``config.json`` is not valid for its family, or the files lack layers.
     """
@@ -121,9 +130,8 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
             f"Family {family}: {model_class.__name__} cannot be built from "
             f"{checkpoint.path / 'config.json'}: {error}"
         ) from error
-    base = getattr(model, model.base_model_prefix, None)
-    if not isinstance(base, nn.Module) or base is model:
-        raise _refused(family, f"{model_class.__name__} has no base model inside")
+    base_prefix = _base_prefix(model)
+    base = model.get_submodule(base_prefix)
     layers = _layer_list(model, config)
     parent = layers.rpartition(".")[0]
     paths = {id(module): path for path, module in model.named_modules()}
@@ -132,7 +140,7 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
     if embeddings is None or head is None:
         raise _refused(family, "its token embeddings or its head could not be found")
     final_norm = _final_norm(model, layers, config)
-    tensor_prefix = _tensor_prefix(checkpoint, layers, model.base_model_prefix, config)
+    tensor_prefix = _tensor_prefix(checkpoint, layers, base_prefix, config)
     down = _down_projections(model.get_submodule(layers), checkpoint, tensor_prefix, config)
     architecture = Architecture(
         model_type=family,
@@ -142,7 +150,7 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
         config_class=type(config).__name__,
         base_class=type(base).__name__,
         causal_lm_class=model_class.__name__,
-        base_prefix=model.base_model_prefix,
+        base_prefix=base_prefix,
         layers=layers,
         embeddings=embeddings,
         final_norm=final_norm,
@@ -156,8 +164,6 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
         fields=fields,
     )
     _refuse_shared_weights(model, layers, family)
-    for spans in _trial_cuts(architecture.num_layers):
-        check_cut(architecture, checkpoint.config, spans, model)
     return architecture
 
 
@@ -182,12 +188,7 @@ def cut_config(
     return cut_fields(config, spans, architecture.fields)
 
 
-def check_cut(
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    spans: Sequence[Span],
-    model: Any = None,
-) -> None:
+def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
     """Prove on the meta device that the cut configuration describes the layers that stay.
 
     Parameters
@@ -196,35 +197,67 @@ def check_cut(
         Of the uncut model.
     spans
         Checked and sorted.
-    model
-        The uncut model on the meta device, if it is at hand.
 
     Raises
     ------
     UnsupportedArchitectureError
-        Naming the first layer and setting that would change.
+        Naming the first layer and setting that would change, or what ``generate`` would lack.
     """
     config_class = getattr(transformers, architecture.config_class)
     model_class = getattr(transformers, architecture.causal_lm_class)
-    if model is None:
-        model = empty_model(model_class, read_config(config_class, config))
+    before = read_config(config_class, config)
     cut = ", ".join(map(str, spans))
+    other = "Remove other layers (selection.spans, selection.protect)"
     try:
-        twin = empty_model(
-            model_class, read_config(config_class, cut_config(config, spans, architecture))
-        )
+        after = read_config(config_class, cut_config(config, spans, architecture))
+        twin = empty_model(model_class, after)
     except Exception as error:
         raise _refused(
-            architecture.model_type, f"no model can be built without layers {cut}: {error}"
+            architecture.model_type, f"no model can be built without layers {cut}: {error}", other
         ) from error
     difference = cut_difference(
-        model.get_submodule(architecture.layers), twin.get_submodule(architecture.layers), spans
+        empty_model(model_class, before).get_submodule(architecture.layers),
+        twin.get_submodule(architecture.layers),
+        spans,
+        descriptions(architecture.fields, before, after),
     )
     if difference is not None:
         raise _refused(
             architecture.model_type,
             f"its configuration cannot express the model without layers {cut}: {difference}",
+            other,
         )
+    if _cache_counts_tokens(before) and not _cache_counts_tokens(after):
+        raise _refused(
+            architecture.model_type,
+            f"without layers {cut} no attention layer is left, and transformers generates with a "
+            "cache only where one counts the tokens",
+            other,
+        )
+
+
+def check_some_cut(
+    architecture: Architecture, config: Mapping[str, Any], candidates: Iterable[Sequence[Span]]
+) -> None:
+    """Refuse a family that can be cut nowhere where it may be; see :func:`check_cut`."""
+    refusal = None
+    for spans in candidates:
+        try:
+            check_cut(architecture, config, spans)
+        except UnsupportedArchitectureError as error:
+            refusal = error
+        else:
+            return
+    if refusal is not None:
+        raise refusal
+
+
+def _cache_counts_tokens(config: Any) -> bool:
+    try:
+        transformers.DynamicCache(config=config).get_seq_length()
+    except Exception:  # ValueError where no layer attends; families without this cache: anything
+        return False
+    return True
 
 
 def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -272,11 +305,23 @@ def _causal_lm_class(config: Any) -> type[Any]:
     return model_class
 
 
+def _base_prefix(model: Any) -> str:
+    """Where the base model is; a few families do not have it under the name that they give."""
+    children: dict[str, nn.Module] = dict(model.named_children())
+    prefix: str = model.base_model_prefix
+    if prefix in children:
+        return prefix
+    found = [name for name, module in children.items() if isinstance(module, PreTrainedModel)]
+    if len(found) != 1:
+        raise _refused(model.config.model_type, f"{type(model).__name__} has no base model inside")
+    return found[0]
+
+
 def _layer_list(model: Any, config: Any) -> str:
     lists = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     }
     outer = {p: m for p, m in lists.items() if not any(p.startswith(o + ".") for o in lists)}
     found = [path for path, module in outer.items() if len(module) == config.num_hidden_layers]
@@ -376,11 +421,6 @@ def _refuse_shared_weights(model: Any, layers: str, family: str) -> None:
         raise _refused(family, "layers share weights, so a layer cannot be removed by itself")
 
 
-def _trial_cuts(num_layers: int) -> list[tuple[Span, ...]]:
-    """Cuts that shift numbers by odd and even amounts, drop the first layer, or only the end."""
-    cuts = [(Span(0, 1),), (Span(1, 3),), (Span(num_layers // 2, num_layers),)]
-    return [spans for spans in cuts if spans[-1].stop <= num_layers and len(spans[0]) < num_layers]
-
-
-def _refused(family: str, reason: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(f"Family {family} is not supported: {reason}.")
+def _refused(family: str, reason: str, advice: str = "") -> UnsupportedArchitectureError:
+    advice = advice and f" {advice}."
+    return UnsupportedArchitectureError(f"Family {family} is not supported: {reason}.{advice}")

@@ -8,6 +8,7 @@ result describes the same layers is not believed but checked, in ``twin.py``.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,17 @@ from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers
 
 _INDEX_LISTS = {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"}
-_PREFIX_COUNTS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+_PREFIX_COUNTS = (
+    *("first_k_dense_replace", "max_window_layers", "num_dense_layers"),
+    "moe_layer_start_index",
+)
+_OTHER_COUNT_NAMES = ("num_blocks",)
+_CYCLES = ("block_types",)
+"""Lists that are repeated until every layer has an entry."""
+_KEYED = ("per_layer_config",)
+"""Settings by layer number; keys that are no numbers stay."""
+_TIMES_ROOT_OF_DEPTH = ("scale_depth",)
+"""Divided by the root of the number of layers in every layer."""
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _PATTERNS = {
     "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
@@ -29,7 +40,6 @@ _ENTANGLED = {
     "num_kv_shared_layers": "later layers reuse the keys and values of earlier ones",
     "hidden_size_per_layer_input": "each layer has an input of its own beside the residual stream",
     "scale_attn_by_inverse_layer_idx": "attention is scaled by the layer's number",
-    "per_layer_config": "its configuration overrides fields of single layers",
     "rescale_every": "weights are rescaled by the layer's number",
 }
 _NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "_limit", "_section", "_sizes")
@@ -49,8 +59,12 @@ class LayerFields:
         One entry per layer: a list, or a string of one letter per layer.
     indices
         Lists of layer numbers.
+    keyed
+        Mappings from layer numbers, as text.
     counts
         How many of the first layers differ from the rest.
+    scaled
+        Numbers that are divided by the root of the number of layers.
     changed
         Fields that get another value whatever is cut, such as a step that becomes 1.
     removed
@@ -61,7 +75,9 @@ class LayerFields:
     count_names: tuple[str, ...]
     lists: Mapping[str, Sequence[Any] | str]
     indices: Mapping[str, tuple[int, ...]]
+    keyed: Mapping[str, Mapping[str, Any]]
     counts: Mapping[str, int]
+    scaled: Mapping[str, float]
     changed: Mapping[str, Any]
     removed: tuple[str, ...]
 
@@ -98,6 +114,8 @@ def find_layer_fields(config: Any) -> LayerFields:
             lists[name] = value
         if not isinstance(value, (list, tuple)):
             continue
+        if name in _CYCLES and value:
+            value = (list(value) * num_layers)[:num_layers]
         if name in _INDEX_LISTS or (_are_layer_numbers(name, value, num_layers)):
             indices[name] = tuple(value)
         elif len(value) == num_layers:
@@ -110,10 +128,20 @@ def find_layer_fields(config: Any) -> LayerFields:
         changed["decoder_sparse_step"] = 1
     return LayerFields(
         num_layers=num_layers,
-        count_names=tuple(dict.fromkeys((own_name, "num_hidden_layers"))),
+        count_names=tuple(
+            dict.fromkeys(
+                (
+                    own_name,
+                    "num_hidden_layers",
+                    *(name for name in _OTHER_COUNT_NAMES if fields.get(name) == num_layers),
+                )
+            )
+        ),
         lists=lists,
         indices=indices,
+        keyed={name: dict(fields[name]) for name in _KEYED if fields.get(name)},
         counts={n: fields[n] for n in _PREFIX_COUNTS if isinstance(fields.get(n), int)},
+        scaled={n: fields[n] for n in _TIMES_ROOT_OF_DEPTH if fields.get(n)},
         changed=changed,
         removed=tuple(
             pattern
@@ -151,12 +179,31 @@ def cut_config(
         cut[name] = "".join(chosen) if isinstance(values, str) else chosen
     for name, layers in fields.indices.items():
         cut[name] = [position[layer] for layer in layers if layer in position]
+    for name, settings in fields.keyed.items():
+        cut[name] = {
+            str(position[int(key)]) if str(key).isdigit() else key: copy.deepcopy(value)
+            for key, value in settings.items()
+            if not str(key).isdigit() or int(key) in position
+        }
+    for name, number in fields.scaled.items():
+        cut[name] = number * math.sqrt(len(kept) / fields.num_layers)
     for name, count in fields.counts.items():
         cut[name] = sum(layer < count for layer in kept)
     cut.update(fields.changed)
     for name in fields.removed:
         cut.pop(name, None)
     return cut
+
+
+def descriptions(fields: LayerFields, uncut: Any, cut: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two transformers configurations that only describe all layers, before and after.
+
+    Lists say it of each layer by itself, and patterns that made a list say nothing more. Numbers of
+    layers are not among them: some families compute with those in every layer.
+    """
+    before, after = uncut.to_dict(), cut.to_dict()
+    names = (*fields.lists, *fields.indices, *fields.removed)
+    return {name: (before.get(name), after.get(name)) for name in names}
 
 
 def read_config(config_class: type[Any], raw: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.layer_fields import descriptions
 from ghost_dist.checkpoint.repair import Repair, apply_repair, down_projections
 from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
 from ghost_dist.errors import UnsupportedArchitectureError
@@ -34,17 +35,20 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
         If a layer that stays would not be the same layer in the cut model; nothing is changed.
     """
     uncut = model.get_submodule(architecture.layers)
-    config = type(model.config).from_dict(cut_config(model.config.to_dict(), spans, architecture))
+    cut = cut_config(model.config.to_dict(), spans, architecture)
+    config = type(model.config).from_dict(cut)
     for name in ("_attn_implementation", "_experts_implementation"):
         if hasattr(model.config, name):
             setattr(config, name, getattr(model.config, name))
     twin = empty_model(type(model), copy.deepcopy(config))
-    difference = cut_difference(uncut, twin.get_submodule(architecture.layers), spans)
+    described = descriptions(architecture.fields, model.config, config)
+    difference = cut_difference(uncut, twin.get_submodule(architecture.layers), spans, described)
     if difference is not None:
         raise UnsupportedArchitectureError(
             f"Family {architecture.model_type} is not supported: without layers "
             f"{', '.join(map(str, spans))}, {difference}."
         )
+    keyed = architecture.fields.keyed
     kept = nn.ModuleList(uncut[layer] for layer in kept_layers(spans, len(uncut)))
     kept.train(uncut.training)
     model.set_submodule(architecture.layers, kept)
@@ -55,7 +59,9 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
         if isinstance(getattr(own, "config", None), type(config)):
             for name in architecture.per_layer_fields:
                 if hasattr(config, name):
-                    setattr(own.config, name, copy.deepcopy(getattr(config, name)))
+                    # What is keyed by layers is set as a mapping and reads as something else.
+                    value = cut[name] if name in keyed else getattr(config, name)
+                    setattr(own.config, name, copy.deepcopy(value))
 
 
 def insert_operators(

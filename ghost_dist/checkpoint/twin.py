@@ -8,7 +8,8 @@ dense MLP where experts were) is found for any family, before any weight is read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ def empty_model(model_class: type[Any], config: Any) -> Any:
         return model_class(config).eval()
 
 
-def cut_difference(uncut: nn.ModuleList, twin: nn.ModuleList, spans: Sequence[Span]) -> str | None:
+def cut_difference(
+    uncut: nn.ModuleList,
+    twin: nn.ModuleList,
+    spans: Sequence[Span],
+    described: Mapping[str, tuple[Any, Any]],
+) -> str | None:
     """How the layers that stay differ from those of the twin, or None if they do not.
 
     Parameters
@@ -34,12 +40,15 @@ def cut_difference(uncut: nn.ModuleList, twin: nn.ModuleList, spans: Sequence[Sp
         Layer lists of the model before the cut and of the one built from the cut configuration.
     spans
         What is cut.
+    described
+        Fields of the configuration that describe all layers, before and after the cut. A layer that
+        keeps one of them as it is there is none the worse for the change.
     """
     kept = kept_layers(spans, len(uncut))
     if len(twin) != len(kept):
         return f"{len(twin)} layers instead of {len(kept)}"
     for new, old in enumerate(kept):
-        difference = _layer_difference(uncut[old], twin[new], old, new)
+        difference = _layer_difference(uncut[old], twin[new], old, new, described)
         if difference is not None:
             return f"layer {old}, which becomes layer {new}: {difference}"
     return None
@@ -52,7 +61,13 @@ def plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _layer_difference(uncut: nn.Module, twin: nn.Module, old: int, new: int) -> str | None:
+def _layer_difference(
+    uncut: nn.Module,
+    twin: nn.Module,
+    old: int,
+    new: int,
+    described: Mapping[str, tuple[Any, Any]],
+) -> str | None:
     modules = dict(uncut.named_modules())
     twins = dict(twin.named_modules())
     if modules.keys() != twins.keys():
@@ -69,9 +84,16 @@ def _layer_difference(uncut: nn.Module, twin: nn.Module, old: int, new: int) -> 
         for name in settings.keys() | other_settings.keys():
             before, after = settings.get(name), other_settings.get(name)
             is_number = type(before) is int and before == old and after == new
-            if before != after and not is_number:
+            is_description = name in described and (before, after) == described[name]
+            if not (_equal(before, after) or is_number or is_description):
                 return f"{where}{name}={before!r} becomes {after!r}"
     return None
+
+
+def _equal(before: Any, after: Any) -> bool:
+    if type(before) is float and type(after) is float:
+        return math.isclose(before, after, rel_tol=1e-12) or before == after
+    return bool(before == after)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,13 @@ import torch
 from ghost_dist.calibration.published import PUBLISHED, published_windows
 from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows
-from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture, layer_sizes
+from ghost_dist.checkpoint.architecture import (
+    Architecture,
+    check_cut,
+    check_some_cut,
+    inspect_architecture,
+    layer_sizes,
+)
 from ghost_dist.checkpoint.load import (
     adds_mlp_output,
     as_decoder,
@@ -40,7 +46,7 @@ from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
-from ghost_dist.spans import check_spans
+from ghost_dist.spans import Span, check_spans
 
 _TOKENS_OF_RANGE = 1 << 16
 
@@ -210,9 +216,14 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
     architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
     remove = None
     if config.selection.spans is not None:
-        check_spans(config.selection.spans, architecture.num_layers)
+        spans = check_spans(config.selection.spans, architecture.num_layers)
+        check_cut(architecture, source.config, spans)
     else:
         remove = _number_of_layers(config, source, architecture)
+        if config.selection.max_spans == 1 and config.selection.criterion != "block-influence":
+            last = architecture.num_layers - remove
+            single = ([Span(start, start + remove)] for start in range(last + 1))
+            check_some_cut(architecture, source.config, single)
         if config.selection.criterion != "block-influence":
             Selector(config.selection, remove, architecture).candidates()
     if config.engine.tensor_parallel > 1:
