@@ -51,6 +51,7 @@ def configuration(model, out, spans, engine, source):
         spans=spans,
         settings={
             "calibration.source": str(source),
+            "calibration.sampling": "beginning",
             "calibration.windows": 8,
             "calibration.window_length": 64,
             "operator.choose": "residual",
