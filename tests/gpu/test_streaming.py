@@ -128,7 +128,7 @@ def test_experts_in_parts_give_the_bits_of_whole_layers(
     prove_streamed(source.path, CUDA, experts)
     if place == "host":
         monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
-        monkeypatch.setattr(expert_parts, "_free_or_cached", lambda _: 0)
+        monkeypatch.setattr(expert_parts, "free_or_cached_bytes", lambda _: 0)
     places, run_part = set(), expert_parts.SplitLayer._run_part
 
     def watched(self, part, batch):
