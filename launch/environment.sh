@@ -51,11 +51,29 @@ PY
   python -m pip install --quiet "${index[@]}" "$torch"
 fi
 
-# Again only when what is to be installed has changed.
+# What is installed only grows: a script adds its extras to those that others have asked for, and
+# nothing is installed again when scripts are used by turns.
 stamp="$venv/.ghost-dist-installed"
-wanted="$(cksum <pyproject.toml) $extras $PWD"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  echo "installing ghost_dist${extras:+[$extras]}"
-  python -m pip install --quiet --editable ".${extras:+[$extras]}"
-  echo "$wanted" >"$stamp"
+project="$(cksum <pyproject.toml) $PWD"
+installed=$(sed -n 2p "$stamp" 2>/dev/null || true)
+wanted=$(
+  python - "$installed,$extras" <<'PY'
+import re, sys, tomllib
+
+with open("pyproject.toml", "rb") as file:
+    table = tomllib.load(file)["project"]["optional-dependencies"]
+todo, found = sys.argv[1].split(","), set()
+while todo:  # an extra may name others
+    name = todo.pop()
+    if name in table and name not in found:
+        found.add(name)
+        for own in re.findall(r"ghost_dist\[(.*?)\]", " ".join(table[name])):
+            todo += own.split(",")
+print(",".join(sorted(found)))
+PY
+)
+if [ "$(sed -n 1p "$stamp" 2>/dev/null)" != "$project" ] || [ "$wanted" != "$installed" ]; then
+  echo "installing ghost_dist${wanted:+[$wanted]}"
+  python -m pip install --quiet --editable ".${wanted:+[$wanted]}"
+  printf '%s\n' "$project" "$wanted" >"$stamp"
 fi

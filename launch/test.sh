@@ -1,22 +1,45 @@
 #!/usr/bin/env bash
-# Everything CI checks: formatting, lints, types, tests. Arguments go to pytest.
+# What CI checks: formatting, lints, types, tests.
 #
-#   bash launch/test.sh                          # the normal suite, under 25 minutes on 2 cores
+#   bash launch/test.sh                          # everything, under 15 minutes on 2 cores
+#   bash launch/test.sh --quick                  # all but the tests that need a model: under a minute
+#   bash launch/test.sh tests/solver -x          # pytest with these arguments, at once
 #   bash launch/test.sh -m gpu                   # on a machine with an NVIDIA GPU
+#   bash launch/test.sh -m nightly               # checks of the suite again: more families, more seeds
 #   bash launch/test.sh -m chaos_nightly         # hundreds of injected faults
 extras=dev
+[ "${1:-}" != --quick ] || extras='test'
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# Two processes, since most tests use one thread; how they share the files is in tests/conftest.py.
+two=(-n 2 --dist loadgroup --no-loadscope-reorder)
+often="not gpu and not nightly and not chaos_nightly"
+
+if [ "${1:-}" = --quick ]; then
+  shift
+  ruff check .
+  ruff format --check .
+  types=$(mktemp)
+  trap 'rm -f "$types"' EXIT
+  mypy >"$types" 2>&1 & # beside the tests: without its cache it takes a quarter of a minute
+  mypy=$!
+  tests=0
+  python -m pytest "${two[@]}" -m "$often and not model" --durations=5 "$@" || tests=$?
+  wait "$mypy" || tests=1
+  cat "$types"
+  exit "$tests"
+fi
+
 # The report is opened in a browser where playwright and a Chromium can be had; elsewhere those tests
 # are skipped and say why.
 if ! python -c 'import playwright, axe_playwright_python' 2>/dev/null; then
   python -m pip install --quiet 'playwright>=1.50' 'axe-playwright-python>=0.1.4' || echo "note: no playwright, the report's browser tests are skipped"
 fi
-ruff check .
-ruff format --check .
-mypy
 if [ $# -eq 0 ]; then
-  # Two processes, since most tests use one thread; how they share the files is in tests/conftest.py.
-  set -- -m "not gpu and not chaos_nightly" -n 2 --dist loadgroup --no-loadscope-reorder
+  ruff check .
+  ruff format --check .
+  mypy
+  set -- "${two[@]}" -m "$often"
 fi
 exec python -m pytest "$@"

@@ -31,13 +31,23 @@ transformers.utils.logging.disable_progress_bar()
 TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(config, items):
-    """What two workers run side by side: files of their own, and all of Ray's in one of them.
+MODEL_FIXTURES = {"checkpoint", "cluster", "loaded", "make_config", "model_folder", "shared"}
 
-    Two clusters at once on two cores wait for each other; and files of few, long tests come first,
-    or one worker would be left with them in the end.
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are looked at, by -m and by xdist
+def pytest_collection_modifyitems(config, items):
+    """What needs a model, and what two workers run side by side.
+
+    The latter are files of their own, and all of Ray's in one of them: two clusters at once on two
+    cores wait for each other. Files of few, long tests come first, or one worker would be left with
+    them in the end.
     """
+    for item in items:
+        of_families = any(
+            getattr(value, "__module__", "") == "families" for value in vars(item.module).values()
+        )
+        if of_families or not MODEL_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker("model")
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:

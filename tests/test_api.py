@@ -13,7 +13,7 @@ from ghost_dist.demo import PICO
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.spans import Span
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

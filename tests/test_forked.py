@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.model  # its server imports what models need
+
 
 @pytest.fixture(params=["python", "forked"])
 def program(request):

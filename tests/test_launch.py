@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,6 +108,76 @@ def test_shellcheck():
     command = ["shellcheck", "--shell=bash", "--external-sources", *map(str, SCRIPTS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# --- launch/environment.sh and launch/test.sh with stand-ins for pip and the checks --------------
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """Run a script of launch/ in a checkout of its own; gives what it has started, line by line."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launch", checkout / "launch")
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    tools, started = checkout / ".venv" / "bin", checkout / "started"
+    tools.mkdir(parents=True)
+    python = f"""
+        case "$1 $2" in
+          "-c "* | launch/*) exit 0 ;;
+          "-m "*) echo "$*" >>{started} ;;
+          *) exec {sys.executable} "$@" ;;
+        esac"""
+    for name, script in {"python": python, "activate": f'export PATH="{tools}:$PATH"'}.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    for name in ("ruff", "mypy", "ghost-dist"):
+        (tools / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>{started}\n')
+    for path in tools.iterdir():
+        path.chmod(0o755)
+
+    def run(name, *arguments):
+        started.write_text("")
+        subprocess.run(
+            ["bash", str(checkout / "launch" / name), *arguments], check=True, capture_output=True
+        )
+        return started.read_text().splitlines()
+
+    run.checkout = checkout
+    return run
+
+
+def installed(lines):
+    return [line.split(" --editable ")[1] for line in lines if line.startswith("-m pip install")]
+
+
+def test_what_is_installed_only_grows(scripts):
+    assert installed(scripts("demo.sh")) == ["."]
+    assert installed(scripts("test.sh", "--quick")) == [".[test]"]
+    assert installed(scripts("demo.sh")) == []
+    assert installed(scripts("docs.sh")) == [".[docs,test]"]
+    assert installed(scripts("test.sh", "--quick")) == []
+    [everything] = installed(scripts("test.sh", "-x"))
+    assert {"dev", "test", "cluster", "docs", "harness"} <= set(everything[2:-1].split(","))
+    for name in ("demo.sh", "docs.sh", "test.sh"):
+        assert installed(scripts(name)) == []
+    project = scripts.checkout / "pyproject.toml"
+    project.write_text(project.read_text() + "\n# changed\n")
+    assert installed(scripts("demo.sh")) == [everything]
+
+
+def test_a_path_is_tested_at_once(scripts):
+    lines = scripts("test.sh", "tests/solver", "-x")
+    assert [line for line in lines if " pip " not in line] == ["-m pytest tests/solver -x"]
+
+
+def test_the_whole_suite_and_the_quick_one_check_everything_else_too(scripts):
+    whole, quick = scripts("test.sh"), scripts("test.sh", "--quick", "-x")
+    for lines in (whole, quick):
+        assert {"ruff check .", "ruff format --check .", "mypy "} <= set(lines)
+    [tests] = [line for line in whole if line.startswith("-m pytest")]
+    assert tests.endswith("-m not gpu and not nightly and not chaos_nightly")
+    [tests] = [line for line in quick if line.startswith("-m pytest")]
+    assert "not chaos_nightly and not model" in tests
+    assert tests.endswith(" -x")
 
 
 # --- launch/slurm.sbatch with stand-ins for Slurm, Ray and ghost-dist -----------------------------

@@ -37,7 +37,7 @@ def checkout(tmp_path_factory):
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n")
         (programs / name).chmod(0o755)
-    stamp = 'echo "$(cksum <pyproject.toml)  $PWD" >.venv/.ghost-dist-installed'
+    stamp = 'echo "$(cksum <pyproject.toml) $PWD" >.venv/.ghost-dist-installed'
     subprocess.run(["bash", "-c", stamp], cwd=folder, check=True)
     return folder
 
@@ -71,7 +71,7 @@ def printed(checkout):
     return done.stdout
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 
 def test_demo_closes_part_of_the_gap(checkout, printed):

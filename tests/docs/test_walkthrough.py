@@ -19,6 +19,7 @@ sys.exit(bool(failures))
 """
 
 
+@pytest.mark.model
 @pytest.mark.timeout(300)
 def test_every_line_prints_what_the_page_says(tmp_path):
     environment = {

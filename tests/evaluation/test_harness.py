@@ -18,7 +18,7 @@ from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.recover import recover
 
 pytest.importorskip("lm_eval", reason="ghost_dist[harness] is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 LENGTH = 64
 QUESTIONS = [

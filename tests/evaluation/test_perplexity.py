@@ -12,6 +12,8 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.evaluation import perplexity as module
 from ghost_dist.evaluation.perplexity import NonFiniteLossError, perplexity
 
+pytestmark = pytest.mark.model
+
 VOCAB, WIDTH = 96, 32
 COMMON = {
     "vocab_size": VOCAB,

@@ -24,6 +24,7 @@ from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.sizes import moments_flops
 
+pytestmark = pytest.mark.model  # of 405B, on the meta device: seconds each
 CPU = torch.device("cpu")
 LLAMA_405B = {
     "hidden_size": 16384,

@@ -17,7 +17,10 @@ from ghost_dist.evaluation.perplexity import perplexity
 SHARED = Path(os.environ.get("GHOST_DIST_SHARED") or Path(__file__).parents[3] / "shared")
 MODEL = SHARED / "models" / "wiki-llama-32l"
 
-pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason=f"no trained model in {SHARED}")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(not MODEL.is_dir(), reason=f"no trained model in {SHARED}"),
+]
 
 
 @pytest.fixture(scope="module")
