@@ -46,7 +46,7 @@ def no_better_than_cut(
     return found
 
 
-def sentences(found: Sequence[Mapping[str, Any]], operator: str) -> list[str]:
+def sentences(found: Sequence[Mapping[str, Any]], operator: str | None) -> list[str]:
     """What :func:`no_better_than_cut` found, in words."""
     if found and operator == "none":
         return [f"No operator is better than the plain cut on {HELD_OUT}: the plain cut was taken."]
