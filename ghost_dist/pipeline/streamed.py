@@ -6,6 +6,7 @@ The same stages as with a resident model, each in one pass over the files.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,15 @@ class CollectByStreaming:
         RunFolderError
             If the disk has no room for the streams.
         """
-        missing = store.missing()
+        folder, missing = self._folder / f"streams-{stage}", store.missing()
         if not missing:
+            shutil.rmtree(folder, ignore_errors=True)  # a kill may have come before this
             return
         inputs, ranges = self._inputs, store.plan.ranges
         windows = [window for range_id in missing for window in ranges[range_id]]
         boundaries, mlp_layers = _wanted(collectors)
         identity = {"plan": store.plan_fingerprint, "boundaries": boundaries, "mlp": mlp_layers}
-        state = StreamState(
-            self._folder / f"streams-{stage}", fingerprint(identity), sorted(windows)
-        )
+        state = StreamState(folder, fingerprint(identity), sorted(windows))
         self._check_disk(len(state.windows) * tokens.window_length, boundaries, mlp_layers)
         engine = open_streaming_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
         try:

@@ -154,6 +154,15 @@ def test_killed_streamed_runs_end_in_bitwise_equal_operators(make_config, tmp_pa
         assert not list((tmp_path / run).glob("streams-*"))
 
 
+def test_streams_that_a_kill_left_behind_the_last_range_go(make_config, tmp_path):
+    config = make_config(engine__kind="streaming")
+    recover(config, again="calibrate")
+    left = tmp_path / "run" / "streams-calibrate" / "arrays"
+    left.mkdir(parents=True)
+    recover(config, again="calibrate")  # every range is there
+    assert not left.parent.exists()
+
+
 def test_a_damaged_state_is_told_and_the_stage_begins_again(make_config, tmp_path, monkeypatch):
     from ghost_dist.engines.streaming import StreamingEngine
 
