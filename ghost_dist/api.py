@@ -331,7 +331,8 @@ def check_ray(who_needs: str) -> None:
     """Raise a ConfigError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            f"{who_needs} the package ray, which is not installed. Install ghost_dist[cluster]."
+            f"{who_needs} the package ray, which is not installed. In the checkout: "
+            "pip install -e '.[cluster]'"
         )
 
 

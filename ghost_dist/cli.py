@@ -218,14 +218,18 @@ def push(
 
 @app.command()
 def demo(
+    model: Annotated[
+        Literal["pico", "smollm2", "gemma3-270m"],
+        typer.Option("--model", help="pico is shipped; the others come as a Python package."),
+    ] = "pico",
     out: Annotated[
         str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")
     ] = None,
 ) -> None:
-    """Prune and recover the small model shipped with the package: no network, two minutes."""
+    """Prune and recover a small model on texts of this Python: two minutes, a real LLM five."""
     from ghost_dist.demo import run_demo
 
-    run_demo(Path(out) if out is not None else None)
+    run_demo(Path(out) if out is not None else None, model)
 
 
 @app.command()

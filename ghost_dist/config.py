@@ -336,7 +336,7 @@ class EvaluationConfig(_Section):
     """Tokens per window."""
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tasks of lm-evaluation-harness: its names, paper for the paper's nine, or YAML files of tasks
-    and folders of them. Needs ghost_dist[harness]."""
+    and folders of them. Needs the extra harness."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples in the prompts of tasks; null: as each task says."""
     limit: Annotated[int, Field(ge=1)] | None = None

@@ -1,50 +1,125 @@
-"""``ghost-dist demo``: the shipped pico model from start to finish, without a network.
+"""``ghost-dist demo``: a model from start to finish on texts that every Python carries.
 
-The texts are modules of the user's own Python standard library: other ones for calibration than
-for evaluation, and the model was not trained on the latter.
+The shipped pico model was trained on the standard library's source, so it is shown on that; a real
+one (:mod:`ghost_dist.real_models`) on English. Calibration and evaluation texts are disjoint, and
+lie in the RUN folder, so that the run continues wherever and whenever it is taken up.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from ghost_dist.assets.natural_text import (
+    CALIBRATION_TOPICS,
+    DOCSTRING_MODULES,
+    EVALUATION_TOPICS,
+    docstring_text,
+    reference_text,
+)
 from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULES, stdlib_text
 from ghost_dist.config import config_from_tree
+from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
+from ghost_dist.real_models import REAL_MODELS, real_model
 from ghost_dist.report.terminal import print_result
+from ghost_dist.run_folder import RunFolder
 
 PICO = Path(__file__).parent / "assets" / "pico"
 
 
-def run_demo(out: Path | None, console: Console | None = None) -> None:
-    """Prune a quarter of pico's layers, recover it, print dense / pruned / recovered."""
+@dataclass(frozen=True)
+class _Texts:
+    """Windows, and the texts they are of: one to calibrate on, the others to measure on."""
+
+    windows: int
+    window_length: int
+    evaluation_windows: int
+    texts: Mapping[str, str]
+
+
+def run_demo(out: Path | None, model: str = "pico", console: Console | None = None) -> None:
+    """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered.
+
+    Parameters
+    ----------
+    out
+        RUN folder; None: a temporary one.
+    model
+        ``pico``, or one of :data:`~ghost_dist.real_models.REAL_MODELS`, fetched by the first call.
+    console
+        Where the result and the progress are printed; None: standard output and error.
+
+    Raises
+    ------
+    GhostDistError
+        As :func:`~ghost_dist.real_models.real_model` and
+        :func:`~ghost_dist.pipeline.recover.recover`; the same call continues.
+    """
     reporter = Reporter(console=console)
-    if out is None:
-        out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-"))
-    texts = {"calibration": CALIBRATION_MODULES, "evaluation": EVALUATION_MODULES}
-    text_folder = Path(tempfile.mkdtemp(prefix="ghost-dist-text-"))
-    for name, modules in texts.items():
-        (text_folder / f"{name}.txt").write_text(stdlib_text(modules), encoding="utf-8")
+    checkpoint = PICO if model == "pico" else real_model(model, reporter.say)
+    out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-")) if out is None else out.expanduser()
+    reporter.say(f"RUN folder: {out}")
+    texts = _source_code() if model == "pico" else _english()
+    paths = {name: out.absolute() / "texts" / f"{name}.txt" for name in texts.texts}
+    calibration, *evaluation = paths
     config = config_from_tree(
         {
-            "model": {"path": str(PICO)},
+            "model": {"path": str(checkpoint)},
             "calibration": {
-                "source": str(text_folder / "calibration.txt"),
-                "windows": 32,
-                "window_length": 1024,
+                "source": str(paths[calibration]),
+                "windows": texts.windows,
+                "window_length": texts.window_length,
+                "window_bos": model != "pico" and REAL_MODELS[model].window_bos,
             },
-            "selection": {"remove": 5},  # of 20
+            "selection": {"remove": _num_layers(checkpoint) // 4},
             "evaluation": {
-                "corpora": {"python-stdlib": str(text_folder / "evaluation.txt")},
-                "windows": 16,
-                "window_length": 1024,
+                "corpora": {name: str(paths[name]) for name in evaluation},
+                "windows": texts.evaluation_windows,
+                "window_length": texts.window_length,
             },
             "output": {"path": str(out)},
         }
     )
-    result = recover(config, reporter)
-    print_result(result, out, console)
+    with RunFolder(config):
+        for name, path in paths.items():
+            if not path.exists():  # a run keeps its texts, also when another Python continues it
+                path.parent.mkdir(exist_ok=True)
+                write_bytes(path, texts.texts[name].encode())
+    print_result(recover(config, reporter), out, console)
+
+
+def _source_code() -> _Texts:
+    return _Texts(
+        windows=32,
+        window_length=1024,
+        evaluation_windows=16,
+        texts={
+            "calibration": stdlib_text(CALIBRATION_MODULES),
+            "python-stdlib": stdlib_text(EVALUATION_MODULES),
+        },
+    )
+
+
+def _english() -> _Texts:
+    return _Texts(
+        windows=36,  # more than four tokens for each of the C + F regressors of a joint fit
+        window_length=256,
+        evaluation_windows=8,
+        texts={
+            "calibration": reference_text(CALIBRATION_TOPICS),
+            "python-reference": reference_text(EVALUATION_TOPICS),
+            "docstrings": docstring_text(DOCSTRING_MODULES),
+        },
+    )
+
+
+def _num_layers(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return int(config["num_hidden_layers"])

@@ -20,7 +20,7 @@ ROWS = [
     {"export", "planning"},
     {"report"},
     {"pipeline"},
-    {"assets"},
+    {"assets", "real_models"},
     {"cluster", "demo"},
     {"api"},
     {"cli_jobs"},

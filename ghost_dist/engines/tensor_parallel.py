@@ -314,7 +314,7 @@ def _prepare_deepspeed(device: torch.device) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "engine.backend=deepspeed needs the package deepspeed, which is not installed. "
-            "Install ghost_dist[cluster], or set engine.backend=transformers."
+            "In the checkout: pip install -e '.[cluster]'; or set engine.backend=transformers."
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, when it is first imported
     import deepspeed

@@ -95,8 +95,8 @@ def open_tasks(
         return ()
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "evaluation.tasks needs the package lm_eval, which is not installed. Install "
-            "ghost_dist[harness], or leave evaluation.tasks empty."
+            "evaluation.tasks needs the package lm_eval, which is not installed. In the "
+            "checkout: pip install -e '.[harness]'; or leave evaluation.tasks empty."
         )
     wanted: list[str] = []
     for name in names:

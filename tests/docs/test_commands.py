@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 import typer
@@ -143,6 +144,32 @@ def test_files_that_a_page_names_exist(page):
     here = r"(?<![\w/.])(?:configs|launch|tests|docs|ghost_dist)/[\w./-]*\w"
     for name in set(re.findall(here, text)):
         assert (ROOT / name).exists(), f"{page.name} names {name}, which does not exist"
+
+
+EXTRAS = re.compile(r"pip install[^`\n]*?\[([\w,]+)\]")
+
+
+def test_what_is_installed_can_be():
+    """The package is on no index: it is installed from the checkout, with extras that it has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    sources = [*PAGES, *(ROOT / "ghost_dist").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    named = set()
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        by_name = re.search(r"[Ii]nstall(?: -\S+)* [\"'`\s]*ghost_dist\b", text)
+        assert by_name is None, f"{path.relative_to(ROOT)}: {by_name[0]}, which is on no index"
+        named |= {extra for match in EXTRAS.findall(text) for extra in match.split(",")}
+    assert named <= set(project["optional-dependencies"])
+    assert {"cluster", "harness", "real"} <= named
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/tutorial.md"])
+def test_the_environment_is_entered_before_its_commands(name):
+    """launch/demo.sh installs into .venv, which a new shell does not know."""
+    script = [words for block in blocks(ROOT / name, "bash") for words in commands(block)]
+    assert ["bash", "launch/demo.sh"] in [words[:2] for words in script]
+    first = next(number for number, words in enumerate(script) if words[0] == "ghost-dist")
+    assert ["source", ".venv/bin/activate"] in script[:first]
 
 
 def test_links_of_the_readme():

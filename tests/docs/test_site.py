@@ -17,7 +17,7 @@ from markdown_blocks import ROOT
 needs_mkdocs = pytest.mark.skipif(
     importlib.util.find_spec("material") is None
     or importlib.util.find_spec("mkdocstrings") is None,
-    reason="mkdocs-material and mkdocstrings are not installed: pip install 'ghost_dist[docs]'",
+    reason="mkdocs-material and mkdocstrings are not installed: pip install -e '.[docs]'",
 )
 pytestmark = needs_mkdocs
 

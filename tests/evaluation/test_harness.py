@@ -17,7 +17,7 @@ from ghost_dist.evaluation.harness import HarnessError, open_tasks
 from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.recover import recover
 
-pytest.importorskip("lm_eval", reason="ghost_dist[harness] is not installed")
+pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 LENGTH = 64
@@ -221,7 +221,7 @@ def test_names_that_cannot_be_run_are_refused(tmp_path):
 
 def test_the_extra_is_asked_for_where_it_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"Install ghost_dist\[harness\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[harness\]'"):
         open_tasks(["arc_easy"], num_fewshot=None, limit=None)
     assert open_tasks([], num_fewshot=None, limit=None) == ()
 

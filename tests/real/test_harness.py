@@ -10,7 +10,7 @@ from local_tasks import bos_windows, continuations, write_choices, write_rolling
 from ghost_dist.config import load_config
 from ghost_dist.pipeline.recover import recover
 
-pytest.importorskip("lm_eval", reason="ghost_dist[harness] is not installed")
+pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 LENGTH = 256

@@ -60,7 +60,7 @@ def runs(made_runs, tmp_path):
 def browser():
     """Headless Chromium: GHOST_DIST_CHROMIUM, one on the PATH, or playwright's own."""
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="no playwright; pip install 'ghost_dist[browser]'"
+        "playwright.sync_api", reason="no playwright; pip install -e '.[browser]'"
     )
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     found = [os.environ.get("GHOST_DIST_CHROMIUM"), *map(shutil.which, names)]

