@@ -124,6 +124,9 @@ def _figures(result: Mapping[str, Any] | None) -> str:
     for corpus, value in result["perplexity"].items():
         cells = [_perplexity(value[variant]) for variant in _VARIANTS]
         lines.append(f"| {_cell(corpus)} | " + " | ".join(cells) + " |")
+    worse = [_cell(str(one["on"])) for one in result["no_better_than_cut"]]
+    if worse:
+        lines += ["", f"**No better than the plain cut on: {', '.join(worse)}.**"]
     lines += [
         "",
         (

@@ -6,15 +6,18 @@ configuration leaves to ``auto`` makes several of them; what it says makes one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import (
     AbsoluteRidge,
+    CalibrationConfig,
     OperatorConfig,
     OperatorName,
     RelativeRidge,
@@ -23,7 +26,7 @@ from ghost_dist.config import (
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.solver.linear_patch import fit_linear_patch
 from ghost_dist.solver.low_rank import fit_low_rank
 from ghost_dist.solver.stream_norm import fit_stream_norm
@@ -79,6 +82,14 @@ class Candidate:
             return SampleKind("joint", self.row_weights)
         return SampleKind(self.features, self.row_weights)
 
+    def num_regressors(self, width: int, inner: int) -> int:
+        """Regressors of its largest least squares at a span behind an MLP of that inner width."""
+        if self.operator in WITHOUT_FIT:
+            return 0
+        of_operator = {"ghost-joint": width + inner, "fold": inner, "replaceme": width}
+        plain = 2 * width if self.features == "stream+norm" else width
+        return of_operator.get(self.operator, plain)
+
     def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
         """What is done at a span: ghost where the down_proj before it cannot be refitted."""
         if self.operator in NEEDS_DOWN_PROJ and span.start - 1 not in refittable:
@@ -124,6 +135,32 @@ def candidates_of(
         for weight in weights
         for shift in (SHIFTS if searches_ridge(config) else (0.0,))
     ]
+
+
+def few_tokens(
+    calibration: CalibrationConfig,
+    candidates: Sequence[Candidate],
+    spans: Sequence[Span],
+    architecture: Architecture,
+    refittable: frozenset[int],
+) -> str | None:
+    """What to say where the calibration tokens are few for the largest least squares asked for."""
+    most, name = max(
+        (here.num_regressors(architecture.hidden_size, inner), here.operator)
+        for candidate in candidates
+        for span in spans
+        for here in [candidate.at(span, refittable)]
+        for inner in [architecture.inner_sizes.get(span.start - 1, 0)]
+    )
+    tokens = calibration.windows * calibration.window_length
+    enough = math.ceil(FEW_TOKENS_PER_REGRESSOR * most / calibration.window_length)
+    if calibration.windows >= enough:
+        return None
+    return (
+        f"{tokens:,} calibration tokens will be {tokens / most:.1f} for each of the {most:,} "
+        f"regressors of {name}; with fewer than 4 it depends on the ridge. Enough: --set "
+        f"calibration.windows={enough}"
+    )
 
 
 def _forms(

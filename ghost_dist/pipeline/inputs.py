@@ -42,7 +42,7 @@ from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
-from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ
+from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ, candidates_of, few_tokens
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
@@ -147,6 +147,9 @@ def open_inputs(
         limit=config.evaluation.limit,
     )
     _warn_without_bos(config, architecture, tokenizer, reporter)
+    refittable = _refittable(config, source, architecture, any_operator=any_operator)
+    if not any_operator:
+        _say_if_few_tokens(config, architecture, refittable, reporter)
     return RunInputs(
         config=config,
         source=source,
@@ -163,7 +166,7 @@ def open_inputs(
         ),
         num_ranges=num_ranges,
         remove=remove,
-        refittable=_refittable(config, source, architecture, any_operator=any_operator),
+        refittable=refittable,
         evaluation=evaluation,
         tasks=tasks,
         streaming=config.engine.kind == "streaming",
@@ -426,6 +429,23 @@ def count_ranges(config: Config) -> int:
             f"(calibration.windows={calibration.windows}). Give more windows or fewer folds."
         )
     return ranges
+
+
+def _say_if_few_tokens(
+    config: Config, architecture: Architecture, refittable: frozenset[int], reporter: Reporter
+) -> None:
+    """Before the work what ``solve`` warns of behind it; spans still to be found may be any."""
+    spans = config.selection.spans or [
+        Span(layer + 1, layer + 2)
+        for layer in sorted(refittable)
+        if layer + 1 < architecture.num_layers
+    ]
+    if not spans and config.operator.name in NEEDS_DOWN_PROJ:
+        return  # refused once the spans are known
+    spans = spans or [Span(0, 1)]
+    candidates = candidates_of(config.operator, spans, refittable)
+    if few := few_tokens(config.calibration, candidates, spans, architecture, refittable):
+        reporter.say(f"note: {few}")
 
 
 def _warn_without_bos(

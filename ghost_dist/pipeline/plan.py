@@ -40,6 +40,7 @@ from ghost_dist.pipeline.candidates import (
     NEEDS_DOWN_PROJ,
     SHIFTS,
     candidates_of,
+    few_tokens,
     samples_of,
     searches_ridge,
 )
@@ -199,6 +200,9 @@ def plan_run(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the dearest that {remove} layers can be"
         )
+    candidates = candidates_of(config.operator, run.spans, refittable)
+    if few := few_tokens(config.calibration, candidates, run.spans, architecture, refittable):
+        notes.append(few)
     folder = existing_folder(Path(config.output.path))
     choice = choose(
         config.engine.kind,

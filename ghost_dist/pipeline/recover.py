@@ -22,6 +22,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_inputs
 from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
+from ghost_dist.report.verdict import no_better_than_cut, sentences
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 
@@ -91,6 +92,9 @@ def recover(
         if again == "calibrate":
             return {"ranges": len(store.plan.ranges)}
         solution = stages.solve(tokens, spans, store)
+        candidates = solution.record["candidates"]
+        for said in sentences(no_better_than_cut(candidates, {}), solution.operator):
+            reporter.warn(said)
         if again == "solve":
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
@@ -145,6 +149,9 @@ def _result(
             if key in records["select"]
         },
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks")},
+        "no_better_than_cut": no_better_than_cut(
+            solution.record["candidates"], evaluation["perplexity"]
+        ),
         "parameters": {
             "before": _num_parameters(inputs.source),
             "after": _num_parameters(open_checkpoint(run.checkpoint)),

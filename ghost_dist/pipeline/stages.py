@@ -62,13 +62,12 @@ from ghost_dist.pipeline.streamed import CollectByStreaming, streamed_verify
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
-FEW_TOKENS_PER_CHANNEL = 4.0
 VERIFY_TOKENS = 256
 
 
@@ -474,7 +473,7 @@ class Stages:
         )
 
     def _warn_of_few_tokens(self, fit: Fit | None) -> None:
-        if fit is not None and fit.tokens_per_channel < FEW_TOKENS_PER_CHANNEL:
+        if fit is not None and fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
             self._reporter.warn(
                 f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each regressor of "
                 "the least squares; below 4 the operator depends on the ridge. Raise "

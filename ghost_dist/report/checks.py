@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 
-from ghost_dist.report import text
+from ghost_dist.report import text, verdict
 from ghost_dist.report.record import RunRecord
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 
-FEW_TOKENS_PER_CHANNEL = 4.0
 FEW_WINDOWS = 8
 LARGE_CONDITION = 1e12
 
 
 def remarks(run: RunRecord) -> list[str]:
     """Warnings of the run itself, then what its figures show; each a sentence or two."""
-    return [*run.warnings, *_unfinished(run), *_perplexities(run), *_fits(run)]
+    said = [*_no_better(run), *run.warnings, *_unfinished(run), *_perplexities(run), *_fits(run)]
+    return list(dict.fromkeys(said))
+
+
+def _no_better(run: RunRecord) -> list[str]:
+    found = verdict.no_better_than_cut(run.candidates, run.perplexity)
+    if not found:
+        return []
+    remedies = verdict.remedies(run.config, run.path)
+    return [
+        *verdict.sentences(found, run.operator),
+        "What to change: " + "; ".join(f"{what}: {command}" for what, command in remedies) + ".",
+    ]
 
 
 def _unfinished(run: RunRecord) -> list[str]:
@@ -49,13 +61,8 @@ def _perplexities(run: RunRecord) -> list[str]:
                 + ("there is no interval." if windows == 1 else "its interval is a rough guess.")
                 + " Raise evaluation.windows."
             )
-        if value["recovered"] > value["pruned"]:
-            found.append(
-                f"{corpus}: the repaired model is worse than the plain cut "
-                f"({text.perplexity(value['recovered'])} against "
-                f"{text.perplexity(value['pruned'])})."
-            )
-        elif run.operator != "none" and _overlap(run, corpus):
+        helps = value["recovered"] < value["pruned"]
+        if helps and run.operator != "none" and _overlap(run, corpus):
             found.append(
                 f"{corpus}: on other windows of this text the repair might not have helped; the "
                 "interval of the share of the gap closed reaches 0."
@@ -74,7 +81,7 @@ def _fits(run: RunRecord) -> list[str]:
     found = []
     for fit in run.fits:
         span = text.span(fit["span"])
-        few = fit["tokens_per_channel"] < FEW_TOKENS_PER_CHANNEL
+        few = fit["tokens_per_channel"] < FEW_TOKENS_PER_REGRESSOR
         if few and not any("for each regressor" in message for message in run.warnings):
             found.append(
                 f"{span}: {fit['tokens_per_channel']:.1f} calibration tokens for each regressor; "

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Column, Table
+from rich.text import Text
 
+from ghost_dist.config import config_tree, load_config
 from ghost_dist.evaluation.task_rows import task_rows
-from ghost_dist.report import charts, text
+from ghost_dist.report import charts, text, verdict
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import read_run
 
@@ -57,7 +60,7 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
         console.print(_candidates(result["candidates"]))
     if result["fit"]:
         table = Table(
-            "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / C"
+            "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / regressor"
         )
         for fit in result["fit"]:
             table.add_row(
@@ -72,6 +75,19 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
     console.print(
         f"checkpoint: {run / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True
     )
+    if result["no_better_than_cut"]:
+        _print_verdict(result, run, console)
+
+
+def _print_verdict(result: Mapping[str, Any], run: Path, console: Console) -> None:
+    """Nobody should take a model for repaired that is not: in a frame, and what to change."""
+    said = verdict.sentences(result["no_better_than_cut"], result["operator"])
+    console.print(
+        Panel(Text("\n".join(said)), title="NO BETTER THAN THE PLAIN CUT", style="bold red")
+    )
+    config = config_tree(load_config(run / "config.yaml", {}))
+    for what, command in verdict.remedies(config, run):
+        console.print(f"{what}:\n    {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_run(path: Path, console: Console | None = None) -> None:

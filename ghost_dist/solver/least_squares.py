@@ -67,7 +67,7 @@ class Fit:
     num_tokens
         Tokens of the final fit, and
     tokens_per_channel
-        their number over the number of regressors.
+        their number over the number of regressors: C, C + F of a joint fit, 2 C of stream+norm.
     ridge_curve
         (relative ridge, held-out residual) of every ridge tried that had a Cholesky factor.
     """
@@ -82,6 +82,10 @@ class Fit:
     num_tokens: int
     tokens_per_channel: float
     ridge_curve: tuple[tuple[float, float], ...]
+
+
+FEW_TOKENS_PER_REGRESSOR = 4.0
+"""With fewer the operator depends on the ridge more than on the text (``docs/theory.md``)."""
 
 
 def fit_least_squares(
