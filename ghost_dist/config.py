@@ -173,19 +173,21 @@ class OperatorConfig(_Section):
     """What takes the place of the removed layers."""
 
     name: Literal["auto"] | OperatorName = "auto"
-    """auto: ghost-joint, or ghost where the layer before the gap does not allow it; ghost: x -> x W
-    (the paper); ghost-joint: that and a new down_proj before the gap; fold, replaceme: only that;
-    low-rank: x -> x + x U V; linear-patch, linear-patch-hadamard: a diagonal; none: cut only."""
+    """auto: what ``choose`` prefers of ghost-joint and fold (ghost, where the layer before the gap
+    does not allow them) and none; ghost: x -> x W (the paper); ghost-joint: that and a new
+    down_proj before the gap; fold, replaceme: only that; low-rank: x -> x + x U V; linear-patch,
+    linear-patch-hadamard: a diagonal; none: cut only."""
     ridge: Literal["auto"] | RelativeRidge | AbsoluteRidge = "auto"
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
-    """Folds of the held-out windows, dealt range by range."""
+    """Folds of the held-out windows, dealt range by range. Nothing is fitted on the last one where
+    refit=sequential, heal or refine.steps is to be judged by it."""
     affine: bool = False
     """Fit a bias too."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
-    """ghost, ghost-joint: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what
-    ``choose`` prefers. With ghost-joint, stream+norm takes one more pass over the windows."""
+    """ghost: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what ``choose``
+    prefers."""
     rank: int | None = Field(default=None, ge=1)
     """low-rank: rank of U V; null: the least within 1 % of the best held-out residual, at most
     C / 2."""
@@ -205,10 +207,8 @@ class OperatorConfig(_Section):
 
     @model_validator(mode="after")
     def _fitting_together(self) -> OperatorConfig:
-        if self.features == "stream+norm" and self.name not in ("auto", "ghost", "ghost-joint"):
-            raise ValueError(
-                f"features=stream+norm needs name=ghost or ghost-joint, not {self.name}"
-            )
+        if self.features == "stream+norm" and self.name != "ghost":
+            raise ValueError(f"features=stream+norm needs name=ghost, not {self.name}")
         if self.rank is not None and self.name != "low-rank":
             raise ValueError(f"rank={self.rank} needs name=low-rank, not {self.name}")
         if self.affine and self.name in ("none", "linear-patch", "linear-patch-hadamard"):
@@ -415,17 +415,28 @@ class Config(_Section):
         for wanted, setting, instead in (
             (operator.heal, "operator.heal=true", "false"),
             (operator.refit == "sequential", "operator.refit=sequential", "parallel"),
-            (
-                operator.features == "stream+norm" and operator.name != "ghost",
-                f"operator.features=stream+norm with operator.name={operator.name}",
-                "stream, or operator.name=ghost",
-            ),
             (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
             (bool(self.evaluation.tasks), "evaluation.tasks", "[]"),
         ):
             if wanted:
                 return setting, instead
         return None
+
+    def judges_behind_the_fit(self, num_spans: int) -> bool:
+        """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""
+        operator = self.operator
+        sequential = operator.refit == "sequential" and num_spans > 1
+        return sequential or operator.heal or self.refine.steps > 0
+
+    @model_validator(mode="after")
+    def _folds_behind_the_fit(self) -> Config:
+        if self.judges_behind_the_fit(num_spans=2) and self.operator.folds < 3:
+            raise ValueError(
+                "operator.heal, operator.refit=sequential and refine.steps hold out one of "
+                f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
+                "least 2: give operator.folds >= 3"
+            )
+        return self
 
     @property
     def on_cluster(self) -> bool:

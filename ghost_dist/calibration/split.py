@@ -11,6 +11,7 @@ document be on both sides.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 from ghost_dist.errors import ConfigError
 
@@ -57,3 +58,30 @@ def assign_ranges(
 def fold_of_range(range_id: int, folds: int) -> int:
     """The fold that holds this range out."""
     return range_id % folds
+
+
+class NotHeldOutError(RuntimeError):
+    """What is to be judged was fitted on what is to judge it: a mistake of this package."""
+
+
+def check_held_out(fitted_on: Collection[int], judged_by: Collection[int], what: str) -> None:
+    """Refuse to judge a fit by folds, or windows, that it has seen.
+
+    Parameters
+    ----------
+    fitted_on, judged_by
+        Numbers of folds, or of windows.
+    what
+        Is judged; named in the error.
+
+    Raises
+    ------
+    NotHeldOutError
+        If they overlap.
+    """
+    seen = sorted(set(fitted_on) & set(judged_by))
+    if seen:
+        raise NotHeldOutError(
+            f"{what} would be judged by {seen}, which it was fitted on. Its figure would be no "
+            "held-out one; please report this with the command that was run."
+        )

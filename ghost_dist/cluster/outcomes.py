@@ -9,27 +9,27 @@ import numpy as np
 import torch
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.pipeline.fitting import Outcome
+from ghost_dist.pipeline.fitting import Fitted, Outcome
 from ghost_dist.solver.least_squares import Fit
 
 
 @dataclass(frozen=True)
 class SentOutcome:
-    """A repair and its fit, or the error."""
+    """A repair, its fit and the folds of it, or the error."""
 
     parts: dict[str, np.ndarray[Any, np.dtype[Any]]]
     norm_eps: float
     fit: Fit | None
+    folds: frozenset[int]
     error: Any = None
 
 
 def send(outcome: Outcome) -> SentOutcome:
     """As it travels; the repair is on the CPU."""
     if isinstance(outcome, Exception):
-        return SentOutcome({}, 0.0, None, outcome)
-    repair, fit = outcome
-    parts = {name: part.numpy() for name, part in repair.parts().items()}
-    return SentOutcome(parts, repair.norm_eps, fit)
+        return SentOutcome({}, 0.0, None, frozenset(), outcome)
+    parts = {name: part.numpy() for name, part in outcome.repair.parts().items()}
+    return SentOutcome(parts, outcome.repair.norm_eps, outcome.fit, outcome.folds)
 
 
 def receive(sent: SentOutcome) -> Outcome:
@@ -38,4 +38,4 @@ def receive(sent: SentOutcome) -> Outcome:
         error: Outcome = sent.error
         return error
     parts = {name: torch.from_numpy(part.copy(order="K")) for name, part in sent.parts.items()}
-    return Repair.from_parts(parts, sent.norm_eps), sent.fit
+    return Fitted(Repair.from_parts(parts, sent.norm_eps), sent.fit, sent.folds)

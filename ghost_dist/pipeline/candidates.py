@@ -45,7 +45,6 @@ SHIFTS = (1.0, 0.0, -1.0, -2.0)
 """Decades from the ridge of least held-out residual at which the choice by KL looks: with few
 tokens the logits ask for a stronger ridge than the squared error of the stream does, with many for
 a weaker one (``docs/choices.md``)."""
-BOUNDARY_SHIFTS = (1.0, 0.0, -1.0)
 FINE_SHIFTS = (0.5, -0.5)
 """Tried then around the best one."""
 
@@ -124,17 +123,19 @@ def candidates_of(
     if config.name in NEEDS_DOWN_PROJ:
         _check_refittable(config.name, spans, refittable)
     by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
+    shifts = SHIFTS if searches_ridge(config) else (0.0,)
     weights: list[RowWeights] = ["none"] if config.row_weights == "auto" else [config.row_weights]
     if config.name in WITHOUT_FIT:
         weights = ["none"]
     elif config.row_weights == "auto" and by_kl:
         weights.append("inverse-norm")
-    return [
+    fitted = [
         Candidate(operator, features, weight, config.ridge, shift, config.affine, config.rank)
         for operator, features in _forms(config, spans, refittable)
         for weight in weights
-        for shift in (SHIFTS if searches_ridge(config) else (0.0,))
+        for shift in shifts
     ]
+    return [*fitted, Candidate("none")] if config.name == "auto" else fitted
 
 
 def few_tokens(
@@ -166,17 +167,15 @@ def few_tokens(
 def _forms(
     config: OperatorConfig, spans: Sequence[Span], refittable: frozenset[int]
 ) -> list[tuple[OperatorName, Literal["stream", "stream+norm"]]]:
-    """Operators and regressors that one pass decides; for ghost-joint its features come later."""
-    name: OperatorName
+    """Operators that are fitted, and their regressors; one pass decides between them."""
     if config.name == "auto":
-        name = "ghost-joint" if any(s.start - 1 in refittable for s in spans) else "ghost"
-    else:
-        name = config.name
-    if name != "ghost" or config.features == "stream":
-        return [(name, "stream")]
-    if config.features == "stream+norm":
-        return [(name, "stream+norm")]
-    return [(name, "stream"), (name, "stream+norm")]
+        if any(span.start - 1 in refittable for span in spans):
+            return [("ghost-joint", "stream"), ("fold", "stream")]
+    elif config.name != "ghost":
+        return [(config.name, "stream")]
+    if config.features == "auto":
+        return [("ghost", "stream"), ("ghost", "stream+norm")]
+    return [("ghost", config.features)]
 
 
 def searches_ridge(config: OperatorConfig) -> bool:
@@ -205,6 +204,7 @@ def fit_candidate(
     folds: Sequence[Mapping[str, Sums]],
     down_FC: Tensor | None,
     norm_eps: float,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit | None]:
     """Fit one span.
 
@@ -220,6 +220,8 @@ def fit_candidate(
         The model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums.
     norm_eps
         Of the model's norms.
+    judge
+        The fold that alone judges, and that is not fitted on; None: each judges fits on the others.
 
     Raises
     ------
@@ -233,19 +235,22 @@ def fit_candidate(
     assert kind is not None
     if kind.regressors == "absolute":
         hadamard = candidate.operator == "linear-patch-hadamard"
-        total = _absolute(folds, kind.key(span))
+        total = _absolute([f for n, f in enumerate(folds) if n != judge], kind.key(span))
         return fit_linear_patch(name, total, hadamard=hadamard), None
     moments = [_moments(fold, span, kind, down_FC) for fold in folds]
     if kind.regressors == "joint":
         assert down_FC is not None
         fit = {"ghost-joint": fit_ghost_joint, "fold": fit_fold, "replaceme": fit_replaceme}
-        return fit[candidate.operator](name, moments, down_FC, ridge, affine=affine)
+        solve = fit[candidate.operator]
+        return solve(name, moments, down_FC, ridge, affine=affine, judge=judge)
     if candidate.operator == "low-rank":
-        repair, found, _ = fit_low_rank(name, moments, ridge, rank=candidate.rank, affine=affine)
+        repair, found, _ = fit_low_rank(
+            name, moments, ridge, rank=candidate.rank, affine=affine, judge=judge
+        )
         return repair, found
     if kind.regressors == "stream+norm":
-        return fit_stream_norm(name, moments, ridge, affine=affine, norm_eps=norm_eps)
-    return fit_ghost(name, moments, ridge, affine=affine)
+        return fit_stream_norm(name, moments, ridge, affine=affine, norm_eps=norm_eps, judge=judge)
+    return fit_ghost(name, moments, ridge, affine=affine, judge=judge)
 
 
 def stored_keys(kind: SampleKind, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:

@@ -26,7 +26,6 @@ from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
 from ghost_dist.durable import write_bytes, write_json
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.evaluation.divergence import divergences
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_of
@@ -36,9 +35,9 @@ from ghost_dist.pipeline.inputs import (
     RunInputs,
     calibration_ranges,
     check_remove,
-    held_out_windows,
     open_causal_lm,
     open_inputs,
+    windows_of_folds,
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
@@ -213,20 +212,16 @@ def _fill(
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
             if not table.has(cut, row, inputs):  # another criterion may have found the same spans
-                of_row = replace(
-                    inputs,
-                    config=inputs.config.model_copy(update={"operator": _operator(inputs, row)}),
-                )
+                of_row = replace(inputs, config=_config(inputs, row))
                 try:
                     solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
                 except (SingularGramError, SingularOperatorError) as error:
                     table.refuse(cut, row, inputs, str(error))  # the other rows can still be had
                 else:
                     operators = solved.operators
-                    if row == "refine":
+                    if row == "refine" and any(r.parts() for r in operators.values()):
                         operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
-                    outcome = _outcome(of_row, cut, solved, operators, model, tokens)
-                    table.add(cut, row, inputs, outcome)
+                    table.add(cut, row, inputs, _outcome(of_row, cut, solved, operators, model))
             advance(1)
 
 
@@ -236,27 +231,17 @@ def _outcome(
     solved: Solved,
     operators: Mapping[Span, Repair],
     model: Any,
-    tokens: TokenWindows,
 ) -> dict[str, Any]:
-    """What a row says of its repair."""
+    """What a row says of its repair; its KL is that of the choice, if nothing came behind it."""
     numbers, _ = layer_sizes(inputs.source, inputs.architecture)
     removed = sum(numbers[i] for span in cut.spans for i in range(span.start, span.stop))
     total = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
-    held_out = tokens.tokens[held_out_windows(inputs, tokens)]
-    kl: float | None = None
-    if not solved.healed:
-        [kl] = divergences(
-            model,
-            inputs.architecture,
-            cut.spans,
-            [operators],
-            held_out,
-            batch=inputs.batch,
-            device=inputs.device,
-        )
+    kl = None
+    if operators is solved.operators and not solved.healed:
+        [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
     return {
         "perplexity": _perplexities(inputs, model, cut.spans, operators, solved.healed),
-        "kl_on_calibration": kl if kl is not None and math.isfinite(kl) else None,
+        "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
         "chosen": solved.candidate.described(),
@@ -275,8 +260,6 @@ def _refined(
     reporter: Reporter,
 ) -> dict[Span, Repair]:
     config = inputs.config.refine
-    if config.steps == 0:
-        config = config.model_copy(update={"steps": DEFAULT_REFINE_STEPS})
     name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
     state = folder / f"refine-{name}.pt"
     refined = distill(
@@ -286,7 +269,8 @@ def _refined(
         solved.operators,
         solved.healed,
         tokens.tokens,
-        held_out_windows(inputs, tokens),
+        windows_of_folds(inputs, tokens, solved.folds),
+        windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
         config,
         device=inputs.device,
         batch=inputs.batch,
@@ -319,6 +303,18 @@ def _perplexities(
             name: perplexity(model, windows, batch=inputs.batch, device=inputs.device).value
             for name, windows in inputs.evaluation.items()
         }
+
+
+def _config(inputs: RunInputs, row: Row) -> Config:
+    """What a row is: only that of training trains, with as many steps as are configured."""
+    refine = inputs.config.refine
+    steps = (refine.steps or DEFAULT_REFINE_STEPS) if row == "refine" else 0
+    return inputs.config.model_copy(
+        update={
+            "operator": _operator(inputs, row),
+            "refine": refine.model_copy(update={"steps": steps}),
+        }
+    )
 
 
 def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
@@ -427,7 +423,7 @@ def markdown(dense: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> s
         if "refused" in row:
             cells += ["-"] * (len(titles) - len(cells))
         else:
-            kl = row["kl_on_calibration"]
+            kl = row["kl"]
             cells += [f"{row['perplexity'][name]:.2f}" for name in corpora]
             cells.append("-" if kl is None else f"{kl:.3f}")
             cells.append(", ".join(f"{r:.3f}" for r in row["residual"]) or "-")

@@ -29,9 +29,26 @@ from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
-Fitted = tuple[Repair, Fit | None]
+
+@dataclass(frozen=True)
+class Fitted:
+    """One span's repair and what it has seen.
+
+    Attributes
+    ----------
+    repair, fit
+        On the CPU, and how well it fits; None where nothing is fitted.
+    folds
+        Folds that it was fitted on: none of them may judge it.
+    """
+
+    repair: Repair
+    fit: Fit | None
+    folds: frozenset[int]
+
+
 Outcome = Fitted | SingularGramError | SingularOperatorError
-"""A repair on the CPU and how well it fits, or why there is none."""
+"""What a fit gave, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +103,21 @@ class RidgeFits:
         folds: Sequence[Mapping[str, Sums]],
         down_FC: Tensor | None,
         picked: tuple[int, ...],
-    ) -> Fitted:
+        judge: int | None = None,
+    ) -> tuple[Repair, Fit | None]:
         """As :func:`fit_candidate`; ``picked`` names the sums among those of this span."""
         if candidate.ridge != "auto" or candidate.shift == 0:
-            repair, fit = fit_candidate(candidate, span, folds, down_FC, self._norm_eps)
+            repair, fit = fit_candidate(candidate, span, folds, down_FC, self._norm_eps, judge)
             if fit is not None and candidate.ridge == "auto":
                 self._least_residual[candidate, span, picked] = fit
             return repair, fit
         plain = replace(candidate, shift=0.0)
         if (plain, span, picked) not in self._least_residual:
-            self.fit(plain, span, folds, down_FC, picked)
+            self.fit(plain, span, folds, down_FC, picked, judge)
         least = self._least_residual[plain, span, picked]
         ridge = RelativeRidge(relative=least.relative_ridge * 10**candidate.shift)
         given = replace(candidate, shift=0.0, ridge=ridge)
-        repair, fit = fit_candidate(given, span, folds, down_FC, self._norm_eps)
+        repair, fit = fit_candidate(given, span, folds, down_FC, self._norm_eps, judge)
         if fit is not None:  # the curve of the whole grid, with the ridge that was taken on it
             fit = replace(fit, ridge_curve=tuple(sorted({*least.ridge_curve, *fit.ridge_curve})))
         return repair, fit
@@ -159,14 +177,14 @@ class FitHere:
     def _fit(self, store: StatisticsStore, job: FitJob) -> Fitted:
         kind = job.candidate.kind()
         if kind is None:
-            return Repair(), None
+            return Fitted(Repair(), None, frozenset())
         keys = stored_keys(kind, job.span, store.plan.entries)
         device, on_device = self._sums(store, keys, job.folds)
         down_FC = None
         if any("/joint" in key for key in keys):
             down_FC = read_down(self._source, self._architecture, job.span.start - 1).to(device)
         repair, fit = self._ridges.fit(job.candidate, job.span, on_device, down_FC, job.folds)
-        return repair.to(torch.device("cpu")), fit
+        return Fitted(repair.to(torch.device("cpu")), fit, frozenset(job.folds))
 
     def _sums(
         self, store: StatisticsStore, keys: tuple[str, ...], folds: Sequence[int]

@@ -266,15 +266,14 @@ def calibration_ranges(inputs: RunInputs, num_windows: int) -> list[tuple[int, .
     return assign_ranges(num_windows, inputs.num_ranges, pieces=2 if halved else 1)
 
 
-def held_out_windows(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
-    """Windows of the last fold: what candidates and training are judged on."""
-    folds = inputs.config.operator.folds
-    ranges = calibration_ranges(inputs, tokens.num_windows)
+def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
+    """Calibration windows that some folds hold."""
+    count = inputs.config.operator.folds
     return [
         window
-        for range_id, windows in enumerate(ranges)
+        for range_id, windows in enumerate(calibration_ranges(inputs, tokens.num_windows))
         for window in windows
-        if fold_of_range(range_id, folds) == folds - 1
+        if fold_of_range(range_id, count) in folds
     ]
 
 

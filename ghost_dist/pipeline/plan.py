@@ -35,7 +35,6 @@ from ghost_dist.errors import (
     UnsupportedArchitectureError,
 )
 from ghost_dist.pipeline.candidates import (
-    BOUNDARY_SHIFTS,
     FINE_SHIFTS,
     NEEDS_DOWN_PROJ,
     SHIFTS,
@@ -213,8 +212,6 @@ def plan_run(
         device,
         whole=None if config.needs_whole_model is None else config.needs_whole_model[0],
     )
-    if choice.kind == "streaming":
-        run = replace(run, boundary=False)  # that walk would read every layer again
     disk = _disk(config, run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
     rates = None if measure_again else stored_rates(spec.key())
@@ -282,13 +279,11 @@ def run_shape(
     samples = samples_of(candidates, spans, refittable)
     num_tokens = calibration.windows * calibration.window_length
     c = architecture.hidden_size
-    boundary = candidates[0].operator == "ghost-joint" and operator.features != "stream"
-    boundary_plain = boundary and operator.features == "auto"
     batch = config.engine.batch
     width = 0 if operator.name in ("none", "fold", "replaceme") else c
-    forms = 2 if operator.features != "stream" else 1  # [x, rmsnorm(x)] may be chosen
+    forms = 1 + any(c.features == "stream+norm" for c in candidates)
     searched = searches_ridge(operator)
-    by_kl = operator.choose == "kl" and (len(candidates) > 1 or boundary_plain or searched)
+    by_kl = operator.choose == "kl" and len(candidates) > 1
     return RunShape(
         sizes=sizes,
         num_tensors=len(source.tensors),
@@ -307,12 +302,11 @@ def run_shape(
         searches=_searches(candidates, spans, architecture, refittable),
         ridges=len(RIDGE_GRID) if operator.ridge == "auto" else 1,
         shifts=len(SHIFTS) if searched else 1,
-        boundary_shifts=len(BOUNDARY_SHIFTS) if searched else 1,
         fine_shifts=len(FINE_SHIFTS) if searched else 0,
         by_kl=by_kl,
         judges=num_judges(num_tokens, operator.folds),
-        boundary=boundary,
-        boundary_plain=boundary_plain,
+        plain_cut=len(candidates) > 1 and any(c.operator == "none" for c in candidates),
+        final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
         refits=len(spans) - 1 if operator.refit == "sequential" else 0,
         heal=operator.heal,
         first_changed=max(0, spans[0].start - (candidates[0].operator in NEEDS_DOWN_PROJ)),
@@ -343,17 +337,20 @@ def _searches(
     architecture: Architecture,
     refittable: frozenset[int],
 ) -> tuple[SearchShape, ...]:
-    """By span and kind of regressors: how many candidates, not counting the shifts of a ridge."""
+    """By span and least squares: how many candidates, not counting the shifts of a ridge."""
     searches = []
     for span in spans:
-        forms: dict[Regressors, set[Any]] = {}
+        width, inner = architecture.hidden_size, _inner(architecture, span)
+        forms: dict[tuple[Regressors, int], set[Any]] = {}
         for candidate in candidates:
             here = replace(candidate.at(span, refittable), shift=0.0)
             kind = here.kind()
             if kind is not None and kind.regressors != "absolute":
-                forms.setdefault(kind.regressors, set()).add(here)
-        for regressors, found in forms.items():
-            size = num_regressors(regressors, architecture.hidden_size, _inner(architecture, span))
+                size = {"fold": inner, "replaceme": width}.get(
+                    here.operator, num_regressors(kind.regressors, width, inner)
+                )
+                forms.setdefault((kind.regressors, size), set()).add(here)
+        for (regressors, size), found in forms.items():
             searches.append(SearchShape(span, regressors, size, len(found)))
     return tuple(searches)
 
@@ -572,8 +569,6 @@ def _probe_spec(
 ) -> ProbeSpec:
     inner = max(run.inner_sizes.values(), default=0)
     kinds: dict[Regressors, int] = {sample.kind: inner for sample in run.samples}
-    if run.boundary:
-        kinds["stream+norm"] = inner
     if config.operator.heal and inner:
         kinds["joint"] = inner
     selection = run.selection

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.split import fold_of_range
+from ghost_dist.calibration.split import check_held_out, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.load import as_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.divergence import window_divergences
 from ghost_dist.pipeline.candidates import (
-    BOUNDARY_SHIFTS,
     FINE_SHIFTS,
     Candidate,
     candidates_of,
@@ -42,20 +41,14 @@ from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
-from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
-from ghost_dist.statistics.transforms import take
 
 HELD_OUT_TOKENS = 4096
 """Tokens that a choice by KL should be judged by: with fewer, noise decides between ridges."""
 
 _OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
 """What a candidate became at every span, or why it cannot be fitted."""
-_FitPairs = Callable[
-    [Sequence[tuple[Candidate, Span]], tuple[int, ...], Callable[[int], None]], list[Outcome]
-]
-"""Candidates at spans, fitted on some folds."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,8 @@ class Solved:
         By span; no fit where nothing is fitted.
     healed
         New down_proj weights by layer.
+    folds
+        Folds that any of these was fitted on.
     table, healing
         Every candidate (residual per span, KL divergence, whether it was chosen) and every healed
         layer, as plain values.
@@ -79,6 +74,7 @@ class Solved:
     operators: dict[Span, Repair]
     fits: dict[Span, Fit | None]
     healed: dict[int, Tensor]
+    folds: tuple[int, ...]
     table: list[dict[str, Any]]
     healing: list[dict[str, Any]]
 
@@ -117,7 +113,10 @@ class Solver:
         self._model = model
 
     def solve(self) -> Solved:
-        """Fit what the configuration asks for, choose, and fit the choice on all windows.
+        """Fit what the configuration asks for, choose, and fit the choice once more.
+
+        On all windows; but where something behind the fit is judged by held-out windows (a refit
+        on the recovered stream, healing, training), the last fold is left out of it all.
 
         Raises
         ------
@@ -127,28 +126,25 @@ class Solver:
         config, spans = self._inputs.config.operator, self._spans
         candidates = candidates_of(config, spans, self._inputs.refittable)
         chosen, table = self._choose(candidates)
+        folds = tuple(range(config.folds))
+        if self._inputs.config.judges_behind_the_fit(len(spans)):
+            folds = folds[:-1]
         with self._reporter.stage("solve", len(spans), "spans") as advance:
-            everything = tuple(range(config.folds))
-            outcomes = self._from_store([(chosen, span) for span in spans], everything, advance)
+            outcomes = self._from_store([(chosen, span) for span in spans], folds, advance)
             fitted = dict(zip(spans, map(_fitted, outcomes), strict=True))
-        operators = {span: repair for span, (repair, _) in fitted.items()}
-        fits = {span: fit for span, (_, fit) in fitted.items()}
-        boundary = None
-        # Where layers are streamed, features=auto means the stream: no second pass.
-        again = config.features != "stream" and not self._inputs.streaming
-        if chosen.operator == "ghost-joint" and again:
-            boundary = self._boundary_features(chosen, operators, fits, table)
+        operators = {span: one.repair for span, one in fitted.items()}
+        fits = {span: one.fit for span, one in fitted.items()}
         sequential = config.refit == "sequential" and len(spans) > 1
         walk = None
         if sequential or config.heal:
-            refits = self._sequential(chosen, boundary) if sequential else {}
-            walk = self._walk(operators, refits, chosen, heal=config.heal)
+            walk = self._walk(fitted, chosen, sequential=sequential)
             operators, fits = walk.operators, {**fits, **walk.fits}
         return Solved(
-            candidate=boundary or chosen,
+            candidate=chosen,
             operators=operators,
             fits=fits,
             healed=walk.healed if walk else {},
+            folds=folds,
             table=table,
             healing=walk.healing if walk else [],
         )
@@ -178,27 +174,20 @@ class Solver:
         """The best of several candidates, and a row for each; one alone is not looked at."""
         if len(candidates) == 1:
             return candidates[0], [{**candidates[0].described(), "chosen": True}]
-        return self._search(candidates, self._from_store)
-
-    def _search(
-        self, candidates: Sequence[Candidate], fit: _FitPairs
-    ) -> tuple[Candidate, list[dict[str, Any]]]:
-        """The best candidate and a row for each, the ridge looked at more closely around it."""
         tried = list(candidates)
-        table, scores = self._rate(tried, fit)
+        table, scores = self._rate(tried)
         best = _least(table, scores)
-        if searches_ridge(self._inputs.config.operator):
+        # Around the best one the ridge is looked at more closely.
+        if searches_ridge(self._inputs.config.operator) and tried[best].kind() is not None:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
-            rows, more = self._rate(near, fit)
+            rows, more = self._rate(near)
             tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
             best = _least(table, scores)
         for number, row in enumerate(table):
             row["chosen"] = number == best
         return tried[best], table
 
-    def _rate(
-        self, candidates: Sequence[Candidate], fit: _FitPairs
-    ) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    def _rate(self, candidates: Sequence[Candidate]) -> tuple[list[dict[str, Any]], list[Tensor]]:
         """A row for each candidate, and what it is ranked by: KL divergence of every held-out
         window, or residual of every span.
 
@@ -208,15 +197,20 @@ class Solver:
         config = self._inputs.config.operator
         everything = tuple(range(config.folds))
         if config.choose != "kl":
-            rows, _ = self._rows(candidates, self._fit_all(candidates, fit, everything))
-            return rows, [torch.tensor([r or 0.0 for r in row.get("residual", ())]) for row in rows]
+            rows = self._rows(candidates, self._fit_all(candidates, everything))
+            return rows, [
+                # By definition 1 where nothing is fitted: the plain cut.
+                torch.tensor([1.0 if r is None else r for r in row.get("residual", ())])
+                for row in rows
+            ]
         judges = everything[-num_judges(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
         of_fold = []
         for judge in judges:
             others = tuple(fold for fold in everything if fold != judge)
-            rows, repairs = self._rows(candidates, self._fit_all(candidates, fit, others))
-            of_fold.append(self._divergences(repairs, judge))
+            found = self._fit_all(candidates, others)
+            rows = self._rows(candidates, found)
+            of_fold.append(self._divergences(found, judge))
             table = [
                 {**row, **({"failed": old["failed"]} if "failed" in old else {})}
                 for row, old in zip(rows, table or rows, strict=True)
@@ -229,156 +223,71 @@ class Solver:
         return table, scores
 
     def _fit_all(
-        self, candidates: Sequence[Candidate], fit: _FitPairs, picked: tuple[int, ...]
+        self, candidates: Sequence[Candidate], picked: tuple[int, ...]
     ) -> list[_OfCandidate]:
         """Fits of every candidate by span, or why it cannot be fitted."""
         pairs = [(candidate, span) for candidate in candidates for span in self._spans]
         with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
-            outcomes = iter(fit(pairs, picked, advance))
+            outcomes = iter(self._from_store(pairs, picked, advance))
         fitted: list[_OfCandidate] = []
         for _ in candidates:
-            found: dict[Span, Fitted] = {}
-            errors = []
-            for span in self._spans:
-                outcome = next(outcomes)
-                if isinstance(outcome, tuple):
-                    found[span] = outcome
-                else:
-                    errors.append(outcome)
-            fitted.append(errors[0] if errors else found)
-        if all(isinstance(of_candidate, Exception) for of_candidate in fitted):
-            first = fitted[0]
-            assert isinstance(first, Exception)
-            raise first
+            of_span = [next(outcomes) for _ in self._spans]
+            failed = [one for one in of_span if isinstance(one, Exception)]
+            done = [one for one in of_span if isinstance(one, Fitted)]
+            fitted.append(failed[0] if failed else dict(zip(self._spans, done, strict=True)))
+        # The plain cut always can be had, but is no answer to a fit that fails.
+        errors = [one for one in fitted if isinstance(one, Exception)]
+        if len(errors) == sum(candidate.kind() is not None for candidate in candidates) > 0:
+            raise errors[0]
         return fitted
 
     def _rows(
         self, candidates: Sequence[Candidate], fitted: Sequence[_OfCandidate]
-    ) -> tuple[list[dict[str, Any]], list[dict[Span, Repair]]]:
-        """A row and the repairs of every candidate; no repairs where it could not be fitted."""
+    ) -> list[dict[str, Any]]:
+        """A row of every candidate."""
         table: list[dict[str, Any]] = []
-        repairs: list[dict[Span, Repair]] = []
         for candidate, found in zip(candidates, fitted, strict=True):
             row = candidate.described()
             if isinstance(found, Exception):
                 row["failed"] = str(found)
-                repairs.append({})
             else:
-                fits = [found[span][1] for span in self._spans]
+                fits = [found[span].fit for span in self._spans]
                 row["residual"] = [None if fit is None else fit.residual for fit in fits]
                 row["relative_ridge"] = [
                     None if fit is None else fit.relative_ridge for fit in fits
                 ]
-                repairs.append({span: found[span][0] for span in self._spans})
             table.append(row)
-        return table, repairs
+        return table
 
-    def _boundary_features(
-        self,
-        chosen: Candidate,
-        operators: dict[Span, Repair],
-        fits: dict[Span, Fit | None],
-        table: list[dict[str, Any]],
-    ) -> Candidate:
-        """Fit ``[x, rmsnorm(x)]`` behind the new down_proj of a joint fit: one more pass.
-
-        A joint fit cannot have rmsnorm(x) as a regressor, because x changes with the down_proj it
-        finds; so the down_proj is kept, and the boundary fitted again on the x that it makes.
-        Changes the arguments; returns what was chosen.
-        """
-        config = self._inputs.config.operator
-        kind = SampleKind("stream+norm", chosen.row_weights)
-        sums: dict[Span, list[Mapping[str, Sums]]] = {}
-
-        def keep(span: Span) -> Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]:
-            def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
-                sums[span] = folds
-                return operators[span], fits[span]
-
-            return fit
-
-        spans = [span for span in self._spans if operators[span].down_FC is not None]
-        self._walk(
-            operators,
-            {s: [Refit(kind, keep(s), "dense", keep_down=True)] for s in spans},
-            chosen,
-        )
-        shifts = BOUNDARY_SHIFTS if searches_ridge(config) else (0.0,)
-        plain = replace(chosen, operator="ghost", features="stream", shift=0.0)
-        candidates = [replace(plain, features="stream+norm", shift=shift) for shift in shifts]
-        if config.features == "auto":
-            candidates.append(plain)
-
-        def fit(candidate: Candidate, span: Span, picked: tuple[int, ...]) -> Fitted:
-            if span not in sums:
-                return operators[span], fits[span]
-            folds = [_at_boundary(sums[span][fold], span, candidate, kind) for fold in picked]
-            repair, found = self._ridges.fit(candidate, span, folds, None, picked)
-            return replace(repair, down_FC=operators[span].down_FC), found
-
-        def fit_pairs(
-            pairs: Sequence[tuple[Candidate, Span]],
-            picked: tuple[int, ...],
-            advance: Callable[[int], None],
-        ) -> list[Outcome]:
-            outcomes: list[Outcome] = []
-            for candidate, span in pairs:
-                try:
-                    outcomes.append(fit(candidate, span, picked))
-                except (SingularGramError, SingularOperatorError) as error:
-                    outcomes.append(error)
-                advance(1)
-            return outcomes
-
-        best, rows = self._search(candidates, fit_pairs)
-        for row in rows:
-            row["operator"] = "ghost-joint, boundary again"
-        for row in table:
-            row["chosen"] = False
-        table += rows
-        for span in spans:
-            operators[span], fits[span] = fit(best, span, tuple(range(config.folds)))
-        return replace(best, operator="ghost-joint")
-
-    def _sequential(self, chosen: Candidate, boundary: Candidate | None) -> dict[Span, list[Refit]]:
+    def _refits(self, chosen: Candidate, judge: int) -> dict[Span, Refit]:
         """How every span but the first is fitted on the recovered stream."""
-        refits: dict[Span, list[Refit]] = {}
+        refits: dict[Span, Refit] = {}
+        inputs = self._inputs
 
-        def step(candidate: Candidate, span: Span, keep_down: bool) -> Refit | None:
-            here = candidate.at(span, self._inputs.refittable)
-            kind = here.kind()
-            if kind is None:
-                return None
-
+        def refit(span: Span, here: Candidate, kind: SampleKind) -> Refit:
             def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
                 down_FC = None
                 if kind.regressors == "joint":
-                    inputs = self._inputs
                     down_FC = read_down(inputs.source, inputs.architecture, span.start - 1)
                     down_FC = down_FC.to(inputs.device)
                 self._ridges.forget()  # of other sums
                 picked = tuple(range(len(folds)))
-                repair, found = self._ridges.fit(here, span, folds, down_FC, picked)
+                repair, found = self._ridges.fit(here, span, folds, down_FC, picked, judge)
                 return repair.to(torch.device("cpu")), found
 
-            return Refit(kind, fit, "recovered", keep_down)
+            return Refit(kind, fit)
 
         for span in self._spans[1:]:
-            steps = [step(chosen, span, keep_down=False)]
-            if boundary is not None:
-                steps.append(step(replace(boundary, operator="ghost"), span, keep_down=True))
-            refits[span] = [refit for refit in steps if refit is not None]
+            here = chosen.at(span, inputs.refittable)
+            if (kind := here.kind()) is not None:
+                refits[span] = refit(span, here, kind)
         return refits
 
-    def _walk(
-        self,
-        operators: dict[Span, Repair],
-        refits: Mapping[Span, Sequence[Refit]],
-        chosen: Candidate,
-        *,
-        heal: bool = False,
-    ) -> Walk:
+    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, *, sequential: bool) -> Walk:
         inputs = self._inputs
+        judge, heal = inputs.config.operator.folds - 1, inputs.config.operator.heal
+        for span, one in fitted.items():
+            check_held_out(one.folds, [judge], f"The stream behind {span}")
         fold_of = {window: fold for fold, window in self.windows_by_fold()}
         with as_decoder(self._causal_lm(), inputs.architecture) as decoder:
             walk = Walk(
@@ -386,11 +295,12 @@ class Solver:
                 tokens=self._tokens.tokens,
                 batch=inputs.batch,
                 spans=self._spans,
-                operators=dict(operators),
+                operators={span: one.repair for span, one in fitted.items()},
                 fold_of_window=[fold_of[window] for window in range(self._tokens.num_windows)],
+                judge=judge,
                 refittable=inputs.refittable,
                 norm_eps=inputs.architecture.norm_eps,
-                refits=refits,
+                refits=self._refits(chosen, judge) if sequential else {},
                 row_weights=chosen.row_weights,
             )
             last = decoder.num_layers if heal else self._spans[-1].stop
@@ -399,7 +309,22 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, repairs: list[dict[Span, Repair]], judge: int) -> Tensor:
+    def _divergences(self, tried: Sequence[_OfCandidate], judge: int) -> Tensor:
+        """KL divergence of each candidate from the dense model on every window of a fold.
+
+        Those that could not be fitted are the plain cut.
+
+        Raises
+        ------
+        NotHeldOutError
+            If one of them was fitted on that fold.
+        """
+        repairs = []
+        for found in tried:
+            by_span = {} if isinstance(found, Exception) else found
+            for span, one in by_span.items():
+                check_held_out(one.folds, [judge], f"A candidate at {span}")
+            repairs.append({span: one.repair for span, one in by_span.items()})
         inputs = self._inputs
         windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
@@ -445,19 +370,6 @@ def _fitted(outcome: Outcome) -> Fitted:
 def num_judges(num_tokens: int, folds: int) -> int:
     """Folds that candidates are judged on: as many as hold HELD_OUT_TOKENS, of all tokens."""
     return min(folds, math.ceil(HELD_OUT_TOKENS / (num_tokens // folds)))
-
-
-def _at_boundary(
-    sums: Mapping[str, Sums], span: Span, candidate: Candidate, kind: SampleKind
-) -> dict[str, Sums]:
-    """The sums that a candidate at the boundary needs, from those of [x, rmsnorm(x)]."""
-    moments = sums[kind.key(span)]
-    assert isinstance(moments, Moments)
-    wanted = candidate.kind()
-    assert wanted is not None
-    if candidate.features == "stream":
-        moments = take(moments, slice(0, moments.cross_ZC.shape[1]))
-    return {wanted.key(span): moments}
 
 
 def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:

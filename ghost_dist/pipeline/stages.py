@@ -53,8 +53,8 @@ from ghost_dist.pipeline.inputs import (
     calibration_ranges,
     check_disk_space,
     disk_needs,
-    held_out_windows,
     open_causal_lm,
+    windows_of_folds,
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
@@ -83,6 +83,8 @@ class Solution:
         By span, float64; a plain cut is a repair without parts.
     healed
         New down_proj weights by layer of the uncut model.
+    folds
+        Folds that any of these was fitted on.
     files, healed_files
         The sha256 of each file.
     record
@@ -92,6 +94,7 @@ class Solution:
     operator: str
     operators: dict[Span, Repair]
     healed: dict[int, Tensor]
+    folds: tuple[int, ...]
     files: dict[str, str]
     healed_files: dict[str, str]
     record: dict[str, Any]
@@ -257,6 +260,7 @@ class Stages:
             "plan": store.plan_fingerprint,
             "spans": [[s.start, s.stop] for s in spans],
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
+            "judges_behind_the_fit": inputs.config.judges_behind_the_fit(len(spans)),
             "tokens": tokens.fingerprint,
             "reduction": inputs.config.engine.reduction,
         }
@@ -285,6 +289,7 @@ class Stages:
                     for span, fit in fits.items()
                     if fit is not None
                 ],
+                "folds": solved.folds,
                 "files": files,
                 "healing": solved.healing,
                 "healed": {
@@ -309,6 +314,13 @@ class Stages:
         inputs, config = self._inputs, self._inputs.config.refine
         if config.steps == 0:
             return solution
+        if inputs.config.operator.name == "auto" and solution.operator == "none":
+            self._run.forget("refine")
+            self._reporter.warn(
+                "The plain cut was chosen (operator.name=auto), so there is no operator to train: "
+                "refine.steps does nothing. Name an operator, such as operator.name=ghost."
+            )
+            return solution
         wanted = {
             "refine": config.model_dump(mode="json"),
             "operators": [solution.files, solution.healed_files],
@@ -325,7 +337,8 @@ class Stages:
                 solution.operators,
                 solution.healed,
                 tokens.tokens,
-                held_out_windows(inputs, tokens),
+                windows_of_folds(inputs, tokens, solution.folds),
+                windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
                 config,
                 device=inputs.device,
                 batch=inputs.batch,
@@ -463,6 +476,7 @@ class Stages:
                 else Repair()
                 for span in spans
             },
+            folds=tuple(recorded["folds"]),
             healed={
                 int(layer): load_healed(folder, int(layer), sha256)
                 for layer, sha256 in healed_files.items()

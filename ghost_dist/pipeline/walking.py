@@ -5,6 +5,10 @@ each layer runs at most three times per window whatever the number of fits. They
 memory: 2 T C numbers of the compute dtype for T calibration tokens (4.3 GB at T = 131072, C = 8192,
 bf16). Nothing is kept of a stopped walk; it begins again from the operators.
 
+The recovered stream is made by what was fitted before, so it tells windows that were fitted on from
+others. One fold, the judge, is therefore left out of every fit, of the operators that a walk begins
+with and of its own, and what a walk says of its fits is measured on that fold alone.
+
     dense       D_b  stream entering layer b of the dense model
     recovered   R_b  the same of the recovered one; it skips removed layers
 """
@@ -13,8 +17,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,18 +48,10 @@ class Refit:
         The sums that are taken.
     fit
         Sums of each fold to the new repair and its fit.
-    base
-        Whether the stream that enters the span is the recovered model's, or the dense one's (that
-        of a span fitted for itself) with the span's own new down_proj.
-    keep_down
-        Whether the stream is taken behind the span's new down_proj, which stays; else that layer
-        is taken apart as the dense model has it.
     """
 
     kind: SampleKind
     fit: Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]
-    base: Literal["dense", "recovered"]
-    keep_down: bool
 
 
 @dataclass
@@ -76,12 +72,14 @@ class Walk:
         By span; replaced where ``refits`` says so.
     fold_of_window
         Fold of each window.
+    judge
+        The fold that nothing is fitted on.
     refittable
         Layers whose down_proj can be refitted.
     norm_eps
         Of the model's norms.
     refits
-        By span, done in their order.
+        By span; none where it starts at layer 0.
     row_weights
         Of healing.
     healed, fits, healing
@@ -94,9 +92,10 @@ class Walk:
     spans: Sequence[Span]
     operators: dict[Span, Repair]
     fold_of_window: Sequence[int]
+    judge: int
     refittable: frozenset[int]
     norm_eps: float
-    refits: Mapping[Span, Sequence[Refit]] = field(default_factory=dict)
+    refits: Mapping[Span, Refit] = field(default_factory=dict)
     row_weights: RowWeights = "none"
     healed: dict[int, Tensor] = field(default_factory=dict)
     fits: dict[Span, Fit | None] = field(default_factory=dict)
@@ -119,8 +118,6 @@ class Walk:
         self._recovered = list(self._dense)
         last = self.decoder.num_layers if heal else self.spans[-1].stop
         starts = {span.start: span for span in self.spans}
-        if boundary in starts and self.refits.get(starts[boundary]):
-            self._refit(starts[boundary])  # a span at the very beginning: no layer before it
         while boundary < last:
             span = starts.get(boundary)
             if span is not None:
@@ -130,7 +127,7 @@ class Walk:
                 boundary = span.stop
                 continue
             following = starts.get(boundary + 1)
-            if following is not None and self.refits.get(following):
+            if following is not None and following in self.refits:
                 self._refit(following)
             elif (
                 heal
@@ -194,19 +191,10 @@ class Walk:
 
     def _refit(self, span: Span) -> None:
         """Fit a span anew; the streams are those entering layer ``start - 1``."""
-        layer = max(0, span.start - 1)
-        targets = self._through(self._dense, layer, span.stop)
-        for refit in self.refits[span]:
-            streams = self._dense if refit.base == "dense" else self._recovered
-            with contextlib.ExitStack() as stack:
-                if refit.keep_down:
-                    stack.enter_context(self._new_down(layer, span))
-                folds = self._sums(span, refit.kind, streams, targets)
-            down_FC = self.operators[span].down_FC
-            repair, self.fits[span] = refit.fit(folds)
-            if refit.keep_down and down_FC is not None:
-                repair = replace(repair, down_FC=down_FC)
-            self.operators[span] = repair
+        refit = self.refits[span]
+        targets = self._through(self._dense, span.start - 1, span.stop)
+        folds = self._sums(span, refit.kind, self._recovered, targets)
+        self.operators[span], self.fits[span] = refit.fit(folds)
 
     def _sums(
         self, span: Span, kind: SampleKind, streams: list[Tensor], targets: list[Tensor]
@@ -260,7 +248,7 @@ class Walk:
                 )
                 window += 1
         folds: list[Moments] = [accumulator.result() for accumulator in accumulators]
-        repair, fit = refit_down(f"layer {layer}", folds, down_FC, "auto")
+        repair, fit = refit_down(f"layer {layer}", folds, down_FC, "auto", judge=self.judge)
         better = fit.residual < 1
         if better:
             assert repair.down_FC is not None
@@ -279,7 +267,7 @@ class Walk:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Streams through a layer: the stream behind it, H, and ``H @ down``.
 
-        Layer -1 is none: the streams as they are. Without a down_proj H means nothing.
+        Without a down_proj H means nothing.
         """
         seen: list[Tensor] = []
 
@@ -290,7 +278,7 @@ class Walk:
         if layer in self.refittable:
             handle = self.decoder.down_projection(layer).register_forward_hook(hook)
         try:
-            with self.decoder.between(max(layer, 0), layer + 1) as run:
+            with self.decoder.between(layer, layer + 1) as run:
                 for stream in streams:
                     x_BTC = run(stream.to(self.decoder.device))
                     shape = (*x_BTC.shape[:2], -1)

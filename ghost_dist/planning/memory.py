@@ -67,7 +67,7 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
     if stage == "solve":
         largest = max((sample.nbytes for sample in run.samples), default=0)
         total += fit_bytes(run.folds * largest, run.folds)
-        if run.boundary or run.refits or run.heal:
+        if run.refits or run.heal:
             total += 3 * sizes.stream_bytes(tokens)  # dense, recovered, targets
     if engine == "streaming" and copies:
         total += PINNED_BYTES

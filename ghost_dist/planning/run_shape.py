@@ -71,9 +71,9 @@ class SearchShape:
     span
         Half-open.
     kind, size
-        Of regressors, and Z.
+        Of the sums, and Z of the least squares.
     candidates
-        Forms and row weights that are tried, each with all shifts of its ridge.
+        Row weights that are tried, each with all shifts of its ridge.
     """
 
     span: Span
@@ -104,16 +104,16 @@ class RunShape:
         Fits that are made.
     ridges
         Ridges of a fit whose ridge is searched: those of the grid, or 1.
-    shifts, boundary_shifts, fine_shifts
-        Ridges tried by KL around the one of least residual; 1, 1, 0 where none are.
+    shifts, fine_shifts
+        Ridges tried by KL around the one of least residual; 1, 0 where none are.
+    plain_cut
+        Whether it is compared with the candidates that are fitted.
     by_kl
         Whether candidates are compared by KL; false too where there is only one.
     judges
         Folds that they are judged on, one after the other.
-    boundary
-        Whether a walk takes [x, rmsnorm(x)] behind a joint fit, and
-    boundary_plain
-        whether x alone is tried there too.
+    final_folds
+        Folds that the choice is fitted on.
     refits, heal
         Spans fitted again on the recovered stream; whether later layers are refitted.
     first_changed
@@ -140,12 +140,11 @@ class RunShape:
     searches: tuple[SearchShape, ...]
     ridges: int
     shifts: int
-    boundary_shifts: int
     fine_shifts: int
+    plain_cut: bool
     by_kl: bool
     judges: int
-    boundary: bool
-    boundary_plain: bool
+    final_folds: int
     refits: int
     heal: bool
     first_changed: int
@@ -198,4 +197,4 @@ class RunShape:
     @property
     def runs_whole_model(self) -> bool:
         """Whether ``solve`` runs the whole causal LM."""
-        return self.by_kl or self.boundary or bool(self.refits) or self.heal
+        return self.by_kl or bool(self.refits) or self.heal

@@ -128,7 +128,7 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
     for span in run.spans:
         searches = [search for search in run.searches if search.span == span]
         # Every candidate repairs all spans, so those of one span are all.
-        candidates = run.shifts * sum(search.candidates for search in searches)
+        candidates = run.plain_cut + run.shifts * sum(search.candidates for search in searches)
         for search in searches if candidates > 1 else ():
             _tried(work, run, search.kind, search.size, search.candidates, run.shifts)
         dearest = max(searches, key=lambda search: search.size)
@@ -137,26 +137,9 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
     work.store_read_bytes = reads * run.num_ranges * run.samples_stored_bytes
     if run.by_kl and candidates > 1:
         _compare(work, run, candidates, run.fine_shifts)
-    if run.boundary:
-        _boundary(work, run)
     if run.refits or run.heal:
         _walk(work, run, run.spans, heal=run.heal)
     return work
-
-
-def _boundary(work: Work, run: RunShape) -> None:
-    """A walk for the sums of [x, rmsnorm(x)] behind each joint fit, and the search among them."""
-    c = run.sizes.hidden_size
-    joint = [search.span for search in run.searches if search.kind == "joint"]
-    _walk(work, run, joint, heal=False)
-    _sums(work, run, [("stream+norm", 2 * c)] * len(joint))
-    for _ in joint:
-        _tried(work, run, "stream+norm", 2 * c, 1, run.boundary_shifts)
-        if run.boundary_plain:
-            _tried(work, run, "stream", c, 1, 1)
-        _decided(work, run, "stream+norm", 2 * c, run.boundary_shifts, run.fine_shifts)
-    if run.by_kl:
-        _compare(work, run, run.boundary_shifts + run.boundary_plain, run.fine_shifts)
 
 
 def _export(run: RunShape) -> Work:
@@ -202,9 +185,9 @@ def _decided(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine:
     """Fits around the best candidate, and its final one on all folds."""
     judges, folds = _judging(run)
     _fit(work, run, kind, size, 1, folds, judges * fine)
-    _fit(work, run, kind, size, run.ridges, run.folds, 1)
+    _fit(work, run, kind, size, run.ridges, run.final_folds, 1)
     if shifts > 1:
-        _fit(work, run, kind, size, 1, run.folds, 1)
+        _fit(work, run, kind, size, 1, run.final_folds, 1)
 
 
 def _judging(run: RunShape) -> tuple[int, int]:
@@ -258,7 +241,7 @@ def _walk(work: Work, run: RunShape, fitted: tuple[Span, ...] | list[Span], *, h
         for layer in layers:
             size = run.inner_sizes[layer]
             _sums(work, run, [("joint", size)])
-            _fit(work, run, "joint", size, run.ridges, run.folds, 1)
+            _fit(work, run, "joint", size, run.ridges, 1, 1)
 
 
 def _sums(work: Work, run: RunShape, samples: list[tuple[str, int]]) -> None:

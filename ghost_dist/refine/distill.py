@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ghost_dist.calibration.split import check_held_out
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import (
@@ -73,6 +74,7 @@ def distill(
     operators: Mapping[Span, Repair],
     healed: Mapping[int, Tensor],
     tokens: Tokens,
+    fitted_on: Collection[int],
     held_out: Sequence[int],
     config: RefineConfig,
     *,
@@ -94,8 +96,10 @@ def distill(
         New down_proj weights that stay as they are.
     tokens
         int32, shape (windows, T).
+    fitted_on
+        Rows of ``tokens`` that the closed form or a healed weight was fitted on.
     held_out
-        Rows of ``tokens`` that are looked at and not trained on.
+        Rows that are looked at and not trained on; none of ``fitted_on``.
     config
         Steps, loss, learning rate.
     batch
@@ -109,7 +113,10 @@ def distill(
     ------
     ConfigError
         If there is nothing to train, or no window to train on.
+    NotHeldOutError
+        If the closed form has seen what is to judge it.
     """
+    check_held_out(fitted_on, held_out, "The closed form that is trained")
     training = sorted(set(range(len(tokens))) - set(held_out))
     if not any(repair.parts() for repair in operators.values()):
         raise ConfigError("refine.steps: the plain cut has no operator to train. Set it to 0.")

@@ -134,7 +134,8 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float]:
     if row.get("kl") is not None:
         return "failed" in row, row["kl"]
     return "failed" in row or not row.get("residual"), sum(
-        r or 0.0 for r in row.get("residual", ())
+        1.0 if r is None else r
+        for r in row.get("residual", ())  # 1: the plain cut
     )
 
 

@@ -69,6 +69,7 @@ def fit_ghost_joint(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
     max_condition: float = MAX_CONDITION,
 ) -> tuple[Repair, Fit]:
     """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
@@ -83,8 +84,9 @@ def fit_ghost_joint(
         The model's down_proj of layer ``start - 1``, (F, C), in by out, float64.
     ridge
         As for ``ghost``; relative to the median diagonal of A's and of H's gram, each for itself.
-    affine
-        Fit a bias at the boundary too.
+    affine, judge
+        Fit a bias at the boundary too; the fold that is not fitted on, as ``fit_least_squares``
+        has it.
     max_condition
         Of P.
 
@@ -103,7 +105,13 @@ def fit_ghost_joint(
     inner, width = down_FC.shape
     eye_CC = torch.eye(width, dtype=down_FC.dtype, device=down_FC.device)
     map_ZC, bias_C, fit = fit_least_squares(
-        span, folds, torch.cat((eye_CC, down_FC)), ridge, blocks=(width, inner), affine=affine
+        span,
+        folds,
+        torch.cat((eye_CC, down_FC)),
+        ridge,
+        blocks=(width, inner),
+        affine=affine,
+        judge=judge,
     )
     p_CC, q_FC = map_ZC[:width], map_ZC[width:]
     singular_C = torch.linalg.svdvals(p_CC)
@@ -121,12 +129,15 @@ def fit_fold(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit]:
     """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine).
 
     Parameters as for :func:`fit_ghost_joint`.
     """
-    return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, affine=affine)
+    return refit_down(
+        span, fold_targets(folds, down_FC), down_FC, ridge, affine=affine, judge=judge
+    )
 
 
 def fit_replaceme(
@@ -136,6 +147,7 @@ def fit_replaceme(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit]:
     """ReplaceMe (arXiv 2505.02819, equation 5): ``Y - A ~ (H down) T``, folded: down <- down T.
 
@@ -144,7 +156,9 @@ def fit_replaceme(
     """
     outputs = [combine(fold, down_FC) for fold in fold_targets(folds, down_FC)]
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
-    map_CC, bias_C, fit = fit_least_squares(span, outputs, eye_CC, ridge, affine=affine)
+    map_CC, bias_C, fit = fit_least_squares(
+        span, outputs, eye_CC, ridge, affine=affine, judge=judge
+    )
     return Repair(down_FC=down_FC @ map_CC, bias_C=bias_C), fit
 
 
@@ -155,6 +169,7 @@ def refit_down(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit]:
     """Refit one down_proj from moments of its input H against ``Y - A``, towards the original.
 
@@ -168,10 +183,12 @@ def refit_down(
         The layer or span, named in errors.
     folds
         Moments with Z = H, (F), and targets ``Y - A``, (C); at least two.
-    down_FC, ridge, affine
+    down_FC, ridge, affine, judge
         As for :func:`fit_ghost_joint`.
     """
-    new_down_FC, bias_C, fit = fit_least_squares(where, folds, down_FC, ridge, affine=affine)
+    new_down_FC, bias_C, fit = fit_least_squares(
+        where, folds, down_FC, ridge, affine=affine, judge=judge
+    )
     return Repair(down_FC=new_down_FC, bias_C=bias_C), fit
 
 

@@ -30,6 +30,7 @@ def fit_ghost(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit]:
     """Solve the operator of one span over all folds and measure it held out.
 
@@ -41,8 +42,8 @@ def fit_ghost(
         Moments with Z = x of disjoint windows, at least two; the fit is over their sum.
     ridge
         ``"auto"``: the grid value of least held-out residual; or a given one.
-    affine
-        Fit a bias too.
+    affine, judge
+        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
 
     Returns
     -------
@@ -58,5 +59,7 @@ def fit_ghost(
     """
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
-    weight_CC, bias_C, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine)
+    weight_CC, bias_C, fit = fit_least_squares(
+        span, folds, eye_CC, ridge, affine=affine, judge=judge
+    )
     return Repair(weight_CC=weight_CC, bias_C=bias_C), fit

@@ -96,15 +96,16 @@ def fit_least_squares(
     *,
     blocks: Sequence[int] = (),
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Fit]:
-    """Fit B over all folds, with the ridge of least held-out residual or a given one.
+    """Fit B over the folds, with the ridge of least held-out residual or a given one.
 
     Parameters
     ----------
     where
         The span or layer, named in errors.
     folds
-        Moments of disjoint windows, at least two; their sum is what B is fitted on.
+        Moments of disjoint windows, at least two.
     prior_ZC
         B0, what an infinite ridge gives; (Z, C) float64.
     ridge
@@ -114,6 +115,9 @@ def fit_least_squares(
         ridge is relative to the median diagonal entry of each block. Empty: one block.
     affine
         Fit an unpenalised bias too.
+    judge
+        The fold that alone judges and that B is not fitted on; None: each judges fits on the
+        others, and B is fitted on all.
 
     Returns
     -------
@@ -130,8 +134,10 @@ def fit_least_squares(
     if len(folds) < 2:
         raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(folds)}.")
     folds = [retarget(fold, prior_ZC) for fold in folds]
+    judging = folds if judge is None else [folds[judge]]
     total = add_all(folds)
-    scale_Z = ridge_scale(total.gram_ZZ, blocks)
+    judged, seen = (total, total) if judge is None else (folds[judge], total - folds[judge])
+    scale_Z = ridge_scale(seen.gram_ZZ, blocks)
     scale = float(scale_Z[0])
     if isinstance(ridge, AbsoluteRidge):
         scale_Z, candidates = torch.ones_like(scale_Z), [ridge.absolute]
@@ -140,21 +146,21 @@ def fit_least_squares(
     else:
         candidates = list(RIDGE_GRID)
 
-    errors = held_out_errors(folds, total, scale_Z, candidates, affine=affine)
+    errors = held_out_errors(judging, total, scale_Z, candidates, affine=affine)
     if not errors:
-        raise singular(where, total, candidates[-1] * float(scale_Z[0]))
+        raise singular(where, seen, candidates[-1] * float(scale_Z[0]))
     best = min(errors, key=lambda candidate: float(errors[candidate].sum()))
-    change_ZC, bias_C, factor_ZZ = solve(where, total, best * scale_Z, affine=affine)
+    change_ZC, bias_C, factor_ZZ = solve(where, seen, best * scale_Z, affine=affine)
 
     held_out_C = errors[best]
-    cut = float(total.sumsq_y_C.sum())
-    variance_C = _target_variance(total, prior_ZC)
+    cut = float(judged.sumsq_y_C.sum())
+    variance_C = _target_variance(judged, prior_ZC)
     variance = float(variance_C.sum())
     r2_C = 1 - held_out_C / variance_C.clamp_min(torch.finfo(torch.float64).tiny)
     quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
     absolute = float(scale_Z[0])
     relative = absolute / scale if scale > 0 else 0.0
-    gram_ZZ = about(total, total).gram_ZZ if affine else total.gram_ZZ
+    gram_ZZ = about(seen, seen).gram_ZZ if affine else seen.gram_ZZ
     return (
         prior_ZC + change_ZC,
         bias_C,
@@ -166,8 +172,8 @@ def fit_least_squares(
             r2_channel_quantiles=tuple(quantiles.tolist()),
             r2_channels=tuple(r2_C.tolist()),
             condition=condition_number(gram_ZZ, best * scale_Z, factor_ZZ),
-            num_tokens=total.num_tokens,
-            tokens_per_channel=total.num_tokens / total.gram_ZZ.shape[0],
+            num_tokens=seen.num_tokens,
+            tokens_per_channel=seen.num_tokens / seen.gram_ZZ.shape[0],
             ridge_curve=tuple(
                 (candidate * relative, float(error_C.sum()) / cut if cut > 0 else 0.0)
                 for candidate, error_C in errors.items()
@@ -186,6 +192,7 @@ def held_out_errors(
 ) -> dict[float, Tensor]:
     """Ridge to squared error per target, summed over folds each not fitted on; the ridge path.
 
+    ``folds`` are parts of ``total``, all of it or some; each is judged by a fit on the rest of it.
     A ridge is left out if any fold's training Gram has no factor under it: its residual would not
     be over all windows, and not comparable.
     """

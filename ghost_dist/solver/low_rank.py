@@ -19,7 +19,7 @@ with G and K of the rows held out. Cost beside the ridge's: (folds + 1) eigendec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ def fit_low_rank(
     *,
     rank: int | None = None,
     affine: bool = False,
+    judge: int | None = None,
 ) -> tuple[Repair, Fit, RankChoice]:
     """Fit the operator of one span.
 
@@ -79,13 +80,14 @@ def fit_low_rank(
     rank
         r; None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
         most C / 2: from there on a dense W is as small.
-    affine
-        Fit a bias too.
+    affine, judge
+        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
 
     Returns
     -------
     repair, fit, choice
-        ``repair.low_rank`` is (U, V); ``fit`` describes the full-rank solution it is cut from.
+        ``repair.low_rank`` is (U, V); ``fit`` describes the full-rank solution it is cut from, but
+        for its residual and R2 over all channels, which are those of the rank taken.
 
     Raises
     ------
@@ -101,38 +103,43 @@ def fit_low_rank(
             "operator.name=ghost has full rank."
         )
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].gram_ZZ.device)
-    _, _, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine)
+    _, _, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine, judge=judge)
     changes = [retarget(fold, eye_CC) for fold in folds]
     total = add_all(changes)
+    judging = changes if judge is None else [changes[judge]]
+    seen = total if judge is None else total - changes[judge]
     if isinstance(ridge, AbsoluteRidge):
         penalty_C = torch.full_like(total.sum_z_Z, ridge.absolute)
     else:
-        penalty_C = fit.relative_ridge * ridge_scale(total.gram_ZZ)
+        penalty_C = fit.relative_ridge * ridge_scale(seen.gram_ZZ)
 
-    unexplained = 0.0
+    unexplained = cut = 0.0
     explained_C = torch.zeros_like(total.sumsq_y_C)
-    for change in changes:
+    for change in judging:
         training = total - change
         map_CC, vectors_CC = _leading(span, training, penalty_C, affine=affine)
         held_out = about(change, training) if affine else change
         unexplained += float(held_out.sumsq_y_C.sum())
+        cut += float(change.sumsq_y_C.sum())
         gain_CC = 2 * held_out.cross_ZC - held_out.gram_ZZ @ map_CC
         explained_C += ((map_CC @ vectors_CC) * (gain_CC @ vectors_CC)).sum(0)
     explained_R = torch.cat((explained_C.new_zeros(1), explained_C.cumsum(0)))
-    cut = float(total.sumsq_y_C.sum())
     residual_R = (unexplained - explained_R) / (cut if cut > 0 else 1.0)
     if rank is None:
         good = torch.nonzero(residual_R <= (1 + RANK_TOLERANCE) * residual_R.min())
         rank = min(max(1, int(good[0])), max(1, width // 2))
 
-    map_CC, vectors_CC = _leading(span, total, penalty_C, affine=affine)
+    map_CC, vectors_CC = _leading(span, seen, penalty_C, affine=affine)
     v_Cr = vectors_CC[:, :rank]
     u_Cr = map_CC @ v_Cr
     bias_C = None
     if affine:
-        left_C = total.sum_y_C - v_Cr @ (u_Cr.T @ total.sum_z_Z)
-        bias_C = left_C / total.sum_weights_1
+        left_C = seen.sum_y_C - v_Cr @ (u_Cr.T @ seen.sum_z_Z)
+        bias_C = left_C / seen.sum_weights_1
     repair = Repair(low_rank=(u_Cr, v_Cr.T.contiguous()), bias_C=bias_C)
+    residual = float(residual_R[rank])
+    unexplained_share = (1 - fit.r2) * (residual / fit.residual if fit.residual > 0 else 1.0)
+    fit = replace(fit, residual=residual, r2=1 - unexplained_share)
     return repair, fit, RankChoice(rank, tuple(residual_R.tolist()))
 
 

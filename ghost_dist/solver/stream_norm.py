@@ -22,6 +22,7 @@ def fit_stream_norm(
     ridge: str | RelativeRidge | AbsoluteRidge,
     *,
     affine: bool = False,
+    judge: int | None = None,
     norm_eps: float = 0.0,
 ) -> tuple[Repair, Fit]:
     """Fit (W, N), shrunk to (I, 0).
@@ -35,8 +36,8 @@ def fit_stream_norm(
     ridge
         As for ``ghost``; relative to the median diagonal of x's and of rmsnorm(x)'s gram, each
         for itself, because their scales differ by the norm of the stream.
-    affine
-        Fit a bias too.
+    affine, judge
+        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
     norm_eps
         Of the rmsnorm behind the moments; goes into the repair.
 
@@ -54,7 +55,7 @@ def fit_stream_norm(
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
     prior_ZC = torch.cat((eye_CC, torch.zeros_like(eye_CC)))
     map_ZC, bias_C, fit = fit_least_squares(
-        span, folds, prior_ZC, ridge, blocks=(width, width), affine=affine
+        span, folds, prior_ZC, ridge, blocks=(width, width), affine=affine, judge=judge
     )
     repair = Repair(
         weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C, norm_eps=norm_eps

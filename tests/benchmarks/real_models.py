@@ -156,7 +156,7 @@ def table(results) -> str:
             cells += ["-"] * (len(titles) - len(cells))
             reasons.append(f"- {remove} layers, {operator}: {row['refused']}")
         else:
-            kl = row["kl_on_calibration"]
+            kl = row["kl"]
             cells += [f"{row['perplexity'][name]:.2f}" for name in dense]
             cells += ["-" if kl is None else f"{kl:.3f}", f"{row['parameters']:,}"]
             cells.append(f"{row['added_flops'] / 1e6:.2f}")

@@ -112,7 +112,7 @@ def measure(shared, span, folder, model, device):
     for operator in COLUMNS:
         solver = solvers.get(operator, solvers["others"])
         candidate = Candidate(operator, ridge=AbsoluteRidge(absolute=1e-6))
-        operators = {s: solver.fit(candidate, s)[0] for s in spans}
+        operators = {s: solver.fit(candidate, s).repair for s in spans}
         with as_recovered(model, inputs.architecture, spans, operators):
             for text, windows in inputs.evaluation.items():
                 yield text, operator, perplexity(model, windows, batch=2, device=device).value

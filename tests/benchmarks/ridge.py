@@ -128,7 +128,7 @@ def row(arguments, ratio, folder, model, device, quiet):
         def with_ridge(ridge):
             try:
                 candidate = Candidate("ghost", ridge=ridge)
-                return measure({s: solver().fit(candidate, s)[0] for s in spans})
+                return measure({s: solver().fit(candidate, s).repair for s in spans})
             except SingularGramError:
                 return float("nan")
 

@@ -82,7 +82,7 @@ CHOOSING = {
     "operator__choose": "kl",
     "calibration__windows": 24,
 }
-"""Every path: candidates with shifted ridges, two judges, joint fits, the boundary again."""
+"""Every path: candidates with shifted ridges, two judges, joint fits, the plain cut."""
 
 
 def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkeypatch):

@@ -35,7 +35,14 @@ def events(run, name):
     "fields",
     [
         {"operator__name": "ghost"},
-        {"operator__name": "auto", "operator__choose": "kl", "selection__spans": [[2, 4], [6, 8]]},
+        {
+            "operator__name": "auto",
+            "operator__choose": "kl",
+            "operator__features": "auto",
+            "selection__spans": None,
+            "selection__remove": 3,
+        },
+        {"operator__name": "ghost", "operator__choose": "kl", "operator__features": "auto"},
         {"operator__name": "fold", "selection__spans": None, "selection__remove": 3},
         {"operator__name": "none", "selection__spans": [[0, 2]]},
         {"operator__name": "low-rank", "operator__rank": 8, "operator__affine": True},
@@ -46,7 +53,7 @@ def test_a_streamed_run_ends_as_a_resident_one(make_config, text_file, tmp_path,
     results = {}
     for kind in ("resident", "streaming"):
         config = make_config(
-            **{**fields, "operator__features": "stream"},
+            **fields,
             engine__kind=kind,
             evaluation__corpora={"a": str(text_file), "b": str(text_file)},
             evaluation__windows=3,
@@ -207,7 +214,6 @@ def test_streams_that_do_not_fit_on_the_disk_are_refused_before_work(make_config
         ({"operator.heal": True}, "operator.heal=true runs the whole model again and again"),
         ({"operator.refit": "sequential"}, "operator.refit=sequential runs the whole model"),
         ({"refine.steps": 10}, "refine.steps=10 runs the whole model"),
-        ({"operator.features": "stream+norm"}, "operator.features=stream.norm with"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(fields, message):

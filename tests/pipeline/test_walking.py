@@ -28,6 +28,7 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
             spans=spans,
             operators=dict(operators),
             fold_of_window=folds,
+            judge=max(folds),
             refittable=frozenset(
                 layer for layer in architecture.down_projections if adds_mlp_output(decoder, layer)
             ),
@@ -161,92 +162,52 @@ def a_repair(seed, inner=None):
     return Repair(weight_CC.double(), down_FC=down_FC)
 
 
-@pytest.mark.parametrize("keep_down", [False, True])
-@pytest.mark.parametrize("base", ["dense", "recovered"])
 @pytest.mark.parametrize(
     ("kind", "weighting"), [("stream", "inverse-norm"), ("stream+norm", "none"), ("joint", "none")]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt"])
-def test_sums_of_a_refit(loaded, family, kind, weighting, base, keep_down):
-    """A later span is fitted on the stream asked for, from the layer before it as asked for."""
+def test_sums_of_a_refit(loaded, family, kind, weighting):
+    """A later span is fitted on the recovered stream; the layer before it is the dense one."""
     model, architecture = loaded(family)
     spans = CUTS["two"]
     first, second = spans
     operators = random_repairs("ghost-joint", spans, architecture)
-    noting = Noting(a_repair(1))
-    refit = Refit(SampleKind(kind, weighting), noting, base, keep_down)
+    noting = Noting(a_repair(1, inner=operators[second].down_FC.shape[0]))
+    refits = {second: Refit(SampleKind(kind, weighting), noting)}
     before = weights_of(model)
-    walk, _ = walked(model, architecture, spans, operators, refits={second: [refit]})
+    walk, _ = walked(model, architecture, spans, operators, refits=refits)
     assert_untouched(model, before)
     y = streams(model, architecture, second.stop)
-    cut = ((first,), {first: operators[first]}) if base == "recovered" else ((), {})
-    layer = second.start - 1
-    kept = {layer: operators[second].down_FC} if keep_down else {}
-    with as_recovered(model, architecture, *cut, kept):
+    with as_recovered(model, architecture, (first,), {first: operators[first]}):
         x = streams(model, architecture, second.start)
-        h, product = through_down(model, architecture, layer)
+        h, product = through_down(model, architecture, second.start - 1)
     assert_sums(noting.folds, kind, weighting, x, h, product, y, architecture.norm_eps)
     # What follows is done with the new repair.
-    found = walk.operators[second]
-    assert found.weight_CC is noting.repair.weight_CC
-    assert found.down_FC is (operators[second].down_FC if keep_down else None)
-    assert walk.operators[first] is operators[first]
+    assert walk.operators == {first: operators[first], second: noting.repair}
     assert walk.fits == {second: None}
     with as_recovered(model, architecture, spans, walk.operators):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, second.stop))
 
 
-def test_a_second_refit_sees_the_first(loaded):
-    """The boundary is fitted again behind the down_proj that the joint fit has just found."""
-    model, architecture = loaded("llama")
-    spans = CUTS["two"]
-    first, second = spans
-    operators = random_repairs("ghost-joint", spans, architecture)
-    joint, again = Noting(a_repair(1, inner=96)), Noting(a_repair(2))
-    refits = [
-        Refit(SampleKind("joint"), joint, "recovered", keep_down=False),
-        Refit(SampleKind("stream+norm"), again, "recovered", keep_down=True),
-    ]
-    walk, _ = walked(model, architecture, spans, operators, refits={second: refits})
-    y = streams(model, architecture, second.stop)
-    alone = ((first,), {first: operators[first]})
-    for noting, kind, kept in (
-        (joint, "joint", {}),
-        (again, "stream+norm", {2: joint.repair.down_FC}),
-    ):
-        with as_recovered(model, architecture, *alone, kept):
-            x = streams(model, architecture, second.start)
-            parts = through_down(model, architecture, 2)
-        assert_sums(noting.folds, kind, "none", x, *parts, y, architecture.norm_eps)
-    assert walk.operators[second].weight_CC is again.repair.weight_CC
-    assert walk.operators[second].down_FC is joint.repair.down_FC
-
-
-def test_refits_of_a_first_span_and_of_the_one_behind_it(loaded):
-    """A span at layer 0 has no layer before it; the next one is fitted on what it makes."""
+def test_a_refit_behind_a_span_at_the_first_layer(loaded):
     model, architecture = loaded("llama")
     spans = first, second = (Span(0, 2), Span(3, 6))
-    notes = {first: Noting(a_repair(1)), second: Noting(a_repair(2, inner=96))}
-    refits = {
-        first: [Refit(SampleKind("stream"), notes[first], "dense", keep_down=True)],
-        second: [Refit(SampleKind("joint"), notes[second], "recovered", keep_down=False)],
-    }
-    plain = {span: Repair() for span in spans}
-    walk, passed = walked(model, architecture, spans, plain, refits=refits)
+    operators = {first: a_repair(1), second: Repair()}
+    noting = Noting(a_repair(2, inner=96))
+    refits = {second: Refit(SampleKind("joint"), noting)}
+    walk, passed = walked(model, architecture, spans, operators, refits=refits)
     assert passed == 6
-    x = streams(model, architecture, 0)
-    y = streams(model, architecture, 2)
-    assert_sums(notes[first].folds, "stream", "none", x, x, x, y, architecture.norm_eps)
     y = streams(model, architecture, 6)
-    with as_recovered(model, architecture, (first,), {first: notes[first].repair}):
+    with as_recovered(model, architecture, (first,), {first: operators[first]}):
         x, parts = streams(model, architecture, 3), through_down(model, architecture, 2)
-    assert_sums(notes[second].folds, "joint", "none", x, *parts, y, architecture.norm_eps)
+    assert_sums(noting.folds, "joint", "none", x, *parts, y, architecture.norm_eps)
     with as_recovered(model, architecture, spans, walk.operators):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
 
 
 MANY = random_tokens(rows=72, length=32, seed=1)
 MANY_FOLDS = [window % 3 for window in range(len(MANY))]
+FITTED = torch.tensor([fold < 2 for fold in MANY_FOLDS])
 FRESH = random_tokens(rows=8, length=32, seed=2)
 
 
@@ -261,7 +222,8 @@ def ridge_by_hand(h, y, down_FC, relative_ridge):
 
 
 def test_healing(loaded):
-    """Healed down_projs bring fresh tokens nearer to the dense model, each the least squares."""
+    """Healed down_projs bring fresh tokens nearer to the dense model, each the least squares on
+    all windows but those of the judge, which say how well it does."""
     model, architecture = loaded("llama")
     spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
     before = weights_of(model)
@@ -287,7 +249,11 @@ def test_healing(loaded):
             x = streams(model, architecture, layer + 1, MANY)
             h, product = through_down(model, architecture, layer, MANY)
         down_FC = model.model.layers[layer].mlp.down_proj.weight.T.double()
-        expected = ridge_by_hand(h, y - (x - product), down_FC, row["relative_ridge"])
+        left = y - (x - product)
+        expected = ridge_by_hand(h[FITTED], left[FITTED], down_FC, row["relative_ridge"])
+        h, left = h[~FITTED].double(), left[~FITTED].double()
+        error, cut = (left - h @ expected).square().sum(), (left - h @ down_FC).square().sum()
+        assert row["residual"] == pytest.approx(float(error / cut), rel=1e-3)
         assert_close(walk.healed[layer], expected, 1e-3)
         assert (expected - down_FC).norm() > 0.05 * down_FC.norm()
 

@@ -20,6 +20,7 @@ from families import (
 )
 from rich.console import Console
 
+from ghost_dist.calibration.split import NotHeldOutError
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import RefineConfig
 from ghost_dist.errors import ConfigError
@@ -78,6 +79,7 @@ def run(model, architecture, spans, operators, folder, *, config=None, **argumen
         operators,
         arguments.pop("healed"),
         arguments.pop("tokens", TOKENS).numpy().astype(np.int32),
+        arguments.pop("fitted_on", []),
         arguments.pop("held_out", HELD_OUT),
         RefineConfig(**given),
         device=CPU,
@@ -411,6 +413,14 @@ def test_bad_input(loaded, tmp_path):
         run(model, architecture, spans, operators, tmp_path, held_out=[])
     with pytest.raises(ConfigError, match=r"loss=hidden.*refine\.loss=kl"):
         run(model, architecture, spans, operators, tmp_path, config={"loss": "hidden"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_form_that_has_seen_the_held_out_windows_is_refused(loaded, tmp_path):
+    model, architecture = loaded("llama")
+    spans = CUTS["middle"]
+    with pytest.raises(NotHeldOutError, match=r"judged by \[6, 10\], which it was fitted on"):
+        run(model, architecture, spans, identities(spans), tmp_path, fitted_on=range(5, 12))
     assert not list(tmp_path.iterdir())
 
 

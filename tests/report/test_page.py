@@ -78,8 +78,8 @@ def test_ridge_beside_that_of_least_residual_keeps_the_whole_curve(made_runs):
     store = StatisticsStore.open(run / "statistics.zarr")
     solver = Solver(inputs, spans, store, load_windows(run / "tokens.safetensors"), quiet)
     candidate = candidates_of(config.operator, spans, inputs.refittable)[0]
-    _, shifted = solver.fit(replace(candidate, shift=0.25), spans[0])
-    _, plain = solver.fit(candidate, spans[0])
+    shifted = solver.fit(replace(candidate, shift=0.25), spans[0]).fit
+    plain = solver.fit(candidate, spans[0]).fit
     assert shifted.relative_ridge == pytest.approx(plain.relative_ridge * 10**0.25)
     assert len(shifted.ridge_curve) == len(plain.ridge_curve) + 1 >= 10
     assert set(plain.ridge_curve) < set(shifted.ridge_curve)

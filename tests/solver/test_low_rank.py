@@ -7,6 +7,7 @@ import torch
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.config import AbsoluteRidge
 from ghost_dist.errors import ConfigError
+from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.low_rank import fit_low_rank
 
 T, C, FOLDS = 240, 12, 4
@@ -92,7 +93,13 @@ def test_held_out_residuals_of_every_rank_against_rows(rows, affine):
             total += (left**2).sum()
         cut = float(change.square().sum())
         assert choice.residuals[rank] == pytest.approx(total / cut, rel=1e-7)
-    assert choice.residuals[C] == pytest.approx(fit.residual, rel=1e-8)
+    _, full = fit_ghost("[1, 3)", folds, NO_RIDGE, affine=affine)
+    assert choice.residuals[C] == pytest.approx(full.residual, rel=1e-8)
+    # What is reported is the operator of the rank that was taken.
+    assert 0 < choice.rank < C
+    assert fit.residual == choice.residuals[choice.rank] != full.residual
+    variance = float((y - y.mean(0)).square().sum())
+    assert fit.r2 == pytest.approx(1 - fit.residual * cut / variance, rel=1e-8)
 
 
 def test_affine_bias_is_the_mean_left_over(rows):
