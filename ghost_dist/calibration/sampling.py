@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,9 +33,10 @@ from ghost_dist.calibration.packing import (
 )
 from ghost_dist.errors import CalibrationError
 
-_WHOLE = 32  # characters a token: about eight times what is needed, and 2 MB of 65,536 tokens
-_ROOM = 16  # characters a token that every place leaves for its window
-_LONGEST_LINE = 1 << 12  # characters; in a longer one the window begins amid the line
+# Characters for each token; four to five are usual.
+_WHOLE = 24  # of all windows: so the whole is a few times them, 1.6 MB of 65,536 tokens
+_ROOM = 16  # that a place leaves for its window
+_LONGEST_LINE = 8  # of a window; in a longer line it begins amid the line
 _LEAST_GROWTH = 1 << 12
 
 
@@ -81,23 +82,13 @@ def spread_tokens(
                 return _cut(stream, windows, window_length, seed)
         text = replace(text, files=4 * text.files)
     del kept
-    places = _places(size, windows, _ROOM * window_length, seed)
     report = Reports(needed, on_progress)
-    rows = []
-    with text.opened() as (corpus, pieces):
-        reader = _Reader(pieces)
-        for place, stop in itertools.pairwise([*places, size]):
-            lines = reader.lines(place, stop)
-            row = text.pack(corpus, lines, needed=window_length, least_growth=_LEAST_GROWTH)
-            if len(row) < window_length:
-                raise CalibrationError(
-                    f"{source} gives {len(row)} tokens in the {stop - place:,} characters behind "
-                    f"the first {place / size:.0%} of it; a window needs {window_length}. Take out "
-                    "what is not text, or set calibration.sampling=beginning."
-                )
-            rows.append(row)
-            report(len(rows) / windows)
-    return np.concatenate(rows)
+    try:
+        places = _places(size, windows, _ROOM * window_length, seed)
+        return text.windows_at(places, size, window_length, report)
+    except CalibrationError:  # of the little that is left behind one of the places, perhaps
+        places = [number * size // windows for number in range(windows)]
+        return text.windows_at(places, size, window_length, report)
 
 
 @dataclass(frozen=True)
@@ -128,6 +119,27 @@ class _Text:
             special_tokens=self.special_tokens,
             **options,
         )
+
+    def windows_at(
+        self, places: Sequence[int], size: int, window_length: int, report: Reports
+    ) -> TokenArray:
+        """A window behind each place, none reaching over the next; ``size`` is the last's end."""
+        rows: list[TokenArray] = []
+        with self.opened() as (corpus, pieces):
+            reader = _Reader(pieces)
+            for place, stop in itertools.pairwise([*places, size]):
+                lines = reader.lines(place, stop, _LONGEST_LINE * window_length)
+                row = self.pack(corpus, lines, needed=window_length, least_growth=_LEAST_GROWTH)
+                if len(row) < window_length:
+                    raise CalibrationError(
+                        f"{self.source} gives {len(row)} tokens in the {stop - place:,} characters "
+                        f"behind the first {place / size:.0%} of it; a window needs "
+                        f"{window_length}. Take out what is not text, or set "
+                        "calibration.sampling=beginning."
+                    )
+                rows.append(row)
+                report(len(rows) / len(places))
+        return np.concatenate(rows)
 
 
 def _places(size: int, windows: int, room: int, seed: int) -> list[int]:
@@ -163,7 +175,7 @@ class _Reader:
         self._piece = Piece("", special=False)  # what is left of the present one
         self._place = 0  # characters before it
 
-    def lines(self, place: int, stop: int) -> Iterator[Piece]:
+    def lines(self, place: int, stop: int, longest: int) -> Iterator[Piece]:
         """What is before ``stop``, from the first line on that begins behind ``place``."""
         for _ in self._until(place):
             pass
@@ -171,7 +183,7 @@ class _Reader:
         held: list[Piece] = []
         passed = 0
         for piece in pieces:
-            end = piece.text.find("\n", 0, _LONGEST_LINE - passed) + 1
+            end = piece.text.find("\n", 0, longest - passed) + 1
             if held and piece.special:  # the next document begins here
                 held = [piece]
                 break
@@ -180,7 +192,7 @@ class _Reader:
                 break
             held.append(piece)
             passed += len(piece.text)
-            if passed >= _LONGEST_LINE:
+            if passed >= longest:
                 break
         yield from held
         yield from pieces

@@ -15,7 +15,7 @@ from ghost_dist.calibration.corpora import open_corpus
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.errors import CalibrationError
 
-WINDOWS, LENGTH = 12, 16  # 192 tokens; a text of more than 6,144 characters is not tokenised whole
+WINDOWS, LENGTH = 12, 16  # 192 tokens; a text of more than 4,608 characters is not tokenised whole
 
 
 class Counting:
@@ -212,6 +212,18 @@ def test_a_stretch_of_few_tokens_is_refused(build, lines, tokenizer, tmp_path):
     with pytest.raises(CalibrationError, match=message + ".*calibration.sampling=beginning"):
         build("a.txt", window_length=1200)
     build("a.txt", window_length=1200, sampling="beginning")
+
+
+def test_a_last_window_that_does_not_fit_begins_where_its_stretch_does(build, lines, tmp_path):
+    """The end of the text is a long run that is few tokens; before it there is enough."""
+    text = "\n".join(lines[:2000])  # 52,000 characters: stretches of 4,400 or so
+    (tmp_path / "a.txt").write_text(text + "=" * 1500)
+    found = set()
+    for seed in range(12):
+        tokens = build("a.txt", seed=seed, window_length=150)
+        assert tokens.shape == (WINDOWS, 150)
+        found.add(tuple(tokens[0][:8]))
+    assert 1 < len(found) < 12  # some seeds had to begin with their stretches
 
 
 @pytest.mark.parametrize("size", [1, 200])
