@@ -13,10 +13,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span, check_spans, parse_spans
@@ -169,6 +178,27 @@ class AbsoluteRidge(_Section):
     absolute: float = Field(ge=0, allow_inf_nan=False)
 
 
+def _kind_of_ridge(value: Any) -> str | None:
+    """Which of the three a value means, so that a mistake in it is told once."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, Mapping):
+        return "AbsoluteRidge" if "absolute" in value else "RelativeRidge"
+    return type(value).__name__ if isinstance(value, RelativeRidge | AbsoluteRidge) else None
+
+
+Ridge = Annotated[
+    Annotated[Literal["auto"], Tag("auto")]
+    | Annotated[RelativeRidge, Tag("RelativeRidge")]
+    | Annotated[AbsoluteRidge, Tag("AbsoluteRidge")],
+    Discriminator(
+        _kind_of_ridge,
+        custom_error_type="ridge",
+        custom_error_message="expected auto, {relative: 0.1} or {absolute: 1e-6}",
+    ),
+]
+
+
 class OperatorConfig(_Section):
     """What takes the place of the removed layers."""
 
@@ -177,7 +207,7 @@ class OperatorConfig(_Section):
     does not allow them) and none; ghost: x -> x W (the paper); ghost-joint: that and a new
     down_proj before the gap; fold, replaceme: only that; low-rank: x -> x + x U V; linear-patch,
     linear-patch-hadamard: a diagonal; none: cut only."""
-    ridge: Literal["auto"] | RelativeRidge | AbsoluteRidge = "auto"
+    ridge: Ridge = "auto"
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
@@ -496,17 +526,39 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
             raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
         tree = loaded
     for key, value in overrides.items():
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"{key}: {parent} is a value, not a section.")
-            node = child
-        node[leaf] = value
-    return config_from_tree(tree)
+        set_field(tree, key, value)
+    try:
+        return config_from_tree(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}" if path is not None else str(error)) from None
+
+
+def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Lay ``section.field`` on nested dictionaries.
+
+    What is below a field takes the place of the whole field: ``operator.ridge.relative`` that of
+    ``{absolute: 1e-6}``. Only where a field holds names (``evaluation.corpora``) one is added.
+
+    Raises
+    ------
+    ConfigError
+        If the section holds a value and no fields.
+    """
+    section, *path = key.split(".")
+    if not path:
+        tree[section] = value
+        return
+    field, *below = path
+    fields = tree.get(section) or {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{key}: {section} holds {fields!r}, expected fields, such as {field}.")
+    for part in reversed(below):
+        value = {part: value}
+    known = _model_at([section])
+    info = known.model_fields.get(field) if known else None
+    if below and info is not None and get_origin(info.annotation) is dict:
+        value = {**(fields.get(field) or {}), **value}
+    tree[section] = {**fields, field: value}
 
 
 def parse_set(assignment: str) -> tuple[str, Any]:
@@ -545,6 +597,12 @@ def config_tree(config: Config) -> dict[str, Any]:
     spans = config.selection.spans
     tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
     return tree
+
+
+def config_yaml(config: Config) -> bytes:
+    """``config`` as YAML, as :func:`load_config` reads it back."""
+    text: str = yaml.dump(config_tree(config), Dumper=_YamlDumper, sort_keys=False)
+    return text.encode()
 
 
 def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
@@ -594,6 +652,10 @@ class _YamlLoader(yaml.SafeLoader):
     """
 
 
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes what :class:`_YamlLoader` would take for a number."""
+
+
 _NUMBERS = {
     "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan",
     "int": r"[-+]?\d+",
@@ -603,45 +665,72 @@ _YamlLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _NUMBERS.items():
-    _YamlLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
-    )
+    for _class in (_YamlLoader, _YamlDumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
+        )
 
 
 def _describe(error: ValidationError) -> str:
-    lines = []
+    lines: list[str] = []
+    expected: dict[str, tuple[Any, list[str]]] = {}  # a field may be one of several things
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
-        where = ".".join(location)
+        where = ".".join(part for part in location if not _ALTERNATIVE.match(part))
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+            model = _model_at(location[:-1])
+            known = list(model.model_fields) if model else []
+            near = _nearest(location[-1], known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
             lines.append(f"Unknown configuration key {where}: {hint}")
         elif item["type"] == "missing":
             hint = _ARGUMENTS.get(where, "")
             lines.append(f"Configuration field {where} is missing{hint}.")
-        elif item["type"] == "literal_error" and isinstance(item["input"], str):
-            allowed = str(item.get("ctx", {}).get("expected", ""))
-            words = [word.strip("' ") for word in allowed.replace(" or ", ",").split(",")]
-            near = difflib.get_close_matches(item["input"], words, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            lines.append(f"{where}: got {item['input']!r}, expected {allowed}.{hint}")
+        elif not where:  # of several sections
+            lines.append(f"{message}.")
+        elif message.startswith("Input should be "):
+            words = expected.setdefault(where, (item["input"], []))[1]
+            words.append(_PYDANTICS.sub("", message).replace("valid tuple", "list"))
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            if not where:  # of several sections
-                lines.append(f"{message}.")
-                continue
             lines.append(f"{where}: {message} (got {item['input']!r}).")
+    for where, (got, words) in expected.items():
+        allowed = " or ".join(words)
+        near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
+        hint = f" Did you mean {near}?" if near else ""
+        lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _known_keys(parents: Sequence[str]) -> list[str]:
+_ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto|\w+Ridge)$")
+"""Parts of a place that pydantic names after the kinds of value that a field may have."""
+
+
+_PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
+"""Words of its messages that say nothing to a user."""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
+
+
+def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
+    """The section, or what is in one, at a place of the configuration."""
     model: type[BaseModel] = Config
-    for parent in parents:
-        field = model.model_fields.get(parent)
-        annotation = field.annotation if field is not None else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+    for part in place:
+        if part in _RIDGES:
+            model = _RIDGES[part]
+        elif not _ALTERNATIVE.match(part):
+            field = model.model_fields.get(part)
+            annotation = field.annotation if field is not None else None
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+            elif part != "ridge":
+                return None
+    return model
+
+
+_RIDGES: dict[str, type[BaseModel]] = {
+    "RelativeRidge": RelativeRidge,
+    "AbsoluteRidge": AbsoluteRidge,
+}

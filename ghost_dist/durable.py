@@ -7,10 +7,11 @@ name in the same folder, fsynced, renamed, and the folder fsynced.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Create or replace ``path`` with a JSON object and its own sha256."""
+    write_json(path, {**value, "sha256": hashlib.sha256(json_bytes(value)).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_sealed` wrote; None if it is absent or not as it was written."""
+    try:
+        tree = json.loads(path.read_bytes())
+        digest = tree.pop("sha256")
+        return tree if hashlib.sha256(json_bytes(tree)).hexdigest() == digest else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
 def create_bytes(path: Path, content: bytes) -> bool:
     """Create ``path`` only if it does not exist; True if this call created it.
 
@@ -62,6 +78,14 @@ def create_bytes(path: Path, content: bytes) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def sweep_partial(folder: Path) -> int:
+    """Remove what killed writers left in a folder that nobody writes to; returns how many."""
+    left = list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -9,24 +9,22 @@ written last, so a stage killed half way is simply run again.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from ghost_dist.config import (
     MAY_DIFFER,
     Config,
-    config_from_tree,
     config_tree,
+    config_yaml,
     differing_fields,
+    load_config,
 )
-from ghost_dist.durable import create_bytes, write_json
-from ghost_dist.errors import RunFolderError, RunMismatchError
+from ghost_dist.durable import create_bytes, read_sealed, sweep_partial, write_sealed
+from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
 
 class RunFolder:
@@ -61,14 +59,17 @@ class RunFolder:
         RunFolderError
             If there is none.
         """
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise RunFolderError(f"{path} is not a RUN folder: there is no {file}.")
         try:
-            tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            return load_config(file, {"output.path": str(path)})  # the folder may have been moved
+        except ConfigError as error:
             raise RunFolderError(
-                f"{path} is not a RUN folder: its config.yaml cannot be read ({error})."
+                f"The configuration of the run in {path} is damaged, or of another version of "
+                f"ghost_dist: {error}\nMend {file}; or remove it and run recover with the whole "
+                f"configuration and --out {path}, which keeps what is finished."
             ) from error
-        tree["output"]["path"] = str(path)  # the folder may have been moved
-        return config_from_tree(tree)
 
     def __enter__(self) -> RunFolder:
         try:
@@ -76,14 +77,15 @@ class RunFolder:
             self.operators.mkdir(exist_ok=True)
             self._stages.mkdir(exist_ok=True)
             self._check_config()
-        except RunFolderError:
+            for folder in (self.path, self._stages, self.operators, self.operators / "refined"):
+                sweep_partial(folder)
+        except BaseException as error:
             self._release()
-            raise
-        except OSError as error:
-            self._release()
+            if not isinstance(error, OSError):
+                raise
             raise RunFolderError(
-                f"The output folder {self.path} cannot be used: {error.strerror or error}. "
-                "Choose another one with --out."
+                f"The output folder {self.path} cannot be used: {error.strerror or error}. Mend "
+                "that and run the same command again, or choose another folder with --out."
             ) from error
         return self
 
@@ -100,8 +102,7 @@ class RunFolder:
 
         Before that nothing is bound, so a mistake can be corrected under the same ``--out``.
         """
-        text = yaml.safe_dump(config_tree(self.config), sort_keys=False)
-        create_bytes(self.path / "config.yaml", text.encode())
+        create_bytes(self.path / "config.yaml", config_yaml(self.config))
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
@@ -115,18 +116,14 @@ class RunFolder:
 
     def finish(self, stage: str, inputs: str, outputs: Mapping[str, Any]) -> None:
         """Record that a stage is done; its output files must be on the disk already."""
-        write_json(self._stages / f"{stage}.json", {"inputs": inputs, "outputs": dict(outputs)})
+        write_sealed(self._stages / f"{stage}.json", {"inputs": inputs, "outputs": dict(outputs)})
 
     def forget(self, stage: str) -> None:
         """Make a stage run again."""
         (self._stages / f"{stage}.json").unlink(missing_ok=True)
 
     def _read(self, stage: str) -> dict[str, Any]:
-        try:
-            record = json.loads((self._stages / f"{stage}.json").read_bytes())
-        except (OSError, ValueError):
-            return {}  # never finished, or cut short by a failing disk: the stage is run again
-        return record if isinstance(record, dict) else {}
+        return read_record(self.path, stage)
 
     def _take(self) -> None:
         fresh = not self.path.exists() or not any(self.path.iterdir())
@@ -166,3 +163,11 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def read_record(path: Path, stage: str) -> dict[str, Any]:
+    """The record of a stage: ``inputs`` and ``outputs``; empty if it never finished.
+
+    A damaged one is as none: the stage is run again.
+    """
+    return read_sealed(path / "stages" / f"{stage}.json") or {}

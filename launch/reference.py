@@ -79,7 +79,7 @@ def _kinds(annotation: Any, limits: Sequence[Any] = ()) -> Iterator[str]:
         yield from (f"`{value}`" for value in get_args(annotation))
     elif hasattr(annotation, "__metadata__"):
         (info,) = annotation.__metadata__
-        yield from _kinds(annotation.__origin__, info.metadata)
+        yield from _kinds(annotation.__origin__, getattr(info, "metadata", ()))
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         (name,) = annotation.model_fields
         yield f"`{{{name}: number}}`"

@@ -5,8 +5,10 @@ import yaml
 
 from ghost_dist.config import (
     AbsoluteRidge,
+    RelativeRidge,
     config_from_tree,
     config_tree,
+    config_yaml,
     decisive_tree,
     differing_fields,
     fingerprint,
@@ -122,3 +124,54 @@ def test_a_reduction_needs_replicas():
     # Which bits come out depends on it, so a run is not continued under the other.
     ordered = load_config(None, {**MINIMAL, "engine.replicas": 2})
     assert decisive_tree(config) != decisive_tree(ordered)
+
+
+@pytest.mark.parametrize("before", ["auto", {"absolute": 1e-6}, None])
+def test_what_is_below_a_field_takes_its_place(before):
+    changes = {} if before is None else {"operator.ridge": before}
+    config = load_config(None, {**MINIMAL, **changes, "operator.ridge.relative": 0.1})
+    assert config.operator.ridge == RelativeRidge(relative=0.1)
+
+
+def test_names_are_added_to_those_of_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("evaluation: {corpora: {a: a.txt}}\n")
+    config = load_config(path, {**MINIMAL, "evaluation.corpora.b": "b.txt"})
+    assert config.evaluation.corpora == {"a": "a.txt", "b": "b.txt"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"operator.ridge.absolut": 1, "operator.ridge.absolute": 1, "operator.ridg": 1},
+            "Unknown configuration key operator.ridg: did you mean ridge?",
+        ),
+        (
+            {"operator.ridge.relative": -1},
+            "operator.ridge.relative: got -1, expected greater than 0.",
+        ),
+        (
+            {"operator.ridge": 0.1},
+            "operator.ridge: expected auto, {relative: 0.1} or {absolute: 1e-6} (got 0.1).",
+        ),
+        ({"engine.batch": "x"}, "engine.batch: got 'x', expected 'auto' or a valid integer."),
+        ({"model.path.x": 1}, "model.path: got {'x': 1}, expected a valid string."),
+        (
+            {"model": "x", "model.path": "y"},
+            "model.path: model holds 'x', expected fields, such as path.",
+        ),
+        ({"evaluation.tasks": "arc"}, "evaluation.tasks: got 'arc', expected a list."),
+    ],
+)
+def test_a_mistake_is_told_once_and_without_words_of_pydantic(changes, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {**{k: v for k, v in MINIMAL.items() if k not in changes}, **changes})
+    assert str(caught.value) == said
+
+
+def test_yaml_quotes_what_would_be_read_as_a_number():
+    config = load_config(None, {**MINIMAL, "model.revision": "12345e6", "model.path": "1e-6"})
+    tree = yaml.safe_load(config_yaml(config))
+    assert tree["model"]["revision"] == "12345e6"
+    assert parse_set(f"a.b={config_yaml(config).decode()}")[1] == config_tree(config)

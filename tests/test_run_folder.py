@@ -110,3 +110,32 @@ def test_read_only_place(tmp_path, monkeypatch):
         RunFolder(config(tmp_path / "r")),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "must hold sections"),
+        (b"[1, 2]", "must hold sections"),
+        (b"model: {", "not valid YAML"),
+        (b"\xff\xfe", "not valid YAML"),
+        (b"services: {web: {image: nginx}}\n", "Unknown configuration key services"),
+        (b"output: null\nmodel: {path: m}\nselection: 3\n", "selection: got 3"),
+        (
+            b"model: {path: m}\nselection: {remove: 3}\noperator: {hael: true}\n",
+            "did you mean heal",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_ours_is_refused_by_name(tmp_path, content, said):
+    path = tmp_path / "run"
+    with RunFolder(config(path)) as run:
+        run.begin()
+    (path / "config.yaml").write_bytes(content)
+    for use in (lambda: RunFolder.stored_config(path), RunFolder(config(path)).__enter__):
+        with pytest.raises(RunFolderError, match=f"(?s)config.yaml.*{said}.*remove it and run"):
+            use()
+    (path / "config.yaml").unlink()  # as the message says
+    with RunFolder(config(path)) as run:
+        run.begin()
+    assert RunFolder.stored_config(path) == config(path)

@@ -172,7 +172,7 @@ def load_windows(path: Path) -> TokenWindows:
     CorruptStoreError
         If the file is missing, is something else, or its tokens do not have the hash in it.
     """
-    remedy = "Delete it and run the same command again: it is built anew from the source."
+    remedy = "recover builds it anew from the source."
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ghost_dist.config import Config, config_tree
+from ghost_dist.config import Config, config_yaml
 from ghost_dist.errors import ClusterError, ConfigError
 
 _PROBE_S = 10.0
@@ -97,8 +96,7 @@ class Jobs:
                 return str(job.submission_id), False
         name = f"{_name(config.output.path)}-{len(earlier) + 1}"
         with tempfile.TemporaryDirectory() as folder:
-            text = yaml.safe_dump(config_tree(config), sort_keys=False)
-            Path(folder, "config.yaml").write_text(text, encoding="utf-8")
+            Path(folder, "config.yaml").write_bytes(config_yaml(config))
             runtime_env: dict[str, Any] = {"working_dir": folder}
             if env:
                 runtime_env["env_vars"] = dict(env)

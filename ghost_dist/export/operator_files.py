@@ -16,7 +16,7 @@ from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.spans import Span
 
-_ADVICE = "Run solve again; it needs only the stored statistics."
+_ADVICE = "ghost-dist recover RUN/config.yaml makes it again from what is stored."
 
 
 def save_operator(folder: Path, span: Span, operator: Repair) -> str:
@@ -38,7 +38,7 @@ def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Repair
     CorruptStoreError
         If the file is absent, unreadable, or not the one whose sha256 is given.
     """
-    parts, description = _load(operator_path(folder, span), sha256)
+    parts, description = read_parts(operator_path(folder, span), sha256)
     return Repair.from_parts(parts, float(description.get("norm_eps", 0.0)))
 
 
@@ -50,7 +50,7 @@ def save_healed(folder: Path, layer: int, down_FC: Tensor) -> str:
 
 def load_healed(folder: Path, layer: int, sha256: str | None = None) -> Tensor:
     """Read what :func:`save_healed` wrote; errors as for :func:`load_operator`."""
-    parts, _ = _load(healed_path(folder, layer), sha256)
+    parts, _ = read_parts(healed_path(folder, layer), sha256)
     return parts["down"]
 
 
@@ -73,7 +73,8 @@ def _save(path: Path, parts: dict[str, Tensor], description: dict[str, object]) 
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _load(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_parts(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file by name; errors as for :func:`load_operator`."""
     try:
         if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise CorruptStoreError(f"Operator {path} is not the one that was solved. {_ADVICE}")

@@ -10,10 +10,8 @@ as the last step, so a folder of that name is a whole checkpoint whatever happen
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -101,10 +99,10 @@ def export_checkpoint(
     tensors = _new_tensors(
         source, architecture, spans, operators, down_projections(operators, healed)
     )
+    partial_out = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a killed export: it takes the space
     try:
         _check_target(out, sum(tensor.nbytes for tensor in tensors))
-        partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
-        _sweep(out)
         try:
             partial_out.mkdir(parents=True)
             _write_weights(partial_out, tensors, max_shard_bytes, advance or (lambda _: None))
@@ -274,11 +272,3 @@ def _check_target(out: Path, nbytes: int) -> None:
             f"{(nbytes + _SLACK_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Nothing was "
             "written; free space or choose another place."
         )
-
-
-def _sweep(out: Path) -> None:
-    """Remove what killed exports of this folder left, unless their process still runs."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(left, ignore_errors=True)

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ghost_dist.config import Config, config_from_tree, config_tree, parse_set
+from ghost_dist.config import (
+    Config,
+    config_from_tree,
+    config_tree,
+    config_yaml,
+    parse_set,
+    set_field,
+)
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.recover import Stage, recover
@@ -57,23 +62,21 @@ def run_stage_again(
 
 def _store(path: Path, old: Config, new: Config) -> None:
     with RunFolder(old):  # nobody else works on it while its configuration is replaced
-        text = yaml.safe_dump(config_tree(new), sort_keys=False)
-        write_bytes(path / "config.yaml", text.encode())
+        write_bytes(path / "config.yaml", config_yaml(new))
 
 
 def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config:
-    tree = config_tree(stored)
+    tree, keys = config_tree(stored), []
     for assignment in assignments:
         key, value = parse_set(assignment)
-        if not key.startswith(OPEN_FIELDS[stage]) or not OPEN_FIELDS[stage]:
-            allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage]) or "nothing"
+        set_field(tree, key, value)
+        keys.append(key)
+    config = config_from_tree(tree)
+    for key in keys:
+        if not any(f"{key}.".startswith(f"{field}.") for field in OPEN_FIELDS[stage]):
+            allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage])
             raise ConfigError(
                 f"--set {key} cannot be changed with {stage}: earlier stages depend on it "
                 f"({allowed} can). Start another RUN with recover."
             )
-        section, *path = key.split(".")
-        node = tree[section]
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = value
-    return config_from_tree(tree)
+    return config

@@ -61,6 +61,11 @@ def settle(
     return replace(inputs, streaming=choice.kind == "streaming")
 
 
+def settled(run: RunFolder) -> bool:
+    """Whether the run has an engine, so that texts it will evaluate are not asked for theirs."""
+    return bool(run.outputs(_RECORD))
+
+
 def keep(inputs: RunInputs, run: RunFolder) -> None:
     """Note what :func:`settle` decided, once the folder is bound to the run."""
     kind = "streaming" if inputs.streaming else "resident"

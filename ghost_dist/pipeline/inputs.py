@@ -110,11 +110,13 @@ def open_inputs(
     reporter: Reporter,
     *,
     any_operator: bool = False,
+    evaluates: bool = True,
     worker_device: Callable[[], torch.device] | None = None,
 ) -> RunInputs:
     """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
 
-    With ``any_operator`` operators other than the configured one are going to be asked for.
+    With ``any_operator`` operators other than the configured one are going to be asked for; texts
+    and tasks of the evaluation are only opened where it ``evaluates``.
     ``worker_device`` says what other processes compute on; None: this process runs the windows.
 
     Raises
@@ -140,9 +142,10 @@ def open_inputs(
     evaluation = {
         name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)
         for name, corpus in config.evaluation.corpora.items()
+        if evaluates
     }
     tasks = open_tasks(
-        () if any_operator else config.evaluation.tasks,
+        config.evaluation.tasks if evaluates and not any_operator else (),
         num_fewshot=config.evaluation.num_fewshot,
         limit=config.evaluation.limit,
     )

@@ -17,9 +17,9 @@ from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
-from ghost_dist.pipeline.engine import keep, settle
+from ghost_dist.pipeline.engine import keep, settle, settled
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs
-from ghost_dist.pipeline.stages import STAGES, Solution, Stages
+from ghost_dist.pipeline.stages import RESULT, STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
 from ghost_dist.report.verdict import no_better_than_cut, sentences
@@ -73,7 +73,10 @@ def recover(
         reporter = Reporter(run.events, reporter.console)
         reporter.event("run-start", version=__version__)
         inputs = open_inputs(
-            config, reporter, worker_device=None if workers is None else workers.device
+            config,
+            reporter,
+            evaluates=again not in ("select", "calibrate", "solve") or not settled(run),
+            worker_device=None if workers is None else workers.device,
         )
         inputs = settle(inputs, run, reporter)
         if again is not None:
@@ -88,10 +91,12 @@ def recover(
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":
             return {"spans": [[s.start, s.stop] for s in spans]}
-        store = stages.calibrate(tokens, spans)
+        if again not in ("export", "evaluate"):  # they need operators, and those are solved
+            stages.calibrate(tokens, spans)
+        statistics = stages.statistics(tokens, spans)
         if again == "calibrate":
-            return {"ranges": len(store.plan.ranges)}
-        solution = stages.solve(tokens, spans, store)
+            return {"ranges": len(statistics.ranges)}
+        solution = stages.solve(tokens, spans)
         candidates = solution.record["candidates"]
         for said in sentences(no_better_than_cut(candidates, {}), solution.operator):
             reporter.warn(said)
@@ -100,9 +105,9 @@ def recover(
         solution = stages.refine(tokens, spans, solution)
         stages.export(spans, solution)
         evaluation = stages.evaluate(spans, solution)
-        result = _result(inputs, run, spans, solution, evaluation, store.plan_fingerprint)
+        result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)
         content = json_bytes(result)
-        write_bytes(run.checkpoint / "result.json", content)
+        write_bytes(run.checkpoint / RESULT, content)
         write_bytes(run.result, content)
         card = model_card(inputs.source, config, spans, stages.exported_operators(solution), result)
         write_bytes(run.checkpoint / CARD, card.encode())

@@ -41,7 +41,7 @@ from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.collect import SampleKind
-from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
 HELD_OUT_TOKENS = 4096
@@ -382,7 +382,7 @@ def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
 
 
 def check_store(
-    store: StatisticsStore,
+    plan: StatisticsPlan,
     candidates: Sequence[Candidate],
     spans: Sequence[Span],
     inputs: RunInputs,
@@ -395,8 +395,8 @@ def check_store(
         Saying which stage to run again, with which option.
     """
     for span, kind in samples_of(candidates, spans, inputs.refittable):
-        if not stored_keys(kind, span, store.plan.entries):
-            have = ", ".join(store.plan.entries) or "nothing"
+        if not stored_keys(kind, span, plan.entries):
+            have = ", ".join(plan.entries) or "nothing"
             config = inputs.config
             raise ConfigError(
                 f"The statistics of this run lack {kind.key(span)}, which "

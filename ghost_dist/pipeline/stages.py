@@ -12,8 +12,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,10 +66,18 @@ from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import (
+    StatisticsPlan,
+    StatisticsStore,
+    remove_store,
+    stored_plan,
+)
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 VERIFY_TOKENS = 256
+RESULT = "result.json"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,7 @@ class Stages:
             collect = CollectByStreaming(inputs, reporter, run.path)
         self._collect = collect or CollectHere(inputs, reporter)
         self._fit_spans = fit_spans
+        self._store: StatisticsStore | None = None
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -158,19 +168,21 @@ class Stages:
             save_windows(self._run.tokens, windows)
             return {"fingerprint": windows.fingerprint, "num_tokens": int(windows.tokens.size)}
 
-        recorded = self._stage("tokens", wanted, work)
-        windows = load_windows(self._run.tokens)
-        if windows.fingerprint != recorded["fingerprint"]:
-            raise CorruptStoreError(
-                f"{self._run.tokens} does not hold the tokens this run began with. Remove the RUN "
-                "folder and start over."
-            )
-        return windows
+        def load(recorded: dict[str, Any]) -> TokenWindows:
+            windows = load_windows(self._run.tokens)
+            if windows.fingerprint != recorded["fingerprint"]:
+                raise CorruptStoreError(
+                    f"{self._run.tokens} does not hold the tokens that this run began with."
+                )
+            return windows
+
+        return self._loaded("tokens", wanted, work, load)
 
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
         """The spans to remove: as given, or as the criterion finds them."""
         inputs, selection = self._inputs, self._inputs.config.selection
         num_layers = inputs.architecture.num_layers
+        path = self._run.path / "selection.zarr"
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
             "model": self._model,
@@ -187,9 +199,8 @@ class Stages:
             selector = Selector(selection, inputs.remove, inputs.architecture)
             ranges = assign_ranges(tokens.num_windows, inputs.config.operator.folds)
             plan = plan_of(inputs, tokens, selector.entries(), ranges)
-            path = self._run.path / "selection.zarr"
-            if path.exists() and StatisticsStore.open(path).plan != plan:
-                shutil.rmtree(path)
+            if stored_plan(path) not in (None, plan):
+                remove_store(path)
             store = StatisticsStore(path, plan)
             mend(store, self._reporter)
             starts = len(selector.entries())
@@ -206,18 +217,36 @@ class Stages:
             return {"spans": found, "num_layers": num_layers, **scores}
 
         recorded = self._stage("select", wanted, work)
-        shutil.rmtree(self._run.path / "selection.zarr", ignore_errors=True)  # all is in the record
+        remove_store(path)  # all is in the record
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
-    def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsStore:
-        """Sums of every range of windows, each committed once; damaged ones are run again."""
+    def statistics(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsPlan:
+        """What the run's statistics count: those that are there, if they are of the same inputs.
+
+        Sums are neither read nor made: who only looks at later stages does without them.
+        """
         inputs = self._inputs
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
         ranges = calibration_ranges(inputs, tokens.num_windows)
         plan = plan_of(inputs, tokens, entries_of(samples), ranges)
-        store = self._open_store(plan)
-        check_store(store, candidates, spans, inputs)
+        found = None if self._again == "calibrate" else stored_plan(self._run.statistics)
+        if found is not None and replace(found, entries=plan.entries) == plan:
+            plan = found  # of other spans or operators, perhaps; check_store says so
+        check_store(plan, candidates, spans, inputs)
+        return plan
+
+    def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsStore:
+        """Sums of every range of windows, each committed once; damaged ones are run again."""
+        if self._store is not None:
+            return self._store
+        inputs, path = self._inputs, self._run.statistics
+        candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
+        samples = samples_of(candidates, spans, inputs.refittable)
+        plan = self.statistics(tokens, spans)
+        if self._again == "calibrate" and stored_plan(path) not in (None, plan):
+            remove_store(path)
+        store = StatisticsStore(path, plan)
         mend(store, self._reporter)
         missing = store.missing() if samples else ()
 
@@ -248,16 +277,15 @@ class Stages:
 
         if missing:
             self._run.forget("calibrate")
-        self._stage("calibrate", {"plan": store.plan_fingerprint}, work)
+        self._stage("calibrate", {"plan": plan.fingerprint}, work)
+        self._store = store
         return store
 
-    def solve(
-        self, tokens: TokenWindows, spans: tuple[Span, ...], store: StatisticsStore
-    ) -> Solution:
+    def solve(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> Solution:
         """Operators of all spans from the stored sums, and how well each fits."""
         inputs, config = self._inputs, self._inputs.config.operator
         wanted = {
-            "plan": store.plan_fingerprint,
+            "plan": self.statistics(tokens, spans).fingerprint,
             "spans": [[s.start, s.stop] for s in spans],
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
             "judges_behind_the_fit": inputs.config.judges_behind_the_fit(len(spans)),
@@ -266,6 +294,7 @@ class Stages:
         }
 
         def work() -> dict[str, Any]:
+            store = self.calibrate(tokens, spans)
             solver = Solver(inputs, spans, store, tokens, self._reporter, fit_spans=self._fit_spans)
             solved = solver.solve()
             operators, fits = solved.operators, solved.fits
@@ -299,13 +328,7 @@ class Stages:
             }
 
         try:
-            recorded = self._stage("solve", wanted, work)
-            try:
-                return self._load_solution(spans, recorded)
-            except CorruptStoreError as error:
-                self._reporter.warn(f"{error} That is done now.")
-                self._run.forget("solve")
-                return self._load_solution(spans, self._stage("solve", wanted, work))
+            return self._loaded("solve", wanted, work, partial(self._load_solution, spans))
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
 
@@ -313,6 +336,7 @@ class Stages:
         """Train the operators against the dense model, where the configuration asks for it."""
         inputs, config = self._inputs, self._inputs.config.refine
         if config.steps == 0:
+            self._run.forget("refine")  # of a configuration that had steps
             return solution
         if inputs.config.operator.name == "auto" and solution.operator == "none":
             self._run.forget("refine")
@@ -321,6 +345,7 @@ class Stages:
                 "refine.steps does nothing. Name an operator, such as operator.name=ghost."
             )
             return solution
+        folder = self._run.operators / "refined"
         wanted = {
             "refine": config.model_dump(mode="json"),
             "operators": [solution.files, solution.healed_files],
@@ -346,7 +371,6 @@ class Stages:
                 fingerprint=fingerprint(wanted),
                 reporter=self._reporter,
             )
-            folder = self._run.operators / "refined"
             folder.mkdir(exist_ok=True)
             files = {
                 str(span): save_operator(folder, span, repair)
@@ -359,15 +383,19 @@ class Stages:
             ]
             return {"files": files, "losses": losses, "improved": refined.improved}
 
-        recorded = self._stage("refine", wanted, work)
+        def load(recorded: dict[str, Any]) -> Solution:
+            files = recorded["files"]
+            refined = {
+                span: load_operator(folder, span, files[str(span)])
+                if str(span) in files
+                else Repair()
+                for span in spans
+            }
+            return replace(solution, operators=refined, files=files)
+
+        refined = self._loaded("refine", wanted, work, load)
         (self._run.path / "refine.pt").unlink(missing_ok=True)
-        refined_operators = {
-            span: load_operator(self._run.operators / "refined", span, recorded["files"][str(span)])
-            if str(span) in recorded["files"]
-            else Repair()
-            for span in spans
-        }
-        return replace(solution, operators=refined_operators, files=recorded["files"])
+        return refined
 
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
@@ -416,9 +444,10 @@ class Stages:
             finally:
                 shutil.rmtree(unverified, ignore_errors=True)
                 shutil.rmtree(replaced, ignore_errors=True)
-            return {"reload_max_abs_difference": difference}
+            files = _file_sizes(self._run.checkpoint)
+            return {"reload_max_abs_difference": difference, "files": files}
 
-        if not (self._run.checkpoint / "config.json").exists():
+        if _file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
         self._stage("export", wanted, work)
 
@@ -452,18 +481,6 @@ class Stages:
     @property
     def _model(self) -> str:
         return self._inputs.model_fingerprint
-
-    def _open_store(self, plan: StatisticsPlan) -> StatisticsStore:
-        """The run's statistics: those that are there, if they are of the same inputs."""
-        path = self._run.statistics
-        if path.exists() and self._again == "calibrate":
-            if StatisticsStore.open(path).plan != plan:
-                shutil.rmtree(path)
-        elif path.exists():
-            found = StatisticsStore.open(path)
-            if replace(found.plan, entries=plan.entries) == plan:
-                return found  # of other spans or operators, perhaps; check_store says so
-        return StatisticsStore(path, plan)
 
     def _load_solution(self, spans: tuple[Span, ...], recorded: dict[str, Any]) -> Solution:
         folder = self._run.operators
@@ -539,6 +556,22 @@ class Stages:
             device=inputs.device,
         )
 
+    def _loaded(
+        self,
+        name: str,
+        wanted: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any]], _T],
+    ) -> _T:
+        """What a stage left on the disk; where that is damaged the stage is done again."""
+        recorded = self._stage(name, wanted, work)
+        try:
+            return load(recorded)
+        except CorruptStoreError as error:
+            self._reporter.warn(f"{error} It is made again now.")
+            self._run.forget(name)
+            return load(self._stage(name, wanted, work))
+
     def _stage(
         self, name: str, wanted: dict[str, Any], work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
@@ -555,3 +588,9 @@ class Stages:
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it
+
+
+def _file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of the files of a checkpoint, but for those that are written anew at the end."""
+    files = [path for path in checkpoint.glob("*") if path.name not in (CARD, RESULT)]
+    return {path.name: path.stat().st_size for path in files}

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import io
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ from ghost_dist.spans import Span
 # Shapes: B windows of a batch, T tokens of a window, C width, V entries of the vocabulary.
 
 _WARM_UP = 0.03
+_DIGEST_BYTES = 32
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -134,9 +137,16 @@ def distill(
             student.batch_loss(tokens[list(rows)], loss_of, backward=False) * len(rows)
             for rows in _chunks(held_out, batch)
         )
-        going = progress.note(step, total / len(held_out), student, config.patience)
+        loss = total / len(held_out)
+        going = progress.note(step, loss, student, config.patience)
         progress.save(step, student, optimiser)
-        reporter.event("refine", step=step, loss=total / len(held_out))
+        if not math.isfinite(loss):
+            reporter.warn(
+                f"refine: the held-out loss at step {step} is NaN or Inf, so training ends there "
+                "and the best operators so far are kept. The dtype may overflow: try "
+                "model.dtype=float32 or bfloat16, or a smaller refine.learning_rate."
+            )
+        reporter.event("refine", step=step, loss=loss if math.isfinite(loss) else None)
         return going
 
     going = progress.going or (progress.step < 0 and look(0))
@@ -324,19 +334,17 @@ class _Progress:
         self.best_loss = math.inf
         self.going = False
         self._looks_without = 0
-        self._content_keys = {
-            *("fingerprint", "step", "student", "optimiser", "losses", "best", "best_loss"),
-            *("going", "looks_without"),
-        }
 
     def resume(self, student: _Student, optimiser: torch.optim.Optimizer) -> None:
         """Take up the file's state if it is of this distillation; a damaged one is ignored."""
         try:
-            saved = torch.load(self._path, map_location="cpu", weights_only=True)
-        except Exception:  # absent or damaged, of no common class: the work is done again
+            stored = memoryview(self._path.read_bytes())
+        except OSError:
             return
-        if not isinstance(saved, dict) or not saved.keys() >= self._content_keys:
+        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:  # torch does not look at checksums
             return
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved["fingerprint"] != self._fingerprint:
             return
         student.load(saved["student"])
@@ -369,8 +377,11 @@ class _Progress:
             "going": self.going,
             "looks_without": self._looks_without,
         }
-        with replacing(self._path) as temporary:
-            torch.save(content, temporary)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with replacing(self._path) as temporary, temporary.open("wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.write(buffer.getbuffer())
 
 
 def _product(down_FC: Tensor) -> Callable[..., Any]:

@@ -255,25 +255,30 @@ def after_the_fit(run: RunRecord) -> Html | None:
                 "Healed layers: their down_proj refitted towards the dense stream",
             )
         )
-    losses = run.stages["refine"].get("losses")
-    if losses:
-        points = [(float(r["step"]), r["loss"]) for r in losses if r["loss"] is not None]
-        drawing = line_chart(
-            f"Held-out loss by step, from {points[0][1]:.4f} to {points[-1][1]:.4f}.",
-            [Series("held-out loss", points, "recovered", dots=True)],
-            Axis("optimiser step", whole=True),
-            Axis("held-out loss"),
-        )
-        numbers = table(
-            ["Step", "Held-out loss"],
-            [(f"{step:.0f}", text.number(loss, 5)) for step, loss in points],
-            "Held-out loss by step",
-        )
-        kept = (
-            "was kept" if run.stages["refine"]["improved"] else "did not improve, and was not kept"
-        )
-        content.append(figure("Distillation", drawing, f"What was trained {kept}.", numbers))
+    if losses := run.stages["refine"].get("losses"):
+        content.append(_distillation(losses, improved=run.stages["refine"]["improved"]))
     return section("after", "After the closed form", content) if content else None
+
+
+def _distillation(losses: Sequence[Mapping[str, Any]], *, improved: bool) -> Html:
+    """Held-out losses; null where one is not finite."""
+    points = [(float(r["step"]), r["loss"]) for r in losses if r["loss"] is not None]
+    kept = "was kept" if improved else "did not improve, and was not kept"
+    if not points:
+        words = "The held-out loss was NaN or Inf from the beginning, so nothing was trained."
+        return el("p", f"Distillation: {words} Try model.dtype=float32 or bfloat16.")
+    drawing = line_chart(
+        f"Held-out loss by step, from {points[0][1]:.4f} to {points[-1][1]:.4f}.",
+        [Series("held-out loss", points, "recovered", dots=True)],
+        Axis("optimiser step", whole=True),
+        Axis("held-out loss"),
+    )
+    numbers = table(
+        ["Step", "Held-out loss"],
+        [(f"{step:.0f}", text.number(loss, 5)) for step, loss in points],
+        "Held-out loss by step",
+    )
+    return figure("Distillation", drawing, f"What was trained {kept}.", numbers)
 
 
 def _spread(length: int, wanted: int) -> list[int]:

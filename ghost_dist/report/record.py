@@ -18,7 +18,7 @@ from ghost_dist.evaluation.bootstrap import (
     resampled_means,
     resampled_perplexities,
 )
-from ghost_dist.run_folder import RunFolder
+from ghost_dist.run_folder import RunFolder, read_record
 
 VARIANTS = ("dense", "pruned", "recovered")
 _STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
@@ -255,12 +255,11 @@ def read_run(path: Path) -> RunRecord:
     """
     config = config_tree(RunFolder.stored_config(path))
     result = _json(path / "result.json")
-    stages = {stage: _json(path / "stages" / f"{stage}.json") or {} for stage in _STAGES}
     return RunRecord(
         path=path,
         config=config,
         result=result,
-        stages={stage: record.get("outputs", {}) for stage, record in stages.items()},
+        stages={stage: read_record(path, stage).get("outputs", {}) for stage in _STAGES},
         events=_events(path / "events.jsonl"),
     )
 

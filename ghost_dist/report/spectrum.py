@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ghost_dist.durable import write_json
-from ghost_dist.errors import CorruptStoreError
-from ghost_dist.report.record import RunRecord, file_sha256
+from ghost_dist.export.operator_files import read_parts
+from ghost_dist.report.record import RunRecord
 
 FORMAT = 1
 
@@ -79,7 +78,7 @@ def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dic
     for span, (path, sha256) in run.operator_files.items():
         row = stored.get(sha256)
         if row is None:
-            parts = _parts(path, sha256)
+            parts, _ = read_parts(path, sha256)
             row = {
                 name: asdict(spectrum_of(matrix_CC.to(device or "cpu"), rank))
                 for name, matrix_CC, rank in _matrices(parts)
@@ -113,19 +112,6 @@ def _matrices(parts: dict[str, Tensor]) -> list[tuple[str, Tensor, int | None]]:
     if "norm_linear" in parts:
         found.append(("N", parts["norm_linear"].double(), None))
     return found
-
-
-def _parts(path: Path, sha256: str) -> dict[str, Tensor]:
-    if file_sha256(path) != sha256:
-        raise CorruptStoreError(
-            f"Operator {path} is not the one that was solved. Run solve again; it needs only the "
-            "stored statistics."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CorruptStoreError(f"Operator {path} cannot be read: {error}.") from error
 
 
 def _stored(cache: Path) -> dict[str, Any]:

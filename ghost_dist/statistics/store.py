@@ -37,11 +37,13 @@ import torch
 
 from ghost_dist.config import fingerprint
 from ghost_dist.durable import (
-    TEMPORARY_SUFFIX,
     create_bytes,
     fsync_folder,
     fsync_tree,
     json_bytes,
+    read_sealed,
+    sweep_partial,
+    write_sealed,
 )
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
@@ -111,6 +113,11 @@ class StatisticsPlan:
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {"format": FORMAT, **tree}
 
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that is counted."""
+        return fingerprint(self.tree())
+
 
 class StatisticsStore:
     """The Zarr store and its ledger under one folder.
@@ -118,7 +125,9 @@ class StatisticsStore:
     Parameters
     ----------
     path
-        ``RUN/statistics.zarr``; created if absent.
+        ``RUN/statistics.zarr``; created if absent. A folder without a plan holds nothing: the
+        making or the removal of a store was stopped there. Where the plan is damaged it is
+        written anew, and every range is judged by its own manifest.
     plan
         What is to be counted.
 
@@ -129,39 +138,41 @@ class StatisticsStore:
     """
 
     def __init__(self, path: Path, plan: StatisticsPlan) -> None:
-        self.path, self.plan = path, plan
-        self._ledger = path / "ledger"
+        self._bind(path, plan)
+        found = stored_plan(path)
+        if found is not None:
+            _check_same_plan(path, found, plan)
+            return
+        if not _plan_path(path).exists():
+            remove_store(path)
         self._ledger.mkdir(parents=True, exist_ok=True)
-        self.plan_fingerprint = fingerprint(plan.tree())
-        plan_path = self._ledger / "plan.json"
-        if not create_bytes(plan_path, json_bytes(plan.tree())):
-            _check_same_plan(plan_path, plan.tree())
+        fsync_folder(path.parent)
         fsync_folder(path)
+        write_sealed(_plan_path(path), plan.tree())
 
     @staticmethod
     def open(path: Path) -> StatisticsStore:
-        """Open what is there, by its own plan.
+        """Open what is there, by its own plan; writes nothing.
 
         Raises
         ------
         CorruptStoreError
             If there is no readable plan.
         """
-        plan_path = path / "ledger" / "plan.json"
-        tree = _read_json(plan_path)
-        if tree.pop("format", None) != FORMAT:
-            raise CorruptStoreError(f"{plan_path} is not a plan of format {FORMAT}.")
-        try:
-            plan = StatisticsPlan(
-                inputs=tree["inputs"],
-                entries=tree["entries"],
-                ranges=tuple(tuple(ids) for ids in tree["ranges"]),
-                window_length=tree["window_length"],
-                blocks=tree["blocks"],
+        plan = stored_plan(path)
+        if plan is None:
+            raise CorruptStoreError(
+                f"{_plan_path(path)} is absent, damaged, or of another version: recover writes it "
+                "anew and keeps the ranges that are of its run."
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptStoreError(f"{plan_path} lacks a field of a plan: {error}.") from error
-        return StatisticsStore(path, plan)
+        store = StatisticsStore.__new__(StatisticsStore)
+        store._bind(path, plan)
+        return store
+
+    def _bind(self, path: Path, plan: StatisticsPlan) -> None:
+        self.path, self.plan = path, plan
+        self._ledger = path / "ledger"
+        self.plan_fingerprint = plan.fingerprint
 
     def committed(self) -> tuple[int, ...]:
         """Ids of the ranges that have a manifest, ascending; hashes are not checked here."""
@@ -364,10 +375,7 @@ class StatisticsStore:
 
         Call it only while no other process writes to this store.
         """
-        removed = 0
-        for path in self._ledger.glob(f".*{TEMPORARY_SUFFIX}"):
-            path.unlink(missing_ok=True)
-            removed += 1
+        removed = sweep_partial(self._ledger)
         for folder in sorted((self.path / "ranges").glob("*")):
             kept = None
             if folder.name.isdigit() and self._manifest_path(int(folder.name)).exists():
@@ -482,6 +490,31 @@ class StatisticsStore:
             raise CorruptStoreError(f"{where} {error}. Re-run this range.", (range_id,)) from error
 
 
+def stored_plan(path: Path) -> StatisticsPlan | None:
+    """What the store in a folder counts; None if there is none, or its plan is damaged."""
+    tree = read_sealed(_plan_path(path))
+    if tree is None or tree.pop("format") != FORMAT:
+        return None
+    ranges = tuple(tuple(ids) for ids in tree.pop("ranges"))
+    return StatisticsPlan(ranges=ranges, **tree)
+
+
+def remove_store(path: Path) -> None:
+    """Remove a store, or what is left of one.
+
+    The plan goes first, so that one whose removal was stopped counts as none.
+    """
+    plan = _plan_path(path)
+    if plan.exists():
+        plan.unlink()
+        fsync_folder(plan.parent)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _plan_path(path: Path) -> Path:
+    return path / "ledger" / "plan.json"
+
+
 def _name_and_strip(entry: str, key: str) -> tuple[str, str]:
     """Name of an array, and the number of its strip; empty where it is whole."""
     name, _, strip = key.removeprefix(f"{entry}/").partition("/")
@@ -502,18 +535,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _check_same_plan(path: Path, wanted: Mapping[str, Any]) -> None:
-    found = _read_json(path)
-    flat_found = {**found, **found.get("inputs", {})}
-    flat_wanted = {**wanted, **wanted["inputs"]}
+def _check_same_plan(path: Path, found: StatisticsPlan, wanted: StatisticsPlan) -> None:
+    if found.fingerprint == wanted.fingerprint:
+        return
+    flat_found = {**found.tree(), **found.inputs}
+    flat_wanted = {**wanted.tree(), **wanted.inputs}
     differing = [
-        f"{key}: {flat_found.get(key)!r} in the store, {value!r} now"
-        for key, value in flat_wanted.items()
-        if key != "inputs" and flat_found.get(key) != value
+        f"{key}: {flat_found.get(key)!r} in the store, {flat_wanted.get(key)!r} now"
+        for key in dict.fromkeys((*flat_wanted, *flat_found))
+        if key != "inputs" and flat_found.get(key) != flat_wanted.get(key)
     ]
-    if differing or set(flat_found) != set(flat_wanted):
-        raise RunMismatchError(
-            f"The statistics in {path.parent.parent} are of other inputs:\n  "
-            + "\n  ".join(differing or ["fields of another version"])
-            + "\nUse another output.path, or remove that folder to start over."
-        )
+    raise RunMismatchError(
+        f"The statistics in {path} are of other inputs:\n  "
+        + "\n  ".join(differing)
+        + "\nUse another output.path, or remove that folder to start over."
+    )

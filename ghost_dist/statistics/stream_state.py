@@ -15,7 +15,6 @@ time. Nothing counts before ``state.json`` names it.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import time
 import uuid
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.devices import Event, arrived, mark, on_stream, side_stream
-from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes, write_bytes
+from ghost_dist.durable import fsync_folder, fsync_tree, read_sealed, write_sealed
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.statistics.arrays import read_array, write_array
 
@@ -156,7 +155,7 @@ class StreamState:
                 "rows": self._rows,
             }
             fsync_tree(self._arrays)
-            write_bytes(self._manifest, json_bytes(manifest))
+            write_sealed(self._manifest, manifest)
             fsync_folder(self.folder)
             self._sweep(manifest)
             now = time.monotonic()
@@ -228,13 +227,9 @@ class StreamState:
         return values.view(dtype)
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        try:
-            manifest = json.loads(self._manifest.read_bytes())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(manifest, dict) or manifest.get("fingerprint") != self._fingerprint:
-            return None
-        return manifest
+        manifest = read_sealed(self._manifest)
+        same = manifest is not None and manifest["fingerprint"] == self._fingerprint
+        return manifest if same else None
 
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
         """Remove arrays that the manifest does not name."""

@@ -7,6 +7,7 @@ import pytest
 from ghost_dist.cli import main
 from ghost_dist.config import config_tree
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.run_folder import RunFolder
 
 
 def run(capsys, *arguments):
@@ -52,7 +53,7 @@ def test_the_command_that_verify_prints_repairs(solved, capsys):
 
 
 def test_solve_again_prints_the_fit(solved, capsys):
-    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge={relative: 0.7}")
+    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge.relative=0.7")
     assert code == 0
     assert json.loads(out)["fit"][0]["relative_ridge"] == pytest.approx(0.7)
 
@@ -90,3 +91,22 @@ def test_set_wins_over_the_file(make_config, tmp_path, capsys):
     assert code == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["operator"], result["spans"]) == ("none", [[2, 4]])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("foo.bar=1", "Unknown configuration key foo"),
+        ("operater.ridge.relative=0.1", "did you mean operator?"),
+        ("operator.ridge.relativ=0.1", "did you mean relative?"),
+        ("operator.rigde=auto", "did you mean ridge?"),
+        ("calibration.windows=4", "earlier stages depend on it (operator.*, refine.* can)"),
+    ],
+)
+def test_what_cannot_be_set_with_a_stage(tmp_path, make_config, capsys, assignment, said):
+    with RunFolder(make_config()) as folder:
+        folder.begin()
+    code, _, err = run(capsys, "solve", tmp_path / "run", "--set", assignment)
+    assert code == 2
+    assert said in err
+    assert RunFolder.stored_config(tmp_path / "run") == make_config()

@@ -359,7 +359,7 @@ def test_stopped_and_called_again(undisturbed, tmp_path, stop, continues_at):
     assert same_operators(found.operators, expected.operators)
 
 
-@pytest.mark.parametrize("damage", ["other", "truncated", "empty"])
+@pytest.mark.parametrize("damage", ["other", "truncated", "empty", "flipped bit"])
 def test_a_state_that_cannot_be_used(undisturbed, tmp_path, damage):
     """The state of another distillation, or half a file, is as none."""
     call, expected = undisturbed
@@ -372,13 +372,25 @@ def test_a_state_that_cannot_be_used(undisturbed, tmp_path, damage):
         )
     path = tmp_path / "stopped" / "refine.pt"
     content = path.read_bytes()
-    if damage != "other":
-        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    half = len(content) // 2
+    if damage == "flipped bit":
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+    elif damage != "other":
+        path.write_bytes(content[:half] if damage == "truncated" else b"")
     again = Quiet()
     found = call("stopped", reporter=again)
     assert again.steps == 24
     assert found.losses == expected.losses
     assert same_operators(found.operators, expected.operators)
+
+
+def test_a_loss_that_is_not_finite_is_told_and_ends_it(loaded, tmp_path):
+    model, architecture = loaded("llama")
+    spans, reporter = CUTS["middle"], Quiet()
+    broken = {span: Repair(torch.full((HIDDEN, HIDDEN), math.nan)) for span in spans}
+    refined = run(model, architecture, spans, broken, tmp_path, reporter=reporter)
+    assert (reporter.steps, reporter.looks, refined.improved) == (0, [0], False)
+    assert "loss at step 0 is NaN or Inf" in reporter.console.file.getvalue()
 
 
 @pytest.mark.parametrize("patience", [1, 3])

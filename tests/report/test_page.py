@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
+from ghost_dist.durable import write_json, write_sealed
 from ghost_dist.errors import ConfigError, CorruptStoreError, RunFolderError
 from ghost_dist.pipeline import recover as recover_module
 from ghost_dist.pipeline.candidates import candidates_of
@@ -20,7 +22,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.report import text
 from ghost_dist.report.page import headline, write_report
 from ghost_dist.report.record import read_run
-from ghost_dist.run_folder import RunFolder
+from ghost_dist.run_folder import RunFolder, read_record
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 
@@ -121,16 +123,35 @@ def test_unfinished_run_is_reported_as_far_as_it_is(make_config, tmp_path):
     assert "not finished" in page_of(tmp_path / "run", tmp_path)
 
 
+def rewrite(path, record):
+    record.pop("sha256", None)
+    (write_sealed if path.parent.name == "stages" else write_json)(path, record)
+
+
 def test_figures_of_a_stage_done_again_are_not_mixed_with_an_older_result(runs, tmp_path):
     path = runs["joint"] / "stages" / "solve.json"
     record = json.loads(path.read_text())
     record["outputs"]["fits"][0]["residual"] = 0.123456
     record["outputs"]["files"] = {"[0, 1)": "0" * 64}
-    path.write_text(json.dumps(record))
+    rewrite(path, record)
     page = page_of(runs["joint"], tmp_path)
     assert "Solve was done again after this result" in page
     assert "0.123" not in page
     assert "R² by channel</strong>" not in page
+
+
+@pytest.mark.parametrize("losses", [[None], [None, 0.5], [0.5, None], [0.5]])
+def test_a_refinement_without_a_finite_loss_has_a_report(runs, tmp_path, losses):
+    outputs = {
+        **read_record(runs["joint"], "solve")["outputs"],  # files, seconds, bytes
+        "losses": [{"step": step, "loss": loss} for step, loss in enumerate(losses)],
+        "improved": False,
+    }
+    write_sealed(runs["joint"] / "stages" / "refine.json", {"inputs": "", "outputs": outputs})
+    shutil.copytree(runs["joint"] / "operators", runs["joint"] / "operators" / "refined")
+    page = page_of(runs["joint"], tmp_path)
+    assert ("NaN or Inf from the beginning" in page) == (losses == [None])
+    assert ("Held-out loss by step" in page) == (losses != [None])
 
 
 def test_agreement_has_the_interval_of_its_windows(made_runs, tmp_path):
@@ -150,7 +171,7 @@ def test_run_without_nats_per_window_has_no_intervals_and_says_so(runs, tmp_path
     record = json.loads(path.read_text())
     del record["outputs"]["nats_per_window"]
     record["outputs"]["agreement_per_window"] = {}
-    path.write_text(json.dumps(record))
+    rewrite(path, record)
     page = page_of(runs["cut"], tmp_path)
     assert "95 %" not in page
     assert "were not recorded, so no interval" in page
@@ -160,7 +181,7 @@ def test_damaged_operator_is_refused(runs, tmp_path):
     (runs["joint"] / "report.json").unlink()
     [file] = (runs["joint"] / "operators").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CorruptStoreError, match="Run solve again"):
+    with pytest.raises(CorruptStoreError, match="recover RUN/config.yaml makes it again"):
         write_report([runs["joint"]], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
@@ -205,7 +226,7 @@ def test_comparison_says_where_runs_differ_and_does_not_rank_what_cannot_be_rank
         record = json.loads(path.read_text())
         for values in record.get("outputs", record)["perplexity"].values():
             values["dense"] *= 1.1
-        path.write_text(json.dumps(record))
+        rewrite(path, record)
     page = write_report([runs["joint"], runs["cut"]], out).read_text()
     assert "2 runs compared</h1>" in page
     assert "cannot be set against" in page
@@ -237,6 +258,6 @@ def test_what_to_beware_of_is_said_in_words(runs, tmp_path, change, said):
         path = runs["map"] / name
         record = json.loads(path.read_text())
         record.get("outputs", record)[key][0].update(change)
-        path.write_text(json.dumps(record))
+        rewrite(path, record)
     after = page_of(runs["map"], tmp_path)
     assert after.count(said) > before.count(said)

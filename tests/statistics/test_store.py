@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import zarr
+from disk_steps import Killed, each_kind, watched
 
 from ghost_dist.config import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import (
+    StatisticsPlan,
+    StatisticsStore,
+    remove_store,
+    stored_plan,
+)
 from ghost_dist.statistics.strips import LEAST_ROWS, num_numbers
 from ghost_dist.statistics.sums import ColumnBlock
 
@@ -296,11 +302,102 @@ def test_chunks_are_protected_in_the_zarr_metadata(store):
     assert torch.isnan(torch.tensor(float(array.fill_value)))
 
 
+TINY = replace(PLAN, entries={"4-5/absolute": "absolute"}, ranges=((0, 1),))
+OLDER = replace(TINY, entries={"1-3/absolute": "absolute"})
+
+
+def filled(path, plan=TINY):
+    """What a command does: a store of another plan is removed, its own is made and filled."""
+    if stored_plan(path) not in (None, plan):
+        remove_store(path)
+    store = StatisticsStore(path, plan)
+    store.sweep()
+    assert store.damaged() == {}  # what is there counts or is rubbish; nothing is complained of
+    sums = dict.fromkeys(plan.entries, moments(0)["4-5/absolute"])
+    for range_id in store.missing():
+        store.commit(range_id, sums)
+    return store
+
+
+def _made_anew(path):
+    remove_store(path)
+    return filled(path)
+
+
+@pytest.mark.parametrize("plan", [OLDER, TINY], ids=["other plan", "same plan"])
+@pytest.mark.parametrize("full", [False, True], ids=["killed", "disk full"])
+def test_removing_and_making_a_store_may_stop_at_every_step(tmp_path, plan, full):
+    older, path = tmp_path / "older", tmp_path / "statistics.zarr"
+    filled(older, plan)
+    shutil.copytree(older, path)
+    with watched(path, full=full) as calm:
+        expected = _made_anew(path).total()
+    points = each_kind(calm.steps)
+    assert len(points) > (9 if full else 20)
+    for last in points:
+        shutil.rmtree(path)
+        shutil.copytree(older, path)
+        with watched(path, last, full=full), pytest.raises(OSError if full else Killed):
+            _made_anew(path)
+        assert equal(filled(path).total(), expected), calm.steps[last - 1]
+
+
+def test_discarding_a_range_may_stop_at_every_step(tmp_path):
+    whole, path = tmp_path / "whole", tmp_path / "statistics.zarr"
+    expected = filled(whole).total()
+    flip(array_file(StatisticsStore.open(whole), 0, "4-5/absolute/sum_abs_x_C"))
+
+    def mend():
+        store = StatisticsStore(path, TINY)
+        store.sweep()
+        for range_id in store.damaged():
+            store.discard(range_id)
+        store.sweep()
+        return filled(path)
+
+    shutil.copytree(whole, path)
+    with watched(path) as calm:
+        mend()
+    for last in each_kind(calm.steps):
+        shutil.rmtree(path)
+        shutil.copytree(whole, path)
+        with watched(path, last), pytest.raises(Killed):
+            mend()
+        assert equal(mend().total(), expected), calm.steps[last - 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 4}', None])
+def test_a_damaged_plan_costs_no_range(store, content):
+    path = store.path / "ledger" / "plan.json"
+    expected = store.total()
+    if content is None:
+        flip(path, 60)
+    else:
+        path.write_bytes(content)
+    assert stored_plan(store.path) is None
+    with pytest.raises(CorruptStoreError, match=r"plan\.json"):
+        StatisticsStore.open(store.path)
+    again = StatisticsStore(store.path, PLAN)
+    assert again.missing() == ()
+    assert again.damaged() == {}
+    assert equal(again.total(), expected)
+    assert stored_plan(store.path) == PLAN
+
+
+def test_opening_and_reading_changes_nothing(store):
+    with watched(store.path, 1) as watcher:
+        again = StatisticsStore.open(store.path)
+        assert again.damaged() == {}
+        assert again.missing() == ()
+        again.total()
+    assert watcher.steps == []
+
+
 def test_killed_writer_leaves_nothing_that_counts(tmp_path):
     """A writer is killed in the middle of commits; whatever is committed is whole."""
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_store import StatisticsStore, PLAN, moments
 from pathlib import Path
 store = StatisticsStore(Path(sys.argv[1]), PLAN)

@@ -1,0 +1,193 @@
+"""What is damaged of a finished run is found and made again; only what is needed is read."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+from disk_steps import watched
+from rich.console import Console
+
+from ghost_dist.calibration.windows import load_windows
+from ghost_dist.cli import main
+from ghost_dist.config import load_config
+from ghost_dist.durable import read_sealed
+from ghost_dist.errors import CalibrationError, RunMismatchError
+from ghost_dist.pipeline.again import run_stage_again
+from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.stages import Stages
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import Span
+
+QUIET = Reporter(console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, text_file, tmp_path_factory):
+    """A run with refinement and evaluation, and texts of its own; read only."""
+    root = tmp_path_factory.mktemp("finished")
+    for name in ("calibration.txt", "evaluation.txt"):
+        shutil.copy(text_file, root / name)
+    config = load_config(
+        None,
+        {
+            "model.path": str(model_folder),
+            "calibration.source": "calibration.txt",
+            "calibration.windows": 8,
+            "calibration.window_length": 32,
+            "selection.spans": [[3, 5]],
+            "operator.name": "ghost",
+            "operator.features": "stream",
+            "operator.choose": "residual",
+            "operator.folds": 2,
+            "refine.steps": 2,
+            "refine.batch": 2,
+            "refine.every": 1,
+            "refine.learning_rate": 0.01,
+            "evaluation.corpora": {"text": "evaluation.txt"},
+            "evaluation.windows": 2,
+            "evaluation.window_length": 32,
+            "engine.device": "cpu",
+            "output.path": str(root / "run"),
+        },
+    )
+    with contextlib.chdir(root):
+        recover(config, QUIET)
+    return root
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of the run, and of its texts in the folder above it, from which it is called."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def continued(run):
+    return recover(RunFolder.stored_config(run), QUIET)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+def one(run, pattern):
+    return next(path for path in sorted(run.glob(pattern)) if path.is_file())
+
+
+def kept(run):
+    """Files that a continued run leaves, or makes again, as they were."""
+    paths = [run / "statistics.zarr/ledger/plan.json", *run.glob("operators/**/*.safetensors")]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in paths}
+    return {**files, "tokens": load_windows(run / "tokens.safetensors").fingerprint}
+
+
+ARTEFACTS = [
+    "tokens.safetensors",
+    "statistics.zarr/ledger/plan.json",
+    "statistics.zarr/ledger/00001.json",
+    "statistics.zarr/ranges/00001/*/0/3-5/stream/cross_ZC/c/0/0",
+    "operators/3-5.safetensors",
+    "operators/refined/3-5.safetensors",
+    "stages/tokens.json",
+    "stages/select.json",
+    "stages/calibrate.json",
+    "stages/solve.json",
+    "stages/refine.json",
+    "stages/evaluate.json",
+    "result.json",
+]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.unlink()], ids=["flipped", "lost"])
+def test_what_is_damaged_is_made_again(run, damage):
+    """All at once: each is found by whoever loads it, whatever else is wrong."""
+    before, result = kept(run), json.loads((run / "result.json").read_text())
+    checkpoint = (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    assert (run / "operators" / "refined" / "3-5.safetensors").exists()
+    for pattern in ARTEFACTS:
+        damage(one(run, pattern))
+    again = continued(run)
+    assert kept(run) == before
+    for key in ("spans", "operator", "fit", "refine", "perplexity", "fingerprint"):
+        assert again[key] == result[key], key
+    # Its operators have come back with the same bits, so there was nothing to export.
+    assert (run / "checkpoint" / "model.safetensors").stat().st_mtime_ns == checkpoint
+    assert read_sealed(run / "stages" / "refine.json") is not None
+
+
+def test_a_damaged_refined_operator_is_refined_again(run):
+    path, before = run / "operators" / "refined" / "3-5.safetensors", kept(run)
+    flip(path)
+    continued(run)
+    assert kept(run) == before
+    assert "3-5.safetensors is not the one that was solved" in (run / "events.jsonl").read_text()
+
+
+def test_a_damaged_healed_layer_is_healed_again(make_config, tmp_path):
+    config = make_config(operator__name="none", operator__heal=True, calibration__windows=64)
+    recover(config, QUIET, again="solve")
+    run = tmp_path / "run"
+    before = kept(run)
+    flip(one(run, "operators/healed-*.safetensors"))
+    solved = read_sealed(run / "stages" / "solve.json")
+    with RunFolder(config) as folder:
+        stages = Stages(open_inputs(config, QUIET), folder, QUIET)
+        stages.solve(stages.tokens(), (Span(3, 5),))
+    assert kept(run) == before
+    again = read_sealed(run / "stages" / "solve.json")
+    assert again["outputs"]["healed"] == solved["outputs"]["healed"] != {}
+
+
+def test_a_checkpoint_that_is_not_whole_is_exported_again(run):
+    path = run / "checkpoint" / "model.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(before[:-10])
+    continued(run)
+    assert path.read_bytes() == before
+
+
+def test_text_that_has_changed_does_not_take_the_place_of_lost_tokens(run):
+    (run / "tokens.safetensors").unlink()
+    text = run.parent / "calibration.txt"
+    text.write_text(text.read_text().upper())
+    with pytest.raises(RunMismatchError, match="tokens: "):
+        continued(run)
+
+
+def test_refinement_that_was_taken_back_is_not_in_the_result(run):
+    run_stage_again(run, "solve", ["refine.steps=0"], QUIET)
+    assert continued(run)["refine"] is None
+
+
+def test_evaluation_reads_no_statistics(run):
+    chunk = one(run, "statistics.zarr/ranges/00001/*/0/3-5/stream/cross_ZC/c/0/0")
+    flip(chunk)
+    (run.parent / "calibration.txt").unlink()
+    with watched(run / "statistics.zarr", 1) as watcher:
+        run_stage_again(run, "evaluate", ["evaluation.windows=1"], QUIET)
+    assert watcher.steps == []
+    shutil.rmtree(run / "statistics.zarr")
+    result = run_stage_again(run, "evaluate", ["evaluation.windows=2"], QUIET)
+    assert set(result["perplexity"]["text"]) == {"dense", "pruned", "recovered"}
+    assert not (run / "statistics.zarr").exists()
+
+
+@pytest.mark.parametrize("stage", ["select", "calibrate", "solve"])
+def test_stages_before_the_evaluation_open_none_of_its_texts(run, stage):
+    (run.parent / "evaluation.txt").unlink()
+    assert run_stage_again(run, stage, [], QUIET)
+    with pytest.raises(CalibrationError, match=r"evaluation\.txt"):
+        run_stage_again(run, "evaluate", [], QUIET)
+
+
+def test_verify_writes_nothing(run, capsys):
+    with watched(run, 1) as watcher, pytest.raises(SystemExit) as stopped:
+        main(["verify", str(run)])
+    assert (watcher.steps, stopped.value.code or 0) == ([], 0)
+    assert "2 of 2 ranges are sound" in capsys.readouterr().out
