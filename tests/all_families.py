@@ -50,8 +50,14 @@ SIZES = {
     "index_topk": 8,
 }
 
+_BY_TURNS = ["linear_attention", "full_attention"] * 3
 _DECODER = {"decoder_layers": 6, "decoder_attention_heads": 4, "encoder_attention_heads": 4}
 OVERRIDES = {
+    "bamba": {"attn_layer_indices": [1, 4]},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
     "cpmant": {
         "dim_head": 16,
         "dim_ff": 96,
@@ -66,15 +72,20 @@ OVERRIDES = {
         "num_kv_shared_layers": 0,
     },
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": _BY_TURNS},
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "longcat_flash": {"num_layers": 6, "ffn_hidden_size": 96, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
-    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 3},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 3},
+    "olmo_hybrid": {"layer_types": _BY_TURNS},
+    "qwen3_5_moe_text": {"layer_types": _BY_TURNS},
+    "qwen3_5_text": {"layer_types": _BY_TURNS},
+    "qwen3_next": {"layer_types": _BY_TURNS},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
     "xlnet": {"d_head": 16, "d_inner": 96},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "zamba": {"num_hidden_layers": 8},
     "zamba2": {
         "hybrid_layer_ids": [2, 4],
@@ -95,4 +106,7 @@ def small_config(family, **fields):
     default = config_class()
     known = {*default.to_dict(), *default.attribute_map}
     sizes = {name: size for name, size in SIZES.items() if name in known}
+    if "kv_lora_rank" in known:  # latent attention: every head has keys of its own
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        sizes.pop("head_dim", None)
     return config_class(**{**sizes, **OVERRIDES.get(family, {}), **fields})

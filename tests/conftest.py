@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(config, items):
     """
     for item in items:
         of_families = any(
-            getattr(value, "__module__", "") == "families" for value in vars(item.module).values()
+            getattr(value, "__module__", "") in ("families", "all_families")
+            for value in vars(item.module).values()
         )
         if of_families or not MODEL_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker("model")

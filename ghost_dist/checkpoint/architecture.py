@@ -204,36 +204,42 @@ def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequ
         Naming the first layer and setting that would change, or what ``generate`` would lack.
     """
     config_class = getattr(transformers, architecture.config_class)
+    reason = why_not(architecture, config, spans)
+    if reason is None:
+        before = read_config(config_class, config)
+        after = read_config(config_class, cut_config(config, spans, architecture))
+        if _cache_counts_tokens(before) and not _cache_counts_tokens(after):
+            reason = (
+                f"without layers {', '.join(map(str, spans))} no attention layer is left, and "
+                "transformers generates with a cache only where one counts the tokens"
+            )
+    if reason is not None:
+        advice = "Remove other layers (selection.spans, selection.protect)"
+        raise _refused(architecture.model_type, reason, advice)
+
+
+def why_not(
+    architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]
+) -> str | None:
+    """Why the cut configuration does not describe the layers that stay; None if it does."""
+    config_class = getattr(transformers, architecture.config_class)
     model_class = getattr(transformers, architecture.causal_lm_class)
     before = read_config(config_class, config)
     cut = ", ".join(map(str, spans))
-    other = "Remove other layers (selection.spans, selection.protect)"
     try:
         after = read_config(config_class, cut_config(config, spans, architecture))
         twin = empty_model(model_class, after)
     except Exception as error:
-        raise _refused(
-            architecture.model_type, f"no model can be built without layers {cut}: {error}", other
-        ) from error
+        return f"no model can be built without layers {cut}: {error}"
     difference = cut_difference(
         empty_model(model_class, before).get_submodule(architecture.layers),
         twin.get_submodule(architecture.layers),
         spans,
         descriptions(architecture.fields, before, after),
     )
-    if difference is not None:
-        raise _refused(
-            architecture.model_type,
-            f"its configuration cannot express the model without layers {cut}: {difference}",
-            other,
-        )
-    if _cache_counts_tokens(before) and not _cache_counts_tokens(after):
-        raise _refused(
-            architecture.model_type,
-            f"without layers {cut} no attention layer is left, and transformers generates with a "
-            "cache only where one counts the tokens",
-            other,
-        )
+    if difference is None:
+        return None
+    return f"its configuration cannot express the model without layers {cut}: {difference}"
 
 
 def check_some_cut(

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.architecture import Architecture, cut_config, why_not
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, LazyTensor, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
@@ -47,7 +47,7 @@ class Decoder:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self._model = model
-        self._norm = _Boundary()
+        self._norm = _Boundary(model.dtype)
         layers = model.get_submodule(architecture.in_base(architecture.layers))
         assert isinstance(layers, nn.ModuleList), "the layer list moved"
         model.set_submodule(architecture.in_base(architecture.final_norm), self._norm)
@@ -153,16 +153,26 @@ def load_base_model(
         from transformers.distributed import DistributedConfig
 
         arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
-    return _load(model_class, path, dtype, device, ignore=norm, **arguments)
+    model = _load(model_class, path, dtype, device, ignore=norm, **arguments)
+    del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
+    return model
 
 
 def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> Any:
-    """The transformers configuration of the first ``num_layers`` layers."""
+    """The transformers configuration of the first ``num_layers`` layers, or of a few more.
+
+    Families whose last layer is another than it would be further below (Gemma 4: it always attends
+    to all tokens) have configurations of certain numbers of layers only. The surplus is to be
+    deleted once the model is built.
+    """
     assert 0 < num_layers <= architecture.num_layers, "no such boundary"
     config_class = getattr(transformers, architecture.config_class)
-    above = (
-        (Span(num_layers, architecture.num_layers),) if num_layers < architecture.num_layers else ()
-    )
+    above: tuple[Span, ...] = ()
+    for kept in range(num_layers, architecture.num_layers):
+        spans = (Span(kept, architecture.num_layers),)
+        if why_not(architecture, checkpoint.config, spans) is None:
+            above = spans
+            break
     return read_config(config_class, cut_config(checkpoint.config, above, architecture))
 
 
@@ -266,6 +276,10 @@ def adds_mlp_output(decoder: Decoder, layer: int) -> bool:
 class _Boundary(nn.Module):
     """Stands where the final norm was and lets the stream through."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.empty(0, dtype=dtype)  # some models cast to the dtype of a norm
+
     def forward(self, stream_BTC: Tensor) -> Tensor:
         return stream_BTC
 
@@ -350,13 +364,22 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     """
     inputs: list[Any] = []
     outputs: list[Any] = []
+    beside: list[Any] = []  # what layers gave besides the stream, and whether another took it
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0] if args else kwargs.get("hidden_states"))
+        taken = [*args[1:], *kwargs.values()]
+        if any(given is value for given in beside for value in taken):
+            raise UnsupportedArchitectureError(
+                f"Family {architecture.model_type} is not supported: its layers hand on something "
+                "besides the residual stream, so a layer cannot be removed by itself."
+            )
 
     def after(module: Any, __: Any, output: Any) -> None:
         if module is not decoder._norm:
             note_return_type(type(module), output)
+        if isinstance(output, tuple):
+            beside.extend(value for value in output[1:] if isinstance(value, Tensor))
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     watched: list[Callable[[], None]] = []

@@ -81,7 +81,7 @@ def _layer_difference(
         if shapes != other_shapes:
             return f"{where}shapes {shapes} become {other_shapes}"
         settings, other_settings = dict(plain_settings(module)), dict(plain_settings(other))
-        for name in settings.keys() | other_settings.keys():
+        for name in sorted(settings.keys() | other_settings.keys()):
             before, after = settings.get(name), other_settings.get(name)
             is_number = type(before) is int and before == old and after == new
             is_description = name in described and (before, after) == described[name]

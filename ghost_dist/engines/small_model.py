@@ -123,14 +123,14 @@ def _small_config(
 
 def _shrink_heads(config: Any, sizes: Mapping[str, int]) -> None:
     """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
-    heads, width = config.num_attention_heads, config.hidden_size
+    heads, width = getattr(config, "num_attention_heads", None), config.hidden_size
     mamba = ("mamba_expand", "mamba_n_heads", "mamba_d_head")
     mamba_heads_span_stream = (
         sizes.keys() >= set(mamba) and sizes[mamba[0]] * width == sizes[mamba[1]] * sizes[mamba[2]]
     )
     for name in sizes.keys() & set(_HEADS):
         setattr(config, name, min(sizes[name], _HEAD))
-    if width % heads == 0:
+    if heads and width % heads == 0:
         config.hidden_size = heads * min(width // heads, _HEAD)
     if mamba_heads_span_stream:
         config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads

@@ -107,6 +107,7 @@ class StreamedModel:
             model_class = getattr(transformers, architecture.causal_lm_class)
             config = truncated_config(checkpoint, architecture, num_layers)
         self._model = shapes_only(model_class, config, dtype)
+        del self._model.get_submodule(architecture.layers)[num_layers:]
         restore_buffers(
             self._model,
             {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()},

@@ -206,7 +206,12 @@ def open_tensor_parallel(
 
 def check_degree(config: Any, degree: int) -> None:
     """Raise ConfigError if the heads of a model cannot be dealt out evenly over the ranks."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise ConfigError(
+            f"engine.tensor_parallel={degree} deals out attention heads, and family "
+            f"{config.model_type} has none. Leave it at 1."
+        )
     groups = getattr(config, "num_key_value_heads", None) or heads
     for count, name in ((heads, "attention heads"), (groups, "key-value heads")):
         if count % degree:
@@ -268,6 +273,7 @@ def _load_by_deepspeed(
     config = truncated_config(checkpoint, architecture, num_layers)
     model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
     model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
+    del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
     shapes = full_shapes(model)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     layers = model.get_submodule(architecture.in_base(architecture.layers))

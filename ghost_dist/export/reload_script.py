@@ -60,18 +60,31 @@ def use_model(request: dict[str, Any], tokens: str, dtype: str, device: str) -> 
             f"unexpected tensors {sorted(info['unexpected_keys'])}"
         )
     windows = torch.from_numpy(np.load(tokens)).to(where)
+    with torch.inference_mode():
+        rows = [model(row[None], use_cache=False).logits.float() for row in windows]
+        np.save(request["results"] + "/logits.npy", torch.cat(rows).cpu().numpy())
+        prompt, new = generate(model, windows)
+        ids = torch.cat([prompt, new], 1)[:, :-1]
+        uncached = model(ids, use_cache=False).logits[0, prompt.shape[1] - 1 :].float()
+    np.save(request["results"] + "/generated.npy", new[0].cpu().numpy())
+    np.save(request["results"] + "/uncached.npy", uncached.cpu().numpy())
+
+
+def generate(model: Any, windows: Any) -> tuple[Any, Any]:
+    """The beginning of the first window and the greedy tokens behind it, with a cache; (1, n) each.
+
+    Also called for the recovered model in memory, by ``verify.py``.
+    """
+    import torch
+    import transformers
+
     # Penalties and sampling of generation_config.json would hide what the model itself says.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
     )
-    with torch.inference_mode():
-        rows = [model(row[None], use_cache=False).logits.float() for row in windows]
-        prompt = windows[:1, :PROMPT_TOKENS]
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
-        uncached = model(ids[:, :-1], use_cache=False).logits[0, prompt.shape[1] - 1 :].float()
-    np.save(request["results"] + "/logits.npy", torch.cat(rows).cpu().numpy())
-    np.save(request["results"] + "/generated.npy", ids[0, prompt.shape[1] :].cpu().numpy())
-    np.save(request["results"] + "/uncached.npy", uncached.cpu().numpy())
+    prompt = windows[:1, :PROMPT_TOKENS]
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+    return prompt, ids[:, prompt.shape[1] :]
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[Any]]:

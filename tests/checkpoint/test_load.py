@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 import transformers
+from all_families import small_config
 from families import FAMILIES, NUM_LAYERS, random_tokens, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm, load_decoder, load_tokenizer
-from ghost_dist.checkpoint.reader import INDEX
-from ghost_dist.errors import CheckpointError
+from ghost_dist.checkpoint.reader import INDEX, open_checkpoint
+from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 
 CPU = torch.device("cpu")
 
@@ -48,6 +50,36 @@ def test_every_boundary_is_that_of_the_whole_model(checkpoint, family):
             taken[boundary] = decoder(random_tokens())
         for index, stream in taken.items():
             assert torch.equal(stream, expected[index]), index
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gpt_neox_japanese", "mamba"])
+def test_boundaries_of_families_whose_last_layer_is_another(tmp_path, family):
+    """The first four layers are no model of these families; or the final norm is looked at."""
+    torch.manual_seed(0)
+    config = small_config(family, initializer_range=0.08)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    source = open_checkpoint(tmp_path)
+    architecture = inspect_architecture(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    taken = []
+    model.get_submodule(architecture.layers)[4].register_forward_pre_hook(
+        lambda _, args, kwargs: taken.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    decoder = load_decoder(tmp_path, architecture, num_layers=4, dtype=torch.float32, device=CPU)
+    with torch.inference_mode():
+        model(random_tokens(), use_cache=False)
+        stream_BTC = decoder(random_tokens())
+    assert torch.equal(stream_BTC, taken[0])
+    assert decoder.num_layers == len(decoder.layers) == 4
+
+
+def test_layers_that_hand_on_more_than_the_stream_are_refused(tmp_path):
+    """Routers of ZAYA take what the router before them made of its input."""
+    transformers.AutoModelForCausalLM.from_config(small_config("zaya")).save_pretrained(tmp_path)
+    architecture = inspect_architecture(open_checkpoint(tmp_path))
+    with pytest.raises(UnsupportedArchitectureError, match=r"zaya.*something besides the residual"):
+        load_decoder(tmp_path, architecture, num_layers=4, dtype=torch.float32, device=CPU)
 
 
 def test_only_the_layers_below_are_held(checkpoint):

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -115,7 +114,7 @@ def exported(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ids_of_a_user(exported, tmp_path_factory):
+def ids_of_a_user(exported, forked, tmp_path_factory):
     """Kind to what a fresh process that has only transformers makes of the texts and of a chat."""
     script = """
 import json, sys, transformers
@@ -138,7 +137,7 @@ print(json.dumps(result))
     ]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(jobs), json.dumps(TEXTS)],
+        [forked.program, "-c", script, json.dumps(jobs), json.dumps(TEXTS)],
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
