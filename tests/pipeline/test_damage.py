@@ -35,13 +35,13 @@ def finished(model_folder, text_file, tmp_path_factory):
         {
             "model.path": str(model_folder),
             "calibration.source": "calibration.txt",
-            "calibration.windows": 8,
+            "calibration.windows": 9,
             "calibration.window_length": 32,
             "selection.spans": [[3, 5]],
             "operator.name": "ghost",
             "operator.features": "stream",
             "operator.choose": "residual",
-            "operator.folds": 2,
+            "operator.folds": 3,
             "refine.steps": 2,
             "refine.batch": 2,
             "refine.every": 1,
@@ -190,4 +190,4 @@ def test_verify_writes_nothing(run, capsys):
     with watched(run, 1) as watcher, pytest.raises(SystemExit) as stopped:
         main(["verify", str(run)])
     assert (watcher.steps, stopped.value.code or 0) == ([], 0)
-    assert "2 of 2 ranges are sound" in capsys.readouterr().out
+    assert "3 of 3 ranges are sound" in capsys.readouterr().out
