@@ -1,4 +1,4 @@
-"""Checkpoints in block-scaled FP8, and the same numbers in bfloat16, made block by block."""
+"""Checkpoints in FP8 with scales, and the same numbers in bfloat16, made block by block."""
 
 import json
 import re
@@ -29,8 +29,25 @@ def quantise(weight_OI, block):
     return numbers, scales, twin
 
 
-def save_in_fp8(folder, stored, twin, block):
+FORMS = {  # block of a weight, shape and name of its scales, quantization_config
+    "tensor": (lambda o, i: (o, i), (1,), "_scale", None),  # as a script that says nothing saves it
+    "static": (  # as Mistral's; the activations have a scale too
+        *(lambda o, i: (o, i), (), "_scale_inv"),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+    ),
+    "row": (  # as llm-compressor's
+        *(lambda o, i: (1, i), (-1, 1), "_scale"),
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    ),
+}
+"""Ways to store scales other than by blocks."""
+
+
+def save_in_fp8(folder, stored, twin, block, form=None):
     """Write a checkpoint's FP8 form, and the bfloat16 one that it stands for; number quantised."""
+    method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    blocks = (lambda *_: block, None, "_scale_inv", {**method, "weight_block_size": list(block)})
+    block_of, shape, suffix, quantization = blocks if form is None else FORMS[form]
     for out in (stored, twin):
         shutil.copytree(folder, out)
     count, places = 0, {}
@@ -39,8 +56,11 @@ def save_in_fp8(folder, stored, twin, block):
         for name, tensor in load_file(path).items():
             in_fp8[name] = in_bfloat16[name] = tensor.to(torch.bfloat16)
             if QUANTISED.search(name) and tensor.ndim == 2:
-                numbers, scales, weight = quantise(tensor, block)
-                in_fp8[name], in_fp8[f"{name}_scale_inv"] = numbers, scales
+                numbers, scales, weight = quantise(tensor, block_of(*tensor.shape))
+                in_fp8[name] = numbers
+                in_fp8[name + suffix] = scales if shape is None else scales.reshape(shape)
+                if form == "static":
+                    in_fp8[name.replace("weight", "activation_scale")] = torch.ones(())
                 in_bfloat16[name] = weight
                 count += 1
         save_file(in_fp8, stored / path.name, metadata={"format": "pt"})
@@ -52,13 +72,8 @@ def save_in_fp8(folder, stored, twin, block):
     for out in (stored, twin):
         config = json.loads((out / "config.json").read_text())
         config["dtype"] = "bfloat16"
-        if out == stored:
-            config["quantization_config"] = {
-                "quant_method": "fp8",
-                "fmt": "e4m3",
-                "activation_scheme": "dynamic",
-                "weight_block_size": list(block),
-            }
+        if out == stored and quantization is not None:
+            config["quantization_config"] = quantization
         (out / "config.json").write_text(json.dumps(config))
     return count
 
@@ -67,13 +82,13 @@ def weights(folder):
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-def recover_both(make_config, folder, family, **fields):
+def recover_both(make_config, folder, family, form=None, **fields):
     """Recover a family's FP8 form and its bfloat16 twin, and compare; the first's checkpoint."""
     source = save_checkpoint(family, folder / "source", torch.bfloat16)
     save_tokenizer(source)
     text = folder / "text.txt"
     text.write_text(TEXT)
-    assert save_in_fp8(source, folder / "stored", folder / "twin", (40, 28)) > 10
+    assert save_in_fp8(source, folder / "stored", folder / "twin", (40, 28), form) > 10
     for name in ("stored", "twin"):
         recover(
             make_config(

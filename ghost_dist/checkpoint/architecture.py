@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ghost_dist.checkpoint.conversions import Place
 from ghost_dist.checkpoint.layer_fields import (
+    MTP_COUNTS,
     LayerFields,
     descriptions,
     find_layer_fields,
@@ -27,6 +29,7 @@ from ghost_dist.checkpoint.layer_fields import (
 )
 from ghost_dist.checkpoint.layer_fields import cut_config as cut_fields
 from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.tensor_check import check_tensors
 from ghost_dist.checkpoint.twin import cut_difference, empty_model
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
@@ -55,8 +58,12 @@ class Architecture:
         Name of the final norm's class.
     rotary
         Path of the rotary embedding that all layers share, or None.
-    tensor_prefix
-        Prefix of layer tensors in the checkpoint files; ``layers``, or it without ``base_prefix``.
+    tensor_prefix, final_norm_in_files
+        What the checkpoint files call ``layers`` and ``final_norm``.
+    above_in_files
+        Tensors of the final norm and the head in the files.
+    unused
+        Tensors of the files that the model does not take and need not: they go.
     norm_eps
         Epsilon of the final norm.
     down_projections
@@ -84,6 +91,9 @@ class Architecture:
     head: str
     rotary: str | None
     tensor_prefix: str
+    final_norm_in_files: str
+    above_in_files: tuple[str, ...]
+    unused: frozenset[str]
     norm_eps: float
     down_projections: Mapping[int, str]
     inner_sizes: Mapping[int, int]
@@ -102,10 +112,6 @@ class Architecture:
         """A module path of the causal LM as seen from the base model."""
         return path.removeprefix(self.base_prefix + ".")
 
-    def in_files(self, path: str) -> str:
-        """A module path of the causal LM as the checkpoint files spell it."""
-        return path if self.tensor_prefix == self.layers else self.in_base(path)
-
 
 def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
     """Find the parts of the model, on the meta device; what may be cut says ``check_cut``.
@@ -117,11 +123,11 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
     UnsupportedArchitectureError
         If no cut of the family is possible, naming it and the reason.
     CheckpointError
-        If ``config.json`` is not valid for its family, or the files lack layers.
+        If ``config.json`` is not valid for its family, or the files do not hold that model.
     """
     config = _read_config(checkpoint, trust_remote_code)
     family = config.model_type
-    model_class = _causal_lm_class(config)
+    model_class = causal_lm_class(config)
     fields = find_layer_fields(config)
     try:
         model = empty_model(model_class, config)
@@ -140,7 +146,13 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
     if embeddings is None or head is None:
         raise _refused(family, "its token embeddings or its head could not be found")
     final_norm = _final_norm(model, layers, config)
-    tensor_prefix = _tensor_prefix(checkpoint, layers, base_prefix, config)
+    places, unused = check_tensors(checkpoint, model, _is_further(checkpoint, layers, config))
+    tensor_prefix = _tensor_prefix(places, layers, family)
+    above = {
+        name: place.target
+        for name, place in places.items()
+        if place.target.startswith((f"{final_norm}.", f"{head}."))
+    }
     down = _down_projections(model.get_submodule(layers), checkpoint, tensor_prefix, config)
     architecture = Architecture(
         model_type=family,
@@ -158,6 +170,9 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
         head=head,
         rotary=_child(model, parent, ("rotary", "rope")),
         tensor_prefix=tensor_prefix,
+        final_norm_in_files=_in_files(final_norm, above, tensor_prefix),
+        above_in_files=tuple(above),
+        unused=unused,
         norm_eps=_norm_eps(model.get_submodule(final_norm)),
         down_projections={layer: path for layer, (path, _) in down.items()},
         inner_sizes={layer: size for layer, (_, size) in down.items()},
@@ -277,7 +292,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         raise _refused(
             family,
             f"the checkpoint is quantised ({method}); give the checkpoint in bfloat16, float16, "
-            "float32, or FP8 with scales per block (weight_block_size)",
+            "float32, or FP8 with scales of tensors, rows or blocks",
         )
     if family not in CONFIG_MAPPING:
         code = "auto_map" in raw
@@ -296,14 +311,22 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if config.get_text_config() is not config:
         raise _refused(
             family,
-            "it wraps a language model with other modalities; give the language model by itself",
+            "it wraps a language model with other modalities, and transformers has no causal "
+            "language model of that part by itself",
         )
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise _refused(family, "its configuration has no number of layers")
     return config
 
 
-def _causal_lm_class(config: Any) -> type[Any]:
+def causal_lm_class(config: Any) -> type[Any]:
+    """transformers' class of the causal language model that a configuration describes.
+
+    Raises
+    ------
+    UnsupportedArchitectureError
+        If there is none.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refused(config.model_type, "transformers has no causal language model of it")
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -362,22 +385,39 @@ def _child(model: Any, parent: str, words: tuple[str, ...]) -> str | None:
     return None
 
 
-def _tensor_prefix(checkpoint: Checkpoint, layers: str, base_prefix: str, config: Any) -> str:
-    for prefix in (layers, layers.removeprefix(base_prefix + ".")):
-        pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        found = {int(m[1]) for name in checkpoint.tensors if (m := pattern.match(name))}
-        missing = sorted(set(range(config.num_hidden_layers)) - found)
-        if found and missing:
-            raise CheckpointError(
-                f"{checkpoint.path} has no tensors {prefix}.{missing[0]}.*, though config.json "
-                f"says {config.num_hidden_layers} layers. Download or copy the checkpoint again."
-            )
-        if found:
-            return str(prefix)
-    raise CheckpointError(
-        f"{checkpoint.path} has no tensors {layers}.*, which the layers of family "
-        f"{config.model_type} should be called."
-    )
+def _is_further(checkpoint: Checkpoint, layers: str, config: Any) -> Callable[[str], bool]:
+    """Whether a tensor is of layers behind the last one, which predict further tokens (MTP)."""
+    said = any(checkpoint.config.get(name) for name in MTP_COUNTS)
+    number = re.compile(re.escape(layers) + r"\.(\d+)\.")
+
+    def is_further(target: str) -> bool:
+        found = number.match(target)
+        behind = found is not None and int(found[1]) >= config.num_hidden_layers
+        return said and (behind or "mtp" in target.split("."))
+
+    return is_further
+
+
+def _tensor_prefix(places: Mapping[str, Place], layers: str, family: str) -> str:
+    """What the files call the list of layers."""
+    pattern = re.compile(re.escape(layers) + r"(\.\d+\.)")
+    prefixes = {
+        name.partition(found[1])[0]
+        for name, place in places.items()
+        if (found := pattern.match(place.target))
+    }
+    if len(prefixes) != 1:
+        raise _refused(family, f"the files call its layers by several names: {sorted(prefixes)}")
+    return prefixes.pop()
+
+
+def _in_files(final_norm: str, above: Mapping[str, str], tensor_prefix: str) -> str:
+    """What the files call the final norm; where it has no weight, would call it."""
+    for name, target in above.items():
+        if target.startswith(f"{final_norm}."):
+            return name.removesuffix(target.removeprefix(final_norm))
+    parent, norm = tensor_prefix.rpartition(".")[0], final_norm.rpartition(".")[2]
+    return f"{parent}.{norm}" if parent else norm
 
 
 def _down_projections(

@@ -1,18 +1,23 @@
-"""Weights in FP8 with one scale per block (DeepSeek-V3, section 3.3), read as bfloat16.
+"""Weights in FP8 with scales, read as bfloat16.
 
-A weight ``W`` (out, in) is stored as float8_e4m3 numbers ``Q`` of its shape and scales ``S``
-(ceil(out / a), ceil(in / b)), by the name of the weight with ``_scale_inv`` behind it, for blocks
-of a x b numbers (128 x 128):
+A weight ``W`` (out, in) is stored as float8_e4m3 numbers ``Q`` of its shape and scales ``S``, by
+the name of the weight with ``_scale_inv`` or ``_scale`` behind it, for blocks of a x b numbers:
 
     W[i, j] = Q[i, j] * S[i // a, j // b]        in float32, then rounded to bfloat16
 
-What the last blocks lack is not stored: sizes need not be multiples of a and b. Always bfloat16,
-whatever the dtype of the computation, so that what is calibrated is what is exported.
+A block is what ``quantization_config.weight_block_size`` says (128 x 128 in DeepSeek-V3, section
+3.3), the whole matrix (one scale), or a row (``out`` scales). What the last blocks lack is not
+stored: sizes need not be multiples of a and b. Always bfloat16, whatever the dtype of the
+computation, so that what is calibrated is what is exported. Scales of activations are of no use
+then.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,30 @@ from torch import Tensor
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.errors import CheckpointError
 
-SUFFIX = "_scale_inv"
+SUFFIXES = ("_scale_inv", "_scale")
 _SCALE_DTYPES = ("F32", "BF16", "F16")
+_OF_ACTIVATIONS = re.compile(r"\.(input|activation|output|q|k|v)_scale$")
 _NUMBERS_AT_ONCE = 1 << 24
 
 
+@dataclass(frozen=True)
+class Scales:
+    """The scales of one weight.
+
+    Attributes
+    ----------
+    info
+        The tensor that holds them.
+    block
+        Numbers (out, in) that share one.
+    """
+
+    info: TensorInfo
+    block: tuple[int, int]
+
+
 def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Numbers (out, in) that share a scale; None if the checkpoint is not of this kind.
+    """Numbers (out, in) that share a scale, if the configuration says so and it is of FP8.
 
     Parameters
     ----------
@@ -47,8 +69,8 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def scales_of(
-    path: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int]
-) -> dict[str, TensorInfo]:
+    path: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None
+) -> dict[str, Scales]:
     """The scales of every FP8 weight, by name of the weight.
 
     Parameters
@@ -67,39 +89,59 @@ def scales_of(
     """
     found = {}
     for name, tensor in tensors.items():
-        if not tensor.dtype.startswith("F8_"):
+        if not tensor.dtype.startswith("F8_") or name.endswith(SUFFIXES):
             continue
+        where = f"{path / tensor.file}: tensor {name}"
         if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2:
             raise CheckpointError(
-                f"{path}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}; of FP8 "
-                "only matrices in F8_E4M3 with scales per block can be read. Give the checkpoint "
-                "in bfloat16."
+                f"{where} is {tensor.dtype} of shape {list(tensor.shape)}; of FP8 only matrices in "
+                "F8_E4M3 with scales can be read. Give the checkpoint in bfloat16."
             )
-        scale = tensors.get(name + SUFFIX)
+        scale = next((tensors[name + end] for end in SUFFIXES if name + end in tensors), None)
         if scale is None:
             raise CheckpointError(
-                f"{path}: tensor {name} is FP8, but its scales {name + SUFFIX} are not there. "
-                "Download or copy the checkpoint again."
+                f"{where} is FP8, but its scales ({name + SUFFIXES[0]} or {name + SUFFIXES[1]}) "
+                "are not there. Download or copy the checkpoint again."
             )
-        expected = tuple(-(-n // size) for n, size in zip(tensor.shape, block, strict=True))
-        if scale.shape != expected or scale.dtype not in _SCALE_DTYPES:
-            raise CheckpointError(
-                f"{path}: {scale.name} is {scale.dtype} of shape {list(scale.shape)}, expected "
-                f"one of {', '.join(_SCALE_DTYPES)} of shape {list(expected)}: one number per "
-                f"{block[0]} x {block[1]} of {list(tensor.shape)}. config.json "
-                "(quantization_config.weight_block_size) and the files disagree; download them "
-                "again."
-            )
-        found[name] = scale
-    lone = sorted(
-        name for name in tensors if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) not in found
-    )
+        found[name] = Scales(scale, _block_of(path, tensor, scale, block))
+    weights = {name + end: name for name in found for end in SUFFIXES}
+    lone = sorted(name for name in tensors if name.endswith("_scale_inv") and name not in weights)
     if lone:
         raise CheckpointError(
             f"{path}: {lone[0]} are scales of a tensor that is not FP8 or not there. Download or "
             "copy the checkpoint again."
         )
     return found
+
+
+def of_activations(name: str) -> bool:
+    """Whether a tensor of a checkpoint in FP8 scales activations, which are not quantised here."""
+    return _OF_ACTIVATIONS.search(name) is not None
+
+
+def _block_of(
+    path: Path, tensor: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The block that fits the number of scales."""
+    rows, columns = tensor.shape
+    in_blocks = None
+    if block is not None:
+        in_blocks = tuple(-(-n // size) for n, size in zip(tensor.shape, block, strict=True))
+    if scale.dtype in _SCALE_DTYPES:
+        if block is not None and scale.shape == in_blocks:
+            return block
+        if block is None and math.prod(scale.shape) == 1:
+            return rows, columns
+        if block is None and scale.shape in ((rows,), (rows, 1)):
+            return 1, columns
+    shapes = "[], [1], [out] or [out, 1]" if in_blocks is None else str(list(in_blocks))
+    what = "tensor or row" if block is None else f"{block[0]} x {block[1]}"
+    raise CheckpointError(
+        f"{path / scale.file}: {scale.name} is {scale.dtype} of shape {list(scale.shape)}, "
+        f"expected one of {', '.join(_SCALE_DTYPES)} of shape {shapes}: one number per {what} of "
+        f"{list(tensor.shape)}. config.json (quantization_config.weight_block_size) and the files "
+        "disagree; download them again."
+    )
 
 
 def dequantised(stored_OI: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -110,12 +152,13 @@ def dequantised(stored_OI: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
     stored_OI
         float8_e4m3fn, shape (out, in).
     scales
-        Floats, shape (ceil(out / a), ceil(in / b)).
+        Floats, ceil(out / a) x ceil(in / b) of them.
     block
         (a, b).
     """
     rows, columns = stored_OI.shape
     high, wide = block
+    scales = scales.float().reshape(-(-rows // high), -(-columns // wide))
     scale_of_column = torch.arange(columns, device=stored_OI.device) // wide
     weight_OI = torch.empty(rows, columns, dtype=torch.bfloat16, device=stored_OI.device)
     step = high * max(1, _NUMBERS_AT_ONCE // max(1, high * columns))
@@ -123,6 +166,6 @@ def dequantised(stored_OI: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
         last = min(first + step, rows)
         scale_of_row = torch.arange(first, last, device=stored_OI.device) // high
         part = stored_OI[first:last].float()
-        part *= scales.float()[:, scale_of_column][scale_of_row]
+        part *= scales[:, scale_of_column][scale_of_row]
         weight_OI[first:last] = part
     return weight_OI

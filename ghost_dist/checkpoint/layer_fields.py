@@ -28,7 +28,7 @@ _KEYED = ("per_layer_config",)
 """Settings by layer number; keys that are no numbers stay."""
 _TIMES_ROOT_OF_DEPTH = ("scale_depth",)
 """Divided by the root of the number of layers in every layer."""
-_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _PATTERNS = {
     "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
     "no_rope_layers": ("no_rope_layer_interval",),
@@ -120,7 +120,7 @@ def find_layer_fields(config: Any) -> LayerFields:
             indices[name] = tuple(value)
         elif len(value) == num_layers:
             lists[name] = list(value)
-    changed: dict[str, Any] = {name: 0 for name in _MTP_COUNTS if fields.get(name)}
+    changed: dict[str, Any] = {name: 0 for name in MTP_COUNTS if fields.get(name)}
     step = fields.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         dense = {i for i in range(num_layers) if (i + 1) % step}

@@ -1,8 +1,8 @@
 """Models with weights: the layers below a boundary, a whole causal LM, a tokenizer.
 
 transformers reads the files, so conversions that a family needs (fused experts, renamed tensors)
-are its own. What it only warns about is an error here: a tensor that is missing from the files
-would be drawn at random, and one that holds NaN would spoil every sum.
+are its own. That the files hold the model was found before (``tensor_check.py``); here a tensor
+that holds NaN is an error, since it would spoil every sum.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config, why_not
+from ghost_dist.checkpoint.architecture import (
+    Architecture,
+    causal_lm_class,
+    cut_config,
+    why_not,
+)
 from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.reader import Checkpoint, LazyTensor, open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
@@ -116,7 +121,7 @@ def load_decoder(
     Raises
     ------
     CheckpointError
-        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
     UnsupportedArchitectureError
         If a layer does not hand its output, unchanged, to the next one.
     """
@@ -143,17 +148,16 @@ def load_base_model(
     Raises
     ------
     CheckpointError
-        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
     """
     model_class = getattr(transformers, architecture.base_class)
-    norm = architecture.in_base(architecture.final_norm) + "."
     config = truncated_config(open_checkpoint(path), architecture, num_layers)
     arguments: dict[str, Any] = {"config": config}
     if tensor_parallel > 1:
         from transformers.distributed import DistributedConfig
 
         arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
-    model = _load(model_class, path, dtype, device, ignore=norm, **arguments)
+    model = _load(model_class, path, dtype, device, **arguments)
     del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
     return model
 
@@ -187,21 +191,19 @@ def load_causal_lm(
     Raises
     ------
     CheckpointError
-        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
     """
     checkpoint = open_checkpoint(path)
     family = checkpoint.config.get("model_type")
-    known = family in CONFIG_MAPPING
-    if known and checkpoint.block is not None:
+    if family in CONFIG_MAPPING:
         config = read_config(CONFIG_MAPPING[family], checkpoint.config)
-        model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return _load(model_class, path, dtype, device, config=config)
+        return _load(causal_lm_class(config), path, dtype, device, config=config)
     return _load(
         transformers.AutoModelForCausalLM,
         path,
         dtype,
         device,
-        trust_remote_code=trust_remote_code and not known,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -289,29 +291,24 @@ def _load(
     path: Path,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    ignore: str | None = None,
     **arguments: Any,
 ) -> Any:
     if device.type != "cpu" and "distributed_config" not in arguments:
         arguments["device_map"] = {"": device}
     source: Path | None = path
     checkpoint = open_checkpoint(path)
-    if checkpoint.block is not None:
-        # transformers knows such files, but takes every block for 128 x 128 of whole ones.
-        arguments["state_dict"] = {
-            name: LazyTensor(checkpoint, name) for name in checkpoint.tensors
-        }
-        source = None
     reports: list[str] = []
     try:
-        with quiet_loading() as reports:
-            model, info = model_class.from_pretrained(
+        with contextlib.ExitStack() as files, quiet_loading() as reports:
+            if not checkpoint.as_in_files:
+                # transformers knows FP8, but takes every block for 128 x 128 of whole ones.
+                arguments["state_dict"] = lazy_tensors(checkpoint, checkpoint.tensors, files)
+                source = None
+            model = model_class.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
-                output_loading_info=True,
                 **arguments,
             )
     except torch.OutOfMemoryError:
@@ -320,21 +317,12 @@ def _load(
         raise CheckpointError(
             "\n".join((f"{path} cannot be loaded by transformers: {error}", *reports))
         ) from error
-    missing = sorted(
-        name for name in info["missing_keys"] if ignore is None or not name.startswith(ignore)
-    )
-    check_loaded(path, model, missing, dtype)
+    check_finite(path, model, dtype)
     return model.requires_grad_(False).eval()
 
 
-def check_loaded(path: Path, model: nn.Module, missing: list[str], dtype: torch.dtype) -> None:
-    """Raise CheckpointError for tensors that the files lack, or that hold NaN or Inf."""
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors that the model needs: {shown}. They would be "
-            "random numbers. Download or copy the checkpoint again."
-        )
+def check_finite(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise CheckpointError for weights that hold NaN or Inf."""
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not _all_finite(local.detach()):

@@ -7,12 +7,13 @@ work begins. Weights in pickle files are never opened.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,38 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ghost_dist.checkpoint.block_scales import dequantised, scales_of, weight_block
+from ghost_dist.checkpoint.block_scales import (
+    Scales,
+    dequantised,
+    of_activations,
+    scales_of,
+    weight_block,
+)
+from ghost_dist.checkpoint.language_model import language_model
 from ghost_dist.checkpoint.safetensors_header import TensorInfo, read_header
 from ghost_dist.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PROBE_BYTES = 4096
-_FLOATS = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""What weights may be stored as; FP8 with scales comes to it."""
+DTYPES = FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What can be read at all."""
 _HUB_FILES = [
     "*.safetensors",
     "*.json",
@@ -54,22 +75,32 @@ class Checkpoint:
     path
         The folder.
     config
-        Content of ``config.json``; without its ``quantization_config`` where ``block`` is set.
+        Content of ``config.json``; without its ``quantization_config`` where there are scales.
     tensors
-        Every tensor by name, but for scales.
+        Every tensor by name, but for scales. Of a language model inside a model with other
+        modalities (``language_model.py``), ``config`` and names are those of it by itself.
     headers
         Raw safetensors header of each shard by file name.
-    block, scales
-        Of a checkpoint in block-scaled FP8: numbers (out, in) that share a scale, and the scales
-        by name of their weight. Such a weight is bfloat16 for whoever reads it.
+    scales
+        Of weights in FP8, by name of the weight. It is bfloat16 for whoever reads it.
+    notes
+        What a person should be told of the checkpoint.
+    taken_out
+        Whether it is the language model of a checkpoint with other modalities.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     headers: dict[str, bytes]
-    block: tuple[int, int] | None = None
-    scales: dict[str, TensorInfo] = field(default_factory=dict)
+    scales: dict[str, Scales] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    taken_out: bool = False
+
+    @property
+    def as_in_files(self) -> bool:
+        """Whether the files hold every tensor as it is and under its name."""
+        return not self.scales and all(name == t.name for name, t in self.tensors.items())
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +117,7 @@ class Checkpoint:
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor in the files, with its scales."""
         scales = self.scales.get(name)
-        return self.tensors[name].nbytes + (scales.nbytes if scales else 0)
+        return self.tensors[name].nbytes + (scales.info.nbytes if scales else 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,8 +126,8 @@ class Checkpoint:
             return torch.bfloat16
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            sizes[tensor.dtype] += tensor.nbytes if tensor.dtype in _FLOATS else 0
-        return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32)
+            sizes[tensor.dtype] += tensor.nbytes if tensor.dtype in FLOATS else 0
+        return FLOATS.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -112,11 +143,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     ------
     CheckpointError
         If a file is missing, unreadable, truncated or damaged, if the index and the shards
-        disagree or name a file outside the folder, or if there are only pickle weights.
+        disagree or name a file outside the folder, if there are only pickle weights, or an adapter
+        lies beside them.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder. Give a Hugging Face checkpoint folder.")
+    for file in _ADAPTER:
+        if (path / file).is_file():
+            raise CheckpointError(
+                f"{path} holds a PEFT adapter ({file}), which is no part of the weights that are "
+                "read. Merge the adapter first: PeftModel.from_pretrained(MODEL, FOLDER)"
+                ".merge_and_unload().save_pretrained(NEW_FOLDER). If the model is meant without "
+                "it, move the adapter's files elsewhere."
+            )
     config = _read_json(path / "config.json")
     weight_map: Mapping[str, str] = {}
     if (path / WEIGHTS).is_file():
@@ -147,14 +187,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     if not tensors:
         raise CheckpointError(f"{path} holds no tensor. Download or copy the checkpoint again.")
-    block = weight_block(config)
-    if block is None:
-        return Checkpoint(path, config, tensors, headers)
-    scales = scales_of(path, tensors, block)
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    for scale in scales.values():
-        del tensors[scale.name]
-    return Checkpoint(path, config, tensors, headers, block, scales)
+    scales = scales_of(path, tensors, weight_block(config))
+    if scales:
+        read = {scale.info.name for scale in scales.values()}
+        tensors = {n: t for n, t in tensors.items() if n not in read and not of_activations(n)}
+        if all(tensor.dtype in FLOATS for name, tensor in tensors.items() if name not in scales):
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
+    notes = _own_code(config)
+    inside = language_model(config, tensors)
+    if inside is not None:
+        config, notes = inside.config, [*notes, inside.note]
+        tensors = {inside.names[name]: t for name, t in tensors.items() if name in inside.names}
+        scales = {inside.names[name]: s for name, s in scales.items() if name in inside.names}
+    return Checkpoint(
+        path, config, tensors, headers, scales, tuple(notes), taken_out=inside is not None
+    )
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -170,8 +217,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         scales = checkpoint.scales.get(name)
         if scales is None:
             return tensor
-        assert checkpoint.block is not None, "scales come with a block"
-        return dequantised(tensor, _stored(checkpoint, scales), checkpoint.block)
+        return dequantised(tensor, _stored(checkpoint, scales.info), scales.block)
     except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name} cannot be read: {error}"
@@ -188,6 +234,27 @@ class LazyTensor:
         return read_tensor(self._checkpoint, self._name)[index]
 
 
+def lazy_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], files: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Tensors that are read when they are indexed, and only what is asked for but in FP8.
+
+    ``files`` keeps the shards open.
+    """
+    opened: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for name in names:
+        info = checkpoint.tensors[name]
+        if name in checkpoint.scales:
+            found[name] = LazyTensor(checkpoint, name)
+            continue
+        if info.file not in opened:
+            shard = safe_open(checkpoint.path / info.file, framework="pt")
+            opened[info.file] = files.enter_context(shard)
+        found[name] = opened[info.file].get_slice(info.name)
+    return found
+
+
 def model_fingerprint(checkpoint: Checkpoint) -> str:
     """Hex sha256 that tells checkpoints apart without reading all of them.
 
@@ -196,9 +263,9 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     cost more than the calibration.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    if checkpoint.block is not None:
-        digest.update(f"\nblock {checkpoint.block}\n".encode())
-    stored = [*checkpoint.tensors.values(), *checkpoint.scales.values()]
+    for scales in checkpoint.scales.values():
+        digest.update(f"\n{scales.info.name} {scales.block}\n".encode())
+    stored = [*checkpoint.tensors.values(), *(s.info for s in checkpoint.scales.values())]
     for file, header in checkpoint.headers.items():
         path = checkpoint.path / file
         digest.update(f"\n{file} {path.stat().st_size}\n".encode())
@@ -250,6 +317,20 @@ def resolve_checkpoint(
             f"{path_or_id}{at} is not a local folder and could not be fetched from the hub: "
             f"{error} Check the name, your access and the connection, or give a folder."
         ) from error
+
+
+def _own_code(config: Mapping[str, Any]) -> list[str]:
+    auto_map = config.get("auto_map")
+    entries = auto_map if isinstance(auto_map, dict) else {}
+    own = [f"{entries[key]}" for key in entries if key.startswith(("AutoModel", "AutoConfig"))]
+    if not own:
+        return []
+    text = (
+        f"config.json names model code of its own ({', '.join(own)}), which is never run: what "
+        f"transformers itself has for {config.get('model_type')} is used. If that code computes "
+        "something else, the result is not of that model."
+    )
+    return [text]
 
 
 def _stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ghost_dist import devices
 from ghost_dist.checkpoint.block_scales import dequantised
-from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.reader import DTYPES, Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.errors import CheckpointError
 
@@ -35,21 +35,6 @@ BLOCK_BYTES = 32 << 20
 _BUFFERS_PER_READER = 2
 _ALIGNMENT = 256
 """Bytes; where tensors begin in memory that ranks fill together, as the allocator aligns them."""
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class SharedRead(Protocol):
@@ -84,12 +69,11 @@ class Reading:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        scales: Mapping[str, Tensor],
-        block: tuple[int, int] | None,
+        scales: Mapping[str, tuple[Tensor, tuple[int, int]]],
         pieces: Sequence[Future[devices.Event | None]],
         arrive: Callable[[Sequence[devices.Event | None]], None],
     ) -> None:
-        self._tensors, self._scales, self._block = dict(tensors), scales, block
+        self._tensors, self._scales = dict(tensors), scales
         self._pieces, self._arrive = pieces, arrive
 
     def wait(self) -> dict[str, Tensor]:
@@ -103,9 +87,8 @@ class Reading:
             If a file could not be read to the end.
         """
         self._arrive([piece.result() for piece in self._pieces])
-        for name, scales in self._scales.items():
-            assert self._block is not None, "scales come with a block"
-            self._tensors[name] = dequantised(self._tensors[name], scales, self._block)
+        for name, (scales, block) in self._scales.items():
+            self._tensors[name] = dequantised(self._tensors[name], scales, block)
         self._scales = {}
         return dict(self._tensors)
 
@@ -174,21 +157,20 @@ class WeightReader:
         """
         checkpoint = self._checkpoint
         scale_of = {name: checkpoint.scales[name] for name in names if name in checkpoint.scales}
-        infos = sorted(
-            (
-                *(_rows_of(checkpoint.tensors[name], (rows or {}).get(name)) for name in names),
-                *scale_of.values(),
-            ),
-            key=lambda i: (i.file, i.offset),
-        )
+        wanted = {
+            **{n: _rows_of(checkpoint.tensors[n], (rows or {}).get(n)) for n in names},
+            **{scales.info.name: scales.info for scales in scale_of.values()},
+        }
+        wanted = dict(sorted(wanted.items(), key=lambda item: (item[1].file, item[1].offset)))
+        infos = list(wanted.values())
         for file in dict.fromkeys(info.file for info in infos):
             self._check_unchanged(file)
         memory, raws = self._memory(infos)
         tensors: dict[str, Tensor] = {}
         pieces: list[tuple[TensorInfo, int, Tensor]] = []
         own = None if memory is None else self._own_part(memory)
-        for info, (begin, raw) in zip(infos, raws, strict=True):
-            tensors[info.name] = raw.view(DTYPES[info.dtype]).view(info.shape)
+        for (name, info), (begin, raw) in zip(wanted.items(), raws, strict=True):
+            tensors[name] = raw.view(DTYPES[info.dtype]).view(info.shape)
             first, last = 0, info.nbytes
             if own is not None:
                 first, last = max(first, own.start - begin), min(last, own.stop - begin)
@@ -202,7 +184,7 @@ class WeightReader:
             self._pool.submit(self._read, info, offset, part, ready)
             for info, offset, part in pieces
         ]
-        scales = {name: tensors.pop(info.name) for name, info in scale_of.items()}
+        scales = {n: (tensors.pop(s.info.name), s.block) for n, s in scale_of.items()}
 
         def arrive(copied: Sequence[devices.Event | None]) -> None:
             if memory is not None:
@@ -210,7 +192,7 @@ class WeightReader:
             else:
                 self._wait_for(copied)
 
-        return Reading(tensors, scales, checkpoint.block, started, arrive)
+        return Reading(tensors, scales, started, arrive)
 
     def _memory(
         self, infos: Sequence[TensorInfo]

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ghost_dist.checkpoint.load import check_loaded, quiet_loading
-from ghost_dist.checkpoint.reader import Checkpoint, LazyTensor
-from ghost_dist.engines.conversions import convert_and_load, renamed
+from ghost_dist.checkpoint.conversions import convert_and_load, renamed
+from ghost_dist.checkpoint.load import check_finite, quiet_loading
+from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors
 from ghost_dist.engines.sharding import Shard, Sharding
-from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
+from ghost_dist.errors import UnsupportedArchitectureError
 
 _SLICE_WISE = {"MergeModulelist", "Concatenate"}
 """Conversions that give the rank's slice of the result when they get that slice of every source."""
@@ -85,7 +83,7 @@ def load_shards(
     Raises
     ------
     CheckpointError
-        If a tensor is missing, misshapen, NaN or Inf; the message names it.
+        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
     UnsupportedArchitectureError
         If a family merges tensors on loading in a way that cannot be done slice by slice.
     """
@@ -93,10 +91,8 @@ def load_shards(
         on_cpu = device.type == "cpu"
         found, merged = _find_tensors(model, checkpoint, sharding, shapes, files, copied=on_cpu)
         with quiet_loading():
-            missing = convert_and_load(
-                model, checkpoint, found, dtype, device, one_by_one=on_cpu or merged
-            )
-    check_loaded(checkpoint.path, model, sorted(missing), dtype)
+            convert_and_load(model, checkpoint, found, dtype, device, one_by_one=on_cpu or merged)
+    check_finite(checkpoint.path, model, dtype)
     sharding.add_once(model)
     return sum(tensor.nbytes for tensor in found.values())
 
@@ -111,28 +107,21 @@ def _find_tensors(
     copied: bool,
 ) -> tuple[dict[str, _SlicedTensor], bool]:
     """Tensors of the files that the model needs, and whether any of them are merged."""
-    opened: dict[str, Any] = {}
     found: dict[str, _SlicedTensor] = {}
     merged = False
-    for key, (target, pattern, converter) in renamed(model, checkpoint).items():
+    needed = renamed(model, checkpoint)
+    sources = lazy_tensors(checkpoint, needed, files)
+    for key, place in needed.items():
+        target, pattern = place.target, place.pattern
         info = checkpoint.tensors[key]
         merged = merged or pattern is not None
         shard = sharding.shards.get(target)
         if pattern is not None and shard is not None:
-            shard = _source_shard(model, target, pattern, converter, shard, shapes[target], info)
-        elif pattern is None and tuple(info.shape) != shapes[target]:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {key} has the shape {tuple(info.shape)}, the model of "
-                f"config.json needs {shapes[target]}. Download or copy the checkpoint again."
+            shard = _source_shard(
+                model, target, pattern, place.converter, shard, shapes[target], info
             )
-        if key in checkpoint.scales:
-            # Whole for a moment, since the rank's slice may begin within a block.
-            found[key] = _SlicedTensor(LazyTensor(checkpoint, key), shard, copied)
-            continue
-        if info.file not in opened:
-            path = Path(checkpoint.path) / info.file
-            opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
-        found[key] = _SlicedTensor(opened[info.file].get_slice(key), shard, copied)
+        # One in FP8 is whole for a moment, since the rank's slice may begin within a block.
+        found[key] = _SlicedTensor(sources[key], shard, copied)
     return found, merged
 
 

@@ -23,8 +23,8 @@ import transformers
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.conversions import convert_and_load, renamed
 from ghost_dist.checkpoint.load import (
-    check_loaded,
     non_finite_weight,
     quiet_loading,
     truncated_config,
@@ -33,7 +33,6 @@ from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
-from ghost_dist.engines.conversions import convert_and_load, renamed
 from ghost_dist.engines.expert_parts import (
     ExpertTensors,
     Inputs,
@@ -414,7 +413,9 @@ class StreamedModel:
         targets: dict[Group, list[str]] = {group: [] for group in groups}
         for target in self._model.state_dict():
             targets[group_of(target)].append(target)
-        target_of = {key: found[0] for key, found in renamed(self._model, self._checkpoint).items()}
+        target_of = {
+            key: place.target for key, place in renamed(self._model, self._checkpoint).items()
+        }
         for key, target in target_of.items():
             keys[group_of(target)].append(key)
         # A head that is tied to the embeddings is not in the files: it is them, read once more.
@@ -442,7 +443,7 @@ class StreamedModel:
     def _split_of(self, layer: int, found: RoutedExperts) -> _Split:
         targets = self._expert_targets(layer)
         target_of = renamed(self._model, self._checkpoint)
-        names = [name for name in self._keys[layer] if target_of[name][0] in targets]
+        names = [name for name in self._keys[layer] if target_of[name].target in targets]
         tensors = expert_tensors(self._checkpoint, names, found.count)
         if isinstance(tensors, str):
             raise cannot_be_split(self._architecture.model_type, tensors)
@@ -517,11 +518,7 @@ class StreamedModel:
 
     def _install(self, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         with quiet_loading():
-            missing = convert_and_load(
-                self._model, self._checkpoint, tensors, self.dtype, self.device
-            )
-        missing &= set(targets)
-        check_loaded(self._checkpoint.path, nn.Module(), sorted(missing), self.dtype)
+            convert_and_load(self._model, self._checkpoint, tensors, self.dtype, self.device)
         self._note_weights(targets)
 
     def check_weights(self) -> None:

@@ -237,7 +237,7 @@ def _load_by_transformers(
             f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
             "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
         )
-    if degree > 1 and open_checkpoint(path).block is not None:
+    if degree > 1 and open_checkpoint(path).scales:
         raise ConfigError(
             f"{path} is in FP8, which engine.backend=transformers cannot shard. Set "
             "engine.backend=deepspeed or engine.tensor_parallel=1."

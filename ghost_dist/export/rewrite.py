@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
-from ghost_dist.checkpoint.reader import INDEX, Checkpoint, read_tensor
+from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair, acting, down_projections, keeps_float32
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
@@ -38,13 +38,7 @@ from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def export_checkpoint(
@@ -109,7 +103,8 @@ def export_checkpoint(
             copy_side_files(source, partial_out)
             _write_config(partial_out, source, architecture, spans, operators)
             if tokenizer is not None:
-                keep_tokenizer(tokenizer, partial_out, new_model_type=bool(acting(operators)))
+                other = source.taken_out or bool(acting(operators))
+                keep_tokenizer(tokenizer, partial_out, new_model_type=other)
             for name, content in extra_files.items():
                 if isinstance(content, Path):
                     content = content.read_bytes()
@@ -143,25 +138,23 @@ def _new_tensors(
         for layer, down_FC in down_of_layer.items()
     }
     tensors = []
-    for tensor in sorted(source.tensors.values(), key=lambda t: (t.file, t.offset)):
-        name = tensor.name
-        down_FC = replaced.get(name)
-        match = layer_name.fullmatch(name)
+    for old, tensor in sorted(source.tensors.items(), key=lambda t: (t[1].file, t[1].offset)):
+        if old in architecture.unused:
+            continue
+        name, down_FC = old, replaced.get(old)
+        match = layer_name.fullmatch(old)
         if match is not None:
-            # Layers from num_layers on predict further tokens (MTP) with what lies below them.
             if int(match[1]) not in position:
                 continue
             name = f"{architecture.tensor_prefix}.{position[int(match[1])]}.{match[2]}"
-        elif name.startswith(("mtp.", "model.mtp.")):
-            continue
         if down_FC is not None:
-            where = f"The new down_proj {tensor.name}"
+            where = f"The new down_proj {old}"
             shape = (tensor.shape[1], tensor.shape[0])
-            stored = source.dtype if tensor.name in source.scales else _DTYPES[tensor.dtype]
+            stored = source.dtype if old in source.scales else FLOATS[tensor.dtype]
             tensors.append(_tensor(where, name, down_FC, shape, stored))
             continue
-        if tensor.name in source.scales:
-            read = partial(_dequantised_bytes, source, tensor.name)
+        if old in source.scales:
+            read = partial(_dequantised_bytes, source, old)
             numbers = math.prod(tensor.shape)
             tensors.append(NewTensor(name, "BF16", tensor.shape, 2 * numbers, read))
             continue
@@ -173,7 +166,7 @@ def _new_tensors(
             path = (
                 f"{architecture.tensor_prefix}.{boundary}"
                 if boundary < len(kept)
-                else architecture.in_files(architecture.final_norm)
+                else architecture.final_norm_in_files
             )
             tensors += _operator_tensors(span, operators[span], path, architecture, dtype)
     return tensors

@@ -15,7 +15,11 @@ _LEFT_BEHIND_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
     ".py",  # code of the uncut model
 }
-_LEFT_BEHIND_NAMES = {"config.json", "readme.md"}
+_LEFT_BEHIND_NAMES = {
+    *("config.json", "readme.md"),
+    # of other modalities, which the result does not have
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+}
 _FOLDERS = ("additional_chat_templates",)
 
 
@@ -23,7 +27,7 @@ def copy_side_files(source: Checkpoint, folder: Path) -> None:
     """Copy tokenizer, chat template, generation configuration, licence and the like.
 
     Weights of any format, their indices, Python code and the model card are left behind: they
-    speak of the uncut model.
+    speak of the uncut model; so is what prepares images and sound.
     """
     for path in sorted(source.path.iterdir()):
         name = path.name.lower()

@@ -127,6 +127,8 @@ def open_inputs(
         If a task cannot be opened, or a field does not fit the model or the machine.
     """
     source, architecture, remove = open_model(config)
+    for note in source.notes:
+        reporter.warn(note)
     if worker_device is None:
         device = workers = open_device(config.engine.device)
     else:

@@ -173,8 +173,8 @@ def plan_run(
         As ``recover`` raises before it works.
     """
     reporter = reporter or Reporter()
-    notes: list[str] = []
     source, architecture, remove = open_model(config)
+    notes = [*source.notes]
     device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     sizes = model_sizes(source, architecture, dtype)

@@ -199,19 +199,9 @@ def model_sizes(
         for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()
     } - {id(t) for t in model.get_submodule(architecture.embeddings).parameters()}
     above_bytes = sum(loaded[tensor] for tensor in above)
-    norm = architecture.in_files(architecture.final_norm) + "."
-    inner = (architecture.base_prefix + ".", architecture.in_files(architecture.embeddings) + ".")
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    head = (architecture.vocab_size, architecture.hidden_size)
-    above_stored = sum(
-        checkpoint.stored_bytes(tensor.name)
-        for tensor in checkpoint.tensors.values()
-        if tensor.name.startswith(norm)
-        # Families call their head otherwise in the files, but never put it inside the base model.
-        or (not tied and tensor.shape == head and not tensor.name.startswith(inner))
-    )
-    # Layers beyond num_layers predict further tokens (MTP): they are in the files, but never read.
-    outside = checkpoint.nbytes - sum(stored) - above_stored - _beyond(checkpoint, architecture)
+    above_stored = sum(map(checkpoint.stored_bytes, architecture.above_in_files))
+    unused = sum(map(checkpoint.stored_bytes, architecture.unused))
+    outside = checkpoint.nbytes - sum(stored) - above_stored - unused
     return ModelSizes(
         layers=layers,
         hidden_size=architecture.hidden_size,
@@ -313,14 +303,3 @@ def _kept_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
 def _named_kind(architecture: Architecture, layer: int) -> str:
     """What the configuration calls the layer, such as ``sliding_attention``."""
     return " ".join(str(values[layer]) for values in architecture.fields.lists.values())
-
-
-def _beyond(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    """Bytes of layers behind the last one (further-token prediction), which nobody loads."""
-    pattern = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.")
-    return sum(
-        checkpoint.stored_bytes(tensor.name)
-        for tensor in checkpoint.tensors.values()
-        if tensor.name.startswith(("mtp.", "model.mtp."))
-        or ((m := pattern.match(tensor.name)) and int(m[1]) >= architecture.num_layers)
-    )

@@ -116,7 +116,7 @@ def _saved(config, folder, **changes):
         (lambda: transformers.T5Config(num_layers=2), "encoder-decoder"),
         (lambda: transformers.BertConfig(num_hidden_layers=2), "norm behind the layers"),
         (lambda: transformers.ViTConfig(num_hidden_layers=2), "no causal language model"),
-        (transformers.Gemma3Config, "other modalities"),
+        (transformers.Qwen2_5_VLConfig, "other modalities"),
         (
             lambda: transformers.Gemma3nTextConfig(**SMALL, num_kv_shared_layers=2),
             "keys and values of earlier",
@@ -126,14 +126,11 @@ def _saved(config, folder, **changes):
             "layer's number",
         ),
     ],
-    ids=["t5", "bert", "vit", "gemma3-multimodal", "gemma3n", "gpt2-scaled"],
+    ids=["t5", "bert", "vit", "qwen2_5_vl", "gemma3n", "gpt2-scaled"],
 )
 def test_refused_by_name(tmp_path, make, reason):
     config = make()
     source = _saved(config, tmp_path)
-    layers = range(getattr(config, "num_hidden_layers", 1) or 1)
-    tensors = {f"model.layers.{i}.x": next(iter(source.tensors.values())) for i in layers}
-    source = dataclasses.replace(source, tensors=tensors)
     with pytest.raises(UnsupportedArchitectureError, match=reason) as error:
         inspect_architecture(source)
     assert config.model_type in str(error.value)
@@ -240,7 +237,7 @@ def test_refusals_that_config_json_decides(tmp_path):
 
 def test_checkpoint_with_fewer_layers_than_its_config(tmp_path):
     folder = save_checkpoint("llama", tmp_path / "m")
-    with pytest.raises(CheckpointError, match=r"no tensors model\.layers\.6\."):
+    with pytest.raises(CheckpointError, match=r"\(model\.layers\.6\.input_layernorm"):
         inspect_architecture(edited(folder, num_hidden_layers=8))
 
 

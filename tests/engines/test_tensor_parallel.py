@@ -104,12 +104,11 @@ def ranks(tmp_path_factory):
     for family in IN_FP8:
         fp8, twin = folder / f"{family} fp8", folder / f"{family} twin"
         save_in_fp8(folder / family, fp8, twin, (40, 28))
-    damage(folder / "lacking", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     damage(folder / "spoilt", spoil_second_rank)
     runs = [
         (f"{family} {backend}", family, backend, "float32", None)
         for backend in ("deepspeed", "transformers")
-        for family in (*FAMILIES, "uneven", "lacking", "spoilt")
+        for family in (*FAMILIES, "uneven", "spoilt")
     ]
     runs += [
         (f"{family} bfloat16", family, "deepspeed", "bfloat16", None)
@@ -240,9 +239,6 @@ def test_a_fault_is_found_before_real_weights_are_loaded(ranks, why):
 
 @pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
 def test_a_damaged_checkpoint_stops_all_ranks(ranks, backend):
-    for result in ranks[f"lacking {backend}"]:
-        assert result["kind"] == "CheckpointError"
-        assert "layers.1.mlp.up_proj.weight" in result["message"]
     first, second = ranks[f"spoilt {backend}"]
     for result in (first, second):
         assert result["kind"] == "CheckpointError"

@@ -155,14 +155,17 @@ def test_source_in_dtype_of_half_the_size(tmp_path):
     assert {tensor.dtype for tensor in exported.tensors.values()} == {"BF16"}
 
 
-def test_extra_prediction_layers_are_dropped(checkpoint, tmp_path):
-    """MTP layers sit behind the last layer; renumbered ones would collide with them."""
+def test_what_the_model_does_not_take_is_dropped(checkpoint, tmp_path):
+    """MTP layers sit behind the last layer, and renumbered ones would collide with them; old
+    checkpoints hold rotary buffers that are computed today."""
     from safetensors.torch import save_file
 
     original, _ = checkpoint("deepseek_v3")
     folder = shutil.copytree(original.path, tmp_path / "mtp")
     index = json.loads((folder / INDEX).read_text())
-    extra = {"model.layers.6.eh_proj.weight": torch.ones(4), "mtp.fc.weight": torch.ones(4)}
+    buffer = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    extra = dict.fromkeys(("model.layers.6.eh_proj.weight", "mtp.fc.weight", buffer), 4)
+    extra = {name: torch.ones(size) for name, size in extra.items()}
     save_file(extra, folder / "extra.safetensors")
     index["weight_map"].update(dict.fromkeys(extra, "extra.safetensors"))
     (folder / INDEX).write_text(json.dumps(index))
@@ -172,7 +175,8 @@ def test_extra_prediction_layers_are_dropped(checkpoint, tmp_path):
     architecture = inspect_architecture(source)
     export_checkpoint(source, architecture, SPANS, OPERATORS, tmp_path / "out")
     exported = open_checkpoint(tmp_path / "out")
-    assert not [name for name in exported.tensors if "eh_proj" in name or "mtp" in name]
+    assert architecture.unused == extra.keys()
+    assert not [n for n in exported.tensors if "eh_proj" in n or "mtp" in n or "inv_freq" in n]
     assert exported.config["num_nextn_predict_layers"] == 0
 
 

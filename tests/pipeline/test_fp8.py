@@ -1,11 +1,11 @@
-"""A run on a checkpoint in block-scaled FP8 ends in the bits of a run on its bfloat16 twin."""
+"""A run on a checkpoint in FP8 ends in the bits of a run on its bfloat16 twin."""
 
 import json
 
 import pytest
 import torch
 import transformers
-from block_scaled import recover_both
+from block_scaled import FORMS, recover_both
 
 
 @pytest.mark.parametrize("operator", ["ghost", "ghost-joint"])
@@ -17,3 +17,9 @@ def test_the_same_operators_and_export(make_config, tmp_path, family, kind, oper
     assert "quantization_config" not in config
     model = transformers.AutoModelForCausalLM.from_pretrained(stored, trust_remote_code=True)
     assert model(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+@pytest.mark.parametrize("form", FORMS)
+def test_scales_of_tensors_and_rows(make_config, tmp_path, form, kind):
+    recover_both(make_config, tmp_path, "llama", form, engine__kind=kind, operator__name="fold")

@@ -1,0 +1,151 @@
+"""Which tensors of the files a model needs, and how transformers makes its parameters of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ghost_dist.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ghost_dist.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the files goes.
+
+    Attributes
+    ----------
+    target
+        Its name in the model; if several tensors are made of it, the first one's.
+    pattern, converter
+        The pattern of the conversion that merges or splits it, and that conversion; None: it stays
+        as it is.
+    """
+
+    target: str
+    pattern: str | None
+    converter: Any
+
+
+def places(model: Any, names: Iterable[str], *, merged: bool = True) -> dict[str, Place]:
+    """Where transformers would put tensors of these names, whether the model has that or not.
+
+    With ``merged=False`` what is merged or split keeps the name that it has before that.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if merged and isinstance(entry, WeightConverter)]
+    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        found[name] = Place(target, pattern, converter_of.get(pattern))
+    return found
+
+
+def renamed(model: Any, checkpoint: Checkpoint) -> dict[str, Place]:
+    """Tensors of the files that a model needs, by name in the files."""
+    state = model.state_dict()
+    found = places(model, checkpoint.tensors)
+    return {name: place for name, place in found.items() if place.target in state}
+
+
+def convert_and_load(
+    model: Any,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    one_by_one: bool = True,
+) -> set[str]:
+    """Let transformers put tensors of the files in their place, renamed and merged as it does.
+
+    Parameters
+    ----------
+    model
+        A transformers model; only what the tensors make is changed.
+    checkpoint
+        For messages.
+    tensors
+        By name in the files; tensors, or objects that give one for ``[...]``.
+    dtype, device
+        Of the parameters afterwards; what the family keeps in float32 stays float32.
+    one_by_one
+        Read each when its turn comes, instead of all of them ahead by threads.
+
+    Returns
+    -------
+    set
+        Names of the model's tensors that got nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is misshapen or cannot be converted; the message names it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": device},
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    with _one_by_one() if one_by_one else contextlib.nullcontext():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+    for target, got, expected in sorted(info.mismatched_keys):
+        raise CheckpointError(
+            f"{_made_of(model, checkpoint, target)} gives {target} the shape {list(got)}, expected "
+            f"{list(expected)}. config.json and the files disagree: correct config.json, or "
+            "download or copy the checkpoint again."
+        )
+    for target, problem in sorted(info.conversion_errors.items()):
+        reason = " ".join(problem.splitlines()[-2:])  # above them a traceback
+        raise CheckpointError(
+            f"{_made_of(model, checkpoint, target)} cannot become {target}: {reason}. A tensor is "
+            "missing or has another shape than the others: download or copy the checkpoint again."
+        )
+    missing: set[str] = info.missing_keys
+    return missing
+
+
+def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:
+    """The tensors that a parameter is made of, for a message."""
+    names = [n for n, place in renamed(model, checkpoint).items() if place.target == target]
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    first = checkpoint.tensors[names[0]]
+    return f"{checkpoint.path / first.file}: tensor {first.name}{more}"
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Read each tensor when its turn comes, instead of all of them ahead by threads.
+
+    Ahead, the experts' own tensors and what they are merged into would be held at once.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
