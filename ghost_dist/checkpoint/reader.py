@@ -8,6 +8,7 @@ work begins. Weights in pickle files are never opened.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -54,16 +55,8 @@ DTYPES = FLOATS | {
     "BOOL": torch.bool,
 }
 """What can be read at all."""
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "README.md",
-]
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"]
+_HUB_FOLDERS = ["additional_chat_templates/*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -285,8 +278,9 @@ def resolve_checkpoint(
 ) -> Path:
     """The checkpoint folder: a local one as it is, else a snapshot of the hub repository.
 
-    Only safetensors, JSON, tokenizer and licence files are downloaded; Python files only with
-    ``trust_remote_code``, pickle files never.
+    Only JSON, tokenizer and licence files are downloaded, and the shards that the index names
+    (without one ``model.safetensors``); Python files only with ``trust_remote_code``, pickle files
+    and what lies in other folders never.
 
     Raises
     ------
@@ -304,9 +298,17 @@ def resolve_checkpoint(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    name = str(path_or_id)
+    beside = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+        # Not what lies in folders: weights in other formats, which may be as large again.
+        found = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=beside, ignore_patterns=["*/*"]
+            )
+        )
+        weights = [*_files_of_weights(found), *_HUB_FOLDERS]
+        return Path(snapshot_download(name, revision=found.name, allow_patterns=weights))
     except HFValidationError as error:
         raise CheckpointError(
             f"{path_or_id} is neither a folder nor a hub id (owner/name): {error}"
@@ -337,6 +339,15 @@ def _stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     with safe_open(checkpoint.path / info.file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(info.name)
     return tensor
+
+
+def _files_of_weights(folder: Path) -> list[str]:
+    """Patterns of the files that hold the weights, as the index says."""
+    if not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    places = _read_json(folder / INDEX).get("weight_map")
+    files = set(places.values()) if isinstance(places, dict) else set()
+    return [glob.escape(file) for file in files if isinstance(file, str)]
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

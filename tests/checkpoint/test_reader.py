@@ -199,15 +199,3 @@ def test_resolve(folder, tmp_path):
         resolve_checkpoint("ghost-dist-tests/no-such-model", "main")
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         resolve_checkpoint("a/b/c")
-
-
-def test_only_safe_files_are_downloaded(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: asked.update(k) or str(tmp_path)
-    )
-    resolve_checkpoint("owner/name", "v1")
-    assert asked["revision"] == "v1"
-    assert not any(p.endswith((".bin", ".py", ".pt")) for p in asked["allow_patterns"])
-    resolve_checkpoint("owner/name", trust_remote_code=True)
-    assert "*.py" in asked["allow_patterns"]
