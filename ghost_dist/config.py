@@ -298,7 +298,7 @@ class EngineConfig(_Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda or cuda:1; auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Windows per forward; auto: as the device's memory allows."""
+    """Windows per forward; auto: as many as fill the device, of those that divide a range."""
     experts: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """streaming: routed experts of a layer that are held at once, while they run and the next ones
     are read; auto: all of them where layers fit the device, else as many as fit. May differ when a

@@ -162,6 +162,12 @@ class ResidentEngine:
         return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
 
 
-def auto_batch(device: torch.device, window_length: int) -> int:
-    """Windows per forward that fill the device: at least 1."""
-    return max(1, AUTO_BATCH_TOKENS[device.type] // window_length)
+def auto_batch(device: torch.device, window_length: int, range_windows: int) -> int:
+    """Windows per forward that fill the device: at least 1, and a divisor of those of a range.
+
+    On a GPU the shape of a batch decides the last bits. An engine that runs range by range and one
+    that runs all windows a layer at a time agree where all batches have one shape; so does a run
+    that was stopped with some of its ranges done.
+    """
+    most = min(range_windows, AUTO_BATCH_TOKENS[device.type] // window_length)
+    return next((size for size in range(most, 1, -1) if range_windows % size == 0), 1)

@@ -164,11 +164,7 @@ def open_inputs(
         device=device,
         worker_device=workers,
         dtype=dtype,
-        batch=(
-            auto_batch(workers, config.calibration.window_length)
-            if config.engine.batch == "auto"
-            else config.engine.batch
-        ),
+        batch=batch_of(config, workers),
         num_ranges=num_ranges,
         remove=remove,
         refittable=refittable,
@@ -433,6 +429,15 @@ def count_ranges(config: Config) -> int:
             f"(calibration.windows={calibration.windows}). Give more windows or fewer folds."
         )
     return ranges
+
+
+def batch_of(config: Config, device: torch.device) -> int:
+    """Windows per forward."""
+    if config.engine.batch != "auto":
+        return config.engine.batch
+    calibration = config.calibration
+    shorter = calibration.windows // count_ranges(config)
+    return auto_batch(device, calibration.window_length, shorter)
 
 
 def _say_if_few_tokens(

@@ -26,7 +26,6 @@ from ghost_dist.checkpoint.load import (
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, host_free_bytes, open_device
-from ghost_dist.engines.resident import auto_batch
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import (
     CalibrationError,
@@ -45,6 +44,7 @@ from ghost_dist.pipeline.candidates import (
 )
 from ghost_dist.pipeline.inputs import (
     compute_dtype,
+    batch_of,
     count_ranges,
     disk_needs,
     open_model,
@@ -279,7 +279,6 @@ def run_shape(
     samples = samples_of(candidates, spans, refittable)
     num_tokens = calibration.windows * calibration.window_length
     c = architecture.hidden_size
-    batch = config.engine.batch
     width = 0 if operator.name in ("none", "fold", "replaceme") else c
     forms = 1 + any(c.features == "stream+norm" for c in candidates)
     searched = searches_ridge(operator)
@@ -289,7 +288,7 @@ def run_shape(
         num_tensors=len(source.tensors),
         num_windows=calibration.windows,
         window_length=calibration.window_length,
-        batch=auto_batch(device, calibration.window_length) if batch == "auto" else batch,
+        batch=batch_of(config, device),
         num_ranges=count_ranges(config),
         folds=operator.folds,
         selection=_selection(config, remove, architecture, sizes, device),

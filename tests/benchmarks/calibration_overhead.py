@@ -74,14 +74,14 @@ def open_engine(folder: Path, length: int) -> ResidentEngine:
     decoder = load_decoder(
         folder, architecture, num_layers=architecture.num_layers, dtype=torch.float32, device=CPU
     )
-    return ResidentEngine(decoder, auto_batch(CPU, length))
+    return ResidentEngine(decoder, auto_batch(CPU, length, 8))
 
 
 def compare_times(folder: Path, tokens: np.ndarray, repeats: int) -> dict[str, float]:
     length = tokens.shape[1]
     bare_model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     engine = open_engine(folder, length)
-    batch = auto_batch(CPU, length)
+    batch = auto_batch(CPU, length, 8)
     times: dict[str, list[float]] = {"bare": [], "calibrate": []}
     for repeat in range(repeats + 1):
         began = time.perf_counter()

@@ -95,9 +95,13 @@ def test_layers_above_the_last_boundary_are_not_loaded(tmp_path):
     assert not any(".2." in name or "head" in name for name in names)
 
 
-def test_auto_batch_never_is_zero():
-    assert auto_batch(CPU, 1 << 20) == 1
-    assert auto_batch(CPU, 512) == 4
+def test_auto_batch_is_a_divisor_of_a_range_and_never_zero():
+    assert auto_batch(CPU, 1 << 20, 8) == 1
+    assert auto_batch(CPU, 512, 8) == 4
+    assert auto_batch(CPU, 512, 6) == 3
+    assert auto_batch(CPU, 512, 7) == 1
+    assert auto_batch(CPU, 64, 4) == 4  # not 32, which all windows in order would give
+
 
 
 ADDS = set(FAMILIES) - {
