@@ -43,8 +43,8 @@ from ghost_dist.pipeline.candidates import (
     searches_ridge,
 )
 from ghost_dist.pipeline.inputs import (
-    compute_dtype,
     batch_of,
+    compute_dtype,
     count_ranges,
     disk_needs,
     open_model,

@@ -103,7 +103,6 @@ def test_auto_batch_is_a_divisor_of_a_range_and_never_zero():
     assert auto_batch(CPU, 64, 4) == 4  # not 32, which all windows in order would give
 
 
-
 ADDS = set(FAMILIES) - {
     *("gemma2", "gemma3", "olmo2"),  # the MLP's output is normed before it is added
     *("mixtral", "qwen3_moe", "gpt_oss"),  # experts only
