@@ -224,12 +224,10 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
         check_cut(architecture, source.config, spans)
     else:
         remove = _number_of_layers(config, source, architecture)
-        if config.selection.max_spans == 1 and config.selection.criterion != "block-influence":
-            last = architecture.num_layers - remove
-            single = ([Span(start, start + remove)] for start in range(last + 1))
-            check_some_cut(architecture, source.config, single)
         if config.selection.criterion != "block-influence":
-            Selector(config.selection, remove, architecture).candidates()
+            candidates = Selector(config.selection, remove, architecture).candidates()
+            if config.selection.max_spans == 1:
+                check_some_cut(architecture, source.config, ([span] for span in candidates))
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)
         check_degree(whole, config.engine.tensor_parallel)

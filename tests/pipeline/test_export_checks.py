@@ -44,12 +44,13 @@ def save_model(folder, family, **fields):
     return folder
 
 
-def configuration(model, out, spans, engine, source):
+def configuration(model, out, spans, engine, source, **settings):
     return make_config(
         model,
         out=out,
         spans=spans,
         settings={
+            **settings,
             "calibration.source": str(source),
             "calibration.sampling": "beginning",
             "calibration.windows": 8,
@@ -121,4 +122,20 @@ def test_cut_that_leaves_nothing_to_count_tokens(tmp_path, family, spans, engine
     for work in (plan_run, recover):
         with pytest.raises(UnsupportedArchitectureError, match=f"{family}.*no attention layer"):
             work(config)
+    assert not (tmp_path / "run" / "statistics.zarr").exists()
+
+
+def test_layers_that_a_criterion_chose_are_judged_as_well(tmp_path):
+    """DiffLlama's layers know their numbers: only the last ones can go, and these are protected."""
+    model = save_model(tmp_path / "diffllama", "diffllama")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 40)
+    chosen = {"selection.remove": 2, "selection.protect": [4, 5]}
+    config = configuration(model, tmp_path / "run", None, "resident", text, **chosen)
+    with pytest.raises(UnsupportedArchitectureError, match="diffllama.*lambda_init"):
+        plan_run(config)
+    one_by_one = {**chosen, "selection.criterion": "block-influence"}
+    config = configuration(model, tmp_path / "run", None, "resident", text, **one_by_one)
+    with pytest.raises(UnsupportedArchitectureError, match=r"lambda_init.*selection\.protect"):
+        recover(config)
     assert not (tmp_path / "run" / "statistics.zarr").exists()
