@@ -214,10 +214,13 @@ def test_a_stretch_of_few_tokens_is_refused(build, lines, tokenizer, tmp_path):
     build("a.txt", window_length=1200, sampling="beginning")
 
 
-def test_a_last_window_that_does_not_fit_begins_where_its_stretch_does(build, lines, tmp_path):
+def test_a_last_window_that_does_not_fit_begins_where_its_stretch_does(
+    build, lines, tokenizer, tmp_path
+):
     """The end of the text is a long run that is few tokens; before it there is enough."""
-    text = "\n".join(lines[:2000])  # 52,000 characters: stretches of 4,400 or so
-    (tmp_path / "a.txt").write_text(text + "=" * 1500)
+    tokenizer.add_tokens(["=" * 64])
+    text = "\n".join(lines[:2000])  # 52,000 characters: stretches of 4,600
+    (tmp_path / "a.txt").write_text(text + "=" * 3300)
     found = set()
     for seed in range(12):
         tokens = build("a.txt", seed=seed, window_length=150)

@@ -147,7 +147,12 @@ def test_a_joint_fit_counts_its_mlp_channels(make_config, tmp_path):
     said = Console(file=io.StringIO(), width=400)
     settings = {"calibration__windows": 8, "selection__spans": [[3, 5]]}
     for name in ("ghost", "ghost-joint"):
-        config = make_config(operator__name=name, output__path=str(tmp_path / name), **settings)
+        config = make_config(
+            operator__name=name,
+            operator__features="stream" if name == "ghost" else "auto",
+            output__path=str(tmp_path / name),
+            **settings,
+        )
         result = recover(config, Reporter(console=said))
         (fit,) = result["fit"]
         assert fit["tokens_per_channel"] == 512 / (48 if name == "ghost" else 48 + 96)

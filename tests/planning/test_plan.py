@@ -354,6 +354,18 @@ def test_ranks_that_share_a_reading_share_the_forward_too(llama_405b, tmp_path, 
     assert any("4 ranks, which share the windows and one reading" in n for n in plans[1].notes)
 
 
+def test_too_few_tokens_are_said_before_the_work(make_config, gpu_of):
+    gpu_of(80)
+    joint = {"operator__name": "ghost-joint", "model__dtype": "bfloat16"}  # C + F = 48 + 96
+    (note,) = [
+        n for n in plan_run(make_config(**joint, calibration__windows=8)).notes if "regressors" in n
+    ]
+    assert "3.6 for each of the 144 regressors of ghost-joint" in note
+    assert note.endswith("--set calibration.windows=9")
+    enough = plan_run(make_config(**joint, calibration__windows=9))
+    assert not any("regressors" in note for note in enough.notes)
+
+
 def test_spans_that_are_not_known_are_the_dearest(make_config, gpu_of):
     gpu_of(80)
     plan = plan_run(
