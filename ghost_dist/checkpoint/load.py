@@ -352,16 +352,13 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     """
     inputs: list[Any] = []
     outputs: list[Any] = []
-    beside: list[Any] = []  # what layers gave besides the stream, and whether another took it
+    beside: list[Any] = []  # what layers gave besides the stream
+    taken: list[Any] = []  # and what of that others were given
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0] if args else kwargs.get("hidden_states"))
-        taken = [*args[1:], *kwargs.values()]
-        if any(given is value for given in beside for value in taken):
-            raise UnsupportedArchitectureError(
-                f"Family {architecture.model_type} is not supported: its layers hand on something "
-                "besides the residual stream, so a layer cannot be removed by itself."
-            )
+        for value in (*args[1:], *kwargs.values()):
+            taken.extend(given for given in beside if given is value)
 
     def after(module: Any, __: Any, output: Any) -> None:
         if module is not decoder._norm:
@@ -370,15 +367,27 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
             beside.extend(value for value in output[1:] if isinstance(value, Tensor))
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    watched: list[Callable[[], None]] = []
-    for module in (*decoder.layers, decoder._norm):
-        watched.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        watched.append(module.register_forward_hook(after).remove)
-    try:
-        result = decoder(torch.zeros(1, 2, dtype=torch.int64, device=decoder.device))
-    finally:
-        for remove in watched:
-            remove()
+    def silenced(_: Any, __: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return output
+        rest = (torch.zeros_like(v) if isinstance(v, Tensor) else v for v in output[1:])
+        return (output[0], *rest)
+
+    ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=decoder.device)
+    with contextlib.ExitStack() as hooks:
+        for module in (*decoder.layers, decoder._norm):
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after).remove)
+        result = decoder(ids_BT)
+    if taken:  # does it matter to them?
+        with contextlib.ExitStack() as hooks:
+            for module in decoder.layers:
+                hooks.callback(module.register_forward_hook(silenced).remove)
+            if not torch.equal(decoder(ids_BT), result):
+                raise UnsupportedArchitectureError(
+                    f"Family {architecture.model_type} is not supported: its layers hand on "
+                    "something besides the residual stream, so a layer cannot be removed by itself."
+                )
     joined = len(inputs) == decoder.num_layers + 1 and all(
         given is taken for given, taken in zip(outputs[:-1], inputs[1:], strict=True)
     )
