@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # What CI checks: formatting, lints, types, tests.
 #
-#   bash launch/test.sh                          # everything, under 15 minutes on 2 cores
-#   bash launch/test.sh --quick                  # all but the tests that need a model: under a minute
+#   bash launch/test.sh                          # everything; the aim is 15 minutes on 2 cores
+#   bash launch/test.sh --quick                  # all but the tests that need a model; the aim is a minute
 #   bash launch/test.sh tests/solver -x          # pytest with these arguments, at once
 #   bash launch/test.sh -m gpu                   # on a machine with an NVIDIA GPU
-#   bash launch/test.sh -m nightly               # checks of the suite again: more families, more seeds
 #   bash launch/test.sh -m chaos_nightly         # hundreds of injected faults
 extras=dev
 [ "${1:-}" != --quick ] || extras='test'
@@ -14,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # Two processes, since most tests use one thread; how they share the files is in tests/conftest.py.
 two=(-n 2 --dist loadgroup --no-loadscope-reorder)
-often="not gpu and not nightly and not chaos_nightly"
+often="not gpu and not chaos_nightly"
 
 if [ "${1:-}" = --quick ]; then
   shift
