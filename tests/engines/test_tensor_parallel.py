@@ -264,7 +264,9 @@ def test_degrees_that_do_not_divide_the_heads():
 
 def test_without_deepspeed_the_other_backend_is_named(monkeypatch):
     monkeypatch.setattr(tensor_parallel.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"not installed. In the checkout: .*engine.backend=transformers"):
+    with pytest.raises(
+        ConfigError, match=r"not installed. In the checkout: .*engine.backend=transformers"
+    ):
         tensor_parallel._prepare_deepspeed(torch.device("cpu"))
 
 
