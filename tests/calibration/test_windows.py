@@ -194,7 +194,7 @@ def test_damage_anywhere_is_an_error_of_ours_or_harmless(tmp_path, windows):
 
 def test_torn_missing_and_foreign_files(tmp_path, windows):
     path = tmp_path / "tokens.safetensors"
-    with pytest.raises(CorruptStoreError, match=r"cannot be read.*built anew"):
+    with pytest.raises(CorruptStoreError, match=r"cannot be read.*builds it anew"):
         load_windows(path)
     save_windows(path, windows)
     whole = path.read_bytes()
