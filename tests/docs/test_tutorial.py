@@ -71,7 +71,7 @@ def printed(checkout):
     return done.stdout
 
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.timeout(1500)]
 
 
 def test_demo_closes_part_of_the_gap(checkout, printed):
