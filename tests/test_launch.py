@@ -174,7 +174,7 @@ def test_the_whole_suite_and_the_quick_one_check_everything_else_too(scripts):
     for lines in (whole, quick):
         assert {"ruff check .", "ruff format --check .", "mypy "} <= set(lines)
     [tests] = [line for line in whole if line.startswith("-m pytest")]
-    assert tests.endswith("-m not gpu and not nightly and not chaos_nightly")
+    assert tests.endswith("-m not gpu and not chaos_nightly")
     [tests] = [line for line in quick if line.startswith("-m pytest")]
     assert "not chaos_nightly and not model" in tests
     assert tests.endswith(" -x")

@@ -367,13 +367,14 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
             beside.extend(value for value in output[1:] if isinstance(value, Tensor))
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    def silenced(_: Any, __: Any, output: Any) -> Any:
+    def replaced(_: Any, __: Any, output: Any) -> Any:
         if not isinstance(output, tuple):
             return output
-        rest = (torch.zeros_like(v) if isinstance(v, Tensor) else v for v in output[1:])
+        rest = (_other_values(v) if isinstance(v, Tensor) else v for v in output[1:])
         return (output[0], *rest)
 
-    ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=decoder.device)
+    # Two ids: one of them may be that of padding, whose embedding is zero and stays so in all layers.
+    ids_BT = torch.arange(2, device=decoder.device)[None]
     with contextlib.ExitStack() as hooks:
         for module in (*decoder.layers, decoder._norm):
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -382,7 +383,7 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
     if taken:  # does it matter to them?
         with contextlib.ExitStack() as hooks:
             for module in decoder.layers:
-                hooks.callback(module.register_forward_hook(silenced).remove)
+                hooks.callback(module.register_forward_hook(replaced).remove)
             if not torch.equal(decoder(ids_BT), result):
                 raise UnsupportedArchitectureError(
                     f"Family {architecture.model_type} is not supported: its layers hand on "
@@ -397,6 +398,14 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
             f"Family {architecture.model_type} is not supported: its layers do not hand one "
             "residual stream from each to the next and to the final norm."
         )
+
+
+def _other_values(tensor: Tensor) -> Tensor:
+    """Far from what a layer gives: a choice of experts, or of keys, must come out otherwise."""
+    if not tensor.is_floating_point():
+        return torch.zeros_like(tensor)  # an index that is there whatever is indexed
+    generator = torch.Generator().manual_seed(0)
+    return 100 * torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
 @contextlib.contextmanager
