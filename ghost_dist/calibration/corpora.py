@@ -58,25 +58,10 @@ def open_corpus(
 ) -> Corpus:
     """Find a source and start reading it; nothing is held beyond a buffer of documents.
 
-    Parameters
-    ----------
-    source
-        As in the module's description; ``~`` is expanded, paths are relative to the working
-        directory.
-    seed
-        Shuffles the documents of a dataset: all of a saved one, through a buffer of 10,000 of a
-        streamed one (whose shards are shuffled too). None keeps the dataset's order. Files are
-        always read from the beginning.
-    split
-        Split of a dataset whose source names none.
-    files
-        Read a folder of data files in its order and not shuffled; of more than so many files, so
-        many that are evenly spaced.
-
-    Raises
-    ------
-    CalibrationError
-        If there is no such source, or it cannot be read.
+    ``seed`` shuffles the documents of a dataset: all of a saved one, through a buffer of 10,000 of
+    a streamed one; None keeps their order. Files are always read from the beginning. ``split`` is
+    for a source that names none. With ``files``, a folder of data files is read in its order; of
+    more than so many files, so many that are evenly spaced.
     """
     name, *parts = source.split(":")
     if name in ALIASES:

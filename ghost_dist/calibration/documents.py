@@ -22,14 +22,7 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "
 
 
 def pick_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
-    """Name of the column that holds the document.
-
-    Raises
-    ------
-    CalibrationError
-        If ``wanted`` is not there, or if nothing is wanted and no known column is there; lists
-        the columns found.
-    """
+    """Name of the column that holds the document; ``wanted`` None: the first known one."""
     found = list(columns)
     for name in (wanted,) if wanted is not None else COLUMNS:
         if name in found:
@@ -45,12 +38,6 @@ def as_document(value: Any, where: str) -> Document | None:
     """The cell of a row as a document; None if the cell is null.
 
     A list of parts, as chat messages have them, is the text of its parts.
-
-    Raises
-    ------
-    CalibrationError
-        If it is neither text nor a list of messages or text parts, or holds text that UTF-8 cannot
-        write.
     """
     if value is None:
         return None
@@ -71,11 +58,6 @@ def render_chat(tokenizer: Any, chat: Chat, where: str) -> str:
     """The text of a chat by the tokenizer's chat template, special tokens written out in it.
 
     Messages are ``{"role", "content"}``; ``{"from", "value"}`` of ShareGPT is translated.
-
-    Raises
-    ------
-    CalibrationError
-        If the tokenizer has no chat template, or the template refuses the messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(

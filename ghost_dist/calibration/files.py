@@ -28,20 +28,14 @@ _PIECE_BYTES = 1 << 16
 _PARQUET_ROWS = 256
 
 
-def read_text(path: Path, piece_bytes: int = _PIECE_BYTES) -> Generator[str]:
-    """Yield a text file in pieces; joined they are what ``Path.read_text`` gives.
-
-    Raises
-    ------
-    CalibrationError
-        If the file cannot be read or is not UTF-8; names the byte.
-    """
+def read_text(path: Path) -> Generator[str]:
+    """Yield a text file in pieces; joined they are what ``Path.read_text`` gives."""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     taken = 0
     with _opened(path) as file:
         while True:
-            piece = file.read(piece_bytes)
+            piece = file.read(_PIECE_BYTES)
             pending = len(utf8.getstate()[0])  # bytes of a character cut by the last piece
             try:
                 text = utf8.decode(piece, final=not piece)
@@ -58,20 +52,7 @@ def read_text(path: Path, piece_bytes: int = _PIECE_BYTES) -> Generator[str]:
 
 
 def read_rows(path: Path, column: str | None) -> Generator[Document]:
-    """Yield the documents of a JSONL or parquet file; null cells are left out.
-
-    Parameters
-    ----------
-    path
-        A file with one of the suffixes above.
-    column
-        Name of the column that holds the document; None finds it.
-
-    Raises
-    ------
-    CalibrationError
-        If the file cannot be read or a row is not as expected; names the line or row.
-    """
+    """The documents of a JSONL or parquet file; null cells are left out."""
     rows = _parquet_rows if path.name.endswith(PARQUET_SUFFIXES) else _json_rows
     for where, value in rows(path, column):
         document = as_document(value, where)

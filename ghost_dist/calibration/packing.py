@@ -46,40 +46,26 @@ def pack_tokens(
     *,
     needed: int | None,
     special_tokens: bool,
+    pieces: Iterator[Piece] | None = None,
     on_progress: OnProgress | None = None,
     least_growth: int = _LEAST_GROWTH,
 ) -> TokenArray:
-    """First ``needed`` tokens of a corpus; fewer if it ends before.
+    """First ``needed`` tokens (int64) of a corpus, or of some of its ``pieces``; fewer if it ends.
 
-    Parameters
-    ----------
-    corpus
-        Opened source; it is read no further than needed.
-    tokenizer
-        A transformers tokenizer.
-    needed
-        Number of tokens; None: all, which holds the whole text in memory.
-    special_tokens
-        Whether each document gets the tokenizer's own special tokens.
-    on_progress
-        See :data:`OnProgress`; not called when ``needed`` is None.
-    least_growth
-        Smallest step of a prefix, characters. Does not change the result.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64, shape (at most ``needed``,).
+    ``needed`` None: all, which holds the whole text in memory, without progress. ``least_growth``
+    is the smallest step of a prefix in characters, and does not change the result.
     """
-    return pack_pieces(
-        read_pieces(corpus, tokenizer, special_tokens=special_tokens),
-        tokenizer,
-        one_text=corpus.one_text,
-        needed=needed,
-        special_tokens=special_tokens,
-        on_progress=on_progress,
-        least_growth=least_growth,
-    )
+    if pieces is None:
+        pieces = read_pieces(corpus, tokenizer, special_tokens=special_tokens)
+    report = Reports(needed, on_progress)
+    if special_tokens and not corpus.one_text:
+        return _pack_documents(pieces, tokenizer, needed, report)
+
+    def encode(text: str) -> TokenArray:
+        return _encode(tokenizer, text, special_tokens)
+
+    prefix = _Prefix(piece.text for piece in pieces)
+    return _first_tokens(prefix, encode, needed, report, least_growth)
 
 
 def read_pieces(corpus: Corpus, tokenizer: Any, *, special_tokens: bool) -> Iterator[Piece]:
@@ -93,28 +79,6 @@ def read_pieces(corpus: Corpus, tokenizer: Any, *, special_tokens: bool) -> Iter
         if number and not corpus.one_text and not alone:
             yield Piece(SEPARATOR, special=False)
         yield Piece(document, special=alone and bool(document))
-
-
-def pack_pieces(
-    pieces: Iterator[Piece],
-    tokenizer: Any,
-    *,
-    one_text: bool,
-    needed: int | None,
-    special_tokens: bool,
-    on_progress: OnProgress | None = None,
-    least_growth: int = _LEAST_GROWTH,
-) -> TokenArray:
-    """:func:`pack_tokens` of what :func:`read_pieces` gave, or of a part of it."""
-    report = Reports(needed, on_progress)
-    if special_tokens and not one_text:
-        return _pack_documents(pieces, tokenizer, needed, report)
-
-    def encode(text: str) -> TokenArray:
-        return _encode(tokenizer, text, special_tokens)
-
-    prefix = _Prefix(piece.text for piece in pieces)
-    return _first_tokens(prefix, encode, needed, report, least_growth)
 
 
 def _first_tokens(

@@ -61,26 +61,7 @@ PUBLISHED = {
 def published_windows(
     text: PublishedText, tokenizer: Any, *, windows: int | None, window_length: int, vocab_size: int
 ) -> TokenWindows:
-    """Windows of one of :data:`PUBLISHED`.
-
-    Parameters
-    ----------
-    text
-        Which.
-    tokenizer
-        The model's.
-    windows
-        The first so many; None: all, of C4 256.
-    window_length
-        Tokens per window.
-    vocab_size
-        Rows of the model's embedding; every token id must be below it.
-
-    Raises
-    ------
-    CalibrationError
-        If the data cannot be had, give too few windows, or the tokenizer does not fit the model.
-    """
+    """The first windows of one of :data:`PUBLISHED`; None: all of them, of C4 256."""
     tried = f"dataset {text.name}, config {text.config or '(default)'}, split {text.split}"
     try:
         import datasets

@@ -28,7 +28,7 @@ from ghost_dist.calibration.packing import (
     Piece,
     Reports,
     TokenArray,
-    pack_pieces,
+    pack_tokens,
     read_pieces,
 )
 from ghost_dist.errors import CalibrationError
@@ -51,21 +51,11 @@ def spread_tokens(
     split: str,
     on_progress: OnProgress | None,
 ) -> TokenArray:
-    """Tokens of all windows, in the order of their places.
+    """Tokens of all windows, in the order of their places: at most windows * window_length.
 
     The parameters are those of ``windows.build_windows``; ``window_length`` counts tokens of text.
     A source that is long is read twice, and tokenised where the windows are. A dataset of the hub,
     or one that was saved, is shuffled instead.
-
-    Returns
-    -------
-    numpy.ndarray
-        int64, shape (windows * window_length,), or all tokens of a source that has fewer.
-
-    Raises
-    ------
-    CalibrationError
-        If the source cannot be read, or has hardly a token where a window should be.
     """
     needed = windows * window_length
     text = _Text(source, tokenizer, seed, special_tokens, split, files=windows)
@@ -112,12 +102,8 @@ class _Text:
 
     def pack(self, corpus: Corpus, pieces: Iterator[Piece], **options: Any) -> TokenArray:
         """Tokens of some of its pieces."""
-        return pack_pieces(
-            pieces,
-            self.tokenizer,
-            one_text=corpus.one_text,
-            special_tokens=self.special_tokens,
-            **options,
+        return pack_tokens(
+            corpus, self.tokenizer, special_tokens=self.special_tokens, pieces=pieces, **options
         )
 
     def windows_at(

@@ -16,26 +16,10 @@ from collections.abc import Collection
 from ghost_dist.errors import ConfigError
 
 
-def assign_ranges(
-    num_windows: int, num_ranges: int, *, folds: int = 1, pieces: int = 1
-) -> list[tuple[int, ...]]:
-    """Cut ``range(num_windows)`` into pieces whose sizes differ by at most one, and deal them.
+def assign_ranges(num_windows: int, num_ranges: int, *, pieces: int = 1) -> list[tuple[int, ...]]:
+    """Cut ``range(num_windows)`` into stretches whose sizes differ by at most one, and deal them.
 
-    Parameters
-    ----------
-    num_windows
-        Windows to deal.
-    num_ranges
-        Number of ranges; the first ones are the longer ones.
-    folds
-        Folds that the ranges are to serve; each needs a range of its own.
-    pieces
-        Of a range: range i of n has the pieces i, i + n, i + 2 n, ...
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer windows than ranges, or fewer ranges than folds.
+    Range i of n has the ``pieces`` i, i + n, i + 2 n, ...; the first ones are the longer ones.
     """
     count = num_ranges * pieces
     if num_ranges < 1 or num_windows < count:
@@ -43,11 +27,6 @@ def assign_ranges(
             f"{num_windows} calibration windows cannot be cut into {count} ranges: each holds "
             "at least one window. Raise calibration.windows, or lower calibration.ranges or "
             "operator.folds."
-        )
-    if num_ranges < folds:
-        raise ConfigError(
-            f"{num_ranges} window ranges cannot serve {folds} folds: each fold holds out ranges of "
-            "its own. Raise calibration.ranges, or lower operator.folds."
         )
     size, longer = divmod(num_windows, count)
     starts = [index * size + min(index, longer) for index in range(count + 1)]
@@ -65,20 +44,7 @@ class NotHeldOutError(RuntimeError):
 
 
 def check_held_out(fitted_on: Collection[int], judged_by: Collection[int], what: str) -> None:
-    """Refuse to judge a fit by folds, or windows, that it has seen.
-
-    Parameters
-    ----------
-    fitted_on, judged_by
-        Numbers of folds, or of windows.
-    what
-        Is judged; named in the error.
-
-    Raises
-    ------
-    NotHeldOutError
-        If they overlap.
-    """
+    """Refuse to judge a fit by folds, or windows, that it has seen."""
     seen = sorted(set(fitted_on) & set(judged_by))
     if seen:
         raise NotHeldOutError(

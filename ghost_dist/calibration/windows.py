@@ -77,36 +77,11 @@ def build_windows(
 ) -> TokenWindows:
     """Cut a corpus into windows, from its beginning or at places that are spread over it.
 
-    Parameters
-    ----------
-    source
-        A file, a folder or the name of a dataset, as ``calibration/corpora.py`` describes.
-    tokenizer
-        The model's transformers tokenizer.
-    windows
-        Number of windows; None: all whole ones, which holds the whole text in memory.
-    window_length
-        Tokens per window.
-    seed
-        Order of the documents of a dataset; None keeps its own, as perplexity wants it. Also the
-        places of spread windows, which need one.
-    special_tokens
-        Whether the tokenizer adds its own special tokens to every document.
-    window_bos
-        Whether each window is the BOS token and ``window_length - 1`` tokens of text.
-    vocab_size
-        Rows of the model's embedding; every token id must be below it.
-    sampling
-        ``spread`` is for a given number of windows; see ``calibration/sampling.py``.
-    split
-        Split of a dataset whose source names none; ``test`` for evaluation.
-    on_progress
-        Called with (tokens done, tokens needed) while documents come in; done is an estimate.
-
-    Raises
-    ------
-    CalibrationError
-        If the source cannot be read or is too short, or the tokenizer does not fit the model.
+    ``windows`` None: all whole ones, which holds the whole text in memory. ``seed`` orders the
+    documents of a dataset (None keeps its own order, as perplexity wants it) and places spread
+    windows. ``special_tokens``: the tokenizer adds its own to every document. ``window_bos``: each
+    window is BOS and ``window_length - 1`` tokens of text. ``split`` is for a dataset whose source
+    names none.
     """
     bos = _bos(tokenizer) if window_bos else None
     text_length = window_length - (0 if bos is None else 1)
@@ -165,13 +140,7 @@ def save_windows(path: Path, windows: TokenWindows) -> None:
 
 
 def load_windows(path: Path) -> TokenWindows:
-    """Read what :func:`save_windows` wrote.
-
-    Raises
-    ------
-    CorruptStoreError
-        If the file is missing, is something else, or its tokens do not have the hash in it.
-    """
+    """Read what :func:`save_windows` wrote."""
     remedy = "recover builds it anew from the source."
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

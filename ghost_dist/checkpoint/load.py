@@ -373,7 +373,7 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
         rest = (_other_values(v) if isinstance(v, Tensor) else v for v in output[1:])
         return (output[0], *rest)
 
-    # Two ids: one of them may be that of padding, whose embedding is zero and stays so in all layers.
+    # Two ids: one may be that of padding, whose embedding is zero and stays so in all layers.
     ids_BT = torch.arange(2, device=decoder.device)[None]
     with contextlib.ExitStack() as hooks:
         for module in (*decoder.layers, decoder._norm):
