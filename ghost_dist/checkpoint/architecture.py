@@ -42,61 +42,31 @@ _FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")
 class Architecture:
     """What has to be known of a family to cut its models.
 
-    Attributes
-    ----------
-    model_type
-        The family, as in ``config.json``.
-    num_layers, hidden_size, vocab_size
-        Sizes of the uncut model.
-    config_class, base_class, causal_lm_class
-        Names of classes of transformers.
-    base_prefix
-        Path of the base model in the causal LM, such as ``"model"``.
-    layers, embeddings, final_norm, head
-        Module paths in the causal LM, such as ``"model.layers"``.
-    final_norm_class
-        Name of the final norm's class.
-    rotary
-        Path of the rotary embedding that all layers share, or None.
-    tensor_prefix, final_norm_in_files
-        What the checkpoint files call ``layers`` and ``final_norm``.
-    above_in_files
-        Tensors of the final norm and the head in the files.
-    unused
-        Tensors of the files that the model does not take and need not: they go.
-    norm_eps
-        Epsilon of the final norm.
-    down_projections
-        Layer to the path within it, such as ``"mlp.down_proj"``, of the one linear module that ends
-        its MLP; layers with experts have none. Whether its output is added to the stream as it is
-        shows only when it runs (``load.adds_mlp_output``).
-    inner_sizes
-        Layer to the width F that its down_proj reads.
-    fields
-        Per-layer fields of the configuration.
+    ``down_projections`` has layers whose MLP ends in one linear module, so none with experts.
+    Whether its output is added to the stream as it is shows only when it runs
+    (``load.adds_mlp_output``).
     """
 
     model_type: str
     num_layers: int
     hidden_size: int
     vocab_size: int
-    config_class: str
+    config_class: str  # the three: names of classes of transformers
     base_class: str
     causal_lm_class: str
-    base_prefix: str
-    layers: str
+    base_prefix: str  # of the causal LM, such as "model"
+    layers: str  # this and the next: module paths in the causal LM
     embeddings: str
     final_norm: str
     final_norm_class: str
     head: str
-    rotary: str | None
-    tensor_prefix: str
+    tensor_prefix: str  # what the files call the layers; next, the final norm
     final_norm_in_files: str
-    above_in_files: tuple[str, ...]
-    unused: frozenset[str]
+    above_in_files: tuple[str, ...]  # tensors of the final norm and the head
+    unused: frozenset[str]  # tensors that the model does not take and need not
     norm_eps: float
-    down_projections: Mapping[int, str]
-    inner_sizes: Mapping[int, int]
+    down_projections: Mapping[int, str]  # layer -> path in it, such as "mlp.down_proj"
+    inner_sizes: Mapping[int, int]  # layer -> width F that its down_proj reads
     fields: LayerFields
 
     @property
@@ -113,19 +83,9 @@ class Architecture:
         return path.removeprefix(self.base_prefix + ".")
 
 
-def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
-    """Find the parts of the model, on the meta device; what may be cut says ``check_cut``.
-
-    ``trust_remote_code`` only changes what a refusal says: model code from a checkpoint is not run.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If no cut of the family is possible, naming it and the reason.
-    CheckpointError
-        If ``config.json`` is not valid for its family, or the files do not hold that model.
-    """
-    config = _read_config(checkpoint, trust_remote_code)
+def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
+    """Find the parts of the model, on the meta device; what may be cut says ``check_cut``."""
+    config = _read_config(checkpoint)
     family = config.model_type
     model_class = causal_lm_class(config)
     fields = find_layer_fields(config)
@@ -139,7 +99,6 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
     base_prefix = _base_prefix(model)
     base = model.get_submodule(base_prefix)
     layers = _layer_list(model, config)
-    parent = layers.rpartition(".")[0]
     paths = {id(module): path for path, module in model.named_modules()}
     embeddings = paths.get(id(model.get_input_embeddings()))
     head = paths.get(id(model.get_output_embeddings()))
@@ -168,7 +127,6 @@ def inspect_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False
         final_norm=final_norm,
         final_norm_class=type(model.get_submodule(final_norm)).__name__,
         head=head,
-        rotary=_child(model, parent, ("rotary", "rope")),
         tensor_prefix=tensor_prefix,
         final_norm_in_files=_in_files(final_norm, above, tensor_prefix),
         above_in_files=tuple(above),
@@ -206,17 +164,7 @@ def cut_config(
 def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
     """Prove on the meta device that the cut configuration describes the layers that stay.
 
-    Parameters
-    ----------
-    architecture, config
-        Of the uncut model.
-    spans
-        Checked and sorted.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        Naming the first layer and setting that would change, or what ``generate`` would lack.
+    The error names the first layer and setting that would change, or what ``generate`` would lack.
     """
     config_class = getattr(transformers, architecture.config_class)
     reason = why_not(architecture, config, spans)
@@ -281,7 +229,7 @@ def _cache_counts_tokens(config: Any) -> bool:
     return True
 
 
-def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def _read_config(checkpoint: Checkpoint) -> Any:
     raw = checkpoint.config
     family = raw.get("model_type")
     where = checkpoint.path / "config.json"
@@ -295,13 +243,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             "float32, or FP8 with scales of tensors, rows or blocks",
         )
     if family not in CONFIG_MAPPING:
-        code = "auto_map" in raw
-        flag = " trust_remote_code does not change that." if code and trust_remote_code else ""
-        raise _refused(
-            family,
-            f"transformers {transformers.__version__} does not know it"
-            + (f" (its code comes with the checkpoint).{flag}" if code else ""),
-        )
+        code = " (its code comes with the checkpoint and is never run)" if "auto_map" in raw else ""
+        raise _refused(family, f"transformers {transformers.__version__} does not know it{code}")
     try:
         config = read_config(CONFIG_MAPPING[family], raw)
     except Exception as error:
@@ -320,13 +263,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def causal_lm_class(config: Any) -> type[Any]:
-    """transformers' class of the causal language model that a configuration describes.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If there is none.
-    """
+    """transformers' class of the causal language model that a configuration describes."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refused(config.model_type, "transformers has no causal language model of it")
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -376,13 +313,6 @@ def _final_norm(model: Any, layers: str, config: Any) -> str:
             f"there is not exactly one norm behind the layers (found: {norms or 'none'})",
         )
     return f"{parent}.{norms[0]}"
-
-
-def _child(model: Any, parent: str, words: tuple[str, ...]) -> str | None:
-    for name, _ in model.get_submodule(parent).named_children():
-        if any(word in name for word in words):
-            return f"{parent}.{name}"
-    return None
 
 
 def _is_further(checkpoint: Checkpoint, layers: str, config: Any) -> Callable[[str], bool]:

@@ -35,28 +35,14 @@ _NUMBERS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one weight.
-
-    Attributes
-    ----------
-    info
-        The tensor that holds them.
-    block
-        Numbers (out, in) that share one.
-    """
+    """The scales of one weight."""
 
     info: TensorInfo
-    block: tuple[int, int]
+    block: tuple[int, int]  # numbers (out, in) that share a scale
 
 
 def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Numbers (out, in) that share a scale, if the configuration says so and it is of FP8.
-
-    Parameters
-    ----------
-    config
-        Content of ``config.json``.
-    """
+    """Numbers (out, in) that share a scale, if the configuration says so and it is of FP8."""
     found = config.get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "fp8":
         return None
@@ -71,22 +57,7 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def scales_of(
     path: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None
 ) -> dict[str, Scales]:
-    """The scales of every FP8 weight, by name of the weight.
-
-    Parameters
-    ----------
-    path
-        Of the checkpoint, for messages.
-    tensors
-        All of its tensors.
-    block
-        As :func:`weight_block` gives it.
-
-    Raises
-    ------
-    CheckpointError
-        If a weight has no scales or scales of another shape or dtype, or scales have no weight.
-    """
+    """The scales of every FP8 weight, by name of the weight."""
     found = {}
     for name, tensor in tensors.items():
         if not tensor.dtype.startswith("F8_") or name.endswith(SUFFIXES):
@@ -145,17 +116,7 @@ def _block_of(
 
 
 def dequantised(stored_OI: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """The weight as bfloat16, on the same device.
-
-    Parameters
-    ----------
-    stored_OI
-        float8_e4m3fn, shape (out, in).
-    scales
-        Floats, ceil(out / a) x ceil(in / b) of them.
-    block
-        (a, b).
-    """
+    """The weight (out, in) as bfloat16, on the same device, of its float8_e4m3fn and scales."""
     rows, columns = stored_OI.shape
     high, wide = block
     scales = scales.float().reshape(-(-rows // high), -(-columns // wide))

@@ -18,19 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the files goes.
+    """Where a tensor of the files goes."""
 
-    Attributes
-    ----------
-    target
-        Its name in the model; if several tensors are made of it, the first one's.
-    pattern, converter
-        The pattern of the conversion that merges or splits it, and that conversion; None: it stays
-        as it is.
-    """
-
-    target: str
-    pattern: str | None
+    target: str  # in the model; of several the first one's
+    pattern: str | None  # of the conversion that merges or splits it; None: as it is
     converter: Any
 
 
@@ -74,28 +65,10 @@ def convert_and_load(
 ) -> set[str]:
     """Let transformers put tensors of the files in their place, renamed and merged as it does.
 
-    Parameters
-    ----------
-    model
-        A transformers model; only what the tensors make is changed.
-    checkpoint
-        For messages.
-    tensors
-        By name in the files; tensors, or objects that give one for ``[...]``.
-    dtype, device
-        Of the parameters afterwards; what the family keeps in float32 stays float32.
-    one_by_one
-        Read each when its turn comes, instead of all of them ahead by threads.
-
-    Returns
-    -------
-    set
-        Names of the model's tensors that got nothing.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor is misshapen or cannot be converted; the message names it.
+    ``tensors`` are by name in the files, or objects that give one for ``[...]``. What the family
+    keeps in float32 stays so. ``one_by_one``: read each when its turn comes, instead of all of them
+    ahead by threads. Returns the names of the model's tensors that got nothing; a misshapen one is
+    an error.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model

@@ -27,33 +27,15 @@ from ghost_dist.checkpoint.twin import empty_model
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What makes a text-only checkpoint of one with other modalities.
-
-    Attributes
-    ----------
-    config
-        Content of its ``config.json``.
-    names
-        By name in the files, the name there; tensors of the other modalities are not in it.
-    note
-        What a person should be told.
-    """
+    """What makes a text-only checkpoint of one with other modalities."""
 
     config: dict[str, Any]
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # in the files -> there; other modalities are left out
     note: str
 
 
 def language_model(config: Mapping[str, Any], names: Collection[str]) -> LanguageModel | None:
-    """Find the language model of a checkpoint; None if it is all that there is, or none is found.
-
-    Parameters
-    ----------
-    config
-        Content of ``config.json``.
-    names
-        Of the tensors in the files.
-    """
+    """The language model of a checkpoint; None if it is all that there is, or none is found."""
     family = config.get("model_type")
     if family not in CONFIG_MAPPING or not CONFIG_MAPPING[family].sub_configs:
         return None

@@ -47,49 +47,21 @@ _NOT_PER_LAYER = ("architectures", "token_id", "token_ids", "_limit", "_section"
 
 @dataclass(frozen=True)
 class LayerFields:
-    """The per-layer content of a configuration of ``num_layers`` layers.
-
-    Attributes
-    ----------
-    num_layers
-        Layers of the uncut model.
-    count_names
-        Names under which their number is stored; the first is the family's own.
-    lists
-        One entry per layer: a list, or a string of one letter per layer.
-    indices
-        Lists of layer numbers.
-    keyed
-        Mappings from layer numbers, as text.
-    counts
-        How many of the first layers differ from the rest.
-    scaled
-        Numbers that are divided by the root of the number of layers.
-    changed
-        Fields that get another value whatever is cut, such as a step that becomes 1.
-    removed
-        Fields that are left out.
-    """
+    """The per-layer content of a configuration of ``num_layers`` layers."""
 
     num_layers: int
-    count_names: tuple[str, ...]
-    lists: Mapping[str, Sequence[Any] | str]
-    indices: Mapping[str, tuple[int, ...]]
-    keyed: Mapping[str, Mapping[str, Any]]
-    counts: Mapping[str, int]
-    scaled: Mapping[str, float]
-    changed: Mapping[str, Any]
+    count_names: tuple[str, ...]  # the first is the family's own
+    lists: Mapping[str, Sequence[Any] | str]  # one entry or letter per layer
+    indices: Mapping[str, tuple[int, ...]]  # lists of layer numbers
+    keyed: Mapping[str, Mapping[str, Any]]  # mappings from layer numbers, as text
+    counts: Mapping[str, int]  # how many of the first layers differ from the rest
+    scaled: Mapping[str, float]  # divided by the root of the number of layers
+    changed: Mapping[str, Any]  # new value whatever is cut, such as a step of 1
     removed: tuple[str, ...]
 
 
 def find_layer_fields(config: Any) -> LayerFields:
-    """Sort the fields of a transformers configuration.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If a field says that layers depend on each other beyond the residual stream.
-    """
+    """Sort the fields of a transformers configuration."""
     fields = config.to_dict()
     family = config.model_type
     for name, reason in _ENTANGLED.items():
@@ -156,17 +128,7 @@ def find_layer_fields(config: Any) -> LayerFields:
 def cut_config(
     config: Mapping[str, Any], spans: Sequence[Span], fields: LayerFields
 ) -> dict[str, Any]:
-    """The configuration without the removed layers; nothing else changes.
-
-    Parameters
-    ----------
-    config
-        Content of ``config.json``, or ``to_dict()`` of a configuration.
-    spans
-        What goes, checked and sorted. Without spans nothing changes.
-    fields
-        Of the uncut model.
-    """
+    """The configuration without the removed layers; nothing else changes."""
     cut = copy.deepcopy(dict(config))
     if not spans:
         return cut

@@ -38,16 +38,7 @@ _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.j
 class Decoder:
     """Embeddings and the first layers of a model; ends at the boundary above its last layer.
 
-    Attributes
-    ----------
-    layers
-        The decoder layers; the input of layer b is boundary b.
-    num_layers
-        How many.
-    hidden_size
-        Width C of the residual stream.
-    dtype, device
-        Of the weights.
+    The input of ``layers[b]`` is boundary b.
     """
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
@@ -64,18 +55,7 @@ class Decoder:
         self.device: torch.device = model.device
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """The stream entering layer ``num_layers``.
-
-        Parameters
-        ----------
-        input_ids
-            int64, shape (B, T), on ``device``; full rows, no padding.
-
-        Returns
-        -------
-        Tensor
-            Shape (B, T, C), dtype ``dtype``. No key-value cache is kept.
-        """
+        """The stream (B, T, C) entering layer ``num_layers``; ids (B, T) without padding."""
         stream_BTC: Tensor = self._model(input_ids=input_ids, use_cache=False)[0]
         return stream_BTC
 
@@ -112,18 +92,11 @@ def load_decoder(
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
-    trust_remote_code: bool = False,  # noqa: ARG001 - model code from a checkpoint is never run
 ) -> Decoder:
     """Build and read embeddings and layers ``0 .. num_layers - 1``; nothing above is read.
 
-    The host holds little more than the truncated model at any time.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
-    UnsupportedArchitectureError
-        If a layer does not hand its output, unchanged, to the next one.
+    The host holds little more than the truncated model at any time. A layer that does not hand its
+    output, unchanged, to the next one is an error.
     """
     model = load_base_model(path, architecture, num_layers=num_layers, dtype=dtype, device=device)
     decoder = Decoder(model, architecture)
@@ -144,11 +117,6 @@ def load_base_model(
 
     With ``tensor_parallel`` the ranks of the torch.distributed world, which must be that many,
     share it by the plan that transformers has for the family.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
     """
     model_class = getattr(transformers, architecture.base_class)
     config = truncated_config(open_checkpoint(path), architecture, num_layers)
@@ -180,31 +148,11 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
     return read_config(config_class, cut_config(checkpoint.config, above, architecture))
 
 
-def load_causal_lm(
-    path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-) -> Any:
-    """The whole model with its head, in evaluation mode.
-
-    Code in the checkpoint is run only with ``trust_remote_code``, and only if transformers does
-    not know the family.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
-    """
-    checkpoint = open_checkpoint(path)
-    family = checkpoint.config.get("model_type")
-    if family in CONFIG_MAPPING:
-        config = read_config(CONFIG_MAPPING[family], checkpoint.config)
-        return _load(causal_lm_class(config), path, dtype, device, config=config)
-    return _load(
-        transformers.AutoModelForCausalLM,
-        path,
-        dtype,
-        device,
-        trust_remote_code=trust_remote_code,
-    )
+def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The whole model with its head, in evaluation mode."""
+    raw = open_checkpoint(path).config
+    config = read_config(CONFIG_MAPPING[raw["model_type"]], raw)
+    return _load(causal_lm_class(config), path, dtype, device, config=config)
 
 
 @contextlib.contextmanager
@@ -220,13 +168,7 @@ def as_decoder(model: Any, architecture: Architecture) -> Iterator[Decoder]:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it cannot be read.
-    """
+    """The tokenizer of a checkpoint folder; CheckpointError if there is none that can be read."""
     try:
         if not any(found for pattern in _TOKENIZER_FILES for found in path.glob(pattern)):
             raise FileNotFoundError("none of its files is there")

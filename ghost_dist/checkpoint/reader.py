@@ -63,32 +63,17 @@ _HUB_FOLDERS = ["additional_chat_templates/*.jinja"]
 class Checkpoint:
     """An opened checkpoint; its headers are sound and its files have the sizes they should have.
 
-    Attributes
-    ----------
-    path
-        The folder.
-    config
-        Content of ``config.json``; without its ``quantization_config`` where there are scales.
-    tensors
-        Every tensor by name, but for scales. Of a language model inside a model with other
-        modalities (``language_model.py``), ``config`` and names are those of it by itself.
-    headers
-        Raw safetensors header of each shard by file name.
-    scales
-        Of weights in FP8, by name of the weight. It is bfloat16 for whoever reads it.
-    notes
-        What a person should be told of the checkpoint.
-    taken_out
-        Whether it is the language model of a checkpoint with other modalities.
+    Of a language model inside a model with other modalities (``language_model.py``), ``config`` and
+    names are those of it by itself. Weights in FP8 are bfloat16 for whoever reads them.
     """
 
     path: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    headers: dict[str, bytes]
-    scales: dict[str, Scales] = field(default_factory=dict)
+    config: dict[str, Any]  # config.json; without quantization_config where there are scales
+    tensors: dict[str, TensorInfo]  # all but scales
+    headers: dict[str, bytes]  # raw, by file name
+    scales: dict[str, Scales] = field(default_factory=dict)  # of FP8, by name of the weight
     notes: tuple[str, ...] = ()
-    taken_out: bool = False
+    taken_out: bool = False  # of a model with other modalities
 
     @property
     def as_in_files(self) -> bool:
@@ -126,18 +111,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of a checkpoint folder and check all of it but the numbers.
 
-    Parameters
-    ----------
-    path
-        Folder with ``config.json`` and ``model.safetensors``, or an index and its shards. Shards
-        may be symbolic links (as in the Hugging Face cache); their names must be plain file names.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing, unreadable, truncated or damaged, if the index and the shards
-        disagree or name a file outside the folder, if there are only pickle weights, or an adapter
-        lies beside them.
+    Shards may be symbolic links, as in the Hugging Face cache; their names must be plain file
+    names. An adapter beside the weights is refused.
     """
     path = Path(path)
     if not path.is_dir():
@@ -198,13 +173,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor of a checkpoint, on the CPU in its own dtype; bfloat16 if that is FP8.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not there or cannot be read.
-    """
+    """One tensor of a checkpoint, on the CPU in its own dtype; bfloat16 if that is FP8."""
     try:
         tensor = _stored(checkpoint, checkpoint.tensors[name])
         scales = checkpoint.scales.get(name)
@@ -281,12 +250,6 @@ def resolve_checkpoint(
     Only JSON, tokenizer and licence files are downloaded, and the shards that the index names
     (without one ``model.safetensors``); Python files only with ``trust_remote_code``, pickle files
     and what lies in other folders never.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such folder and the hub has no such repository, refuses it, or cannot be
-        reached.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():

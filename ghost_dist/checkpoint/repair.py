@@ -21,28 +21,13 @@ class Repair:
     """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V + b``, None parts left out.
 
     Without W (None) the first term is x itself. All float64 as solved.
-
-    Attributes
-    ----------
-    weight_CC
-        W, dense.
-    norm_weight_CC
-        N, of ``rmsnorm(x) = x / sqrt(mean(x^2) + norm_eps)`` without a learned scale.
-    low_rank
-        U (C, r) and V (r, C).
-    bias_C
-        b.
-    down_FC
-        Replaces the down_proj of layer ``start - 1``; its bias, if any, stays.
-    norm_eps
-        Of the norm that N reads.
     """
 
     weight_CC: Tensor | None = None
     norm_weight_CC: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None  # U (C, r), V (r, C)
     bias_C: Tensor | None = None
-    down_FC: Tensor | None = None
+    down_FC: Tensor | None = None  # replaces the down_proj of layer start - 1; its bias stays
     norm_eps: float = 0.0
 
     def boundary_parts(self) -> dict[str, Tensor]:
@@ -106,16 +91,9 @@ class Repair:
 
 
 def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
-    """The repaired stream, in the dtype of the repair; ``down_FC`` acts before, not here.
+    """The repaired stream (..., C), in the dtype of the repair; ``down_FC`` acts before, not here.
 
     Computes as the exported modeling file does, operation by operation.
-
-    Parameters
-    ----------
-    repair
-        Of one span, its parts on the device of ``x_TC``.
-    x_TC
-        Stream entering layer ``start``, shape (..., C), as the model with ``down_FC`` makes it.
     """
     if repair.dtype is None:
         return x_TC

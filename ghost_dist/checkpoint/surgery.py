@@ -28,11 +28,6 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
     Whatever the family stores per layer (its number, which layers slide, masks by layer type) is
     taken over from a twin that is built from the cut configuration. The layers' memory is freed
     once nothing else refers to them.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If a layer that stays would not be the same layer in the cut model; nothing is changed.
     """
     uncut = model.get_submodule(architecture.layers)
     cut = cut_config(model.config.to_dict(), spans, architecture)
@@ -74,23 +69,8 @@ def insert_operators(
     """Let each operator act on the stream entering its boundary of a cut causal LM.
 
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
-    computed in the dtype of the model. New down_proj weights take the model's dtype.
-
-    Parameters
-    ----------
-    model
-        After :func:`remove_layers` with the same ``spans``.
-    spans
-        Sorted and joined, as ``check_spans`` gives them.
-    operators
-        By span; spans without one are cut only.
-    healed
-        More down_proj weights (F, C), by layer of the uncut model.
-
-    Returns
-    -------
-    callable
-        Takes everything out again.
+    computed in the dtype of the model. New down_proj weights take the model's dtype: those of
+    operators, and ``healed`` (F, C) by layer of the uncut model. Returns what takes everything out.
     """
     layers = model.get_submodule(architecture.layers)
     kept = kept_layers(spans, len(layers) + sum(map(len, spans)))

@@ -26,30 +26,12 @@ _SHOWN = 3
 def check_tensors(
     checkpoint: Checkpoint, model: Any, is_further: Callable[[str], bool] = lambda _: False
 ) -> tuple[dict[str, Place], frozenset[str]]:
-    """Compare the headers with the model; no tensor is read.
+    """Compare the headers with the model; no tensor is read, its parameters become equal ones.
 
-    Parameters
-    ----------
-    checkpoint
-        Of the model.
-    model
-        The causal LM on the meta device; its parameters are replaced by equal ones.
-    is_further
-        Whether a name in the model is of layers behind the last that predict further tokens.
-
-    Returns
-    -------
-    places
-        Of every tensor that the model takes, by name in the files.
-    unused
-        Tensors that are left out on purpose: further-token prediction, and what transformers lists
-        as such, for example buffers that are computed today.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor has no parameter, a parameter no tensor, or a tensor another shape or no
-        suitable dtype; the message names them.
+    ``is_further``: whether a name in the model is of layers behind the last that predict further
+    tokens. Returns the place of every tensor that the model takes, by name in the files, and the
+    tensors that are left out on purpose: further-token prediction, and what transformers lists as
+    such, for example buffers that are computed today.
     """
     state = model.state_dict()
     found = places(model, checkpoint.tensors)

@@ -34,15 +34,8 @@ def cut_difference(
 ) -> str | None:
     """How the layers that stay differ from those of the twin, or None if they do not.
 
-    Parameters
-    ----------
-    uncut, twin
-        Layer lists of the model before the cut and of the one built from the cut configuration.
-    spans
-        What is cut.
-    described
-        Fields of the configuration that describe all layers, before and after the cut. A layer that
-        keeps one of them as it is there is none the worse for the change.
+    ``described`` has fields of the configuration that describe all layers, before and after the
+    cut. A layer that keeps one of them as it is there is none the worse for the change.
     """
     kept = kept_layers(spans, len(uncut))
     if len(twin) != len(kept):

@@ -80,11 +80,6 @@ class Reading:
         """All tensors by name, on the device in the dtype of the file; bfloat16 if that is FP8.
 
         Collective where ranks share the reading.
-
-        Raises
-        ------
-        CheckpointError
-            If a file could not be read to the end.
         """
         self._arrive([piece.result() for piece in self._pieces])
         for name, (scales, block) in self._scales.items():
@@ -104,23 +99,9 @@ class Reading:
 class WeightReader:
     """Reads tensors of one checkpoint in the order in which they are asked for.
 
-    Parameters
-    ----------
-    checkpoint
-        Whose files must not change while this object lives.
-    device
-        Where the tensors go.
-    keep_cached
-        Leave what was read in the page cache: right where the checkpoint fits there and is read
-        again.
-    shared
-        Ranks that ask for the same tensors in the same order: each reads its part of the bytes
-        and gets the rest from the others.
-
-    Attributes
-    ----------
-    bytes_read
-        So far, counting what is being read; on ranks that share, what this one reads.
+    ``keep_cached`` leaves what was read in the page cache: right where the checkpoint fits there
+    and is read again. ``shared``: ranks that ask for the same tensors in the same order; each reads
+    its part of the bytes (what ``bytes_read`` counts) and gets the rest from the others.
     """
 
     def __init__(
@@ -143,17 +124,8 @@ class WeightReader:
     def start(self, names: Sequence[str], rows: Mapping[str, range] | None = None) -> Reading:
         """Begin to read tensors by name; memory on the device is taken at once.
 
-        Parameters
-        ----------
-        names
-            Of the tensors.
-        rows
-            Of some tensors only these entries along the first dimension; none of them in FP8.
-
-        Raises
-        ------
-        CheckpointError
-            If a file is gone or is not what it was when the checkpoint was opened.
+        Of those in ``rows`` only these entries along the first dimension; none of them in FP8. A
+        file that is not what it was when the checkpoint was opened is an error.
         """
         checkpoint = self._checkpoint
         scale_of = {name: checkpoint.scales[name] for name in names if name in checkpoint.scales}

@@ -42,7 +42,6 @@ class EngineSpec:
     range_windows: int
     """Of the largest range."""
     backend: Backend
-    trust_remote_code: bool
     threads: int
     timeout_s: float
     """Of a collective: what a rank waits for the others."""

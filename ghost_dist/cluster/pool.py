@@ -181,7 +181,6 @@ class Pool:
             window_length=inputs.config.calibration.window_length,
             range_windows=-(-inputs.config.calibration.windows // ranges),
             backend=engine.backend,
-            trust_remote_code=inputs.config.model.trust_remote_code,
             threads=self._config.cpus_per_rank,
             timeout_s=self._config.progress_timeout_s,
         )

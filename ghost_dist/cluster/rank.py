@@ -138,7 +138,6 @@ class Rank:
                 num_layers=spec.num_layers,
                 dtype=spec.dtype,
                 device=device,
-                trust_remote_code=spec.trust_remote_code,
             )
             self._engine = ResidentEngine(decoder, spec.batch)
             return Loaded(0, None)

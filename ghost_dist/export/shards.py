@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ghost_dist.checkpoint.safetensors_header import DTYPE_BITS
+from ghost_dist.checkpoint.reader import DTYPES
 from ghost_dist.errors import ExportError
 
 _BUFFER_BYTES = 8 << 20
@@ -73,7 +73,8 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int
     OSError
         If the disk is full or a file cannot be read or written.
     """
-    tensors = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])  # keeps all aligned
+    # Wide numbers first: that keeps all aligned.
+    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
     with path.open("xb") as target:
         target.write(_header(tensors))
         for tensor in tensors:

@@ -217,7 +217,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
     model = config.model
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     source = open_checkpoint(path)
-    architecture = inspect_architecture(source, trust_remote_code=model.trust_remote_code)
+    architecture = inspect_architecture(source)
     remove = None
     if config.selection.spans is not None:
         spans = check_spans(config.selection.spans, architecture.num_layers)
@@ -242,19 +242,13 @@ def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
         num_layers=num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
-        trust_remote_code=inputs.config.model.trust_remote_code,
     )
     return ResidentEngine(decoder, inputs.batch, compiled=inputs.compiled)
 
 
 def open_causal_lm(inputs: RunInputs) -> Any:
     """The whole uncut model with its head, on the run's device."""
-    return load_causal_lm(
-        inputs.source.path,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        trust_remote_code=inputs.config.model.trust_remote_code,
-    )
+    return load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
 
 
 def calibration_ranges(inputs: RunInputs, num_windows: int) -> list[tuple[int, ...]]:

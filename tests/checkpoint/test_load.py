@@ -163,7 +163,6 @@ def test_code_in_a_checkpoint_is_not_run(folder):
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     (folder / "evil.py").write_text("raise SystemExit('this ran')")
     load_causal_lm(folder, dtype=torch.float32, device=CPU)
-    load_causal_lm(folder, dtype=torch.float32, device=CPU, trust_remote_code=True)
 
 
 def test_tokenizer_that_is_not_there(folder):
