@@ -1,6 +1,6 @@
 """What every engine does: push boundary streams of token windows into a sink.
 
-An engine owns the model and the order of computation; a sink (``statistics/collect.py``) owns the
+An engine owns the model and the order of computation; a sink (``statistics/span_sums.py``) owns the
 sums. Boundary ``b`` is the residual stream entering layer ``b``; the last one is the stream that
 the final norm would receive.
 """

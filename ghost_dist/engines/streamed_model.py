@@ -48,7 +48,7 @@ from ghost_dist.engines.expert_parts import (
 from ghost_dist.engines.layer_fit import Held, LayerBytes, Room, fit_layers
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
-from ghost_dist.statistics.collect import FlagsOnTheWay
+from ghost_dist.statistics.span_sums import FlagsOnTheWay
 
 Group = int | Literal["embeddings", "head"]
 _WIDTHS_AT_ONCE = 16

@@ -29,7 +29,7 @@ from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.peers import ALONE, Peers
 from ghost_dist.engines.streamed_model import Group, StreamedModel
-from ghost_dist.statistics.collect import FiniteCheck
+from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
 _WIDTHS_AT_ONCE = 16

@@ -32,8 +32,8 @@ from ghost_dist.solver.low_rank import fit_low_rank
 from ghost_dist.solver.stream_norm import fit_stream_norm
 from ghost_dist.spans import Span
 from ghost_dist.statistics.absolute import AbsoluteSums
-from ghost_dist.statistics.collect import SampleKind
 from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.sums import Sums
 from ghost_dist.statistics.transforms import stream_moments
 

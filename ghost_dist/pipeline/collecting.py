@@ -14,7 +14,7 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 

@@ -17,7 +17,7 @@ from ghost_dist.devices import free_bytes
 from ghost_dist.engines.base import Engine, Tokens
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.span_sums import Collector, SampleKind, SpanCollector, Together
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 MakeCollector = Callable[[], Collector]

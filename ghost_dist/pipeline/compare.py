@@ -47,7 +47,7 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName

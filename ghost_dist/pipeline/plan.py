@@ -65,8 +65,8 @@ from ghost_dist.planning.work import Work
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import RIDGE_GRID
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Regressors
-from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
+from ghost_dist.statistics.span_sums import Regressors
+from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
 TOKENS_PER_BYTE = 0.25
 """Of text whose tokens cannot be counted."""

@@ -21,7 +21,7 @@ from ghost_dist.solver.recoverability import (
     lost_log_energy,
 )
 from ghost_dist.spans import Span
-from ghost_dist.statistics.recoverability import (
+from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,
     PairMoments,
@@ -36,8 +36,8 @@ from ghost_dist.statistics.scores import (
     PaperCollector,
     ScoreSums,
 )
-from ghost_dist.statistics.sizes import pair_bytes, saved_by_strips
 from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sum_costs import pair_bytes, saved_by_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
 _SHARE_FOR_SUMS = 0.7

@@ -65,13 +65,13 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.sizes import moments_bytes, num_regressors, saved_by_strips
 from ghost_dist.statistics.store import (
     StatisticsPlan,
     StatisticsStore,
     remove_store,
     stored_plan,
 )
+from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 VERIFY_TOKENS = 256

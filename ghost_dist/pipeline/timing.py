@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.devices import mark
-from ghost_dist.statistics.collect import Collector
+from ghost_dist.statistics.span_sums import Collector
 from ghost_dist.statistics.sums import Sums
 
 

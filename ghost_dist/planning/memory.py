@@ -15,7 +15,7 @@ from ghost_dist.planning.choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.sizes import fit_bytes
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
-from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
+from ghost_dist.statistics.pair_sums import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
 
 PINNED_BYTES = 2 * READERS * BLOCK_BYTES
 """streaming: buffers that layers are read into, two a reader."""

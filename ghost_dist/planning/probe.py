@@ -37,16 +37,16 @@ from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import cholesky_factor, map_error
 from ghost_dist.solver.sizes import num_steps, step_flops
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Regressors, SampleKind, SpanCollector
 from ghost_dist.statistics.moments import (
     FLUSH_TOKENS,
     Moments,
     add_product,
     has_full_rate_float64,
 )
-from ghost_dist.statistics.recoverability import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
-from ghost_dist.statistics.recoverability import PairCollector, has_float64_pairs
-from ghost_dist.statistics.sizes import moments_bytes, moments_flops, num_regressors, pair_flops
+from ghost_dist.statistics.pair_sums import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
+from ghost_dist.statistics.pair_sums import PairCollector, has_float64_pairs
+from ghost_dist.statistics.span_sums import Regressors, SampleKind, SpanCollector
+from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors, pair_flops
 
 _LONGEST_S = 1.0
 _REPEATED_S = 0.2

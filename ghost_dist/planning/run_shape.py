@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ghost_dist.planning.sizes import ModelSizes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import Regressors
+from ghost_dist.statistics.span_sums import Regressors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
 from ghost_dist.solver.sizes import num_steps, step_flops
 from ghost_dist.spans import Span
-from ghost_dist.statistics.sizes import moments_flops, pair_flops
+from ghost_dist.statistics.sum_costs import moments_flops, pair_flops
 
 VERIFIED_TOKENS = 512
 """Tokens whose logits an export compares."""

@@ -26,7 +26,7 @@ from ghost_dist.solver.least_squares import (
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.recoverability import PairMoments
+from ghost_dist.statistics.pair_sums import PairMoments
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,11 @@ from ghost_dist.statistics.sums import Sums
 
 @dataclass(frozen=True)
 class AbsoluteSums(Sums):
-    """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64.
-
-    Attributes
-    ----------
-    sum_abs_x_C, sum_abs_y_C
-        Of X and Y.
-    sum_abs_rotated_x_C, sum_abs_rotated_y_C
-        Of :func:`rotate` of X and Y.
-    """
+    """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64."""
 
     sum_abs_x_C: Tensor
     sum_abs_y_C: Tensor
-    sum_abs_rotated_x_C: Tensor
+    sum_abs_rotated_x_C: Tensor  # of rotate(x)
     sum_abs_rotated_y_C: Tensor
 
 

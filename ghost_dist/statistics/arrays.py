@@ -25,13 +25,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def write_array(path: Path, values: Array) -> dict[str, Any]:
-    """Write one array in chunks of whole rows, contiguous in memory; returns its entry.
-
-    Raises
-    ------
-    OSError
-        If the disk is full or not writable.
-    """
+    """Write one array in chunks of whole rows, contiguous in memory; returns its entry."""
     chunks = list(values.shape)
     row_bytes = values.dtype.itemsize * math.prod(values.shape[1:])
     chunks[0] = max(1, min(values.shape[0], CHUNK_BYTES // max(1, row_bytes)))
@@ -49,13 +43,7 @@ def write_array(path: Path, values: Array) -> dict[str, Any]:
 
 
 def read_array(path: Path, expected: Mapping[str, Any]) -> Array:
-    """Read one array and compare it with the entry that writing it gave.
-
-    Raises
-    ------
-    CorruptStoreError
-        If it cannot be read, or is not what was written; the message does not name the path.
-    """
+    """Read one array and compare it with the entry that writing it gave; errors name no path."""
     try:
         values = np.asarray(zarr.open_array(path, mode="r")[...])
     except Exception as error:  # zarr raises many kinds; each means that it cannot be read

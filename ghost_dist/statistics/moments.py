@@ -44,28 +44,14 @@ BLOCK_COLUMNS = 4096
 
 @dataclass(frozen=True)
 class Moments(Sums):
-    """Sums over ``num_tokens`` rows; all tensors float64. Row t has the weight ``w_t^2``.
+    """Sums over ``num_tokens`` rows; all tensors float64. Row t has the weight ``w_t^2``."""
 
-    Attributes
-    ----------
-    gram_ZZ
-        ``sum w^2 z z'``, shape (Z, Z).
-    cross_ZC
-        ``sum w^2 z y'``, shape (Z, C); rows index Z, columns index Y.
-    sum_z_Z, sum_y_C
-        ``sum w^2 z`` and ``sum w^2 y``, shapes (Z,) and (C,).
-    sumsq_y_C
-        ``sum w^2 y^2`` per channel, shape (C,).
-    sum_weights_1
-        ``sum w^2``, shape (1,): ``num_tokens`` if no row was weighted; what a mean divides by.
-    """
-
-    gram_ZZ: Tensor
-    cross_ZC: Tensor
-    sum_z_Z: Tensor
+    gram_ZZ: Tensor  # sum w^2 z z'
+    cross_ZC: Tensor  # sum w^2 z y'
+    sum_z_Z: Tensor  # sum w^2 z, and of y
     sum_y_C: Tensor
-    sumsq_y_C: Tensor
-    sum_weights_1: Tensor
+    sumsq_y_C: Tensor  # sum w^2 y^2
+    sum_weights_1: Tensor  # sum w^2: num_tokens if no row was weighted
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_ZZ", "cross_ZC"})
     SYMMETRIC: ClassVar[frozenset[str]] = frozenset({"gram_ZZ"})
@@ -76,20 +62,8 @@ class MomentsAccumulator:
 
     Each call of :meth:`add` is one addition to the sums, so adding window by window gives bitwise
     the same sums whatever number of windows went through the model together. The whole gram is
-    computed in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call. A rank that keeps
-    one of n column blocks has no use of the symmetry: (2 T Z^2 + 2 T Z C) / n.
-
-    Parameters
-    ----------
-    num_regressors, num_targets
-        Z and C.
-    device
-        Of the rows.
-    block
-        Columns of gram and cross to keep: splits work and memory over ranks that hold the same
-        rows (tensor parallelism). ``Moments.join`` puts the blocks together.
-    block_columns
-        Regressors per product.
+    computed in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call. A rank that keeps one
+    of n column blocks has no use of the symmetry: (2 T Z^2 + 2 T Z C) / n.
     """
 
     def __init__(
@@ -99,13 +73,13 @@ class MomentsAccumulator:
         device: torch.device,
         *,
         block: ColumnBlock = WHOLE,
-        block_columns: int = BLOCK_COLUMNS,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         z, c = num_regressors, num_targets
-        self._blocks = [slice(lo, min(lo + block_columns, z)) for lo in range(0, z, block_columns)]
+        firsts = range(0, z, BLOCK_COLUMNS)
+        self._blocks = [slice(first, min(first + BLOCK_COLUMNS, z)) for first in firsts]
         self._whole, self._columns_Z, self._columns_C = block.count == 1, block.of(z), block.of(c)
         self._float64_products = has_full_rate_float64(device)
         kept_z = self._columns_Z.stop - self._columns_Z.start
@@ -118,16 +92,9 @@ class MomentsAccumulator:
     def add(
         self, regressors: Sequence[Tensor], y_TC: Tensor, weights_T: Tensor | None = None
     ) -> None:
-        """Add T rows.
+        """Add T rows: parts of Z side by side, such as (A_TC, H_TF), and targets.
 
-        Parameters
-        ----------
-        regressors
-            Parts of Z side by side, such as (A_TC, H_TF), each of shape (T, width).
-        y_TC
-            Targets, shape (T, C).
-        weights_T
-            Factors w of the rows, shape (T,); the sums take their squares. None: all 1.
+        ``weights_T`` are factors w, of which the sums take the squares; None: all 1.
         """
         sums = self._sums
         z_TZ = regressors[0] if len(regressors) == 1 else torch.cat(tuple(regressors), dim=1)

@@ -22,31 +22,15 @@ CLIP_MULTIPLE = 2.0
 
 
 def row_weights(treatment: RowWeights, y_TC: Tensor) -> Tensor | None:
-    """Factors of the rows of one window.
+    """Factors (T,) float64 of the rows of one window, whole and position 0 first; None: all alike.
 
-    Parameters
-    ----------
-    treatment
-        - ``none``: every row alike.
-        - ``drop-first``: the first position of the window has weight 0. In models without a
-          BOS token it is the sink that attention parks on, with a norm of its own.
-        - ``inverse-norm``: ``sqrt(C) / ||y||``, so that every row of ``w y`` has RMS 1, as the
-          RMSNorm that reads y makes it. The residual is then the mean relative error per token.
-          A row of zeros has weight 0.
-        - ``clip``: ``min(1, CLIP_MULTIPLE m / ||y||)`` with m the median norm of the window's
-          rows, the lower of the two middle ones. Rows below the bound keep their weight.
-    y_TC
-        The whole window's stream entering layer ``stop``, position 0 first; shape (T, C).
-
-    Returns
-    -------
-    weights_T
-        Shape (T,), float64, on the stream's device; None for ``none``.
-
-    Raises
-    ------
-    ConfigError
-        If the treatment is unknown.
+    - ``drop-first``: the first position of the window has weight 0. In models without a BOS token
+      it is the sink that attention parks on, with a norm of its own.
+    - ``inverse-norm``: ``sqrt(C) / ||y||``, so that every row of ``w y`` has RMS 1, as the RMSNorm
+      that reads y makes it. The residual is then the mean relative error per token. A row of zeros
+      has weight 0.
+    - ``clip``: ``min(1, CLIP_MULTIPLE m / ||y||)`` with m the median norm of the window's rows, the
+      lower of the two middle ones. Rows below the bound keep their weight.
     """
     if treatment == "none":
         return None

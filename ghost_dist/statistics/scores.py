@@ -15,24 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ghost_dist.statistics.collect import FiniteCheck
+from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.sums import Sums
 
 
 @dataclass(frozen=True)
 class ScoreSums(Sums):
-    """A score of every start, summed; float64.
+    """A score of every start, summed; float64."""
 
-    Attributes
-    ----------
-    sums_S
-        Index = start, 0 to L - n.
-    count_1
-        What a mean divides by: tokens or windows, whichever the score is of.
-    """
-
-    sums_S: Tensor
-    count_1: Tensor
+    sums_S: Tensor  # S: starts, 0 to L - n
+    count_1: Tensor  # tokens or windows, whichever the score is of
 
     def mean(self) -> tuple[float, ...]:
         """Mean score of every start."""
@@ -77,13 +69,7 @@ class _PairScores:
             self._count += self._weight(kept)
 
     def result(self) -> dict[str, Sums]:
-        """``{"scores": ScoreSums}``.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If any stream held NaN or Inf.
-        """
+        """``{"scores": ScoreSums}``."""
         self._finite.check()
         count_1 = torch.full((1,), float(self._count), dtype=torch.float64)
         return {"scores": ScoreSums(self._num_tokens, self._sums, count_1.to(self._sums.device))}

@@ -49,7 +49,7 @@ from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.recoverability import PairMoments
+from ghost_dist.statistics.pair_sums import PairMoments
 from ghost_dist.statistics.scores import ScoreSums
 from ghost_dist.statistics.strips import from_strips, to_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
@@ -69,44 +69,21 @@ KINDS: Mapping[str, type[Sums]] = {
 
 @dataclass(frozen=True)
 class WrittenBlock:
-    """What one rank wrote of an attempt, as it goes into the manifest.
+    """What one rank wrote of an attempt, as it goes into the manifest."""
 
-    Attributes
-    ----------
-    num_tokens
-        By entry.
-    arrays
-        Shape, dtype and sha256 by ``entry/array``.
-    """
-
-    num_tokens: Mapping[str, int]
-    arrays: Mapping[str, Mapping[str, Any]]
+    num_tokens: Mapping[str, int]  # by entry
+    arrays: Mapping[str, Mapping[str, Any]]  # shape, dtype and sha256 by entry/array
 
 
 @dataclass(frozen=True)
 class StatisticsPlan:
-    """What a store counts; two runs may share a store only if this is equal.
+    """What a store counts; two runs may share a store only if this is equal."""
 
-    Attributes
-    ----------
-    inputs
-        Fingerprints and settings that decide the numbers: model, tokens, dtype, device type,
-        batch, ranks of a replica.
-    entries
-        Name of each sum to its kind, a key of :data:`KINDS`.
-    ranges
-        Window ids of each range; together they hold every window once.
-    window_length
-        Tokens per window.
-    blocks
-        Column blocks that every range is written in: one for each rank of a replica.
-    """
-
-    inputs: Mapping[str, Any]
-    entries: Mapping[str, str]
-    ranges: tuple[tuple[int, ...], ...]
-    window_length: int
-    blocks: int = 1
+    inputs: Mapping[str, Any]  # fingerprints and settings that decide the numbers
+    entries: Mapping[str, str]  # name of each sum -> key of KINDS
+    ranges: tuple[tuple[int, ...], ...]  # window ids of each; together every window once
+    window_length: int  # tokens
+    blocks: int = 1  # of columns, one for each rank of a replica
 
     def tree(self) -> dict[str, Any]:
         """Plain values, as written to ``plan.json``."""
@@ -120,21 +97,11 @@ class StatisticsPlan:
 
 
 class StatisticsStore:
-    """The Zarr store and its ledger under one folder.
+    """The Zarr store and its ledger under one folder, ``RUN/statistics.zarr``; created if absent.
 
-    Parameters
-    ----------
-    path
-        ``RUN/statistics.zarr``; created if absent. A folder without a plan holds nothing: the
-        making or the removal of a store was stopped there. Where the plan is damaged it is
-        written anew, and every range is judged by its own manifest.
-    plan
-        What is to be counted.
-
-    Raises
-    ------
-    RunMismatchError
-        If the folder holds statistics of another plan; the message names what differs.
+    A folder without a plan holds nothing: the making or the removal of a store was stopped there.
+    Where the plan is damaged it is written anew, and every range is judged by its own manifest. A
+    store of another plan is an error that names what differs.
     """
 
     def __init__(self, path: Path, plan: StatisticsPlan) -> None:
@@ -152,13 +119,7 @@ class StatisticsStore:
 
     @staticmethod
     def open(path: Path) -> StatisticsStore:
-        """Open what is there, by its own plan; writes nothing.
-
-        Raises
-        ------
-        CorruptStoreError
-            If there is no readable plan.
-        """
+        """Open what is there, by its own plan; writes nothing."""
         plan = stored_plan(path)
         if plan is None:
             raise CorruptStoreError(
@@ -186,10 +147,7 @@ class StatisticsStore:
     def commit(self, range_id: int, sums: Mapping[str, Sums]) -> bool:
         """Write one attempt at a range and commit it; False if another attempt was first.
 
-        Raises
-        ------
-        OSError
-            If the disk is full or not writable; then nothing is committed.
+        If the disk is full nothing is committed.
         """
         attempt = uuid.uuid4().hex
         return self.commit_attempt(range_id, attempt, [self.write_block(range_id, attempt, sums)])
@@ -203,19 +161,8 @@ class StatisticsStore:
     ) -> WrittenBlock:
         """Write one rank's columns of an attempt; nothing counts before it is committed.
 
-        Parameters
-        ----------
-        range_id, attempt
-            The attempt's id is new for every lease, and the same on all ranks of the replica.
-        sums
-            With all columns of small arrays and the block's columns of large ones.
-        block
-            Small arrays are written with the first block only.
-
-        Raises
-        ------
-        OSError
-            If the disk is full or not writable.
+        The attempt's id is new for every lease, and the same on all ranks of the replica. ``sums``
+        has all columns of small arrays, which are written with the first block only.
         """
         folder = self._attempt_folder(range_id, attempt) / str(block.index)
         wanted: dict[str, torch.Tensor] = {}
@@ -244,13 +191,7 @@ class StatisticsStore:
         return WrittenBlock(num_tokens, arrays)
 
     def commit_attempt(self, range_id: int, attempt: str, blocks: Sequence[WrittenBlock]) -> bool:
-        """Commit an attempt whose blocks are all written; False if another attempt was first.
-
-        Raises
-        ------
-        OSError
-            If the disk is full or not writable; then nothing is committed.
-        """
+        """Commit an attempt whose blocks are all written; False if another attempt was first."""
         assert len(blocks) == self.plan.blocks, "all ranks write a block of every attempt"
         folder = self._attempt_folder(range_id, attempt)
         try:
@@ -279,13 +220,7 @@ class StatisticsStore:
         shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
     def committed_attempt(self, range_id: int) -> str:
-        """The attempt that counts for a range.
-
-        Raises
-        ------
-        CorruptStoreError
-            If there is none, or its manifest is not as it was committed.
-        """
+        """The attempt that counts for a range."""
         attempt: str = self._read_manifest(range_id)["attempt"]
         return attempt
 
@@ -301,11 +236,6 @@ class StatisticsStore:
         All entries unless some are named. With ``block`` as one rank wrote them: that block of
         columns, and all small arrays. To another device each array goes as soon as it is read, so
         that host memory never holds the sums.
-
-        Raises
-        ------
-        CorruptStoreError
-            Naming the range and the array, if anything differs from its manifest.
         """
         manifest = self._read_manifest(range_id)
         folder = self._attempt_folder(range_id, manifest["attempt"])
@@ -316,12 +246,22 @@ class StatisticsStore:
             for number, arrays in enumerate(manifest["blocks"])
             for key, expected in arrays.items()
             if key.startswith(f"{entry}/")
-            and (block is None or number == block.index or not _by_columns(kind, entry, key))
+            and (
+                block is None
+                or number == block.index
+                or _name_and_strip(entry, key)[0] not in KINDS[kind].BY_COLUMNS
+            )
         }
 
         def read(place: tuple[str, int, str]) -> torch.Tensor:
             _, number, key = place
-            array = self._read_array(folder / str(number) / key, wanted[place], range_id)
+            path = folder / str(number) / key
+            try:
+                array = read_array(path, wanted[place])
+            except CorruptStoreError as error:
+                where = f"{path.relative_to(self.path)} of range {range_id}"
+                message = f"{where} {error}. Re-run this range."
+                raise CorruptStoreError(message, (range_id,)) from error
             return torch.from_numpy(array).to(device)
 
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -392,13 +332,7 @@ class StatisticsStore:
         return removed
 
     def sums_bytes(self, entries: Collection[str]) -> int:
-        """Bytes of the sums of some entries, as :meth:`total` gives them.
-
-        Raises
-        ------
-        CorruptStoreError
-            If the first range is not committed or its manifest is damaged.
-        """
+        """Bytes of the sums of some entries, as :meth:`total` gives them."""
         total = 0
         for arrays in self._read_manifest(0)["blocks"]:
             for entry in entries:
@@ -418,13 +352,7 @@ class StatisticsStore:
         entries: Collection[str] | None = None,
         device: torch.device = CPU,
     ) -> dict[str, Sums]:
-        """Sum over committed ranges in id order; all of the plan unless ids are given.
-
-        Raises
-        ------
-        CorruptStoreError
-            If a range is not committed or damaged.
-        """
+        """Sum over committed ranges in id order; all of the plan unless ids are given."""
         wanted = range(len(self.plan.ranges)) if range_ids is None else sorted(range_ids)
         absent = tuple(i for i in wanted if not self._manifest_path(i).exists())
         if absent:
@@ -437,19 +365,17 @@ class StatisticsStore:
             total = {name: total[name] + part if total else part for name, part in sums.items()}
         return total
 
-    def _range_folder(self, range_id: int) -> Path:
-        return self.path / "ranges" / f"{range_id:05d}"
-
     def _attempt_folder(self, range_id: int, attempt: str) -> Path:
-        return self._range_folder(range_id) / attempt
+        return self.path / "ranges" / f"{range_id:05d}" / attempt
 
     def _manifest_path(self, range_id: int) -> Path:
         return self._ledger / f"{range_id:05d}.json"
 
     def _read_manifest(self, range_id: int) -> dict[str, Any]:
-        path = self._manifest_path(range_id)
+        path, windows = self._manifest_path(range_id), list(self.plan.ranges[range_id])
+        num_tokens = dict.fromkeys(self.plan.entries, len(windows) * self.plan.window_length)
         try:
-            manifest = _read_json(path)
+            manifest: dict[str, Any] = json.loads(path.read_bytes())
             recorded = manifest.pop("sha256", None)
             faults = [
                 name
@@ -457,8 +383,8 @@ class StatisticsStore:
                     ("hash", recorded, fingerprint(manifest)),
                     ("range", manifest.get("range"), range_id),
                     ("plan", manifest.get("plan"), self.plan_fingerprint),
-                    ("windows", manifest.get("windows"), list(self.plan.ranges[range_id])),
-                    ("num_tokens", manifest.get("num_tokens"), self._num_tokens(range_id)),
+                    ("windows", manifest.get("windows"), windows),
+                    ("num_tokens", manifest.get("num_tokens"), num_tokens),
                     ("number of blocks", len(manifest.get("blocks", ())), self.plan.blocks),
                 )
                 if got != expected
@@ -466,8 +392,8 @@ class StatisticsStore:
             attempt = manifest.get("attempt")
             if not (isinstance(attempt, str) and attempt.isalnum()):
                 faults.append("attempt")
-        except CorruptStoreError as error:
-            raise CorruptStoreError(str(error), (range_id,)) from error
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CorruptStoreError(f"{path} cannot be read: {error}.", (range_id,)) from error
         if faults:
             raise CorruptStoreError(
                 f"Manifest {path} of range {range_id} is not as it was committed: "
@@ -475,19 +401,6 @@ class StatisticsStore:
                 (range_id,),
             )
         return manifest
-
-    def _num_tokens(self, range_id: int) -> dict[str, int]:
-        tokens = len(self.plan.ranges[range_id]) * self.plan.window_length
-        return dict.fromkeys(self.plan.entries, tokens)
-
-    def _read_array(
-        self, path: Path, expected: Mapping[str, Any], range_id: int
-    ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        try:
-            return read_array(path, expected)
-        except CorruptStoreError as error:
-            where = f"{path.relative_to(self.path)} of range {range_id}"
-            raise CorruptStoreError(f"{where} {error}. Re-run this range.", (range_id,)) from error
 
 
 def stored_plan(path: Path) -> StatisticsPlan | None:
@@ -519,20 +432,6 @@ def _name_and_strip(entry: str, key: str) -> tuple[str, str]:
     """Name of an array, and the number of its strip; empty where it is whole."""
     name, _, strip = key.removeprefix(f"{entry}/").partition("/")
     return name, strip
-
-
-def _by_columns(kind: str, entry: str, key: str) -> bool:
-    return _name_and_strip(entry, key)[0] in KINDS[kind].BY_COLUMNS
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(tree, dict):
-        raise CorruptStoreError(f"{path} does not hold a JSON object.")
-    return tree
 
 
 def _check_same_plan(path: Path, found: StatisticsPlan, wanted: StatisticsPlan) -> None:

@@ -39,40 +39,17 @@ _PARTS = 4
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was found.
+    """A state that was found."""
 
-    Attributes
-    ----------
-    boundary
-        Where to go on: the layer that the streams enter.
-    streams_WTC
-        At that boundary, on the CPU.
-    rows
-        Kept streams by name, on the CPU.
-    """
-
-    boundary: int
-    streams_WTC: Tensor
-    rows: Mapping[str, Tensor]
+    boundary: int  # the layer that the streams enter
+    streams_WTC: Tensor  # on the CPU
+    rows: Mapping[str, Tensor]  # kept streams by name, on the CPU
 
 
 class StreamState:
-    """The folder of one run's state.
+    """The folder of one run's state, of ``windows`` or more; one that lacks some is removed.
 
-    Parameters
-    ----------
-    folder
-        Created if absent.
-    fingerprint
-        Of everything that decides the streams but which windows they are of. A state of another
-        one is removed.
-    windows
-        That are needed. A state of more windows is of use, one that lacks some is removed.
-
-    Attributes
-    ----------
-    windows
-        That the state has, or will have.
+    So is one of another ``fingerprint``: of everything that decides the streams but which windows.
     """
 
     def __init__(self, folder: Path, fingerprint: str, windows: Sequence[int]) -> None:
@@ -96,10 +73,7 @@ class StreamState:
     def load(self) -> Saved | None:
         """The newest state that is whole; None if there is none.
 
-        Raises
-        ------
-        CorruptStoreError
-            If a file is not what was written; the folder may then be removed to begin again.
+        After a CorruptStoreError the folder may be removed to begin again.
         """
         manifest = self._read_manifest()
         if manifest is None:
@@ -123,20 +97,11 @@ class StreamState:
         self._submit(work)
 
     def save(self, boundary: int, snapshot: Callable[[], Tensor] | str) -> bool:
-        """Note that all layers below a boundary are done; False if it was skipped.
+        """Note that all layers below ``boundary`` are done; False if it was skipped.
 
-        Parameters
-        ----------
-        boundary
-            Layer that comes next.
-        snapshot
-            Gives a copy of the streams entering it, or the name they are kept under. Streams on
-            the CPU must have come there.
-
-        Raises
-        ------
-        OSError
-            If an earlier write met a full disk.
+        ``snapshot`` gives a copy of the streams entering it, or is the name they are kept under.
+        Streams on the CPU must have come there. A full disk that an earlier write met is raised
+        here.
         """
         self._raise_errors()
         named = isinstance(snapshot, str)
@@ -166,13 +131,7 @@ class StreamState:
         return True
 
     def wait(self) -> None:
-        """Until everything is on the disk.
-
-        Raises
-        ------
-        OSError
-            If the disk is full or not writable.
-        """
+        """Until everything is on the disk."""
         wait(self._jobs)
         self._raise_errors()
 

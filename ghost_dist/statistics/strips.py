@@ -13,6 +13,7 @@ from torch import Tensor
 
 STRIPS = 16
 LEAST_ROWS = 256
+_BLOCK_ROWS = 4096
 
 
 def rows_of_strips(size: int) -> list[slice]:
@@ -31,26 +32,20 @@ def to_strips(matrix_nn: Tensor) -> list[Tensor]:
     return [matrix_nn[rows, : rows.stop] for rows in rows_of_strips(len(matrix_nn))]
 
 
-def mirror_(matrix_nn: Tensor, block_rows: int = 4096) -> None:
+def mirror_(matrix_nn: Tensor) -> None:
     """Copy what is below the diagonal above it, in place: symmetric bit by bit.
 
     A product ``x' x`` is so only up to rounding.
     """
-    for first in range(0, len(matrix_nn), block_rows):
-        rows = slice(first, first + block_rows)
+    for first in range(0, len(matrix_nn), _BLOCK_ROWS):
+        rows = slice(first, first + _BLOCK_ROWS)
         matrix_nn[:first, rows] = matrix_nn[rows, :first].T
         diagonal = matrix_nn[rows, rows]
         diagonal.copy_(diagonal.tril() + diagonal.tril(-1).T)
 
 
 def from_strips(strips: Sequence[Tensor]) -> Tensor:
-    """The whole matrix, symmetric bit by bit.
-
-    Raises
-    ------
-    ValueError
-        If these are not all strips of one matrix.
-    """
+    """The whole matrix, symmetric bit by bit."""
     size = strips[-1].shape[-1]
     matrix_nn = torch.empty(size, size, dtype=strips[0].dtype, device=strips[0].device)
     for rows, strip in zip(rows_of_strips(size), strips, strict=True):

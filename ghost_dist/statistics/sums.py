@@ -15,12 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """The columns that one of several ranks with the same rows keeps of every large sum.
+    """Block ``index`` of ``count``: the columns that one of several ranks with the same rows keeps.
 
-    Attributes
-    ----------
-    index, count
-        Block ``index`` of ``count``; the blocks' widths differ by at most one column.
+    The blocks' widths differ by at most one column.
     """
 
     index: int = 0
@@ -36,15 +33,9 @@ WHOLE = ColumnBlock()
 
 @dataclass(frozen=True)
 class Sums:
-    """Float64 tensors summed over ``num_tokens`` rows; the base of every kind of statistic.
+    """Float64 tensors summed over ``num_tokens`` rows; the base of every kind of statistic."""
 
-    Attributes
-    ----------
-    num_tokens
-        Number of rows seen, rows of weight 0 included.
-    """
-
-    num_tokens: int
+    num_tokens: int  # rows of weight 0 included
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset()
     """Arrays of which a rank may keep a block of the last axis; of the others it keeps all."""

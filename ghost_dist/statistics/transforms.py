@@ -46,13 +46,6 @@ def stream_moments(joint: Moments, down_FC: Tensor) -> Moments:
     """Moments of one span's stream ``x = A + H @ down`` from those of ``[A, H]``.
 
     Equal to accumulating x itself but for the rounding of x in the model's compute dtype.
-
-    Parameters
-    ----------
-    joint
-        Of ``[A, H]``, width C + F.
-    down_FC
-        The model's down_proj of layer ``start - 1``, in by out, float64.
     """
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
     return combine(joint, torch.cat((eye_CC, down_FC)))

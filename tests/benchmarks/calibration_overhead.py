@@ -31,7 +31,7 @@ from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SpanCollector
+from ghost_dist.statistics.span_sums import SpanCollector
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 
 CPU = torch.device("cpu")

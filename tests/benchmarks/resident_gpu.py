@@ -31,7 +31,7 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.span_sums import SampleKind
 
 WINDOWS, LENGTH, REMOVE = 32, 2048, 7
 SPAN = Span(22, 29)

@@ -28,8 +28,7 @@ from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.recoverability import held_out_of_start, relative_residual
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind, SpanCollector, Together
-from ghost_dist.statistics.recoverability import (
+from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,
     candidate_spans,
@@ -37,6 +36,7 @@ from ghost_dist.statistics.recoverability import (
     start_key,
 )
 from ghost_dist.statistics.scores import CosineCollector
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, Together
 
 FOLDS = 4
 STREAM = SampleKind("stream")

@@ -28,7 +28,7 @@ from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
 from ghost_dist.statistics.stream_state import StreamState
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ghost_dist import devices
 from ghost_dist.checkpoint.weight_reader import WeightReader
-from ghost_dist.statistics.collect import FlagsOnTheWay
+from ghost_dist.statistics.span_sums import FlagsOnTheWay
 from ghost_dist.statistics.stream_state import StreamState
 
 pytestmark = [

@@ -17,7 +17,7 @@ from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.report.terminal import print_run
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.span_sums import SampleKind
 
 PLAIN = {"none", "fold", "replaceme"}
 

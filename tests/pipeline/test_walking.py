@@ -10,7 +10,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind
+from ghost_dist.statistics.span_sums import SampleKind
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(rows=5, length=12)

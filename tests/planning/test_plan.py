@@ -22,7 +22,7 @@ from ghost_dist.planning.probe import ProbeSpec, measure
 from ghost_dist.planning.rates import Curve, Rates
 from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.sizes import moments_flops
+from ghost_dist.statistics.sum_costs import moments_flops
 
 pytestmark = pytest.mark.model  # of 405B, on the meta device: seconds each
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from ghost_dist.planning.stages import Cache, work_of_stages
 from ghost_dist.progress import Reporter
 from ghost_dist.solver import least_squares
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import SampleKind, SpanCollector
-from ghost_dist.statistics.recoverability import PairCollector
-from ghost_dist.statistics.sizes import moments_bytes, moments_flops, pair_bytes, pair_flops
+from ghost_dist.statistics.pair_sums import PairCollector
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
 from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, pair_bytes, pair_flops
 from ghost_dist.statistics.sums import ColumnBlock
 
 CPU = torch.device("cpu")

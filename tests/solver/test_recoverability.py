@@ -19,7 +19,7 @@ from ghost_dist.solver.recoverability import (
     relative_residual,
 )
 from ghost_dist.spans import Span
-from ghost_dist.statistics.recoverability import (
+from ghost_dist.statistics.pair_sums import (
     PairCollector,
     candidate_spans,
     projection,
@@ -120,7 +120,7 @@ def test_standard_error_is_the_spread_over_projections(rows, monkeypatch):
         generator = torch.Generator().manual_seed(100 + seed)
         signs = (torch.randint(0, 2, (C, 32), generator=generator) * 2 - 1).double() / 32**0.5
         monkeypatch.setattr(
-            "ghost_dist.statistics.recoverability.projection", lambda *_, signs=signs: signs
+            "ghost_dist.statistics.pair_sums.projection", lambda *_, signs=signs: signs
         )
         folds = collect_folds(lambda: PairCollector([span], C, CPU, 32), hidden)
         found = held_out_of_start(0, (2,), [fold["start-0"] for fold in folds], signs)[span]

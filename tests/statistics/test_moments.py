@@ -6,8 +6,8 @@ import torch
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics import moments as moments_module
-from ghost_dist.statistics.collect import SampleKind, SpanCollector, Together
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, Together
 
 C, T, WINDOWS = 24, 40, 6
 CPU = torch.device("cpu")

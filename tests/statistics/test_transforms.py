@@ -1,5 +1,7 @@
 """Moments of several regressors against direct products, and derived moments against rows."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -29,8 +31,9 @@ def direct(z, y, w=None):
     return Moments(len(z), zw.T @ z, zw.T @ y, zw.sum(0), w2 @ y, w2 @ (y * y), w2.sum().reshape(1))
 
 
-def accumulate(a, h, y, w=None, **options):
-    accumulator = MomentsAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
+def accumulate(a, h, y, w=None, block_columns=4096, **options):
+    with mock.patch.object(moments_module, "BLOCK_COLUMNS", block_columns):
+        accumulator = MomentsAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
     for i in range(len(a)):
         accumulator.add((a[i], h[i]), y[i], None if w is None else w[i])
     return accumulator.result()

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.collect import FiniteCheck
 from ghost_dist.statistics.moments import add_product, has_full_rate_float64
+from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.strips import mirror_
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
@@ -47,13 +47,7 @@ def candidate_spans(
     max_length: int,
     protect: Collection[int] = (),
 ) -> tuple[Span, ...]:
-    """Every span of ``min_length`` to ``max_length`` layers without a protected one, sorted.
-
-    Raises
-    ------
-    ConfigError
-        If none is left; at least one layer of the model always stays.
-    """
+    """Every span of ``min_length`` to ``max_length`` layers without a protected one, sorted."""
     unknown = sorted(layer for layer in protect if not 0 <= layer < num_layers)
     if unknown:
         raise ConfigError(
@@ -77,24 +71,12 @@ def candidate_spans(
 
 @dataclass(frozen=True)
 class PairMoments(Sums):
-    """Sums of one start and all its stops over ``num_tokens`` rows; all tensors float64.
+    """Sums of one start and all its stops over ``num_tokens`` rows; all tensors float64."""
 
-    Attributes
-    ----------
-    gram_CC
-        ``X'X`` of the stream entering ``start``.
-    cross_CPr
-        ``X'Y R`` per stop, ascending.
-    sumsq_target_Pr
-        Column sums of squares of ``Y R``.
-    sumsq_y_P, sumsq_change_P
-        ``||Y||^2`` and ``||Y - X||^2``, exact.
-    """
-
-    gram_CC: Tensor
-    cross_CPr: Tensor
-    sumsq_target_Pr: Tensor
-    sumsq_y_P: Tensor
+    gram_CC: Tensor  # X'X of the stream entering start
+    cross_CPr: Tensor  # X'Y R per stop, ascending
+    sumsq_target_Pr: Tensor  # of the columns of Y R
+    sumsq_y_P: Tensor  # ||Y||^2 and, below, ||Y - X||^2, exact
     sumsq_change_P: Tensor
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_CC", "cross_CPr"})
@@ -104,19 +86,9 @@ class PairMoments(Sums):
 class PairCollector:
     """:class:`PairMoments` of every start from one pass; call it with each boundary stream.
 
-    Parameters
-    ----------
-    spans
-        The pairs, as :func:`candidate_spans` lists them.
-    hidden_size
-        C.
-    device
-        Of the streams.
-    columns
-        r. The seed of R is fixed: ranges, replicas and resumed runs add up. None: no projection,
-        r = C, exact.
-    block
-        Columns of gram and cross to keep, where ranks hold the same rows.
+    ``columns`` is r, None: no projection, r = C, exact. The seed of R is fixed: ranges, replicas
+    and resumed runs add up. ``block``: columns of gram and cross to keep, where ranks hold the same
+    rows.
     """
 
     def __init__(
@@ -222,13 +194,7 @@ class PairCollector:
         self._num_tokens[start] += x_TC.shape[0]
 
     def result(self) -> dict[str, Sums]:
-        """Moments of every start (not a copy) by :func:`start_key`; their stops are in ``stops``.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If any stream held NaN or Inf; names the first layer and window.
-        """
+        """Moments of every start (no copy) by :func:`start_key`; their stops are in ``stops``."""
         assert not self._pending, f"no last boundary came for {sorted(self._pending)}"
         self._finite.check()
         for start in self.stops:

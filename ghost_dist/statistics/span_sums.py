@@ -53,13 +53,9 @@ class Collector(Protocol):
 class SampleKind:
     """Which sums of a span are taken.
 
-    Attributes
-    ----------
-    regressors
-        ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)]; ``joint``: Z = [A, H], what enters
-        ``start`` taken apart at the down_proj before it; ``absolute``: sums of absolute values.
-    row_weights
-        How rows are weighted; ``none`` for ``absolute``.
+    ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)]; ``joint``: Z = [A, H], what enters
+    ``start`` taken apart at the down_proj before it; ``absolute``: sums of absolute values, never
+    weighted.
     """
 
     regressors: Regressors
@@ -74,23 +70,9 @@ class SampleKind:
 class SpanCollector:
     """Sums of several spans from one pass; call it with each boundary stream.
 
-    Holds a stream only from a span's start to its stop: per window in flight and span T x C
-    numbers of the compute dtype, and T x (C + F) more for ``joint``.
-
-    Parameters
-    ----------
-    samples
-        Spans and the kinds of sums of each.
-    hidden_size
-        C.
-    device
-        Of the streams.
-    inner_size
-        F of the layers before the spans that want ``joint``, by layer.
-    norm_eps
-        Of the RMSNorm of ``stream+norm``.
-    block
-        Columns of the moments to keep, where ranks hold the same rows.
+    Holds a stream only from a span's start to its stop: per window in flight and span T x C numbers
+    of the compute dtype, and T x (C + F) more for ``joint``, which needs ``inner_size``, F by
+    layer. ``block``: the columns of the moments to keep, where ranks hold the same rows.
     """
 
     def __init__(
@@ -184,13 +166,7 @@ class SpanCollector:
         self._accumulators[key].add(regressors, y_TC, row_weights(kind.row_weights, y_TC))
 
     def result(self) -> dict[str, Sums]:
-        """Sums of every span and kind, by :meth:`SampleKind.key`.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If any stream held NaN or Inf; names the first layer and window.
-        """
+        """Sums of every span and kind, by :meth:`SampleKind.key`."""
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
         moments = {key: accumulator.result() for key, accumulator in self._accumulators.items()}
@@ -198,13 +174,7 @@ class SpanCollector:
 
 
 class Together:
-    """Several collectors fed by one pass; their sums get the name of theirs before them.
-
-    Parameters
-    ----------
-    parts
-        By name.
-    """
+    """Several collectors fed by one pass; their sums get the name of theirs before them."""
 
     def __init__(self, parts: Mapping[str, Collector]) -> None:
         self._parts = dict(parts)

@@ -5,8 +5,8 @@ import torch
 
 from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics import recoverability as recoverability_module
-from ghost_dist.statistics.recoverability import (
+from ghost_dist.statistics import pair_sums
+from ghost_dist.statistics.pair_sums import (
     PairCollector,
     PairMoments,
     candidate_spans,
@@ -103,7 +103,7 @@ def test_without_a_projection_the_cross_is_whole():
 def test_float32_products_where_float64_is_slow(monkeypatch):
     hidden = streams(torch.bfloat16)
     exact = collect(hidden, WINDOW_BY_WINDOW).result()
-    monkeypatch.setattr(recoverability_module, "has_full_rate_float64", lambda device: False)
+    monkeypatch.setattr(pair_sums, "has_full_rate_float64", lambda device: False)
     got = collect(hidden, WINDOW_BY_WINDOW).result()
     for start, moments in got.items():
         for name, array in moments.arrays().items():
