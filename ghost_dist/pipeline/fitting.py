@@ -23,8 +23,7 @@ from ghost_dist.devices import free_bytes
 from ghost_dist.errors import SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit
-from ghost_dist.solver.sizes import fit_bytes
+from ghost_dist.solver.least_squares import Fit, fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums

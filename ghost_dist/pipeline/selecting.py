@@ -13,7 +13,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
-from ghost_dist.solver.recoverability import (
+from ghost_dist.solver.span_selection import (
     HeldOut,
     choose_spans,
     cost_map,

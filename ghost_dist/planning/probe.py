@@ -34,8 +34,7 @@ from ghost_dist.planning.rates import Curve, Rates
 from ghost_dist.planning.sizes import LayerSizes, ModelSizes
 from ghost_dist.solver.down_proj import fit_ghost_joint
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import cholesky_factor, map_error
-from ghost_dist.solver.sizes import num_steps, step_flops
+from ghost_dist.solver.least_squares import cholesky_factor, map_error, num_steps, step_flops
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import (
     FLUSH_TOKENS,

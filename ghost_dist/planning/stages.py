@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ghost_dist.planning.choice import EngineKind
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
-from ghost_dist.solver.sizes import num_steps, step_flops
+from ghost_dist.solver.least_squares import num_steps, step_flops
 from ghost_dist.spans import Span
 from ghost_dist.statistics.sum_costs import moments_flops, pair_flops
 

@@ -17,21 +17,7 @@ def best_span(
 ) -> Span:
     """The span of ``remove`` layers of largest or least score; the first of equals.
 
-    Parameters
-    ----------
-    scores
-        Index = start; NaN: not a candidate.
-    remove
-        n, the length of the span.
-    largest
-        True for similarities (`cosine`, `paper`), False for distances (`angular`).
-    protect
-        Layers that stay.
-
-    Raises
-    ------
-    ConfigError
-        If no start is left.
+    Scores are by start, NaN: not a candidate. The largest of similarities, the least of distances.
     """
     sign = -1 if largest else 1
     starts = [
@@ -58,20 +44,7 @@ def paper_candidates(scores: Sequence[float]) -> tuple[float, ...]:
 def least_influential(
     influences: Sequence[float], remove: int, protect: Collection[int] = ()
 ) -> tuple[Span, ...]:
-    """The ``remove`` layers of least influence (ShortGPT), neighbours joined into one span.
-
-    Parameters
-    ----------
-    influences
-        Block influence of each layer; the earlier of equals goes.
-    remove, protect
-        As for :func:`best_span`.
-
-    Raises
-    ------
-    ConfigError
-        If fewer layers than that may go.
-    """
+    """The ``remove`` layers of least influence, the earlier of equals; neighbours are joined."""
     free = [layer for layer in range(len(influences)) if layer not in protect]
     if remove > min(len(free), len(influences) - 1):
         raise ConfigError(
@@ -86,22 +59,7 @@ def layers_of_size(size: float, layer_sizes: Sequence[float], protect: Collectio
     """Least number of layers whose removal saves ``size``, in parameters or in bytes.
 
     Layers may differ (dense ones before mixture-of-experts ones); before it is known which go, a
-    layer counts as the mean of those that may. A fraction f of the model is
-    ``size = f * (all parameters, embeddings and head included)``.
-
-    Parameters
-    ----------
-    size
-        To be saved, greater than 0.
-    layer_sizes
-        Of every layer, in the same unit.
-    protect
-        Layers that stay.
-
-    Raises
-    ------
-    ConfigError
-        If the layers that may go do not hold that much.
+    layer counts as the mean of those that may.
     """
     free = [float(s) for layer, s in enumerate(layer_sizes) if layer not in protect]
     mean = math.fsum(free) / len(free) if free else 0.0

@@ -39,15 +39,7 @@ down_proj is wrong by 2^-9, and P multiplies that by up to its condition number.
 
 
 class SingularOperatorError(GhostDistError):
-    """The operator P of a joint fit cannot be divided out of the down_proj.
-
-    Attributes
-    ----------
-    span
-        The span as text, ``"[start, stop)"``.
-    condition, limit
-        2-norm condition number of P and the largest one accepted.
-    """
+    """The operator P of a joint fit cannot be divided out of the down_proj."""
 
     def __init__(self, span: str, condition: float, limit: float) -> None:
         super().__init__(
@@ -74,33 +66,9 @@ def fit_ghost_joint(
 ) -> tuple[Repair, Fit]:
     """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
 
-    Parameters
-    ----------
-    span
-        Named in errors.
-    folds
-        Moments of ``[A, H]``, disjoint windows, at least two.
-    down_FC
-        The model's down_proj of layer ``start - 1``, (F, C), in by out, float64.
-    ridge
-        As for ``ghost``; relative to the median diagonal of A's and of H's gram, each for itself.
-    affine, judge
-        Fit a bias at the boundary too; the fold that is not fitted on, as ``fit_least_squares``
-        has it.
-    max_condition
-        Of P.
-
-    Returns
-    -------
-    repair, fit
-        With ``weight_CC`` and ``down_FC``. Cost: 3 (C + F)^2 float64 beside the folds.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge asked for gives a Cholesky factor.
-    SingularOperatorError
-        If P is too close to singular for Q P^-1.
+    The folds are moments of ``[A, H]`` of disjoint windows, ``down_FC`` the model's, float64. A
+    relative ridge is relative to the median diagonal of A's and of H's gram, each for itself. Cost:
+    3 (C + F)^2 float64 beside the folds.
     """
     inner, width = down_FC.shape
     eye_CC = torch.eye(width, dtype=down_FC.dtype, device=down_FC.device)
@@ -131,10 +99,7 @@ def fit_fold(
     affine: bool = False,
     judge: int | None = None,
 ) -> tuple[Repair, Fit]:
-    """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine).
-
-    Parameters as for :func:`fit_ghost_joint`.
-    """
+    """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine)."""
     return refit_down(
         span, fold_targets(folds, down_FC), down_FC, ridge, affine=affine, judge=judge
     )
@@ -152,7 +117,6 @@ def fit_replaceme(
     """ReplaceMe (arXiv 2505.02819, equation 5): ``Y - A ~ (H down) T``, folded: down <- down T.
 
     Its published form shrinks T to zero with ``alpha``, 0 by default; here T shrinks to I.
-    Parameters as for :func:`fit_ghost_joint`.
     """
     outputs = [combine(fold, down_FC) for fold in fold_targets(folds, down_FC)]
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
@@ -176,15 +140,6 @@ def refit_down(
     For sequential healing H and A come from the recovered model, and Y is the dense model's stream
     entering the next layer; ``fit.residual`` is relative to the original weight, so above 1 the
     original is the better one on held-out windows.
-
-    Parameters
-    ----------
-    where
-        The layer or span, named in errors.
-    folds
-        Moments with Z = H, (F), and targets ``Y - A``, (C); at least two.
-    down_FC, ridge, affine, judge
-        As for :func:`fit_ghost_joint`.
     """
     new_down_FC, bias_C, fit = fit_least_squares(
         where, folds, down_FC, ridge, affine=affine, judge=judge

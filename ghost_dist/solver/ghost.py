@@ -32,31 +32,7 @@ def fit_ghost(
     affine: bool = False,
     judge: int | None = None,
 ) -> tuple[Repair, Fit]:
-    """Solve the operator of one span over all folds and measure it held out.
-
-    Parameters
-    ----------
-    span
-        Named in errors.
-    folds
-        Moments with Z = x of disjoint windows, at least two; the fit is over their sum.
-    ridge
-        ``"auto"``: the grid value of least held-out residual; or a given one.
-    affine, judge
-        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
-
-    Returns
-    -------
-    repair, fit
-        ``weight_CC`` and, if affine, ``bias_C``; float64, on the moments' device.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge asked for gives a Cholesky factor.
-    ConfigError
-        If there are fewer than two folds.
-    """
+    """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``."""
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
     weight_CC, bias_C, fit = fit_least_squares(

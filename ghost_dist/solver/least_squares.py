@@ -40,47 +40,26 @@ RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3
 
 The median, because a few massive channels move the mean by orders of magnitude."""
 
+_DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one span's operator does on windows it was not fitted on.
+    """How well one span's operator does on windows it was not fitted on."""
 
-    Attributes
-    ----------
-    ridge
-        Absolute ridge of the final fit, in units of squared activations; where blocks of
-        regressors have scales of their own, that of the first block.
-    relative_ridge
-        The same over the median diagonal entry of the (block's) Gram matrix.
-    residual
-        Held-out ``||Y - Z B||^2 / ||Y - Z B0||^2``: 1 is the plain cut, 0 is exact.
-    r2
-        Held-out ``1 - ||Y - Z B||^2 / ||Y - mean(Y)||^2`` over all channels.
-    r2_channel_quantiles
-        The same per channel: its quantiles 0.05, 0.25, 0.5, 0.75, 0.95.
-    r2_channels
-        The same of every channel, in the channels' order.
-    condition
-        Estimated 2-norm condition number of Gram + ridge of the final fit.
-    num_tokens
-        Tokens of the final fit, and
-    tokens_per_channel
-        their number over the number of regressors: C, C + F of a joint fit, 2 C of stream+norm.
-    ridge_curve
-        (relative ridge, held-out residual) of every ridge tried that had a Cholesky factor.
-    """
-
+    # Absolute, in units of squared activations; of the first block where there are several
     ridge: float
-    relative_ridge: float
-    residual: float
-    r2: float
-    r2_channel_quantiles: tuple[float, ...]
-    r2_channels: tuple[float, ...]
-    condition: float
+    relative_ridge: float  # over the median diagonal entry of the block's Gram matrix
+    residual: float  # held-out ||Y - Z B||^2 / ||Y - Z B0||^2: 1 is the plain cut, 0 is exact
+    r2: float  # held-out 1 - ||Y - Z B||^2 / ||Y - mean(Y)||^2 over all channels
+    r2_channel_quantiles: tuple[float, ...]  # QUANTILES of it over channels
+    r2_channels: tuple[float, ...]  # in their order
+    condition: float  # estimated, 2-norm, of Gram + ridge
     num_tokens: int
+    # Over the number of regressors: C, C + F of joint, 2 C of stream+norm
     tokens_per_channel: float
+    # (relative ridge, residual) of every ridge with a Cholesky factor
     ridge_curve: tuple[tuple[float, float], ...]
 
 
@@ -98,38 +77,14 @@ def fit_least_squares(
     affine: bool = False,
     judge: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Fit]:
-    """Fit B over the folds, with the ridge of least held-out residual or a given one.
+    """Fit B (Z, C) over the folds, with the ridge of least held-out residual or a given one.
 
-    Parameters
-    ----------
-    where
-        The span or layer, named in errors.
-    folds
-        Moments of disjoint windows, at least two.
-    prior_ZC
-        B0, what an infinite ridge gives; (Z, C) float64.
-    ridge
-        ``"auto"``: the grid value of least held-out residual; or a given one.
-    blocks
-        Widths of blocks of regressors of different scale, such as (C, F) for [A, H]; a relative
-        ridge is relative to the median diagonal entry of each block. Empty: one block.
-    affine
-        Fit an unpenalised bias too.
-    judge
-        The fold that alone judges and that B is not fitted on; None: each judges fits on the
-        others, and B is fitted on all.
-
-    Returns
-    -------
-    map_ZC, bias_C, fit
-        B of shape (Z, C) and the bias (C,), None unless affine; float64, on the moments' device.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge asked for gives a Cholesky factor.
-    ConfigError
-        If there are fewer than two folds.
+    ``folds`` are moments of at least two sets of disjoint windows; ``prior_ZC`` is B0. ``ridge`` is
+    ``"auto"``, the grid value of least held-out residual, or a given one. ``blocks`` are widths of
+    blocks of regressors of different scale, such as (C, F) for [A, H]: a relative ridge is relative
+    to the median diagonal entry of each. ``affine`` fits an unpenalised bias (C,) too. ``judge`` is
+    the fold that alone judges and that B is not fitted on; None: each judges fits on the others,
+    and B is fitted on all. All float64, on the moments' device.
     """
     if len(folds) < 2:
         raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(folds)}.")
@@ -215,13 +170,7 @@ def held_out_errors(
 def solve(
     where: str, moments: Moments, penalty_Z: Tensor, *, affine: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """M = (G + diag(penalty))^-1 K, the bias (None unless affine), and the lower Cholesky factor.
-
-    Raises
-    ------
-    SingularGramError
-        If the damped Gram matrix is not positive definite in float64.
-    """
+    """M = (G + diag(penalty))^-1 K, the bias (None unless affine), the lower Cholesky factor."""
     fitted = about(moments, moments) if affine else moments
     factor_ZZ = cholesky_factor(fitted.gram_ZZ, penalty_Z)
     if factor_ZZ is None:
@@ -327,3 +276,19 @@ def _target_variance(total: Moments, prior_ZC: Tensor) -> Tensor:
     """``||Y - mean(Y)||^2`` per target, from moments whose targets are ``Y - Z B0``."""
     original = retarget(total, -prior_ZC)
     return original.sumsq_y_C - original.sum_y_C.square() / original.sum_weights_1
+
+
+def fit_bytes(sums_bytes: int, num_folds: int) -> int:
+    """Bytes that a fit holds: all folds' sums, ``sums_bytes`` together, and what it makes."""
+    return int(sums_bytes * (1 + _DENSE_COPIES_OF_SUMS / max(1, num_folds)))
+
+
+def step_flops(num_regressors: int, num_targets: int) -> int:
+    """One ridge on one fold: a Cholesky factor, two triangular solves, a product for the error."""
+    z, n = num_regressors, num_targets
+    return z**3 // 3 + 4 * z * z * n
+
+
+def num_steps(num_ridges: int, num_folds: int) -> int:
+    """Steps of a fit: every ridge held out on every fold, and the final fit."""
+    return num_ridges * num_folds + 1

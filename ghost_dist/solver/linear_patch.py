@@ -22,24 +22,8 @@ from ghost_dist.statistics.absolute import AbsoluteSums, rotate
 def fit_linear_patch(span: str, sums: AbsoluteSums, *, hadamard: bool = False) -> Repair:
     """The patch of one span; nothing is fitted, so there is no ridge.
 
-    Parameters
-    ----------
-    span
-        Named in errors.
-    sums
-        Over all calibration rows.
-    hadamard
-        Whether d is taken, and acts, in the Hadamard basis.
-
-    Returns
-    -------
-    repair
-        With ``weight_CC`` = W, (C, C) float64 and symmetric.
-
-    Raises
-    ------
-    ConfigError
-        If a channel of X is zero on every row, so that no scale can be given.
+    ``hadamard``: d is taken, and acts, in the Hadamard basis. A channel that is zero on every row
+    is an error, since it has no scale.
     """
     if hadamard:
         ratio_C = _ratio(span, sums.sum_abs_rotated_x_C, sums.sum_abs_rotated_y_C)

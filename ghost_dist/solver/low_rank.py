@@ -44,18 +44,10 @@ RANK_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class RankChoice:
-    """The rank taken and the held-out residual of every rank.
-
-    Attributes
-    ----------
-    rank
-        r.
-    residuals
-        Held-out ``||Y - X - X U V||^2 / ||Y - X||^2``; the index is the rank, 0 to C.
-    """
+    """The rank taken, and the held-out ``||Y - X - X U V||^2 / ||Y - X||^2`` of every rank."""
 
     rank: int
-    residuals: tuple[float, ...]
+    residuals: tuple[float, ...]  # index: the rank, 0 to C
 
 
 def fit_low_rank(
@@ -67,34 +59,11 @@ def fit_low_rank(
     affine: bool = False,
     judge: int | None = None,
 ) -> tuple[Repair, Fit, RankChoice]:
-    """Fit the operator of one span.
+    """Fit (U, V) of one span from moments with Z = X; the ridge is that of full rank.
 
-    Parameters
-    ----------
-    span
-        Named in errors.
-    folds
-        Moments with Z = X, of disjoint windows, at least two.
-    ridge
-        As for ``ghost``; chosen at full rank.
-    rank
-        r; None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
-        most C / 2: from there on a dense W is as small.
-    affine, judge
-        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
-
-    Returns
-    -------
-    repair, fit, choice
-        ``repair.low_rank`` is (U, V); ``fit`` describes the full-rank solution it is cut from, but
-        for its residual and R2 over all channels, which are those of the rank taken.
-
-    Raises
-    ------
-    ConfigError
-        If the rank is not in 1 to C.
-    SingularGramError
-        If no ridge asked for gives a Cholesky factor.
+    ``rank`` None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
+    most C / 2: from there on a dense W is as small. The fit describes the full-rank solution it is
+    cut from, but for its residual and R2 over all channels, which are those of the rank taken.
     """
     width = folds[0].gram_ZZ.shape[0]
     if rank is not None and not 1 <= rank <= width:

@@ -25,31 +25,11 @@ def fit_stream_norm(
     judge: int | None = None,
     norm_eps: float = 0.0,
 ) -> tuple[Repair, Fit]:
-    """Fit (W, N), shrunk to (I, 0).
+    """Fit (W, N), shrunk to (I, 0), from moments with ``Z = [x, rmsnorm(x)]``, width 2 C.
 
-    Parameters
-    ----------
-    span
-        Named in errors.
-    folds
-        Moments with ``Z = [x, rmsnorm(x)]``, width 2 C, of disjoint windows, at least two.
-    ridge
-        As for ``ghost``; relative to the median diagonal of x's and of rmsnorm(x)'s gram, each
-        for itself, because their scales differ by the norm of the stream.
-    affine, judge
-        Fit a bias too; the fold that is not fitted on, as ``fit_least_squares`` has it.
-    norm_eps
-        Of the rmsnorm behind the moments; goes into the repair.
-
-    Returns
-    -------
-    repair, fit
-        With ``weight_CC`` and ``norm_weight_CC``. Cost: 12 C^2 float64 beside the folds.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge asked for gives a Cholesky factor.
+    A relative ridge is relative to the median diagonal of x's and of rmsnorm(x)'s gram, each for
+    itself, because their scales differ by the norm of the stream. Cost: 12 C^2 float64 beside the
+    folds.
     """
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)

@@ -26,7 +26,7 @@ from ghost_dist.checkpoint.surgery import as_recovered
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.recoverability import held_out_of_start, relative_residual
+from ghost_dist.solver.span_selection import held_out_of_start, relative_residual
 from ghost_dist.spans import Span
 from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,

@@ -136,7 +136,7 @@ def test_selection_runs_every_layer_once(make_config, counted, selection):
     assert sum(f.steps * f.step_flops for f in planned["select"].fits) == pytest.approx(
         flops, rel=0.02
     )
-    assert found["factors"] in (0, ridges)  # 0: solver.recoverability has its own name for it
+    assert found["factors"] in (0, ridges)  # 0: solver.span_selection has its own name for it
 
 
 def test_evaluation_and_export(make_config, text_file, counted):

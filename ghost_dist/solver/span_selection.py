@@ -10,7 +10,7 @@ per span -> :func:`choose_spans`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,28 +31,12 @@ from ghost_dist.statistics.pair_sums import PairMoments
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Energies of one span over all windows, each predicted by an operator not fitted on it.
+    """Energies of one span over all windows, each predicted by an operator not fitted on it."""
 
-    Attributes
-    ----------
-    residual
-        Held-out ``||Y - X W||^2`` at the best ridge of the grid.
-    standard_error
-        Of ``residual``, from the projection alone (not from the choice of windows); 0 if exact.
-    cut
-        ``||Y - X||^2``, the plain cut.
-    energy
-        ``||Y||^2`` of the stream entering ``stop``.
-    num_tokens
-        Rows behind all of them.
-    relative_ridge
-        Of the fit.
-    """
-
-    residual: float
-    standard_error: float
-    cut: float
-    energy: float
+    residual: float  # ||Y - X W||^2 at the best ridge
+    standard_error: float  # of it, from the projection alone; 0 if exact
+    cut: float  # ||Y - X||^2
+    energy: float  # ||Y||^2 of the stream entering stop
     num_tokens: int
     relative_ridge: float
 
@@ -62,45 +46,24 @@ def held_out_of_start(
     stops: Sequence[int],
     folds: Sequence[PairMoments],
     projection_Cr: Tensor | None,
-    ridges: Sequence[float] = RIDGE_GRID,
 ) -> dict[Span, HeldOut]:
     """Held-out energies of all spans of one start, from the (projected) targets ``(Y - X) R``.
 
-    Parameters
-    ----------
-    start, stops
-        The spans, stops in the order of the moments.
-    folds
-        Of disjoint windows, at least two.
-    projection_Cr
-        R, as the moments were taken with; None: they are exact.
-    ridges
-        Relative ones to choose from, for each span its own.
+    ``projection_Cr`` is R, as the moments were taken with; None: they are exact. The estimate is
+    ``cut * sum_k e_k / sum_k c_k`` over the r columns, e_k the held-out error and c_k the plain
+    cut's of column k, and ``cut`` the exact energy: dividing by the columns' own cut takes out what
+    the projection does to both alike. Its standard error is that of a ratio of means, from the
+    spread of ``e_k - ratio c_k`` over the columns.
 
-    Returns
-    -------
-    held_out
-        By span. The estimate is ``cut * sum_k e_k / sum_k c_k`` over the r columns, e_k the
-        held-out error and c_k the plain cut's of column k, and ``cut`` the exact energy: dividing
-        by the columns' own cut takes out what the projection does to both alike. Its standard
-        error is that of a ratio of means, from the spread of ``e_k - ratio c_k`` over the columns.
-
-    Raises
-    ------
-    SingularGramError
-        If no ridge gives a Cholesky factor.
-
-    Notes
-    -----
-    One Cholesky factor per ridge and fold serves all stops. Memory beside the folds: about
-    3 C^2 + 3 C P r float64 (2 GiB at C = 8192, P = 40, r = 64).
+    One Cholesky factor per ridge and fold serves all stops; each span has a ridge of its own.
+    Memory beside the folds: about 3 C^2 + 3 C P r float64 (2 GiB at C = 8192, P = 40, r = 64).
     """
     changes = [_projected_change(fold, projection_Cr) for fold in folds]
     total = add_all(changes)
     shape = (len(stops), folds[0].sumsq_target_Pr.shape[1])
-    errors = held_out_errors(changes, total, ridge_scale(total.gram_ZZ), ridges)
+    errors = held_out_errors(changes, total, ridge_scale(total.gram_ZZ), RIDGE_GRID)
     if not errors:
-        raise singular(f"[{start}, {stops[-1]})", total, ridges[-1])
+        raise singular(f"[{start}, {stops[-1]})", total, RIDGE_GRID[-1])
     ridge_R = tuple(errors)
     error_RPr = torch.stack([error.reshape(shape) for error in errors.values()])
     best_P = error_RPr.sum(2).argmin(0)
@@ -146,18 +109,14 @@ def lost_log_energy(held_out: HeldOut) -> float:
     return -math.log(max(1e-12, 1.0 - relative_residual(held_out)))
 
 
-def cost_map(
-    num_layers: int,
-    held_out: Mapping[Span, HeldOut],
-    cost: Callable[[HeldOut], float] = lost_log_energy,
-) -> Tensor:
-    """The recoverability map: a cost per candidate, (L, L + 1) float64, indexed [start, stop].
+def cost_map(num_layers: int, held_out: Mapping[Span, HeldOut]) -> Tensor:
+    """The cost of every candidate, (L, L + 1) float64, indexed [start, stop].
 
     NaN where the mapping has no such span.
     """
     cost_LB = torch.full((num_layers, num_layers + 1), math.nan, dtype=torch.float64)
     for span, energies in held_out.items():
-        cost_LB[span.start, span.stop] = cost(energies)
+        cost_LB[span.start, span.stop] = lost_log_energy(energies)
     return cost_LB
 
 
@@ -173,26 +132,9 @@ def choose_spans(
     """At most ``max_spans`` spans that remove exactly ``remove`` layers at least total cost.
 
     Spans neither overlap nor touch: two that touch would be one span with one operator, whose cost
-    is its own entry of the map. Exact, by dynamic programming over boundaries; of equal costs the
-    fewest spans win, then the earliest. O(L^2 max_spans remove) steps.
-
-    Parameters
-    ----------
-    cost_LB
-        (L, L + 1), indexed [start, stop]; spans whose entry is not finite cannot be taken.
-    remove
-        Number of layers, less than L.
-    max_spans
-        At least 1.
-    min_length, max_length
-        Of a span, in layers; None: no bound.
-    protect
-        Layers that stay.
-
-    Raises
-    ------
-    ConfigError
-        If no such choice exists.
+    is its own entry of the map; what is not finite there cannot be taken. Exact, by dynamic
+    programming over boundaries; of equal costs the fewest spans win, then the earliest. O(L^2
+    max_spans remove) steps.
     """
     num_layers = cost_LB.shape[0]
     costs = cost_LB.tolist()
