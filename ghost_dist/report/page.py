@@ -1,34 +1,28 @@
-"""``report.html``: one file that opens anywhere, of one run or of several side by side."""
+"""``report.html``: one file that opens anywhere, of one run or of several side by side.
+
+The templates say what is on it; ``figures`` and ``tables`` make what they draw and tabulate.
+"""
 
 from __future__ import annotations
 
-import importlib.resources
-import re
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import torch
+import yaml
 
 from ghost_dist import __version__
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError
-from ghost_dist.report import text
+from ghost_dist.evaluation.task_rows import shots_and_examples
+from ghost_dist.report import bars, figures, plot, tables, text
 from ghost_dist.report.checks import remarks
-from ghost_dist.report.choice import choice_of_layers
-from ghost_dist.report.comparison import comparison_sections, comparison_title
-from ghost_dist.report.drawings import perplexity_bars, stack_of
-from ghost_dist.report.evaluation import agreement, tasks
-from ghost_dist.report.facts import configuration, cost, provenance
-from ghost_dist.report.fitting import after_the_fit, candidates, fits, operator
-from ghost_dist.report.markup import Html, el, join, section
+from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord, read_run
 from ghost_dist.report.spectrum import spectra
-
-GENERATOR = f"ghost_dist {__version__}"
-_HEADING = re.compile(r'<h2 id="([\w-]+)-title">(.*?)</h2>')
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'"  # no request, no script, whatever a name holds
-)
 
 
 def write_report(
@@ -62,36 +56,11 @@ def write_report(
         out = records[0].path / "report.html" if len(records) == 1 else Path("comparison.html")
     _check_target(out)
     if len(records) == 1:
-        content = run_page(records[0], device)
+        content = _filled("run.html.j2", _contents(records[0], device))
     else:
-        sections = comparison_sections(records)
-        head = el(
-            "header",
-            el("p", "ghost_dist comparison", class_="kind"),
-            el("h1", comparison_title(records)),
-        )
-        content = _page(comparison_title(records), head, sections)
+        content = _filled("comparison.html.j2", comparison(records))
     write_bytes(out, content.encode())
     return out
-
-
-def run_page(run: RunRecord, device: torch.device | None = None) -> str:
-    """The page of one run."""
-    said = remarks(run)
-    sections = [
-        _remarks(said),
-        agreement(run),
-        tasks(run),
-        choice_of_layers(run),
-        fits(run),
-        candidates(run),
-        operator(run, spectra(run, device)),
-        after_the_fit(run),
-        cost(run),
-        configuration(run),
-        provenance(run),
-    ]
-    return _page(f"{run.name}: {headline(run)}", _header(run, len(said)), sections)
 
 
 def headline(run: RunRecord) -> str:
@@ -99,7 +68,7 @@ def headline(run: RunRecord) -> str:
     if not run.spans:
         return "No layer has been chosen yet"
     of = f" of {run.num_layers}" if run.num_layers else ""
-    removed = f"{run.num_removed}{of} layers removed"
+    removed = f"{len(run.removed)}{of} layers removed"
     if run.missing:
         return f"{removed}; not finished"
     if not run.perplexity:
@@ -116,107 +85,66 @@ def headline(run: RunRecord) -> str:
     return f"{removed}, {number} of the lost perplexity won back"
 
 
-def _header(run: RunRecord, num_remarks: int) -> Html:
-    """The first screen: what went, what it cost, what was won back."""
-    facts: list[tuple[str, str, str]] = []
+def _filled(template: str, content: dict[str, Any]) -> str:
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    words = ("count", "duration", "interval", "join_words", "layers", "nbytes", "number")
+    pages.filters |= {name: getattr(text, name) for name in (*words, "percent", "perplexity")}
+    pages.filters["tenths"] = "{:.1f}".format
+    pages.globals |= {"bars": bars, "figures": figures, "plots": plot, "tables": tables}
+    pages.globals |= {"shots_and_examples": shots_and_examples, "version": __version__}
+    # Sections add their headings while they are written; the navigation is made of these.
+    return pages.get_template(template).render(content, headings=[])
+
+
+def _contents(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
+    """What templates/run.html.j2 shows."""
+    return {
+        "title": f"{run.name}: {headline(run)}",
+        "headline": headline(run),
+        "run": run,
+        "remarks": remarks(run),
+        "key_figures": list(_key_figures(run)),
+        "spectra": {
+            f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
+            for span, matrices in spectra(run, device).items()
+            for matrix, spectrum in matrices.items()
+        },
+        "configuration": yaml.safe_dump(run.config, sort_keys=False),
+        "fingerprints": list(_fingerprints(run)),
+    }
+
+
+def _key_figures(run: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """Name, figure and what more is to say."""
     if run.num_layers is not None and run.spans:
-        left = run.num_layers - run.num_removed
-        facts.append(("Layers", f"{run.num_layers} → {left}", f"{text.layers(run.spans)} removed"))
-    if run.result is not None:
-        before, after = (run.result["parameters"][key] for key in ("before", "after"))
-        change = text.percent(after / before - 1, 1, sign=True)
-        facts.append(("Parameters", f"{text.count(before)} → {text.count(after)}", change))
+        left = run.num_layers - len(run.removed)
+        yield "Layers", f"{run.num_layers} → {left}", f"{text.layers(run.spans)} removed"
+    if (found := tables.parameters(run)) is not None:
+        before, after, change = found
+        yield "Parameters", f"{before} → {after}", change
     if run.operator is not None:
         tokens = run.stages["tokens"].get("num_tokens", 0)
         fitted = f"from {tokens:,} tokens" if run.operator != "none" else "the plain cut"
-        facts.append(("Operator", run.operator, fitted))
-    done = [record["seconds"] for record in run.stages.values() if record]
-    if done:
-        facts.append(("Time", text.duration(sum(done)), (run.result or {}).get("device", "")))
-    intervals = run.intervals
-    bars = [
-        perplexity_bars(
-            name, value, intervals.get(name, {}), run.gap_closed(name), run.num_windows(name)
-        )
-        for name, value in run.perplexity.items()
-    ]
-    noted = f"{num_remarks} thing{'s' if num_remarks > 1 else ''} to know before you trust this"
-    return el(
-        "header",
-        el("p", f"ghost_dist run {run.name} · {run.model}", class_="kind"),
-        el("h1", headline(run)),
-        el("p", el("a", noted, href="#remarks"), class_="alert") if num_remarks else None,
-        el(
-            "dl",
-            [
-                el("div", el("dt", name), el("dd", el("b", value), el("span", more)))
-                for name, value, more in facts
-            ],
-            class_="key-figures",
-        ),
-        _removed(run),
-        section("perplexity", "Perplexity", el("div", bars, class_="corpora")) if bars else None,
-    )
+        yield "Operator", run.operator, fitted
+    if run.done:
+        yield "Time", text.duration(run.seconds), (run.result or {}).get("device", "")
 
 
-def _removed(run: RunRecord) -> Html | None:
-    """The stack, and what is in each gap."""
-    if not run.spans:
-        return None
-    said = {
-        None: "The operators are not solved yet.",
-        "none": "Nothing was put in their place: this is the plain cut.",
-        "fold": "The down_proj before each gap was refitted; nothing acts at the gap.",
-        "replaceme": "The down_proj before each gap was refitted; nothing acts at the gap.",
-    }.get(run.operator, f"Across each gap the operator {run.operator} carries the stream.")
-    return section(
-        "removed",
-        "What was removed",
-        el("p", f"Layers {text.layers(run.spans)}, counted from 0. {said}"),
-        stack_of(run),
-    )
-
-
-def _remarks(said: Sequence[str]) -> Html | None:
-    if not said:
-        return None
-    return section(
-        "remarks",
-        "Before you trust this",
-        el("ul", [el("li", one) for one in said], class_="remarks"),
-    )
-
-
-def _page(title: str, header: Html, sections: Sequence[Html | None]) -> str:
-    """The whole document; the navigation follows from the sections' headings."""
-    shown = join(sections)
-    links = [
-        el("li", el("a", Html(name), href=f"#{anchor}"))
-        for anchor, name in _HEADING.findall(header + shown)
-    ]
-    style = (importlib.resources.files(__package__) / "page.css").read_text(encoding="utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>'),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="generator", content=GENERATOR),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", title),
-        Html(f"<style>\n{style}</style>"),
-    )
-    body = el(
-        "body",
-        el("a", "Skip to the content", href="#content", class_="skip"),
-        header,
-        el("div",
-            el("nav", el("ul", links), aria_label="Sections"),
-            el("main", shown, id="content", tabindex="-1"),
-            class_="columns",
-        ),
-        el("footer", el("p", f"Written by {GENERATOR}. This file needs nothing beside it.")),
-    )  # fmt: skip
-    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+def _fingerprints(run: RunRecord) -> Iterator[tuple[str, str]]:
+    if "fingerprint" in run.stages["tokens"]:
+        yield "Fingerprint of the tokens", run.stages["tokens"]["fingerprint"]
+    for span, (_, sha256) in run.operator_files.items():
+        yield f"Operator {span}, sha256", sha256
+    for name in ("config.json", "result.json"):
+        path = run.path / "checkpoint" / name
+        if path.is_file():
+            yield f"checkpoint/{name}, sha256", hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_target(out: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,32 +22,43 @@ from ghost_dist.run_folder import RunFolder, read_record
 
 VARIANTS = ("dense", "pruned", "recovered")
 _STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
-_Pair = tuple[float, float]
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """A run as it stands on the disk.
 
-    Attributes
-    ----------
-    path
-        The RUN folder.
-    config
-        The resolved configuration.
-    result
-        Content of ``result.json``; None while the run is not finished.
-    stages
-        Outputs of every finished stage.
-    events
-        Lines of ``events.jsonl``.
+    Figures are those of ``result.json``, which belong together; those of the stages only while
+    there is none.
     """
 
     path: Path
     config: dict[str, Any]
     result: dict[str, Any] | None
+    """None while the run is not finished."""
     stages: dict[str, dict[str, Any]]
+    """Outputs of every stage; empty of one that is not done."""
     events: list[dict[str, Any]]
+    spans: list[list[int]]
+    """Removed; empty before they are chosen."""
+    num_layers: int | None
+    """Of the uncut model."""
+    operator: str | None
+    """What was fitted; None before."""
+    fits: list[dict[str, Any]]
+    """A row per fitted span."""
+    candidates: list[dict[str, Any]]
+    healing: list[dict[str, Any]]
+    """Layers refitted behind the gap."""
+    selection: dict[str, Any]
+    """``scores`` or ``recoverability``."""
+    perplexity: dict[str, dict[str, float]]
+    """Corpus to variant to perplexity."""
+    agreement: dict[str, dict[str, dict[str, float]]]
+    """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
+    tasks: dict[str, dict[str, Any]]
+    """Task of the harness to variant to its metrics."""
 
     @property
     def name(self) -> str:
@@ -61,62 +72,34 @@ class RunRecord:
         return Path(path).name if Path(path).expanduser().exists() else path
 
     @property
-    def spans(self) -> list[list[int]]:
-        """Removed spans; empty before they are chosen."""
-        return list(self._of("spans", "select", "spans", []))
-
-    @property
-    def num_removed(self) -> int:
+    def removed(self) -> set[int]:
         """Layers that go."""
-        return sum(stop - start for start, stop in self.spans)
+        return {layer for span in self.spans for layer in range(*span)}
 
     @property
-    def num_layers(self) -> int | None:
-        """Layers of the uncut model."""
-        if self.result is not None and "num_layers" in self.result:
-            return int(self.result["num_layers"])
-        found: int | None = self.stages["select"].get("num_layers")
-        return found
+    def acting(self) -> bool:
+        """Whether something acts at the gaps."""
+        return self.operator not in (None, "none", "fold", "replaceme")
 
     @property
-    def operator(self) -> str | None:
-        """What was fitted; None before."""
-        found: str | None = self._of("operator", "solve", "operator", None)
-        return found
+    def refitted(self) -> list[int]:
+        """Layers whose down_proj is new."""
+        before = self.operator in ("ghost-joint", "fold", "replaceme")
+        found = [start - 1 for start, _ in self.spans if start > 0] if before else []
+        return found + [row["layer"] for row in self.healing if row["kept"]]
 
     @property
-    def fits(self) -> list[dict[str, Any]]:
-        """A row per fitted span."""
-        return list(self._of("fit", "solve", "fits", []))
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Outputs of the stages that are done."""
+        return {stage: record for stage, record in self.stages.items() if record}
 
     @property
-    def candidates(self) -> list[dict[str, Any]]:
-        """What was tried."""
-        return list(self._of("candidates", "solve", "candidates", []))
+    def seconds(self) -> float:
+        """Of all stages."""
+        return math.fsum(record["seconds"] for record in self.done.values())
 
     @property
-    def healing(self) -> list[dict[str, Any]]:
-        """Layers refitted behind the gap."""
-        return list(self._of("healing", "solve", "healing", []))
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """``scores`` or ``recoverability``."""
-        found = self._of("selection", "select", None, {})
-        return {key: found[key] for key in ("scores", "recoverability") if key in found}
-
-    @property
-    def perplexity(self) -> dict[str, dict[str, float]]:
-        """Corpus to variant to perplexity."""
-        return dict(self._of("perplexity", "evaluate", "perplexity", {}))
-
-    @property
-    def agreement(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
-        return dict((self.result or self.stages["evaluate"]).get("agreement", {}))
-
-    @property
-    def agreement_intervals(self) -> dict[str, dict[str, dict[str, _Pair | None]]]:
+    def agreement_intervals(self) -> dict[str, dict[str, dict[str, Pair | None]]]:
         """Corpus to variant to figure to its 95 % interval, where figures of windows are there."""
         record = self.stages["evaluate"]
         if record.get("agreement") != self.agreement or "agreement_per_window" not in record:
@@ -131,11 +114,6 @@ class RunRecord:
             for corpus, of_corpus in record["agreement_per_window"].items()
         }
 
-    @property
-    def tasks(self) -> dict[str, dict[str, Any]]:
-        """Task of the harness to variant to its metrics."""
-        return dict((self.result or self.stages["evaluate"]).get("tasks", {}))
-
     @cached_property
     def resampled(self) -> dict[str, dict[str, FloatArray]]:
         """Corpus to variant to perplexities on resampled windows, where nats were recorded."""
@@ -148,7 +126,7 @@ class RunRecord:
         }
 
     @property
-    def intervals(self) -> dict[str, dict[str, _Pair | None]]:
+    def intervals(self) -> dict[str, dict[str, Pair | None]]:
         """Corpus to variant to the 95 % interval of its perplexity."""
         return {
             name: {variant: interval(values) for variant, values in variants.items()}
@@ -160,7 +138,7 @@ class RunRecord:
         nats = self.stages["evaluate"].get("nats_per_window", {}).get(corpus)
         return None if nats is None else len(nats["dense"])
 
-    def gap_closed(self, corpus: str) -> tuple[float, _Pair | None] | None:
+    def gap_closed(self, corpus: str) -> tuple[float, Pair | None] | None:
         """Share of what pruning cost that recovery gave back, and its interval; None: no cost."""
         value = self.perplexity[corpus]
         if value["pruned"] <= value["dense"]:
@@ -237,13 +215,6 @@ class RunRecord:
     def _solve_is_current(self) -> bool:
         return self.result is None or self.stages["solve"].get("fits") == self.result["fit"]
 
-    def _of(self, key: str, stage: str, name: str | None, default: Any) -> Any:
-        """Of the result, which belongs together; of the stages only while there is none."""
-        if self.result is not None:
-            return self.result[key]
-        record = self.stages[stage]
-        return record if name is None else record.get(name, default)
-
 
 def read_run(path: Path) -> RunRecord:
     """Read a RUN folder; takes no lock, since files there are whole or absent.
@@ -255,22 +226,30 @@ def read_run(path: Path) -> RunRecord:
     """
     config = config_tree(RunFolder.stored_config(path))
     result = _json(path / "result.json")
+    stages = {stage: read_record(path, stage).get("outputs", {}) for stage in _STAGES}
+    selected, solved, evaluated = (stages[name] for name in ("select", "solve", "evaluate"))
+    selection = selected if result is None else result["selection"]
+
+    def figures(key: str, stage: dict[str, Any], name: str, default: Any) -> Any:
+        return stage.get(name, default) if result is None else result[key]
+
     return RunRecord(
         path=path,
         config=config,
         result=result,
-        stages={stage: read_record(path, stage).get("outputs", {}) for stage in _STAGES},
+        stages=stages,
         events=_events(path / "events.jsonl"),
+        spans=figures("spans", selected, "spans", []),
+        num_layers=(result or {}).get("num_layers", selected.get("num_layers")),
+        operator=figures("operator", solved, "operator", None),
+        fits=figures("fit", solved, "fits", []),
+        candidates=figures("candidates", solved, "candidates", []),
+        healing=figures("healing", solved, "healing", []),
+        selection={k: selection[k] for k in ("scores", "recoverability") if k in selection},
+        perplexity=figures("perplexity", evaluated, "perplexity", {}),
+        agreement=(result or evaluated).get("agreement", {}),
+        tasks=(result or evaluated).get("tasks", {}),
     )
-
-
-def file_sha256(path: Path) -> str | None:
-    """Of a file, None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,15 @@ def test_page_asks_for_nothing_and_runs_nothing(made_runs):
         assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
         assert not re.findall(r"url\(|@import", page)
         assert len(page) < 400_000
+
+
+def test_wheel_has_every_file_of_the_package():
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    declared = project["tool"]["setuptools"]["package-data"]["ghost_dist"]
+    package = root / "ghost_dist"
+    files = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert files == {path for pattern in declared for path in package.glob(pattern)}
 
 
 def test_same_run_gives_the_same_page(runs, tmp_path):

@@ -1,0 +1,83 @@
+"""Perplexities as bars of a common scale, and numbers below the stack of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ghost_dist.report.record import VARIANTS, Pair, RunRecord
+
+_LOGARITHMIC_FROM = 20.0
+"""Ratio of the largest to the smallest bar from which bars on a linear scale would show nothing."""
+
+_LABEL_DISTANCE = 0.075
+"""Share of the width that two numbers below the stack must be apart."""
+
+
+class Bar(NamedTuple):
+    """A perplexity, its 95 % interval, and its class of page.css."""
+
+    label: str
+    style: str
+    value: float
+    interval: Pair | None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Rows over one scale."""
+
+    rows: Sequence[Bar]
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        finite = [row.value for row in self.rows if math.isfinite(row.value)]
+        ends = [row.interval[1] for row in self.rows if row.interval]
+        return min(finite, default=0.0), max([*finite, *ends, 0.0])
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the scale is."""
+        least, most = self._ends
+        return least > 0 and most / least > _LOGARITHMIC_FROM
+
+    def along(self, value: float) -> float:
+        """Share of the width."""
+        least, most = self._ends
+        if not math.isfinite(value):
+            return 1.0
+        if self.logarithmic:
+            low = math.log(least) - 0.1 * (math.log(most) - math.log(least))
+            return (math.log(value) - low) / (math.log(most) - low)
+        return value / most if most > 0 else 0.0
+
+
+def perplexity_bars(
+    run: RunRecord, corpus: str
+) -> tuple[Bars, tuple[float, Pair | None] | None, list[str]]:
+    """Of the three models; the share of the gap that was closed; what the bars are of.
+
+    Where nothing was repaired the recovered model is the pruned one, and is not shown twice.
+    """
+    values, intervals = run.perplexity[corpus], run.intervals.get(corpus, {})
+    repaired = values["recovered"] != values["pruned"]
+    shown = VARIANTS if repaired else VARIANTS[:2]
+    bars = Bars([Bar(name, name, values[name], intervals.get(name)) for name in shown])
+    windows = run.num_windows(corpus)
+    about = [] if windows is None else [f"{windows} windows"]
+    about += ["95 % intervals"] if any(intervals.values()) else []
+    about += ["bars on a logarithmic scale"] if bars.logarithmic else []
+    return bars, run.gap_closed(corpus) if repaired else None, about
+
+
+def numbers_below_stack(run: RunRecord) -> list[int]:
+    """Layers where spans begin and end, and the ends if there is room."""
+    num_layers = run.num_layers or 1
+    wanted = [n for span in run.spans for n in span if n < num_layers]
+    shown: list[int] = []
+    for layer in dict.fromkeys([*wanted, 0, num_layers - 1]):
+        if all(abs(layer - other) / num_layers >= _LABEL_DISTANCE for other in shown):
+            shown.append(layer)
+    return sorted(shown)
