@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,22 @@ def numbered(device: torch.device) -> torch.device:
 def gpu_name(device: torch.device) -> str:
     """Of a GPU, as its driver calls it."""
     return str(torch.cuda.get_device_name(device))
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU with its driver's version, or of the CPU with the number of threads."""
+    if device.type == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        version = driver.read_text().split("  ")[1:2] if driver.exists() else []
+        return " ".join([gpu_name(device), *version])
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else [])
+        if line.startswith("model name")
+    ]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def capability(device: torch.device) -> tuple[int, int]:

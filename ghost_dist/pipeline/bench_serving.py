@@ -23,11 +23,17 @@ from torch import Tensor
 from ghost_dist.calibration.windows import TokenWindows, load_windows
 from ghost_dist.checkpoint.load import load_causal_lm, quiet_loading
 from ghost_dist.checkpoint.surgery import remove_layers
-from ghost_dist.devices import allocated_bytes, open_device, peak_bytes, reset_peak, synchronize
+from ghost_dist.devices import (
+    allocated_bytes,
+    device_name,
+    open_device,
+    peak_bytes,
+    reset_peak,
+    synchronize,
+)
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.inputs import compute_dtype, open_model
-from ghost_dist.planning.machine import device_name
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 

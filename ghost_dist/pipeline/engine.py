@@ -15,10 +15,10 @@ from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.plan import choose, run_shape
-from ghost_dist.planning.choice import EngineChoice
+from ghost_dist.planning.engine_choice import EngineChoice
 from ghost_dist.planning.memory import device_needs
+from ghost_dist.planning.model_sizes import model_sizes
 from ghost_dist.planning.run_shape import RunShape
-from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 

@@ -25,7 +25,13 @@ from ghost_dist.checkpoint.load import (
 )
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, host_free_bytes, open_device
+from ghost_dist.devices import (
+    SHARE_OF_FREE_MEMORY,
+    device_name,
+    free_bytes,
+    host_free_bytes,
+    open_device,
+)
 from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import (
     CalibrationError,
@@ -52,15 +58,14 @@ from ghost_dist.pipeline.inputs import (
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import num_judges
-from ghost_dist.planning.choice import DeviceNeeds, EngineChoice, choose_engine
-from ghost_dist.planning.machine import device_name, existing_folder
+from ghost_dist.planning.engine_choice import DeviceNeeds, EngineChoice, choose_engine
 from ghost_dist.planning.memory import asked_bytes, device_needs, host_bytes, streams_bytes
+from ghost_dist.planning.model_sizes import ModelSizes, model_sizes
 from ghost_dist.planning.probe import ProbeSpec, measure
-from ghost_dist.planning.probe_files import cached_share
+from ghost_dist.planning.probe_files import cached_share, existing_folder
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
 from ghost_dist.planning.run_shape import RunShape, SampleShape, SearchShape, SelectionShape
-from ghost_dist.planning.sizes import ModelSizes, model_sizes
-from ghost_dist.planning.stages import Cache, work_of_stages
+from ghost_dist.planning.stage_work import Cache, work_of_stages
 from ghost_dist.planning.work import Work
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import RIDGE_GRID

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.engines.expert_parts import bytes_in_parts, pair_bytes
-from ghost_dist.planning.choice import DeviceNeeds
+from ghost_dist.planning.engine_choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.least_squares import fit_bytes
 from ghost_dist.statistics.moments import BLOCK_COLUMNS

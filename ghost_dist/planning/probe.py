@@ -26,12 +26,11 @@ from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import RelativeRidge
-from ghost_dist.devices import free_bytes, synchronize
+from ghost_dist.devices import device_name, free_bytes, synchronize
 from ghost_dist.engines.shapes_only import shapes_only
-from ghost_dist.planning.machine import device_name
+from ghost_dist.planning.model_sizes import LayerSizes, ModelSizes
 from ghost_dist.planning.probe_files import measure_files
 from ghost_dist.planning.rates import Curve, Rates
-from ghost_dist.planning.sizes import LayerSizes, ModelSizes
 from ghost_dist.solver.down_proj import fit_ghost_joint
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import cholesky_factor, map_error, num_steps, step_flops
@@ -57,23 +56,7 @@ _FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay differ
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """What is going to be run.
-
-    Attributes
-    ----------
-    checkpoint, architecture, sizes
-        Of the model; ``sizes`` in the compute dtype.
-    device, dtype
-        Of the computation.
-    batch, window_length
-        Windows per forward, tokens per window.
-    inner_sizes
-        Kinds of sums that are taken, with F (0 where there is none).
-    columns
-        Columns of the projection of a selection; None the whole cross; 0 no selection.
-    folder
-        Where the run writes; exists.
-    """
+    """What is going to be run."""
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -82,8 +65,8 @@ class ProbeSpec:
     dtype: torch.dtype
     batch: int
     window_length: int
-    inner_sizes: Mapping[Regressors, int]
-    columns: int | None
+    inner_sizes: Mapping[Regressors, int]  # kinds of sums, with F (0 where there is none)
+    columns: int | None  # of the projection; None the whole cross; 0 no selection
     folder: Path
 
     def key(self) -> dict[str, Any]:
@@ -112,7 +95,6 @@ def measure(spec: ProbeSpec) -> Rates:
         device = device_name(spec.device)
         process_s = _process(spec)
         files = measure_files(spec.checkpoint, spec.folder, spec.device, spec.dtype)
-        to_device, host_copy = _copies(spec.device)
         matmul = {
             str(dtype).removeprefix("torch."): _matmul(spec, dtype)
             for dtype in dict.fromkeys((spec.dtype, torch.float32, torch.float64))
@@ -125,8 +107,7 @@ def measure(spec: ProbeSpec) -> Rates:
     return Rates(
         device=device,
         **vars(files),
-        to_device=to_device,
-        host_copy=host_copy,
+        to_device=_to_device(spec.device),
         matmul=matmul,
         layer_s=layer_s,
         forward_s=forward_s,
@@ -143,11 +124,11 @@ def measure(spec: ProbeSpec) -> Rates:
     )
 
 
-def timed(work: Callable[[], Any], device: torch.device, repeated_s: float = _REPEATED_S) -> float:
+def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of some work, warm; work that takes long is done twice in all."""
     spent: list[float] = []
     total = 0.0
-    while len(spent) < 2 or (total < repeated_s and len(spent) < 50):
+    while len(spent) < 2 or (total < _REPEATED_S and len(spent) < 50):
         synchronize(device)
         began = time.perf_counter()
         work()
@@ -167,15 +148,12 @@ def _process(spec: ProbeSpec) -> float:
     return time.perf_counter() - began
 
 
-def _copies(device: torch.device) -> tuple[float, float]:
-    """Bytes/s to the device from pinned memory, and within the host."""
+def _to_device(device: torch.device) -> float:
+    """Bytes/s to the device from pinned memory; to a CPU, within its memory."""
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    target = torch.empty_like(block)
-    host = block.nbytes / timed(lambda: target.copy_(block), torch.device("cpu"))
-    if device.type != "cuda":
-        return host, host
-    pinned, there = block.pin_memory(), block.to(device)
-    return block.nbytes / timed(lambda: there.copy_(pinned, non_blocking=True), device), host
+    source = block.pin_memory() if device.type == "cuda" else block
+    there = torch.empty_like(block, device=device)
+    return block.nbytes / timed(lambda: there.copy_(source, non_blocking=True), device)
 
 
 def _matmul(spec: ProbeSpec, dtype: torch.dtype) -> float:

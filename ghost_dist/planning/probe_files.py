@@ -26,6 +26,7 @@ from ghost_dist.statistics.sum_costs import saved_by_strips
 _MOST_BYTES, _MOST_S = 2_000_000_000, 2.0
 _LOADED_BYTES = 256 << 20
 _WRITTEN_BYTES = 512 << 20
+_SAMPLES = 64
 _SPARSE = 0.5  # a file of which less than this is on the disk was never written
 
 
@@ -59,21 +60,27 @@ def measure_files(
     return FileRates(read, read_from, load, load_tensor_s, write, commit, commit_s, store_read)
 
 
-def cached_share(checkpoint: Checkpoint, samples: int = 64) -> float:
+def existing_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def cached_share(checkpoint: Checkpoint) -> float:
     """Share of the checkpoint that is in the page cache, tried at evenly spaced places.
 
     0 where the file system cannot say.
     """
     sizes = {file: (checkpoint.path / file).stat().st_size for file in checkpoint.headers}
     total, found = sum(sizes.values()), 0
-    for sample in range(samples):
-        offset = total * sample // samples
+    for sample in range(_SAMPLES):
+        offset = total * sample // _SAMPLES
         for file, size in sizes.items():
             if offset < size:
                 found += _is_cached(checkpoint.path / file, offset)
                 break
             offset -= size
-    return found / samples
+    return found / _SAMPLES
 
 
 def _is_cached(path: Path, offset: int) -> bool:

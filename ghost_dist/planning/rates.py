@@ -45,70 +45,32 @@ class Curve:
 class Rates:
     """What a machine does in a second, or how long one of something takes.
 
-    Attributes
-    ----------
-    device
-        Name of what computes.
-    read, read_from
-        Bytes/s from the checkpoint's file system with the page cache bypassed, and what was read.
-    load
-        Bytes/s of the files turned into weights on the device, checked, from the page cache.
-    load_tensor_s
-        Seconds that a tensor costs however small it is.
-    to_device, host_copy
-        Bytes/s from pinned host memory to the device, and within host memory.
-    write
-        Bytes/s to the run's file system, brought to the disk.
-    commit, commit_s
-        Bytes/s of a range's sums into the store, and seconds that a range costs however small.
-    store_read
-        Bytes/s of sums read back and checked.
-    matmul
-        FLOP/s by dtype at the model's shapes, the compute dtype and float64 among them.
-    layer_s
-        Seconds per token of a decoder layer, by its kind; a kind that is missing was too large to
-        be tried, and is reckoned by ``matmul``.
-    forward_s
-        Seconds of a forward beside its layers.
-    head_s, loss_s, divergence_s
-        Seconds per token of the head, of the loss of its logits, of a KL divergence.
-    products
-        FLOP/s of sums, by kind of sums.
-    sums_s
-        Seconds per token of sums beside their products, by kind.
-    fit, step
-        Seconds of a fit of four steps, and of one step more, by Z; by kind of regressors.
-    fit_steps
-        Steps within ``fit``.
-    process_s
-        Seconds until a fresh process has imported its libraries.
-    measured_s
-        How long measuring took.
+    A kind of layer that is missing in ``layer_s`` was too large to be tried, and is reckoned by
+    ``matmul``.
     """
 
     device: str
-    read: float
+    read: float  # bytes/s past the page cache
     read_from: str
-    load: float
-    load_tensor_s: float
-    to_device: float
-    host_copy: float
-    write: float
-    commit: float
+    load: float  # bytes/s from the page cache to checked weights
+    load_tensor_s: float  # seconds of a tensor, however small
+    to_device: float  # bytes/s from pinned host memory
+    write: float  # bytes/s brought to the disk
+    commit: float  # bytes/s of a range's sums into the store, and seconds of a range
     commit_s: float
-    store_read: float
-    matmul: Mapping[str, float]
-    layer_s: Mapping[str, float]
-    forward_s: float
-    head_s: float
+    store_read: float  # bytes/s of sums read back and checked
+    matmul: Mapping[str, float]  # FLOP/s by dtype at the model's shapes
+    layer_s: Mapping[str, float]  # seconds per token by kind of layer
+    forward_s: float  # seconds of a forward beside its layers
+    head_s: float  # per token, as are the next two
     loss_s: float
     divergence_s: float
-    products: Mapping[str, float]
-    sums_s: Mapping[str, float]
-    fit: Mapping[str, Curve]
+    products: Mapping[str, float]  # FLOP/s by kind of sums
+    sums_s: Mapping[str, float]  # seconds per token beside the products
+    fit: Mapping[str, Curve]  # seconds of fit_steps steps by Z, by kind of regressors
     step: Mapping[str, Curve]
     fit_steps: int
-    process_s: float
+    process_s: float  # until a fresh process has imported its libraries
     measured_s: float
 
 

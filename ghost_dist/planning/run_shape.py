@@ -1,35 +1,23 @@
-"""A run in numbers: what ``stages.py`` and ``memory.py`` reckon with; no file, no model."""
+"""A run in numbers: what ``stage_work.py`` and ``memory.py`` reckon with; no file, no model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ghost_dist.planning.sizes import ModelSizes
+from ghost_dist.planning.model_sizes import ModelSizes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors
 
 
 @dataclass(frozen=True)
 class SelectionShape:
-    """Sums of a selection.
-
-    Attributes
-    ----------
-    criterion
-        As configured.
-    stops_of
-        recoverability: number of stops of every start; else empty.
-    columns
-        r of its projection, None the whole cross.
-    start_bytes, start_stored_bytes, starts_at_once
-        Bytes of the largest start's sums, and starts of one pass; 0 and 1 without them.
-    """
+    """Sums of a selection."""
 
     criterion: str
-    stops_of: Mapping[int, int]
-    columns: int | None
-    start_bytes: int
+    stops_of: Mapping[int, int]  # recoverability: number of stops of every start; else empty
+    columns: int | None  # r of its projection; None: the whole cross
+    start_bytes: int  # of the largest start
     start_stored_bytes: int
     starts_at_once: int
 
@@ -41,90 +29,28 @@ class SelectionShape:
 
 @dataclass(frozen=True)
 class SampleShape:
-    """Sums of one span and kind.
-
-    Attributes
-    ----------
-    span
-        Half-open.
-    kind
-        Of regressors.
-    size
-        Z; 0 for ``absolute``.
-    nbytes, stored_bytes
-        Of the sums, in memory and in the store.
-    """
+    """Sums of one span and kind."""
 
     span: Span
-    kind: Regressors
-    size: int
+    kind: Regressors  # of regressors
+    size: int  # Z; 0 for absolute
     nbytes: int
     stored_bytes: int
 
 
 @dataclass(frozen=True)
 class SearchShape:
-    """Fits of one span that ``solve`` makes.
-
-    Attributes
-    ----------
-    span
-        Half-open.
-    kind, size
-        Of the sums, and Z of the least squares.
-    candidates
-        Row weights that are tried, each with all shifts of its ridge.
-    """
+    """Fits of one span that ``solve`` makes."""
 
     span: Span
     kind: Regressors
     size: int
-    candidates: int
+    candidates: int  # row weights, each with all shifts of its ridge
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """A run in numbers.
-
-    Attributes
-    ----------
-    sizes
-        Of the model, in the compute dtype.
-    num_tensors
-        Of the checkpoint.
-    num_windows, window_length, batch, num_ranges, folds
-        Of calibration.
-    selection
-        None where spans are given.
-    spans, spans_known
-        What is removed; where that is not known yet, the spans that cost most.
-    samples
-        Sums that are taken.
-    searches
-        Fits that are made.
-    ridges
-        Ridges of a fit whose ridge is searched: those of the grid, or 1.
-    shifts, fine_shifts
-        Ridges tried by KL around the one of least residual; 1, 0 where none are.
-    plain_cut
-        Whether it is compared with the candidates that are fitted.
-    by_kl
-        Whether candidates are compared by KL; false too where there is only one.
-    judges
-        Folds that they are judged on, one after the other.
-    final_folds
-        Folds that the choice is fitted on.
-    refits, heal
-        Spans fitted again on the recovered stream; whether later layers are refitted.
-    first_changed
-        The first layer that a candidate changes.
-    inner_sizes
-        F by layer.
-    evaluation_tokens
-        Of each corpus.
-    operator_bytes
-        Of all operators in the exported checkpoint.
-    """
+    """A run in numbers."""
 
     sizes: ModelSizes
     num_tensors: int
@@ -133,24 +59,24 @@ class RunShape:
     batch: int
     num_ranges: int
     folds: int
-    selection: SelectionShape | None
-    spans: tuple[Span, ...]
+    selection: SelectionShape | None  # none where spans are given
+    spans: tuple[Span, ...]  # where not known yet, those that cost most
     spans_known: bool
     samples: tuple[SampleShape, ...]
     searches: tuple[SearchShape, ...]
-    ridges: int
-    shifts: int
+    ridges: int  # of a fit whose ridge is searched
+    shifts: int  # ridges tried by KL around the one of least residual; 1 and 0: none
     fine_shifts: int
-    plain_cut: bool
-    by_kl: bool
-    judges: int
+    plain_cut: bool  # whether it is a candidate
+    by_kl: bool  # false too where there is only one candidate
+    judges: int  # folds that candidates are judged on
     final_folds: int
-    refits: int
+    refits: int  # spans fitted again on the recovered stream
     heal: bool
-    first_changed: int
-    inner_sizes: Mapping[int, int]
-    evaluation_tokens: Mapping[str, int]
-    operator_bytes: int
+    first_changed: int  # the first layer that a candidate changes
+    inner_sizes: Mapping[int, int]  # F by layer
+    evaluation_tokens: Mapping[str, int]  # by corpus
+    operator_bytes: int  # in the exported checkpoint
 
     @property
     def num_tokens(self) -> int:

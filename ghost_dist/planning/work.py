@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ghost_dist.planning.model_sizes import LayerSizes
 from ghost_dist.planning.probe import layer_seconds
 from ghost_dist.planning.rates import Rates
-from ghost_dist.planning.sizes import LayerSizes
 
 
 @dataclass(frozen=True)
 class FitWork:
-    """Fits of one kind.
-
-    Attributes
-    ----------
-    kind
-        Of regressors, a key of ``Rates.fit``.
-    size
-        Z.
-    steps
-        Ridges times folds and final fits, over all of them.
-    fits
-        How many, each with its fixed part.
-    step_flops
-        Of one step.
-    """
+    """Fits of one kind."""
 
     kind: str
     size: int
-    steps: int
-    fits: int
+    steps: int  # ridges times folds and final fits, over all fits
+    fits: int  # each with its fixed part
     step_flops: int
 
     def seconds(self, rates: Rates) -> float:
@@ -42,48 +28,13 @@ class FitWork:
 
 @dataclass
 class Work:
-    """One stage's work on one process; what several replicas share is divided by the caller.
+    """One stage's work on one process; what several replicas share is divided by the caller."""
 
-    Attributes
-    ----------
-    read_bytes
-        Read from the checkpoint's files; of them ``cached_bytes`` from the page cache.
-    load_bytes, load_tensors
-        Bytes and number of tensors turned into weights on the device.
-    layers
-        Tokens that go through each layer, once for every time.
-    window_length
-        T of those tokens.
-    forwards
-        Batches.
-    head_tokens, loss_tokens, divergence_tokens
-        Through the head; losses; divergences.
-    head_flops
-        Per token.
-    sums
-        By kind of sums: tokens, and FLOPs of their products.
-    fits
-        Least squares.
-    commits, commit_bytes
-        Ranges written, and their bytes in all.
-    store_read_bytes
-        Sums read back.
-    written_bytes
-        Of the checkpoint.
-    moved_bytes
-        Streams between device and host.
-    processes
-        Fresh processes started.
-    other_s
-        Seconds measured elsewhere.
-    overlaps
-        Whether reading goes on while layers are computed.
-    """
-
-    read_bytes: int = 0
+    read_bytes: int = 0  # from the files; of them cached_bytes from the page cache
     cached_bytes: int = 0
     load_bytes: int = 0
     load_tensors: int = 0
+    # Tokens through each, once for every time
     layers: list[tuple[LayerSizes, int]] = field(default_factory=list)
     window_length: int = 0
     forwards: float = 0.0
@@ -91,16 +42,17 @@ class Work:
     loss_tokens: int = 0
     divergence_tokens: int = 0
     head_flops: int = 0
+    # Kind -> tokens, FLOPs of products
     sums: dict[str, tuple[int, int]] = field(default_factory=dict)
     fits: list[FitWork] = field(default_factory=list)
     commits: int = 0
     commit_bytes: int = 0
     store_read_bytes: int = 0
-    written_bytes: int = 0
-    moved_bytes: int = 0
+    written_bytes: int = 0  # of the checkpoint
+    moved_bytes: int = 0  # streams between device and host
     processes: int = 0
-    other_s: float = 0.0
-    overlaps: bool = False
+    other_s: float = 0.0  # measured elsewhere
+    overlaps: bool = False  # whether reading goes on while layers are computed
 
     @property
     def model_flops(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
 from ghost_dist.statistics.span_sums import Regressors
 from ghost_dist.statistics.strips import num_numbers
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
 _FLOAT64_BYTES = 8
 
@@ -41,16 +40,12 @@ def saved_by_strips(num_rows: int, blocks: int) -> int:
     return (num_rows**2 - num_numbers(num_rows)) * _FLOAT64_BYTES if blocks == 1 else 0
 
 
-def moments_flops(num_regressors: int, num_targets: int, block: ColumnBlock = WHOLE) -> int:
+def moments_flops(num_regressors: int, num_targets: int) -> int:
     """FLOPs per token of gram and cross, as ``MomentsAccumulator`` computes them.
 
-    About Z^2 + 2 Z C: blocks of the gram above its diagonal are not computed. A rank that keeps
-    one of n column blocks computes (2 Z^2 + 2 Z C) / n.
+    About Z^2 + 2 Z C: blocks of the gram above its diagonal are not computed.
     """
     z, c = num_regressors, num_targets
-    if block.count > 1:
-        kept = sum(len(range(width)[block.of(width)]) for width in (z, c))
-        return 2 * z * kept
     widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
     gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))
     return 2 * gram + 2 * z * c

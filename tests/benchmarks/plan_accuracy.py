@@ -26,9 +26,9 @@ import torch
 import transformers
 
 from ghost_dist.config import load_config, parse_set
+from ghost_dist.devices import device_name
 from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.planning.machine import device_name
 from ghost_dist.report.plan_table import print_plan
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"

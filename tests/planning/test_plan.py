@@ -18,9 +18,9 @@ from ghost_dist.pipeline import plan as planning
 from ghost_dist.pipeline.inputs import refittable_layers
 from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.planning import probe
+from ghost_dist.planning.model_sizes import model_sizes
 from ghost_dist.planning.probe import ProbeSpec, measure
 from ghost_dist.planning.rates import Curve, Rates
-from ghost_dist.planning.sizes import model_sizes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.sum_costs import moments_flops
 
@@ -81,7 +81,6 @@ def of_a_gpu(kinds, dtype="bfloat16"):
         load=4e9,
         load_tensor_s=0.0,
         to_device=5e10,
-        host_copy=1e10,
         write=1e9,
         commit=5e8,
         commit_s=0.0,

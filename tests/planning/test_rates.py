@@ -19,7 +19,6 @@ RATES = Rates(
     load=2e9,
     load_tensor_s=1e-3,
     to_device=1e10,
-    host_copy=1e10,
     write=5e8,
     commit=1e8,
     commit_s=0.01,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghost_dist.planning.choice import EngineKind
+from ghost_dist.planning.engine_choice import EngineKind
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
 from ghost_dist.solver.least_squares import num_steps, step_flops
@@ -21,18 +21,10 @@ VERIFIED_TOKENS = 512
 
 @dataclass(frozen=True)
 class Cache:
-    """Of the host's page cache.
+    """Of the host's page cache."""
 
-    Attributes
-    ----------
-    share
-        Of the checkpoint that is in it before the run.
-    keeps
-        Whether the checkpoint stays in it once it was read.
-    """
-
-    share: float
-    keeps: bool
+    share: float  # of the checkpoint that is in it before the run
+    keeps: bool  # whether the checkpoint stays in it once it was read
 
 
 def work_of_stages(

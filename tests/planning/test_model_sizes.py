@@ -7,7 +7,7 @@ from families import FAMILIES, NUM_LAYERS, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
-from ghost_dist.planning.sizes import model_sizes
+from ghost_dist.planning.model_sizes import model_sizes
 
 CPU = torch.device("cpu")
 WITH_SCANS = {"bamba", "falcon_h1"}
@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts(checkpoint, family, length):
         for operation, flops in counts.items()
         if family not in WITH_SCANS or operation in (torch.ops.aten.mm, torch.ops.aten.addmm)
     )
-    layers = sizes.flops(0, NUM_LAYERS, length)
+    layers = sum(layer.flops(length) for layer in sizes.layers)
     if family in WITH_SCANS:  # torch counts their scans as bmm, as it does attention
         convolutions = [p for n, p in model.named_parameters() if n.endswith("conv1d.weight")]
         layers = sum(layer.matmul_flops for layer in sizes.layers)

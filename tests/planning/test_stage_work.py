@@ -12,8 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from ghost_dist.pipeline.inputs import open_inputs, open_model, refittable_layers
 from ghost_dist.pipeline.plan import _texts, run_shape
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.planning.sizes import model_sizes
-from ghost_dist.planning.stages import Cache, work_of_stages
+from ghost_dist.planning.model_sizes import model_sizes
+from ghost_dist.planning.stage_work import Cache, work_of_stages
 from ghost_dist.progress import Reporter
 from ghost_dist.solver import least_squares
 from ghost_dist.spans import Span
@@ -206,9 +206,7 @@ def test_ranks_share_the_products_without_symmetry(blocks):
         with counting() as counter:
             collector(1, 0, torch.randn(16, c))
             collector(2, 0, torch.randn(16, c))
-        counted = counter.get_total_flops()
-        assert counted == 16 * moments_flops(z, c, block)
-        flops += counted
+        flops += counter.get_total_flops()
     assert flops == 16 * 2 * (z * z + z * c)
 
 

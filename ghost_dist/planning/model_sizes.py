@@ -33,40 +33,17 @@ _STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer.
-
-    Attributes
-    ----------
-    stored_bytes
-        In the checkpoint's files.
-    loaded_bytes
-        In memory, in the compute dtype.
-    sharded_bytes
-        The part of ``loaded_bytes`` that tensor-parallel ranks share; the rest each rank has.
-    exported_bytes
-        In the files of a recovered checkpoint: what was FP8 is bfloat16 there.
-    matmul_flops
-        Per token.
-    attention_flops
-        Per token and key.
-    widest
-        Numbers per token of the widest activation inside.
-    kind
-        Equal for layers that cost the same.
-    experts, expert_bytes
-        Routed experts that can be held in parts, and bytes of one in memory; 0 where there are
-        none.
-    """
+    """One decoder layer."""
 
     stored_bytes: int
-    loaded_bytes: int
-    sharded_bytes: int
-    exported_bytes: int
+    loaded_bytes: int  # in the compute dtype
+    sharded_bytes: int  # the part that tensor-parallel ranks share
+    exported_bytes: int  # what was FP8 is bfloat16 there
     matmul_flops: int
-    attention_flops: int
-    widest: int
-    kind: str
-    experts: int = 0
+    attention_flops: int  # per token and key
+    widest: int  # numbers per token of the widest activation inside
+    kind: str  # equal for layers that cost the same
+    experts: int = 0  # routed ones that can be held in parts
     expert_bytes: int = 0
 
     @property
@@ -81,37 +58,19 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A whole causal LM.
-
-    Attributes
-    ----------
-    layers
-        In order.
-    hidden_size, vocab_size
-        C and V.
-    itemsize
-        Bytes of a number of the compute dtype.
-    stored_bytes, exported_bytes
-        Of the whole checkpoint, as it is and as it would be written.
-    below_bytes, below_stored_bytes
-        Embeddings and whatever else comes before the layers, in memory and in the files.
-    above_bytes, above_stored_bytes
-        Final norm and head; 0 for a head that is the embeddings.
-    experts_per_token
-        Routed ones; 0 for a model without any.
-    """
+    """A whole causal LM."""
 
     layers: tuple[LayerSizes, ...]
     hidden_size: int
     vocab_size: int
-    itemsize: int
-    stored_bytes: int
+    itemsize: int  # of the compute dtype
+    stored_bytes: int  # of the checkpoint, as it is and as it would be written
     exported_bytes: int
-    below_bytes: int
+    below_bytes: int  # what comes before the layers
     below_stored_bytes: int
-    above_bytes: int
+    above_bytes: int  # final norm and head; 0 for a head that is the embeddings
     above_stored_bytes: int
-    experts_per_token: int = 0
+    experts_per_token: int = 0  # routed ones
 
     @property
     def experts(self) -> int:
@@ -149,13 +108,9 @@ class ModelSizes:
         """The same in the files."""
         return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
 
-    def flops(self, first: int, last: int, window_length: int) -> int:
-        """Per token, of layers ``first .. last - 1``."""
-        return sum(layer.flops(window_length) for layer in self.layers[first:last])
-
-    def activation_bytes(self, tokens: int, last: int | None = None) -> int:
+    def activation_bytes(self, tokens: int) -> int:
         """What a forward of so many tokens holds at once, beside weights and streams kept."""
-        widest = max(layer.widest for layer in self.layers[:last])
+        widest = max(layer.widest for layer in self.layers)
         numbers = max(_STREAMS_OF_A_LAYER * self.hidden_size, _STREAMS_OF_AN_MLP * widest)
         return tokens * numbers * self.itemsize
 
@@ -188,7 +143,8 @@ def model_sizes(
             config,
             (stored[number], exported[number]),
             loaded,
-            _named_kind(architecture, number),
+            # What the configuration calls the layer, such as sliding_attention.
+            " ".join(str(values[number]) for values in architecture.fields.lists.values()),
         )
         for number, layer in enumerate(listed)
     )
@@ -298,8 +254,3 @@ def _kept_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
         for pattern in plan
         if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name)
     )
-
-
-def _named_kind(architecture: Architecture, layer: int) -> str:
-    """What the configuration calls the layer, such as ``sliding_attention``."""
-    return " ".join(str(values[layer]) for values in architecture.fields.lists.values())

@@ -17,61 +17,29 @@ EngineKind = Literal["resident", "tensor_parallel", "streaming"]
 class DeviceNeeds:
     """Peak bytes on one device, by stage, for each engine.
 
-    Attributes
-    ----------
-    resident
-        The whole truncated model, activations and sums.
-    tensor_parallel
-        The same of one rank, for each degree that the model's heads allow.
-    degree
-        The degree that is configured; a key of ``tensor_parallel``.
-    streaming
-        Two layers (one computed, one being read; three where experts have to be stacked),
-        activations and sums.
-    streaming_one_layer
-        The same with one layer, which is read and then computed.
-    streaming_parts
-        The same of layers whose routed experts are held in parts, for each number of experts of a
-        part below all; empty for a model whose experts cannot be.
-    largest_layer
-        Bytes of the largest layer alone, for the message.
+    ``streaming_parts`` is of layers whose routed experts are held in parts, by their number in a
+    part; ``tensor_parallel`` of one rank, by degree.
     """
 
     resident: Mapping[str, int]
     tensor_parallel: Mapping[int, Mapping[str, int]]
-    degree: int
-    streaming: Mapping[str, int]
-    streaming_one_layer: Mapping[str, int]
-    largest_layer: int
+    degree: int  # configured; a key of tensor_parallel
+    streaming: Mapping[str, int]  # two layers, three where experts have to be stacked
+    streaming_one_layer: Mapping[str, int]  # read and then computed
+    largest_layer: int  # alone, for the message
     streaming_parts: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What runs, and why.
-
-    Attributes
-    ----------
-    kind
-        The engine.
-    reason
-        With the bytes that decided.
-    device_bytes
-        Peak bytes on one device, by stage.
-    prefetch
-        streaming: whether the next layer is read while one is computed.
-    experts
-        streaming: routed experts of a layer that are held at once; None: all of them.
-    fits
-        False where the model does not fit but has to be held whole.
-    """
+    """What runs, and why."""
 
     kind: EngineKind
-    reason: str
+    reason: str  # with the bytes that decided
     device_bytes: Mapping[str, int]
-    prefetch: bool = True
-    experts: int | None = None
-    fits: bool = True
+    prefetch: bool = True  # streaming: whether the next layer is read while one is computed
+    experts: int | None = None  # streaming: routed ones of a layer held at once; None: all
+    fits: bool = True  # false where the model has to be held whole, but does not fit
 
 
 def choose_engine(
@@ -88,30 +56,9 @@ def choose_engine(
 
     ``auto``: resident if everything fits into 85 % of the free device memory (on a cluster, only
     where ranks do not share the layers by configuration); else tensor_parallel as configured on a
-    cluster; else streaming.
-
-    Parameters
-    ----------
-    kind
-        ``engine.kind``.
-    on_cluster
-        Whether Ray runs the windows.
-    needs
-        Of the run.
-    free_bytes
-        Of one device.
-    where
-        Name of the device, for messages.
-    experts
-        ``engine.experts``.
-    whole
-        With ``auto`` in one process: what needs the whole model, which is then held whole even
-        where it does not fit; None: nothing does.
-
-    Raises
-    ------
-    ConfigError
-        If nothing allowed fits; says what is needed, what is free and what would fit.
+    cluster; else streaming. ``whole`` says what needs the whole model, which ``auto`` in one
+    process then holds whole even where it does not fit. If nothing allowed fits the error says what
+    would.
     """
     room = int(free_bytes * SHARE_OF_FREE_MEMORY)
     has = f"{where} has {_gb(free_bytes)} free, of which {SHARE_OF_FREE_MEMORY:.0%} may be filled"
