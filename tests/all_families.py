@@ -65,6 +65,15 @@ OVERRIDES = {
         "prompt_length": 4,
         "segment_types": 4,
     },
+    "dbrx": {
+        "d_model": 64,
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {
+            "ffn_hidden_size": 32,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 128},
     "gemma4_text": {
         "hidden_size_per_layer_input": 0,
@@ -82,6 +91,15 @@ OVERRIDES = {
     "olmo_hybrid": {"layer_types": _BY_TURNS},
     "qwen3_5_moe_text": {"layer_types": _BY_TURNS},
     "qwen3_5_text": {"layer_types": _BY_TURNS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_embed_dim": 64,
+        "ngram_vocab_size_base": 128,
+    },
     "qwen3_next": {"layer_types": _BY_TURNS},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
     "xlnet": {"d_head": 16, "d_inner": 96},

@@ -206,11 +206,14 @@ def open_tensor_parallel(
 
 def check_degree(config: Any, degree: int) -> None:
     """Raise ConfigError if the heads of a model cannot be dealt out evenly over the ranks."""
-    heads = getattr(config, "num_attention_heads", None)
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except RuntimeError:  # transformers: every layer has a number of its own
+        heads = None
     if heads is None:
         raise ConfigError(
             f"engine.tensor_parallel={degree} deals out attention heads, and family "
-            f"{config.model_type} has none. Leave it at 1."
+            f"{config.model_type} has none, or not the same number in all layers. Leave it at 1."
         )
     groups = getattr(config, "num_key_value_heads", None) or heads
     for count, name in ((heads, "attention heads"), (groups, "key-value heads")):

@@ -234,7 +234,9 @@ def _attention_flops(module: nn.Module, config: Any) -> int:
     if not name.endswith("Attention") or width is None:
         return 0
     values = getattr(module, "v_head_dim", width)
-    return 2 * int(config.num_attention_heads) * (int(width) + int(values))
+    # Layers of some families have numbers of heads of their own.
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    return 2 * int(heads) * (int(width) + int(values))
 
 
 def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:
