@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import Config, load_config
+from ghost_dist.config import Config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.operator_files import load_operator as _load_operator
 from ghost_dist.pipeline.plan import Plan, plan_run

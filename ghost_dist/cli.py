@@ -133,7 +133,7 @@ def compare(
     assignments: Set = None,
 ) -> None:
     """One table of perplexities: selections by operators, from one set of statistics."""
-    from ghost_dist.config import load_config, parse_set
+    from ghost_dist.config_file import load_config, parse_set
     from ghost_dist.pipeline.compare import ROWS, SELECTIONS, TRAINING_FREE
     from ghost_dist.pipeline.compare import compare as run_compare
     from ghost_dist.report.terminal import print_comparison
@@ -304,7 +304,7 @@ def _run_config(
 ) -> Any:
     """The configuration that the arguments of a run make."""
     from ghost_dist.api import make_config
-    from ghost_dist.config import parse_set
+    from ghost_dist.config_file import parse_set
 
     settings = dict(parse_set(assignment) for assignment in assignments or ())
     return make_config(

@@ -48,7 +48,7 @@ def submit(
     allow_unauthenticated: Unauthenticated = False,
 ) -> None:
     """Run recover as a Ray job; the same command follows it, or continues it after a failure."""
-    from ghost_dist.config import load_config, parse_set
+    from ghost_dist.config_file import load_config, parse_set
 
     config = load_config(config_file, dict(parse_set(item) for item in assignments or ()))
     variables = dict(item.partition("=")[::2] for item in env or ())

@@ -1,4 +1,4 @@
-"""Typed configuration of a run: YAML sections, ``--set section.field=value`` and their checks.
+"""Typed configuration of a run: its sections and their checks; ``config_file.py`` reads it.
 
 A configuration is frozen once it is resolved; it is written to ``RUN/config.yaml`` and a run only
 continues under an equal one. Unknown keys are errors that name the nearest known key. What depends
@@ -7,27 +7,20 @@ on the model (number of layers, hidden size) is checked where the model's header
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, check_spans, parse_spans
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -92,6 +85,14 @@ class CalibrationConfig(_Section):
     two where a fold has more than 65,536 tokens."""
 
 
+def _as_span(pair: Any) -> Span:
+    if isinstance(pair, Span):
+        return pair
+    if isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair):
+        return Span(*pair)
+    raise ValueError(f"{pair!r} is not a [start, stop] pair of integers")
+
+
 class SelectionConfig(_Section):
     """Which layers are removed."""
 
@@ -102,7 +103,7 @@ class SelectionConfig(_Section):
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much goes: layers (``7``), a share of all parameters (``20%``), or bytes of the
     checkpoint (``4GB``, ``512MiB``)."""
-    spans: tuple[Span, ...] | None = None
+    spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
     last layer; overrides criterion and remove."""
     max_spans: int = Field(default=1, ge=1)
@@ -124,25 +125,9 @@ class SelectionConfig(_Section):
     @field_validator("spans", mode="before")
     @classmethod
     def _read_spans(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return parse_spans(value)
-        if not isinstance(value, Sequence):
-            raise ValueError(  # noqa: TRY004 - pydantic reports ValueErrors only
-                "expected a list of [start, stop] pairs, or 11:18"
-            )
-        spans = []
-        for pair in value:
-            if isinstance(pair, Span):
-                spans.append(pair)
-            elif (
-                isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair)
-            ):
-                spans.append(Span(*pair))
-            else:
-                raise ValueError(f"{pair!r} is not a [start, stop] pair of integers")
-        return tuple(spans)
+        if value is not None and not isinstance(value, Sequence):
+            raise ValueError("expected a list of [start, stop] pairs, or 11:18")
+        return parse_spans(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _spans_or_number(self) -> SelectionConfig:
@@ -164,39 +149,6 @@ class SelectionConfig(_Section):
                 f"max_length={self.max_length} is less than min_length={self.min_length}"
             )
         return self
-
-
-class RelativeRidge(_Section):
-    """Ridge as a multiple of the median diagonal entry of the Gram matrix."""
-
-    relative: float = Field(gt=0, allow_inf_nan=False)
-
-
-class AbsoluteRidge(_Section):
-    """Ridge added to the Gram matrix as it is (the paper: 1e-6)."""
-
-    absolute: float = Field(ge=0, allow_inf_nan=False)
-
-
-def _kind_of_ridge(value: Any) -> str | None:
-    """Which of the three a value means, so that a mistake in it is told once."""
-    if value == "auto":
-        return "auto"
-    if isinstance(value, Mapping):
-        return "AbsoluteRidge" if "absolute" in value else "RelativeRidge"
-    return type(value).__name__ if isinstance(value, RelativeRidge | AbsoluteRidge) else None
-
-
-Ridge = Annotated[
-    Annotated[Literal["auto"], Tag("auto")]
-    | Annotated[RelativeRidge, Tag("RelativeRidge")]
-    | Annotated[AbsoluteRidge, Tag("AbsoluteRidge")],
-    Discriminator(
-        _kind_of_ridge,
-        custom_error_type="ridge",
-        custom_error_message="expected auto, {relative: 0.1} or {absolute: 1e-6}",
-    ),
-]
 
 
 class OperatorConfig(_Section):
@@ -410,31 +362,28 @@ class Config(_Section):
     output: OutputConfig
 
     @model_validator(mode="after")
-    def _compiled_layers_are_whole(self) -> Config:
+    def _sections_fit_together(self) -> Config:
         if self.engine.compile and self.on_cluster:
             raise ValueError(
                 "engine.compile=true is for models that run in this process (engine.kind=resident "
                 "or streaming), not for a cluster: leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _streaming_has_no_whole_model(self) -> Config:
-        if self.engine.kind != "streaming":
-            return self
-        if (wanted := self.needs_whole_model) is not None:
+        wanted = self.needs_whole_model
+        if self.engine.kind == "streaming" and wanted is not None:
             raise ValueError(
                 f"{wanted[0]} runs the whole model again and again, which engine.kind=streaming "
                 f"never holds: give {wanted[1]}, or engine.kind=resident"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_reduce(self) -> Config:
         if self.engine.reduction == "all-reduce" and not self.on_cluster:
             raise ValueError(
                 "engine.reduction=all-reduce is between replicas of a cluster, and this run has "
                 "one process: set engine.replicas or cluster.address, or reduction=ordered"
+            )
+        if self.judges_behind_the_fit(num_spans=2) and self.operator.folds < 3:
+            raise ValueError(
+                "operator.heal, operator.refit=sequential and refine.steps hold out one of "
+                f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
+                "least 2: give operator.folds >= 3"
             )
         return self
 
@@ -458,16 +407,6 @@ class Config(_Section):
         sequential = operator.refit == "sequential" and num_spans > 1
         return sequential or operator.heal or self.refine.steps > 0
 
-    @model_validator(mode="after")
-    def _folds_behind_the_fit(self) -> Config:
-        if self.judges_behind_the_fit(num_spans=2) and self.operator.folds < 3:
-            raise ValueError(
-                "operator.heal, operator.refit=sequential and refine.steps hold out one of "
-                f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
-                "least 2: give operator.folds >= 3"
-            )
-        return self
-
     @property
     def on_cluster(self) -> bool:
         """Whether the windows are run by Ray actors and not by this process."""
@@ -480,139 +419,8 @@ class Config(_Section):
         )
 
 
-MAY_DIFFER = ("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.")
-"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
-how many copies of the model, and how much of it is at hand does not change its sums, but for last
-bits where experts are in parts on a CPU with several threads. (Sums of ranks that share layers are
-others, and are told apart by the statistics.)"""
-
-
-def decisive_tree(config: Config) -> dict[str, Any]:
-    """:func:`config_tree` without what may differ between two runs with the same result."""
-    tree = config_tree(config)
-    del tree["output"], tree["cluster"]
-    for field in ("kind", "replicas", "experts"):
-        del tree["engine"][field]
-    return tree
-
-
-def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
-    """Read a YAML file (or nothing) and lay ``section.field`` overrides on it.
-
-    Parameters
-    ----------
-    path
-        YAML file with sections as in :class:`Config`; None for an empty one.
-    overrides
-        ``"section.field"`` (or deeper) to value; strings are not parsed here.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read or any key or value is not valid; the message names the field,
-        what was given, what is allowed, and for an unknown key the nearest known one.
-    """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
-        except OSError as error:
-            raise ConfigError(
-                f"Configuration file {path} cannot be read: {error.strerror}."
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
-        tree = loaded
-    for key, value in overrides.items():
-        set_field(tree, key, value)
-    try:
-        return config_from_tree(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{path}:\n{error}" if path is not None else str(error)) from None
-
-
-def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Lay ``section.field`` on nested dictionaries.
-
-    What is below a field takes the place of the whole field: ``operator.ridge.relative`` that of
-    ``{absolute: 1e-6}``. Only where a field holds names (``evaluation.corpora``) one is added.
-
-    Raises
-    ------
-    ConfigError
-        If the section holds a value and no fields.
-    """
-    section, *path = key.split(".")
-    if not path:
-        tree[section] = value
-        return
-    field, *below = path
-    fields = tree.get(section) or {}
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{key}: {section} holds {fields!r}, expected fields, such as {field}.")
-    for part in reversed(below):
-        value = {part: value}
-    known = _model_at([section])
-    info = known.model_fields.get(field) if known else None
-    if below and info is not None and get_origin(info.annotation) is dict:
-        value = {**(fields.get(field) or {}), **value}
-    tree[section] = {**fields, field: value}
-
-
-def parse_set(assignment: str) -> tuple[str, Any]:
-    """Split ``section.field=value``; the value is read as YAML.
-
-    Raises
-    ------
-    ConfigError
-        If there is no ``=``, no section, or the value is not YAML.
-    """
-    key, separator, text = assignment.partition("=")
-    key = key.strip()
-    if not separator or "." not in key:
-        raise ConfigError(
-            f"--set {assignment}: expected section.field=value, for example "
-            "--set calibration.windows=64."
-        )
-    try:
-        return key, yaml.load(text, _YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
-
-
-def config_from_tree(tree: Mapping[str, Any]) -> Config:
-    """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
-    required: dict[str, Any] = {"model": {}, "selection": {}, "output": {}}
-    try:
-        return Config.model_validate({**required, **tree})
-    except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
-
-
-def config_tree(config: Config) -> dict[str, Any]:
-    """Nested plain values of ``config``, ready for YAML or JSON; spans become pairs."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    spans = config.selection.spans
-    tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
-    return tree
-
-
-def config_yaml(config: Config) -> bytes:
-    """``config`` as YAML, as :func:`load_config` reads it back."""
-    text: str = yaml.dump(config_tree(config), Dumper=_YamlDumper, sort_keys=False)
-    return text.encode()
-
-
 def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
-    """``"20%"`` as a fraction, or ``"4GB"``, ``"512MiB"`` as bytes.
-
-    Raises
-    ------
-    ValueError
-        If it is neither, or not greater than 0.
-    """
+    """``"20%"`` as a fraction, or ``"4GB"``, ``"512MiB"`` as bytes; ValueError if it is neither."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kMGT]?)(i?)B)", text.strip())
     if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) >= 100):
         raise ValueError(
@@ -622,115 +430,3 @@ def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
         return "fraction", float(match[1]) / 100
     power = " kMGT".index(match[3] or " ")
     return "bytes", float(match[1]) * (1024 if match[4] else 1000) ** power
-
-
-def fingerprint(value: Any) -> str:
-    """Hex sha256 of a JSON-serialisable value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Describe ``section.field`` entries in which two configuration trees differ."""
-    lines = []
-    for section in sorted({*old, *new}):
-        before, after = old.get(section) or {}, new.get(section) or {}
-        for field in sorted({*before, *after}):
-            a, b = before.get(field), after.get(field)
-            if a != b:
-                lines.append(f"{section}.{field}: {a!r} in RUN, {b!r} now")
-    return lines
-
-
-_ARGUMENTS = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2, which is what people mean.
-
-    In version 1.1 ``1e-6`` is text, and ``11:18`` is a number in base 60: 678.
-    """
-
-
-class _YamlDumper(yaml.SafeDumper):
-    """Quotes what :class:`_YamlLoader` would take for a number."""
-
-
-_NUMBERS = {
-    "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan",
-    "int": r"[-+]?\d+",
-}
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, _pattern in _NUMBERS.items():
-    for _class in (_YamlLoader, _YamlDumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
-        )
-
-
-def _describe(error: ValidationError) -> str:
-    lines: list[str] = []
-    expected: dict[str, tuple[Any, list[str]]] = {}  # a field may be one of several things
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        where = ".".join(part for part in location if not _ALTERNATIVE.match(part))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            model = _model_at(location[:-1])
-            known = list(model.model_fields) if model else []
-            near = _nearest(location[-1], known)
-            hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
-            lines.append(f"Unknown configuration key {where}: {hint}")
-        elif item["type"] == "missing":
-            hint = _ARGUMENTS.get(where, "")
-            lines.append(f"Configuration field {where} is missing{hint}.")
-        elif not where:  # of several sections
-            lines.append(f"{message}.")
-        elif message.startswith("Input should be "):
-            words = expected.setdefault(where, (item["input"], []))[1]
-            words.append(_PYDANTICS.sub("", message).replace("valid tuple", "list"))
-        else:
-            lines.append(f"{where}: {message} (got {item['input']!r}).")
-    for where, (got, words) in expected.items():
-        allowed = " or ".join(words)
-        near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
-        hint = f" Did you mean {near}?" if near else ""
-        lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-_ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto|\w+Ridge)$")
-"""Parts of a place that pydantic names after the kinds of value that a field may have."""
-
-
-_PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
-"""Words of its messages that say nothing to a user."""
-
-
-def _nearest(word: str, known: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
-
-
-def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
-    """The section, or what is in one, at a place of the configuration."""
-    model: type[BaseModel] = Config
-    for part in place:
-        if part in _RIDGES:
-            model = _RIDGES[part]
-        elif not _ALTERNATIVE.match(part):
-            field = model.model_fields.get(part)
-            annotation = field.annotation if field is not None else None
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
-            elif part != "ridge":
-                return None
-    return model
-
-
-_RIDGES: dict[str, type[BaseModel]] = {
-    "RelativeRidge": RelativeRidge,
-    "AbsoluteRidge": AbsoluteRidge,
-}

@@ -23,7 +23,7 @@ from ghost_dist.assets.natural_text import (
     reference_text,
 )
 from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULES, stdlib_text
-from ghost_dist.config import config_from_tree
+from ghost_dist.config_file import config_from_tree
 from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
@@ -47,20 +47,8 @@ class _Texts:
 def run_demo(out: Path | None, model: str = "pico", console: Console | None = None) -> None:
     """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered.
 
-    Parameters
-    ----------
-    out
-        RUN folder; None: a temporary one.
-    model
-        ``pico``, or one of :data:`~ghost_dist.real_models.REAL_MODELS`, fetched by the first call.
-    console
-        Where the result and the progress are printed; None: standard output and error.
-
-    Raises
-    ------
-    GhostDistError
-        As :func:`~ghost_dist.real_models.real_model` and
-        :func:`~ghost_dist.pipeline.recover.recover`; the same call continues.
+    ``model``: ``pico``, or one of :data:`~ghost_dist.real_models.REAL_MODELS`, fetched by the first
+    call. ``out`` None: a temporary folder.
     """
     reporter = Reporter(console=console)
     checkpoint = PICO if model == "pico" else real_model(model, reporter.say)

@@ -37,13 +37,7 @@ _CGROUPS = (
 
 
 def open_device(name: str) -> torch.device:
-    """The device of ``engine.device``, begun; auto is the first GPU where there is one.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such device.
-    """
+    """The device of ``engine.device``, begun; auto is the first GPU where there is one."""
     available = torch.cuda.is_available()
     if name == "auto":
         name = "cuda:0" if available else "cpu"

@@ -31,12 +31,8 @@ Advance = Callable[[int], None]
 class Reporter:
     """Progress, messages and events of one run.
 
-    Parameters
-    ----------
-    events_path
-        ``RUN/events.jsonl``; None writes no events.
-    console
-        Where a person reads; standard error if None, so that standard output stays for results.
+    Events go to ``RUN/events.jsonl``, if given; a person reads on standard error, so that standard
+    output stays for results.
     """
 
     def __init__(self, events_path: Path | None = None, console: Console | None = None) -> None:

@@ -34,30 +34,15 @@ class RealModelError(GhostDistError):
 
 @dataclass(frozen=True)
 class RealModel:
-    """Where a model comes from.
-
-    Attributes
-    ----------
-    title
-        What it is.
-    pieces
-        Package with its version, and the file in it; the files joined in order are the GGUF.
-    sha256
-        Of the joined GGUF.
-    licence
-        Of the weights.
-    split_digits
-        Whether digits are tokenised one by one, which transformers does not take from a GGUF.
-    window_bos
-        Whether a window has to begin with BOS for the model to work.
-    """
+    """Where a model comes from."""
 
     title: str
+    # (package==version, file in it), whose files joined are the GGUF
     pieces: tuple[tuple[str, str], ...]
-    sha256: str
+    sha256: str  # of the joined GGUF
     licence: str
-    split_digits: bool = False
-    window_bos: bool = False
+    split_digits: bool = False  # one by one, which transformers does not take from a GGUF
+    window_bos: bool = False  # a window has to begin with BOS
 
 
 REAL_MODELS = {
@@ -93,22 +78,7 @@ def cache_folder() -> Path:
 
 
 def real_model(name: str, say: Callable[[str], None] = print) -> Path:
-    """Return the checkpoint folder of a model, made by the first call.
-
-    Parameters
-    ----------
-    name
-        One of :data:`REAL_MODELS`.
-    say
-        Called with every step, one line each.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such model, or the package ``gguf`` is not installed.
-    RealModelError
-        If pip cannot fetch a package, or the GGUF has another hash.
-    """
+    """The checkpoint folder of one of :data:`REAL_MODELS`, made by the first call."""
     if name not in REAL_MODELS:
         raise ConfigError(f"No model {name!r}; there are {', '.join(REAL_MODELS)}.")
     model, folder = REAL_MODELS[name], cache_folder() / name

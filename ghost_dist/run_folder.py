@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ghost_dist.config import (
+from ghost_dist.config import Config
+from ghost_dist.config_file import (
     MAY_DIFFER,
-    Config,
     config_tree,
     config_yaml,
     differing_fields,
@@ -30,12 +30,7 @@ from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 class RunFolder:
     """A RUN folder held by this process; a context manager that keeps others out.
 
-    Raises
-    ------
-    RunFolderError
-        If the folder holds something else, cannot be written, or another process uses it.
-    RunMismatchError
-        If it belongs to another configuration; names every field that differs.
+    One of another configuration is a RunMismatchError that names every field that differs.
     """
 
     def __init__(self, config: Config) -> None:
@@ -52,13 +47,7 @@ class RunFolder:
 
     @staticmethod
     def stored_config(path: Path) -> Config:
-        """The configuration that a RUN folder was made with.
-
-        Raises
-        ------
-        RunFolderError
-            If there is none.
-        """
+        """The configuration that a RUN folder was made with."""
         file = path / "config.yaml"
         if not file.is_file():
             raise RunFolderError(f"{path} is not a RUN folder: there is no {file}.")

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.export import verify
 
 transformers.utils.logging.disable_progress_bar()

@@ -3,19 +3,18 @@
 import pytest
 import yaml
 
-from ghost_dist.config import (
-    AbsoluteRidge,
-    RelativeRidge,
+from ghost_dist.config_file import (
     config_from_tree,
     config_tree,
     config_yaml,
     decisive_tree,
     differing_fields,
-    fingerprint,
     load_config,
     parse_set,
 )
+from ghost_dist.durable import fingerprint
 from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.spans import Span
 
 MINIMAL = {"model.path": "m", "selection.remove": 3, "output.path": "r"}

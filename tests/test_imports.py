@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "ghost_dist"
 
 ROWS = [
     {"errors"},
-    {"devices", "durable", "spans"},
+    {"devices", "durable", "ridge", "spans"},
     {"config"},
+    {"config_file"},
     {"progress", "run_folder"},
     {"checkpoint"},
     {"calibration", "statistics"},

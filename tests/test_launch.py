@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import RunFolderError, RunMismatchError
 from ghost_dist.run_folder import RunFolder
 
@@ -68,7 +68,7 @@ def test_file_in_place_of_the_folder(tmp_path):
 
 def test_second_process_is_refused(tmp_path):
     code = (
-        "import sys; from ghost_dist.config import load_config; "
+        "import sys; from ghost_dist.config_file import load_config; "
         "from ghost_dist.run_folder import RunFolder\n"
         "with RunFolder(load_config(None, {'model.path': 'm', 'selection.remove': 3, "
         "'output.path': sys.argv[1]})):\n"

@@ -46,26 +46,21 @@ EVALUATION_MODULES: tuple[str, ...] = (
 
 
 def stdlib_text(modules: Sequence[str], *, root: Path | None = None) -> str:
-    """Return the source of `modules`, one after the other in the order given.
+    """The source of modules of the running Python (or below ``root``), in the order given.
 
-    A dotted name is a file in a package's folder, a package is its `__init__.py`. `root` is a
-    standard library folder, by default that of the running Python. A module without a source file
-    raises FileNotFoundError: a text with a part missing would give other figures unnoticed.
+    A dotted name is a file in a package's folder, a package is its `__init__.py`. A module without
+    a source file raises: a text with a part missing would give other figures unnoticed.
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else Path(root)
-    return "".join(_source_file(name, root).read_text(encoding="utf-8") for name in modules)
-
-
-def _source_file(name: str, root: Path) -> Path:
-    """Return the file that holds the source of the module `name` below `root`."""
-    stem = root.joinpath(*name.split("."))
-    candidates = (stem.with_name(stem.name + ".py"), stem / "__init__.py")
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"no source of the standard library module {name!r} in {root} (looked for "
-        f"{' and '.join(str(path.relative_to(root)) for path in candidates)}). This Python seems "
-        "to lack its library sources: use an installation that has them (Python 3.11 to 3.13), "
-        "or give another library folder as root."
-    )
+    root, texts = root or Path(sysconfig.get_path("stdlib")), []
+    for name in modules:
+        stem = root.joinpath(*name.split("."))
+        candidates = (stem.with_name(stem.name + ".py"), stem / "__init__.py")
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"no source of the standard library module {name!r} in {root}. This Python seems "
+                "to lack its library sources: use an installation that has them (Python 3.11 to "
+                "3.13)."
+            )
+        texts.append(path.read_text(encoding="utf-8"))
+    return "".join(texts)

@@ -20,7 +20,8 @@ from typing import Any
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ghost_dist.config import Config, config_yaml
+from ghost_dist.config import Config
+from ghost_dist.config_file import config_yaml
 from ghost_dist.errors import ClusterError, ConfigError
 
 _PROBE_S = 10.0

@@ -6,14 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.config import (
-    Config,
-    config_from_tree,
-    config_tree,
-    config_yaml,
-    parse_set,
-    set_field,
-)
+from ghost_dist.config import Config
+from ghost_dist.config_file import config_from_tree, config_tree, config_yaml, parse_set, set_field
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.recover import Stage, recover

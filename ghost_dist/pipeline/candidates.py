@@ -15,15 +15,9 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import (
-    AbsoluteRidge,
-    CalibrationConfig,
-    OperatorConfig,
-    OperatorName,
-    RelativeRidge,
-    RowWeights,
-)
+from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName, RowWeights
 from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit

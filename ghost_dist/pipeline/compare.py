@@ -23,8 +23,8 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import layer_sizes
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_recovered
-from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName, fingerprint
-from ghost_dist.durable import write_bytes, write_json
+from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName
+from ghost_dist.durable import fingerprint, write_bytes, write_json
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import candidates_of, samples_of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
-from ghost_dist.config import fingerprint
+from ghost_dist.durable import fingerprint
 from ghost_dist.engines.lanes import Lane
 from ghost_dist.evaluation.agreement import WindowScores, score_variants
 from ghost_dist.evaluation.harness import run_task

@@ -18,10 +18,10 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
-from ghost_dist.config import RelativeRidge
 from ghost_dist.devices import free_bytes
 from ghost_dist.errors import SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
+from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit, fit_bytes
 from ghost_dist.spans import Span

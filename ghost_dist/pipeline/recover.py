@@ -11,9 +11,10 @@ import torch
 
 from ghost_dist import __version__
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.config import Config, decisive_tree, fingerprint
+from ghost_dist.config import Config
+from ghost_dist.config_file import decisive_tree
 from ghost_dist.devices import gpu_name
-from ghost_dist.durable import json_bytes, write_bytes
+from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers

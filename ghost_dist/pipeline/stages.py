@@ -24,9 +24,9 @@ from ghost_dist.calibration.windows import TokenWindows, build_windows, load_win
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
-from ghost_dist.config import config_tree, fingerprint
+from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, reset_peak
-from ghost_dist.durable import fsync_folder
+from ghost_dist.durable import fingerprint, fsync_folder
 from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.model_card import CARD, model_card

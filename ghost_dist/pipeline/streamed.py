@@ -19,8 +19,8 @@ from torch import Tensor
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import fingerprint
 from ghost_dist.devices import free_bytes
+from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.layer_fit import Held

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.config import RelativeRidge
 from ghost_dist.devices import device_name, free_bytes, synchronize
 from ghost_dist.engines.shapes_only import shapes_only
 from ghost_dist.planning.model_sizes import LayerSizes, ModelSizes
 from ghost_dist.planning.probe_files import measure_files
 from ghost_dist.planning.rates import Curve, Rates
+from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import fit_ghost_joint
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import cholesky_factor, map_error, num_steps, step_flops

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.config import fingerprint
-from ghost_dist.durable import json_bytes, write_bytes
+from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 
 FORMAT = 2
 _STEEPEST = 3.0  # seconds grow at most with the cube of a matrix's size

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.config import config_tree
+from ghost_dist.config_file import config_tree
 from ghost_dist.errors import RunFolderError
 from ghost_dist.evaluation.bootstrap import (
     FloatArray,

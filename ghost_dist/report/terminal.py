@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from ghost_dist.config import config_tree, load_config
+from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.evaluation.task_rows import task_rows
 from ghost_dist.report import charts, text, verdict
 from ghost_dist.report.checks import remarks

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import GhostDistError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import Fit, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import combine, retarget, take

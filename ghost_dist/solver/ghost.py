@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import Fit, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import retarget
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import (
     Fit,
     about,

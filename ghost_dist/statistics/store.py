@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghost_dist.config import fingerprint
 from ghost_dist.durable import (
     create_bytes,
+    fingerprint,
     fsync_folder,
     fsync_tree,
     json_bytes,

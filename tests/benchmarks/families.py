@@ -31,7 +31,7 @@ from ghost_dist.checkpoint.architecture import check_cut, inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter

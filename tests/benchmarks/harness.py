@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from local_tasks import bos_windows, continuations, write_choices, write_rolling
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.report.terminal import print_result
 

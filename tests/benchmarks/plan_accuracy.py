@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ghost_dist.config import load_config, parse_set
+from ghost_dist.config_file import load_config, parse_set
 from ghost_dist.devices import device_name
 from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover

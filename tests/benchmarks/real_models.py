@@ -21,7 +21,8 @@ import torch
 import transformers
 from rich.console import Console
 
-from ghost_dist.config import Criterion, config_from_tree
+from ghost_dist.config import Criterion
+from ghost_dist.config_file import config_from_tree
 from ghost_dist.pipeline.compare import TRAINING_FREE, compare
 from ghost_dist.progress import Reporter
 from ghost_dist.real_models import REAL_MODELS, real_model

@@ -21,13 +21,14 @@ import transformers
 
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.surgery import as_recovered
-from ghost_dist.config import AbsoluteRidge, load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
+from ghost_dist.ridge import AbsoluteRidge
 from ghost_dist.run_folder import RunFolder
 
 COLUMNS = ("none", "linear-patch", "replaceme", "fold", "ghost", "ghost-joint")

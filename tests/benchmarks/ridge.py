@@ -27,7 +27,7 @@ from rich.console import Console
 from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.surgery import as_recovered
-from ghost_dist.config import AbsoluteRidge, RelativeRidge, load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import SingularGramError
 from ghost_dist.evaluation.perplexity import perplexity
 from ghost_dist.pipeline.candidates import Candidate
@@ -35,6 +35,7 @@ from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import RIDGE_GRID
 

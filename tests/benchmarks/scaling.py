@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from ghost_dist.cluster.recover import recover_on_cluster
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.spans import Span
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"

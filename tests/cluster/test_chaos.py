@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
 
-from ghost_dist.config import config_tree
+from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
 
 RANGES = 24
@@ -25,7 +25,7 @@ def run_in_child(tree, log):
     import torch
 
     from ghost_dist.cluster.recover import recover_on_cluster
-    from ghost_dist.config import config_from_tree
+    from ghost_dist.config_file import config_from_tree
 
     torch.set_num_threads(1)
     # A file, not the terminal: a killed writer must not garble what pytest prints.

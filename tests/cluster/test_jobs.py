@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ghost_dist.cluster.jobs import Jobs
-from ghost_dist.config import config_tree
+from ghost_dist.config_file import config_tree
 from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.store import StatisticsStore
 

@@ -10,7 +10,7 @@ import typer
 from markdown_blocks import PAGES, ROOT, blocks, commands
 
 from ghost_dist.cli import app
-from ghost_dist.config import load_config, parse_set
+from ghost_dist.config_file import load_config, parse_set
 from ghost_dist.errors import ConfigError
 
 SHELL = [block for page in PAGES for block in blocks(page, "bash", "console")]

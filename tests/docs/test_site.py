@@ -125,5 +125,5 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 
 def test_docstrings_are_read_as_text(site):
     text = (site / "api.html").read_text(encoding="utf-8")
-    assert "ghost_dist.config.load_config" in text
+    assert "ghost_dist.config_file.load_config" in text
     assert ":class:" not in text

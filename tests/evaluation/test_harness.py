@@ -11,7 +11,7 @@ import torch
 import transformers
 from local_tasks import bos_windows, write_choices, write_rolling
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.harness import HarnessError, open_tasks
 from ghost_dist.pipeline.again import run_stage_again

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.export.model_card import model_card
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.spans import Span

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.timing import Stopwatch

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ghost_dist.cli import main
-from ghost_dist.config import config_tree
+from ghost_dist.config_file import config_tree
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.run_folder import RunFolder
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.durable import read_sealed
 from ghost_dist.errors import CalibrationError, RunMismatchError
 from ghost_dist.pipeline.again import run_stage_again

@@ -8,7 +8,7 @@ import torch
 import transformers
 from headers_only import write_headers
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError

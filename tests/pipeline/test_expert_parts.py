@@ -7,7 +7,7 @@ import os
 import pytest
 from families import TEXT, save_checkpoint, save_tokenizer
 
-from ghost_dist.config import config_tree, decisive_tree
+from ghost_dist.config_file import config_tree, decisive_tree
 from ghost_dist.engines.expert_parts import SplitLayer
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.errors import UnsupportedArchitectureError
@@ -116,7 +116,7 @@ def test_every_stage_holds_few_experts(of_mixture, tmp_path, monkeypatch, stage,
 
 
 def run_in_child(tree, log):
-    from ghost_dist.config import config_from_tree
+    from ghost_dist.config_file import config_from_tree
     from ghost_dist.pipeline.recover import recover
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)

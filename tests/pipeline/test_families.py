@@ -11,7 +11,7 @@ import torch
 import transformers
 from families import FAMILIES, TEXT, VOCAB, save_checkpoint, save_tokenizer
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.config import config_tree
+from ghost_dist.config_file import config_tree
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore
 
@@ -19,7 +19,7 @@ KILLS = 24
 def run_in_child(tree, log, again):
     import torch
 
-    from ghost_dist.config import config_from_tree
+    from ghost_dist.config_file import config_from_tree
     from ghost_dist.pipeline.recover import recover
 
     torch.set_num_threads(1)

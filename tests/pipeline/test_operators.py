@@ -10,12 +10,14 @@ from families import TEXT, save_checkpoint, save_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ghost_dist.config import OperatorConfig, RelativeRidge, load_config
+from ghost_dist.config import OperatorConfig
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.report.terminal import print_run
+from ghost_dist.ridge import RelativeRidge
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import CheckpointError, ConfigError, RunFolderError
 from ghost_dist.pipeline.push import prepare_upload
 from ghost_dist.pipeline.recover import recover

@@ -9,7 +9,7 @@ import transformers
 from rotating import write_rotating_model
 from safetensors.torch import load_file, save_file
 
-from ghost_dist.config import config_tree, load_config
+from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from ghost_dist.config import config_tree, load_config
+from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
 from ghost_dist.pipeline.collectors import passes_here
@@ -108,7 +108,7 @@ def test_every_stage_reads_the_layers_it_needs_once(make_config, tmp_path, model
 def run_in_child(tree, log):
     import torch
 
-    from ghost_dist.config import config_from_tree
+    from ghost_dist.config_file import config_from_tree
     from ghost_dist.pipeline.recover import recover
 
     torch.set_num_threads(1)

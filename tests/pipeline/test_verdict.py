@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ghost_dist.config import config_tree, differing_fields, load_config, parse_set
+from ghost_dist.config_file import config_tree, differing_fields, load_config, parse_set
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter

@@ -12,7 +12,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cli import main
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import CheckpointError, ConfigError
 from ghost_dist.pipeline import plan as planning
 from ghost_dist.pipeline.inputs import refittable_layers

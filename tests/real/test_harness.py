@@ -7,7 +7,7 @@ import pytest
 import transformers
 from local_tasks import bos_windows, continuations, write_choices, write_rolling
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")

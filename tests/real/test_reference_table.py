@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 
 TABLE = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ghost_dist.config import load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 
 CORPUS = "text"

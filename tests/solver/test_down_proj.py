@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from ghost_dist.checkpoint.repair import apply_repair
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.down_proj import (
     SingularOperatorError,
     fit_fold,

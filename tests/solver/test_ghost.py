@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
 from ghost_dist.errors import ConfigError, SingularGramError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import RIDGE_GRID, about, condition_number, map_error
 

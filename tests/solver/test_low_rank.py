@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ghost_dist.checkpoint.repair import apply_repair
-from ghost_dist.config import AbsoluteRidge
 from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import AbsoluteRidge
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.low_rank import fit_low_rank
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghost_dist.checkpoint.repair import apply_repair
-from ghost_dist.config import AbsoluteRidge, RelativeRidge
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.stream_norm import fit_stream_norm
 from ghost_dist.statistics.moments import norm_features

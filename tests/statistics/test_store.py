@@ -12,7 +12,7 @@ import torch
 import zarr
 from disk_steps import Killed, each_kind, watched
 
-from ghost_dist.config import fingerprint
+from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments

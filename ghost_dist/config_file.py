@@ -1,0 +1,244 @@
+"""Configurations from and to YAML, ``--set section.field=value`` and plain values.
+
+What is wrong with one, and in what two differ, is said in words here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ghost_dist.config import Config
+from ghost_dist.errors import ConfigError
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
+
+MAY_DIFFER = ("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.")
+"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
+how many copies of the model, and how much of it is at hand does not change its sums, but for last
+bits where experts are in parts on a CPU with several threads. (Sums of ranks that share layers are
+others, and are told apart by the statistics.)"""
+
+
+def decisive_tree(config: Config) -> dict[str, Any]:
+    """:func:`config_tree` without what may differ between two runs with the same result."""
+    tree = config_tree(config)
+    del tree["output"], tree["cluster"]
+    for field in ("kind", "replicas", "experts"):
+        del tree["engine"][field]
+    return tree
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """Nested plain values of ``config``, ready for YAML or JSON; spans become pairs."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    spans = config.selection.spans
+    tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
+    return tree
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+    """Read a YAML file (or nothing) and lay ``section.field`` overrides on it.
+
+    Parameters
+    ----------
+    path
+        YAML file with sections as in :class:`Config`; None for an empty one.
+    overrides
+        ``"section.field"`` (or deeper) to value; strings are not parsed here.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or any key or value is not valid; the message names the field,
+        what was given, what is allowed, and for an unknown key the nearest known one.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+        except OSError as error:
+            raise ConfigError(
+                f"Configuration file {path} cannot be read: {error.strerror}."
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
+        tree = loaded
+    for key, value in overrides.items():
+        set_field(tree, key, value)
+    try:
+        return config_from_tree(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}" if path is not None else str(error)) from None
+
+
+def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Lay ``section.field`` on nested dictionaries.
+
+    What is below a field takes the place of the whole field: ``operator.ridge.relative`` that of
+    ``{absolute: 1e-6}``. Only where a field holds names (``evaluation.corpora``) one is added.
+    """
+    section, *path = key.split(".")
+    if not path:
+        tree[section] = value
+        return
+    field, *below = path
+    fields = tree.get(section) or {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{key}: {section} holds {fields!r}, expected fields, such as {field}.")
+    for part in reversed(below):
+        value = {part: value}
+    known = _model_at([section])
+    info = known.model_fields.get(field) if known else None
+    if below and info is not None and get_origin(info.annotation) is dict:
+        value = {**(fields.get(field) or {}), **value}
+    tree[section] = {**fields, field: value}
+
+
+def parse_set(assignment: str) -> tuple[str, Any]:
+    """Split ``section.field=value``; the value is read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If there is no ``=``, no section, or the value is not YAML.
+    """
+    key, separator, text = assignment.partition("=")
+    key = key.strip()
+    if not separator or "." not in key:
+        raise ConfigError(
+            f"--set {assignment}: expected section.field=value, for example "
+            "--set calibration.windows=64."
+        )
+    try:
+        return key, yaml.load(text, _YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> Config:
+    """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
+    required: dict[str, Any] = {"model": {}, "selection": {}, "output": {}}
+    try:
+        return Config.model_validate({**required, **tree})
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+
+
+def config_yaml(config: Config) -> bytes:
+    """``config`` as YAML, as :func:`load_config` reads it back."""
+    text: str = yaml.dump(config_tree(config), Dumper=_YamlDumper, sort_keys=False)
+    return text.encode()
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Describe ``section.field`` entries in which two configuration trees differ."""
+    lines = []
+    for section in sorted({*old, *new}):
+        before, after = old.get(section) or {}, new.get(section) or {}
+        for field in sorted({*before, *after}):
+            a, b = before.get(field), after.get(field)
+            if a != b:
+                lines.append(f"{section}.{field}: {a!r} in RUN, {b!r} now")
+    return lines
+
+
+_ARGUMENTS = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2, which is what people mean.
+
+    In version 1.1 ``1e-6`` is text, and ``11:18`` is a number in base 60: 678.
+    """
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes what :class:`_YamlLoader` would take for a number."""
+
+
+_NUMBERS = {
+    "float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.inf|\.nan",
+    "int": r"[-+]?\d+",
+}
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    for _class in (_YamlLoader, _YamlDumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
+        )
+
+
+def _describe(error: ValidationError) -> str:
+    lines: list[str] = []
+    expected: dict[str, tuple[Any, list[str]]] = {}  # a field may be one of several things
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        where = ".".join(part for part in location if not _ALTERNATIVE.match(part))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            model = _model_at(location[:-1])
+            known = list(model.model_fields) if model else []
+            near = _nearest(location[-1], known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
+            lines.append(f"Unknown configuration key {where}: {hint}")
+        elif item["type"] == "missing":
+            hint = _ARGUMENTS.get(where, "")
+            lines.append(f"Configuration field {where} is missing{hint}.")
+        elif not where:  # of several sections
+            lines.append(f"{message}.")
+        elif message.startswith("Input should be "):
+            words = expected.setdefault(where, (item["input"], []))[1]
+            words.append(_PYDANTICS.sub("", message).replace("valid tuple", "list"))
+        else:
+            lines.append(f"{where}: {message} (got {item['input']!r}).")
+    for where, (got, words) in expected.items():
+        allowed = " or ".join(words)
+        near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
+        hint = f" Did you mean {near}?" if near else ""
+        lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+_ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto|\w+Ridge)$")
+"""Parts of a place that pydantic names after the kinds of value that a field may have."""
+
+
+_PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
+"""Words of its messages that say nothing to a user."""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
+
+
+def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
+    """The section, or what is in one, at a place of the configuration."""
+    model: type[BaseModel] = Config
+    for part in place:
+        if part in _RIDGES:
+            model = _RIDGES[part]
+        elif not _ALTERNATIVE.match(part):
+            field = model.model_fields.get(part)
+            annotation = field.annotation if field is not None else None
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+            elif part != "ridge":
+                return None
+    return model
+
+
+_RIDGES: dict[str, type[BaseModel]] = {
+    "RelativeRidge": RelativeRidge,
+    "AbsoluteRidge": AbsoluteRidge,
+}
