@@ -96,7 +96,7 @@ def plan(
 ) -> None:
     """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
     from ghost_dist import api
-    from ghost_dist.report.plan_table import print_plan
+    from ghost_dist.report.terminal import print_plan
 
     config = _run_config(model, out, remove, spans, operator, assignments)
     tree = api.plan(config, measure_again=measure).tree()

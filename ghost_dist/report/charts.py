@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -27,8 +27,7 @@ def perplexity_bars(run: RunRecord) -> RenderableType | None:
     table.columns[3].justify = "right"
     intervals = run.intervals
     for corpus, value in run.perplexity.items():
-        finite = [v for v in value.values() if math.isfinite(v)]
-        most = max(finite, default=1.0)
+        most = max((v for v in value.values() if math.isfinite(v)), default=1.0)
         for variant in VARIANTS:
             table.add_row(
                 escape(corpus) if variant == VARIANTS[0] else "",
@@ -45,39 +44,39 @@ def recoverability(run: RunRecord) -> RenderableType | None:
     rows = run.selection.get("recoverability")
     if not rows:
         return None
-    chosen = {(start, stop) for start, stop in run.spans}
-    lengths = sorted({row["span"][1] - row["span"][0] for row in rows})
-    if len(lengths) == 1:
-        most = max(row["residual"] for row in rows) or 1.0
-        table = Table("span", "unexplained after repair", "", "", box=None)
-        for row in rows:
-            taken = tuple(row["span"]) in chosen
-            table.add_row(
-                text.span(row["span"]).replace("[", r"\["),
-                bar(row["residual"] / most),
-                text.percent(row["residual"], 1),
-                "<- chosen" if taken else "",
-                style="bold green" if taken else None,
-            )
-        return table
-    least = min(row["residual"] for row in rows)
-    most = max(row["residual"] for row in rows)
-    by_span = {tuple(row["span"]): row["residual"] for row in rows}
-    starts = sorted({row["span"][0] for row in rows})
+    if len({row["span"][1] - row["span"][0] for row in rows}) > 1:
+        return _map(run, {tuple(row["span"]): row["residual"] for row in rows})
+    most = max(row["residual"] for row in rows) or 1.0
+    table = Table("span", "unexplained after repair", "", "", box=None)
+    for row in rows:
+        taken = row["span"] in run.spans
+        table.add_row(
+            escape(text.span(row["span"])),
+            bar(row["residual"] / most),
+            text.percent(row["residual"], 1),
+            "<- chosen" if taken else "",
+            style="bold green" if taken else None,
+        )
+    return table
+
+
+def _map(run: RunRecord, residuals: Mapping[tuple[int, ...], float]) -> RenderableType:
+    least, most = min(residuals.values()), max(residuals.values())
+    starts = range(min(residuals)[0], max(residuals)[0] + 1)
     lines = [Text("unexplained after repair: darker is easier to repair, X chosen", style="bold")]
-    for length in reversed(lengths):
+    for length in sorted({stop - start for start, stop in residuals}, reverse=True):
         line = Text(f"{length:>4} layers ")
-        for start in range(starts[0], starts[-1] + 1):
+        for start in starts:
             here = (start, start + length)
-            if here in chosen:
+            if list(here) in run.spans:
                 line.append("XX", style="bold green")
-            elif here in by_span:
-                line.append(shade((most - by_span[here]) / ((most - least) or 1.0)) * 2)
+            elif here in residuals:
+                strength = (most - residuals[here]) / ((most - least) or 1.0)
+                line.append(_SHADES[round(strength * (len(_SHADES) - 1))] * 2)
             else:
                 line.append("  ")
         lines.append(line)
-    marks = "".join(f"{n:<8}" for n in range(starts[0], starts[-1] + 1, 4))
-    lines.append(Text(f"from layer  {marks}"))
+    lines.append(Text(f"from layer  {''.join(f'{n:<8}' for n in starts[::4])}"))
     return Group(*lines)
 
 
@@ -88,12 +87,11 @@ def ridge_curves(run: RunRecord) -> RenderableType | None:
         return None
     table = Table("span", "ridge / median", "held-out residual (plain cut: 1)", "", "", box=None)
     for fit in curves:
-        shown: Sequence[tuple[float, float]] = fit["ridge_curve"]
-        most = max(1.0, min(2.0, max(residual for _, residual in shown)))
-        for number, (ridge, residual) in enumerate(shown):
+        most = max(1.0, min(2.0, max(residual for _, residual in fit["ridge_curve"])))
+        for number, (ridge, residual) in enumerate(fit["ridge_curve"]):
             taken = ridge == fit["relative_ridge"]
             table.add_row(
-                text.span(fit["span"]).replace("[", r"\[") if number == 0 else "",
+                escape(text.span(fit["span"])) if number == 0 else "",
                 text.number(ridge, 2),
                 bar(min(1.0, residual / most)),
                 text.number(residual),
@@ -103,15 +101,10 @@ def ridge_curves(run: RunRecord) -> RenderableType | None:
     return table
 
 
-def bar(share: float, width: int = _BAR) -> str:
+def bar(share: float) -> str:
     """A bar of eighths of a character; 1 (and infinity) fills the width."""
     if math.isnan(share):
         return ""
-    eighths = round(8 * width * min(1.0, max(0.0, share)))
+    eighths = round(8 * _BAR * min(1.0, max(0.0, share)))
     whole, rest = divmod(eighths, 8)
     return "█" * whole + (_PARTS[rest] if rest else "")
-
-
-def shade(strength: float) -> str:
-    """A character between empty and full."""
-    return _SHADES[min(len(_SHADES) - 1, max(0, round(strength * (len(_SHADES) - 1))))]

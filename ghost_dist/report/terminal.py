@@ -1,12 +1,13 @@
-"""A finished run as tables on a terminal."""
+"""A run, a plan, a comparison and what else a command finds, as tables on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
@@ -15,56 +16,35 @@ from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.evaluation.task_rows import task_rows
 from ghost_dist.report import charts, text, verdict
 from ghost_dist.report.checks import remarks
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import VARIANTS, read_run
+from ghost_dist.report.tables import candidate_name
 
 
 def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
     """Print perplexities, fits and where the checkpoint lies, from the content of result.json."""
     console = console or Console()
-    spans = ", ".join(f"[{start}, {stop})" for start, stop in result["spans"])
     before, after = result["parameters"]["before"], result["parameters"]["after"]
-    console.print(
-        f"removed layers {spans}; operator {result['operator']}; "
+    _say(
+        console,
+        f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     if result["perplexity"]:
-        table = Table("perplexity", "dense", "pruned", "recovered", "gap closed")
-        for name, value in result["perplexity"].items():
-            table.add_row(
-                name,
-                *(f"{value[variant]:.2f}" for variant in ("dense", "pruned", "recovered")),
-                _gap_closed(value),
-            )
-        console.print(table)
-        table = Table(
-            "from the dense model",
-            "KL, nats: pruned",
-            "recovered",
-            "same token: pruned",
-            "recovered",
-        )
-        for name, value in result["agreement"].items():
-            found = [value[variant] for variant in ("pruned", "recovered")]
-            kl = [f"{one['kl']:.3f}" for one in found]
-            table.add_row(name, *kl, *(f"{one['top1']:.1%}" for one in found))
-        console.print(table)
+        _print_perplexity(result, console)
     if result["tasks"]:
-        table = Table("task", Column("metric", overflow="fold"), "dense", "pruned", "recovered")
+        table = Table("task", Column("metric", overflow="fold"), *VARIANTS)
         for name, metric, cells in task_rows(result["tasks"]):
             table.add_row(name, metric, *cells)
         console.print(table)
     if len(result["candidates"]) > 1:
-        console.print(_candidates(result["candidates"]))
+        _print_candidates(result["candidates"], console)
     if result["fit"]:
         table = Table(
             "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / regressor"
         )
         for fit in result["fit"]:
             table.add_row(
-                f"[{fit['span'][0]}, {fit['span'][1]})".replace("[", r"\["),
+                escape(_spans([fit["span"]])),
                 f"{fit['relative_ridge']:.1e}",
                 f"{fit['residual']:.3f}",
                 f"{fit['r2']:.3f}",
@@ -72,22 +52,50 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
                 f"{fit['tokens_per_channel']:.0f}",
             )
         console.print(table)
-    console.print(
-        f"checkpoint: {run / 'checkpoint'}", markup=False, highlight=False, soft_wrap=True
-    )
-    if result["no_better_than_cut"]:
-        _print_verdict(result, run, console)
-
-
-def _print_verdict(result: Mapping[str, Any], run: Path, console: Console) -> None:
-    """Nobody should take a model for repaired that is not: in a frame, and what to change."""
+    _say(console, f"checkpoint: {run / 'checkpoint'}")
+    if not result["no_better_than_cut"]:
+        return
+    # Nobody should take a model for repaired that is not: in a frame, and what to change.
     said = verdict.sentences(result["no_better_than_cut"], result["operator"])
     console.print(
         Panel(Text("\n".join(said)), title="NO BETTER THAN THE PLAIN CUT", style="bold red")
     )
-    config = config_tree(load_config(run / "config.yaml", {}))
-    for what, command in verdict.remedies(config, run):
-        console.print(f"{what}:\n    {command}", markup=False, highlight=False, soft_wrap=True)
+    for what, command in verdict.remedies(config_tree(load_config(run / "config.yaml", {})), run):
+        _say(console, f"{what}:\n    {command}")
+
+
+def _print_perplexity(result: Mapping[str, Any], console: Console) -> None:
+    table = Table("perplexity", *VARIANTS, "gap closed")
+    for name, value in result["perplexity"].items():
+        cost = value["pruned"] - value["dense"]
+        closed = f"{(value['pruned'] - value['recovered']) / cost:.0%}" if cost > 0 else "-"
+        table.add_row(name, *(f"{value[variant]:.2f}" for variant in VARIANTS), closed)
+    console.print(table)
+    titles = ("KL, nats: pruned", "recovered", "same token: pruned", "recovered")
+    table = Table("from the dense model", *titles)
+    for name, value in result["agreement"].items():
+        found = [value[variant] for variant in VARIANTS[1:]]
+        table.add_row(
+            name,
+            *(f"{one['kl']:.3f}" for one in found),
+            *(f"{one['top1']:.1%}" for one in found),
+        )
+    console.print(table)
+
+
+def _print_candidates(candidates: Iterable[Mapping[str, Any]], console: Console) -> None:
+    """What was tried, and how far each is from the dense model on held-out windows."""
+    table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
+    for row in candidates:
+        name = candidate_name(row)
+        table.add_row(
+            f"[bold]{name} *" if row["chosen"] else name,
+            row["row_weights"],
+            ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
+            ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
+            f"{row['kl']:.4f}" if row.get("kl") is not None else "-",
+        )
+    console.print(table)
 
 
 def print_run(path: Path, console: Console | None = None) -> None:
@@ -102,15 +110,11 @@ def print_run(path: Path, console: Console | None = None) -> None:
     run = read_run(path)
     if run.result is not None:
         print_result(run.result, path, console)
-    for chart in (
-        charts.perplexity_bars(run),
-        charts.recoverability(run),
-        charts.ridge_curves(run),
-    ):
-        if chart is not None:
-            console.print(chart)
+    for chart in (charts.perplexity_bars, charts.recoverability, charts.ridge_curves):
+        if (drawn := chart(run)) is not None:
+            console.print(drawn)
     for remark in remarks(run):
-        console.print(f"note: {remark}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"note: {remark}")
 
 
 def print_comparison(
@@ -124,34 +128,25 @@ def print_comparison(
     )
     table = Table("layers", "selection", "spans", "operator", *corpora, "parameters")
     for row in result["rows"]:
-        spans = ", ".join(f"[{start}, {stop})" for start, stop in row["spans"])
-        cells = [str(row["remove"]), row["selection"], spans.replace("[", r"\["), row["operator"]]
-        if "refused" in row:
-            cells += ["-"] * (len(corpora) + 1)
-        else:
-            cells += [f"{row['perplexity'][name]:.2f}" for name in corpora]
+        cells = ["-"] * (len(corpora) + 1)
+        if "refused" not in row:
+            cells = [f"{row['perplexity'][name]:.2f}" for name in corpora]
             cells.append(f"{row['parameters']:,}")
-        table.add_row(*cells)
+        spans = escape(_spans(row["spans"]))
+        table.add_row(str(row["remove"]), row["selection"], spans, row["operator"], *cells)
     console.print(table)
     for reason in dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row):
         console.print(f"not possible: {reason}", markup=False, soft_wrap=True)
-    console.print(
-        f"written: {folder / 'compare.md'}, {folder / 'compare.json'}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(console, f"written: {folder / 'compare.md'}, {folder / 'compare.json'}")
 
 
 def print_serving(measured: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what ``bench_serving`` measured: dense, pruned and recovered side by side."""
     console = console or Console()
-    console.print(
+    _say(
+        console,
         f"{measured['device']}; {measured['dtype']}; {measured['batch']} x {measured['prompt']} "
         f"tokens of prompt, {measured['new']} new; {measured['rounds']} rounds",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table("", *measured["variants"])
     variants = list(measured["variants"].values())
@@ -179,27 +174,66 @@ def print_upload(
     table.add_row("all", text.nbytes(sum(files.values())))
     console.print(table)
     for note in notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"note: {note}")
 
 
-def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Table:
-    """What was tried, and how far each is from the dense model on held-out windows."""
-    table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
-    for row in candidates:
-        name = row["operator"] + ("" if row["features"] == "stream" else f", {row['features']}")
+def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print engine, stages, disk and assumptions, from the plain values of a plan."""
+    console = console or Console()
+    _say(
+        console,
+        f"{plan['model']}: {plan['num_layers']} layers, removing {_spans(plan['spans'])}"
+        f"{'' if plan['spans_known'] else ' or others'}; {plan['dtype']}, batch {plan['batch']}",
+    )
+    _say(
+        console,
+        f"{plan['device']}: {_gb(plan['free_device_bytes'])} free; host "
+        f"{_gb(plan['free_host_bytes'])}, disk {_gb(plan['free_disk_bytes'])} free",
+    )
+    _say(console, f"engine {plan['engine']['kind']}: {plan['engine']['reason']}")
+    table = Table("stage", "time", "most of it", "TFLOP", "read", "written", "device", "host")
+    streams = any(stage["streams"] for stage in plan["stages"])
+    if streams:
+        table.add_column("streams in")
+    for stage in plan["stages"]:
+        part = max(stage["parts"], key=stage["parts"].get, default=None)
         table.add_row(
-            f"[bold]{name} *" if row["chosen"] else name,
-            row["row_weights"],
-            ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
-            ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
-            f"{row['kl']:.4f}" if row.get("kl") is not None else "-",
+            stage["name"],
+            _duration(stage["seconds"]),
+            f"{part} {stage['parts'][part] / stage['seconds']:.0%}" if part else "-",
+            f"{stage['flops'] / 1e12:,.0f}",
+            *(
+                _gb(stage[name]) if stage[name] else "-"
+                for name in ("read_bytes", "written_bytes", "device_bytes", "host_bytes")
+            ),
+            *([stage["streams"] or "-"] if streams else []),
         )
-    return table
+    table.add_section()
+    table.add_row("all", _duration(plan["seconds"]), "", f"{plan['flops'] / 1e12:,.0f}")
+    console.print(table)
+    parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
+    _say(console, f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
+    for note in plan["notes"]:
+        _say(console, f"assumed: {note}")
 
 
-def _gap_closed(value: Mapping[str, float]) -> str:
-    """Share of the perplexity that pruning cost which recovery gives back."""
-    cost = value["pruned"] - value["dense"]
-    if cost <= 0:
-        return "-"
-    return f"{(value['pruned'] - value['recovered']) / cost:.0%}"
+def _say(console: Console, words: str) -> None:
+    """Print text as it is, in one line however long."""
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _spans(pairs: Iterable[Sequence[int]]) -> str:
+    return ", ".join(f"[{start}, {stop})" for start, stop in pairs)
+
+
+def _gb(nbytes: int) -> str:
+    if nbytes < 1e8:
+        return f"{nbytes / 1e6:.1f} MB"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes < 1e11 else f"{nbytes / 1e12:.2f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
