@@ -10,7 +10,7 @@ from ghost_dist.report import text
 from ghost_dist.report.bars import Bar, Bars
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import RunRecord
-from ghost_dist.report.tables import Table, parameters
+from ghost_dist.report.tables import Table
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -20,7 +20,6 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     comparable = _same_windows(runs, corpora)
     return {
         "title": _title(runs, names, corpora if comparable else []),
-        "summary": _summary(runs, names),
         "comparable": comparable,
         "corpora": [
             (
@@ -30,8 +29,9 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             )
             for corpus in corpora
         ],
-        "named": list(zip(names, runs, strict=True)),
-        "differences": _differences(runs, names),
+        "names": names,
+        "runs": runs,
+        "differences": _differences(runs),
         "remarks": [
             (name, one) for name, run in zip(names, runs, strict=True) for one in remarks(run)
         ],
@@ -71,29 +71,6 @@ def _same_windows(runs: Sequence[RunRecord], corpora: Sequence[str]) -> bool:
     )
 
 
-def _summary(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    rows = []
-    for name, run in zip(names, runs, strict=True):
-        kl = next((row.get("kl") for row in run.candidates if row.get("chosen")), None)
-        rows.append(
-            (
-                name,
-                f"{len(run.removed)}" + (f" of {run.num_layers}" if run.num_layers else ""),
-                text.spans(run.spans),
-                run.operator or text.DASH,
-                *(parameters(run) or [text.DASH] * 3)[1:],
-                ", ".join(text.number(fit["residual"]) for fit in run.fits) or text.DASH,
-                text.number(kl),
-                text.duration(run.seconds),
-            )
-        )
-    titles = [
-        *("Run", "Layers removed", "Spans", "Operator", "Parameters", "Change"),
-        *("Held-out residual", "KL, nats / token", "Time"),
-    ]
-    return Table("Runs", titles, rows, numbers=(1, 4, 5, 6, 7, 8))
-
-
 def _bars(runs: Sequence[RunRecord], names: Sequence[str], corpus: str, comparable: bool) -> Bars:
     rows = []
     for name, run in zip(names, runs, strict=True):
@@ -130,15 +107,12 @@ def _paired(runs: Sequence[RunRecord], names: Sequence[str], corpus: str) -> Tab
     )
 
 
-def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
+def _differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Fields whose values are not all alike, and these."""
     fields: dict[str, list[str]] = {}
     for number, run in enumerate(runs):
         for section, values in run.config.items():
             for name, value in values.items():
                 fields.setdefault(f"{section}.{name}", [text.DASH] * len(runs))[number] = str(value)
-    rows = [
-        (field, *values)
-        for field, values in fields.items()
-        if len(set(values)) > 1 and field != "output.path"
-    ]
-    return Table("Fields that differ", ["Field", *names], rows, numbers=())
+    del fields["output.path"]
+    return {field: values for field, values in fields.items() if len(set(values)) > 1}

@@ -35,8 +35,9 @@ class Figure(NamedTuple):
 def recoverability(run: RunRecord) -> Figure:
     """What is left after repair: a curve over first layers, or a map over these and lengths."""
     rows = run.selection["recoverability"]
-    listed, chosen, num_rows = candidate_spans(run, _LONGEST_TABLE)
-    told = "" if len(listed) == num_rows else f" (best {_LONGEST_TABLE} of {num_rows})"
+    listed = candidate_spans(run, _LONGEST_TABLE)
+    told = "" if len(listed) == len(rows) else f" (best {_LONGEST_TABLE} of {len(rows)})"
+    chosen = [number for number, row in enumerate(listed) if row["span"] in run.spans]
     numbers = Table(
         f"Candidate spans{told}",
         ["Span", "Left after repair", "Plain cut", "Cost", "Ridge / median", ""],

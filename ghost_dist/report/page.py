@@ -17,7 +17,7 @@ import yaml
 from ghost_dist import __version__
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError
-from ghost_dist.evaluation.task_rows import shots_and_examples
+from ghost_dist.evaluation import task_rows
 from ghost_dist.report import bars, figures, plot, tables, text
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.comparison import comparison
@@ -93,11 +93,15 @@ def _filled(template: str, content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = ("count", "duration", "interval", "join_words", "layers", "nbytes", "number")
-    pages.filters |= {name: getattr(text, name) for name in (*words, "percent", "perplexity")}
+    for function in (
+        *(text.duration, text.interval, text.join_words, text.layers, text.nbytes, text.number),
+        *(text.percent, text.perplexity, text.span, text.spans),
+    ):
+        pages.filters[function.__name__] = function
     pages.filters["tenths"] = "{:.1f}".format
-    pages.globals |= {"bars": bars, "figures": figures, "plots": plot, "tables": tables}
-    pages.globals |= {"shots_and_examples": shots_and_examples, "version": __version__}
+    for module in (bars, figures, plot, tables, task_rows):
+        pages.globals[module.__name__.rpartition(".")[2]] = module
+    pages.globals |= {"version": __version__, "zip": zip}
     # Sections add their headings while they are written; the navigation is made of these.
     return pages.get_template(template).render(content, headings=[])
 
