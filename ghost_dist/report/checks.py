@@ -62,7 +62,9 @@ def _perplexities(run: RunRecord) -> list[str]:
                 + " Raise evaluation.windows."
             )
         helps = value["recovered"] < value["pruned"]
-        if helps and run.operator != "none" and _overlap(run, corpus):
+        closed = run.gap_closed(corpus)
+        reaches_zero = closed is not None and closed[1] is not None and closed[1][0] <= 0
+        if helps and run.operator != "none" and reaches_zero:
             found.append(
                 f"{corpus}: on other windows of this text the repair might not have helped; the "
                 "interval of the share of the gap closed reaches 0."
@@ -70,11 +72,6 @@ def _perplexities(run: RunRecord) -> list[str]:
         if not all(math.isfinite(v) for v in value.values()):
             found.append(f"{corpus}: a perplexity is beyond what can be written as a number.")
     return found
-
-
-def _overlap(run: RunRecord, corpus: str) -> bool:
-    closed = run.gap_closed(corpus)
-    return closed is not None and closed[1] is not None and closed[1][0] <= 0
 
 
 def _fits(run: RunRecord) -> list[str]:

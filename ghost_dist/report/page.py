@@ -5,8 +5,7 @@ The templates say what is on it; ``figures`` and ``tables`` make what they draw 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,25 @@ def write_report(
         If a folder is no RUN, or what it holds is damaged.
     """
     records = [read_run(Path(run)) for run in runs]
+    first = records[0]
     if out is None:
-        out = records[0].path / "report.html" if len(records) == 1 else Path("comparison.html")
+        out = first.path / "report.html" if len(records) == 1 else Path("comparison.html")
     _check_target(out)
     if len(records) == 1:
-        content = _filled("run.html.j2", _contents(records[0], device))
+        content = _filled(
+            "run.html.j2",
+            run=first,
+            headline=headline(first),
+            remarks=remarks(first),
+            spectra={
+                f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
+                for span, matrices in spectra(first, device).items()
+                for matrix, spectrum in matrices.items()
+            },
+            configuration=yaml.safe_dump(first.config, sort_keys=False),
+        )
     else:
-        content = _filled("comparison.html.j2", comparison(records))
+        content = _filled("comparison.html.j2", **comparison(records))
     write_bytes(out, content.encode())
     return out
 
@@ -85,7 +96,7 @@ def headline(run: RunRecord) -> str:
     return f"{removed}, {number} of the lost perplexity won back"
 
 
-def _filled(template: str, content: dict[str, Any]) -> str:
+def _filled(template: str, **content: Any) -> str:
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -94,8 +105,8 @@ def _filled(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     for function in (
-        *(text.duration, text.interval, text.join_words, text.layers, text.nbytes, text.number),
-        *(text.percent, text.perplexity, text.span, text.spans),
+        *(text.count, text.duration, text.interval, text.join_words, text.layers, text.nbytes),
+        *(text.number, text.percent, text.perplexity, text.span, text.spans),
     ):
         pages.filters[function.__name__] = function
     pages.filters["tenths"] = "{:.1f}".format
@@ -104,51 +115,6 @@ def _filled(template: str, content: dict[str, Any]) -> str:
     pages.globals |= {"version": __version__, "zip": zip}
     # Sections add their headings while they are written; the navigation is made of these.
     return pages.get_template(template).render(content, headings=[])
-
-
-def _contents(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
-    """What templates/run.html.j2 shows."""
-    return {
-        "title": f"{run.name}: {headline(run)}",
-        "headline": headline(run),
-        "run": run,
-        "remarks": remarks(run),
-        "key_figures": list(_key_figures(run)),
-        "spectra": {
-            f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
-            for span, matrices in spectra(run, device).items()
-            for matrix, spectrum in matrices.items()
-        },
-        "configuration": yaml.safe_dump(run.config, sort_keys=False),
-        "fingerprints": list(_fingerprints(run)),
-    }
-
-
-def _key_figures(run: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """Name, figure and what more is to say."""
-    if run.num_layers is not None and run.spans:
-        left = run.num_layers - len(run.removed)
-        yield "Layers", f"{run.num_layers} → {left}", f"{text.layers(run.spans)} removed"
-    if (found := tables.parameters(run)) is not None:
-        before, after, change = found
-        yield "Parameters", f"{before} → {after}", change
-    if run.operator is not None:
-        tokens = run.stages["tokens"].get("num_tokens", 0)
-        fitted = f"from {tokens:,} tokens" if run.operator != "none" else "the plain cut"
-        yield "Operator", run.operator, fitted
-    if run.done:
-        yield "Time", text.duration(run.seconds), (run.result or {}).get("device", "")
-
-
-def _fingerprints(run: RunRecord) -> Iterator[tuple[str, str]]:
-    if "fingerprint" in run.stages["tokens"]:
-        yield "Fingerprint of the tokens", run.stages["tokens"]["fingerprint"]
-    for span, (_, sha256) in run.operator_files.items():
-        yield f"Operator {span}, sha256", sha256
-    for name in ("config.json", "result.json"):
-        path = run.path / "checkpoint" / name
-        if path.is_file():
-            yield f"checkpoint/{name}, sha256", hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_target(out: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -106,10 +108,8 @@ class RunRecord:
             return {}
         return {
             corpus: {
-                variant: {
-                    figure: interval(values) for figure, values in resampled_means(figures).items()
-                }
-                for variant, figures in of_corpus.items()
+                variant: {name: interval(means) for name, means in resampled_means(found).items()}
+                for variant, found in of_corpus.items()
             }
             for corpus, of_corpus in record["agreement_per_window"].items()
         }
@@ -145,22 +145,15 @@ class RunRecord:
             return None
         share = (value["pruned"] - value["recovered"]) / (value["pruned"] - value["dense"])
         drawn = self.resampled.get(corpus)
-        if drawn is None:
-            return share, None
-        cost = drawn["pruned"] - drawn["dense"]
-        if (cost <= 0).any():
+        if drawn is None or ((cost := drawn["pruned"] - drawn["dense"]) <= 0).any():
             return share, None
         return share, interval((drawn["pruned"] - drawn["recovered"]) / cost)
 
     @property
     def r2_channels(self) -> list[tuple[list[int], list[float]]]:
         """Span and held-out R2 of every channel that varies; as the fits are of."""
-        if not self._solve_is_current:
-            return []
-        return [
-            (row["span"], [r2 for r2 in row["r2"] if r2 is not None])
-            for row in self.stages["solve"].get("r2_channels", [])
-        ]
+        rows = self.stages["solve"].get("r2_channels", []) if self._solve_is_current else []
+        return [(row["span"], [r2 for r2 in row["r2"] if r2 is not None]) for row in rows]
 
     @property
     def operator_files(self) -> dict[str, tuple[Path, str]]:
@@ -173,6 +166,16 @@ class RunRecord:
         return {
             span: (folder / f"{span.strip('[)').replace(', ', '-')}.safetensors", sha256)
             for span, sha256 in files.items()
+        }
+
+    @property
+    def checkpoint_hashes(self) -> dict[str, str]:
+        """File of the checkpoint that says what it is to its sha256."""
+        paths = [self.path / "checkpoint" / name for name in ("config.json", "result.json")]
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths
+            if path.is_file()
         }
 
     @property
@@ -268,16 +271,9 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _events(path: Path) -> list[dict[str, Any]]:
     """Events; a line cut short by a kill is left out, it is the last of its session."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]

@@ -24,40 +24,29 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one matrix that acts at a boundary.
+    """Of one matrix that acts at a boundary: M = W - I, or N where it acts on rmsnorm(x)."""
 
-    Attributes
-    ----------
-    singular_values
-        Largest first; of M = W - I, or of N where it acts on rmsnorm(x).
-    antisymmetric_share
-        ``||(M - M')/2||^2 / ||M||^2``, Frobenius norms: 0 only stretches, 1 only rotates, near 1/2
-        for a matrix without symmetry.
-    relative_norm
-        ``||M|| / ||I||``.
-    """
-
-    singular_values: tuple[float, ...]
+    singular_values: list[float]
+    """Largest first."""
     antisymmetric_share: float
+    """``||(M - M')/2||^2 / ||M||^2``, Frobenius norms: 0 only stretches, 1 only rotates."""
     relative_norm: float
+    """``||M|| / ||I||``."""
 
     @property
     def effective_rank(self) -> int:
         """Singular values that hold 90 % of the sum of squares."""
         squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
         total = float(squares.sum())
-        if total == 0:
-            return 0
-        return int((squares.cumsum(0) < 0.9 * total).sum()) + 1
+        return int((squares.cumsum(0) < 0.9 * total).sum()) + 1 if total > 0 else 0
 
 
 def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
     """Spectrum of a matrix; at most its first ``rank`` singular values."""
     energy = float(matrix_CC.square().sum())
     half_CC = (matrix_CC - matrix_CC.T) / 2
-    values = torch.linalg.svdvals(matrix_CC).tolist()
     return Spectrum(
-        singular_values=tuple(values[:rank]),
+        singular_values=torch.linalg.svdvals(matrix_CC).tolist()[:rank],
         antisymmetric_share=float(half_CC.square().sum()) / energy if energy > 0 else 0.0,
         relative_norm=(energy / matrix_CC.shape[0]) ** 0.5,
     )
@@ -73,44 +62,36 @@ def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dic
     """
     cache = run.path / "report.json"
     stored = _stored(cache)
-    found: dict[str, dict[str, Spectrum]] = {}
-    fresh: dict[str, Any] = {}
+    found, fresh = {}, {}
     for span, (path, sha256) in run.operator_files.items():
-        row = stored.get(sha256)
-        if row is None:
+        if sha256 not in stored:
             parts, _ = read_parts(path, sha256)
-            row = {
-                name: asdict(spectrum_of(matrix_CC.to(device or "cpu"), rank))
-                for name, matrix_CC, rank in _matrices(parts)
+            of_parts = {
+                name: spectrum_of(matrix_CC.to(device or "cpu"), rank)
+                for name, (matrix_CC, rank) in _matrices(parts).items()
             }
-        fresh[sha256] = row
-        if row:
-            found[span] = {
-                name: Spectrum(
-                    tuple(value["singular_values"]),
-                    value["antisymmetric_share"],
-                    value["relative_norm"],
-                )
-                for name, value in row.items()
-            }
+        else:
+            of_parts = {name: Spectrum(**row) for name, row in stored[sha256].items()}
+        fresh[sha256] = {name: asdict(of) for name, of in of_parts.items()}
+        if of_parts:
+            found[span] = of_parts
     if fresh != stored:
         with contextlib.suppress(OSError):  # a RUN that may only be read has no cache
             write_json(cache, {"format": FORMAT, "spectra": fresh})
     return found
 
 
-def _matrices(parts: dict[str, Tensor]) -> list[tuple[str, Tensor, int | None]]:
-    """Name, matrix and largest possible rank of what acts at the boundary."""
-    found: list[tuple[str, Tensor, int | None]] = []
+def _matrices(parts: dict[str, Tensor]) -> dict[str, tuple[Tensor, int | None]]:
+    """What acts at the boundary, by name, and its largest possible rank."""
+    found: dict[str, tuple[Tensor, int | None]] = {}
     if "linear" in parts:
         weight_CC = parts["linear"].double()
-        eye_CC = torch.eye(weight_CC.shape[0], dtype=torch.float64)
-        found.append(("M", weight_CC - eye_CC, None))
+        found["M"] = weight_CC - torch.eye(weight_CC.shape[0], dtype=torch.float64), None
     if "low_rank_in" in parts:
         u_Cr, v_rC = parts["low_rank_in"].double(), parts["low_rank_out"].double()
-        found.append(("M", u_Cr @ v_rC, u_Cr.shape[1]))
+        found["M"] = u_Cr @ v_rC, u_Cr.shape[1]
     if "norm_linear" in parts:
-        found.append(("N", parts["norm_linear"].double(), None))
+        found["N"] = parts["norm_linear"].double(), None
     return found
 
 

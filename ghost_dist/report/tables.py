@@ -23,15 +23,6 @@ class Table(NamedTuple):
     """Rows set bold; something in the row must say why, too."""
 
 
-def parameters(run: RunRecord) -> tuple[str, str, str] | None:
-    """Before, after and the change; None while the run is not finished."""
-    if run.result is None:
-        return None
-    before, after = (run.result["parameters"][key] for key in ("before", "after"))
-    change = text.percent(after / before - 1, 1, sign=True)
-    return text.count(before), text.count(after), change
-
-
 def agreement(run: RunRecord) -> Table:
     """KL divergence and top-1 agreement of both cut models with the dense one."""
     intervals = run.agreement_intervals

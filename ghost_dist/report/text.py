@@ -40,18 +40,21 @@ def percent(value: float, digits: int = 0, *, sign: bool = False) -> str:
 
 def count(value: float) -> str:
     """A large number: 7.72 M."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{NARROW}{name}"
-    return f"{value:,.0f}"
+    return _scaled(value, "TBMk") or f"{value:,.0f}"
 
 
 def nbytes(value: float) -> str:
     """Bytes in decimal units."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= unit:
-            return f"{value / unit:.3g}{NARROW}{name}"
-    return f"{value:.0f}{NARROW}B"
+    scaled = _scaled(value, "TGMk")
+    return f"{scaled or f'{value:.0f}{NARROW}'}B"
+
+
+def _scaled(value: float, prefixes: str) -> str:
+    """In the largest unit that it has; empty below a thousand."""
+    for power, prefix in zip((12, 9, 6, 3), prefixes, strict=True):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g}{NARROW}{prefix}"
+    return ""
 
 
 def duration(seconds: float) -> str:
@@ -76,8 +79,7 @@ def spans(pairs: Sequence[Sequence[int]]) -> str:
 
 def layers(pairs: Sequence[Sequence[int]]) -> str:
     """Spans in words: layers 7 to 13."""
-    parts = [f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in pairs]
-    return join_words(parts)
+    return join_words([f"{a} to {b - 1}" if b - a > 1 else str(a) for a, b in pairs])
 
 
 def interval(pair: tuple[float, float] | None) -> str:

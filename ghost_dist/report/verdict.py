@@ -15,21 +15,7 @@ HELD_OUT = "held-out calibration windows"
 def no_better_than_cut(
     candidates: Sequence[Mapping[str, Any]], perplexity: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """Where a repair that was asked for does not help.
-
-    Parameters
-    ----------
-    candidates
-        What was tried, as in ``result.json``; the plain cut is judged where it is among several.
-    perplexity
-        Corpus to variant to perplexity.
-
-    Returns
-    -------
-    list of dict
-        ``on`` (a corpus, or :data:`HELD_OUT`), ``measure`` (``kl`` or ``perplexity``), ``pruned``
-        and ``recovered``. Empty where the repair helps everywhere, and where none was asked for.
-    """
+    """Where a repair that was asked for does not help: ``on``, ``measure``, and its two values."""
     chosen: Mapping[str, Any] = next((row for row in candidates if row["chosen"]), {})
     if len(candidates) == 1 and chosen["operator"] == "none":
         return []
@@ -60,32 +46,19 @@ def sentences(found: Sequence[Mapping[str, Any]], operator: str | None) -> list[
 
 
 def remedies(config: Mapping[str, Any], run: Path) -> list[tuple[str, str]]:
-    """What to change, most promising first, and the command that does.
-
-    Parameters
-    ----------
-    config
-        The run's configuration as plain values.
-    run
-        The RUN folder, whose ``config.yaml`` the commands start from.
-    """
+    """What to change, most promising first, and the command that does."""
     calibration, selection = config["calibration"], config["selection"]
     again = f"ghost-dist recover {shlex.quote(str(run / 'config.yaml'))} --out NEW "
-    found = [
-        (
-            "more calibration text",
-            again + f"--set calibration.windows={4 * calibration['windows']}",
-        ),
-        ("other text, of the kind in use", again + "--set calibration.source=FILE"),
-    ]
+    found = []
     if calibration["sampling"] == "beginning":
-        found.insert(
-            0, ("text from all over the source", again + "--set calibration.sampling=spread")
-        )
+        found.append(("text from all over the source", "--set calibration.sampling=spread"))
+    windows = 4 * calibration["windows"]
+    found.append(("more calibration text", f"--set calibration.windows={windows}"))
+    found.append(("other text, of the kind in use", "--set calibration.source=FILE"))
     layers = selection["remove"]
     if isinstance(layers, int) and layers > 1 and not selection["spans"]:
-        found.append(("fewer layers", again + f"--remove {(3 * layers) // 4}"))
+        found.append(("fewer layers", f"--remove {(3 * layers) // 4}"))
     if config["operator"]["name"] not in ("none", "fold"):
-        found.append(("a repair without new parameters", again + "--operator fold"))
-    found.append(("no repair, a plain checkpoint", again + "--operator none"))
-    return found
+        found.append(("a repair without new parameters", "--operator fold"))
+    found.append(("no repair, a plain checkpoint", "--operator none"))
+    return [(what, again + arguments) for what, arguments in found]
