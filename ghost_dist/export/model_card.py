@@ -39,19 +39,7 @@ def model_card(
     operators: Mapping[Span, Repair],
     result: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown with YAML front matter.
-
-    Parameters
-    ----------
-    source
-        The original checkpoint; its card and licence file are read.
-    config
-        Of the run.
-    spans, operators
-        What was removed and what was put there.
-    result
-        Content of ``result.json``; None: the figures are not known yet.
-    """
+    """Markdown with YAML front matter; without figures where there is no ``result.json`` yet."""
     base = _base_model(source, config)
     metadata = _metadata(source, config, base, bool(acting(operators)))
     dataset = _dataset(config.calibration.source)

@@ -10,7 +10,6 @@ from ghost_dist.report import text
 from ghost_dist.report.bars import Bar, Bars
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import RunRecord
-from ghost_dist.report.tables import Table
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -85,26 +84,21 @@ def _bars(runs: Sequence[RunRecord], names: Sequence[str], corpus: str, comparab
     return Bars(rows)
 
 
-def _paired(runs: Sequence[RunRecord], names: Sequence[str], corpus: str) -> Table:
-    """Ratio of recovered perplexities to the best run's, windows drawn alike."""
+def _paired(
+    runs: Sequence[RunRecord], names: Sequence[str], corpus: str
+) -> tuple[str, list[tuple[str, str, str]]]:
+    """The best run, and the others' recovered perplexities over its, windows drawn alike."""
     best = _best(runs, corpus)
-    drawn = [run.resampled.get(corpus) for run in runs]
-    values = [run.perplexity[corpus]["recovered"] for run in runs]
-    reference = drawn[best]
+    least, reference = runs[best].perplexity[corpus]["recovered"], runs[best].resampled.get(corpus)
     rows = []
-    for name, value, mine in zip(names, values, drawn, strict=True):
-        if name == names[best]:
-            continue
-        pair = None
+    for name, run in zip(names, runs, strict=True):
+        mine, pair = run.resampled.get(corpus), None
         if reference is not None and mine is not None:
             pair = interval(mine["recovered"] / reference["recovered"])
         between = text.DASH if pair is None else f"{pair[0]:.3f} {text.DASH} {pair[1]:.3f}"
-        rows.append((name, f"{value / values[best]:.3f}", between))
-    return Table(
-        f"{corpus}: recovered perplexity, the same windows drawn for all",
-        ["Run", f"Times that of {names[best]}", "95 % interval"],
-        rows,
-    )
+        rows.append((name, f"{run.perplexity[corpus]['recovered'] / least:.3f}", between))
+    del rows[best]
+    return names[best], rows
 
 
 def _differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:

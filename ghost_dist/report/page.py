@@ -1,11 +1,12 @@
 """``report.html``: one file that opens anywhere, of one run or of several side by side.
 
-The templates say what is on it; ``figures`` and ``tables`` make what they draw and tabulate.
+The templates say what is on it and hold its tables; ``figures`` makes the charts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ghost_dist import __version__
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation import task_rows
-from ghost_dist.report import bars, figures, plot, tables, text
+from ghost_dist.report import bars, figures, plot, text
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord, read_run
@@ -104,13 +105,9 @@ def _filled(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (
-        *(text.count, text.duration, text.interval, text.join_words, text.layers, text.nbytes),
-        *(text.number, text.percent, text.perplexity, text.span, text.spans),
-    ):
-        pages.filters[function.__name__] = function
+    pages.filters |= {name: words for name, words in vars(text).items() if isfunction(words)}
     pages.filters["tenths"] = "{:.1f}".format
-    for module in (bars, figures, plot, tables, task_rows):
+    for module in (bars, figures, plot, task_rows):
         pages.globals[module.__name__.rpartition(".")[2]] = module
     pages.globals |= {"version": __version__, "zip": zip}
     # Sections add their headings while they are written; the navigation is made of these.

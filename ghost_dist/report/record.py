@@ -151,9 +151,9 @@ class RunRecord:
 
     @property
     def r2_channels(self) -> list[tuple[list[int], list[float]]]:
-        """Span and held-out R2 of every channel that varies; as the fits are of."""
+        """Span and held-out R2 of every channel that varies, sorted; as the fits are of."""
         rows = self.stages["solve"].get("r2_channels", []) if self._solve_is_current else []
-        return [(row["span"], [r2 for r2 in row["r2"] if r2 is not None]) for row in rows]
+        return [(row["span"], sorted(r2 for r2 in row["r2"] if r2 is not None)) for row in rows]
 
     @property
     def operator_files(self) -> dict[str, tuple[Path, str]]:

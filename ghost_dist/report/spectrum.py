@@ -40,6 +40,11 @@ class Spectrum:
         total = float(squares.sum())
         return int((squares.cumsum(0) < 0.9 * total).sum()) + 1 if total > 0 else 0
 
+    @property
+    def rank_in_words(self) -> str:
+        """Of how many."""
+        return f"{self.effective_rank} of {len(self.singular_values)}"
+
 
 def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
     """Spectrum of a matrix; at most its first ``rank`` singular values."""

@@ -14,10 +14,9 @@ from rich.text import Text
 
 from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.evaluation.task_rows import task_rows
-from ghost_dist.report import charts, text, verdict
+from ghost_dist.report import terminal_charts, text, verdict
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import VARIANTS, read_run
-from ghost_dist.report.tables import candidate_name
 
 
 def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
@@ -87,7 +86,7 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]], console: Console)
     """What was tried, and how far each is from the dense model on held-out windows."""
     table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
     for row in candidates:
-        name = candidate_name(row)
+        name = text.candidate(row)
         table.add_row(
             f"[bold]{name} *" if row["chosen"] else name,
             row["row_weights"],
@@ -110,7 +109,11 @@ def print_run(path: Path, console: Console | None = None) -> None:
     run = read_run(path)
     if run.result is not None:
         print_result(run.result, path, console)
-    for chart in (charts.perplexity_bars, charts.recoverability, charts.ridge_curves):
+    for chart in (
+        terminal_charts.perplexity_bars,
+        terminal_charts.recoverability,
+        terminal_charts.ridge_curves,
+    ):
         if (drawn := chart(run)) is not None:
             console.print(drawn)
     for remark in remarks(run):

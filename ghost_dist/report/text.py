@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -65,6 +66,12 @@ def duration(seconds: float) -> str:
     if minutes < 100:
         return f"{minutes}{NARROW}min"
     return f"{minutes // 60}{NARROW}h {minutes % 60:02d}{NARROW}min"
+
+
+def candidate(row: Mapping[str, Any]) -> str:
+    """Operator, and what it regresses on where that is not the stream alone."""
+    features = "" if row["features"] == "stream" else f", {row['features']}"
+    return f"{row['operator']}{features}"
 
 
 def span(pair: Sequence[int]) -> str:
