@@ -1,4 +1,4 @@
-"""The driver's loop: leases ranges to replicas, commits what they wrote, replaces what is lost.
+"""The driver's part of filling a store: leases ranges to replicas and commits what they wrote.
 
 The driver touches no tensor and decides alone. It needs no state of its own to be restarted: what
 is committed is in the store, and Ray ends the actors of a driver that died.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import ray
 
 from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.messages import Work
-from ghost_dist.cluster.pool import POLL_S, Pool
-from ghost_dist.cluster.ranges import Lease, RangeQueue
-from ghost_dist.cluster.replica import Replica, ReplicaLost
+from ghost_dist.cluster.pool import Pool
+from ghost_dist.cluster.replica import Replica
 from ghost_dist.pipeline.collectors import Collectors
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.timing import RangeTimes
@@ -28,13 +29,6 @@ class CollectOnCluster:
     """Fills stores on the replicas of a cluster; the ``Collect`` of a run.
 
     Replicas stay between stages that need the same layers or fewer, until :meth:`release`.
-
-    Parameters
-    ----------
-    inputs, reporter
-        Of the run.
-    pool
-        Its replicas.
     """
 
     def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
@@ -82,7 +76,7 @@ class CollectOnCluster:
                 config.operator.folds if keep else None,
             )
         )
-        queue = RangeQueue(missing)
+        queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)
 
         def tokens_of(range_id: int) -> int:
             return len(store.plan.ranges[range_id]) * tokens.window_length
@@ -90,25 +84,15 @@ class CollectOnCluster:
         committed = int(tokens.tokens.size) - sum(map(tokens_of, missing))
         with self._reporter.stage(stage, int(tokens.tokens.size), "tokens", committed) as advance:
             progress = _Progress(committed, advance, tokens_of)
-            while not queue.done:
-                # More replicas than ranges to run would have nothing to do.
-                self._pool.grow(queue.num_pending + len(queue.leases), self._num_layers)
-                for replica in list(self._pool.replicas.values()):
-                    self._step(replica, queue, store, work_id, work, stage, progress, keep)
-                progress.show(self._pool.replicas.values(), queue)
-                self._pool.metrics.show(queue, self._pool.replicas.values(), progress.committed)
-                refs = [ref for replica in self._pool.replicas.values() for ref in replica.refs]
-                if refs:
-                    ray.wait(refs, timeout=POLL_S)
-                else:
-                    time.sleep(POLL_S)
-        self._drop_stragglers()
-
-    def _drop_stragglers(self) -> None:
-        """Close replicas that still run a range which another has committed.
-
-        They would write into a store that the next stage may have removed.
-        """
+            filling = _Filling(store, stage, queue, progress, work_id, work, keep)
+            self._pool.work_off(
+                queue,
+                lambda replica: self._step(replica, filling),
+                num_layers=self._num_layers,
+                show=lambda: progress.show(self._pool.replicas.values(), queue),
+            )
+        # Those that still run a range which another has committed would write into a store that
+        # the next stage may have removed.
         for replica in list(self._pool.replicas.values()):
             if replica.under_way:
                 self._pool.drop(replica)
@@ -118,37 +102,21 @@ class CollectOnCluster:
         self._pool.release()
         self._num_layers = 0
 
-    def _step(
-        self,
-        replica: Replica,
-        queue: RangeQueue,
-        store: StatisticsStore,
-        work_id: str,
-        work: object,
-        stage: str,
-        progress: _Progress,
-        keep: bool,
-    ) -> None:
+    def _step(self, replica: Replica, filling: _Filling) -> None:
         """Take what a replica has finished, and give it something to do."""
-        now, event = time.monotonic(), self._reporter.event
-        try:
-            written = self._pool.poll(replica)
-        except ReplicaLost as lost:
-            self._pool.lose(replica, lost)
-            queue.lost(replica.number)
-            return
+        written, now = self._pool.poll(replica), time.monotonic()
         if written is not None:
-            won = self._commit(replica, queue, store, *written, stage, progress)
-            if keep:
+            won = self._commit(replica, filling, *written)
+            if filling.keep:
                 replica.settle(written[0], committed=won)
         if replica.state == "idle":
-            lease = queue.lease(replica.number, now)
+            lease = filling.queue.lease(Worker(replica.number), now)
             if lease is not None:
-                replica.run(work_id, work, lease, now)
-                event(
+                replica.run(filling.work_id, filling.work, lease, now)
+                self._reporter.event(
                     "range-leased",
-                    stage=stage,
-                    range=lease.range_id,
+                    stage=filling.stage,
+                    range=lease.item,
                     attempt=lease.attempt,
                     replica=replica.number,
                 )
@@ -156,28 +124,26 @@ class CollectOnCluster:
     def _commit(
         self,
         replica: Replica,
-        queue: RangeQueue,
-        store: StatisticsStore,
-        lease: Lease,
+        filling: _Filling,
+        lease: Lease[int],
         blocks: list[WrittenBlock],
         times: list[RangeTimes],
-        stage: str,
-        progress: _Progress,
     ) -> bool:
         """Whether the attempt counts from now on."""
+        store, queue = filling.store, filling.queue
         if lease not in queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
-            store.discard_attempt(lease.range_id, lease.attempt)
+            store.discard_attempt(lease.item, lease.attempt)
             return False
         now = time.monotonic()
-        won = store.commit_attempt(lease.range_id, lease.attempt, blocks)
-        queue.committed(lease, now)
+        won = store.commit_attempt(lease.item, lease.attempt, blocks)
+        queue.finished(lease, now)
         self._pool.progressed()
-        progress.committed += len(store.plan.ranges[lease.range_id]) * store.plan.window_length
+        filling.progress.committed += len(store.plan.ranges[lease.item]) * store.plan.window_length
         self._reporter.event(
             "range-committed",
-            stage=stage,
-            range=lease.range_id,
+            stage=filling.stage,
+            range=lease.item,
             attempt=lease.attempt,
             replica=replica.number,
             seconds=round(now - lease.since, 3),
@@ -187,6 +153,18 @@ class CollectOnCluster:
         return won
 
 
+class _Filling(NamedTuple):
+    """A store that is being filled, and what for."""
+
+    store: StatisticsStore
+    stage: str
+    queue: LeaseQueue[int]
+    progress: _Progress
+    work_id: str
+    work: object
+    keep: bool
+
+
 class _Progress:
     """Tokens that count and tokens under way, as one number that a person sees."""
 
@@ -194,16 +172,17 @@ class _Progress:
         self.committed = self._shown = committed
         self._advance, self._tokens_of = advance, tokens_of
 
-    def show(self, replicas: Iterable[Replica], queue: RangeQueue) -> None:
+    def show(self, replicas: Iterable[Replica], queue: LeaseQueue[int]) -> int:
         """Tell what has changed; what a lost replica had not committed is taken back."""
         running = {lease.attempt for lease in queue.leases}
         best: dict[int, int] = {}
         for replica in replicas:
             for lease, tokens in replica.under_way:
                 if lease.attempt in running:
-                    of_range = self._tokens_of(lease.range_id) if tokens is None else tokens
-                    best[lease.range_id] = max(best.get(lease.range_id, 0), of_range)
+                    of_range = self._tokens_of(lease.item) if tokens is None else tokens
+                    best[lease.item] = max(best.get(lease.item, 0), of_range)
         now = self.committed + sum(best.values())
         if now != self._shown:
             self._advance(now - self._shown)
             self._shown = now
+        return self.committed

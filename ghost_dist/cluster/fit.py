@@ -10,17 +10,13 @@ always fits itself, unless the sums are all-reduced.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
-import ray
-
-from ghost_dist.cluster.messages import FitWork
-from ghost_dist.cluster.outcomes import receive
-from ghost_dist.cluster.pool import POLL_S, Pool
+from ghost_dist.cluster.leases import Holders, Lease, LeaseQueue, Worker
+from ghost_dist.cluster.messages import FitWork, receive
+from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.reduce import LiveReduction
-from ghost_dist.cluster.replica import Replica, ReplicaLost
-from ghost_dist.cluster.spans import Seat, SpanQueue
+from ghost_dist.cluster.replica import Replica
 from ghost_dist.pipeline.candidates import stored_keys
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome
 from ghost_dist.pipeline.inputs import RunInputs
@@ -32,21 +28,16 @@ from ghost_dist.statistics.store import StatisticsStore
 class FitOnCluster:
     """Fits on the ranks of a pool of replicas, or here; the ``FitSpans`` of a run.
 
-    Parameters
-    ----------
-    inputs, reporter
-        Of the run.
-    pool
-        Its replicas; those that have run windows drop their model, and lost ones are replaced by
-        ones that never load it.
+    Replicas that have run windows drop their model, and lost ones are replaced by ones that never
+    load it.
     """
 
     def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
         self._inputs, self._reporter, self._pool = inputs, reporter, pool
         folds = inputs.config.operator.folds
         self._here = FitHere(inputs.source, inputs.architecture, folds, inputs.device)
-        self._holders: dict[Span, Seat] = {}
-        self._given: set[Span] = set()
+        self._holders: Holders[Span] = Holders()
+        """Ranks that have the sums of a span."""
         self._reduced = False
 
     def __call__(
@@ -84,8 +75,7 @@ class FitOnCluster:
                 if names and names not in of_span_keys:
                     of_span_keys.append(names)
             reduction = LiveReduction(self._pool, self._reporter)
-            self._holders |= reduction.run(store, work, keys)
-            self._given = set(self._holders)
+            self._holders.give(reduction.run(store, work, keys))
         outcomes: dict[int, Outcome] = {}
 
         def take(span: Span, found: Sequence[Outcome]) -> None:
@@ -118,46 +108,38 @@ class FitOnCluster:
         by_span: dict[Span, list[FitJob]],
         take: Callable[[Span, Sequence[Outcome]], None],
     ) -> None:
-        queue = SpanQueue(by_span, self._holders, self._given)
-        ranks = self._pool.shape.ranks
-        while not queue.done:
-            left = queue.num_pending + queue.num_leased
-            self._pool.grow(-(-left // ranks), num_layers=0)
-            for replica in list(self._pool.replicas.values()):
-                try:
-                    self._step(replica, queue, work, by_span, take)
-                except ReplicaLost as lost:
-                    queue.lost(replica.number)
-                    self._pool.lose(replica, lost)
-            self._pool.metrics.show_spans(queue, self._pool.replicas.values())
-            refs = [ref for replica in self._pool.replicas.values() for ref in replica.refs]
-            if refs and not queue.done:
-                ray.wait(refs, timeout=POLL_S)
-            elif not queue.done:
-                time.sleep(POLL_S)
+        queue = LeaseQueue(by_span, self._holders, twice=False)
+        leases: dict[Worker, Lease[Span]] = {}
 
-    def _step(
-        self,
-        replica: Replica,
-        queue: SpanQueue,
-        work: FitWork,
-        by_span: dict[Span, list[FitJob]],
-        take: Callable[[Span, Sequence[Outcome]], None],
-    ) -> None:
-        """Take what a replica's ranks have fitted, and give them something to do."""
-        self._pool.poll(replica)
-        for rank, _, sent in replica.answers():
-            span = queue.finished(Seat(replica.number, rank))
-            self._pool.progressed()
-            self._reporter.event(
-                "span-fitted", span=str(span), fits=len(sent), replica=replica.number, rank=rank
-            )
-            take(span, [receive(outcome) for outcome in sent])
-        for rank in replica.free_ranks:
-            leased = queue.lease(Seat(replica.number, rank))
-            if leased is not None:
-                task = uuid.uuid4().hex
-                replica.ask(rank, "fit", task, work, by_span[leased], now=time.monotonic())
+        def step(replica: Replica) -> None:
+            """Take what a replica's ranks have fitted, and give them something to do."""
+            self._pool.poll(replica)
+            now = time.monotonic()
+            for rank, _, sent in replica.answers():
+                lease = leases.pop(Worker(replica.number, rank))
+                queue.finished(lease, now)
+                self._pool.progressed()
                 self._reporter.event(
-                    "span-leased", span=str(leased), replica=replica.number, rank=rank
+                    "span-fitted",
+                    span=str(lease.item),
+                    fits=len(sent),
+                    replica=replica.number,
+                    rank=rank,
                 )
+                take(lease.item, [receive(outcome) for outcome in sent])
+            for rank in replica.free_ranks:
+                worker = Worker(replica.number, rank)
+                if (found := queue.lease(worker, now)) is not None:
+                    leases[worker] = found
+                    self._holders.read(worker, found.item)
+                    replica.ask(rank, "fit", found.attempt, work, by_span[found.item], now=now)
+                    self._reporter.event(
+                        "span-leased", span=str(found.item), replica=replica.number, rank=rank
+                    )
+
+        def lost(replica: int) -> None:
+            self._holders.lost(replica)
+            for worker in [worker for worker in leases if worker.replica == replica]:
+                del leases[worker]
+
+        self._pool.work_off(queue, step, num_layers=0, ranks=self._pool.shape.ranks, lost=lost)

@@ -1,4 +1,4 @@
-"""What the driver and the ranks of replicas tell each other: plain values."""
+"""What the driver and the ranks of replicas tell each other: plain values and NumPy arrays."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ghost_dist import __version__
 from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.engines.tensor_parallel import Backend
 from ghost_dist.pipeline.collectors import Collectors
+from ghost_dist.pipeline.fitting import Fitted, Outcome
+from ghost_dist.solver.least_squares import Fit
 
 COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
 """Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
@@ -82,18 +86,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading took.
-
-    Attributes
-    ----------
-    parameter_bytes
-        Of this rank.
-    conformance
-        Largest relative difference of the small random model, sharded against unsharded.
-    """
+    """What a rank has loaded."""
 
     parameter_bytes: int
     conformance: float | None
+    """Largest relative difference of the small random model, sharded against unsharded."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,34 @@ class Beat:
 
     attempt: str
     done: int
+
+
+@dataclass(frozen=True)
+class SentOutcome:
+    """A repair, its fit and the folds of it, or the error."""
+
+    parts: dict[str, np.ndarray[Any, np.dtype[Any]]]
+    norm_eps: float
+    fit: Fit | None
+    folds: frozenset[int]
+    error: Any = None
+
+
+def send(outcome: Outcome) -> SentOutcome:
+    """As it travels; the repair is on the CPU."""
+    if isinstance(outcome, Exception):
+        return SentOutcome({}, 0.0, None, frozenset(), outcome)
+    parts = {name: part.numpy() for name, part in outcome.repair.parts().items()}
+    return SentOutcome(parts, outcome.repair.norm_eps, outcome.fit, outcome.folds)
+
+
+def receive(sent: SentOutcome) -> Outcome:
+    """Inverse of :func:`send`: the same bits and strides, in memory of this process."""
+    if sent.error is not None:
+        error: Outcome = sent.error
+        return error
+    parts = {name: torch.from_numpy(part.copy(order="K")) for name, part in sent.parts.items()}
+    return Fitted(Repair.from_parts(parts, sent.norm_eps), sent.fit, sent.folds)
 
 
 def versions() -> dict[str, str]:

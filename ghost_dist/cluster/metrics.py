@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Collection
+from typing import Any, get_args
 
 from ray.util.metrics import Counter, Gauge
 
 from ghost_dist.cluster.failures import Failure
-from ghost_dist.cluster.ranges import RangeQueue
+from ghost_dist.cluster.leases import LeaseQueue
 from ghost_dist.cluster.replica import Replica, State
-from ghost_dist.cluster.spans import SpanQueue
 
 EVERY_S = 2.0
 
@@ -38,40 +37,28 @@ class Metrics:
         )
         self._shown = 0.0
 
-    def show(self, queue: RangeQueue, replicas: Iterable[Replica], committed: int) -> None:
-        """Set the gauges, every EVERY_S seconds at most."""
+    def show(
+        self, queue: LeaseQueue[Any], replicas: Collection[Replica], committed: int | None
+    ) -> None:
+        """Set the gauges, every EVERY_S seconds at most; of spans where no tokens are given."""
         now = time.monotonic()
         if now - self._shown < EVERY_S:
             return
         self._shown = now
-        replicas = list(replicas)
-        self._show_states(replicas)
+        states = dict.fromkeys(get_args(State), 0)
         for replica in replicas:
+            states[replica.state] += 1
             for lease, tokens in replica.under_way:
                 if tokens is not None:
                     rate = tokens / max(now - lease.since, 1e-9)
                     self._rate.set(rate, {"replica": str(replica.number)})
-        leased = {lease.range_id for lease in queue.leases}
-        self._ranges.set(queue.num_pending, {"state": "pending"})
-        self._ranges.set(len(leased), {"state": "leased"})
-        self._tokens.set(committed)
-
-    def show_spans(self, queue: SpanQueue, replicas: Iterable[Replica]) -> None:
-        """The same while spans are fitted."""
-        now = time.monotonic()
-        if now - self._shown < EVERY_S:
-            return
-        self._shown = now
-        self._show_states(replicas)
-        self._spans.set(queue.num_pending, {"state": "pending"})
-        self._spans.set(queue.num_leased, {"state": "leased"})
-
-    def _show_states(self, replicas: Iterable[Replica]) -> None:
-        states = dict.fromkeys(get_args(State), 0)
-        for replica in replicas:
-            states[replica.state] += 1
         for state, count in states.items():
             self._replicas.set(count, {"state": state})
+        items = self._spans if committed is None else self._ranges
+        items.set(queue.num_pending, {"state": "pending"})
+        items.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
+        if committed is not None:
+            self._tokens.set(committed)
 
     def lost(self, failure: Failure) -> None:
         """Count a lost replica."""

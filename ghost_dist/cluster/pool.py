@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ray
 
 from ghost_dist.cluster.failures import Failure, decide
+from ghost_dist.cluster.leases import Lease, LeaseQueue
 from ghost_dist.cluster.messages import EngineSpec
 from ghost_dist.cluster.metrics import Metrics
 from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
-from ghost_dist.cluster.ranges import Lease
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.errors import ClusterError
 from ghost_dist.pipeline.inputs import RunInputs
@@ -19,6 +22,7 @@ from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import WrittenBlock
 
+Written = tuple[Lease[int], list[WrittenBlock], list[RangeTimes]]
 POLL_S = 0.5
 """Longest that the driver sleeps while nothing comes back."""
 LOOK_FOR_ROOM_S = 5.0
@@ -70,11 +74,65 @@ class Pool:
         for replica in self.replicas.values():
             replica.wake(time.monotonic())
 
+    def work_off(
+        self,
+        queue: LeaseQueue[Any],
+        step: Callable[[Replica], None],
+        *,
+        num_layers: int,
+        ranks: int = 1,
+        show: Callable[[], int | None] = lambda: None,
+        lost: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """The driver's loop: take what replicas have finished, give them more, until all is done.
+
+        Parameters
+        ----------
+        queue
+            Whose items are to be done; what a lost replica had goes back to it.
+        step
+            Looks at one replica and gives it something to do.
+        num_layers
+            That new replicas load.
+        ranks
+            Items that a replica does at a time.
+        show
+            Tells what is done; tokens that count, for the metrics, or None while spans are fitted.
+        lost
+            Told the number of a lost replica.
+
+        Raises
+        ------
+        ClusterError
+            If replicas are lost too often, or none can be placed.
+        """
+        while not queue.done:
+            # More replicas than there is to do would be idle.
+            self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks), num_layers)
+            for replica in list(self.replicas.values()):
+                try:
+                    step(replica)
+                except ReplicaLost as error:
+                    queue.lost(replica.number)
+                    lost(replica.number)
+                    self.lose(replica, error)
+            self.metrics.show(queue, self.replicas.values(), show())
+            if not queue.done:
+                self.wait(self.replicas.values())
+
+    def wait(self, replicas: Iterable[Replica]) -> None:
+        """Until something comes back from one of these, or for a while."""
+        refs = [ref for replica in replicas for ref in replica.refs]
+        if refs:
+            ray.wait(refs, timeout=POLL_S)
+        else:
+            time.sleep(POLL_S)
+
     def progressed(self) -> None:
         """Something was finished: what was lost before it does not count."""
         self._failures.clear()
 
-    def poll(self, replica: Replica) -> tuple[Lease, list[WrittenBlock], list[RangeTimes]] | None:
+    def poll(self, replica: Replica) -> Written | None:
         """As :meth:`Replica.poll`; says when a replica has become ready."""
         written = replica.poll(time.monotonic())
         if (replica.ready or replica.state == "bare") and replica.number not in self._announced:

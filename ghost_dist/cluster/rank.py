@@ -30,10 +30,11 @@ from ghost_dist.cluster.messages import (
     FitWork,
     Loaded,
     Place,
+    SentOutcome,
     Work,
+    send,
     versions,
 )
-from ghost_dist.cluster.outcomes import SentOutcome, send
 from ghost_dist.cluster.running_sums import (
     RunningSums,
     Share,

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
+from ghost_dist.cluster.leases import Worker
 from ghost_dist.cluster.messages import FitWork
-from ghost_dist.cluster.pool import POLL_S, Pool
+from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.cluster.running_sums import Share
-from ghost_dist.cluster.spans import Seat
 from ghost_dist.errors import ReductionError
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -75,20 +73,14 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
 
 
 class LiveReduction:
-    """One reduction over the replicas of a pool, which hold no model any more.
-
-    Parameters
-    ----------
-    pool, reporter
-        Of the run.
-    """
+    """One reduction over the replicas of a pool, which hold no model any more."""
 
     def __init__(self, pool: Pool, reporter: Reporter) -> None:
         self._pool, self._reporter = pool, reporter
 
     def run(
         self, store: StatisticsStore, work: FitWork, keys: dict[Span, list[tuple[str, ...]]]
-    ) -> dict[Span, Seat]:
+    ) -> dict[Span, Worker]:
         """Reduce, and say which rank has been given the sums of which span.
 
         Nobody, if the reduction broke off: then the replicas that took part are closed.
@@ -119,8 +111,8 @@ class LiveReduction:
         parts = divide(committed, {replica.number: replica.live for replica in replicas})
         members = [replica for replica in replicas if replica.number in parts]
         # Spans go round the replicas first, so that few spans are spread over the nodes.
-        seats = [Seat(replica.number, rank) for rank in range(ranks) for replica in members]
-        holders = {span: seats[i % len(seats)] for i, span in enumerate(keys)}
+        workers = [Worker(replica.number, rank) for rank in range(ranks) for replica in members]
+        holders = {span: workers[i % len(workers)] for i, span in enumerate(keys)}
         try:
             self._reduce(members, parts, work, keys, holders)
         except _Broken as broken:
@@ -151,7 +143,7 @@ class LiveReduction:
             placed = [replica for replica in replicas if replica.state != "placing"]
             if placed and all(r.state == "bare" and r.settled for r in placed):
                 return placed
-            _wait(replicas)
+            self._pool.wait(replicas)
 
     def _reduce(
         self,
@@ -159,7 +151,7 @@ class LiveReduction:
         parts: dict[int, Part],
         work: FitWork,
         keys: dict[Span, list[tuple[str, ...]]],
-        holders: dict[Span, Seat],
+        holders: dict[Span, Worker],
     ) -> None:
         first, port = members[0], 0
         if len(members) > 1:
@@ -175,9 +167,9 @@ class LiveReduction:
                 index=index,
                 count=len(members),
                 gather=tuple(
-                    (of_span, seat.rank)
-                    for span, seat in holders.items()
-                    if seat.replica == replica.number
+                    (of_span, worker.rank)
+                    for span, worker in holders.items()
+                    if worker.replica == replica.number
                     for of_span in keys[span]
                 ),
             )
@@ -200,7 +192,7 @@ class LiveReduction:
                     raise _Broken(replica, lost) from lost
             if len(found) == number:
                 return found
-            _wait(replicas)
+            self._pool.wait(replicas)
 
     def _break_off(self, members: Sequence[Replica], broken: _Broken) -> None:
         lost = broken.lost
@@ -219,11 +211,3 @@ class _Broken(Exception):  # noqa: N818 - an event: the reduction is given up
     def __init__(self, replica: Replica, lost: ReplicaLost) -> None:
         super().__init__(lost.detail)
         self.replica, self.lost = replica, lost
-
-
-def _wait(replicas: Sequence[Replica]) -> None:
-    refs = [ref for replica in replicas for ref in replica.refs]
-    if refs:
-        ray.wait(refs, timeout=POLL_S)
-    else:
-        time.sleep(POLL_S)

@@ -18,9 +18,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.failures import Failure
+from ghost_dist.cluster.leases import Lease
 from ghost_dist.cluster.messages import Beat, EngineSpec, Loaded, Place, versions
 from ghost_dist.cluster.placement import Shape
-from ghost_dist.cluster.ranges import Lease
 from ghost_dist.cluster.rank import remote_rank
 from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError, GhostDistError
@@ -80,9 +80,9 @@ class Replica:
         self.state: State = "placing"
         self.live: dict[int, str] = {}
         """Committed attempt of each range that its ranks have in their running sums."""
-        self._running: Lease | None = None
+        self._running: Lease[int] | None = None
         self._times: list[RangeTimes] = []
-        self._writing: tuple[Lease, list[RangeTimes]] | None = None
+        self._writing: tuple[Lease[int], list[RangeTimes]] | None = None
         self._writes: list[Any] = []
         self._settling: list[Any] = []
         self._tasks: dict[int, _Task] = {}
@@ -120,16 +120,16 @@ class Replica:
         return [*self._refs, *self._writes, *self._settling, *tasks]
 
     @property
-    def under_way(self) -> list[tuple[Lease, int | None]]:
+    def under_way(self) -> list[tuple[Lease[int], int | None]]:
         """Leases that are not handed back, with the tokens run so far; None: all of them."""
-        found: list[tuple[Lease, int | None]] = []
+        found: list[tuple[Lease[int], int | None]] = []
         if self._writing is not None:
             found.append((self._writing[0], None))
         if self._running is not None:
             found.append((self._running, self.tokens if self.state == "busy" else None))
         return found
 
-    def poll(self, now: float) -> tuple[Lease, list[WrittenBlock], list[RangeTimes]] | None:
+    def poll(self, now: float) -> tuple[Lease[int], list[WrittenBlock], list[RangeTimes]] | None:
         """See what has come back; a lease, its blocks and times once all ranks have written theirs.
 
         Raises
@@ -166,18 +166,16 @@ class Replica:
         if self.state == "full" and self._writing is None:
             lease = self._running
             assert lease is not None
-            self._writes = [
-                rank.write.remote(lease.range_id, lease.attempt) for rank in self._ranks
-            ]
+            self._writes = [rank.write.remote(lease.item, lease.attempt) for rank in self._ranks]
             self._running, self._writing, self.state = None, (lease, self._times), "idle"
         return written
 
-    def settle(self, lease: Lease, *, committed: bool) -> None:
+    def settle(self, lease: Lease[int], *, committed: bool) -> None:
         """Tell the ranks whether an attempt that they have written is to be in their sums."""
         if committed:
-            self.live[lease.range_id] = lease.attempt
+            self.live[lease.item] = lease.attempt
         self._settling += [
-            rank.settle.remote(lease.range_id, lease.attempt, committed) for rank in self._ranks
+            rank.settle.remote(lease.item, lease.attempt, committed) for rank in self._ranks
         ]
 
     def wake(self, now: float) -> None:
@@ -215,12 +213,12 @@ class Replica:
                 found.append((number, task.name, result))
         return found
 
-    def run(self, work_id: str, work: Any, lease: Lease, now: float) -> None:
+    def run(self, work_id: str, work: Any, lease: Lease[int], now: float) -> None:
         """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`."""
         assert self.state == "idle"
         self._running, self.state, self.tokens, self._moved = lease, "busy", 0, now
         self._refs = [
-            rank.run.remote(work_id, work, lease.range_id, lease.attempt) for rank in self._ranks
+            rank.run.remote(work_id, work, lease.item, lease.attempt) for rank in self._ranks
         ]
 
     def _all_of(self, refs: Sequence[Any]) -> list[Any] | None:

@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.recover import recover_on_cluster
-from ghost_dist.cluster.spans import Seat, SpanQueue
 from ghost_dist.errors import ClusterError, SingularGramError
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 
 SPANS = [[1, 3], [4, 5], [6, 7]]
@@ -178,47 +176,13 @@ def test_what_cannot_be_fitted_is_the_same_error(make, make_config, cluster, tmp
     assert clean, left
 
 
-def test_spans_stay_where_their_sums_are():
-    spans = [Span(i, i + 1) for i in range(4)]
-    a, b = Seat(0, 0), Seat(0, 1)
-    holders = {}
-    queue = SpanQueue(spans[:3], holders, set())
-    assert (queue.lease(a), queue.lease(b)) == (spans[0], spans[1])
-    assert queue.finished(a) == spans[0]
-    assert queue.lease(a) == spans[2]
-    assert holders == {spans[1]: b, spans[2]: a}  # a has read other sums since
-    assert not queue.done
-    queue.finished(a), queue.finished(b)
-    assert queue.done
-    queue = SpanQueue(spans[:3], holders, set())
-    assert (queue.lease(b), queue.lease(a)) == (spans[1], spans[2])
-    queue.lost(0)
-    assert holders == {}
-    c = Seat(1, 0)
-    assert {queue.lease(c), queue.finished(c), queue.lease(c)} <= set(spans[:3])
-
-    given = {spans[0]: a, spans[1]: a}
-    for_good = set(given)
-    queue = SpanQueue(spans[:3], given, for_good)
-    assert queue.lease(b) == spans[2]
-    assert queue.finished(b) == spans[2]
-    assert queue.lease(b) is None  # a was given the rest
-    assert queue.lease(a) == spans[0]
-    queue.lost(1)
-    assert queue.finished(a) == spans[0]
-    assert given[spans[0]] == given[spans[1]] == a
-    queue.lost(0)
-    assert given == {}
-    assert for_good == set()
-
-
 ALL_REDUCE = {"engine__reduction": "all-reduce", "operator__name": "ghost-joint"}
 
 
 @pytest.fixture
 def one_lease_each(monkeypatch):
     """No range is run by a second replica: the sums of the slower one would not take part."""
-    monkeypatch.setattr("ghost_dist.cluster.ranges.STRAGGLER", float("inf"))
+    monkeypatch.setattr("ghost_dist.cluster.leases.STRAGGLER", float("inf"))
 
 
 @pytest.mark.usefixtures("one_lease_each")

@@ -9,58 +9,110 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ghost_dist.cluster.ranges import RangeQueue
+from ghost_dist.cluster.leases import Holders, LeaseQueue, Worker
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
 from ghost_dist.statistics.sums import ColumnBlock
 
 
+def ranges_to_run(missing):
+    return LeaseQueue(missing, twice=True)
+
+
 def test_ranges_are_handed_out_once_in_order():
-    queue = RangeQueue([3, 5, 8])
-    assert [queue.lease(replica, 0.0).range_id for replica in range(3)] == [3, 5, 8]
-    assert queue.lease(3, 0.0) is None
+    queue = ranges_to_run([3, 5, 8])
+    assert [queue.lease(Worker(replica), 0.0).item for replica in range(3)] == [3, 5, 8]
+    assert queue.lease(Worker(3), 0.0) is None
     assert not queue.done
 
 
 def test_a_lost_replica_gives_its_range_back_first():
-    queue = RangeQueue([0, 1, 2])
-    queue.lease(0, 0.0)
-    queue.lease(1, 0.0)
+    queue = ranges_to_run([0, 1, 2])
+    queue.lease(Worker(0), 0.0)
+    queue.lease(Worker(1), 0.0)
     queue.lost(0)
-    lease = queue.lease(1, 1.0)
-    assert lease.range_id == 0
+    lease = queue.lease(Worker(1), 1.0)
+    assert lease.item == 0
 
 
 def test_attempts_are_never_the_same():
-    queue = RangeQueue([0])
-    first = queue.lease(0, 0.0)
+    queue = ranges_to_run([0])
+    first = queue.lease(Worker(0), 0.0)
     queue.lost(0)
-    assert queue.lease(0, 1.0).attempt != first.attempt
+    assert queue.lease(Worker(0), 1.0).attempt != first.attempt
 
 
 def test_a_straggler_is_leased_a_second_time_and_no_more():
-    queue = RangeQueue([0, 1])
-    slow, fast = queue.lease(0, 0.0), queue.lease(1, 0.0)
-    queue.committed(fast, 1.0)
-    assert queue.lease(1, 1.5) is None  # not slow yet
-    assert queue.lease(0, 9.0) is None  # not to the one that is slow
-    second = queue.lease(1, 2.5)
-    assert second.range_id == slow.range_id
-    assert queue.lease(2, 99.0) is None
-    queue.committed(second, 3.0)
+    queue = ranges_to_run([0, 1])
+    slow, fast = queue.lease(Worker(0), 0.0), queue.lease(Worker(1), 0.0)
+    queue.finished(fast, 1.0)
+    assert queue.lease(Worker(1), 1.5) is None  # not slow yet
+    assert queue.lease(Worker(0), 9.0) is None  # not to the one that is slow
+    second = queue.lease(Worker(1), 2.5)
+    assert second.item == slow.item
+    assert queue.lease(Worker(2), 99.0) is None
+    queue.finished(second, 3.0)
     assert queue.done
     assert queue.leases == ()  # the slow attempt is of no use any more
 
 
 def test_of_two_holders_one_may_be_lost():
-    queue = RangeQueue([0, 1])
-    queue.lease(0, 0.0)
-    queue.committed(queue.lease(1, 0.0), 1.0)
-    queue.lease(1, 5.0)
+    queue = ranges_to_run([0, 1])
+    queue.lease(Worker(0), 0.0)
+    queue.finished(queue.lease(Worker(1), 0.0), 1.0)
+    queue.lease(Worker(1), 5.0)
     queue.lost(0)
     assert queue.num_pending == 0  # the other still runs it
     queue.lost(1)
     assert queue.num_pending == 1
+
+
+def test_items_stay_where_what_they_need_is():
+    a, b, c = Worker(0, 0), Worker(0, 1), Worker(1, 0)
+    holders = Holders()
+
+    def lease(worker):
+        found = queue.lease(worker, 0.0)
+        if found is not None:
+            holders.read(worker, found.item)
+        return found
+
+    queue = LeaseQueue("xyz", holders, twice=False)
+    first, second = lease(a), lease(b)
+    assert (first.item, second.item) == ("x", "y")
+    queue.finished(first, 1.0)
+    third = lease(a)
+    assert third.item == "z"
+    assert holders == {"y": b, "z": a}  # a has read something else since
+    assert lease(c) is None  # not a second time, however long it takes
+    queue.finished(second, 1.0)
+    queue.finished(third, 1.0)
+    assert queue.done
+    queue = LeaseQueue("xyz", holders, twice=False)
+    assert (lease(b).item, lease(a).item) == ("y", "z")
+    queue.lost(0)
+    holders.lost(0)
+    assert holders == {}
+    found = [lease(c)]
+    queue.finished(found[0], 1.0)
+    found.append(lease(c))
+    assert {lease.item for lease in found} <= set("xyz")
+
+    holders.lost(1)
+    holders.give({"x": a, "y": a})
+    queue = LeaseQueue("xyz", holders, twice=False)
+    found = lease(b)
+    assert found.item == "z"
+    queue.finished(found, 1.0)
+    assert lease(b) is None  # a was given the rest
+    found = lease(a)
+    assert found.item == "x"
+    queue.lost(1)
+    holders.lost(1)
+    queue.finished(found, 1.0)
+    assert holders["x"] == holders["y"] == a
+    holders.lost(0)
+    assert holders == {}
 
 
 RANGES, BLOCKS, REPLICAS, C = 5, 2, 3, 4
@@ -92,7 +144,7 @@ class Ledger(RuleBasedStateMachine):
         for range_id in self.store.damaged():
             self.store.discard(range_id)
             del self.counted[range_id]
-        self.queue = RangeQueue(self.store.missing())
+        self.queue = ranges_to_run(self.store.missing())
         self.running = {}
         self.zombies = []
 
@@ -108,7 +160,7 @@ class Ledger(RuleBasedStateMachine):
     def write(self, lease, blocks=range(BLOCKS)):
         sums = self.sums(lease.attempt, C // BLOCKS)
         return [
-            self.store.write_block(lease.range_id, lease.attempt, sums, ColumnBlock(i, BLOCKS))
+            self.store.write_block(lease.item, lease.attempt, sums, ColumnBlock(i, BLOCKS))
             for i in blocks
         ]
 
@@ -116,7 +168,7 @@ class Ledger(RuleBasedStateMachine):
     def lease(self, replica):
         self.clock += 1.0
         if replica not in self.running:
-            lease = self.queue.lease(replica, self.clock)
+            lease = self.queue.lease(Worker(replica), self.clock)
             if lease is not None:
                 self.running[replica] = lease
 
@@ -127,12 +179,12 @@ class Ledger(RuleBasedStateMachine):
         lease = self.running.pop(replica)
         written = self.write(lease)
         if lease not in self.queue.leases:
-            self.store.discard_attempt(lease.range_id, lease.attempt)
+            self.store.discard_attempt(lease.item, lease.attempt)
             return
-        assert self.store.commit_attempt(lease.range_id, lease.attempt, written)
-        self.queue.committed(lease, self.clock)
-        assert lease.range_id not in self.counted
-        self.counted[lease.range_id] = lease.attempt
+        assert self.store.commit_attempt(lease.item, lease.attempt, written)
+        self.queue.finished(lease, self.clock)
+        assert lease.item not in self.counted
+        self.counted[lease.item] = lease.attempt
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), blocks=st.integers(0, BLOCKS))
@@ -175,7 +227,7 @@ class Ledger(RuleBasedStateMachine):
     @invariant()
     def nothing_is_forgotten(self):
         if hasattr(self, "store"):
-            leased = {lease.range_id for lease in self.queue.leases}
+            leased = {lease.item for lease in self.queue.leases}
             assert self.queue.num_pending + len(leased) == len(self.store.missing())
             assert self.queue.done == (not self.store.missing())
 

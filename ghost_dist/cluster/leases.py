@@ -1,0 +1,145 @@
+"""Who does what: one queue of leases for ranges and for spans, without Ray and without a clock.
+
+A lease is one attempt at one item. A worker that is lost gives its items back. What counts is
+decided elsewhere, for ranges by the manifests of ``statistics/store.py``. Ranges are run by
+replicas; when none is left to hand out, one that takes much longer than the others is leased a
+second time, so that a slow replica delays the end by no more than one range. Spans are fitted by
+single ranks, and only by the rank that holds the sums of a span as long as it lives.
+"""
+
+from __future__ import annotations
+
+import statistics
+import uuid
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+Item = TypeVar("Item", bound=Hashable)
+
+STRAGGLER = 2.0
+"""A lease older than this many median durations is given to a second worker, if one is idle."""
+
+
+class Worker(NamedTuple):
+    """A replica as a whole, or one of its ranks."""
+
+    replica: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Lease(Generic[Item]):
+    """One attempt at one item by one worker; ``since`` in seconds of the caller's clock."""
+
+    item: Item
+    attempt: str
+    worker: Worker
+    since: float
+
+
+class Holders(dict[Item, Worker]):
+    """The worker that has what an item needs: the only one that gets it, as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: set[Item] = set()
+
+    def give(self, given: Mapping[Item, Worker]) -> None:
+        """Workers have been given what items need, for good."""
+        self.update(given)
+        self._given |= given.keys()
+
+    def read(self, worker: Worker, item: Item) -> None:
+        """A worker reads what an item needs, and has what it read before no more."""
+        if item in self._given:
+            return
+        for other in [o for o, of in self.items() if of == worker and o not in self._given]:
+            del self[other]
+        self[item] = worker
+
+    def lost(self, replica: int) -> None:
+        """A replica is gone, and what its ranks had with it."""
+        for item in [item for item, worker in self.items() if worker.replica == replica]:
+            del self[item]
+            self._given.discard(item)
+
+
+class LeaseQueue(Generic[Item]):
+    """Leases of the items that are to be done, in their order.
+
+    Parameters
+    ----------
+    items
+        To be done.
+    holders
+        The only worker that an item is leased to; the caller keeps it up to date.
+    twice
+        Whether stragglers are leased a second time.
+    """
+
+    def __init__(
+        self, items: Iterable[Item], holders: Mapping[Item, Worker] | None = None, *, twice: bool
+    ) -> None:
+        self._pending = list(items)
+        self._left = set(self._pending)
+        self._holders = {} if holders is None else holders
+        self._twice = twice
+        self._leases: dict[str, Lease[Item]] = {}
+        self._durations: list[float] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is finished."""
+        return not self._left
+
+    @property
+    def num_pending(self) -> int:
+        """Items that nobody is at."""
+        return len(self._pending)
+
+    @property
+    def leases(self) -> tuple[Lease[Item], ...]:
+        """Attempts under way at items that are not finished."""
+        return tuple(self._leases.values())
+
+    def lease(self, worker: Worker, now: float) -> Lease[Item] | None:
+        """The next item for an idle worker: one that it holds, else the first that nobody holds."""
+        own = [item for item in self._pending if self._holders.get(item) == worker]
+        free = [item for item in self._pending if item not in self._holders]
+        item = next(iter((*own, *free)), None)
+        if item is not None:
+            self._pending.remove(item)
+        elif self._twice and not self._pending:
+            item = self._straggler(worker, now)
+        if item is None:
+            return None
+        lease = Lease(item, uuid.uuid4().hex, worker, now)
+        self._leases[lease.attempt] = lease
+        return lease
+
+    def finished(self, lease: Lease[Item], now: float) -> None:
+        """The item of this lease is done; other attempts at it are of no use any more."""
+        self._durations.append(now - lease.since)
+        self._left.discard(lease.item)
+        self._leases = {a: other for a, other in self._leases.items() if other.item != lease.item}
+
+    def lost(self, replica: int) -> None:
+        """A replica is gone: its items are handed out again unless another one is at them too."""
+        for lease in self.leases:
+            if lease.worker.replica == replica:
+                del self._leases[lease.attempt]
+                if all(other.item != lease.item for other in self._leases.values()):
+                    self._pending.insert(0, lease.item)
+
+    def _straggler(self, worker: Worker, now: float) -> Item | None:
+        if not self._durations:
+            return None
+        limit = STRAGGLER * statistics.median(self._durations)
+        items = [lease.item for lease in self._leases.values()]
+        slow = [
+            lease
+            for lease in self._leases.values()
+            if items.count(lease.item) == 1 and lease.worker != worker and now - lease.since > limit
+        ]
+        return min(slow, key=lambda lease: lease.since).item if slow else None
