@@ -138,6 +138,7 @@ def serve(path):
                 for file in files:
                     os.close(file)
                 if pid == 0:
+                    os.setpgid(0, 0)  # Ray kills the whole group of a worker that has ended
                     client.close()
                     for process in running:
                         process.client.close()
@@ -203,6 +204,9 @@ def _interpret(arguments):
     while arguments[0] in ("-I", "-u"):
         isolated |= arguments[0] == "-I"
         arguments = arguments[1:]
+    if not isolated:
+        named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [path for path in named if path and path not in sys.path]
     if arguments[0] == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})

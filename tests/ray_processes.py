@@ -1,38 +1,52 @@
 """Rank processes of a test's Ray cluster as the kernel sees them, and what a run leaves behind."""
 
 import contextlib
+import shlex
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import ray
+from forked import Changed
 from ray.cluster_utils import Cluster
 
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
 @contextlib.contextmanager
-def three_nodes():
-    """A real cluster on this machine: head and two nodes of 2 CPUs each."""
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    for _ in range(2):
-        cluster.add_node(**NODE)
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+def three_nodes(forked):
+    """A real cluster on this machine: head and two nodes of 2 CPUs each.
+
+    Its workers are processes of ``forked``: a rank would import torch and deepspeed for longer than
+    it works.
+    """
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        python = Path(folder) / "python"
+        python.write_text(
+            f"""#!/bin/sh
+case $1 in
+  */default_worker.py) exec {forked.program} "$@" ;;
+  *) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
+"""
+        )
+        python.chmod(0o755)
+        patch.setattr(ray._private.services, "sys", Changed(sys, executable=str(python)))
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        cluster.forked = forked
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
-def raylet_pids(cluster):
-    return {
-        info.process.pid
-        for node in cluster.list_all_nodes()
-        for info in node.all_processes["raylet"]
-    }
-
-
-def rank_pids(raylets):
-    """Processes of ranks below these raylets, found without Ray."""
+def rank_pids(cluster):
+    """Processes of its ranks, found without Ray: children of what they were forked from."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -40,7 +54,7 @@ def rank_pids(raylets):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue
-        if name.startswith(b"ray::Rank") and parent in raylets:
+        if name.startswith(b"ray::Rank") and parent == cluster.forked.pid:
             found.append(int(folder.name))
     return sorted(found)
 
@@ -48,7 +62,7 @@ def rank_pids(raylets):
 def nothing_leaked(cluster, seconds=30.0):
     """Wait until no rank is left, and say what is."""
     deadline = time.monotonic() + seconds
-    while (left := rank_pids(raylet_pids(cluster))) and time.monotonic() < deadline:
+    while (left := rank_pids(cluster)) and time.monotonic() < deadline:
         time.sleep(0.2)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     try:

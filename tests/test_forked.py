@@ -48,6 +48,8 @@ def test_code_modules_and_exceptions(program, tmp_path):
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: __main__\n")
     assert run(program, "-c", "import sys; print(sys.argv)", "x").stdout == "['-c', 'x']\n"
+    elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert "ValueError: own" in run(program, "-c", "import own", env=elsewhere).stderr
 
 
 def test_signals_end_it(program):

@@ -1,4 +1,4 @@
-"""A real Ray cluster of three nodes on this machine."""
+"""A real Ray cluster of three nodes on this machine, the same for all files that ask for it."""
 
 import pytest
 
@@ -7,7 +7,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 from ray_processes import three_nodes
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with three_nodes() as cluster:
+@pytest.fixture(scope="package")
+def cluster(forked):
+    with three_nodes(forked) as cluster:
         yield cluster

@@ -13,7 +13,7 @@ import signal
 from collections import Counter
 
 import pytest
-from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
+from ray_processes import NODE, nothing_leaked, rank_pids
 
 from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
@@ -97,7 +97,7 @@ class Chaos:
 
     def hit(self, kind, driver):
         """Inject a fault; False if there was nothing to hit."""
-        ranks = rank_pids(raylet_pids(self.cluster))
+        ranks = rank_pids(self.cluster)
         if kind == "driver":
             os.kill(driver.pid, signal.SIGKILL)
             driver.join()

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from live_sums import use_rank, waiting
-from ray_processes import NODE, nothing_leaked, rank_pids, raylet_pids
+from ray_processes import NODE, nothing_leaked, rank_pids
 from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
@@ -293,7 +293,7 @@ def test_other_versions_on_a_node_are_named(make_config, cluster, monkeypatch):
 def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_path, monkeypatch):
     class Dying(replica_module.Replica):
         def _join(self, *arguments):
-            os.kill(self.places[0].pid if self.places else rank_pids(raylet_pids(cluster))[0], 9)
+            os.kill(self.places[0].pid if self.places else rank_pids(cluster)[0], 9)
             super()._join(*arguments)
 
     monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Dying)

@@ -112,13 +112,16 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
 
 
 def same_numbers(run, expected):
-    """Sums in blocks of columns are products of other shapes: equal up to float64 rounding."""
+    """Batches and blocks of columns of other shapes: equal up to the rounding of float32 products,
+    which differs by processor, times what the solve makes of it. An expert too few is 1e-2.
+    """
     found = sorted((run / "operators").glob("*.safetensors"))
     assert [path.name for path in found] == sorted(n for n in expected if "safetensors" in n)
     for path in found:
         theirs = load(expected[path.name])
         for name, tensor in load_file(path).items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+            apart = torch.linalg.vector_norm(tensor.double() - theirs[name].double())
+            assert apart <= 1e-4 * torch.linalg.vector_norm(theirs[name].double()), name
 
 
 def test_ranks_that_share_the_windows_and_the_reading(make, alone, cluster, tmp_path, monkeypatch):

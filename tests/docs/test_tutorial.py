@@ -20,7 +20,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def checkout(tmp_path_factory, forked):
     """A checkout with an environment that is installed."""
     folder = tmp_path_factory.mktemp("tutorial") / "ghost_dist"
     for name in ("launch", "configs"):
@@ -32,7 +32,7 @@ def checkout(tmp_path_factory):
     programs.mkdir(parents=True)
     for name, command in {
         "python": f'exec {sys.executable} "$@"',
-        "ghost-dist": f'exec {sys.executable} -m ghost_dist "$@"',
+        "ghost-dist": f'exec {forked.program} -m ghost_dist "$@"',
         "activate": f'export PATH="{programs}:$PATH" PYTHONPATH="{folder}"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n")

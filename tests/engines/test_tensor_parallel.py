@@ -7,7 +7,6 @@ ranks reported.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -94,7 +93,7 @@ def spoil_second_rank(tensors):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, forked):
     """What both ranks reported, by run."""
     folder = tmp_path_factory.mktemp("world")
     for family in FAMILIES:
@@ -131,7 +130,7 @@ def ranks(tmp_path_factory):
     processes = []
     for rank in range(DEGREE):
         with (folder / f"rank{rank}.log").open("w") as log:
-            arguments = [sys.executable, str(script), str(folder), str(rank), str(DEGREE)]
+            arguments = [forked.program, str(script), str(folder), str(rank), str(DEGREE)]
             processes.append(
                 subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )

@@ -15,8 +15,8 @@ from ghost_dist.statistics.store import StatisticsStore
 
 
 @pytest.fixture
-def cluster():
-    with three_nodes() as cluster:
+def cluster(forked):
+    with three_nodes(forked) as cluster:
         yield cluster
 
 
