@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ghost_dist.spans import Span
-
 
 @dataclass(frozen=True)
 class Repair:
@@ -109,25 +107,3 @@ def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
     if repair.bias_C is not None:
         y_TC = y_TC + repair.bias_C
     return y_TC
-
-
-def down_projections(
-    operators: Mapping[Span, Repair], healed: Mapping[int, Tensor] | None = None
-) -> dict[int, Tensor]:
-    """New down_proj weights (F, C) by layer of the uncut model, of operators and of healing."""
-    of_operators = {
-        span.start - 1: repair.down_FC
-        for span, repair in operators.items()
-        if repair.down_FC is not None
-    }
-    return {**of_operators, **(healed or {})}
-
-
-def acting(operators: Mapping[Span, Repair]) -> dict[Span, Repair]:
-    """Those that do something at their boundary."""
-    return {span: repair for span, repair in operators.items() if repair.boundary_parts()}
-
-
-def keeps_float32(operators: Mapping[Span, Repair]) -> bool:
-    """Whether the operators stay in float32 in a model of another dtype: if one is given so."""
-    return any(repair.dtype == torch.float32 for repair in operators.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
 from ghost_dist.checkpoint.layer_fields import descriptions
-from ghost_dist.checkpoint.repair import Repair, apply_repair, down_projections
+from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
@@ -60,54 +61,42 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
 
 
 def insert_operators(
-    model: Any,
-    architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
-    healed: Mapping[int, Tensor] | None = None,
+    model: Any, architecture: Architecture, variant: Variant
 ) -> Callable[[], None]:
     """Let each operator act on the stream entering its boundary of a cut causal LM.
 
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
-    computed in the dtype of the model. New down_proj weights take the model's dtype: those of
-    operators, and ``healed`` (F, C) by layer of the uncut model. Returns what takes everything out.
+    computed in the dtype of the model. New down_proj weights take the model's dtype. Returns what
+    takes everything out again.
     """
     layers = model.get_submodule(architecture.layers)
+    spans = variant.spans
     kept = kept_layers(spans, len(layers) + sum(map(len, spans)))
     positions = operator_positions(spans)
     return _install(
         model,
         architecture,
-        {positions[span]: repair for span, repair in operators.items()},
-        {kept.index(layer): down for layer, down in down_projections(operators, healed).items()},
+        {positions[span]: repair for span, repair in variant.at_boundary.items()},
+        {kept.index(layer): down_FC for layer, down_FC in variant.downs.items()},
     )
 
 
 @contextlib.contextmanager
-def as_recovered(
-    model: Any,
-    architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
-    healed: Mapping[int, Tensor] | None = None,
-) -> Iterator[None]:
-    """Let an uncut model compute as the recovered one, without a second copy of it.
+def as_variant(model: Any, architecture: Architecture, variant: Variant) -> Iterator[None]:
+    """Let an uncut model compute as a variant of it, without a second copy.
 
     Removed layers hand their input on, operators act at the stops of their spans. Per-layer
     settings are the uncut model's own, so nothing is renumbered.
-
-    Parameters as for :func:`insert_operators`.
     """
     layers = model.get_submodule(architecture.layers)
-    removed = [layer for span in spans for layer in range(span.start, span.stop)]
     uninstall = _install(
         model,
         architecture,
-        {span.stop: repair for span, repair in operators.items()},
-        down_projections(operators, healed),
+        {span.stop: repair for span, repair in variant.at_boundary.items()},
+        variant.downs,
     )
     try:
-        with bypassed(model, layers, removed):
+        with bypassed(model, layers, sorted(variant.removed)):
             yield
     finally:
         uninstall()
@@ -117,8 +106,7 @@ def as_recovered(
 def bypassed(model: Any, layers: Any, skipped: Sequence[int]) -> Iterator[None]:
     """Let some of a model's layers hand their input stream on unchanged, computing nothing."""
 
-    if any(type(layers[index]) not in _TUPLE_LENGTH for index in skipped):
-        _learn_return_types(model, layers)
+    learn_return_types(model, [layers[index] for index in skipped])
     own = {index: layers[index].__dict__.get("forward") for index in skipped}  # accelerate's hooks
     for index in skipped:
         layers[index].__dict__["forward"] = handing_on(type(layers[index]))
@@ -177,13 +165,16 @@ def handing_on(layer_class: type) -> Callable[..., Any]:
 
 
 @torch.inference_mode()
-def _learn_return_types(model: Any, layers: Any) -> None:
-    """Look at what each layer returns; annotations are missing or wrong in several families."""
+def learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
+    """Look at what layers return; annotations are missing or wrong in several families."""
+    unknown = [layer for layer in layers if type(layer) not in _TUPLE_LENGTH]
+    if not unknown:
+        return
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
         note_return_type(type(module), output)
 
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_hook(note) for layer in unknown]
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
@@ -200,8 +191,6 @@ def _install(
     layers = model.get_submodule(architecture.layers)
     undo: list[Callable[[], None]] = []
     for boundary, repair in at_boundary.items():
-        if not repair.boundary_parts():
-            continue
         last = boundary == len(layers)
         module = model.get_submodule(architecture.final_norm) if last else layers[boundary]
         parameter = next(module.parameters())

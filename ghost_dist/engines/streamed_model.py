@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +29,6 @@ from ghost_dist.checkpoint.load import (
     truncated_config,
 )
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.checkpoint.surgery import handing_on
 from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.expert_parts import (
@@ -46,21 +44,17 @@ from ghost_dist.engines.expert_parts import (
     routed_experts,
 )
 from ghost_dist.engines.layer_fit import Held, LayerBytes, Room, fit_layers
+from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
 
-Group = int | Literal["embeddings", "head"]
 _WIDTHS_AT_ONCE = 16
 """Streams' worth of memory that a batch takes inside a layer (attention, dense MLP)."""
 
 
-class _LayerDone(Exception):  # noqa: N818 - no error: it ends a forward early
-    """The layer at hand has run."""
-
-
-class StreamedModel:
-    """Runs parts of a causal LM whose weights are read when their turn comes.
+class StreamedModel(LayerwiseModel):
+    """A model whose weights are read when their turn comes.
 
     Parameters
     ----------
@@ -85,6 +79,8 @@ class StreamedModel:
         From the files so far.
     """
 
+    whole = False
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -99,22 +95,16 @@ class StreamedModel:
         model_class: Any = None,
         config: Any = None,
     ) -> None:
-        self._checkpoint, self._architecture = checkpoint, architecture
-        self.num_layers, self.hidden_size = num_layers, architecture.hidden_size
-        self.dtype, self.device = dtype, device
         if model_class is None:
             model_class = getattr(transformers, architecture.causal_lm_class)
             config = truncated_config(checkpoint, architecture, num_layers)
-        self._model = shapes_only(model_class, config, dtype)
-        del self._model.get_submodule(architecture.layers)[num_layers:]
+        model = shapes_only(model_class, config, dtype)
+        del model.get_submodule(architecture.layers)[num_layers:]
         restore_buffers(
-            self._model,
-            {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()},
-            device,
+            model, {name: buffer.detach().clone() for name, buffer in model.named_buffers()}, device
         )
-        self.layers = self._model.get_submodule(architecture.layers)
-        self._embeddings = self._model.get_submodule(architecture.embeddings)
-        self._norm = self._model.get_submodule(architecture.final_norm)
+        super().__init__(model, architecture)
+        self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self._experts = self._routed_experts()
@@ -124,16 +114,7 @@ class StreamedModel:
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, shared=shared)
-        # A layer that only hands on must not run what hangs on it, such as an exported operator.
-        self._hooks = [
-            (la._forward_pre_hooks, la._forward_pre_hooks_with_kwargs) for la in self.layers
-        ]
-        for layer in self.layers:
-            layer.__dict__["forward"] = handing_on(type(layer))
-            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = (
-                OrderedDict(),
-                OrderedDict(),
-            )
+        self._hand_on()
 
     @property
     def bytes_read(self) -> int:
@@ -256,7 +237,7 @@ class StreamedModel:
                     ahead.append(self._start(groups[number + 1]))
                 self._install(self._targets_at_hand(group), tensors)
                 if group == "head" and self._tied:
-                    head = self._model.get_submodule(self._architecture.head)
+                    head = self._model.get_submodule(self.architecture.head)
                     head.weight = self._embeddings.weight
                 del tensors
                 try:
@@ -273,133 +254,26 @@ class StreamedModel:
             for reading in ahead:
                 reading.cancel()
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """The stream entering layer 0, shape (B, T, C); its group must be at hand."""
-        kept: list[Tensor] = []
-
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept.append(args[0] if args else kwargs["hidden_states"])
-            raise _LayerDone
-
-        handle = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with contextlib.suppress(_LayerDone):
-                self._model(input_ids=ids_BT, use_cache=False)
-        finally:
-            handle.remove()
-        return kept[0]
-
     @contextlib.contextmanager
     def running(
         self, layer: int, inputs: Inputs | None = None, *, tapped: bool = False
     ) -> Iterator[RunLayer]:
-        """A function that runs one layer, whose group must be at hand.
-
-        It takes a stream (B, T, C) of full rows, without padding, to that which leaves the layer.
-
-        Parameters
-        ----------
-        layer
-            Its number.
-        inputs
-            What the function will be called with, in that order. Only a layer whose experts are
-            held in parts needs them: those are run here, for all inputs.
-        tapped
-            It is not compiled: hooks inside it could be left out. Set such hooks once this context
-            is entered, so that they see every input once.
-        """
+        """A function that runs one layer; see :meth:`LayerwiseModel.running`."""
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(self._running(layer, tapped=tapped))
+            run = stack.enter_context(super().running(layer))
+            if self._compiled and not tapped:
+                module = self.layers[layer]
+                forward = torch.compile(module.forward, dynamic=False)
+                stack.enter_context(forward_of(module, forward))
             if layer in self._split:
                 assert inputs is not None, "experts in parts are run for all inputs beforehand"
                 split = self._split_layer(layer)
                 stack.enter_context(split.answered(run, inputs))
             yield run
 
-    @contextlib.contextmanager
-    def _running(self, layer: int, *, tapped: bool) -> Iterator[RunLayer]:
-        module = self.layers[layer]
-        entering: list[Tensor] = []
-        left: list[Tensor] = []
-        given: dict[tuple[int, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Masks and positions of full rows depend on their shape alone.
-            given[tuple(entering[0].shape[:2])] = args, kwargs
-            if args:
-                return (entering[0], *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": entering[0]}
-
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            left[:] = [output[0] if isinstance(output, tuple) else output]
-            raise _LayerDone
-
-        def run(stream_BTC: Tensor) -> Tensor:
-            entering[:] = [stream_BTC]
-            shape = tuple(stream_BTC.shape[:2])
-            if shape in given:
-                args, kwargs = given[shape]
-                with contextlib.suppress(_LayerDone):
-                    module(*args, **kwargs)
-            else:
-                self._forward(shape)
-            return left.pop()
-
-        hands_on = module.__dict__.pop("forward")
-        if self._compiled and not tapped:
-            module.__dict__["forward"] = torch.compile(module.forward, dynamic=False)
-        no_hooks = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = self._hooks[layer]
-        handles = [
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            module.register_forward_hook(leave),
-        ]
-        try:
-            yield run
-        finally:
-            module.__dict__["forward"] = hands_on
-            entering.clear()
-            for handle in handles:
-                handle.remove()
-            module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs = no_hooks
-
-    def logits(self, stream_NC: Tensor) -> Tensor:
-        """Logits (N, V) of streams that the final norm would get; its group must be at hand."""
-
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (stream_NC[None], *args[1:])
-
-        handle = self._norm.register_forward_pre_hook(enter, prepend=True)
-        try:
-            with self._without_tokens():
-                ids = torch.zeros(1, len(stream_NC), dtype=torch.int64, device=self.device)
-                found: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            handle.remove()
-        return found
-
-    def _forward(self, shape: tuple[int, ...]) -> None:
-        with self._without_tokens(), contextlib.suppress(_LayerDone):
-            ids_BT = torch.zeros(*shape, dtype=torch.int64, device=self.device)
-            self._model(input_ids=ids_BT, use_cache=False)
-
-    @contextlib.contextmanager
-    def _without_tokens(self) -> Iterator[None]:
-        """Token embeddings answer with zeros, which nobody reads, and need no weights."""
-        width = self._embeddings.weight.shape[1]
-
-        def zeros(ids_BT: Tensor) -> Tensor:
-            return torch.zeros(*ids_BT.shape, width, dtype=self.dtype, device=self.device)
-
-        self._embeddings.__dict__["forward"] = zeros
-        try:
-            yield
-        finally:
-            del self._embeddings.__dict__["forward"]
-
     def _group_tensors(self) -> tuple[dict[Group, list[str]], dict[Group, list[str]]]:
         """By group: names of tensors in the files, and of parameters in the model."""
-        architecture = self._architecture
+        architecture = self.architecture
         in_layer = re.compile(re.escape(architecture.layers) + r"\.(\d+)\.")
         at_end = (f"{architecture.final_norm}.", f"{architecture.head}.")
 
@@ -437,7 +311,7 @@ class StreamedModel:
 
     def _expert_targets(self, layer: int) -> list[str]:
         found = self._experts[layer]
-        path = f"{self._architecture.layers}.{layer}.{found.path}"
+        path = f"{self.architecture.layers}.{layer}.{found.path}"
         return [f"{path}.{name}" for name in found.parameters]
 
     def _split_of(self, layer: int, found: RoutedExperts) -> _Split:
@@ -446,7 +320,7 @@ class StreamedModel:
         names = [name for name in self._keys[layer] if target_of[name].target in targets]
         tensors = expert_tensors(self._checkpoint, names, found.count)
         if isinstance(tensors, str):
-            raise cannot_be_split(self._architecture.model_type, tensors)
+            raise cannot_be_split(self.architecture.model_type, tensors)
         return _Split(found, targets, tensors, frozenset(names))
 
     def _split_layer(self, layer: int) -> SplitLayer:
@@ -457,7 +331,7 @@ class StreamedModel:
             parts.module,
             split.experts.count,
             self._held.experts,
-            family=self._architecture.model_type,
+            family=self.architecture.model_type,
             parts=parts,
             device=self.device,
             reserve=self._batch_bytes + self.bytes_at_once(),
@@ -492,7 +366,7 @@ class StreamedModel:
             beside=max(rests.values()),
             expert=max(of_experts[la] // one.count for la, one in found.items()),
             count=max(one.count for one in found.values()),
-            family=self._architecture.model_type,
+            family=self.architecture.model_type,
             problem=problem,
         )
 
@@ -549,11 +423,11 @@ class StreamedModel:
         """Back to shapes; what the embeddings' group holds besides the table of tokens stays."""
         names = set(self._targets[group])
         if group == "embeddings":
-            names = {f"{self._architecture.embeddings}.weight"}
+            names = {f"{self.architecture.embeddings}.weight"}
         if group == "head" and self._tied:
             names |= {
-                f"{self._architecture.embeddings}.weight",
-                f"{self._architecture.head}.weight",
+                f"{self.architecture.embeddings}.weight",
+                f"{self.architecture.head}.weight",
             }
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")

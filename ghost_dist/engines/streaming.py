@@ -27,8 +27,9 @@ from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchroni
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
 from ghost_dist.engines.expert_parts import Inputs
+from ghost_dist.engines.layerwise import Group
 from ghost_dist.engines.peers import ALONE, Peers
-from ghost_dist.engines.streamed_model import Group, StreamedModel
+from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 

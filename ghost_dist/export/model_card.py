@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ import yaml
 from ghost_dist import __version__
 from ghost_dist.calibration.corpora import ALIASES
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.checkpoint.repair import Repair, acting
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
 from ghost_dist.evaluation.task_rows import shots_and_examples, task_rows
-from ghost_dist.spans import Span
 
 CARD = "README.md"
 PAPER = "2605.15491"
@@ -35,13 +34,12 @@ _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 def model_card(
     source: Checkpoint,
     config: Config,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
+    variant: Variant,
     result: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with YAML front matter; without figures where there is no ``result.json`` yet."""
     base = _base_model(source, config)
-    metadata = _metadata(source, config, base, bool(acting(operators)))
+    metadata = _metadata(source, config, base, bool(variant.at_boundary))
     dataset = _dataset(config.calibration.source)
     template = (importlib.resources.files(__package__) / "model_card.md.j2").read_text("utf-8")
     cards = jinja2.Environment(
@@ -56,12 +54,10 @@ def model_card(
         # Names without the machine's paths.
         name=base or Path(config.model.path).expanduser().resolve().name or source.path.name,
         text=f"`{dataset}`" if dataset else f"the local `{Path(config.calibration.source).name}`",
-        spans=spans,
-        num_removed=sum(map(len, spans)),
-        acting=acting(operators),
-        refitted=[
-            s.start - 1 for s in spans if s in operators and operators[s].down_FC is not None
-        ],
+        spans=variant.spans,
+        num_removed=len(variant.removed),
+        acting=variant.at_boundary,
+        refitted=[s.start - 1 for s, one in variant.operators.items() if one.down_FC is not None],
         result=result,
         calibration=config.calibration,
         selection=config.selection,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.resources
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ghost_dist import __version__
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.repair import Repair, keeps_float32
-from ghost_dist.spans import Span, operator_positions
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.spans import operator_positions
 
 TEMPLATE = "modeling_template.py.txt"
 
@@ -24,7 +25,7 @@ def modeling_file_name(architecture: Architecture) -> str:
     return f"modeling_ghost_{architecture.model_type.replace('-', '_')}.py"
 
 
-def modeling_source(architecture: Architecture, operators: Mapping[Span, Repair]) -> str:
+def modeling_source(architecture: Architecture, variant: Variant) -> str:
     """Text of the Python file: the template with the family's names put in."""
     template = (importlib.resources.files(__package__) / TEMPLATE).read_text(encoding="utf-8")
     return string.Template(template).substitute(
@@ -41,15 +42,12 @@ def modeling_source(architecture: Architecture, operators: Mapping[Span, Repair]
         layers=architecture.in_base(architecture.layers),
         final_norm=architecture.in_base(architecture.final_norm),
         final_norm_class=architecture.final_norm_class,
-        float32_modules='("ghost",)' if keeps_float32(operators) else "()",
+        float32_modules='("ghost",)' if variant.keeps_float32 else "()",
     )
 
 
 def ghost_config(
-    cut: Mapping[str, Any],
-    architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
+    cut: Mapping[str, Any], architecture: Architecture, variant: Variant
 ) -> dict[str, Any]:
     """The cut ``config.json`` with the operators and the way to their code."""
     module = modeling_file_name(architecture).removesuffix(".py")
@@ -62,9 +60,9 @@ def ghost_config(
             "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
         },
         "ghost_operators": [
-            _entry(position, operators[span])
-            for span, position in operator_positions(spans).items()
-            if span in operators
+            _entry(position, variant.operators[span])
+            for span, position in operator_positions(variant.spans).items()
+            if span in variant.at_boundary
         ],
         "model_type": f"ghost_{architecture.model_type}",
     }

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
 from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
-from ghost_dist.checkpoint.repair import Repair, acting, down_projections, keeps_float32
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import (
@@ -44,12 +45,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 def export_checkpoint(
     source: Checkpoint,
     architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
+    variant: Variant,
     out: Path,
     *,
     tokenizer: Any = None,
-    healed: Mapping[int, Tensor] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Callable[[int], None] | None = None,
@@ -60,18 +59,14 @@ def export_checkpoint(
     ----------
     source, architecture
         The original.
-    spans
-        What is removed; sorted and joined, as ``check_spans`` gives them.
-    operators
-        By span. One that is float32 at its boundary is stored and computed in float32, any other
-        is stored in the dtype of the checkpoint; a new down_proj always is. If none acts at its
-        boundary the result is a plain checkpoint of the family and needs no code.
+    variant
+        What is written. An operator that is float32 at its boundary is stored and computed in
+        float32, any other is stored in the dtype of the checkpoint; a new down_proj always is. If
+        none acts at its boundary the result is a plain checkpoint of the family and needs no code.
     out
         New folder, or an empty one.
     tokenizer
         The original's, as transformers loads it; None: it has none.
-    healed
-        More down_proj weights (F, C), by layer of the uncut model.
     max_shard_bytes
         Most bytes of tensor data in one file.
     extra_files
@@ -89,10 +84,8 @@ def export_checkpoint(
     """
     out = Path(out)
     extra_files = extra_files or {}
-    check_cut(architecture, source.config, spans)
-    tensors = _new_tensors(
-        source, architecture, spans, operators, down_projections(operators, healed)
-    )
+    check_cut(architecture, source.config, variant.spans)
+    tensors = _new_tensors(source, architecture, variant)
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)  # of a killed export: it takes the space
     try:
@@ -101,9 +94,9 @@ def export_checkpoint(
             partial_out.mkdir(parents=True)
             _write_weights(partial_out, tensors, max_shard_bytes, advance or (lambda _: None))
             copy_side_files(source, partial_out)
-            _write_config(partial_out, source, architecture, spans, operators)
+            _write_config(partial_out, source, architecture, variant)
             if tokenizer is not None:
-                other = source.taken_out or bool(acting(operators))
+                other = source.taken_out or bool(variant.at_boundary)
                 keep_tokenizer(tokenizer, partial_out, new_model_type=other)
             for name, content in extra_files.items():
                 if isinstance(content, Path):
@@ -123,19 +116,15 @@ def export_checkpoint(
 
 
 def _new_tensors(
-    source: Checkpoint,
-    architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
-    down_of_layer: Mapping[int, Tensor],
+    source: Checkpoint, architecture: Architecture, variant: Variant
 ) -> list[NewTensor]:
     """Tensors of the new checkpoint: the old ones in their order, renumbered, then operators."""
-    kept = kept_layers(spans, architecture.num_layers)
+    kept = kept_layers(variant.spans, architecture.num_layers)
     position = {old: new for new, old in enumerate(kept)}
     layer_name = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.(.*)")
     replaced = {
         f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
-        for layer, down_FC in down_of_layer.items()
+        for layer, down_FC in variant.downs.items()
     }
     tensors = []
     for old, tensor in sorted(source.tensors.items(), key=lambda t: (t[1].file, t[1].offset)):
@@ -160,15 +149,15 @@ def _new_tensors(
             continue
         place = (source.path / tensor.file, tensor.offset)
         tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
-    dtype = torch.float32 if keeps_float32(operators) else source.dtype
-    for span, boundary in operator_positions(spans).items():
-        if span in acting(operators):
+    dtype = torch.float32 if variant.keeps_float32 else source.dtype
+    for span, boundary in operator_positions(variant.spans).items():
+        if span in variant.at_boundary:
             path = (
                 f"{architecture.tensor_prefix}.{boundary}"
                 if boundary < len(kept)
                 else architecture.final_norm_in_files
             )
-            tensors += _operator_tensors(span, operators[span], path, architecture, dtype)
+            tensors += _operator_tensors(span, variant.operators[span], path, architecture, dtype)
     return tensors
 
 
@@ -234,18 +223,13 @@ def _write_weights(
 
 
 def _write_config(
-    folder: Path,
-    source: Checkpoint,
-    architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
+    folder: Path, source: Checkpoint, architecture: Architecture, variant: Variant
 ) -> None:
-    config = cut_config(source.config, spans, architecture)
+    config = cut_config(source.config, variant.spans, architecture)
     config.pop("auto_map", None)
-    operators = acting(operators)
-    if operators:
-        config = ghost_config(config, architecture, spans, operators)
-        text = modeling_source(architecture, operators)
+    if variant.at_boundary:
+        config = ghost_config(config, architecture, variant)
+        text = modeling_source(architecture, variant)
         (folder / modeling_file_name(architecture)).write_text(text, encoding="utf-8")
     # Not json_bytes: configurations of some families hold Infinity, and keep it.
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

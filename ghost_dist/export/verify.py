@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ class Reloaded:
 
 def verify_reload(
     folder: Path,
-    model: Any,
+    expected: Tensor,
     tokens: np.ndarray[Any, Any],
     *,
+    num_layers: int,
+    generate: Callable[[Tensor], Tensor],
     tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
@@ -77,14 +80,19 @@ def verify_reload(
     ----------
     folder
         What ``export_checkpoint`` wrote.
-    model
-        The recovered model in memory (``remove_layers`` and ``insert_operators``).
+    expected
+        Logits of the recovered model, float32 on the CPU, shape (windows, T, vocabulary).
     tokens
         Integers, shape (windows, T); a few hundred tokens are enough.
+    num_layers
+        Of the exported model.
+    generate
+        What the recovered model generates with a cache behind tokens (windows, T), see
+        :func:`greedy_tokens`; asked only where a cache changes what the folder generates.
     tokenizer
         The original's; None: it has none.
     dtype, device
-        Of the computation; the device holds both models for a while.
+        Of the computation.
     timeout_s
         How long the process may take, in seconds.
 
@@ -99,8 +107,6 @@ def verify_reload(
         If the process fails, token ids differ, logits differ by more than is allowed, or a cache
         changes what is generated.
     """
-    num_layers = model.config.num_hidden_layers
-    expected = _logits(model, tokens, device)
     found = reload(
         folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, timeout_s=timeout_s
     )
@@ -110,7 +116,7 @@ def verify_reload(
     if not lost <= _allowed(found.uncached, num_layers, dtype):
         # Some families do not compute the same with a cache, cut or not (Moshi).
         rows = torch.from_numpy(np.asarray(tokens, dtype=np.int64)).to(device)
-        if torch.equal(reload_script.generate(model, rows)[1][0].cpu(), found.generated):
+        if torch.equal(generate(rows).cpu(), found.generated):
             return difference
         raise ExportError(
             f"{folder} generates the tokens {found.generated.tolist()} with a cache, "
@@ -118,6 +124,12 @@ def verify_reload(
             "It is not used; please report the family of the model and the versions."
         )
     return difference
+
+
+def greedy_tokens(model: Any, ids_BT: Tensor) -> Tensor:
+    """What a model generates behind the beginning of the first window, shape (n,)."""
+    generated: Tensor = reload_script.generate(model, ids_BT)[1][0]
+    return generated
 
 
 def check_same_logits(
@@ -280,10 +292,3 @@ def has_our_code(folder: Path) -> bool:
             f"({', '.join(sorted(found))}); it is not run."
         )
     return True
-
-
-@torch.inference_mode()
-def _logits(model: Any, tokens: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    rows = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-    logits = [model(row[None].to(device), use_cache=False).logits.float().cpu() for row in rows]
-    return torch.cat(logits)

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
-from torch import Tensor
 
 from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import layer_sizes
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName
 from ghost_dist.durable import fingerprint, write_bytes, write_json
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_of
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
@@ -207,7 +207,7 @@ def _fill(
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
         CollectHere(inputs, reporter)(store, tokens, collectors, "calibrate")
     model = open_causal_lm(inputs)
-    table.dense(lambda: _perplexities(inputs, model, (), {}, {}))
+    table.dense(lambda: _perplexities(inputs, model, Variant()))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
@@ -240,7 +240,7 @@ def _outcome(
     if operators is solved.operators and not solved.healed:
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
     return {
-        "perplexity": _perplexities(inputs, model, cut.spans, operators, solved.healed),
+        "perplexity": _perplexities(inputs, model, Variant(cut.spans, operators, solved.healed)),
         "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
@@ -265,14 +265,11 @@ def _refined(
     refined = distill(
         model,
         inputs.architecture,
-        cut.spans,
-        solved.operators,
-        solved.healed,
+        Variant(cut.spans, solved.operators, solved.healed),
         tokens.tokens,
         windows_of_folds(inputs, tokens, solved.folds),
         windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
         config,
-        device=inputs.device,
         batch=inputs.batch,
         state=state,
         fingerprint=fingerprint(
@@ -291,18 +288,10 @@ def _refined(
     return refined.operators
 
 
-def _perplexities(
-    inputs: RunInputs,
-    model: Any,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
-    healed: Mapping[int, Tensor],
-) -> dict[str, float]:
-    with as_recovered(model, inputs.architecture, spans, operators, healed):
-        return {
-            name: perplexity(model, windows, batch=inputs.batch, device=inputs.device).value
-            for name, windows in inputs.evaluation.items()
-        }
+def _perplexities(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, float]:
+    layers = LayerwiseModel(model, inputs.architecture)
+    found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
+    return {name: of_corpus.perplexity for name, [of_corpus] in found.items()}
 
 
 def _config(inputs: RunInputs, row: Row) -> Config:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fingerprint
-from ghost_dist.engines.lanes import Lane
-from ghost_dist.evaluation.agreement import WindowScores, score_variants
 from ghost_dist.evaluation.harness import run_task
+from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
-from ghost_dist.pipeline.streamed import streamed_scores
+from ghost_dist.pipeline.streamed import layers_of
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.spans import Span
 
 VARIANTS = ("dense", "pruned", "recovered")
 
@@ -29,8 +26,8 @@ class Evaluation:
     ----------
     inputs, run, reporter
         Of the run.
-    spans, operators, healed
-        What is removed, and what is put in its place, in the dtypes of the checkpoint.
+    recovered
+        In the dtypes of the checkpoint.
     decisive
         What decides the recovered model, as plain values.
     """
@@ -40,53 +37,37 @@ class Evaluation:
         inputs: RunInputs,
         run: RunFolder,
         reporter: Reporter,
-        spans: tuple[Span, ...],
-        operators: Mapping[Span, Repair],
-        healed: Mapping[int, Tensor],
+        recovered: Variant,
         decisive: Mapping[str, Any],
     ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
-        self._spans, self._operators, self._healed = spans, operators, healed
+        self._recovered = recovered
         shared = {"model": inputs.model_fingerprint, **inputs.numerics}
-        cut = {**shared, "spans": [[span.start, span.stop] for span in spans]}
+        cut = {**shared, "spans": [[span.start, span.stop] for span in recovered.spans]}
         decided = {"dense": shared, "pruned": cut, "recovered": {**cut, **decisive}}
         self._fingerprints = {name: fingerprint(value) for name, value in decided.items()}
 
     def measure(self) -> dict[str, Any]:
         """All figures, as the record of the stage holds them."""
-        if self._inputs.streaming:
-            return {**_figures(self._streamed()), "tasks": {}}
-        model = open_causal_lm(self._inputs)
-        figures = _figures(self._resident(model))
+        inputs = self._inputs
+        if inputs.streaming:
+            return {**_figures(self._scores(None)), "tasks": {}}
+        model = open_causal_lm(inputs)
+        figures = _figures(self._scores(model))
         return {**figures, "tasks": self._tasks(model)}  # the model is cut here
 
-    def _streamed(self) -> dict[str, list[WindowScores]]:
-        inputs = self._inputs
-        if not inputs.evaluation:
+    def _scores(self, model: Any) -> dict[str, list[Scores]]:
+        inputs, corpora = self._inputs, self._inputs.evaluation
+        if not corpora:
             return {}
-        lanes = [Lane(), Lane(self._spans), Lane(self._spans, self._operators, self._healed)]
-        layers = inputs.architecture.num_layers + 1
-        with self._reporter.stage("evaluate", layers, "layers") as advance:
-            return streamed_scores(inputs, lanes, inputs.evaluation, advance)
-
-    def _resident(self, model: Any) -> dict[str, list[WindowScores]]:
-        inputs = self._inputs
-        found = {}
-        for name, windows in inputs.evaluation.items():
-            total = int(windows.tokens.size)
-            with self._reporter.stage(f"evaluate on {name}", total, "tokens") as advance:
-                found[name] = score_variants(
-                    model,
-                    inputs.architecture,
-                    self._spans,
-                    [{}, self._operators],
-                    windows,
-                    batch=inputs.batch,
-                    device=inputs.device,
-                    healed=[{}, self._healed],
-                    advance=advance,
-                )
-        return found
+        variants = [Variant(), Variant(self._recovered.spans), self._recovered]
+        shapes = [windows.tokens.shape for windows in corpora.values()]
+        shape = (sum(count for count, _ in shapes), shapes[0][1])
+        with (
+            layers_of(inputs, shape, len(variants), model=model) as layers,
+            self._reporter.stage("evaluate", math.prod(shape), "tokens") as advance,
+        ):
+            return corpus_scores(layers, variants, corpora, batch=inputs.batch, advance=advance)
 
     def _tasks(self, model: Any) -> dict[str, dict[str, Any]]:
         """Row to variant to its figures; the model is uncut before and the recovered one after.
@@ -97,11 +78,9 @@ class Evaluation:
         found: dict[str, dict[str, Any]] = {}
         for variant in VARIANTS if inputs.tasks else ():
             if variant == "pruned":
-                remove_layers(model, inputs.architecture, self._spans)
+                remove_layers(model, inputs.architecture, self._recovered.spans)
             if variant == "recovered":
-                insert_operators(
-                    model, inputs.architecture, self._spans, self._operators, self._healed
-                )
+                insert_operators(model, inputs.architecture, self._recovered)
             stage, key = f"tasks-{variant}", self._fingerprints[variant]
             done = self._run.record(stage, key) or {}
             for task in inputs.tasks:
@@ -118,14 +97,14 @@ class Evaluation:
         return found
 
 
-def _figures(scores: Mapping[str, list[WindowScores]]) -> dict[str, Any]:
+def _figures(scores: Mapping[str, list[Scores]]) -> dict[str, Any]:
     """By corpus and variant: means, and what they are means of."""
     by_name = {
         corpus: dict(zip(VARIANTS, of_corpus, strict=True)) for corpus, of_corpus in scores.items()
     }
     return {
         "perplexity": {
-            corpus: {name: one.perplexity.value for name, one in of_corpus.items()}
+            corpus: {name: one.perplexity for name, one in of_corpus.items()}
             for corpus, of_corpus in by_name.items()
         },
         "agreement": {
@@ -137,7 +116,7 @@ def _figures(scores: Mapping[str, list[WindowScores]]) -> dict[str, Any]:
             for corpus, of_corpus in by_name.items()
         },
         "nats_per_window": {
-            corpus: {n: one.perplexity.nats_per_window.tolist() for n, one in of_corpus.items()}
+            corpus: {n: one.nats.tolist() for n, one in of_corpus.items()}
             for corpus, of_corpus in by_name.items()
         },
         "agreement_per_window": {
@@ -149,7 +128,7 @@ def _figures(scores: Mapping[str, list[WindowScores]]) -> dict[str, Any]:
             for corpus, of_corpus in by_name.items()
         },
         "tokens_per_window": {
-            corpus: of_corpus["dense"].perplexity.num_tokens // len(of_corpus["dense"].kl)
+            corpus: of_corpus["dense"].num_tokens // len(of_corpus["dense"].kl)
             for corpus, of_corpus in by_name.items()
         },
     }

@@ -110,7 +110,7 @@ def recover(
         content = json_bytes(result)
         write_bytes(run.checkpoint / RESULT, content)
         write_bytes(run.result, content)
-        card = model_card(inputs.source, config, spans, stages.exported_operators(solution), result)
+        card = model_card(inputs.source, config, stages.as_exported(spans, solution), result)
         write_bytes(run.checkpoint / CARD, card.encode())
         reporter.event("run-end")
         _report(run, inputs.device, reporter)

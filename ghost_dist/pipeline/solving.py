@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,9 @@ from ghost_dist.calibration.split import check_held_out, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.load import as_decoder
 from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.evaluation.divergence import window_divergences
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     Candidate,
@@ -34,7 +36,7 @@ from ghost_dist.pipeline.fitting import (
     read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
-from ghost_dist.pipeline.streamed import streamed_divergences
+from ghost_dist.pipeline.streamed import layers_of
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.down_proj import SingularOperatorError
@@ -215,7 +217,7 @@ class Solver:
                 {**row, **({"failed": old["failed"]} if "failed" in old else {})}
                 for row, old in zip(rows, table or rows, strict=True)
             ]
-        scores = list(torch.cat(of_fold, 1).cpu())
+        scores = list(torch.cat(of_fold, 1))
         for row, score in zip(table, scores, strict=True):
             if "failed" not in row:
                 mean = float(score.mean())
@@ -319,30 +321,25 @@ class Solver:
         NotHeldOutError
             If one of them was fitted on that fold.
         """
-        repairs = []
+        variants = [Variant()]
         for found in tried:
             by_span = {} if isinstance(found, Exception) else found
             for span, one in by_span.items():
                 check_held_out(one.folds, [judge], f"A candidate at {span}")
-            repairs.append({span: one.repair for span, one in by_span.items()})
+            repairs = {span: one.repair for span, one in by_span.items()}
+            variants.append(Variant(self._spans, repairs))
         inputs = self._inputs
         windows = [window for fold, window in self.windows_by_fold() if fold == judge]
         tokens = self._tokens.tokens[windows]
-        if inputs.streaming:
-            layers = inputs.architecture.num_layers + 1
-            with self._reporter.stage("compare with dense", layers, "layers") as advance:
-                return streamed_divergences(inputs, self._spans, repairs, tokens, advance)
-        with self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance:
-            return window_divergences(
-                self._causal_lm(),
-                inputs.architecture,
-                self._spans,
-                repairs,
-                tokens,
-                batch=inputs.batch,
-                device=inputs.device,
-                advance=advance,
+        model = None if inputs.streaming else self._causal_lm()
+        with (
+            layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
+            self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance,
+        ):
+            _, *scores = window_scores(
+                layers, variants, tokens, batch=inputs.batch, advance=advance
             )
+        return torch.from_numpy(np.stack([one.kl for one in scores]))
 
     def _causal_lm(self) -> Any:
         """The uncut model, loaded once and only if something must run."""

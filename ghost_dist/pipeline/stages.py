@@ -24,11 +24,12 @@ from ghost_dist.calibration.windows import TokenWindows, build_windows, load_win
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
-from ghost_dist.devices import peak_bytes, reset_peak
+from ghost_dist.devices import peak_bytes, release_cached, reset_peak
 from ghost_dist.durable import fingerprint, fsync_folder
-from ghost_dist.engines.lanes import Lane
 from ghost_dist.errors import CorruptStoreError
+from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import (
     load_healed,
@@ -37,7 +38,12 @@ from ghost_dist.export.operator_files import (
     save_operator,
 )
 from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import verify_reload, verify_tokenizer
+from ghost_dist.export.verify import (
+    check_same_logits,
+    greedy_tokens,
+    verify_reload,
+    verify_tokenizer,
+)
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
@@ -59,7 +65,7 @@ from ghost_dist.pipeline.inputs import (
 )
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
-from ghost_dist.pipeline.streamed import CollectByStreaming, streamed_verify
+from ghost_dist.pipeline.streamed import CollectByStreaming, layers_of, logits_of_exported
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
@@ -358,14 +364,11 @@ class Stages:
             refined = distill(
                 open_causal_lm(inputs),
                 inputs.architecture,
-                spans,
-                solution.operators,
-                solution.healed,
+                Variant(spans, solution.operators, solution.healed),
                 tokens.tokens,
                 windows_of_folds(inputs, tokens, solution.folds),
                 windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
                 config,
-                device=inputs.device,
                 batch=inputs.batch,
                 state=self._run.path / "refine.pt",
                 fingerprint=fingerprint(wanted),
@@ -400,7 +403,7 @@ class Stages:
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
         inputs, config = self._inputs, self._inputs.config
-        operators, healed = self._as_exported(solution)
+        recovered = self.as_exported(spans, solution)
         wanted = {
             "model": self._model,
             "spans": [[s.start, s.stop] for s in spans],
@@ -422,19 +425,17 @@ class Stages:
                     export_checkpoint(
                         inputs.source,
                         inputs.architecture,
-                        spans,
-                        operators,
+                        recovered,
                         unverified,
                         tokenizer=inputs.tokenizer,
-                        healed=healed,
                         max_shard_bytes=config.export.max_shard_bytes,
                         extra_files={
                             "config.yaml": self._run.path / "config.yaml",
-                            CARD: model_card(inputs.source, config, spans, operators).encode(),
+                            CARD: model_card(inputs.source, config, recovered).encode(),
                         },
                         advance=advance,
                     )
-                difference = self._verify(unverified, spans, operators, healed)
+                difference = self._verify(unverified, recovered)
                 # An older checkpoint loses its name before it is removed: a kill in the middle of
                 # the removal must not leave half of it under the name of a whole one.
                 if self._run.checkpoint.exists():
@@ -454,7 +455,6 @@ class Stages:
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
-        operators, healed = self._as_exported(solution)
         decisive = {
             "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
@@ -469,14 +469,14 @@ class Stages:
         }
         if not inputs.evaluation and not inputs.tasks:
             return {"perplexity": {}, "agreement": {}, "tasks": {}}
-        evaluation = Evaluation(
-            inputs, self._run, self._reporter, spans, operators, healed, decisive
-        )
+        recovered = self.as_exported(spans, solution)
+        evaluation = Evaluation(inputs, self._run, self._reporter, recovered, decisive)
         return self._stage("evaluate", wanted, evaluation.measure)
 
-    def exported_operators(self, solution: Solution) -> dict[Span, Repair]:
-        """Operators in the dtypes of the checkpoint."""
-        return self._as_exported(solution)[0]
+    def as_exported(self, spans: tuple[Span, ...], solution: Solution) -> Variant:
+        """The recovered model in the dtypes of the checkpoint."""
+        recovered = Variant(spans, solution.operators, solution.healed)
+        return recovered.stored(self._inputs.source.dtype, self._operator_dtype)
 
     @property
     def _model(self) -> str:
@@ -519,42 +519,39 @@ class Stages:
             else self._inputs.source.dtype
         )
 
-    def _as_exported(self, solution: Solution) -> tuple[dict[Span, Repair], dict[int, Tensor]]:
-        dtype = self._inputs.source.dtype
-        return (
-            {s: o.stored(self._operator_dtype, dtype) for s, o in solution.operators.items()},
-            {layer: down_FC.to(dtype) for layer, down_FC in solution.healed.items()},
-        )
-
-    def _verify(
-        self,
-        folder: Path,
-        spans: tuple[Span, ...],
-        operators: dict[Span, Repair],
-        healed: dict[int, Tensor],
-    ) -> float:
-        """Compare logits of the exported folder, in a fresh process, with the recovered model."""
+    def _verify(self, folder: Path, recovered: Variant) -> float:
+        """Compare the exported folder with the recovered model and the original's tokenizer."""
         inputs = self._inputs
         tokens = load_windows(self._run.tokens).tokens[:2, :VERIFY_TOKENS]
-        if inputs.streaming:
-            kept = inputs.architecture.num_layers - sum(map(len, spans))
-            layers = inputs.architecture.num_layers + kept + 2
-            with self._reporter.stage("verify", layers, "layers") as advance:
-                recovered = Lane(spans, operators, healed)
-                difference = streamed_verify(inputs, folder, recovered, tokens, advance)
-            verify_tokenizer(folder, inputs.tokenizer)
+        with self._reporter.stage("verify", 2 * int(tokens.size), "tokens") as advance:
+            with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
+                expected = last_logits(layers, recovered, tokens, advance)
+            del layers  # a fresh process needs the memory
+            release_cached(inputs.device)
+            kept = inputs.architecture.num_layers - len(recovered.removed)
+            if inputs.streaming:
+                found = logits_of_exported(inputs, folder, tokens, advance)
+                verify_tokenizer(folder, inputs.tokenizer)
+                return check_same_logits(folder, found, expected, kept, inputs.dtype)
+
+            def generate(prompt: Tensor) -> Tensor:
+                model = open_causal_lm(inputs)
+                remove_layers(model, inputs.architecture, recovered.spans)
+                insert_operators(model, inputs.architecture, recovered)
+                return greedy_tokens(model, prompt)
+
+            difference = verify_reload(
+                folder,
+                expected,
+                tokens,
+                num_layers=kept,
+                generate=generate,
+                tokenizer=inputs.tokenizer,
+                dtype=inputs.dtype,
+                device=inputs.device,
+            )
+            advance(int(tokens.size))
             return difference
-        model = open_causal_lm(inputs)
-        remove_layers(model, inputs.architecture, spans)
-        insert_operators(model, inputs.architecture, spans, operators, healed)
-        return verify_reload(
-            folder,
-            model,
-            tokens,
-            tokenizer=inputs.tokenizer,
-            dtype=inputs.dtype,
-            device=inputs.device,
-        )
 
     def _loaded(
         self,

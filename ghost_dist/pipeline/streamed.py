@@ -5,37 +5,34 @@ The same stages as with a resident model, each in one pass over the files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
-from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.layer_fit import Held
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.evaluation.agreement import WindowScores, batch_scores, window_scores
-from ghost_dist.evaluation.divergence import add_divergences
-from ghost_dist.evaluation.perplexity import logit_pieces
-from ghost_dist.export.verify import check_same_logits, has_our_code
+from ghost_dist.evaluation.scores import last_logits
+from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, passes_here
-from ghost_dist.pipeline.inputs import RunInputs, check_disk_space
+from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch
 from ghost_dist.progress import Advance, Reporter
-from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.stream_state import StreamState
 from ghost_dist.statistics.sums import WHOLE, Sums
@@ -192,112 +189,51 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> 
     return engine
 
 
-def streamed_divergences(
+@contextlib.contextmanager
+def layers_of(
     inputs: RunInputs,
-    spans: Sequence[Span],
-    candidates: Sequence[Mapping[Span, Repair]],
-    tokens: Tokens,
-    advance: Advance,
-) -> Tensor:
-    """As ``evaluation.divergence.window_divergences``, each layer read once for all candidates.
-
-    ``advance`` is called with layers.
-    """
-    sums = torch.zeros((len(candidates), len(tokens)), dtype=torch.float64, device=inputs.device)
-    lanes = [Lane(), *(Lane(tuple(spans), candidate) for candidate in candidates)]
-    with _streamed_model(inputs, tokens, len(lanes), inputs.batch) as model:
-        head = _Head(model, inputs.architecture.vocab_size)
-
-        def compare(part: slice, streams: list[Tensor]) -> None:
-            ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(inputs.device)
-            flat = [stream.flatten(0, 1) for stream in streams]
-            add_divergences(head, flat[0], flat[1:], ids_BT, sums[:, part])
-
-        run_lanes(
-            model,
-            inputs.architecture,
-            lanes,
-            tokens,
-            batch=inputs.batch,
-            at_end=compare,
-            advance=advance,
-        )
-    per_token: Tensor = sums / tokens.shape[1]
-    return per_token
-
-
-def streamed_scores(
-    inputs: RunInputs,
-    lanes: Sequence[Lane],
-    corpora: Mapping[str, TokenWindows],
-    advance: Advance,
-) -> dict[str, list[WindowScores]]:
-    """Scores of every lane on every corpus, each layer read once for all of them.
+    shape: tuple[int, int],
+    num_variants: int,
+    *,
+    batch: int | None = None,
+    model: Any = None,
+) -> Iterator[LayerwiseModel]:
+    """The run's whole model, for a sweep with variants.
 
     Parameters
     ----------
     inputs
         Of the run.
-    lanes
-        The dense model first.
-    corpora
-        By name; windows of one length.
-    advance
-        Called with layers.
-
-    Raises
-    ------
-    NonFiniteLossError
-        If the loss of a window is NaN or Inf.
+    shape, num_variants
+        Windows and their length; and of how many variants.
+    batch
+        Windows per forward; None: the run's.
+    model
+        The uncut causal LM, if it is loaded already.
     """
-    tokens = np.concatenate([windows.tokens for windows in corpora.values()])
-    sums = np.zeros((3, len(lanes), len(tokens)))
-    with _streamed_model(inputs, tokens, len(lanes), inputs.batch) as model:
-        head = _Head(model, inputs.architecture.vocab_size)
-
-        def score(part: slice, streams: list[Tensor]) -> None:
-            ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(inputs.device)
-            flat = [stream_BTC.flatten(0, 1) for stream_BTC in streams]
-            sums[:, :, part] = batch_scores(head, flat, ids_BT)
-
-        run_lanes(
-            model,
-            inputs.architecture,
-            lanes,
-            tokens,
-            batch=inputs.batch,
-            at_end=score,
-            advance=advance,
-        )
-    found, first = {}, 0
-    for corpus, windows in corpora.items():
-        part = slice(first, first + windows.num_windows)
-        found[corpus] = window_scores(sums[:, :, part], windows)
-        first = part.stop
-    return found
+    if not inputs.streaming:
+        yield LayerwiseModel(model or open_causal_lm(inputs), inputs.architecture)
+        return
+    with StreamedModel(
+        inputs.source,
+        inputs.architecture,
+        num_layers=inputs.architecture.num_layers,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        keep_cached=fits_page_cache(inputs.source),
+    ) as streamed:
+        held = _hold(streamed, inputs, shape, num_variants, batch or inputs.batch)
+        prove_streamed(inputs.source.path, inputs.device, held.experts)
+        yield streamed
 
 
-def streamed_verify(
-    inputs: RunInputs, folder: Path, recovered: Lane, tokens: Tokens, advance: Advance
-) -> float:
-    """Compare logits of an exported folder with the recovered model's, both streamed.
+def logits_of_exported(inputs: RunInputs, folder: Path, tokens: Tokens, advance: Advance) -> Tensor:
+    """Logits (W, T, V) of an exported folder that is read layer by layer.
 
-    The folder is opened by its own configuration and modeling file, and its tensors are put in
-    place by transformers. Unlike ``export.verify.verify_reload`` this is not a fresh process with
-    transformers alone, which would have to hold the model.
-
-    Returns
-    -------
-    float
-        Largest absolute difference of a logit.
-
-    Raises
-    ------
-    ExportError
-        If the logits differ by more than rounding.
+    It is opened by its own configuration and modeling file, and its tensors are put in place by
+    transformers. Unlike ``export.verify.reload`` this is not a fresh process with transformers
+    alone, which would have to hold the model.
     """
-    with _streamed_model(inputs, tokens, 1, 1) as model:
-        expected = _logits(model, inputs, recovered, tokens, advance)
     exported = open_checkpoint(folder)
     ours = has_our_code(folder)
     config = transformers.AutoConfig.from_pretrained(
@@ -305,73 +241,27 @@ def streamed_verify(
     )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=ours)
-    model_class = type(model)
-    kept = inputs.architecture.num_layers - len(recovered.removed)
+    num_layers = len(model.get_submodule(inputs.architecture.layers))
     with StreamedModel(
         exported,
-        dataclasses.replace(inputs.architecture, num_layers=kept),
-        num_layers=kept,
+        dataclasses.replace(inputs.architecture, num_layers=num_layers),
+        num_layers=num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
-        model_class=model_class,
+        model_class=type(model),
         config=config,
-    ) as model:
-        _hold(model, inputs, tokens, 1, 1)
-        found = _logits(model, inputs, Lane(), tokens, advance)
-    return check_same_logits(folder, found, expected, kept, inputs.dtype)
-
-
-def _logits(
-    model: StreamedModel, inputs: RunInputs, lane: Lane, tokens: Tokens, advance: Advance
-) -> Tensor:
-    """Logits (W, T, V) of one lane, float32 on the CPU."""
-    found: list[Tensor] = []
-
-    def keep(_: slice, streams: list[Tensor]) -> None:
-        for stream_TC in streams[0]:
-            found.append(model.logits(stream_TC).float().cpu())
-
-    run_lanes(model, inputs.architecture, [lane], tokens, batch=1, at_end=keep, advance=advance)
-    return torch.stack(found)
-
-
-class _Head:
-    """Logits of streams, for functions that work on what a body computed; a ``Head``."""
-
-    def __init__(self, model: StreamedModel, vocab_size: int) -> None:
-        self._model, self._vocab_size = model, vocab_size
-
-    def pieces(self, ids_BT: Tensor) -> Iterator[slice]:
-        """Slices of positions, small enough for their logits."""
-        yield from logit_pieces(ids_BT.numel(), self._vocab_size)
-
-    def logits(self, body: Any, ids_BT: Tensor, piece: slice) -> Tensor:  # noqa: ARG002 - as Head
-        """Logits (n, V) of some of the streams (B T, C)."""
-        return self._model.logits(body[piece])
-
-
-def _streamed_model(inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: int) -> StreamedModel:
-    """The run's whole model, for lanes over some windows; proven right on a small model."""
-    model = StreamedModel(
-        inputs.source,
-        inputs.architecture,
-        num_layers=inputs.architecture.num_layers,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        keep_cached=fits_page_cache(inputs.source),
-    )
-    held = _hold(model, inputs, tokens, num_lanes, batch)
-    prove_streamed(inputs.source.path, inputs.device, held.experts)
-    return model
+    ) as layers:
+        _hold(layers, inputs, tokens.shape, 1, 1)
+        return last_logits(layers, Variant(), tokens, advance)
 
 
 def _hold(
-    model: StreamedModel, inputs: RunInputs, tokens: Tokens, num_lanes: int, batch: int
+    model: StreamedModel, inputs: RunInputs, shape: tuple[int, int], num_variants: int, batch: int
 ) -> Held:
     return model.hold(
         inputs.config.engine.experts,
-        batch_tokens=batch * tokens.shape[1],
-        tokens=num_lanes * tokens.size,
+        batch_tokens=batch * shape[1],
+        tokens=num_variants * shape[0] * shape[1],
     )
 
 

@@ -1,7 +1,7 @@
 """Distillation: only the operators are trained, so that the recovered model answers as the dense.
 
 Both models are one: the dense one runs on the same weights without gradient, the recovered one with
-its removed layers bypassed. Nothing below the first operator is run twice, and no gradient is kept
+its removed layers left out. Nothing below the first operator is run twice, and no gradient is kept
 there. The closed form is the starting point, and the result if training does not improve the loss
 on held-out windows.
 
@@ -12,7 +12,6 @@ and the activations of the layers behind the first operator for ``refine.batch``
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import math
@@ -28,18 +27,13 @@ from torch import Tensor, nn
 from ghost_dist.calibration.split import check_held_out
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import (
-    as_recovered,
-    bypassed,
-    down_path,
-    entering_at,
-    repair_hook,
-)
+from ghost_dist.checkpoint.surgery import repair_stream
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import RefineConfig
 from ghost_dist.durable import replacing
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import ConfigError
-from ghost_dist.evaluation.divergence import first_changed_layer
-from ghost_dist.evaluation.perplexity import HeadRunner
+from ghost_dist.evaluation.scores import logit_pieces
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 
@@ -73,15 +67,12 @@ class Refined:
 def distill(
     model: Any,
     architecture: Architecture,
-    spans: Sequence[Span],
-    operators: Mapping[Span, Repair],
-    healed: Mapping[int, Tensor],
+    closed_form: Variant,
     tokens: Tokens,
     fitted_on: Collection[int],
     held_out: Sequence[int],
     config: RefineConfig,
     *,
-    device: torch.device,
     batch: int,
     state: Path,
     fingerprint: str,
@@ -92,11 +83,9 @@ def distill(
     Parameters
     ----------
     model, architecture
-        The uncut causal LM on ``device``; its weights are not changed.
-    spans, operators
-        What is removed, and the closed form.
-    healed
-        New down_proj weights that stay as they are.
+        The uncut causal LM; its weights are not changed.
+    closed_form
+        Where training begins; healed down_proj weights stay as they are.
     tokens
         int32, shape (windows, T).
     fitted_on
@@ -121,11 +110,11 @@ def distill(
     """
     check_held_out(fitted_on, held_out, "The closed form that is trained")
     training = sorted(set(range(len(tokens))) - set(held_out))
-    if not any(repair.parts() for repair in operators.values()):
+    if not any(repair.parts() for repair in closed_form.operators.values()):
         raise ConfigError("refine.steps: the plain cut has no operator to train. Set it to 0.")
     if not training or not held_out:
         raise ConfigError("refine.steps needs windows to train on and windows to hold out.")
-    student = _Student(model, architecture, spans, operators, healed, device)
+    student = _Student(LayerwiseModel(model, architecture), closed_form)
     optimiser = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=0.0)
     loss_of = _Loss(config)
     progress = _Progress(state, fingerprint)
@@ -169,35 +158,22 @@ def distill(
                 going = look(step + 1)
     best = student.repairs(progress.best or student.state())
     improved = bool(progress.losses[0]["loss"] > progress.best_loss)
-    return Refined(best if improved else dict(operators), progress.losses, improved)
+    return Refined(best if improved else dict(closed_form.operators), progress.losses, improved)
 
 
 class _Student:
     """The recovered model with trainable operators, on the weights of the dense one."""
 
-    def __init__(
-        self,
-        model: Any,
-        architecture: Architecture,
-        spans: Sequence[Span],
-        operators: Mapping[Span, Repair],
-        healed: Mapping[int, Tensor],
-        device: torch.device,
-    ) -> None:
-        self._model, self._architecture, self._spans = model, architecture, spans
-        self._healed, self._device = dict(healed), device
-        self._eps = {span: repair.norm_eps for span, repair in operators.items()}
+    def __init__(self, layers: LayerwiseModel, recovered: Variant) -> None:
+        self._layers, self._recovered = layers, recovered
+        self._eps = {span: repair.norm_eps for span, repair in recovered.operators.items()}
         self._parts = {
             span: {
-                name: nn.Parameter(part.detach().to(device, torch.float32, copy=True))
+                name: nn.Parameter(part.detach().to(layers.device, torch.float32, copy=True))
                 for name, part in repair.parts().items()
             }
-            for span, repair in operators.items()
+            for span, repair in recovered.operators.items()
         }
-        self._layers = model.get_submodule(architecture.layers)
-        changed = [first_changed_layer(spans, [operators]), *self._healed]
-        self._first = min(changed)
-        self._head: HeadRunner | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         return [part for parts in self._parts.values() for part in parts.values()]
@@ -227,100 +203,83 @@ class _Student:
         self, rows: Tokens, loss_of: _Loss, *, weight: float = 1.0, backward: bool = True
     ) -> float:
         """Mean loss per token of some windows; adds its gradient times ``weight``."""
-        ids_BT = torch.from_numpy(rows.astype(np.int64)).to(self._device)
-        with torch.no_grad():
-            self._head = self._head or HeadRunner(self._model, ids_BT)
-            dense, stream_BTC = self._dense(ids_BT)
-        with torch.set_grad_enabled(backward), self._recovered(stream_BTC):
-            found = self._head.body(ids_BT)
-        # Gradients stop between body and head, so that logits live for one piece at a time.
-        output, leaf = _leaf(found, backward)
+        layers = self._layers
+        ids_BT = torch.from_numpy(rows.astype(np.int64)).to(layers.device)
         total = 0.0
-        with torch.set_grad_enabled(backward):
-            for piece in self._head.pieces(ids_BT):
-                loss = loss_of(self._head, dense, output, ids_BT, piece) / ids_BT.numel()
+        with layers.entered(), torch.set_grad_enabled(backward):
+            with torch.no_grad():
+                entering_BTC, dense_BTC = self._dense(ids_BT)
+            found_NC = self._through(entering_BTC).flatten(0, 1)
+            # Gradients stop between layers and head, so that logits live for one piece at a time.
+            leaf_NC = found_NC.detach().requires_grad_(backward)
+            dense_NC = dense_BTC.flatten(0, 1)
+            for piece in logit_pieces(ids_BT.numel(), layers.architecture.vocab_size):
+                loss = loss_of(layers, dense_NC[piece], leaf_NC[piece]) / ids_BT.numel()
                 total += float(loss.detach())
                 if backward:
                     torch.autograd.backward(loss * weight)
-        if backward:
-            hidden = found if isinstance(found, Tensor) else found.last_hidden_state
-            torch.autograd.backward(hidden, leaf.grad)
+            if backward:
+                torch.autograd.backward(found_NC, leaf_NC.grad)
         return total
 
-    def _dense(self, ids_BT: Tensor) -> tuple[Any, Tensor]:
-        kept: list[Tensor] = []
+    def _dense(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The dense stream entering the first layer that differs, and the last one."""
+        entering_BTC = stream_BTC = self._layers.embed(ids_BT)
+        for layer in range(self._layers.num_layers):
+            if layer == self._recovered.first_changed:
+                entering_BTC = stream_BTC
+            with self._layers.running(layer) as run:
+                stream_BTC = run(stream_BTC)
+        return entering_BTC, stream_BTC
 
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept[:] = [args[0] if args else kwargs["hidden_states"]]
-
-        assert self._head is not None
-        handle = self._layers[self._first].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            return self._head.body(ids_BT), kept[0]
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def _recovered(self, stream_BTC: Tensor) -> Iterator[None]:
-        """Let the model compute as the recovered one, with gradients to the parts."""
-        layers, architecture = self._layers, self._architecture
-        removed = [layer for span in self._spans for layer in range(span.start, span.stop)]
-        handles = []
-        for span, parts in self._parts.items():
-            boundary = {name: part for name, part in parts.items() if name != "down"}
-            if boundary:
-                at_end = span.stop == len(layers)
-                module = (
-                    self._model.get_submodule(architecture.final_norm)
-                    if at_end
-                    else layers[span.stop]
-                )
-                repair = Repair.from_parts(boundary, self._eps[span])
-                handles.append(
-                    module.register_forward_pre_hook(repair_hook(repair), with_kwargs=True)
-                )
-            if "down" in parts:
-                module = layers[span.start - 1].get_submodule(down_path(architecture))
-                handles.append(module.register_forward_hook(_product(parts["down"])))
-        try:
-            with (
-                as_recovered(self._model, architecture, (), {}, self._healed),
-                bypassed(self._model, layers, removed),
-                entering_at(self._model, layers, self._first, stream_BTC),
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _through(self, stream_BTC: Tensor) -> Tensor:
+        """The last stream of the recovered model, with gradients to the parts."""
+        first = self._recovered.first_changed
+        assert first is not None, "there is something to train"
+        operators = {
+            span.stop: Repair.from_parts(
+                {name: part for name, part in parts.items() if name != "down"}, self._eps[span]
+            )
+            for span, parts in self._parts.items()
+        }
+        downs = {s.start - 1: p["down"] for s, p in self._parts.items() if "down" in p}
+        for layer in range(first, self._layers.num_layers):
+            if layer not in self._recovered.removed:
+                with contextlib.ExitStack() as stack:
+                    run = stack.enter_context(self._layers.running(layer))
+                    if layer in downs:
+                        module = self._layers.down_projection(layer)
+                        handle = module.register_forward_hook(_product(downs[layer]))
+                        stack.callback(handle.remove)
+                    else:
+                        healed_FC = self._recovered.healed.get(layer)
+                        stack.enter_context(self._layers.with_down(layer, healed_FC))
+                    stream_BTC = run(stream_BTC)
+            if layer + 1 in operators:
+                stream_BTC = repair_stream(operators[layer + 1], stream_BTC)
+        return stream_BTC
 
 
 class _Loss:
-    """Sum over tokens of the loss between dense and recovered model."""
+    """Sum over tokens of the loss between dense and recovered model, from their last streams."""
 
     def __init__(self, config: RefineConfig) -> None:
         self._config = config
 
-    def __call__(
-        self, head: HeadRunner, dense: Any, found: Any, ids_BT: Tensor, piece: slice
-    ) -> Tensor:
+    def __call__(self, layers: LayerwiseModel, dense_NC: Tensor, found_NC: Tensor) -> Tensor:
         config = self._config
         if config.loss == "hidden":
-            if isinstance(found, Tensor):
-                raise ConfigError(
-                    "refine.loss=hidden: this family gives logits only. Use refine.loss=kl."
-                )
-            target_NC = dense.last_hidden_state.flatten(0, 1)[piece].float()
-            got_NC = found.last_hidden_state.flatten(0, 1)[piece].float()
+            target_NC = layers.final_norm(dense_NC).float()
+            got_NC = layers.final_norm(found_NC).float()
             error: Tensor = (got_NC - target_NC).square().sum() / target_NC.shape[-1]
             return error
-        target_NV = head.logits(dense, ids_BT, piece).float() / config.temperature
-        got_NV = head.logits(found, ids_BT, piece).float() / config.temperature
+        target_NV = layers.logits(dense_NC).float() / config.temperature
+        got_NV = layers.logits(found_NC).float() / config.temperature
         if config.top_k is not None and config.top_k < target_NV.shape[-1]:
             target_NV, likeliest = target_NV.topk(config.top_k, dim=-1)
             got_NV = got_NV.gather(-1, likeliest)
         expected, got = torch.log_softmax(target_NV, -1), torch.log_softmax(got_NV, -1)
-        divergence: Tensor = (expected.exp() * (expected - got)).sum()
-        return divergence
+        return nn.functional.kl_div(got, expected, reduction="sum", log_target=True)
 
 
 class _Progress:
@@ -389,17 +348,6 @@ def _product(down_FC: Tensor) -> Callable[..., Any]:
         return nn.functional.linear(args[0], down_FC.T.to(args[0].dtype), module.bias)
 
     return hook
-
-
-def _leaf(found: Any, backward: bool) -> tuple[Any, Tensor]:
-    """The body's output with a hidden state (or logits) that collects gradients by itself."""
-    if isinstance(found, Tensor):
-        leaf = found.detach().requires_grad_(backward)
-        return leaf, leaf
-    leaf = found.last_hidden_state.detach().requires_grad_(backward)
-    output = copy.copy(found)
-    output["last_hidden_state"] = leaf
-    return output, leaf
 
 
 def _schedule(step: int, steps: int) -> float:

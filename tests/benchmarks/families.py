@@ -31,6 +31,7 @@ from ghost_dist.checkpoint.architecture import check_cut, inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.pipeline.recover import recover
@@ -150,7 +151,7 @@ def check(folder, out):
     if torch.equal(cached, uncached):
         return "works", ""
     remove_layers(uncut, architecture, CUT)
-    insert_operators(uncut, architecture, CUT, operators)
+    insert_operators(uncut, architecture, Variant(CUT, operators))
     if torch.equal(uncut.generate(tokens[:1], use_cache=True, **arguments), cached):
         return "works", "the family's own tokens with a cache are not those without"
     return "wrong", f"{cached[0, -5:].tolist()} with a cache, {uncached[0, -5:].tolist()} without"

@@ -20,9 +20,10 @@ import torch
 import transformers
 
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
-from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.solving import Solver
@@ -114,9 +115,10 @@ def measure(shared, span, folder, model, device):
         solver = solvers.get(operator, solvers["others"])
         candidate = Candidate(operator, ridge=AbsoluteRidge(absolute=1e-6))
         operators = {s: solver.fit(candidate, s).repair for s in spans}
-        with as_recovered(model, inputs.architecture, spans, operators):
-            for text, windows in inputs.evaluation.items():
-                yield text, operator, perplexity(model, windows, batch=2, device=device).value
+        layers = LayerwiseModel(model, inputs.architecture)
+        for text, windows in inputs.evaluation.items():
+            [found] = window_scores(layers, [Variant(spans, operators)], windows.tokens, batch=2)
+            yield text, operator, found.perplexity
 
 
 def open_solver(config, model):

@@ -26,10 +26,11 @@ from rich.console import Console
 
 from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import SingularGramError
-from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.solving import Solver
@@ -118,8 +119,9 @@ def row(arguments, ratio, folder, model, device, quiet):
         store = stages.calibrate(tokens, spans)
 
         def measure(operators):
-            with as_recovered(model, inputs.architecture, spans, operators):
-                return perplexity(model, judged, batch=2, device=device).value
+            layers = LayerwiseModel(model, inputs.architecture)
+            [found] = window_scores(layers, [Variant(spans, operators)], judged.tokens, batch=2)
+            return found.perplexity
 
         def solver(**fields):
             operator = config.operator.model_copy(update=fields)

@@ -22,9 +22,10 @@ from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import as_decoder, load_causal_lm, load_tokenizer
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.checkpoint.surgery import as_recovered
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.span_selection import held_out_of_start, relative_residual
 from ghost_dist.spans import Span
@@ -113,8 +114,9 @@ def main() -> None:
     for span in fixed:
         moments = [fold[f"exact/{STREAM.key(span)}"] for fold in folds]
         repair, _ = fit_ghost(str(span), moments, "auto")
-        with as_recovered(model, architecture, (span,), {span: repair}):
-            measured[span] = perplexity(model, evaluation, batch=2, device=device).value
+        layers, variant = LayerwiseModel(model, architecture), Variant((span,), {span: repair})
+        [found] = window_scores(layers, [variant], evaluation.tokens, batch=2)
+        measured[span] = found.perplexity
         error = estimate[span].standard_error / estimate[span].energy
         print(
             f"| {span} | {relative_residual(exact[span]):.5f} | "

@@ -16,7 +16,8 @@ from families import (
 
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import as_recovered, insert_operators, remove_layers
+from ghost_dist.checkpoint.surgery import as_variant, insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
@@ -42,7 +43,7 @@ def test_cut_and_recovered(checkpoint, family, cut):
     assert (pruned - recovered).abs().max() > 1e-2 * pruned.abs().max()
     remove_layers(model, architecture, spans)
     assert (logits(model) - pruned).abs().max() <= rounding(pruned)
-    take_out = insert_operators(model, architecture, spans, operators)
+    take_out = insert_operators(model, architecture, Variant(spans, operators))
     assert (logits(model) - recovered).abs().max() <= rounding(recovered)
     arguments = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     cached = model.generate(TOKENS[:1], use_cache=True, **arguments)
@@ -60,12 +61,12 @@ def test_every_form_of_repair_in_the_cut_and_in_the_uncut_model(checkpoint, fami
     model = load(source)
     dense = logits(model)
     expected = oracle_logits(model, architecture.layers, spans, repairs, TOKENS)
-    with as_recovered(model, architecture, spans, repairs):
+    with as_variant(model, architecture, Variant(spans, repairs)):
         assert (logits(model) - expected).abs().max() <= rounding(expected)
     assert torch.equal(logits(model), dense)
     remove_layers(model, architecture, spans)
     pruned = logits(model)
-    take_out = insert_operators(model, architecture, spans, repairs)
+    take_out = insert_operators(model, architecture, Variant(spans, repairs))
     assert (logits(model) - expected).abs().max() <= rounding(expected)
     take_out()
     assert torch.equal(logits(model), pruned)
@@ -79,10 +80,10 @@ def test_healed_layers_are_named_as_in_the_uncut_model(checkpoint):
     layer = spans[-1].stop
     by_hand.model.layers[layer].mlp.down_proj.weight.data = new_FC.T.contiguous()
     expected = oracle_logits(by_hand, architecture.layers, spans, {}, TOKENS)
-    with as_recovered(model, architecture, spans, {}, {layer: new_FC}):
+    with as_variant(model, architecture, Variant(spans, {}, {layer: new_FC})):
         assert (logits(model) - expected).abs().max() <= rounding(expected)
     remove_layers(model, architecture, spans)
-    insert_operators(model, architecture, spans, {}, {layer: new_FC})
+    insert_operators(model, architecture, Variant(spans, {}, {layer: new_FC}))
     assert (logits(model) - expected).abs().max() <= rounding(expected)
 
 
@@ -109,7 +110,7 @@ def test_precision_of_operators(checkpoint):
         model = load(source, torch.bfloat16)
         remove_layers(model, architecture, spans)
         operator = Repair(exact.weight_CC.to(dtype))
-        insert_operators(model, architecture, spans, {spans[0]: operator})
+        insert_operators(model, architecture, Variant(spans, {spans[0]: operator}))
         layer = model.get_submodule(architecture.layers)[spans[0].start]
         hook = next(iter(layer._forward_pre_hooks.values()))
         (seen[dtype], *_), _ = hook(layer, (x,), {})

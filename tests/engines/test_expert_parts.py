@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines import streamed_model
 from ghost_dist.engines.expert_parts import Inputs, SplitLayer, even_part, routed_experts
-from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.sweep import sweep
 from ghost_dist.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from ghost_dist.statistics.stream_state import StreamState
 
@@ -162,10 +163,10 @@ def test_every_tensor_is_read_once_and_few_experts_are_at_hand(checkpoint, famil
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("cut", ["middle", "two"])
-def test_lanes_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
+def test_variants_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
     source, architecture = checkpoint(family)
     spans = CUTS[cut]
-    lanes = [Lane(), Lane(spans), Lane(spans, random_operators(spans))]
+    variants = [Variant(), Variant(spans), Variant(spans, random_operators(spans))]
     found = {}
     prove_streamed(source.path, CPU)
     for at_once in ("auto", 3):
@@ -179,8 +180,7 @@ def test_lanes_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
             def keep(_, streams, model=model, logits=logits):
                 logits += [model.logits(stream.flatten(0, 1)) for stream in streams]
 
-            arguments = (model, architecture, lanes, TOKENS)
-            run_lanes(*arguments, batch=2, at_end=keep, advance=lambda _: None)
+            sweep(model, variants, TOKENS, batch=2, at_end=keep)
             assert model.bytes_read == source.nbytes
     assert len(found[3]) == 9
     assert all(map(torch.equal, found[3], found["auto"]))

@@ -17,11 +17,12 @@ from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
-from ghost_dist.engines.lanes import Lane, run_lanes
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.sweep import sweep as sweep_variants
 from ghost_dist.errors import CheckpointError, CorruptStoreError, NonFiniteActivationError
 from ghost_dist.statistics import stream_state
 from ghost_dist.statistics.stream_state import StreamState
@@ -101,7 +102,7 @@ def test_every_needed_tensor_is_read_once_and_one_layer_has_weights(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "mixtral", "gpt2", "opt", "olmo2"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_lanes_give_the_logits_of_the_model_that_is_really_cut(checkpoint, loaded, family, cut):
+def test_variants_give_the_logits_of_the_model_that_is_really_cut(checkpoint, loaded, family, cut):
     """All variants at once, in one pass over the files, against one model in memory for each."""
     source, architecture = checkpoint(family)
     spans = CUTS[cut]
@@ -118,13 +119,13 @@ def test_lanes_give_the_logits_of_the_model_that_is_really_cut(checkpoint, loade
     if layer is not None:
         shape = (architecture.inner_sizes[layer], width)
         downs = {layer: torch.randn(shape, generator=generator, dtype=torch.float64)}
-    lanes = [
-        Lane(),
-        Lane(spans),
-        Lane(spans, operators),
-        *([Lane((), {}, downs), Lane(spans, operators, downs)] if downs else []),
+    variants = [
+        Variant(),
+        Variant(spans),
+        Variant(spans, operators),
+        *([Variant((), {}, downs), Variant(spans, operators, downs)] if downs else []),
     ]
-    found = [[] for _ in lanes]
+    found = [[] for _ in variants]
     prove_streamed(source.path, CPU)
     with StreamedModel(
         source, architecture, num_layers=NUM_LAYERS, dtype=torch.float32, device=CPU
@@ -132,22 +133,20 @@ def test_lanes_give_the_logits_of_the_model_that_is_really_cut(checkpoint, loade
 
         def keep(part, streams):
             assert part.stop - part.start <= 2
-            for of_lane, stream_BTC in zip(found, streams, strict=True):
-                of_lane += [model.logits(stream_TC) for stream_TC in stream_BTC]
+            for of_variant, stream_BTC in zip(found, streams, strict=True):
+                of_variant += [model.logits(stream_TC) for stream_TC in stream_BTC]
 
-        run_lanes(model, architecture, lanes, TOKENS, batch=2, at_end=keep, advance=lambda _: None)
+        sweep_variants(model, variants, TOKENS, batch=2, at_end=keep)
         tied = model._tied
         table = sum(t.nbytes for n, t in source.tensors.items() if "embed_tokens.weight" in n)
         table += sum(t.nbytes for n, t in source.tensors.items() if "wte.weight" in n)
         assert model.bytes_read == source.nbytes + tied * table
     ids = torch.from_numpy(TOKENS).long()
-    for lane, logits in zip(lanes, found, strict=True):
+    for variant, logits in zip(variants, found, strict=True):
         whole, _ = loaded(family)
-        if lane.spans:
-            remove_layers(whole, architecture, lane.spans)
-            insert_operators(whole, architecture, lane.spans, lane.operators, lane.healed)
-        elif lane.healed:
-            insert_operators(whole, architecture, (), {}, lane.healed)
+        if variant.spans:
+            remove_layers(whole, architecture, variant.spans)
+        insert_operators(whole, architecture, variant)
         with torch.inference_mode():
             expected = torch.cat([whole(row[None], use_cache=False).logits for row in ids])
         torch.testing.assert_close(torch.stack(logits), expected, rtol=0, atol=2e-5)

@@ -15,8 +15,10 @@ from families import (
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
-from ghost_dist.evaluation import perplexity as heads
-from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.evaluation import scores
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.spans import Span
 
 CPU = torch.device("cpu")
@@ -50,16 +52,17 @@ def by_hand(source, architecture, spans, candidate, dense):
     """KL of the logits of a second copy of the model that was really cut."""
     model = load(source)
     remove_layers(model, architecture, spans)
-    insert_operators(model, architecture, spans, candidate)
+    insert_operators(model, architecture, Variant(spans, candidate))
     expected, got = torch.log_softmax(dense, -1), torch.log_softmax(logits(model), -1)
     return float((expected.exp() * (expected - got)).sum(-1).mean())
 
 
 def measure(model, architecture, spans, candidates, batch, **arguments):
     tokens = TOKENS.numpy().astype(np.int32)
-    return divergences(
-        model, architecture, spans, candidates, tokens, batch=batch, device=CPU, **arguments
-    )
+    variants = [Variant(), *(Variant(spans, candidate) for candidate in candidates)]
+    layers = LayerwiseModel(model, architecture)
+    _, *found = window_scores(layers, variants, tokens, batch=batch, **arguments)
+    return [one.kl.mean() for one in found]
 
 
 @pytest.mark.parametrize("cut", ["two", "first", "last"])
@@ -76,7 +79,7 @@ def test_against_a_second_model_that_is_cut(checkpoint, family, cut):
         done = []
         got = measure(model, architecture, spans, candidates, batch, advance=done.append)
         assert got == pytest.approx(expected, rel=ROUNDING)
-        assert done == [12 * min(batch, 5 - first) for first in range(0, 5, batch)]
+        assert sum(done) == TOKENS.numel()
     assert torch.equal(logits(model), before)
 
 
@@ -115,14 +118,14 @@ def test_small_pieces_of_logits(checkpoint, monkeypatch, family):
     spans, model = CUTS["middle"], load(source)
     candidates = [{}, random_operators(spans)]
     whole = measure(model, architecture, spans, candidates, 2)
-    sizes, original = [], heads.HeadRunner.logits
+    sizes, original = [], LayerwiseModel.logits
 
-    def counted(self, body, ids_BT, piece):
-        sizes.append(piece.stop - piece.start)
-        return original(self, body, ids_BT, piece)
+    def counted(self, stream_NC):
+        sizes.append(len(stream_NC))
+        return original(self, stream_NC)
 
-    monkeypatch.setattr(heads.HeadRunner, "logits", counted)
-    monkeypatch.setattr(heads, "_LOGITS_AT_ONCE", 5 * VOCAB + 1)  # does not divide a window
+    monkeypatch.setattr(LayerwiseModel, "logits", counted)
+    monkeypatch.setattr(scores, "_LOGITS_AT_ONCE", 5 * VOCAB + 1)  # does not divide a window
     got = measure(model, architecture, spans, candidates, 2)
     assert got == pytest.approx(whole, rel=1e-5)
     assert max(sizes) == 5

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
 from ghost_dist.export.model_card import model_card
 from ghost_dist.pipeline.recover import recover
@@ -39,7 +40,7 @@ def card_of(source, path=None, calibration="c4"):
             "output.path": "run",
         },
     )
-    return model_card(open_checkpoint(source), config, SPANS, {SPANS[0]: Repair()})
+    return model_card(open_checkpoint(source), config, Variant(SPANS, {SPANS[0]: Repair()}))
 
 
 def metadata(card):

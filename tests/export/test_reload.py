@@ -27,9 +27,10 @@ from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import reload, verify_reload
+from ghost_dist.export.verify import greedy_tokens, reload, verify_reload
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
@@ -63,13 +64,17 @@ def reloaded(checkpoint, use_exported, tmp_path_factory):
         names.append(f"{family}-ghost-{cut}")
         operators, shard = random_operators(CUTS[cut]), 60_000
         export_checkpoint(
-            source, architecture, CUTS[cut], operators, root / names[-1], max_shard_bytes=shard
+            source,
+            architecture,
+            Variant(CUTS[cut], operators),
+            root / names[-1],
+            max_shard_bytes=shard,
         )
     for family, kind, cut in REPAIRS:
         source, architecture = checkpoint(family)
         names.append(f"{family}-{kind}-{cut}")
         repairs = random_repairs(kind, CUTS[cut], architecture)
-        export_checkpoint(source, architecture, CUTS[cut], repairs, root / names[-1])
+        export_checkpoint(source, architecture, Variant(CUTS[cut], repairs), root / names[-1])
     results = use_exported(root, {name: ["reloaded"] for name in names})
     return {
         name: (torch.from_numpy(np.load(root / name / "logits.npy")), results[name]["reloaded"])
@@ -94,8 +99,23 @@ def uncut(checkpoint):
 def recovered(source, architecture, spans, operators, dtype=torch.float32):
     model = load_causal_lm(source.path, dtype=dtype, device=CPU)
     remove_layers(model, architecture, spans)
-    insert_operators(model, architecture, spans, operators)
+    insert_operators(model, architecture, Variant(spans, operators))
     return model
+
+
+@torch.inference_mode()
+def verify(folder, model, dtype=torch.float32):
+    """Compare a folder with a model in memory."""
+    expected = torch.cat([model(row[None], use_cache=False).logits.float() for row in TOKENS])
+    return verify_reload(
+        folder,
+        expected,
+        TOKENS.numpy(),
+        num_layers=model.config.num_hidden_layers,
+        generate=lambda ids: greedy_tokens(model, ids),
+        dtype=dtype,
+        device=CPU,
+    )
 
 
 @pytest.mark.parametrize(("family", "cut"), GRID)
@@ -135,7 +155,7 @@ def test_fold_is_a_plain_checkpoint_of_its_family(checkpoint, tmp_path):
     source, architecture = checkpoint("llama")
     spans = CUTS["two"]
     repairs = random_repairs("fold", spans, architecture)
-    export_checkpoint(source, architecture, spans, repairs, tmp_path / "out")
+    export_checkpoint(source, architecture, Variant(spans, repairs), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "llama"
     assert not list((tmp_path / "out").glob("*.py"))
@@ -156,9 +176,9 @@ def test_bfloat16_checkpoints(tmp_path, family, operator_dtype):
     architecture = inspect_architecture(source)
     spans = CUTS["last"]
     operators = random_operators(spans, operator_dtype)
-    export_checkpoint(source, architecture, spans, operators, tmp_path / "out")
+    export_checkpoint(source, architecture, Variant(spans, operators), tmp_path / "out")
     model = recovered(source, architecture, spans, operators, torch.bfloat16)
-    verify_reload(tmp_path / "out", model, TOKENS.numpy(), dtype=torch.bfloat16, device=CPU)
+    verify(tmp_path / "out", model, torch.bfloat16)
     stored = {t.dtype for n, t in open_checkpoint(tmp_path / "out").tensors.items() if "ghost" in n}
     assert stored == {"F32" if operator_dtype == torch.float32 else "BF16"}
 
@@ -166,13 +186,13 @@ def test_bfloat16_checkpoints(tmp_path, family, operator_dtype):
 def test_cut_only_needs_no_code(checkpoint, tmp_path):
     source, architecture = checkpoint("gemma3")
     spans = CUTS["two"]
-    export_checkpoint(source, architecture, spans, {}, tmp_path / "out")
+    export_checkpoint(source, architecture, Variant(spans, {}), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.py"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "gemma3_text"
     assert "auto_map" not in config
     model = recovered(source, architecture, spans, {})
-    verify_reload(tmp_path / "out", model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+    verify(tmp_path / "out", model)
     uncut = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
     expected = oracle_logits(uncut, architecture.layers, spans, {}, TOKENS)
     again = load_causal_lm(tmp_path / "out", dtype=torch.float32, device=CPU)
@@ -184,7 +204,8 @@ def test_cut_only_needs_no_code(checkpoint, tmp_path):
 def exported(checkpoint, tmp_path_factory):
     source, architecture = checkpoint("llama")
     out = tmp_path_factory.mktemp("verify") / "out"
-    export_checkpoint(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]), out)
+    variant = Variant(CUTS["middle"], random_operators(CUTS["middle"]))
+    export_checkpoint(source, architecture, variant, out)
     return out
 
 
@@ -195,7 +216,7 @@ def test_verify_finds_another_operator(checkpoint, exported):
     operator = random_operators(CUTS["middle"])[span]
     model = recovered(source, architecture, (span,), {span: Repair(operator.weight_CC.T)})
     with pytest.raises(ExportError, match="does not reproduce the recovered model"):
-        verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+        verify(exported, model)
 
 
 def test_verify_finds_what_only_a_cache_shows(checkpoint, exported, tmp_path):
@@ -209,7 +230,7 @@ def test_verify_finds_what_only_a_cache_shows(checkpoint, exported, tmp_path):
     code.write_text(code.read_text().replace(line, only_prompts))
     model = recovered(source, architecture, CUTS["middle"], random_operators(CUTS["middle"]))
     with pytest.raises(ExportError, match=r"generates the tokens \[.*\] with a cache, \[.*\] wi"):
-        verify_reload(broken, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+        verify(broken, model)
 
 
 def test_verify_finds_nan(checkpoint, exported, tmp_path):
@@ -218,7 +239,7 @@ def test_verify_finds_nan(checkpoint, exported, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ExportError, match="does not reproduce"):
-        verify_reload(exported, model, TOKENS.numpy(), dtype=torch.float32, device=CPU)
+        verify(exported, model)
 
 
 def test_verify_finds_a_lost_operator(exported, tmp_path):

@@ -14,6 +14,7 @@ import ghost_dist.export.rewrite as rewrite
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import INDEX, open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.spans import kept_layers
@@ -38,7 +39,9 @@ def source(checkpoint, tmp_path):
 
 
 def export(source, out, operators=OPERATORS, **arguments):
-    export_checkpoint(*source, SPANS, operators, out, **{"max_shard_bytes": 70_000, **arguments})
+    export_checkpoint(
+        *source, Variant(SPANS, operators), out, **{"max_shard_bytes": 70_000, **arguments}
+    )
     return open_checkpoint(out)
 
 
@@ -51,7 +54,7 @@ def content(checkpoint, name):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "deepseek_v3"])
 def test_kept_tensors_are_the_same_bytes(checkpoint, tmp_path, family):
     source, architecture = checkpoint(family)
-    export_checkpoint(source, architecture, SPANS, OPERATORS, tmp_path / "out")
+    export_checkpoint(source, architecture, Variant(SPANS, OPERATORS), tmp_path / "out")
     exported = open_checkpoint(tmp_path / "out")
     expected = set()
     new_index = {old: new for new, old in enumerate(kept_layers(SPANS, 6))}
@@ -173,7 +176,7 @@ def test_what_the_model_does_not_take_is_dropped(checkpoint, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     source = open_checkpoint(folder)
     architecture = inspect_architecture(source)
-    export_checkpoint(source, architecture, SPANS, OPERATORS, tmp_path / "out")
+    export_checkpoint(source, architecture, Variant(SPANS, OPERATORS), tmp_path / "out")
     exported = open_checkpoint(tmp_path / "out")
     assert architecture.unused == extra.keys()
     assert not [n for n in exported.tensors if "eh_proj" in n or "mtp" in n or "inv_freq" in n]

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ExportError
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import reload, verify_tokenizer
@@ -108,7 +109,7 @@ def exported(checkpoint, tmp_path_factory):
         tokenizer = load_tokenizer(folder, trust_remote_code=True)
         out = root / kind
         operators = random_operators(SPANS)
-        export_checkpoint(source, architecture, SPANS, operators, out, tokenizer=tokenizer)
+        export_checkpoint(source, architecture, Variant(SPANS, operators), out, tokenizer=tokenizer)
         made[kind] = (source, architecture, tokenizer, out)
     return made
 
@@ -187,7 +188,7 @@ def test_code_that_was_not_run_is_not_asked_for(exported, checkpoint, tmp_path):
     for operators in (random_operators(SPANS), {}):
         out = tmp_path / f"out-{len(operators)}"
         source = open_checkpoint(folder)
-        export_checkpoint(source, architecture, SPANS, operators, out, tokenizer=tokenizer)
+        export_checkpoint(source, architecture, Variant(SPANS, operators), out, tokenizer=tokenizer)
         again = load_tokenizer(out, trust_remote_code=True)
         assert again("12 cats")["input_ids"] == tokenizer("12 cats")["input_ids"]
 

@@ -9,6 +9,7 @@ from families import CUTS, FAMILIES, random_operators
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ghost_dist.checkpoint.load import load_tokenizer
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.export.rewrite import export_checkpoint
 
 EVERYWHERE = ("saved_again", "without_trust")
@@ -42,7 +43,9 @@ def results(checkpoint, use_exported, tmp_path_factory):
             path.write_text(json.dumps(content))
         words = load_tokenizer(source.path) if family in DEEP_FAMILIES else None
         operators, out = random_operators(CUTS["last"]), root / family
-        export_checkpoint(source, architecture, CUTS["last"], operators, out, tokenizer=words)
+        export_checkpoint(
+            source, architecture, Variant(CUTS["last"], operators), out, tokenizer=words
+        )
         wanted[family] = [*EVERYWHERE, *(IN_DEPTH if family in DEEP_FAMILIES else ())]
     wanted["llama"] += [check for check in ONCE if HAS_PEFT or check != "lora"]
     return use_exported(root, wanted)

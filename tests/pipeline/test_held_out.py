@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from ghost_dist.calibration.split import NotHeldOutError, check_held_out
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import as_recovered
-from ghost_dist.evaluation.divergence import divergences
+from ghost_dist.checkpoint.surgery import as_variant
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs
 from ghost_dist.pipeline.recover import recover
@@ -130,10 +132,16 @@ def residual(model, architecture, tokens, boundary, before, after):
     dense = streams(model, architecture, boundary, tokens)
     errors = []
     for spans, operators, healed in (before, after):
-        with as_recovered(model, architecture, spans, operators, healed):
+        with as_variant(model, architecture, Variant(spans, operators, healed)):
             found = streams(model, architecture, boundary, tokens)
         errors.append((found - dense).square().sum())
     return float(errors[1] / errors[0])
+
+
+def divergences(model, architecture, spans, candidates, tokens):
+    variants = [Variant(), *(Variant(spans, candidate) for candidate in candidates)]
+    _, *found = window_scores(LayerwiseModel(model, architecture), variants, tokens, batch=8)
+    return [one.kl.mean() for one in found]
 
 
 def test_the_text_is_what_the_tests_say(noisy, fresh):
@@ -153,9 +161,7 @@ def test_the_choice_claims_what_other_noise_shows(noisy, fresh, tmp_path):
     model = open_causal_lm(inputs)
     operators, _ = solution(tmp_path / "run", spans)
     tokens = fresh(inputs)
-    kl, cut = divergences(
-        model, inputs.architecture, spans, [operators, {}], tokens, batch=8, device=inputs.device
-    )
+    kl, cut = divergences(model, inputs.architecture, spans, [operators, {}], tokens)
     solved = record(tmp_path / "run")
     [chosen] = [row for row in solved["candidates"] if row["chosen"]]
     [plain] = [row for row in solved["candidates"] if row["operator"] == "none"]
@@ -213,9 +219,7 @@ def test_training_begins_with_what_other_noise_shows(noisy, fresh, tmp_path):
     model = open_causal_lm(inputs)
     operators, _ = solution(tmp_path / "run", spans)
     assert record(tmp_path / "run")["folds"] == [0, 1, 2]
-    [kl] = divergences(
-        model, inputs.architecture, spans, [operators], fresh(inputs), batch=8, device=inputs.device
-    )
+    [kl] = divergences(model, inputs.architecture, spans, [operators], fresh(inputs))
     assert record(tmp_path / "run", "refine")["losses"][0]["loss"] > 0.8 * kl
 
 

@@ -12,7 +12,11 @@ import torch
 import transformers
 
 from ghost_dist.calibration.windows import build_windows
-from ghost_dist.evaluation.perplexity import perplexity
+from ghost_dist.checkpoint.architecture import inspect_architecture
+from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.evaluation.scores import window_scores
 
 SHARED = Path(os.environ.get("GHOST_DIST_SHARED") or Path(__file__).parents[3] / "shared")
 MODEL = SHARED / "models" / "wiki-llama-32l"
@@ -55,10 +59,11 @@ def test_windows_are_those_of_the_whole_text(tokenizer, name):
 def test_perplexity_is_that_of_plain_transformers(tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     windows = build("wikitext2-test.txt", tokenizer, windows=4, length=128)
-    result = perplexity(model, windows, batch=2, device="cpu")
+    layers = LayerwiseModel(model, inspect_architecture(open_checkpoint(MODEL)))
+    [result] = window_scores(layers, [Variant()], windows.tokens, batch=2)
     nats = []
     with torch.inference_mode():
         for row in torch.from_numpy(windows.tokens.astype(np.int64)):
             nats.append(model(row[None], labels=row[None]).loss.item() * 127)
-    np.testing.assert_allclose(result.nats_per_window, nats, rtol=1e-5)
-    assert 20 < result.value < 80  # a model that has learned: its vocabulary is 8192
+    np.testing.assert_allclose(result.nats, nats, rtol=1e-5)
+    assert 20 < result.perplexity < 80  # a model that has learned: its vocabulary is 8192

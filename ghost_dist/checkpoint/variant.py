@@ -1,0 +1,72 @@
+"""What a model becomes: which layers go, what is put at the gaps, which matrices are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.spans import Span
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """The dense model (by default), a pruned or a recovered one.
+
+    It is scored by sweeps (``engines/sweep.py``), applied to a model in memory
+    (``checkpoint/surgery.py``) and written by ``export/rewrite.py``.
+
+    Attributes
+    ----------
+    spans
+        What is removed; sorted and joined, as ``check_spans`` gives them.
+    operators
+        By span; spans without one are cut only.
+    healed
+        More down_proj weights (F, C), by layer of the uncut model.
+    """
+
+    spans: tuple[Span, ...] = ()
+    operators: Mapping[Span, Repair] = field(default_factory=dict)
+    healed: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> frozenset[int]:
+        """Layers that do not run."""
+        return frozenset(layer for span in self.spans for layer in range(span.start, span.stop))
+
+    @property
+    def downs(self) -> dict[int, Tensor]:
+        """New down_proj weights (F, C) by layer of the uncut model, of operators and of healing."""
+        of_operators = {
+            span.start - 1: repair.down_FC
+            for span, repair in self.operators.items()
+            if repair.down_FC is not None
+        }
+        return {**of_operators, **self.healed}
+
+    @property
+    def at_boundary(self) -> dict[Span, Repair]:
+        """Operators that do something at their boundary."""
+        return {span: one for span, one in self.operators.items() if one.boundary_parts()}
+
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether operators stay in float32 in a model of another dtype: if one is given so."""
+        return any(repair.dtype == torch.float32 for repair in self.operators.values())
+
+    @property
+    def first_changed(self) -> int | None:
+        """The first layer whose input is the dense model's but whose output is not."""
+        return min([*(span.start for span in self.spans), *self.downs], default=None)
+
+    def stored(self, dtype: torch.dtype, operator_dtype: torch.dtype) -> Variant:
+        """As a checkpoint holds it: down_proj weights in its dtype, operators in theirs."""
+        return Variant(
+            self.spans,
+            {span: one.stored(operator_dtype, dtype) for span, one in self.operators.items()},
+            {layer: down_FC.to(dtype) for layer, down_FC in self.healed.items()},
+        )

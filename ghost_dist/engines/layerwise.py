@@ -1,0 +1,302 @@
+"""A causal LM of which single layers are run, on streams that are given.
+
+What a layer gets besides the stream (masks, positions) the model's own forward makes: it is run
+once for each shape of a batch while all layers hand their input on, and what each is given is kept.
+Windows are full rows, so it depends on the shape alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.surgery import handing_on, learn_return_types
+from ghost_dist.engines.expert_parts import Inputs, RunLayer
+
+Group = int | Literal["embeddings", "head"]
+"""What is at hand at a time: the embeddings, a layer, or the final norm with the head."""
+
+_PROBE_TOKENS = 16
+_PROBE_TOLERANCE = 0.02  # of the largest logit; a body that ran again is off by about all of it
+
+
+class _SeenEnough(Exception):  # noqa: N818 - no error: it ends a forward early
+    """What was looked for is there."""
+
+
+class LayerwiseModel:
+    """All layers of a causal LM in memory; the base of models that hold one at a time.
+
+    Parameters
+    ----------
+    model
+        Of transformers, with its head. It is itself again outside of :meth:`through`.
+    architecture
+        Of the uncut model.
+
+    Attributes
+    ----------
+    architecture
+        As given.
+    layers, final_norm, num_layers, hidden_size, dtype, device
+        Of the model.
+    whole
+        Whether all layers are at hand at once, so that windows go through in batches.
+    """
+
+    whole = True
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self._model, self.architecture = model, architecture
+        self.layers: nn.ModuleList = model.get_submodule(architecture.layers)
+        self.num_layers, self.hidden_size = len(self.layers), architecture.hidden_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self._embeddings = model.get_submodule(architecture.embeddings)
+        self.final_norm = model.get_submodule(architecture.final_norm)
+        self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
+        self._own: list[tuple[Any, ...]] = []
+        self._body_output: Any = None
+        self._head_by_itself: bool | None = None
+
+    def bytes_at_once(self) -> int:
+        """What weights still to come take on the device at most."""
+        return 0
+
+    def check_weights(self) -> None:
+        """Raise for weights that hold NaN or Inf; those that are loaded as a whole were checked."""
+
+    @contextlib.contextmanager
+    def through(self, groups: Sequence[Group]) -> Iterator[Iterator[Group]]:
+        """Groups one after the other, each with its weights while it is the current one."""
+        with torch.inference_mode(), self.entered():
+            yield iter(groups)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Layers hand their input on, but for the one that is run; no dropout."""
+        training = self._model.training
+        self._model.eval()
+        learn_return_types(self._model, self.layers)
+        self._hand_on()
+        try:
+            yield
+        finally:
+            for number in range(self.num_layers):
+                self._take_up(number)
+            self._model.train(training)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """The stream entering layer 0, shape (B, T, C); its group must be at hand."""
+        kept: list[Tensor] = []
+
+        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.append(args[0] if args else kwargs["hidden_states"])
+            raise _SeenEnough
+
+        handle = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with contextlib.suppress(_SeenEnough):
+                self._model(input_ids=ids_BT, use_cache=False)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        layer: int,
+        inputs: Inputs | None = None,  # noqa: ARG002 - for layers that are held in parts
+        *,
+        tapped: bool = False,  # noqa: ARG002 - for layers that are compiled
+    ) -> Iterator[RunLayer]:
+        """A function that runs one layer, whose group must be at hand.
+
+        It takes a stream (B, T, C) of full rows, without padding, to that which leaves the layer.
+
+        Parameters
+        ----------
+        layer
+            Its number.
+        inputs
+            What the function will be called with, in that order. Only a layer whose experts are
+            held in parts needs them: those are run here, for all inputs.
+        tapped
+            It is not compiled: hooks inside it could be left out. Set such hooks once this context
+            is entered, so that they see every input once.
+        """
+        module = self.layers[layer]
+
+        def run(stream_BTC: Tensor) -> Tensor:
+            call = self._calls(tuple(stream_BTC.shape[:2]))[layer]
+            output = call(module, stream_BTC)
+            left: Tensor = output[0] if isinstance(output, tuple) else output
+            return left
+
+        self._take_up(layer)
+        try:
+            yield run
+        finally:
+            self._hand_on(layer)
+
+    def down_projection(self, layer: int) -> nn.Linear:
+        """The module that ends the MLP of a layer; KeyError if it has none."""
+        module = self.layers[layer].get_submodule(self.architecture.down_projections[layer])
+        assert isinstance(module, nn.Linear), "the down_proj moved"
+        return module
+
+    @contextlib.contextmanager
+    def with_down(self, layer: int, down_FC: Tensor | None) -> Iterator[None]:
+        """A layer, which must be at hand, with another down_proj; None: its own."""
+        if down_FC is None:
+            yield
+            return
+        module = self.down_projection(layer)
+        own = module.weight
+        weight_CF = down_FC.T.to(own.device, own.dtype).contiguous()
+        module.weight = nn.Parameter(weight_CF, requires_grad=False)
+        try:
+            yield
+        finally:
+            module.weight = own
+
+    def logits(self, stream_NC: Tensor) -> Tensor:
+        """Logits (N, V) of streams that the final norm would get; its group must be at hand."""
+        if self._head_by_itself is None:
+            self._try_head()
+        return self._head(stream_NC) if self._head_by_itself else self._forward(stream_NC)
+
+    def _try_head(self) -> None:
+        """See whether the head can be run without the masks and positions of a body's forward."""
+
+        def note(_: Any, __: Any, output: Any) -> None:
+            self._body_output = output
+
+        shape, generator = (_PROBE_TOKENS, self.hidden_size), torch.Generator().manual_seed(0)
+        stream_NC = torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        body = self._model.base_model
+        handle = body.register_forward_hook(note)
+        try:
+            expected_NV = self._forward(stream_NC)
+        finally:
+            handle.remove()
+        self._head_by_itself = False
+        if body is self._model:  # the family names no body
+            return
+        try:
+            got_NV = self._head(stream_NC)
+        except (AttributeError, TypeError, KeyError, IndexError):
+            return
+        tolerance = _PROBE_TOLERANCE * float(expected_NV.abs().max())
+        self._head_by_itself = float((got_NV - expected_NV).abs().max()) <= tolerance
+
+    def _head(self, stream_NC: Tensor) -> Tensor:
+        """The model's forward with a body that answers at once: soft caps and scales stay its."""
+        answer = copy.copy(self._body_output)
+        answer["last_hidden_state"] = self.final_norm(stream_NC[None])
+        with forward_of(self._model.base_model, lambda *_args, **_kwargs: answer):
+            return self._logits_of(len(stream_NC))
+
+    def _forward(self, stream_NC: Tensor) -> Tensor:
+        """The model's forward, in which the final norm gets other streams."""
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (stream_NC[None], *args[1:])
+
+        handle = self.final_norm.register_forward_pre_hook(enter, prepend=True)
+        try:
+            with self._without_tokens():
+                return self._logits_of(len(stream_NC))
+        finally:
+            handle.remove()
+
+    def _logits_of(self, num_tokens: int) -> Tensor:
+        ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=self.device)
+        found: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        return found
+
+    def _calls(self, shape: tuple[int, ...]) -> list[Callable[[Any, Tensor], Any]]:
+        """For batches of a shape, how the model calls each layer."""
+        if shape not in self._given:
+            calls: list[Callable[[Any, Tensor], Any]] = []
+
+            def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if args:
+                    calls.append(lambda module, stream: module(stream, *args[1:], **kwargs))
+                else:
+                    rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
+                    calls.append(lambda module, stream: module(hidden_states=stream, **rest))
+
+            def stop(*_: Any) -> None:
+                raise _SeenEnough
+
+            with contextlib.ExitStack() as hooks:
+                hooks.enter_context(contextlib.suppress(_SeenEnough))
+                hooks.enter_context(self._without_tokens())
+                hooks.callback(self.final_norm.register_forward_pre_hook(stop, prepend=True).remove)
+                # The current layer runs: its output is not used, so it only hands on here too.
+                for layer in self.layers:
+                    handle = layer.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+                    hooks.callback(handle.remove)
+                    hooks.enter_context(forward_of(layer, handing_on(type(layer))))
+                self._model(
+                    input_ids=torch.zeros(*shape, dtype=torch.int64, device=self.device),
+                    use_cache=False,
+                )
+            self._given[shape] = calls
+        return self._given[shape]
+
+    @contextlib.contextmanager
+    def _without_tokens(self) -> Iterator[None]:
+        """Token embeddings answer with zeros, which nobody reads, and need no weights."""
+        width = self._embeddings.weight.shape[1]
+
+        def zeros(ids_BT: Tensor) -> Tensor:
+            return torch.zeros(*ids_BT.shape, width, dtype=self.dtype, device=self.device)
+
+        with forward_of(self._embeddings, zeros):
+            yield
+
+    def _hand_on(self, only: int | None = None) -> None:
+        """Let layers hand their input on; what hangs on them (operators) does not run then."""
+        if only is None:
+            self._own = [
+                (
+                    la.__dict__.get("forward"),
+                    la._forward_pre_hooks,
+                    la._forward_pre_hooks_with_kwargs,
+                )
+                for la in self.layers
+            ]
+        for layer in self.layers if only is None else [self.layers[only]]:
+            layer.__dict__["forward"] = handing_on(type(layer))
+            layer._forward_pre_hooks = OrderedDict()
+            layer._forward_pre_hooks_with_kwargs = OrderedDict()
+
+    def _take_up(self, number: int) -> None:
+        """Let a layer be itself again."""
+        layer, (forward, hooks, with_kwargs) = self.layers[number], self._own[number]
+        del layer.__dict__["forward"]
+        if forward is not None:
+            layer.__dict__["forward"] = forward
+        layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+
+
+@contextlib.contextmanager
+def forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module for a while; it may have one of its own (accelerate's hooks)."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own

@@ -1,0 +1,198 @@
+"""How well variants of a model predict windows, and how far they are from the first one.
+
+Log-likelihood, KL divergence and top-1 agreement, as a tap of the last streams of a sweep. Logits
+are computed in the model's dtype, of a few tokens at a time, since those of a window may be larger
+than the model's layers (2048 tokens x 128k entries are 1 GiB in float32); they are turned into nats
+in float32 and added up in float64. A window of T tokens predicts its last T - 1 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.base import Tokens
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.sweep import sweep
+from ghost_dist.errors import GhostDistError
+
+# Shapes: B windows of a batch, T tokens of a window, W all windows, V entries of the vocabulary.
+
+_LOGITS_AT_ONCE = 1 << 25  # entries: 128 MiB in float32
+_FIGURES = 3  # nats, divergence, agreed
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+class NonFiniteLossError(GhostDistError):
+    """The loss of a window is NaN or Inf, so no perplexity of it would mean anything."""
+
+    def __init__(self, window: int, source: str) -> None:
+        super().__init__(
+            f"The loss of window {window} of {source} is not finite (NaN or Inf). The weights may "
+            "be damaged, or the dtype may overflow: try model.dtype=float32 or bfloat16."
+        )
+        self.window, self.source = window, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.window, self.source))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One variant on some windows; arrays are float64 of shape (W,)."""
+
+    nats: FloatArray
+    """Negative log-likelihood of the last T - 1 tokens of each window."""
+    kl: FloatArray
+    """Mean ``KL(first variant || this)`` of the T next-token distributions, nats."""
+    top1: FloatArray
+    """Share of the T positions where both have the same likeliest token."""
+    num_tokens: int
+    """Predicted ones, of all windows."""
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the nats per predicted token."""
+        nats_per_token = math.fsum(self.nats) / self.num_tokens
+        return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+    def check(self, windows: TokenWindows) -> None:
+        """Raise NonFiniteLossError for the first window whose loss is not finite."""
+        bad = np.flatnonzero(~np.isfinite(self.nats))
+        if bad.size:
+            raise NonFiniteLossError(int(bad[0]), windows.source)
+
+    def __getitem__(self, part: slice) -> Scores:
+        """Of some of the windows."""
+        nats = self.nats[part]
+        per_window = self.num_tokens // len(self.nats)
+        return Scores(nats, self.kl[part], self.top1[part], per_window * len(nats))
+
+
+def window_scores(
+    model: LayerwiseModel,
+    variants: Sequence[Variant],
+    tokens: Tokens,
+    *,
+    batch: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Scores]:
+    """Score variants, in one sweep; NaN or Inf as computed.
+
+    Parameters
+    ----------
+    model
+        The uncut model, with its head.
+    variants
+        The first is what the others are compared with.
+    tokens
+        int32, shape (W, T), at least two tokens each.
+    batch
+        Windows per forward.
+    advance
+        Called with the number of tokens just finished.
+    """
+    sums = np.zeros((_FIGURES, len(variants), len(tokens)))
+
+    def tap(part: slice, streams: list[Tensor]) -> None:
+        ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(model.device)
+        sums[:, :, part] = _batch_sums(model, streams, ids_BT)
+
+    sweep(model, variants, tokens, batch=batch, at_end=tap, advance=advance)
+    length = tokens.shape[1]
+    return [
+        Scores(nats.copy(), divergence / length, agreed / length, len(tokens) * (length - 1))
+        for nats, divergence, agreed in zip(*sums, strict=True)
+    ]
+
+
+def corpus_scores(
+    model: LayerwiseModel,
+    variants: Sequence[Variant],
+    corpora: Mapping[str, TokenWindows],
+    *,
+    batch: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[Scores]]:
+    """By corpus, whose windows are of one length: what :func:`window_scores` gives.
+
+    Raises
+    ------
+    NonFiniteLossError
+        If the loss of a window is NaN or Inf; names the first such window.
+    """
+    if model.whole:
+        found = {
+            name: window_scores(model, variants, windows.tokens, batch=batch, advance=advance)
+            for name, windows in corpora.items()
+        }
+    else:  # each layer is read once for all of them
+        tokens = np.concatenate([windows.tokens for windows in corpora.values()])
+        of_all = window_scores(model, variants, tokens, batch=batch, advance=advance)
+        found, first = {}, 0
+        for name, windows in corpora.items():
+            part = slice(first, first + windows.num_windows)
+            found[name] = [of_variant[part] for of_variant in of_all]
+            first = part.stop
+    for name, of_corpus in found.items():
+        for of_variant in of_corpus:
+            of_variant.check(corpora[name])
+    return found
+
+
+def last_logits(
+    model: LayerwiseModel, variant: Variant, tokens: Tokens, advance: Callable[[int], None]
+) -> Tensor:
+    """Logits (W, T, V) of a variant, float32 on the CPU; window by window."""
+    found: list[Tensor] = []
+
+    def keep(_: slice, streams: list[Tensor]) -> None:
+        for stream_TC in streams[0]:
+            found.append(model.logits(stream_TC).float().cpu())
+
+    sweep(model, [variant], tokens, batch=1, at_end=keep, advance=advance)
+    return torch.stack(found)
+
+
+def logit_pieces(num_positions: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of positions, small enough for their logits."""
+    size = max(1, _LOGITS_AT_ONCE // vocab_size)
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
+
+
+def _batch_sums(model: LayerwiseModel, streams: Sequence[Tensor], ids_BT: Tensor) -> FloatArray:
+    """Nats, divergence and agreed positions of each window of a batch: (3, variants, B) float64."""
+    device, (num_windows, length) = ids_BT.device, ids_BT.shape
+    targets_N = ids_BT.roll(-1, 1).flatten()
+    predicts_N = (torch.arange(ids_BT.numel(), device=device) + 1) % length != 0
+    sums = torch.zeros((_FIGURES, len(streams), num_windows), dtype=torch.float64, device=device)
+    for piece in logit_pieces(ids_BT.numel(), model.architecture.vocab_size):
+        window = torch.arange(piece.start, piece.stop, device=device) // length
+
+        def add(figure: int, number: int, values_n: Tensor, window: Tensor = window) -> None:
+            sums[figure, number].index_add_(0, window, values_n.to(device, torch.float64))
+
+        for number, stream_BTC in enumerate(streams):
+            logits_nV = model.logits(stream_BTC.flatten(0, 1)[piece]).float()
+            likeliest = logits_nV.argmax(-1)
+            got = torch.log_softmax(logits_nV, -1)
+            del logits_nV  # no more than three tensors of this size at once
+            nats_n = -got.gather(1, targets_N[piece, None])[:, 0]
+            add(0, number, nats_n.masked_fill(~predicts_N[piece], 0.0))
+            if number == 0:
+                dense, expected = likeliest, got
+            else:
+                divergence = torch.sub(expected, got, out=got).mul_(expected.exp())
+                add(1, number, divergence.sum(-1))
+            add(2, number, likeliest == dense)
+    result: FloatArray = sums.cpu().numpy()
+    return result
