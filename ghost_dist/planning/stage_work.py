@@ -155,8 +155,7 @@ def _evaluate(run: RunShape, engine: EngineKind) -> Work:
     work = Work()
     _read_whole(work, run, engine)
     tokens = sum(run.evaluation_tokens.values())
-    behind = [n for n in range(run.first_changed, run.num_layers) if n not in run.removed]
-    for layers in (range(run.num_layers), behind, behind):
+    for layers in (range(run.num_layers), _behind(run, cut_only=True), _behind(run)):
         _forward(work, run, layers, tokens)
     work.head_tokens = work.loss_tokens = 3 * tokens
     work.divergence_tokens = 2 * tokens + tokens // 2  # as in _compare
@@ -199,17 +198,22 @@ def _fit(
 def _compare(work: Work, run: RunShape, candidates: int, fine: int) -> None:
     """The dense model and the candidates on the judging folds, in one go, then the fine ones."""
     tokens = run.num_tokens * run.judges // run.folds
-    behind = [n for n in range(run.first_changed, run.num_layers) if n not in run.removed]
-    for number in (candidates, fine):
+    for number, cuts in ((candidates, run.plain_cut), (fine, 0)):
         if not number:
             continue
         _forward(work, run, range(run.num_layers), tokens)
-        for _ in range(number):
-            _forward(work, run, behind, tokens)
+        for candidate in range(number):
+            _forward(work, run, _behind(run, cut_only=candidate < cuts), tokens)
         work.head_tokens += (1 + number) * tokens
         work.divergence_tokens += number * tokens
         # The dense distribution is made once a piece; half of what a divergence costs.
         work.divergence_tokens += tokens // 2
+
+
+def _behind(run: RunShape, *, cut_only: bool = False) -> list[int]:
+    """Layers that a cut model runs on streams of its own."""
+    first = run.spans[0].start if cut_only else run.first_changed
+    return [layer for layer in range(first, run.num_layers) if layer not in run.removed]
 
 
 def _walk(work: Work, run: RunShape, fitted: tuple[Span, ...] | list[Span], *, heal: bool) -> None:
