@@ -47,7 +47,9 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
         tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
         end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=data)
         if size >= end:
-            with safe_open(path, framework="pt"):  # compares shapes, dtypes, gaps and the size
+            # Compares shapes, dtypes, gaps and the size. For torch it would be mapped for writing,
+            # which a host with less memory than the file may refuse.
+            with safe_open(path, framework="numpy"):
                 pass
     except (AttributeError, LookupError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error

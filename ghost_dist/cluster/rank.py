@@ -129,6 +129,7 @@ class Rank:
                 spec.experts,
                 batch_tokens=spec.batch * spec.window_length,
                 tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
+                head=False,
                 free=self._free_everywhere(),
             )
             return Loaded(0, prove_streamed(spec.path, device, held.experts))

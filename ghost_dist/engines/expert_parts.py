@@ -35,8 +35,6 @@ from ghost_dist.checkpoint.weight_reader import Reading
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_or_cached_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
-_PARTS_AT_ONCE = 2
-"""Of experts on the device: the next one is read when this one has been converted."""
 _EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -46,10 +44,6 @@ _EXPERTS_PER_TOKEN = (
     "moe_k",
 )
 _ARGUMENTS = 3  # of a routed-experts module: hidden states, indices, weights
-_WIDTHS_OF_A_PAIR = 7
-"""C wide tensors for each pair of token and expert while experts run: gathered and sorted inputs,
-products, weighted products in float32."""
-
 RunLayer = Callable[[Tensor], Tensor]
 
 
@@ -177,36 +171,6 @@ def experts_per_token(config: Any) -> int | None:
         if isinstance(found := getattr(config, name, None), int):
             return found
     return None
-
-
-def bytes_in_parts(rest: int, beside: int, expert: int, at_once: int) -> int:
-    """Weights on the device at most while a layer runs in parts.
-
-    Parameters
-    ----------
-    rest
-        Bytes of the layer without its routed experts.
-    beside
-        Of what is read ahead: the largest of the other layers' rest, whole layers and the head.
-    expert
-        Of one expert.
-    at_once
-        Experts of a part.
-    """
-    return rest + beside + _PARTS_AT_ONCE * at_once * expert
-
-
-def even_part(count: int, fitting: int) -> int:
-    """Experts of a part where ``fitting`` fit: the fewest parts, two at least, of like sizes."""
-    return -(-count // max(2, -(-count // fitting)))
-
-
-def pair_bytes(hidden_size: int, expert_numbers: int, itemsize: int) -> int:
-    """What a forward of experts holds for each pair of token and expert.
-
-    ``expert_numbers`` are the parameters of one expert: 3 C F where it has a gate.
-    """
-    return (_WIDTHS_OF_A_PAIR * hidden_size + expert_numbers // hidden_size) * itemsize
 
 
 class PartsOfExperts(Protocol):

@@ -10,10 +10,9 @@ at hand pass the stream on.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -40,17 +39,21 @@ from ghost_dist.engines.expert_parts import (
     cannot_be_split,
     expert_tensors,
     experts_per_token,
-    pair_bytes,
     routed_experts,
 )
-from ghost_dist.engines.layer_fit import Held, LayerBytes, Room, fit_layers
+from ghost_dist.engines.layer_memory import (
+    Held,
+    LayerBytes,
+    batch_bytes,
+    fit_layers,
+    logits_bytes,
+    pair_bytes,
+    widest_activation,
+)
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
-
-_WIDTHS_AT_ONCE = 16
-"""Streams' worth of memory that a batch takes inside a layer (attention, dense MLP)."""
 
 
 class StreamedModel(LayerwiseModel):
@@ -110,7 +113,7 @@ class StreamedModel(LayerwiseModel):
         self._experts = self._routed_experts()
         self._split: dict[int, _Split] = {}
         self._held = Held()
-        self._batch_bytes = 0
+        self._bytes_at_once = 0
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, shared=shared)
@@ -147,57 +150,53 @@ class StreamedModel(LayerwiseModel):
         batch_tokens: int,
         tokens: int,
         kept: int = 1,
+        head: bool = True,
         free: int | None = None,
     ) -> Held:
         """Set what of the layers is on the device at once; before anything is read.
 
-        Parameters
-        ----------
-        experts
-            Routed experts of a layer, at most. auto: all of them where layers fit as a whole, else
-            as many as fit.
-        batch_tokens
-            Of one forward.
-        tokens, kept
-            Tokens of all streams that go through a layer, and the streams that are kept of each:
-            where the device is the host, they and what experts are asked and answer lie there too.
-        free
-            Bytes of the device that are taken to be free; None: those that are. Ranks that share
-            the reading must be given the same number.
-
-        Raises
-        ------
-        ConfigError
-            If not even one layer, or one of its routed experts, at a time fits; or layers are to be
-            compiled that are not whole.
-        UnsupportedArchitectureError
-            If the family's experts cannot be run in parts, but would have to be.
+        ``tokens`` of all streams go through a layer, and ``kept`` streams are kept of each: where
+        the device is the host, they and what experts are asked and answer lie there too. ``head``:
+        whether it is run. ``free`` bytes are taken to be free; None: those that are. Ranks that
+        share the reading must be given the same number.
         """
         self._split, self._held = {}, Held()
         stream_bytes = self.hidden_size * self.dtype.itemsize
-        layers = self._layer_bytes()
+        layers = self._layer_bytes(batch_tokens, head=head)
         free = free_bytes(self.device) if free is None else free
         room = int(SHARE_OF_FREE_MEMORY * free)
-        self._batch_bytes = batch_tokens * stream_bytes * _WIDTHS_AT_ONCE
-        with_pairs, asked = self._batch_bytes, 0
-        if layers.count:
-            k = experts_per_token(self._model.config) or layers.count
-            numbers = max(map(self._expert_numbers, self._experts))
-            pairs = batch_tokens * k * pair_bytes(self.hidden_size, numbers, self.dtype.itemsize)
-            with_pairs, asked = max(with_pairs, pairs), (1 + k) * tokens * stream_bytes
+        asked = 0  # on a GPU it goes where there is room for it
         if self.device.type != "cuda":
             room -= tokens * stream_bytes * (kept + 1)  # one more is being saved
-        else:
-            asked = 0  # goes where there is room for it
-        rooms = Room(
-            whole=room - self._batch_bytes,
-            parts=room - asked - with_pairs,
-            batch=self._batch_bytes,
-            batch_with_pairs=with_pairs,
-            batch_tokens=batch_tokens,
-            device=str(self.device),
-        )
-        held = fit_layers(layers, rooms, experts, may_split=not self._compiled)
+            asked = (1 + self._experts_per_token()) * tokens * stream_bytes
+
+        def fits(held: Held) -> bool:
+            return layers.at_once(held) + asked * (held.experts is not None) <= room
+
+        family = self.architecture.model_type
+        problem = next((one.problem for one in self._experts.values() if one.problem), None)
+        most = max((one.count for one in self._experts.values()), default=0)
+        if problem and experts != "auto" and experts < most:
+            raise cannot_be_split(family, problem)
+        may_split = experts != "auto" or not self._compiled
+        held = fit_layers(fits, layers.count if may_split else 0, experts)
+        if held is None:
+            if problem:
+                raise cannot_be_split(family, problem)
+            least = Held(1) if layers.count and may_split else Held(reads_ahead=False)
+            what = "one whole layer at a time"
+            if least.experts is not None:
+                what = "one routed expert at a time, with what is beside it,"
+            weights, batch, left = (
+                f"{nbytes / 1e9:.2f} GB"
+                for nbytes in (layers.weights(least), layers.of_batch(least), max(0, room))
+            )
+            raise ConfigError(
+                f"The layers do not fit {self.device}: {what} takes {weights}, a batch of "
+                f"{batch_tokens} tokens {batch}, but only {left} may be filled. Take a smaller "
+                "engine.batch, fewer or shorter calibration.windows, or a device with more memory."
+            )
+        self._bytes_at_once = layers.at_once(held)
         if held.experts is None:
             self._held = held
             return held
@@ -206,7 +205,6 @@ class StreamedModel(LayerwiseModel):
                 "engine.compile=true compiles whole layers, but engine.experts splits them: set "
                 "engine.compile=false."
             )
-        self._batch_bytes = with_pairs
         split = {
             layer: self._split_of(layer, found)
             for layer, found in self._experts.items()
@@ -217,7 +215,7 @@ class StreamedModel(LayerwiseModel):
 
     def bytes_at_once(self) -> int:
         """What weights take on the device at most."""
-        return self._layer_bytes().at_once(self._held)
+        return self._layer_bytes(0, head=True).weights(self._held)
 
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
@@ -334,40 +332,38 @@ class StreamedModel(LayerwiseModel):
             family=self.architecture.model_type,
             parts=parts,
             device=self.device,
-            reserve=self._batch_bytes + self.bytes_at_once(),
+            reserve=self._bytes_at_once,
         )
 
-    def _expert_numbers(self, layer: int) -> int:
-        """Parameters of one expert."""
-        numbers = sum(self._empty[name].numel() for name in self._expert_targets(layer))
-        return int(numbers) // self._experts[layer].count
+    def _experts_per_token(self) -> int:
+        counts = [one.count for one in self._experts.values()]
+        return (experts_per_token(self._model.config) or max(counts)) if counts else 0
 
-    def _layer_bytes(self) -> LayerBytes:
-        groups: list[Group] = ["embeddings", *range(self.num_layers), "head"]
-        loaded = {group: self._loaded_bytes(group) for group in groups}
-        if self._tied:
-            loaded["head"] += loaded["embeddings"]
-        found = self._experts
-        problem = next((one.problem for one in found.values() if one.problem), None)
-        # Experts are stacked: for a moment a layer exists twice. The others need no conversion.
-        twice = max(loaded[layer] for layer in found) if found and problem is None else 0
-        with_next = max(loaded[a] + loaded[b] for a, b in itertools.pairwise(groups)) + twice
-        alone = max(*loaded.values(), 2 * twice)
-        if not found:
-            return LayerBytes(with_next, alone)
-        of_experts: dict[Group, int] = {
-            la: self._loaded_bytes(la, self._expert_targets(la)) for la in found
-        }
-        rests = {g: n - of_experts.get(g, 0) for g, n in loaded.items() if g != "embeddings"}
-        return LayerBytes(
-            with_next,
-            alone,
-            rest=max(rests[layer] for layer in found),
-            beside=max(rests.values()),
-            expert=max(of_experts[la] // one.count for la, one in found.items()),
-            count=max(one.count for one in found.values()),
-            family=self.architecture.model_type,
-            problem=problem,
+    def _layer_bytes(self, batch_tokens: int, *, head: bool) -> LayerBytes:
+        width, itemsize, config = self.hidden_size, self.dtype.itemsize, self._model.config
+        embeddings = self._loaded_bytes("embeddings")
+        loaded = [self._loaded_bytes(layer) for layer in range(self.num_layers)]
+        head_bytes = self._loaded_bytes("head") + (embeddings if self._tied else 0)
+        widest = max(widest_activation(layer, config) for layer in self.layers)
+        whole = LayerBytes(
+            layer=max(loaded),
+            embeddings=embeddings,
+            head=head_bytes + logits_bytes(batch_tokens, config.vocab_size) if head else 0,
+            batch=batch_bytes(batch_tokens, width, widest, itemsize),
+        )
+        if not self._experts or any(one.problem for one in self._experts.values()):
+            return whole
+        routed = {la: self._loaded_bytes(la, self._expert_targets(la)) for la in self._experts}
+        rests = [nbytes - routed.get(layer, 0) for layer, nbytes in enumerate(loaded)]
+        expert = max(routed[layer] // one.count for layer, one in self._experts.items())
+        pairs = batch_tokens * self._experts_per_token()
+        return replace(
+            whole,
+            rest=max(rests[layer] for layer in routed),
+            beside=max(rests),
+            expert=expert,
+            count=max(one.count for one in self._experts.values()),
+            pairs=pairs * pair_bytes(width, expert // itemsize, itemsize),
         )
 
     def _loaded_bytes(self, group: Group, targets: Sequence[str] | None = None) -> int:

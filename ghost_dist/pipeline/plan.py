@@ -518,14 +518,12 @@ def _with_host(needs: DeviceNeeds, run: RunShape, ranks: int | None) -> DeviceNe
         tensor_parallel={
             n: add(of_rank, "tensor_parallel") for n, of_rank in needs.tensor_parallel.items()
         },
-        streaming=add(needs.streaming, "streaming"),
-        streaming_one_layer=add(needs.streaming_one_layer, "streaming"),
-        streaming_parts={
-            at_once: {
-                name: nbytes + asked_bytes(run, name, ranks)
-                for name, nbytes in add(of_parts, "streaming").items()
+        streaming={
+            held: {
+                name: nbytes + (held.experts is not None and asked_bytes(run, name, ranks))
+                for name, nbytes in add(by_stage, "streaming").items()
             }
-            for at_once, of_parts in needs.streaming_parts.items()
+            for held, by_stage in needs.streaming.items()
         },
     )
 

@@ -22,7 +22,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
-from ghost_dist.engines.layer_fit import Held
+from ghost_dist.engines.layer_memory import Held
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
@@ -184,6 +184,7 @@ def open_streaming_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> 
         batch_tokens=inputs.batch * calibration.window_length,
         tokens=calibration.windows * calibration.window_length,
         kept=kept,
+        head=False,
     )
     prove_streamed(inputs.source.path, inputs.device, held.experts)
     return engine

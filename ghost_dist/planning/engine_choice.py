@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
-from ghost_dist.engines.expert_parts import even_part
+from ghost_dist.engines.layer_memory import Held, fit_layers
 from ghost_dist.errors import ConfigError
 
 EngineKind = Literal["resident", "tensor_parallel", "streaming"]
@@ -15,19 +15,21 @@ EngineKind = Literal["resident", "tensor_parallel", "streaming"]
 
 @dataclass(frozen=True)
 class DeviceNeeds:
-    """Peak bytes on one device, by stage, for each engine.
-
-    ``streaming_parts`` is of layers whose routed experts are held in parts, by their number in a
-    part; ``tensor_parallel`` of one rank, by degree.
+    """Peak bytes on one device, by stage, for each engine: with tensor parallelism by degree, with
+    streaming by what is held at once.
     """
 
     resident: Mapping[str, int]
     tensor_parallel: Mapping[int, Mapping[str, int]]
     degree: int  # configured; a key of tensor_parallel
-    streaming: Mapping[str, int]  # two layers, three where experts have to be stacked
-    streaming_one_layer: Mapping[str, int]  # read and then computed
+    streaming: Mapping[Held, Mapping[str, int]]
     largest_layer: int  # alone, for the message
-    streaming_parts: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer that can be held in parts; 0: none."""
+        parts = [held.experts for held in self.streaming if held.experts is not None]
+        return max(parts) + 1 if parts else 0
 
 
 @dataclass(frozen=True)
@@ -98,74 +100,62 @@ def choose_engine(
             f"engine.tensor_parallel={needs.degree} needs {_gb(peak)} on each rank ({stage}), but "
             f"{has}. " + _what_would_fit(needs, room)
         )
-    whole = _gb(_peak(needs.resident)[1])
-    why = f"the whole model would need {whole}" if kind == "auto" else "as configured"
-    in_parts = experts if experts != "auto" and experts in needs.streaming_parts else None
-    stage, peak = _peak(needs.streaming)
-    if peak <= room and in_parts is None:
-        count = "three" if needs.streaming_parts else "two"
-        return EngineChoice(
-            "streaming",
-            f"{why}; {count} layers at a time need {_gb(peak)} ({stage}), and {has}",
-            needs.streaming,
-        )
-    if needs.streaming_parts and (in_parts is not None or experts == "auto"):
-        return _by_experts(needs, in_parts, room, why, has)
-    stage, peak = _peak(needs.streaming_one_layer)
-    if peak <= room:
-        return EngineChoice(
-            "streaming",
-            f"{why}; one layer at a time, without prefetch, needs {_gb(peak)} ({stage}), and {has}",
-            needs.streaming_one_layer,
-            prefetch=False,
-        )
-    raise ConfigError(
-        f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
-        f"{_gb(peak)} ({stage}; the largest layer alone is {_gb(needs.largest_layer)}), but {has}. "
-        + _what_would_fit(needs, room)
-    )
+    return _streaming(needs, experts, room, kind, has)
 
 
-def _by_experts(
-    needs: DeviceNeeds, configured: int | None, room: int, why: str, has: str
+def _streaming(
+    needs: DeviceNeeds, experts: int | Literal["auto"], room: int, kind: str, has: str
 ) -> EngineChoice:
-    """Layers with their experts in parts: as many as configured, or as fit."""
-    count = max(needs.streaming_parts) + 1
-    fitting = [n for n, of_parts in needs.streaming_parts.items() if _peak(of_parts)[1] <= room]
-    at_once = configured
-    if at_once is None and fitting:
-        at_once = even_part(count, max(fitting))
-    if at_once in fitting:
-        assert at_once is not None
-        stage, peak = _peak(needs.streaming_parts[at_once])
-        return EngineChoice(
-            "streaming",
-            f"{why}; layers with {at_once} of {count} routed experts at a time need {_gb(peak)} "
-            f"({stage}; the largest layer alone is {_gb(needs.largest_layer)}), and {has}",
-            needs.streaming_parts[at_once],
-            experts=at_once,
-        )
-    stage, peak = _peak(needs.streaming_parts[at_once or 1])
-    raise ConfigError(
-        f"The model does not fit: even {at_once or 1} of {count} routed experts of a layer at a "
-        f"time (engine.kind=streaming, engine.experts) need {_gb(peak)} ({stage}; the largest "
-        f"layer alone is {_gb(needs.largest_layer)}), but {has}. " + _what_would_fit(needs, room)
+    """Layer after layer, with what is held at once as the engine itself will choose it."""
+
+    def fits(held: Held) -> bool:
+        return _peak(needs.streaming[held])[1] <= room
+
+    count = needs.experts
+    held = fit_layers(fits, count, experts)
+    if held is None or not fits(held):
+        least = held or (Held(1) if count else Held(reads_ahead=False))
+        stage, peak = _peak(needs.streaming[least])
+        if least.experts is None:
+            message = (
+                f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
+                f"{_gb(peak)} ({stage}; the largest layer alone is {_gb(needs.largest_layer)}), "
+                f"but {has}. "
+            )
+        else:
+            message = (
+                f"The model does not fit: even {least.experts} of {count} routed experts of a "
+                f"layer at a time (engine.kind=streaming, engine.experts) need {_gb(peak)} "
+                f"({stage}; the largest layer alone is {_gb(needs.largest_layer)}), but {has}. "
+            )
+        raise ConfigError(message + _what_would_fit(needs, room))
+    stage, peak = _peak(needs.streaming[held])
+    if held.experts is not None:
+        what = f"layers with {held.experts} of {count} routed experts at a time need"
+        stage += f"; the largest layer alone is {_gb(needs.largest_layer)}"
+    elif held.reads_ahead:
+        what = f"{'three' if count else 'two'} layers at a time need"
+    else:
+        what = "one layer at a time, without prefetch, needs"
+    whole = f"the whole model would need {_gb(_peak(needs.resident)[1])}"
+    return EngineChoice(
+        "streaming",
+        f"{whole if kind == 'auto' else 'as configured'}; {what} {_gb(peak)} ({stage}), and {has}",
+        needs.streaming[held],
+        prefetch=held.reads_ahead,
+        experts=held.experts,
     )
 
 
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     """Advice with numbers."""
     fitting = []
-    if _peak(needs.streaming)[1] <= room:
-        fitting.append(f"engine.kind=streaming needs {_gb(_peak(needs.streaming)[1])}")
-    elif needs.streaming_parts:
-        if _peak(needs.streaming_parts[1])[1] <= room:
-            fitting.append("engine.kind=streaming with engine.experts=auto")
-    elif _peak(needs.streaming_one_layer)[1] <= room:
-        fitting.append(
-            f"engine.kind=streaming without prefetch needs "
-            f"{_gb(_peak(needs.streaming_one_layer)[1])}"
-        )
+    held = fit_layers(lambda held: _peak(needs.streaming[held])[1] <= room, needs.experts)
+    if held is not None and held.experts is not None:
+        fitting.append("engine.kind=streaming with engine.experts=auto")
+    elif held is not None:
+        way = "" if held.reads_ahead else " without prefetch"
+        fitting.append(f"engine.kind=streaming{way} needs {_gb(_peak(needs.streaming[held])[1])}")
     degrees = [n for n, of_rank in needs.tensor_parallel.items() if _peak(of_rank)[1] <= room]
     if degrees:
         least = min(degrees)
@@ -173,10 +163,8 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
         fitting.append(f"engine.tensor_parallel={least} needs {peak} on each of {least} devices")
     if fitting:
         return "What would fit: " + "; ".join(fitting) + "."
-    least = min(
-        _peak(needs.streaming_parts.get(1, needs.streaming_one_layer))[1],
-        *(_peak(of_rank)[1] for of_rank in needs.tensor_parallel.values()),
-    )
+    every = (*needs.streaming.values(), *needs.tensor_parallel.values())
+    least = min(_peak(by_stage)[1] for by_stage in every)
     return (
         f"Nothing would fit there: a device with {_gb(int(least / SHARE_OF_FREE_MEMORY))} free is "
         "the least. Fewer bytes are needed with a smaller engine.batch or "

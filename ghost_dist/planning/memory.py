@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.expert_parts import bytes_in_parts, pair_bytes
+from ghost_dist.engines.layer_memory import Held, activation_bytes, logits_bytes
 from ghost_dist.planning.engine_choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.least_squares import fit_bytes
@@ -19,9 +19,6 @@ from ghost_dist.statistics.pair_sums import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
 
 PINNED_BYTES = 2 * READERS * BLOCK_BYTES
 """streaming: buffers that layers are read into, two a reader."""
-_PREFETCHED_BATCHES = 2
-_LOGITS_AT_ONCE = 1 << 25
-_LOGIT_BYTES = 16  # in the model's dtype and three times in float32
 _FLOAT64_BYTES = 8
 _FEW_BYTES = 64 << 20  # scores of other criteria, masks, positions
 
@@ -37,6 +34,7 @@ def device_needs(
     if not run.evaluation_tokens and "evaluate" in wanted:
         wanted.remove("evaluate")
     resident = {name: _resident(run, name) for name in wanted}
+    ways = [Held(), *map(Held, range(1, run.sizes.experts)), Held(reads_ahead=False)]
     return DeviceNeeds(
         resident=resident,
         tensor_parallel={
@@ -44,12 +42,7 @@ def device_needs(
             for n in sorted({*degrees, degree})
         },
         degree=degree,
-        streaming={name: _streaming(run, name) for name in wanted},
-        streaming_one_layer={name: _streaming(run, name, prefetch=False) for name in wanted},
-        streaming_parts={
-            at_once: {name: _streaming(run, name, at_once) for name in wanted}
-            for at_once in range(1, run.sizes.experts)
-        },
+        streaming={held: {name: _streaming(run, name, held) for name in wanted} for held in ways},
         largest_layer=run.sizes.largest_layer_bytes,
     )
 
@@ -131,7 +124,8 @@ def asked_bytes(run: RunShape, stage: str, ranks: int | None) -> int:
 
 def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     sizes, batch_tokens = run.sizes, run.batch * run.window_length
-    activations = sizes.activation_bytes(batch_tokens)
+    logits = logits_bytes(batch_tokens, sizes.vocab_size)
+    activations = activation_bytes(batch_tokens, sizes.hidden_size, sizes.widest, sizes.itemsize)
     if stage == "select":
         weights = sizes.decoder_bytes(run.num_layers, degree)
         waiting = (_longest(run) + 1) * sizes.stream_bytes(batch_tokens)
@@ -156,40 +150,27 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
             return _FEW_BYTES  # a fit goes to the CPU where the device has no room for it
         candidates = run.shifts + run.fine_shifts
         streams = candidates * sizes.stream_bytes(batch_tokens)
-        return sizes.causal_lm_bytes + activations + streams + _logits_bytes(run)
+        return (
+            sizes.causal_lm_bytes
+            + activations
+            + streams
+            + logits_bytes(batch_tokens, sizes.vocab_size)
+        )
     if stage == "export":
         # The recovered model here, and the exported one in a process of its own.
         return max(sizes.causal_lm_bytes, 2 * run.kept_loaded_bytes) + activations
     streams = 3 * sizes.stream_bytes(batch_tokens)  # of the three variants
-    return sizes.causal_lm_bytes + activations + streams + _logits_bytes(run)
+    return sizes.causal_lm_bytes + activations + streams + logits
 
 
-def _streaming(run: RunShape, stage: str, experts: int = 0, *, prefetch: bool = True) -> int:
-    """With whole layers, the next one read while one runs or not; or with experts in parts."""
-    sizes, batch_tokens = run.sizes, run.batch * run.window_length
-    activations = _PREFETCHED_BATCHES * sizes.activation_bytes(batch_tokens)
-    head = 0
-    if (stage == "solve" and run.by_kl) or stage in ("evaluate", "export"):
-        head = (sizes.above_bytes or sizes.below_bytes) + _logits_bytes(run)
-    embeddings, layer = sizes.below_bytes, sizes.largest_layer_bytes
-    twice = layer if sizes.experts else 0  # experts are stacked, and for a moment exist twice
-    if prefetch:  # the first layer beside the embeddings, the head beside the last
-        weights = max(embeddings, layer, head) + layer + twice
-    else:
-        weights = max(embeddings, layer + twice, head)
-    if experts:
-        expert = max(layer.expert_bytes for layer in sizes.layers)
-        rest = max(layer.rest_bytes for layer in sizes.layers if layer.experts)
-        beside = max(head, *(layer.rest_bytes for layer in sizes.layers))
-        weights = max(embeddings + rest, bytes_in_parts(rest, beside, expert, experts))
-        pair = pair_bytes(sizes.hidden_size, expert // sizes.itemsize, sizes.itemsize)
-        activations = max(activations, batch_tokens * sizes.experts_per_token * pair)
+def _streaming(run: RunShape, stage: str, held: Held) -> int:
     sums = {
         "select": _selection_bytes(run),
         "calibrate": run.samples_bytes + _product_bytes(run),
     }.get(stage, 0)
-    # Sums are taken range by range at the end of a sweep.
-    return max(weights + activations, sums)
+    head = (stage == "solve" and run.by_kl) or stage in ("evaluate", "export")
+    layers = run.sizes.layer_bytes(run.batch * run.window_length, head=head)
+    return max(layers.at_once(held), sums)  # sums are taken range by range at the end of a sweep
 
 
 def _selection_bytes(run: RunShape) -> int:
@@ -201,12 +182,6 @@ def _selection_bytes(run: RunShape) -> int:
 
 def _longest(run: RunShape) -> int:
     return max(span.stop - span.start for span in run.spans)
-
-
-def _logits_bytes(run: RunShape) -> int:
-    """Of a piece of positions."""
-    whole_batch = run.batch * run.window_length * run.sizes.vocab_size
-    return _LOGIT_BYTES * min(_LOGITS_AT_ONCE, whole_batch)
 
 
 def _product_bytes(run: RunShape) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,15 @@ from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
 from ghost_dist.engines.expert_parts import experts_per_token, routed_experts
+from ghost_dist.engines.layer_memory import (
+    LayerBytes,
+    batch_bytes,
+    logits_bytes,
+    pair_bytes,
+    widest_activation,
+)
 
 _GATES = ("gate", "router", "shared_expert_gate")
-_STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
-_STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,40 @@ class ModelSizes:
         return 2 * self.hidden_size * self.vocab_size
 
     @property
+    def head_bytes(self) -> int:
+        """Final norm and head in memory, where the head is the embeddings too."""
+        tied = self.above_bytes < self.hidden_size * self.vocab_size * self.itemsize
+        return self.above_bytes + (self.below_bytes if tied else 0)
+
+    def layer_bytes(self, batch_tokens: int, *, head: bool) -> LayerBytes:
+        """streaming: what takes memory of the device while layers run, and the head if it does."""
+        routed = [layer for layer in self.layers if layer.experts]
+        expert = max((layer.expert_bytes for layer in routed), default=0)
+        pair = pair_bytes(self.hidden_size, expert // self.itemsize, self.itemsize)
+        logits = logits_bytes(batch_tokens, self.vocab_size)
+        whole = LayerBytes(
+            layer=self.largest_layer_bytes,
+            embeddings=self.below_bytes,
+            head=self.head_bytes + logits if head else 0,
+            batch=batch_bytes(batch_tokens, self.hidden_size, self.widest, self.itemsize),
+        )
+        if not routed:
+            return whole
+        return replace(
+            whole,
+            rest=max(layer.rest_bytes for layer in routed),
+            beside=max(layer.rest_bytes for layer in self.layers),
+            expert=expert,
+            count=self.experts,
+            pairs=batch_tokens * self.experts_per_token * pair,
+        )
+
+    @property
+    def widest(self) -> int:
+        """Numbers per token of the widest activation inside a layer."""
+        return max(layer.widest for layer in self.layers)
+
+    @property
     def causal_lm_bytes(self) -> int:
         """The whole model in memory."""
         return self.decoder_bytes(len(self.layers)) + self.above_bytes
@@ -107,12 +146,6 @@ class ModelSizes:
     def decoder_stored_bytes(self, num_layers: int) -> int:
         """The same in the files."""
         return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
-
-    def activation_bytes(self, tokens: int) -> int:
-        """What a forward of so many tokens holds at once, beside weights and streams kept."""
-        widest = max(layer.widest for layer in self.layers)
-        numbers = max(_STREAMS_OF_A_LAYER * self.hidden_size, _STREAMS_OF_AN_MLP * widest)
-        return tokens * numbers * self.itemsize
 
     def stream_bytes(self, tokens: int) -> int:
         """Streams of so many tokens at one boundary."""
@@ -185,7 +218,7 @@ def _layer(
     loaded: Mapping[int, int],
     named: str,
 ) -> LayerSizes:
-    matmul, attention, widest, sharded = 0, 0, 0, 0
+    matmul, attention, sharded = 0, 0, 0
     for path, module in layer.named_modules():
         weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         attention += _attention_flops(module, config)
@@ -193,11 +226,9 @@ def _layer(
             experts = [weight for weight in weights if weight.ndim == 3]  # biases are 2-dimensional
             used = min(len(experts[0]), experts_per_token(config) or len(experts[0]))
             matmul += sum(2 * used * weight[0].numel() for weight in experts)
-            widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
             sharded += sum(loaded[id(parameter)] for parameter in experts)
             continue
         matmul += sum(2 * weight.numel() for weight in weights)
-        widest = max([widest, *(size for w in weights if w.ndim == 2 for size in w.shape)])
         if _is_shared_by_ranks(layer, path, module):
             sharded += sum(loaded[id(weight)] for weight in weights)
     loaded_bytes = sum(loaded[id(t)] for t in layer.state_dict(keep_vars=True).values())
@@ -213,7 +244,7 @@ def _layer(
         sharded_bytes=sharded,
         matmul_flops=matmul,
         attention_flops=attention,
-        widest=widest,
+        widest=widest_activation(layer, config),
         kind=f"{matmul} {attention} {loaded_bytes} {named}",
         experts=count,
         expert_bytes=expert_bytes,

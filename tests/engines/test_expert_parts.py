@@ -19,7 +19,8 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines import streamed_model
-from ghost_dist.engines.expert_parts import Inputs, SplitLayer, even_part, routed_experts
+from ghost_dist.engines.expert_parts import Inputs, SplitLayer, routed_experts
+from ghost_dist.engines.layer_memory import even_part
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
@@ -286,16 +287,16 @@ def test_as_many_experts_as_fit(checkpoint, free):
     expert = 3 * 64 * 96 * 4
     rest = layer - 4 * expert
     beside = max(rest, model._loaded_bytes("head"))
-    pairs = 2 * 40 * (7 * 64 + 3 * 96) * 4  # two experts for each of 40 tokens
+    batch = 2 * 40 * 3 * (2 * 2 * 96) * 4  # twice 40 tokens, each in two experts; more than pairs
     streams = TOKENS.size * 64 * 4
 
     def held(nbytes, experts="auto"):
         free(int(nbytes / 0.85) + 4)
-        return model.hold(experts, batch_tokens=40, tokens=TOKENS.size).experts
+        return model.hold(experts, batch_tokens=40, tokens=TOKENS.size, head=False).experts
 
-    assert held(3 * layer + 16 * 40 * 64 * 4 + 2 * streams) is None
-    needed = pairs + rest + beside + 5 * streams  # two kept, one asked, two answered
-    least = 16 * 40 * 64 * 4 + 3 * layer + 2 * streams
+    assert held(3 * layer + batch + 2 * streams) is None
+    needed = batch + 2 * rest + 5 * streams  # two kept, one asked, two answered
+    least = batch + 3 * layer + 2 * streams
     assert needed + 4 * expert < least - 1000
     assert held(least - 1000) == 2  # a layer that does not fit is in two parts at least
     assert held(needed + 4 * expert) == 2

@@ -13,7 +13,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, streaming
-from ghost_dist.engines.layer_fit import Held
+from ghost_dist.engines.layer_memory import Held
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from ghost_dist.engines.layer_memory import Held
 from ghost_dist.errors import ConfigError
 from ghost_dist.planning.engine_choice import SHARE_OF_FREE_MEMORY, DeviceNeeds, choose_engine
 
@@ -16,8 +17,10 @@ NEEDS = DeviceNeeds(
         4: {"calibrate": 26 * GB},
     },
     degree=1,
-    streaming={"calibrate": 20 * GB, "solve": 18 * GB},
-    streaming_one_layer={"calibrate": 12 * GB, "solve": 10 * GB},
+    streaming={
+        Held(): {"calibrate": 20 * GB, "solve": 18 * GB},
+        Held(reads_ahead=False): {"calibrate": 12 * GB, "solve": 10 * GB},
+    },
     largest_layer=8 * GB,
 )
 
@@ -61,7 +64,7 @@ def test_the_first_that_fits(kind, room, cluster, degree, chosen, prefetch):
     needs = {
         "resident": NEEDS.resident,
         "tensor_parallel": NEEDS.tensor_parallel[degree],
-        "streaming": NEEDS.streaming if prefetch else NEEDS.streaming_one_layer,
+        "streaming": NEEDS.streaming[Held(reads_ahead=prefetch)],
     }
     assert choice.device_bytes == needs[chosen]
     assert f"{max(needs[chosen].values()) / 1e9:.2f} GB" in choice.reason
@@ -99,7 +102,8 @@ def test_a_refusal_says_what_is_needed_what_is_free_and_what_would_fit(
 
 PARTS = replace(
     NEEDS,
-    streaming_parts={n: {"calibrate": (4 + n) * GB, "solve": 5 * GB} for n in range(1, 8)},
+    streaming=NEEDS.streaming
+    | {Held(n): {"calibrate": (4 + n) * GB, "solve": 5 * GB} for n in range(1, 8)},
 )
 
 
@@ -137,10 +141,10 @@ def test_experts_of_layers_that_do_not_fit(room, experts, held):
         return
     assert (choice.kind, choice.experts, choice.prefetch) == ("streaming", held, True)
     if held is None:
-        assert choice.device_bytes == NEEDS.streaming
+        assert choice.device_bytes == NEEDS.streaming[Held()]
         assert "three layers at a time need 20.00 GB" in choice.reason
     else:
-        assert choice.device_bytes == PARTS.streaming_parts[held]
+        assert choice.device_bytes == PARTS.streaming[Held(held)]
         assert f"with {held} of 8 routed experts at a time need {4 + held}.00" in choice.reason
 
 
