@@ -390,10 +390,7 @@ class Config(_Section):
     @property
     def needs_whole_model(self) -> tuple[str, str] | None:
         """A setting that layer streaming cannot do, and what it can; None: there is none."""
-        operator = self.operator
         for wanted, setting, instead in (
-            (operator.heal, "operator.heal=true", "false"),
-            (operator.refit == "sequential", "operator.refit=sequential", "parallel"),
             (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
             (bool(self.evaluation.tasks), "evaluation.tasks", "[]"),
         ):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ghost_dist.calibration.split import check_held_out, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.checkpoint.load import as_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ConfigError, SingularGramError
@@ -291,9 +290,10 @@ class Solver:
         for span, one in fitted.items():
             check_held_out(one.folds, [judge], f"The stream behind {span}")
         fold_of = {window: fold for fold, window in self.windows_by_fold()}
-        with as_decoder(self._causal_lm(), inputs.architecture) as decoder:
+        model = None if inputs.streaming else self._causal_lm()
+        with layers_of(inputs, self._tokens.tokens.shape, 2, model=model) as layers:
             walk = Walk(
-                decoder=decoder,
+                layers=layers,
                 tokens=self._tokens.tokens,
                 batch=inputs.batch,
                 spans=self._spans,
@@ -305,9 +305,8 @@ class Solver:
                 refits=self._refits(chosen, judge) if sequential else {},
                 row_weights=chosen.row_weights,
             )
-            last = decoder.num_layers if heal else self._spans[-1].stop
-            layers = last - max(0, self._spans[0].start - 1)
-            with self._reporter.stage("heal" if heal else "refit", layers, "layers") as advance:
+            steps = len(walk.steps(heal=heal))
+            with self._reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
                 walk.run(heal=heal, advance=advance)
         return walk
 

@@ -1,7 +1,7 @@
 """Fits that need the recovered model's own stream: sequential refit, and healing.
 
-The dense and the recovered stream of all windows are carried from layer to layer side by side, so
-each layer runs at most three times per window whatever the number of fits. They wait in host
+The dense and the recovered stream of all windows are carried from layer to layer side by side, each
+layer at hand once, those before a span that is refitted twice. They wait in host
 memory: 2 T C numbers of the compute dtype for T calibration tokens (4.3 GB at T = 131072, C = 8192,
 bf16). Nothing is kept of a stopped walk; it begins again from the operators.
 
@@ -18,15 +18,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghost_dist.checkpoint.load import Decoder
 from ghost_dist.checkpoint.repair import Repair, apply_repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import RowWeights
+from ghost_dist.engines.expert_parts import Inputs, RunLayer
+from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
@@ -60,8 +63,8 @@ class Walk:
 
     Attributes
     ----------
-    decoder
-        All layers of the uncut model, or those up to the last stop, without its head.
+    layers
+        Of the uncut model.
     tokens
         int32, shape (windows, T).
     batch
@@ -86,7 +89,7 @@ class Walk:
         Filled by the walk: new down_proj weights, fits of refitted spans, what healing did.
     """
 
-    decoder: Decoder
+    layers: LayerwiseModel
     tokens: Tokens
     batch: int
     spans: Sequence[Span]
@@ -101,100 +104,112 @@ class Walk:
     fits: dict[Span, Fit | None] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
 
-    @torch.inference_mode()
-    def run(self, *, heal: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Refit spans as they come, and heal.
+    def steps(self, *, heal: bool) -> list[tuple[Group, Callable[[], None]]]:
+        """What is done at which layer, in order; one before a span that is refitted comes again.
 
-        Parameters
-        ----------
-        heal
-            Refit the down_proj of every kept layer behind the first span, but of those before a
-            span whose operator has a new one or that is fitted again.
-        advance
-            Called with the number of layers that were passed.
+        With ``heal`` the down_proj of every kept layer behind the first span is refitted, but of
+        those before a span whose operator has a new one or that is fitted again.
         """
         boundary = max(0, self.spans[0].start - 1)
-        self._dense = [s.cpu() for s in self._embed(boundary)]
-        self._recovered = list(self._dense)
-        last = self.decoder.num_layers if heal else self.spans[-1].stop
+        steps: list[tuple[Group, Callable[[], None]]] = [("embeddings", self._embed)]
+        steps += [(layer, partial(self._shared, layer)) for layer in range(boundary)]
+        last = self.layers.num_layers if heal else self.spans[-1].stop
         starts = {span.start: span for span in self.spans}
         while boundary < last:
-            span = starts.get(boundary)
+            span, following = starts.get(boundary), starts.get(boundary + 1)
             if span is not None:
-                self._dense = self._through(self._dense, span.start, span.stop)
-                self._recovered = self._at_boundary(self._recovered, self.operators[span])
-                advance(span.stop - boundary)
+                gone = range(span.start, span.stop)
+                steps += [(layer, partial(self._removed, layer, span)) for layer in gone]
                 boundary = span.stop
                 continue
-            following = starts.get(boundary + 1)
             if following is not None and following in self.refits:
-                self._refit(following)
-            elif (
+                ahead = range(boundary, following.stop)
+                steps += [(layer, partial(self._dense_only, layer)) for layer in ahead]
+                steps.append((boundary, partial(self._refit, following)))
+                boundary = following.stop
+                continue
+            healed = (
                 heal
                 and boundary >= self.spans[0].stop
                 and boundary in self.refittable
                 and (following is None or self.operators[following].down_FC is None)
-            ):
-                self._heal(boundary)
-            self._dense = self._through(self._dense, boundary, boundary + 1)
-            with self._new_down(boundary, following):
-                self._recovered = self._through(self._recovered, boundary, boundary + 1)
+            )
+            steps.append((boundary, partial(self._heal if healed else self._both, boundary)))
             boundary += 1
-            advance(1)
+        return steps
 
-    def _embed(self, boundary: int) -> Iterator[Tensor]:
-        """Streams entering a layer of the dense model, batch by batch."""
-        seen: list[Tensor] = []
+    def run(self, *, heal: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Refit spans as they come, and heal; ``advance`` is called after each of ``steps``."""
+        steps = self.steps(heal=heal)
+        with self.layers.through([group for group, _ in steps]) as at_hand:
+            for _, (_, step) in zip(at_hand, steps, strict=True):
+                step()
+                self.layers.check_weights()
+                advance(1)
 
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[:] = [args[0] if args else kwargs["hidden_states"]]
+    def _embed(self) -> None:
+        ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
+        parts = torch.split(ids_WT, self.batch)
+        self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
+        self._recovered = self._dense
 
-        handle = self.decoder.layers[boundary].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            for start in range(0, len(self.tokens), self.batch):
-                rows = self.tokens[start : start + self.batch].astype(np.int64)
-                with self.decoder.between(0, boundary + 1):
-                    self.decoder(torch.from_numpy(rows).to(self.decoder.device))
-                yield seen[0]
-        finally:
-            handle.remove()
+    def _shared(self, layer: int) -> None:
+        self._dense_only(layer)
+        self._recovered = self._dense
 
-    def _through(self, streams: list[Tensor], first: int, last: int) -> list[Tensor]:
-        with self.decoder.between(first, last) as run:
-            return [run(s.to(self.decoder.device)).cpu() for s in streams]
+    def _dense_only(self, layer: int) -> None:
+        with self.layers.running(layer, self._inputs(self._dense)) as run:
+            self._dense = self._through(run, self._dense)
 
-    def _at_boundary(self, streams: list[Tensor], repair: Repair) -> list[Tensor]:
+    def _removed(self, layer: int, span: Span) -> None:
+        self._dense_only(layer)
+        if layer == span.stop - 1:
+            self._apply(span)
+
+    def _both(self, layer: int) -> None:
+        inputs = self._inputs([*self._dense, *self._recovered])
+        with self.layers.running(layer, inputs) as run:
+            self._dense = self._through(run, self._dense)
+            with self.layers.with_down(layer, self._downs.get(layer)):
+                self._recovered = self._through(run, self._recovered)
+
+    def _recovered_only(self, layer: int) -> None:
+        with (
+            self.layers.running(layer, self._inputs(self._recovered)) as run,
+            self.layers.with_down(layer, self._downs.get(layer)),
+        ):
+            self._recovered = self._through(run, self._recovered)
+
+    def _through(self, run: RunLayer, streams: list[Tensor]) -> list[Tensor]:
+        return [run(stream.to(self.layers.device)).cpu() for stream in streams]
+
+    def _inputs(self, streams: list[Tensor]) -> Inputs:
+        return Inputs(streams, self.batch, self.layers.device)
+
+    @property
+    def _downs(self) -> Mapping[int, Tensor]:
+        return Variant(tuple(self.spans), self.operators, self.healed).downs
+
+    def _apply(self, span: Span) -> None:
+        """Let an operator act on the recovered stream at its boundary."""
+        repair, device = self.operators[span], self.layers.device
         if not repair.boundary_parts():
-            return streams
-        # float64 statistics deserve no less; the exported operator rounds this once.
-        wide = torch.promote_types(self.decoder.dtype, torch.float32)
-        acting = repair.stored(wide, wide).to(self.decoder.device)
-        return [apply_repair(acting, s.to(self.decoder.device)).to(s.dtype).cpu() for s in streams]
-
-    @contextlib.contextmanager
-    def _new_down(self, layer: int, following: Span | None) -> Iterator[None]:
-        """The layer with the down_proj of the recovered model, where that is another one."""
-        down_FC = self.healed.get(layer)
-        if following is not None and self.operators[following].down_FC is not None:
-            down_FC = self.operators[following].down_FC
-        if down_FC is None:
-            yield
             return
-        module = self.decoder.down_projection(layer)
-        original = module.weight
-        try:
-            weight = down_FC.T.to(original.device, original.dtype).contiguous()
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            yield
-        finally:
-            module.weight = original
+        # float64 statistics deserve no less; the exported operator rounds this once.
+        wide = torch.promote_types(self.layers.dtype, torch.float32)
+        acting = repair.stored(wide, wide).to(device)
+        self._recovered = [
+            apply_repair(acting, stream.to(device)).to(stream.dtype).cpu()
+            for stream in self._recovered
+        ]
 
     def _refit(self, span: Span) -> None:
-        """Fit a span anew; the streams are those entering layer ``start - 1``."""
+        """Fit a span anew; the dense stream is behind it, the other before layer ``start - 1``."""
         refit = self.refits[span]
-        targets = self._through(self._dense, span.start - 1, span.stop)
-        folds = self._sums(span, refit.kind, self._recovered, targets)
+        folds = self._sums(span, refit.kind, self._recovered, self._dense)
         self.operators[span], self.fits[span] = refit.fit(folds)
+        self._recovered_only(span.start - 1)
+        self._apply(span)
 
     def _sums(
         self, span: Span, kind: SampleKind, streams: list[Tensor], targets: list[Tensor]
@@ -203,12 +218,12 @@ class Walk:
         layer = span.start - 1
         inner = {}
         if kind.regressors == "joint":
-            inner = {layer: self.decoder.down_projection(layer).in_features}
+            inner = {layer: self.layers.down_projection(layer).in_features}
         collectors = [
             SpanCollector(
                 [(span, kind)],
-                self.decoder.hidden_size,
-                self.decoder.device,
+                self.layers.hidden_size,
+                self.layers.device,
                 inner_size=inner,
                 norm_eps=self.norm_eps,
             )
@@ -229,15 +244,15 @@ class Walk:
         """Refit one down_proj towards the dense stream entering the next layer."""
         down_FC = self._down(layer)
         accumulators = [
-            MomentsAccumulator(down_FC.shape[0], down_FC.shape[1], self.decoder.device)
+            MomentsAccumulator(down_FC.shape[0], down_FC.shape[1], self.layers.device)
             for _ in range(max(self.fold_of_window) + 1)
         ]
-        targets = self._through(self._dense, layer, layer + 1)
+        self._dense_only(layer)
         window = 0
         taken = self._taken_apart(layer, self._recovered)
         for number, (x_BTC, h_BTF, product_BTC) in enumerate(taken):
             for row in range(len(x_BTC)):
-                y_TC = targets[number][row].to(x_BTC.device)
+                y_TC = self._dense[number][row].to(x_BTC.device)
                 wide = torch.promote_types(y_TC.dtype, torch.float32)
                 # A: the recovered stream without that product; what is left for it is Y - A.
                 a_TC = x_BTC[row].to(wide) - product_BTC[row].to(wide)
@@ -261,6 +276,7 @@ class Walk:
                 "kept": better,
             }
         )
+        self._recovered_only(layer)
 
     def _taken_apart(
         self, layer: int, streams: list[Tensor]
@@ -274,19 +290,18 @@ class Walk:
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
             seen[:] = [args[0], output if module.bias is None else output - module.bias]
 
-        handle = None
-        if layer in self.refittable:
-            handle = self.decoder.down_projection(layer).register_forward_hook(hook)
-        try:
-            with self.decoder.between(layer, layer + 1) as run:
-                for stream in streams:
-                    x_BTC = run(stream.to(self.decoder.device))
-                    shape = (*x_BTC.shape[:2], -1)
-                    h_BTF, product_BTC = seen or (x_BTC, x_BTC)
-                    yield x_BTC, h_BTF.reshape(shape), product_BTC.reshape(shape)
-        finally:
-            if handle is not None:
-                handle.remove()
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(
+                self.layers.running(layer, self._inputs(streams), tapped=True)
+            )
+            if layer in self.refittable:
+                module = self.layers.down_projection(layer)
+                stack.callback(module.register_forward_hook(hook).remove)
+            for stream in streams:
+                x_BTC = run(stream.to(self.layers.device))
+                shape = (*x_BTC.shape[:2], -1)
+                h_BTF, product_BTC = seen or (x_BTC, x_BTC)
+                yield x_BTC, h_BTF.reshape(shape), product_BTC.reshape(shape)
 
     def _down(self, layer: int) -> Tensor:
-        return self.decoder.down_projection(layer).weight.T.double()
+        return self.layers.down_projection(layer).weight.T.double()

@@ -61,7 +61,7 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
         largest = max((sample.nbytes for sample in run.samples), default=0)
         total += fit_bytes(run.folds * largest, run.folds)
         if run.refits or run.heal:
-            total += 3 * sizes.stream_bytes(tokens)  # dense, recovered, targets
+            total += 3 * sizes.stream_bytes(tokens)  # dense, recovered, and one being made
     if engine == "streaming" and copies:
         total += PINNED_BYTES
     return total

@@ -220,17 +220,15 @@ def _walk(work: Work, run: RunShape, fitted: tuple[Span, ...] | list[Span], *, h
     """Dense and recovered streams side by side, from before the first span, through the host."""
     first = max(0, run.spans[0].start - 1)
     last = run.num_layers if heal else run.last_boundary
-    _forward(work, run, range(first + 1), run.num_tokens)
+    _forward(work, run, range(first), run.num_tokens)
     passed = 0
     for layer in range(first, last):
-        times = 1 if layer in run.removed else 2
-        times += heal and layer not in run.removed and 2
+        times = 1 if layer in run.removed else 2 + heal
         _forward(work, run, [layer] * times, run.num_tokens)
         passed += times
-    for span in fitted:  # the targets, and the layer before the span taken apart
-        before = max(0, span.start - 1)
-        _forward(work, run, [*range(before, span.stop), before], run.num_tokens)
-        passed += span.stop - before + 1
+    for span in fitted:  # the layer before the span taken apart
+        _forward(work, run, [max(0, span.start - 1)], run.num_tokens)
+        passed += 1
     work.moved_bytes += 2 * passed * run.sizes.stream_bytes(run.num_tokens)
     if heal:
         layers = [n for n in range(run.spans[0].stop, run.num_layers) if n in run.inner_sizes]

@@ -200,14 +200,11 @@ def test_a_resident_run_that_does_not_fit_any_more_says_so_and_can_go_on(
 
 
 def test_a_run_that_needs_the_model_whole_has_it_so_with_a_warning(make_config, tmp_path, have):
-    config = make_config(operator__heal=True, operator__name="ghost-joint")
+    config = make_config(refine__steps=2, operator__name="ghost-joint")
     have(1_000_000)
     recover(config, again="calibrate")
     assert not streamed(tmp_path / "run")
-    assert (
-        "operator.heal=true needs the model whole"
-        in (tmp_path / "run" / "events.jsonl").read_text()
-    )
+    assert "refine.steps=2 needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
 
 
 def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_path, have):

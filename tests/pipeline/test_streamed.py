@@ -46,6 +46,12 @@ def events(run, name):
         {"operator__name": "fold", "selection__spans": None, "selection__remove": 3},
         {"operator__name": "none", "selection__spans": [[0, 2]]},
         {"operator__name": "low-rank", "operator__rank": 8, "operator__affine": True},
+        {
+            "operator__name": "ghost-joint",
+            "operator__refit": "sequential",
+            "operator__heal": True,
+            "selection__spans": [[1, 2], [4, 6]],
+        },
     ],
     ids=lambda fields: fields["operator__name"],
 )
@@ -211,8 +217,7 @@ def test_streams_that_do_not_fit_on_the_disk_are_refused_before_work(make_config
     ("fields", "message"),
     [
         ({"engine.tensor_parallel": 2}, "kind=streaming runs whole layers on one device"),
-        ({"operator.heal": True}, "operator.heal=true runs the whole model again and again"),
-        ({"operator.refit": "sequential"}, "operator.refit=sequential runs the whole model"),
+        ({"evaluation.tasks": ["boolq"]}, "evaluation.tasks runs the whole model again and again"),
         ({"refine.steps": 10}, "refine.steps=10 runs the whole model"),
     ],
 )

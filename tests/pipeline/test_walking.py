@@ -9,6 +9,7 @@ from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import as_variant
 from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
@@ -22,21 +23,22 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
     """A walk that was run, and how many layers it said it passed."""
     heal, passed = arguments.pop("heal", False), []
     with as_decoder(model, architecture) as decoder:
-        walk = Walk(
-            decoder=decoder,
-            tokens=tokens.numpy().astype(np.int32),
-            batch=2,
-            spans=spans,
-            operators=dict(operators),
-            fold_of_window=folds,
-            judge=max(folds),
-            refittable=frozenset(
-                layer for layer in architecture.down_projections if adds_mlp_output(decoder, layer)
-            ),
-            norm_eps=architecture.norm_eps,
-            **arguments,
+        refittable = frozenset(
+            layer for layer in architecture.down_projections if adds_mlp_output(decoder, layer)
         )
-        walk.run(heal=heal, advance=passed.append)
+    walk = Walk(
+        layers=LayerwiseModel(model, architecture),
+        tokens=tokens.numpy().astype(np.int32),
+        batch=2,
+        spans=spans,
+        operators=dict(operators),
+        fold_of_window=folds,
+        judge=max(folds),
+        refittable=refittable,
+        norm_eps=architecture.norm_eps,
+        **arguments,
+    )
+    walk.run(heal=heal, advance=passed.append)
     return walk, sum(passed)
 
 
@@ -109,7 +111,7 @@ def test_streams_of_both_models(loaded, family, cut):
     assert [len(batch) for batch in walk._dense] == [2, 2, 1]
     assert_close(torch.cat(walk._dense), dense)
     assert_close(torch.cat(walk._recovered), recovered)
-    assert passed == spans[-1].stop - max(0, spans[0].start - 1)
+    assert passed == 1 + spans[-1].stop, "the embeddings too"
     assert (recovered - dense).norm() > 0.1 * dense.norm()
 
 
@@ -197,7 +199,7 @@ def test_a_refit_behind_a_span_at_the_first_layer(loaded):
     noting = Noting(a_repair(2, inner=96))
     refits = {second: Refit(SampleKind("joint"), noting)}
     walk, passed = walked(model, architecture, spans, operators, refits=refits)
-    assert passed == 6
+    assert passed == 1 + 6 + 1, "the embeddings, and the layer before the refit again"
     y = streams(model, architecture, 6)
     with as_variant(model, architecture, Variant((first,), {first: operators[first]})):
         x, parts = streams(model, architecture, 3), through_down(model, architecture, 2)
@@ -230,7 +232,7 @@ def test_healing(loaded):
     before = weights_of(model)
     walk, passed = walked(model, architecture, spans, plain, MANY, MANY_FOLDS, heal=True)
     assert_untouched(model, before)
-    assert passed == 5
+    assert passed == 1 + 6
     assert [row["layer"] for row in walk.healing] == [4, 5]
     assert all(row["kept"] == (row["residual"] < 1) for row in walk.healing)
     assert set(walk.healed) == {row["layer"] for row in walk.healing if row["kept"]} == {4, 5}
