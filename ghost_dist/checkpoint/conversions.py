@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from ghost_dist.errors import CheckpointError
 
@@ -80,7 +83,7 @@ def convert_and_load(
         device_map={"": device},
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with _one_by_one() if one_by_one else contextlib.nullcontext():
+    with quiet_loading(), _one_by_one() if one_by_one else contextlib.nullcontext():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     for target, got, expected in sorted(info.mismatched_keys):
         raise CheckpointError(
@@ -96,6 +99,33 @@ def convert_and_load(
         )
     missing: set[str] = info.missing_keys
     return missing
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[list[str]]:
+    """No progress bars and no load report (what it would tell we raise); other warnings stay.
+
+    Yields a list that holds the reports that were kept back, for an error message.
+    """
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    reports: list[str] = []
+
+    def keep_report(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" in message:
+            reports.append(re.sub(r"\x1b\[[0-9;]*m", "", message))
+            return False
+        return True
+
+    logger.addFilter(keep_report)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep_report)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:

@@ -8,8 +8,6 @@ that holds NaN is an error, since it would spoil every sum.
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from ghost_dist.checkpoint.architecture import (
     cut_config,
     why_not,
 )
+from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors, open_checkpoint
 from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
@@ -348,30 +347,3 @@ def _other_values(tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor)  # an index that is there whatever is indexed
     generator = torch.Generator().manual_seed(0)
     return 100 * torch.randn(tensor.shape, generator=generator).to(tensor)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[list[str]]:
-    """No progress bars and no load report (what it would tell we raise); other warnings stay.
-
-    Yields a list that holds the reports that were kept back, for an error message.
-    """
-    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    reports: list[str] = []
-
-    def keep_report(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if "LOAD REPORT" in message:
-            reports.append(re.sub(r"\x1b\[[0-9;]*m", "", message))
-            return False
-        return True
-
-    logger.addFilter(keep_report)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield reports
-    finally:
-        logger.removeFilter(keep_report)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

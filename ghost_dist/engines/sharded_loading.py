@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_dist.checkpoint.conversions import convert_and_load, renamed
-from ghost_dist.checkpoint.load import check_finite, quiet_loading
+from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, renamed
+from ghost_dist.checkpoint.load import check_finite
 from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors
 from ghost_dist.engines.sharding import Shard, Sharding
 from ghost_dist.errors import UnsupportedArchitectureError

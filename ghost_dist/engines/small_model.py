@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
+from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.layer_fields import read_config
-from ghost_dist.checkpoint.load import quiet_loading
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span

@@ -21,10 +21,9 @@ import transformers
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.conversions import convert_and_load, renamed
+from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, renamed
 from ghost_dist.checkpoint.load import (
     non_finite_weight,
-    quiet_loading,
     truncated_config,
 )
 from ghost_dist.checkpoint.reader import Checkpoint

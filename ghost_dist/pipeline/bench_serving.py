@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows, load_windows
-from ghost_dist.checkpoint.load import load_causal_lm, quiet_loading
+from ghost_dist.checkpoint.conversions import quiet_loading
+from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.surgery import remove_layers
 from ghost_dist.devices import (
     allocated_bytes,
