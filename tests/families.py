@@ -4,6 +4,7 @@ Six layers, hidden size 64, vocabulary 128. Weights are drawn from N(0, 0.08^2),
 N(1, 0.08^2), so that no layer is close to the identity and a wrong wiring shows in the logits.
 """
 
+import contextlib
 import string
 
 import torch
@@ -212,13 +213,14 @@ def _normal(seed):
     return lambda *shape: torch.randn(*shape, generator=generator)
 
 
-@torch.inference_mode()
-def oracle_logits(model, layers, spans, operators, tokens):
-    """Logits of the recovered model from the uncut one, by none of the code under test.
+@contextlib.contextmanager
+def oracle(model, layers, spans, operators, healed=None):
+    """Let an uncut model compute as the recovered one, by none of the code under test.
 
     Every removed layer is told to give back its input, the first of a span to give what the
     operator makes of it; a replaced down_proj is told its new product.
     """
+    replaced = {s.start - 1: one.down_FC for s, one in operators.items()} | (healed or {})
     stack = model.get_submodule(layers)
     handles = []
     for span in spans:
@@ -231,19 +233,26 @@ def oracle_logits(model, layers, spans, operators, tokens):
                 return (x, *output[1:]) if isinstance(output, tuple) else x
 
             handles.append(stack[index].register_forward_hook(skip, with_kwargs=True))
-        if span in operators and operators[span].down_FC is not None:
-            module = _down(stack[span.start - 1])
+    for layer, down_FC in replaced.items():
+        if down_FC is not None:
 
-            def product(module, args, output, span=span):
-                new = args[0] @ operators[span].down_FC.to(output.dtype)
+            def product(module, args, output, down_FC=down_FC):
+                new = args[0] @ down_FC.to(output.dtype)
                 return new if module.bias is None else new + module.bias
 
-            handles.append(module.register_forward_hook(product))
+            handles.append(_down(stack[layer]).register_forward_hook(product))
     try:
-        return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.inference_mode()
+def oracle_logits(model, layers, spans, operators, tokens, healed=None):
+    """Logits of the recovered model; see :func:`oracle`."""
+    with oracle(model, layers, spans, operators, healed):
+        return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
 
 
 def _down(layer):

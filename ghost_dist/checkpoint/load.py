@@ -26,7 +26,7 @@ from ghost_dist.checkpoint.architecture import (
 from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors, open_checkpoint
-from ghost_dist.checkpoint.surgery import bypassed, entering_at, note_return_type
+from ghost_dist.checkpoint.surgery import note_return_type
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 
@@ -63,25 +63,6 @@ class Decoder:
         module = self.layers[layer].get_submodule(self._down_projections[layer])
         assert isinstance(module, nn.Linear), "the down_proj moved"
         return module
-
-    @contextlib.contextmanager
-    def between(self, first: int, last: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Run layers ``first .. last - 1`` only, on streams that are given.
-
-        Yields a function of the stream entering layer ``first``, shape (B, T, C), whose result is
-        the stream entering layer ``last``. The model's own forward makes masks and positions.
-        """
-        above = range(last, self.num_layers)
-
-        def run(stream_BTC: Tensor) -> Tensor:
-            if first == last:
-                return stream_BTC
-            ids_BT = torch.zeros(stream_BTC.shape[:2], dtype=torch.int64, device=self.device)
-            with entering_at(self._model, self.layers, first, stream_BTC):
-                return self(ids_BT)
-
-        with bypassed(self._model, self.layers, above):
-            yield run
 
 
 def load_decoder(

@@ -5,10 +5,8 @@ The exported checkpoint must compute the same; ``export/verify.py`` compares the
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,84 +58,26 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
                     setattr(own.config, name, copy.deepcopy(value))
 
 
-def insert_operators(
-    model: Any, architecture: Architecture, variant: Variant
-) -> Callable[[], None]:
+def insert_operators(model: Any, architecture: Architecture, variant: Variant) -> None:
     """Let each operator act on the stream entering its boundary of a cut causal LM.
 
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
-    computed in the dtype of the model. New down_proj weights take the model's dtype. Returns what
-    takes everything out again.
+    computed in the dtype of the model. New down_proj weights take the model's dtype.
     """
-    layers = model.get_submodule(architecture.layers)
-    spans = variant.spans
+    layers, spans = model.get_submodule(architecture.layers), variant.spans
     kept = kept_layers(spans, len(layers) + sum(map(len, spans)))
     positions = operator_positions(spans)
-    return _install(
-        model,
-        architecture,
-        {positions[span]: repair for span, repair in variant.at_boundary.items()},
-        {kept.index(layer): down_FC for layer, down_FC in variant.downs.items()},
-    )
-
-
-@contextlib.contextmanager
-def as_variant(model: Any, architecture: Architecture, variant: Variant) -> Iterator[None]:
-    """Let an uncut model compute as a variant of it, without a second copy.
-
-    Removed layers hand their input on, operators act at the stops of their spans. Per-layer
-    settings are the uncut model's own, so nothing is renumbered.
-    """
-    layers = model.get_submodule(architecture.layers)
-    uninstall = _install(
-        model,
-        architecture,
-        {span.stop: repair for span, repair in variant.at_boundary.items()},
-        variant.downs,
-    )
-    try:
-        with bypassed(model, layers, sorted(variant.removed)):
-            yield
-    finally:
-        uninstall()
-
-
-@contextlib.contextmanager
-def bypassed(model: Any, layers: Any, skipped: Sequence[int]) -> Iterator[None]:
-    """Let some of a model's layers hand their input stream on unchanged, computing nothing."""
-
-    learn_return_types(model, [layers[index] for index in skipped])
-    own = {index: layers[index].__dict__.get("forward") for index in skipped}  # accelerate's hooks
-    for index in skipped:
-        layers[index].__dict__["forward"] = handing_on(type(layers[index]))
-    try:
-        yield
-    finally:
-        for index, forward in own.items():
-            del layers[index].__dict__["forward"]
-            if forward is not None:
-                layers[index].__dict__["forward"] = forward
-
-
-@contextlib.contextmanager
-def entering_at(model: Any, layers: Any, first: int, stream_BTC: Tensor) -> Iterator[None]:
-    """Let a model run from layer ``first`` on, with ``stream_BTC`` entering it.
-
-    The layers below hand on what nobody reads; the token ids only have to be of the same shape.
-    The model's own forward makes masks and positions.
-    """
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (stream_BTC, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": stream_BTC}
-
-    with bypassed(model, layers, range(first)):
-        handle = layers[first].register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    for span, repair in variant.at_boundary.items():
+        last = positions[span] == len(layers)
+        path = architecture.final_norm if last else f"{architecture.layers}.{positions[span]}"
+        module = model.get_submodule(path)
+        parameter = next(module.parameters())
+        hook = _repair_hook(operator_as_computed(repair, parameter.dtype, parameter.device))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    for layer, down_FC in variant.downs.items():
+        module = layers[kept.index(layer)].get_submodule(down_path(architecture))
+        weight_CF = down_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
+        module.weight = nn.Parameter(weight_CF, requires_grad=False)
 
 
 _TUPLE_LENGTH: dict[type, int] = {}
@@ -152,8 +92,7 @@ def note_return_type(layer_class: type, output: Any) -> None:
 def handing_on(layer_class: type) -> Callable[..., Any]:
     """A forward for a layer that hands its input stream on, in the form of its class.
 
-    Before it is called, one layer of the class must have been run by :func:`bypassed` or seen by
-    :func:`note_return_type`.
+    Before it is called, a layer of the class must have been seen by :func:`note_return_type`.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -182,33 +121,6 @@ def learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
             handle.remove()
 
 
-def _install(
-    model: Any,
-    architecture: Architecture,
-    at_boundary: Mapping[int, Repair],
-    down_of_layer: Mapping[int, Tensor],
-) -> Callable[[], None]:
-    layers = model.get_submodule(architecture.layers)
-    undo: list[Callable[[], None]] = []
-    for boundary, repair in at_boundary.items():
-        last = boundary == len(layers)
-        module = model.get_submodule(architecture.final_norm) if last else layers[boundary]
-        parameter = next(module.parameters())
-        hook = repair_hook(operator_as_computed(repair, parameter.dtype, parameter.device))
-        undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    for layer, down_FC in down_of_layer.items():
-        module = layers[layer].get_submodule(down_path(architecture))
-        undo.append(functools.partial(setattr, module, "weight", module.weight))
-        weight_CF = down_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
-        module.weight = nn.Parameter(weight_CF, requires_grad=False)
-
-    def uninstall() -> None:
-        for step in undo:
-            step()
-
-    return uninstall
-
-
 def down_path(architecture: Architecture) -> str:
     """Path of the down_proj within a layer, the same in every layer that has one."""
     return next(iter(architecture.down_projections.values()))
@@ -232,7 +144,7 @@ def repair_stream(repair: Repair, x_BTC: Tensor) -> Tensor:
     return apply_repair(repair, x_BTC).to(x_BTC.dtype)
 
 
-def repair_hook(repair: Repair) -> Callable[..., Any]:
+def _repair_hook(repair: Repair) -> Callable[..., Any]:
     """Forward pre-hook (with kwargs) that repairs the stream entering a module, in its dtype."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -135,17 +135,3 @@ def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
         if module.bias is not None:
             expected = expected + module.bias
         torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_between_two_boundaries(tmp_path, family):
-    """Streams in, streams out: a run in two pieces is the run in one."""
-    engine, _ = open_engine(save_checkpoint(family, tmp_path), 5, 2)
-    whole = Recorder((0, 2, 4, 5))
-    engine.run(TOKENS, range(WINDOWS), whole, lambda _: None)
-    for first, last in ((0, 2), (2, 4), (2, 5), (4, 4)):
-        given = torch.stack([whole.streams[first, w] for w in range(WINDOWS)])
-        with torch.inference_mode(), engine._decoder.between(first, last) as run:
-            got = run(given)
-        expected = torch.stack([whole.streams[last, w] for w in range(WINDOWS)])
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -11,12 +11,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from families import oracle
 from safetensors.torch import load_file
 
 from ghost_dist.calibration.split import NotHeldOutError, check_held_out
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import as_variant
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.evaluation.scores import window_scores
@@ -132,7 +132,7 @@ def residual(model, architecture, tokens, boundary, before, after):
     dense = streams(model, architecture, boundary, tokens)
     errors = []
     for spans, operators, healed in (before, after):
-        with as_variant(model, architecture, Variant(spans, operators, healed)):
+        with oracle(model, architecture.layers, spans, operators, healed):
             found = streams(model, architecture, boundary, tokens)
         errors.append((found - dense).square().sum())
     return float(errors[1] / errors[0])

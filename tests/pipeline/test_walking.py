@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from families import CUTS, HIDDEN, random_repairs, random_tokens
+from families import CUTS, HIDDEN, oracle, random_repairs, random_tokens
 
 from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import as_variant
-from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.spans import Span
@@ -106,7 +104,7 @@ def test_streams_of_both_models(loaded, family, cut):
     walk, passed = walked(model, architecture, spans, operators)
     assert_untouched(model, before)
     assert torch.equal(streams(model, architecture, spans[-1].stop), dense)
-    with as_variant(model, architecture, Variant(spans, operators)):
+    with oracle(model, architecture.layers, spans, operators):
         recovered = streams(model, architecture, spans[-1].stop)
     assert [len(batch) for batch in walk._dense] == [2, 2, 1]
     assert_close(torch.cat(walk._dense), dense)
@@ -181,14 +179,14 @@ def test_sums_of_a_refit(loaded, family, kind, weighting):
     walk, _ = walked(model, architecture, spans, operators, refits=refits)
     assert_untouched(model, before)
     y = streams(model, architecture, second.stop)
-    with as_variant(model, architecture, Variant((first,), {first: operators[first]})):
+    with oracle(model, architecture.layers, (first,), {first: operators[first]}):
         x = streams(model, architecture, second.start)
         h, product = through_down(model, architecture, second.start - 1)
     assert_sums(noting.folds, kind, weighting, x, h, product, y, architecture.norm_eps)
     # What follows is done with the new repair.
     assert walk.operators == {first: operators[first], second: noting.repair}
     assert walk.fits == {second: None}
-    with as_variant(model, architecture, Variant(spans, walk.operators)):
+    with oracle(model, architecture.layers, spans, walk.operators):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, second.stop))
 
 
@@ -201,10 +199,10 @@ def test_a_refit_behind_a_span_at_the_first_layer(loaded):
     walk, passed = walked(model, architecture, spans, operators, refits=refits)
     assert passed == 1 + 6 + 1, "the embeddings, and the layer before the refit again"
     y = streams(model, architecture, 6)
-    with as_variant(model, architecture, Variant((first,), {first: operators[first]})):
+    with oracle(model, architecture.layers, (first,), {first: operators[first]}):
         x, parts = streams(model, architecture, 3), through_down(model, architecture, 2)
     assert_sums(noting.folds, "joint", "none", x, *parts, y, architecture.norm_eps)
-    with as_variant(model, architecture, Variant(spans, walk.operators)):
+    with oracle(model, architecture.layers, spans, walk.operators):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
 
 
@@ -237,18 +235,18 @@ def test_healing(loaded):
     assert all(row["kept"] == (row["residual"] < 1) for row in walk.healing)
     assert set(walk.healed) == {row["layer"] for row in walk.healing if row["kept"]} == {4, 5}
     dense = streams(model, architecture, 6, FRESH)
-    with as_variant(model, architecture, Variant(spans, plain)):
+    with oracle(model, architecture.layers, spans, plain):
         error_cut = (streams(model, architecture, 6, FRESH) - dense).square().mean()
-    with as_variant(model, architecture, Variant(spans, plain, walk.healed)):
+    with oracle(model, architecture.layers, spans, plain, walk.healed):
         error_healed = (streams(model, architecture, 6, FRESH) - dense).square().mean()
     assert error_healed < 0.8 * error_cut
-    with as_variant(model, architecture, Variant(spans, plain, walk.healed)):
+    with oracle(model, architecture.layers, spans, plain, walk.healed):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, MANY))
     for row in walk.healing:
         layer = row["layer"]
         earlier = {other: down for other, down in walk.healed.items() if other < layer}
         y = streams(model, architecture, layer + 1, MANY)
-        with as_variant(model, architecture, Variant(spans, plain, earlier)):
+        with oracle(model, architecture.layers, spans, plain, earlier):
             x = streams(model, architecture, layer + 1, MANY)
             h, product = through_down(model, architecture, layer, MANY)
         down_FC = model.model.layers[layer].mlp.down_proj.weight.T.double()
@@ -269,7 +267,7 @@ def test_layers_that_are_healed(loaded, kind, tried):
     operators = random_repairs(kind, spans, architecture)
     walk, _ = walked(model, architecture, spans, operators, MANY, MANY_FOLDS, heal=True)
     assert [row["layer"] for row in walk.healing] == tried
-    with as_variant(model, architecture, Variant(spans, operators, walk.healed)):
+    with oracle(model, architecture.layers, spans, operators, walk.healed):
         recovered = streams(model, architecture, 6, MANY)
     assert_close(torch.cat(walk._recovered), recovered)
     assert_close(torch.cat(walk._dense), streams(model, architecture, 6, MANY))
@@ -282,7 +280,7 @@ def test_experts_are_not_healed(loaded):
     walk, _ = walked(model, architecture, spans, plain, heal=True)
     assert walk.healing == []
     assert walk.healed == {}
-    with as_variant(model, architecture, Variant(spans, plain)):
+    with oracle(model, architecture.layers, spans, plain):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
 
 
@@ -299,6 +297,6 @@ def test_a_layer_that_cannot_be_bettered_stays(loaded):
         assert {layer for layer, row in rows.items() if row["residual"] < 1} == set(walk.healed)
         assert all(row["kept"] == (layer in walk.healed) for layer, row in rows.items())
         refused += len(rows) - len(walk.healed)
-        with as_variant(model, architecture, Variant(spans, plain, walk.healed)):
+        with oracle(model, architecture.layers, spans, plain, walk.healed):
             assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, tokens))
     assert refused > 0
