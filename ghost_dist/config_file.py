@@ -45,18 +45,8 @@ def config_tree(config: Config) -> dict[str, Any]:
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     """Read a YAML file (or nothing) and lay ``section.field`` overrides on it.
 
-    Parameters
-    ----------
-    path
-        YAML file with sections as in :class:`Config`; None for an empty one.
-    overrides
-        ``"section.field"`` (or deeper) to value; strings are not parsed here.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read or any key or value is not valid; the message names the field,
-        what was given, what is allowed, and for an unknown key the nearest known one.
+    Values of overrides that are strings are not parsed here. A ConfigError names the field, what
+    was given, what is allowed, and for an unknown key the nearest known one.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -103,13 +93,7 @@ def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_set(assignment: str) -> tuple[str, Any]:
-    """Split ``section.field=value``; the value is read as YAML.
-
-    Raises
-    ------
-    ConfigError
-        If there is no ``=``, no section, or the value is not YAML.
-    """
+    """Split ``section.field=value``; the value is read as YAML."""
     key, separator, text = assignment.partition("=")
     key = key.strip()
     if not separator or "." not in key:

@@ -42,10 +42,7 @@ class RunMismatchError(RunFolderError):
 class CorruptStoreError(GhostDistError):
     """Committed statistics are missing or do not match their manifest.
 
-    Attributes
-    ----------
-    range_ids
-        Ids of the damaged window ranges; re-running exactly these repairs the store.
+    ``range_ids``: the damaged window ranges; re-running exactly these repairs the store.
     """
 
     def __init__(self, message: str, range_ids: tuple[int, ...] = ()) -> None:
@@ -59,12 +56,7 @@ class CorruptStoreError(GhostDistError):
 class NonFiniteActivationError(GhostDistError):
     """A hidden state holds NaN or Inf, so no statistic of it would mean anything.
 
-    Attributes
-    ----------
-    boundary
-        Index of the layer whose input is not finite.
-    window
-        Index of the first calibration window concerned.
+    It is what enters layer ``boundary``, in the first calibration ``window`` concerned.
     """
 
     def __init__(self, boundary: int, window: int, detail: str = "") -> None:
@@ -80,19 +72,7 @@ class NonFiniteActivationError(GhostDistError):
 
 
 class SingularGramError(GhostDistError):
-    """The regularised Gram matrix of a span has no Cholesky factor in float64.
-
-    Attributes
-    ----------
-    span
-        The span as text, ``"[start, stop)"``.
-    ridge
-        Absolute ridge that was added to the diagonal.
-    condition
-        Estimated 2-norm condition number of the regularised Gram matrix.
-    num_tokens
-        Number of tokens (rows) behind the Gram matrix.
-    """
+    """The regularised Gram matrix of a span has no Cholesky factor in float64."""
 
     def __init__(self, span: str, ridge: float, condition: float, num_tokens: int) -> None:
         super().__init__(

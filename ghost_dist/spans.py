@@ -28,13 +28,7 @@ class Span:
 
 
 def parse_spans(text: str) -> tuple[Span, ...]:
-    """Read ``"11:18"`` or ``"3:5,11:18"``, Python's half-open slices.
-
-    Raises
-    ------
-    ConfigError
-        If a part is not ``start:stop`` with non-negative integers.
-    """
+    """Read ``"11:18"`` or ``"3:5,11:18"``, Python's half-open slices."""
     spans = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", part)
@@ -50,12 +44,8 @@ def parse_spans(text: str) -> tuple[Span, ...]:
 def check_spans(spans: Iterable[Span], num_layers: int) -> tuple[Span, ...]:
     """Sort, join adjacent spans (one cut has one operator) and check against the model.
 
-    A span may start at layer 0 and may end at the last layer; at least one layer must stay.
-
-    Raises
-    ------
-    ConfigError
-        If a span is empty, out of range or overlaps another, or if no layer would be left.
+    A span may start at layer 0 and may end at the last layer; at least one layer must stay, and
+    none may be given twice.
     """
     merged: list[Span] = []
     for span in sorted(spans):

@@ -29,13 +29,7 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.scores import (
-    AngularCollector,
-    BlockInfluenceCollector,
-    CosineCollector,
-    PaperCollector,
-    ScoreSums,
-)
+from ghost_dist.statistics.scores import ScoreCollector, ScoreSums
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sum_costs import pair_bytes, saved_by_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
@@ -121,15 +115,9 @@ class Selector:
     ) -> list[MakeCollector]:
         """A factory per pass over the windows; see ``pipeline.collectors.Collectors``."""
         num_layers = self.architecture.num_layers
-        match self.config.criterion:
-            case "cosine":
-                return [lambda: CosineCollector(num_layers, self.remove, device)]
-            case "angular":
-                return [lambda: AngularCollector(num_layers, self.remove, device)]
-            case "paper":
-                return [lambda: PaperCollector(num_layers, self.remove, device)]
-            case "block-influence":
-                return [lambda: BlockInfluenceCollector(num_layers, device)]
+        criterion = self.config.criterion
+        if criterion != "recoverability":
+            return [lambda: ScoreCollector(criterion, num_layers, self.remove, device)]
         starts = sorted({span.start for span in self.candidates()})
         at_once = self.starts_at_once(free_bytes, block)
         groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]

@@ -21,15 +21,15 @@ output before adding it (Gemma 2 and 3): there X is not linear in H.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
-from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import Fit, fit_least_squares
+from ghost_dist.ridge import Ridge
+from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import combine, retarget, take
 
@@ -58,11 +58,10 @@ def fit_ghost_joint(
     span: str,
     folds: Sequence[Moments],
     down_FC: Tensor,
-    ridge: str | RelativeRidge | AbsoluteRidge,
+    ridge: Ridge,
     *,
-    affine: bool = False,
-    judge: int | None = None,
     max_condition: float = MAX_CONDITION,
+    **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
 
@@ -78,8 +77,7 @@ def fit_ghost_joint(
         torch.cat((eye_CC, down_FC)),
         ridge,
         blocks=(width, inner),
-        affine=affine,
-        judge=judge,
+        **options,
     )
     p_CC, q_FC = map_ZC[:width], map_ZC[width:]
     singular_C = torch.linalg.svdvals(p_CC)
@@ -94,25 +92,19 @@ def fit_fold(
     span: str,
     folds: Sequence[Moments],
     down_FC: Tensor,
-    ridge: str | RelativeRidge | AbsoluteRidge,
-    *,
-    affine: bool = False,
-    judge: int | None = None,
+    ridge: Ridge,
+    **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine)."""
-    return refit_down(
-        span, fold_targets(folds, down_FC), down_FC, ridge, affine=affine, judge=judge
-    )
+    return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, **options)
 
 
 def fit_replaceme(
     span: str,
     folds: Sequence[Moments],
     down_FC: Tensor,
-    ridge: str | RelativeRidge | AbsoluteRidge,
-    *,
-    affine: bool = False,
-    judge: int | None = None,
+    ridge: Ridge,
+    **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """ReplaceMe (arXiv 2505.02819, equation 5): ``Y - A ~ (H down) T``, folded: down <- down T.
 
@@ -120,9 +112,7 @@ def fit_replaceme(
     """
     outputs = [combine(fold, down_FC) for fold in fold_targets(folds, down_FC)]
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
-    map_CC, bias_C, fit = fit_least_squares(
-        span, outputs, eye_CC, ridge, affine=affine, judge=judge
-    )
+    map_CC, bias_C, fit = fit_least_squares(span, outputs, eye_CC, ridge, **options)
     return Repair(down_FC=down_FC @ map_CC, bias_C=bias_C), fit
 
 
@@ -130,10 +120,8 @@ def refit_down(
     where: str,
     folds: Sequence[Moments],
     down_FC: Tensor,
-    ridge: str | RelativeRidge | AbsoluteRidge,
-    *,
-    affine: bool = False,
-    judge: int | None = None,
+    ridge: Ridge,
+    **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """Refit one down_proj from moments of its input H against ``Y - A``, towards the original.
 
@@ -141,9 +129,7 @@ def refit_down(
     entering the next layer; ``fit.residual`` is relative to the original weight, so above 1 the
     original is the better one on held-out windows.
     """
-    new_down_FC, bias_C, fit = fit_least_squares(
-        where, folds, down_FC, ridge, affine=affine, judge=judge
-    )
+    new_down_FC, bias_C, fit = fit_least_squares(where, folds, down_FC, ridge, **options)
     return Repair(down_FC=new_down_FC, bias_C=bias_C), fit
 
 

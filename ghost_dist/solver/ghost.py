@@ -15,27 +15,21 @@ so that an infinite ridge is the plain cut ``W = I``: least squares with the pri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import Fit, fit_least_squares
+from ghost_dist.ridge import Ridge
+from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 
 
 def fit_ghost(
-    span: str,
-    folds: Sequence[Moments],
-    ridge: str | RelativeRidge | AbsoluteRidge,
-    *,
-    affine: bool = False,
-    judge: int | None = None,
+    span: str, folds: Sequence[Moments], ridge: Ridge, **options: Unpack[FitOptions]
 ) -> tuple[Repair, Fit]:
     """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``."""
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
-    weight_CC, bias_C, fit = fit_least_squares(
-        span, folds, eye_CC, ridge, affine=affine, judge=judge
-    )
+    weight_CC, bias_C, fit = fit_least_squares(span, folds, eye_CC, ridge, **options)
     return Repair(weight_CC=weight_CC, bias_C=bias_C), fit

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
+from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import retarget
 
@@ -67,11 +68,18 @@ FEW_TOKENS_PER_REGRESSOR = 4.0
 """With fewer the operator depends on the ridge more than on the text (``docs/theory.md``)."""
 
 
+class FitOptions(TypedDict, total=False):
+    """What every fit may be told; see :func:`fit_least_squares`."""
+
+    affine: bool
+    judge: int | None
+
+
 def fit_least_squares(
     where: str,
     folds: Sequence[Moments],
     prior_ZC: Tensor,
-    ridge: str | RelativeRidge | AbsoluteRidge,
+    ridge: Ridge,
     *,
     blocks: Sequence[int] = (),
     affine: bool = False,

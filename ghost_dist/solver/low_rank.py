@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
-from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
+from ghost_dist.ridge import AbsoluteRidge, Ridge
 from ghost_dist.solver.least_squares import (
     Fit,
     about,
@@ -53,7 +53,7 @@ class RankChoice:
 def fit_low_rank(
     span: str,
     folds: Sequence[Moments],
-    ridge: str | RelativeRidge | AbsoluteRidge,
+    ridge: Ridge,
     *,
     rank: int | None = None,
     affine: bool = False,

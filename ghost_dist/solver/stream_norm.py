@@ -7,23 +7,23 @@ divide by a token's norm, so the normed stream is a regressor of its own (``wide
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import Fit, fit_least_squares
+from ghost_dist.ridge import Ridge
+from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 
 
 def fit_stream_norm(
     span: str,
     folds: Sequence[Moments],
-    ridge: str | RelativeRidge | AbsoluteRidge,
+    ridge: Ridge,
     *,
-    affine: bool = False,
-    judge: int | None = None,
     norm_eps: float = 0.0,
+    **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """Fit (W, N), shrunk to (I, 0), from moments with ``Z = [x, rmsnorm(x)]``, width 2 C.
 
@@ -35,7 +35,7 @@ def fit_stream_norm(
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
     prior_ZC = torch.cat((eye_CC, torch.zeros_like(eye_CC)))
     map_ZC, bias_C, fit = fit_least_squares(
-        span, folds, prior_ZC, ridge, blocks=(width, width), affine=affine, judge=judge
+        span, folds, prior_ZC, ridge, blocks=(width, width), **options
     )
     repair = Repair(
         weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C, norm_eps=norm_eps

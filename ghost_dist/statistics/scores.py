@@ -31,17 +31,59 @@ class ScoreSums(Sums):
         return tuple((self.sums_S / self.count_1).tolist())
 
 
-class _PairScores:
+def _cosine(earlier: Tensor, later: Tensor) -> Tensor:
+    """Per token over the hidden width, the criterion of LLM-Streamline (arXiv 2403.19135)."""
+    return cosine_similarity(earlier, later, dim=1).double().sum()
+
+
+def _angular(earlier: Tensor, later: Tensor) -> Tensor:
+    """``arccos(cos) / pi`` at each window's last token: PruneMe (arXiv 2403.17887, equation 5) and
+    ReplaceMe (arXiv 2505.02819).
+    """
+    return (cosine_similarity(earlier, later, dim=1).clamp(-1, 1).arccos() / math.pi).sum()
+
+
+def _block_influence(earlier: Tensor, later: Tensor) -> Tensor:
+    """``1 - cos`` of each layer, over tokens: ShortGPT (arXiv 2403.03853, equation 1)."""
+    return (1 - cosine_similarity(earlier, later, dim=1)).double().sum()
+
+
+def _paper(earlier: Tensor, later: Tensor) -> Tensor:
+    """The selection score of the published code of arXiv 2605.15491, for parity only.
+
+    That code calls ``torch.cosine_similarity(a, b)`` on streams of shape (1, T, C), whose default
+    axis is 1: the *sequence*. So it measures, channel by channel, how alike the two time series
+    are, averaged over channels, then over windows; massive channels count like any other, and the
+    direction of a token's stream, which the next layer reads, is not looked at. It also tries
+    starts 1 to L - n - 1 only (``solver/criteria.py``). The published code works in float16, here
+    it is float32. Use ``cosine`` for the criterion that was meant.
+    """
+    return cosine_similarity(earlier, later, dim=0).double().mean()
+
+
+SCORES = {
+    "cosine": _cosine,
+    "angular": _angular,
+    "block-influence": _block_influence,
+    "paper": _paper,
+}
+
+
+class ScoreCollector:
     """Sums a score of (stream at b, stream at b + n) over windows, for every start b.
 
-    Holds the last n + 1 streams of each window in flight.
+    Means are over tokens for ``cosine`` and ``block-influence``, whose n is 1, else over windows.
+    Holds the last n + 1 streams of each window in flight, of ``angular`` their last token.
     """
 
     mlp_layers: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, num_layers: int, remove: int, device: torch.device) -> None:
-        self._num_layers, self._remove = num_layers, remove
-        self._sums = torch.zeros(num_layers - remove + 1, dtype=torch.float64, device=device)
+    def __init__(self, criterion: str, num_layers: int, remove: int, device: torch.device) -> None:
+        self._criterion, self._score = criterion, SCORES[criterion]
+        self._of_tokens = criterion in ("cosine", "block-influence")
+        self._num_layers = num_layers
+        self._remove = 1 if criterion == "block-influence" else remove
+        self._sums = torch.zeros(num_layers - self._remove + 1, dtype=torch.float64, device=device)
         self._streams: dict[tuple[int, int], Tensor] = {}
         self._finite = FiniteCheck()
         self._num_tokens = self._count = 0
@@ -58,7 +100,7 @@ class _PairScores:
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
-        kept = self._keep(stream_TC)
+        kept = stream_TC[-1:].double() if self._criterion == "angular" else stream_TC.float()
         start = boundary - self._remove
         if start >= 0:
             self._sums[start] += self._score(self._streams.pop((start, window)), kept)
@@ -66,79 +108,10 @@ class _PairScores:
             self._streams[boundary, window] = kept
         if boundary == 0:
             self._num_tokens += stream_TC.shape[0]
-            self._count += self._weight(kept)
+            self._count += kept.shape[0] if self._of_tokens else 1
 
     def result(self) -> dict[str, Sums]:
         """``{"scores": ScoreSums}``."""
         self._finite.check()
         count_1 = torch.full((1,), float(self._count), dtype=torch.float64)
         return {"scores": ScoreSums(self._num_tokens, self._sums, count_1.to(self._sums.device))}
-
-    def _keep(self, stream_TC: Tensor) -> Tensor:
-        return stream_TC.float()
-
-    def _weight(self, kept: Tensor) -> int:  # noqa: ARG002
-        return 1
-
-    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class CosineCollector(_PairScores):
-    """``cos(x_b, x_{b+n})`` per token over the hidden width; the span of largest mean goes.
-
-    The criterion of LLM-Streamline (arXiv 2403.19135), in float32; every start from 0 to L - n
-    counts, including a span that ends at the last layer.
-    """
-
-    def _weight(self, kept: Tensor) -> int:
-        return kept.shape[0]
-
-    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
-        return cosine_similarity(earlier, later, dim=1).double().sum()
-
-
-class AngularCollector(_PairScores):
-    """``arccos(cos) / pi`` between the ends at each window's last token; the least span goes.
-
-    The criterion of PruneMe (arXiv 2403.17887, equation 5) and ReplaceMe (arXiv 2505.02819).
-    Holds C numbers per boundary and window in flight.
-    """
-
-    def _keep(self, stream_TC: Tensor) -> Tensor:
-        return stream_TC[-1:].double()
-
-    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
-        cosine_1 = cosine_similarity(earlier, later, dim=1).clamp(-1, 1)
-        return (cosine_1.arccos() / math.pi).sum()
-
-
-class BlockInfluenceCollector(_PairScores):
-    """``1 - mean cos(x_l, x_{l+1})`` per layer l, over tokens; the layers of least influence go.
-
-    ShortGPT's block influence (arXiv 2403.03853, equation 1). The result has one number per layer.
-    """
-
-    def __init__(self, num_layers: int, device: torch.device) -> None:
-        super().__init__(num_layers, 1, device)
-
-    def _weight(self, kept: Tensor) -> int:
-        return kept.shape[0]
-
-    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
-        return (1 - cosine_similarity(earlier, later, dim=1)).double().sum()
-
-
-class PaperCollector(_PairScores):
-    """The selection score of the published code of arXiv 2605.15491, for parity only.
-
-    That code calls ``torch.cosine_similarity(a, b)`` on streams of shape (1, T, C), whose default
-    axis is 1: the *sequence*. So it measures, channel by channel, how alike the two time series
-    are, averaged over channels, then over windows; massive channels count like any other, and the
-    direction of a token's stream, which the next layer reads, is not looked at. It also tries
-    starts 1 to L - n - 1 only (``solver/criteria.py``). The published code works in float16, here
-    it is float32. Use ``cosine`` for the criterion that was meant.
-    """
-
-    def _score(self, earlier: Tensor, later: Tensor) -> Tensor:
-        return cosine_similarity(earlier, later, dim=0).double().mean()

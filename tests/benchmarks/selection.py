@@ -36,7 +36,7 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.scores import CosineCollector
+from ghost_dist.statistics.scores import ScoreCollector
 from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, Together
 
 FOLDS = 4
@@ -85,7 +85,7 @@ def main() -> None:
                 "exact": SpanCollector([(span, STREAM) for span in fixed], width, device),
                 "pairs": PairCollector(fixed, width, device, None),
                 "map": PairCollector(pairs, width, device),
-                "cosine": CosineCollector(layers, arguments.remove, device),
+                "cosine": ScoreCollector("cosine", layers, arguments.remove, device),
             }
             together = Together(parts)
             engine.run(calibration.tokens, windows, together, lambda _: None)
