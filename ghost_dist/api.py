@@ -323,7 +323,7 @@ def run_config(
     if not config.on_cluster:
         return _recover(config, reporter, again=again)
     check_ray("engine.tensor_parallel, engine.replicas and cluster.address need")
-    from ghost_dist.cluster.recover import recover_on_cluster
+    from ghost_dist.cluster.session import recover_on_cluster
 
     return recover_on_cluster(config, reporter, again=again)
 

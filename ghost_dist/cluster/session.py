@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from types import TracebackType
+from typing import Any
 
 import ray
 import torch
@@ -16,6 +17,7 @@ from ghost_dist.cluster.pool import Pool
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.recover import Stage, recover
 from ghost_dist.progress import Reporter
 
 _PROBE_S = 10.0
@@ -116,6 +118,22 @@ class Session:
                 "RAY_AUTH_TOKEN_PATH are those of the cluster."
             ) from error
         self._connected = True
+
+
+def recover_on_cluster(
+    config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
+) -> dict[str, Any]:
+    """As :func:`ghost_dist.pipeline.recover.recover`, on the cluster of ``config.cluster``.
+
+    Raises
+    ------
+    ConfigError
+        If the cluster cannot be reached or has no room for the replicas.
+    ClusterError
+        If replicas are lost without progress more often than ``config.cluster`` allows.
+    """
+    with Session(config) as session:
+        return recover(config, reporter, again=again, workers=session)
 
 
 def _check_address(address: str | None) -> None:

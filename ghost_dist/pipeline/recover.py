@@ -67,7 +67,7 @@ def recover(
     if config.on_cluster and workers is None:
         raise ConfigError(
             "This configuration needs Ray (engine.tensor_parallel, data_parallel, replicas or "
-            "cluster.address): call ghost_dist.cluster.recover.recover_on_cluster."
+            "cluster.address): call ghost_dist.cluster.session.recover_on_cluster."
         )
     reporter = reporter or Reporter()
     with RunFolder(config) as run:

@@ -21,6 +21,7 @@ from ghost_dist.solver.span_selection import (
     lost_log_energy,
 )
 from ghost_dist.spans import Span
+from ghost_dist.statistics.layer_scores import ScoreCollector, ScoreSums
 from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,
@@ -29,7 +30,6 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.scores import ScoreCollector, ScoreSums
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sum_costs import pair_bytes, saved_by_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock

@@ -48,9 +48,9 @@ from ghost_dist.durable import (
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.arrays import read_array, write_array
+from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import PairMoments
-from ghost_dist.statistics.scores import ScoreSums
 from ghost_dist.statistics.strips import from_strips, to_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from ghost_dist.calibration.windows import load_windows
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
 from ghost_dist.pipeline.inputs import open_engine, open_inputs

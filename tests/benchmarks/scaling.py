@@ -22,7 +22,7 @@ import ray
 import torch
 import transformers
 
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
 from ghost_dist.spans import Span
 

@@ -29,6 +29,7 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.span_selection import held_out_of_start, relative_residual
 from ghost_dist.spans import Span
+from ghost_dist.statistics.layer_scores import ScoreCollector
 from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,
@@ -36,7 +37,6 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.scores import ScoreCollector
 from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, Together
 
 FOLDS = 4

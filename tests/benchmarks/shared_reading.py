@@ -22,7 +22,7 @@ from streaming import drop_cache, name_of
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
 from ghost_dist.statistics.store import StatisticsStore
 

@@ -24,7 +24,7 @@ RANGES = 24
 def run_in_child(tree, log):
     import torch
 
-    from ghost_dist.cluster.recover import recover_on_cluster
+    from ghost_dist.cluster.session import recover_on_cluster
     from ghost_dist.config_file import config_from_tree
 
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster.rank import Rank
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.errors import ClusterError, SingularGramError
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore

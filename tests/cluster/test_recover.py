@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster import session as session_module
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.errors import (
     CheckpointError,
     ClusterError,

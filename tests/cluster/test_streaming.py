@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cluster.rank import Rank
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.pipeline.recover import recover

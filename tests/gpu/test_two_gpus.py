@@ -12,7 +12,7 @@ from live_sums import showing, within_rounding
 from safetensors.torch import load_file
 
 from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, stdlib_text
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover

@@ -8,7 +8,7 @@ from live_sums import showing, within_rounding
 from ray_processes import nothing_leaked, three_nodes
 from safetensors.torch import load_file
 
-from ghost_dist.cluster.recover import recover_on_cluster
+from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore

@@ -8,7 +8,7 @@ import torch
 
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.solver.criteria import paper_candidates
-from ghost_dist.statistics.scores import (
+from ghost_dist.statistics.layer_scores import (
     ScoreCollector,
 )
 
