@@ -27,11 +27,11 @@ _LOGIT_BYTES = 16  # in the model's dtype and three times in float32
 
 
 @dataclass(frozen=True)
-class Held:
+class Residency:
     """What of the layers is on the device at once."""
 
     experts: int | None = None  # routed ones of a part; None: layers are whole
-    reads_ahead: bool = True  # the next layer, or part, is read while one runs
+    prefetch: bool = True  # the next layer, or part, is read while one runs
 
 
 @dataclass(frozen=True)
@@ -48,42 +48,42 @@ class LayerBytes:
     count: int = 0  # routed experts of the layer that has most; 0: none that can be held in parts
     pairs: int = 0  # of all pairs of token and expert of a batch
 
-    def weights(self, held: Held) -> int:
+    def weights(self, held: Residency) -> int:
         """Of weights, at most."""
         if held.experts is not None:
             ahead = max(self.beside, self.head)
             running = self.rest + ahead + _PARTS_AT_ONCE * held.experts * self.expert
             return max(self.embeddings + self.rest, running)
         twice = self.layer if self.count else 0  # experts are stacked: for a moment they are twice
-        if held.reads_ahead:  # the first layer beside the embeddings, the head beside the last
+        if held.prefetch:  # the first layer beside the embeddings, the head beside the last
             return max(self.embeddings, self.layer, self.head) + self.layer + twice
         return max(self.embeddings, self.layer + twice, self.head)
 
-    def of_batch(self, held: Held) -> int:
+    def of_batch(self, held: Residency) -> int:
         """Of what is computed from a batch, at most."""
         return self.batch if held.experts is None else max(self.batch, self.pairs)
 
-    def at_once(self, held: Held) -> int:
+    def at_once(self, held: Residency) -> int:
         """Of both."""
         return self.weights(held) + self.of_batch(held)
 
 
-def fit_layers(
-    fits: Callable[[Held], bool], count: int, experts: int | Literal["auto"] = "auto"
-) -> Held | None:
+def choose_residency(
+    fits: Callable[[Residency], bool], count: int, experts: int | Literal["auto"] = "auto"
+) -> Residency | None:
     """The first of what can be held that fits; None if nothing does.
 
     ``count``: routed experts of a layer that can be held in parts; 0: none. A number of ``experts``
     is taken as it is, whether it fits or not.
     """
-    whole = Held() if fits(Held()) else Held(reads_ahead=False)
+    whole = Residency() if fits(Residency()) else Residency(prefetch=False)
     if experts != "auto":
-        return Held(experts) if experts < count else whole
-    if whole.reads_ahead:
+        return Residency(experts) if experts < count else whole
+    if whole.prefetch:
         return whole
-    parts = next((n for n in range(count - 1, 0, -1) if fits(Held(n))), None)
+    parts = next((n for n in range(count - 1, 0, -1) if fits(Residency(n))), None)
     if parts is not None:
-        return Held(even_part(count, parts))
+        return Residency(even_part(count, parts))
     return whole if fits(whole) else None
 
 

@@ -41,10 +41,10 @@ from ghost_dist.engines.expert_parts import (
     routed_experts,
 )
 from ghost_dist.engines.layer_memory import (
-    Held,
     LayerBytes,
+    Residency,
     batch_bytes,
-    fit_layers,
+    choose_residency,
     logits_bytes,
     pair_bytes,
     widest_activation,
@@ -111,7 +111,7 @@ class StreamedModel(LayerwiseModel):
         self._keys, self._targets = self._group_tensors()
         self._experts = self._routed_experts()
         self._split: dict[int, _Split] = {}
-        self._held = Held()
+        self._held = Residency()
         self._bytes_at_once = 0
         self._compiled = compiled
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
@@ -151,7 +151,7 @@ class StreamedModel(LayerwiseModel):
         kept: int = 1,
         head: bool = True,
         free: int | None = None,
-    ) -> Held:
+    ) -> Residency:
         """Set what of the layers is on the device at once; before anything is read.
 
         ``tokens`` of all streams go through a layer, and ``kept`` streams are kept of each: where
@@ -159,7 +159,7 @@ class StreamedModel(LayerwiseModel):
         whether it is run. ``free`` bytes are taken to be free; None: those that are. Ranks that
         share the reading must be given the same number.
         """
-        self._split, self._held = {}, Held()
+        self._split, self._held = {}, Residency()
         stream_bytes = self.hidden_size * self.dtype.itemsize
         layers = self._layer_bytes(batch_tokens, head=head)
         free = free_bytes(self.device) if free is None else free
@@ -169,7 +169,7 @@ class StreamedModel(LayerwiseModel):
             room -= tokens * stream_bytes * (kept + 1)  # one more is being saved
             asked = (1 + self._experts_per_token()) * tokens * stream_bytes
 
-        def fits(held: Held) -> bool:
+        def fits(held: Residency) -> bool:
             return layers.at_once(held) + asked * (held.experts is not None) <= room
 
         family = self.architecture.model_type
@@ -178,11 +178,11 @@ class StreamedModel(LayerwiseModel):
         if problem and experts != "auto" and experts < most:
             raise cannot_be_split(family, problem)
         may_split = experts != "auto" or not self._compiled
-        held = fit_layers(fits, layers.count if may_split else 0, experts)
+        held = choose_residency(fits, layers.count if may_split else 0, experts)
         if held is None:
             if problem:
                 raise cannot_be_split(family, problem)
-            least = Held(1) if layers.count and may_split else Held(reads_ahead=False)
+            least = Residency(1) if layers.count and may_split else Residency(prefetch=False)
             what = "one whole layer at a time"
             if least.experts is not None:
                 what = "one routed expert at a time, with what is beside it,"
@@ -230,7 +230,7 @@ class StreamedModel(LayerwiseModel):
                 reading = ahead.pop() if ahead else self._start(group)
                 tensors = reading.wait()
                 del reading  # it would hold the experts beside what they are stacked into
-                if self._held.reads_ahead and number + 1 < len(groups):
+                if self._held.prefetch and number + 1 < len(groups):
                     ahead.append(self._start(groups[number + 1]))
                 self._install(self._targets_at_hand(group), tensors)
                 if group == "head" and self._tied:

@@ -308,7 +308,7 @@ def run_shape(
         shifts=len(SHIFTS) if searched else 1,
         fine_shifts=len(FINE_SHIFTS) if searched else 0,
         by_kl=by_kl,
-        judges=num_judges(num_tokens, operator.folds),
+        judging_folds=num_judges(num_tokens, operator.folds),
         plain_cut=len(candidates) > 1 and any(c.operator == "none" for c in candidates),
         final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
         refits=len(spans) - 1 if operator.refit == "sequential" else 0,

@@ -22,7 +22,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
-from ghost_dist.engines.layer_memory import Held
+from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
@@ -258,7 +258,7 @@ def logits_of_exported(inputs: RunInputs, folder: Path, tokens: Tokens, advance:
 
 def _hold(
     model: StreamedModel, inputs: RunInputs, shape: tuple[int, int], num_variants: int, batch: int
-) -> Held:
+) -> Residency:
     return model.hold(
         inputs.config.engine.experts,
         batch_tokens=batch * shape[1],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
-from ghost_dist.engines.layer_memory import Held, fit_layers
+from ghost_dist.engines.layer_memory import Residency, choose_residency
 from ghost_dist.errors import ConfigError
 
 EngineKind = Literal["resident", "tensor_parallel", "streaming"]
@@ -22,7 +22,7 @@ class DeviceNeeds:
     resident: Mapping[str, int]
     tensor_parallel: Mapping[int, Mapping[str, int]]
     degree: int  # configured; a key of tensor_parallel
-    streaming: Mapping[Held, Mapping[str, int]]
+    streaming: Mapping[Residency, Mapping[str, int]]
     largest_layer: int  # alone, for the message
 
     @property
@@ -108,13 +108,13 @@ def _streaming(
 ) -> EngineChoice:
     """Layer after layer, with what is held at once as the engine itself will choose it."""
 
-    def fits(held: Held) -> bool:
+    def fits(held: Residency) -> bool:
         return _peak(needs.streaming[held])[1] <= room
 
     count = needs.experts
-    held = fit_layers(fits, count, experts)
+    held = choose_residency(fits, count, experts)
     if held is None or not fits(held):
-        least = held or (Held(1) if count else Held(reads_ahead=False))
+        least = held or (Residency(1) if count else Residency(prefetch=False))
         stage, peak = _peak(needs.streaming[least])
         if least.experts is None:
             message = (
@@ -133,7 +133,7 @@ def _streaming(
     if held.experts is not None:
         what = f"layers with {held.experts} of {count} routed experts at a time need"
         stage += f"; the largest layer alone is {_gb(needs.largest_layer)}"
-    elif held.reads_ahead:
+    elif held.prefetch:
         what = f"{'three' if count else 'two'} layers at a time need"
     else:
         what = "one layer at a time, without prefetch, needs"
@@ -142,7 +142,7 @@ def _streaming(
         "streaming",
         f"{whole if kind == 'auto' else 'as configured'}; {what} {_gb(peak)} ({stage}), and {has}",
         needs.streaming[held],
-        prefetch=held.reads_ahead,
+        prefetch=held.prefetch,
         experts=held.experts,
     )
 
@@ -150,11 +150,11 @@ def _streaming(
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     """Advice with numbers."""
     fitting = []
-    held = fit_layers(lambda held: _peak(needs.streaming[held])[1] <= room, needs.experts)
+    held = choose_residency(lambda held: _peak(needs.streaming[held])[1] <= room, needs.experts)
     if held is not None and held.experts is not None:
         fitting.append("engine.kind=streaming with engine.experts=auto")
     elif held is not None:
-        way = "" if held.reads_ahead else " without prefetch"
+        way = "" if held.prefetch else " without prefetch"
         fitting.append(f"engine.kind=streaming{way} needs {_gb(_peak(needs.streaming[held])[1])}")
     degrees = [n for n, of_rank in needs.tensor_parallel.items() if _peak(of_rank)[1] <= room]
     if degrees:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.layer_memory import Held, activation_bytes, logits_bytes
+from ghost_dist.engines.layer_memory import Residency, activation_bytes, logits_bytes
 from ghost_dist.planning.engine_choice import DeviceNeeds
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.solver.least_squares import fit_bytes
@@ -34,7 +34,7 @@ def device_needs(
     if not run.evaluation_tokens and "evaluate" in wanted:
         wanted.remove("evaluate")
     resident = {name: _resident(run, name) for name in wanted}
-    ways = [Held(), *map(Held, range(1, run.sizes.experts)), Held(reads_ahead=False)]
+    ways = [Residency(), *map(Residency, range(1, run.sizes.experts)), Residency(prefetch=False)]
     return DeviceNeeds(
         resident=resident,
         tensor_parallel={
@@ -102,7 +102,7 @@ def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
         longest = max([1, *(span.stop - span.start for span in run.spans)])
         return streams + (longest + 1) * sizes.stream_bytes(tokens)
     if stage == "solve" and run.by_kl:
-        judged = run.num_tokens * run.judges // run.folds
+        judged = run.num_tokens * run.judging_folds // run.folds
         return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
     if stage == "evaluate":
         return 3 * sizes.stream_bytes(sum(run.evaluation_tokens.values()))  # one sweep for all
@@ -163,7 +163,7 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     return sizes.causal_lm_bytes + activations + streams + logits
 
 
-def _streaming(run: RunShape, stage: str, held: Held) -> int:
+def _streaming(run: RunShape, stage: str, held: Residency) -> int:
     sums = {
         "select": _selection_bytes(run),
         "calibrate": run.samples_bytes + _product_bytes(run),

@@ -122,9 +122,9 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
         # Every candidate repairs all spans, so those of one span are all.
         candidates = run.plain_cut + run.shifts * sum(search.candidates for search in searches)
         for search in searches if candidates > 1 else ():
-            _tried(work, run, search.kind, search.size, search.candidates, run.shifts)
-        dearest = max(searches, key=lambda search: search.size)
-        _decided(work, run, dearest.kind, dearest.size, run.shifts, run.fine_shifts)
+            _candidate_fits(work, run, search.kind, search.size, search.candidates, run.shifts)
+        largest = max(searches, key=lambda search: search.size)
+        _final_fits(work, run, largest.kind, largest.size, run.shifts, run.fine_shifts)
     reads = 1 if keeps_sums else 1 + (candidates > 1) + (run.fine_shifts > 0)
     work.store_read_bytes = reads * run.num_ranges * run.samples_stored_bytes
     if run.by_kl and candidates > 1:
@@ -162,28 +162,30 @@ def _evaluate(run: RunShape, engine: EngineKind) -> Work:
     return work
 
 
-def _tried(work: Work, run: RunShape, kind: str, size: int, candidates: int, shifts: int) -> None:
+def _candidate_fits(
+    work: Work, run: RunShape, kind: str, size: int, candidates: int, shifts: int
+) -> None:
     """Fits of a search on each judge: the whole grid for the ridge of least residual, once more
     for the candidate that has it, one ridge for each of the others.
     """
-    judges, folds = _judging(run)
+    judges, folds = _judging_fits(run)
     grids = candidates * (2 if shifts > 1 else 1)
     _fit(work, run, kind, size, run.ridges, folds, judges * grids)
     _fit(work, run, kind, size, 1, folds, judges * candidates * (shifts - 1))
 
 
-def _decided(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine: int) -> None:
+def _final_fits(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine: int) -> None:
     """Fits around the best candidate, and its final one on all folds."""
-    judges, folds = _judging(run)
+    judges, folds = _judging_fits(run)
     _fit(work, run, kind, size, 1, folds, judges * fine)
     _fit(work, run, kind, size, run.ridges, run.final_folds, 1)
     if shifts > 1:
         _fit(work, run, kind, size, 1, run.final_folds, 1)
 
 
-def _judging(run: RunShape) -> tuple[int, int]:
+def _judging_fits(run: RunShape) -> tuple[int, int]:
     """How often candidates are fitted, and on how many folds."""
-    return (run.judges, run.folds - 1) if run.by_kl else (1, run.folds)
+    return (run.judging_folds, run.folds - 1) if run.by_kl else (1, run.folds)
 
 
 def _fit(
@@ -197,7 +199,7 @@ def _fit(
 
 def _compare(work: Work, run: RunShape, candidates: int, fine: int) -> None:
     """The dense model and the candidates on the judging folds, in one go, then the fine ones."""
-    tokens = run.num_tokens * run.judges // run.folds
+    tokens = run.num_tokens * run.judging_folds // run.folds
     for number, cuts in ((candidates, run.plain_cut), (fine, 0)):
         if not number:
             continue

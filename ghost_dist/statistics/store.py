@@ -187,8 +187,7 @@ class StatisticsStore:
             # run sweeps it away.
             self.discard_attempt(range_id, attempt)
             raise
-        num_tokens = {entry: sums[entry].num_tokens for entry in self.plan.entries}
-        return WrittenBlock(num_tokens, arrays)
+        return WrittenBlock({e: sums[e].num_tokens for e in self.plan.entries}, arrays)
 
     def commit_attempt(self, range_id: int, attempt: str, blocks: Sequence[WrittenBlock]) -> bool:
         """Commit an attempt whose blocks are all written; False if another attempt was first."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ghost_dist.engines import streamed_model
-from ghost_dist.engines.layer_memory import Held, LayerBytes, fit_layers
+from ghost_dist.engines.layer_memory import LayerBytes, Residency, choose_residency
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import ConfigError
@@ -23,36 +23,36 @@ MIXTURE = LayerBytes(
 @pytest.mark.parametrize(
     ("layers", "free", "held"),
     [
-        (DENSE, 200, Held()),
-        (DENSE, 199, Held(reads_ahead=False)),
-        (DENSE, 100, Held(reads_ahead=False)),
+        (DENSE, 200, Residency()),
+        (DENSE, 199, Residency(prefetch=False)),
+        (DENSE, 100, Residency(prefetch=False)),
         (DENSE, 99, None),
-        (MIXTURE, 300, Held()),
-        (MIXTURE, 299, Held(4)),  # two parts, though all would fit one
-        (MIXTURE, 119, Held(3)),
-        (MIXTURE, 60, Held(1)),
+        (MIXTURE, 300, Residency()),
+        (MIXTURE, 299, Residency(4)),  # two parts, though all would fit one
+        (MIXTURE, 119, Residency(3)),
+        (MIXTURE, 60, Residency(1)),
         (MIXTURE, 59, None),
-        (dataclasses.replace(MIXTURE, count=0), 199, Held(reads_ahead=False)),
-        (dataclasses.replace(MIXTURE, head=90), 130, Held(1)),  # read beside the last layer
-        (dataclasses.replace(MIXTURE, pairs=50), 110, Held(1)),
+        (dataclasses.replace(MIXTURE, count=0), 199, Residency(prefetch=False)),
+        (dataclasses.replace(MIXTURE, head=90), 130, Residency(1)),  # read beside the last layer
+        (dataclasses.replace(MIXTURE, pairs=50), 110, Residency(1)),
     ],
 )
 def test_the_first_that_fits(layers, free, held):
-    assert fit_layers(lambda held: layers.at_once(held) <= free, layers.count) == held
+    assert choose_residency(lambda held: layers.at_once(held) <= free, layers.count) == held
     assert held is None or layers.at_once(held) <= free
 
 
 def test_whole_layers_one_at_a_time_where_parts_do_not_fit():
     """What experts are asked and answer can take more than a layer."""
-    found = fit_layers(lambda held: held == Held(reads_ahead=False), 8)
-    assert found == Held(reads_ahead=False)
+    found = choose_residency(lambda held: held == Residency(prefetch=False), 8)
+    assert found == Residency(prefetch=False)
 
 
 def test_a_number_is_taken_as_it_is():
-    for fits, held in ((False, Held(reads_ahead=False)), (True, Held())):
-        assert fit_layers(lambda _, fits=fits: fits, 8, 3) == Held(3)
-        assert fit_layers(lambda _, fits=fits: fits, 8, 8) == held
-        assert fit_layers(lambda _, fits=fits: fits, 0, 1) == held
+    for fits, held in ((False, Residency(prefetch=False)), (True, Residency())):
+        assert choose_residency(lambda _, fits=fits: fits, 8, 3) == Residency(3)
+        assert choose_residency(lambda _, fits=fits: fits, 8, 8) == held
+        assert choose_residency(lambda _, fits=fits: fits, 0, 1) == held
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -93,7 +93,7 @@ def test_layers_read_one_at_a_time_give_the_same_bits(checkpoint, family, watche
     source, architecture = checkpoint(family)
     prove_streamed(source.path, CPU)
     found = {}
-    for reads_ahead in (True, False):
+    for prefetch in (True, False):
         watched.clear()
         engine = StreamingEngine(
             source, architecture, num_layers=5, dtype=torch.float32, device=CPU, batch=2
@@ -101,15 +101,15 @@ def test_layers_read_one_at_a_time_give_the_same_bits(checkpoint, family, watche
         model = engine.model
         sizes = model._layer_bytes(32, head=True)
         waiting = 2 * TOKENS.size * model.hidden_size * 4
-        needed = sizes.at_once(Held()) if reads_ahead else sizes.at_once(Held()) - 1000
+        needed = sizes.at_once(Residency()) if prefetch else sizes.at_once(Residency()) - 1000
         free = int((needed + waiting) / 0.85) + 4
         monkeypatch.setattr(streamed_model, "free_bytes", lambda _, free=free: free)
         # All experts at a time, so that mixtures are whole too.
         held = model.hold(99, batch_tokens=32, tokens=TOKENS.size)
-        assert held == Held(reads_ahead=reads_ahead)
+        assert held == Residency(prefetch=prefetch)
         rows = engine.sweep(TOKENS, range(4), (2, 5), (), lambda _: None)
-        found[reads_ahead] = [rows.tensors[f"boundary {b}"].clone() for b in (2, 5)]
-        assert max(watched) == (2 if reads_ahead else 1)
+        found[prefetch] = [rows.tensors[f"boundary {b}"].clone() for b in (2, 5)]
+        assert max(watched) == (2 if prefetch else 1)
         assert len(watched) == 6  # embeddings and five layers, each once
         engine.close()
     assert all(map(torch.equal, found[True], found[False]))
@@ -134,4 +134,4 @@ def test_a_tied_head_counts_as_the_embeddings(checkpoint):
         assert model._tied
         embeddings = model._loaded_bytes("embeddings")
         layer = model._loaded_bytes(1)
-        assert model._layer_bytes(0, head=True).weights(Held()) >= layer + embeddings
+        assert model._layer_bytes(0, head=True).weights(Residency()) >= layer + embeddings

@@ -13,7 +13,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, streaming
-from ghost_dist.engines.layer_memory import Held
+from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError
@@ -209,7 +209,7 @@ def test_layers_one_at_a_time_need_the_memory_of_one(tmp_path):
         ) as engine:
             free = int((layers + 0.5) * layer / 0.85)
             held = engine.model.hold("auto", batch_tokens=64, tokens=TOKENS.size, free=free)
-            assert held == Held(reads_ahead=layers == 2)
+            assert held == Residency(prefetch=layers == 2)
             rows = engine.sweep(TOKENS, range(6), (4,), (), lambda _: None)
         peaks[layers] = torch.cuda.max_memory_allocated() - before
         found[layers] = rows.tensors["boundary 4"].cpu()

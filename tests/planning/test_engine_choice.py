@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ghost_dist.engines.layer_memory import Held
+from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.errors import ConfigError
 from ghost_dist.planning.engine_choice import SHARE_OF_FREE_MEMORY, DeviceNeeds, choose_engine
 
@@ -18,8 +18,8 @@ NEEDS = DeviceNeeds(
     },
     degree=1,
     streaming={
-        Held(): {"calibrate": 20 * GB, "solve": 18 * GB},
-        Held(reads_ahead=False): {"calibrate": 12 * GB, "solve": 10 * GB},
+        Residency(): {"calibrate": 20 * GB, "solve": 18 * GB},
+        Residency(prefetch=False): {"calibrate": 12 * GB, "solve": 10 * GB},
     },
     largest_layer=8 * GB,
 )
@@ -64,7 +64,7 @@ def test_the_first_that_fits(kind, room, cluster, degree, chosen, prefetch):
     needs = {
         "resident": NEEDS.resident,
         "tensor_parallel": NEEDS.tensor_parallel[degree],
-        "streaming": NEEDS.streaming[Held(reads_ahead=prefetch)],
+        "streaming": NEEDS.streaming[Residency(prefetch=prefetch)],
     }
     assert choice.device_bytes == needs[chosen]
     assert f"{max(needs[chosen].values()) / 1e9:.2f} GB" in choice.reason
@@ -103,7 +103,7 @@ def test_a_refusal_says_what_is_needed_what_is_free_and_what_would_fit(
 PARTS = replace(
     NEEDS,
     streaming=NEEDS.streaming
-    | {Held(n): {"calibrate": (4 + n) * GB, "solve": 5 * GB} for n in range(1, 8)},
+    | {Residency(n): {"calibrate": (4 + n) * GB, "solve": 5 * GB} for n in range(1, 8)},
 )
 
 
@@ -141,10 +141,10 @@ def test_experts_of_layers_that_do_not_fit(room, experts, held):
         return
     assert (choice.kind, choice.experts, choice.prefetch) == ("streaming", held, True)
     if held is None:
-        assert choice.device_bytes == NEEDS.streaming[Held()]
+        assert choice.device_bytes == NEEDS.streaming[Residency()]
         assert "three layers at a time need 20.00 GB" in choice.reason
     else:
-        assert choice.device_bytes == PARTS.streaming[Held(held)]
+        assert choice.device_bytes == PARTS.streaming[Residency(held)]
         assert f"with {held} of 8 routed experts at a time need {4 + held}.00" in choice.reason
 
 
