@@ -379,12 +379,11 @@ def _selection(
         return None
     selector = Selector(config.selection, remove, architecture)
     if config.selection.criterion != "recoverability":
-        return SelectionShape(config.selection.criterion, {}, None, 0, 0, 1)
+        return SelectionShape({}, None, 0, 0, 1)
     # Weights are there before the sums: what they leave is what the run will see as free.
     free = free_bytes(device)
     left = free - sizes.decoder_bytes(architecture.num_layers)
     return SelectionShape(
-        criterion="recoverability",
         stops_of=selector.stops_of(),
         columns=selector.columns,
         start_bytes=selector.start_bytes(),

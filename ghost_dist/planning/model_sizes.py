@@ -74,7 +74,6 @@ class ModelSizes:
     below_bytes: int  # what comes before the layers
     below_stored_bytes: int
     above_bytes: int  # final norm and head; 0 for a head that is the embeddings
-    above_stored_bytes: int
     experts_per_token: int = 0  # routed ones
 
     @property
@@ -201,7 +200,6 @@ def model_sizes(
         below_bytes=sum(loaded.values()) - in_layers - above_bytes,
         below_stored_bytes=outside,
         above_bytes=above_bytes,
-        above_stored_bytes=above_stored,
         experts_per_token=_most_experts_of_a_token(listed, config),
     )
 

@@ -14,7 +14,6 @@ from ghost_dist.statistics.span_sums import Regressors
 class SelectionShape:
     """Sums of a selection."""
 
-    criterion: str
     stops_of: Mapping[int, int]  # recoverability: number of stops of every start; else empty
     columns: int | None  # r of its projection; None: the whole cross
     start_bytes: int  # of the largest start
