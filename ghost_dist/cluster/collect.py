@@ -108,7 +108,7 @@ class CollectOnCluster:
         if written is not None:
             won = self._commit(replica, filling, *written)
             if filling.keep:
-                replica.settle(written[0], committed=won)
+                replica.acknowledge(written[0], committed=won)
         if replica.state == "idle":
             lease = filling.queue.lease(Worker(replica.number), now)
             if lease is not None:

@@ -94,7 +94,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """An answer to "are you there": the attempt, or other task, at hand and how far it is.
 
     Tokens of a range, fits of a span, ranges and arrays of a reduction.

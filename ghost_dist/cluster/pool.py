@@ -72,7 +72,7 @@ class Pool:
         check_room(self._nodes(), self.shape, needed)
         self._failures.clear()
         for replica in self.replicas.values():
-            replica.wake(time.monotonic())
+            replica.restart_timeouts(time.monotonic())
 
     def work_off(
         self,
@@ -135,7 +135,7 @@ class Pool:
     def poll(self, replica: Replica) -> Written | None:
         """As :meth:`Replica.poll`; says when a replica has become ready."""
         written = replica.poll(time.monotonic())
-        if (replica.ready or replica.state == "bare") and replica.number not in self._announced:
+        if (replica.ready or replica.state == "unloaded") and replica.number not in self._announced:
             self._announced.add(replica.number)
             self._reporter.event(
                 "replica-ready",

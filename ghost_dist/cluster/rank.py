@@ -25,9 +25,9 @@ import torch.distributed as dist
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
 from ghost_dist.cluster.messages import (
-    Beat,
     EngineSpec,
     FitWork,
+    Heartbeat,
     Loaded,
     Place,
     SentOutcome,
@@ -36,8 +36,8 @@ from ghost_dist.cluster.messages import (
     versions,
 )
 from ghost_dist.cluster.running_sums import (
+    ReduceSpec,
     RunningSums,
-    Share,
     gather_columns,
     host_meeting,
     join_group,
@@ -63,20 +63,17 @@ from ghost_dist.statistics.sums import ColumnBlock, Sums
 
 
 class Rank:
-    """One rank; :meth:`write` with :meth:`settle`, and :meth:`beat`, have threads of their own.
-
-    The rest take turns.
-    """
+    """One rank. Writing and heartbeats have threads of their own, the rest take turns."""
 
     def __init__(self) -> None:
-        self._beat = Beat("", 0)
+        self._heartbeat = Heartbeat("", 0)
         self._engine: ResidentEngine | StreamingEngine | None = None
         self._spec: EngineSpec | None = None
         self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
         self._running: RunningSums | None = None
-        self._unsettled: dict[str, dict[str, Sums]] = {}
+        self._unacknowledged: dict[str, dict[str, Sums]] = {}
         self._meeting: Any = None
         self._fits: tuple[FitWork, StatisticsStore, FitHere] | None = None
         self._block = ColumnBlock()
@@ -187,7 +184,7 @@ class Rank:
             If a stream holds NaN or Inf.
         """
         assert self._engine is not None, "run comes after load"
-        self._beat = Beat(attempt, 0)
+        self._heartbeat = Heartbeat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
             store = self._open_store(work.store, work.plan_fingerprint)
             # A streaming engine says how many passes fit once the rows are where they stay.
@@ -198,7 +195,7 @@ class Rank:
         windows = store.plan.ranges[range_id]
 
         def advance(tokens: int) -> None:
-            self._beat = Beat(attempt, self._beat.done + tokens)
+            self._heartbeat = Heartbeat(attempt, self._heartbeat.done + tokens)
 
         with torch.inference_mode():
             if isinstance(self._engine, StreamingEngine):
@@ -229,13 +226,13 @@ class Rank:
         store, sums = self._unwritten.pop(attempt)
         written = store.write_block(range_id, attempt, sums, self._block)
         if self._running is not None:
-            self._unsettled[attempt] = sums
+            self._unacknowledged[attempt] = sums
         return written
 
     @ray.method(concurrency_group="write")  # type: ignore[untyped-decorator]
-    def settle(self, range_id: int, attempt: str, committed: bool) -> None:
+    def acknowledge(self, range_id: int, attempt: str, committed: bool) -> None:
         """Add a range that was written to the running sums if it was committed, else forget it."""
-        sums = self._unsettled.pop(attempt)
+        sums = self._unacknowledged.pop(attempt)
         if committed:
             assert self._running is not None
             self._running.add(range_id, attempt, sums)
@@ -253,39 +250,39 @@ class Rank:
 
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
-        self._beat = Beat(task, 0)
+        self._heartbeat = Heartbeat(task, 0)
         self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
         port: int = self._meeting.port
         return port
 
-    def reduce(self, task: str, work: FitWork, share: Share) -> None:
+    def reduce(self, task: str, work: FitWork, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own of it is held for :meth:`fit`.
 
         Raises
         ------
         ReductionError
-            If the ranges kept are not those of the share, or those of all ranks not each once.
+            If the ranges kept are not those of ``spec``, or those of all ranks not each once.
         CorruptStoreError
             If a range that nobody has kept cannot be read.
         """
-        self._beat = Beat(task, 0)
+        self._heartbeat = Heartbeat(task, 0)
         running, self._running = self._running, None
         running = running or RunningSums(work.folds)
-        if running.kept != dict(share.kept):
+        if running.kept != dict(spec.kept):
             raise ReductionError(
                 f"This rank has kept ranges {sorted(running.kept.items())}, but the driver counts "
-                f"on {sorted(share.kept.items())}."
+                f"on {sorted(spec.kept.items())}."
             )
         store, fits = self._fits_of(work)
-        for range_id in share.read:
+        for range_id in spec.read:
             attempt = store.committed_attempt(range_id)
             running.add(range_id, attempt, store.read(range_id, block=self._block))
             self._advance(task, 1)
-        group = join_group(share, self._block, self._device, self._timeout_s)
+        group = join_group(spec, self._block, self._device, self._timeout_s)
         folds = reduce_folds(running, group, store, lambda n: self._advance(task, n))
         if group is not None:
             group.close()
-        for keys, owner in share.gather:
+        for keys, owner in spec.gather:
             whole = gather_columns(folds, keys, self._block, owner, self._device)
             if whole is not None:
                 fits.hold(keys, whole)
@@ -299,16 +296,16 @@ class Rank:
         CorruptStoreError
             If a range cannot be read.
         """
-        self._beat = Beat(task, 0)
+        self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(work)
         outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
         self._give_back()
         return outcomes
 
-    @ray.method(concurrency_group="beat")  # type: ignore[untyped-decorator]
-    def beat(self) -> Beat:
+    @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
+    def heartbeat(self) -> Heartbeat:
         """What this rank is at; answers while it computes."""
-        return self._beat
+        return self._heartbeat
 
     @property
     def _timeout_s(self) -> float:
@@ -320,7 +317,7 @@ class Rank:
         release_cached(self._device)
 
     def _advance(self, task: str, amount: int) -> None:
-        self._beat = Beat(task, self._beat.done + amount)
+        self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)
 
     def _fits_of(self, work: FitWork) -> tuple[StatisticsStore, FitHere]:
         if self._fits is None or self._fits[0] != work:
@@ -377,6 +374,6 @@ def remote_rank(kind: type[Rank] = Rank, **options: Any) -> Any:
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=1,
-        concurrency_groups={"beat": 1, "write": 1},
+        concurrency_groups={"heartbeat": 1, "write": 1},
     )(kind)
     return actor.options(**options).remote()

@@ -19,7 +19,7 @@ from ghost_dist.cluster.leases import Worker
 from ghost_dist.cluster.messages import FitWork
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.replica import Replica, ReplicaLost
-from ghost_dist.cluster.running_sums import Share
+from ghost_dist.cluster.running_sums import ReduceSpec
 from ghost_dist.errors import ReductionError
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -105,7 +105,7 @@ class LiveReduction:
         """
         began = time.monotonic()
         ranks = self._pool.shape.ranks
-        replicas = self._settled(useful=-(-len(keys) // ranks))
+        replicas = self._unloaded(useful=-(-len(keys) // ranks))
         ids = range(len(store.plan.ranges))
         committed = {range_id: store.committed_attempt(range_id) for range_id in ids}
         parts = divide(committed, {replica.number: replica.live for replica in replicas})
@@ -126,7 +126,7 @@ class LiveReduction:
         )
         return holders
 
-    def _settled(self, useful: int) -> list[Replica]:
+    def _unloaded(self, useful: int) -> list[Replica]:
         """The replicas that live, once each has dropped its model and added what it kept.
 
         Those that still wait for room are left out.
@@ -141,7 +141,7 @@ class LiveReduction:
                     self._pool.lose(replica, lost)
             replicas = list(self._pool.replicas.values())
             placed = [replica for replica in replicas if replica.state != "placing"]
-            if placed and all(r.state == "bare" and r.settled for r in placed):
+            if placed and all(r.state == "unloaded" and r.acknowledged for r in placed):
                 return placed
             self._pool.wait(replicas)
 
@@ -159,7 +159,7 @@ class LiveReduction:
             [port] = self._answers([first], 1)
         for index, replica in enumerate(members):
             part = parts[replica.number]
-            share = Share(
+            spec = ReduceSpec(
                 kept=part.kept,
                 read=tuple(part.read),
                 address=first.places[0].address,
@@ -174,7 +174,7 @@ class LiveReduction:
                 ),
             )
             for rank in range(self._pool.shape.ranks):
-                self._begin(replica, rank, "reduce", work, share)
+                self._begin(replica, rank, "reduce", work, spec)
         self._answers(members, len(members) * self._pool.shape.ranks)
 
     def _begin(self, replica: Replica, rank: int, method: str, *arguments: Any) -> None:

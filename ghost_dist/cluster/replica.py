@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.failures import Failure
 from ghost_dist.cluster.leases import Lease
-from ghost_dist.cluster.messages import Beat, EngineSpec, Loaded, Place, versions
+from ghost_dist.cluster.messages import EngineSpec, Heartbeat, Loaded, Place, versions
 from ghost_dist.cluster.placement import Shape
 from ghost_dist.cluster.rank import remote_rank
 from ghost_dist.config import ClusterConfig
@@ -27,9 +27,9 @@ from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import WrittenBlock
 
-State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unloading", "bare"]
-"""full: a range is run, but the one before it is still being written. bare: without the model, each
-rank takes tasks of its own."""
+State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unloading", "unloaded"]
+"""full: a range is run, but the one before it is still being written. unloaded: without the model;
+each rank takes tasks of its own."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of the store that another replica would meet too."""
@@ -46,7 +46,7 @@ class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
 
 @dataclass
 class _Task:
-    """Something that one rank of a bare replica does; ``done`` as its heartbeats say."""
+    """Something that one rank does without the model; ``done`` as its heartbeats say."""
 
     name: str
     ref: Any
@@ -84,7 +84,7 @@ class Replica:
         self._times: list[RangeTimes] = []
         self._writing: tuple[Lease[int], list[RangeTimes]] | None = None
         self._writes: list[Any] = []
-        self._settling: list[Any] = []
+        self._acknowledging: list[Any] = []
         self._tasks: dict[int, _Task] = {}
         self.places: list[Place] = []
         self.loaded: list[Loaded] = []
@@ -94,7 +94,7 @@ class Replica:
         self._group = placement_group([shape.bundle] * shape.ranks, strategy=strategy)
         self._refs: list[Any] = [self._group.ready()]
         self._ranks: list[Any] = []
-        self._beats: dict[int, Any] = {}
+        self._heartbeats: dict[int, Any] = {}
         self._answered: dict[int, float] = {}
         self._asked = self._moved = now
 
@@ -106,18 +106,18 @@ class Replica:
     @property
     def has_model(self) -> bool:
         """Whether it has loaded the model, or is going to."""
-        return bool(self._spec.num_layers) and self.state not in ("unloading", "bare")
+        return bool(self._spec.num_layers) and self.state not in ("unloading", "unloaded")
 
     @property
-    def settled(self) -> bool:
+    def acknowledged(self) -> bool:
         """Whether the ranks' running sums are those of :attr:`live`."""
-        return not self._settling
+        return not self._acknowledging
 
     @property
     def refs(self) -> Sequence[Any]:
         """What the driver may wait for."""
         tasks = [task.ref for task in self._tasks.values()]
-        return [*self._refs, *self._writes, *self._settling, *tasks]
+        return [*self._refs, *self._writes, *self._acknowledging, *tasks]
 
     @property
     def under_way(self) -> list[tuple[Lease[int], int | None]]:
@@ -144,10 +144,10 @@ class Replica:
         if self._writing is not None and (blocks := self._all_of(self._writes)) is not None:
             written = (self._writing[0], blocks, self._writing[1])
             self._writing, self._writes, self._moved = None, [], now
-        for ref in list(self._settling):
+        for ref in list(self._acknowledging):
             if ray.wait([ref], timeout=0)[0]:
                 self._get(ref)
-                self._settling.remove(ref)
+                self._acknowledging.remove(ref)
         results = self._all_of(self._refs)
         if results is not None:
             match self.state:
@@ -157,12 +157,12 @@ class Replica:
                     self._join(results, now)
                 case "loading":
                     self.loaded, self._refs = results, []
-                    self.state = "idle" if self._spec.num_layers else "bare"
+                    self.state = "idle" if self._spec.num_layers else "unloaded"
                 case "busy":
                     self.state, self._refs, self._moved = "full", [], now
                     self._times = results
                 case "unloading":
-                    self.state, self._refs = "bare", []
+                    self.state, self._refs = "unloaded", []
         if self.state == "full" and self._writing is None:
             lease = self._running
             assert lease is not None
@@ -170,15 +170,15 @@ class Replica:
             self._running, self._writing, self.state = None, (lease, self._times), "idle"
         return written
 
-    def settle(self, lease: Lease[int], *, committed: bool) -> None:
+    def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
         """Tell the ranks whether an attempt that they have written is to be in their sums."""
         if committed:
             self.live[lease.item] = lease.attempt
-        self._settling += [
-            rank.settle.remote(lease.item, lease.attempt, committed) for rank in self._ranks
+        self._acknowledging += [
+            rank.acknowledge.remote(lease.item, lease.attempt, committed) for rank in self._ranks
         ]
 
-    def wake(self, now: float) -> None:
+    def restart_timeouts(self, now: float) -> None:
         """Nobody has polled for a while: the ranks' silence until now is not theirs."""
         self._answered = dict.fromkeys(self._answered, now)
         self._moved = now
@@ -192,8 +192,8 @@ class Replica:
 
     @property
     def free_ranks(self) -> list[int]:
-        """Ranks of a bare replica that have no task."""
-        if self.state != "bare":
+        """Ranks of a replica without the model that have no task."""
+        if self.state != "unloaded":
             return []
         return [number for number in range(len(self._ranks)) if number not in self._tasks]
 
@@ -232,7 +232,7 @@ class Replica:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
-        self._ranks, self._refs, self._writes, self._settling = [], [], [], []
+        self._ranks, self._refs, self._writes, self._acknowledging = [], [], [], []
         self._tasks.clear()
 
     def _start_ranks(self, now: float) -> None:
@@ -274,7 +274,7 @@ class Replica:
         config = self._config
         if self.state == "placing":
             return  # waiting for resources; the driver says when that is too long
-        if self.state == "bare" or (self.state == "idle" and self._writing is None):
+        if self.state == "unloaded" or (self.state == "idle" and self._writing is None):
             self._moved = now  # nothing to do together
         limit, doing = {
             "joining": (config.wait_s, "start its actors"),
@@ -285,18 +285,18 @@ class Replica:
             raise ReplicaLost("hang", f"it took more than {limit:g} s to {doing}")
         if self.state == "joining":
             return
-        for number, ref in list(self._beats.items()):
+        for number, ref in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
-                beat: Beat = self._get(ref)
-                del self._beats[number]
+                found: Heartbeat = self._get(ref)
+                del self._heartbeats[number]
                 self._answered[number] = now
                 running, task = self._running, self._tasks.get(number)
-                if running is not None and beat.attempt == running.attempt and number == 0:
-                    if beat.done != self.tokens:
+                if running is not None and found.attempt == running.attempt and number == 0:
+                    if found.done != self.tokens:
                         self._moved = now
-                    self.tokens = beat.done
-                if task is not None and beat.attempt == task.name and beat.done != task.done:
-                    task.done, task.moved = beat.done, now
+                    self.tokens = found.done
+                if task is not None and found.attempt == task.name and found.done != task.done:
+                    task.done, task.moved = found.done, now
         for number, task in self._tasks.items():
             if now - task.moved > config.fit_timeout_s:
                 raise ReplicaLost(
@@ -312,8 +312,8 @@ class Replica:
         if now - self._asked > min(1.0, config.heartbeat_timeout_s / 4):
             self._asked = now
             for number, rank in enumerate(self._ranks):
-                if number not in self._beats:
-                    self._beats[number] = rank.beat.remote()
+                if number not in self._heartbeats:
+                    self._heartbeats[number] = rank.heartbeat.remote()
 
     def _get(self, ref: Any) -> Any:
         """The value of a finished call, or what its failure means."""

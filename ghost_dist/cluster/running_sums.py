@@ -29,7 +29,7 @@ Folds = list[dict[str, Sums]]
 
 
 @dataclass(frozen=True)
-class Share:
+class ReduceSpec:
     """What one rank does in a reduction.
 
     Attributes
@@ -140,15 +140,15 @@ def host_meeting(address: str, timeout_s: float) -> Any:
 
 
 def join_group(
-    share: Share, block: ColumnBlock, device: torch.device, timeout_s: float
+    spec: ReduceSpec, block: ColumnBlock, device: torch.device, timeout_s: float
 ) -> ReplicaGroup | None:
     """The ranks with this block of the replicas that take part; None if there is one replica."""
-    if share.count == 1:
+    if spec.count == 1:
         return None
     timeout = dt.timedelta(seconds=timeout_s)
-    meeting = TCPStore(share.address, share.port, is_master=False, timeout=timeout)
+    meeting = TCPStore(spec.address, spec.port, is_master=False, timeout=timeout)
     own = PrefixStore(f"block-{block.index}", meeting)
-    return ReplicaGroup(own, share.index, share.count, device, timeout_s)
+    return ReplicaGroup(own, spec.index, spec.count, device, timeout_s)
 
 
 def reduce_folds(

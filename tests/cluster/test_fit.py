@@ -98,10 +98,10 @@ def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkey
             return super().fit(*arguments)
 
     class Unheard(replica_module.Replica):
-        def wake(self, now):
+        def restart_timeouts(self, now):
             self._answered = dict.fromkeys(self._answered, now - 1000)
-            self._beats.clear()
-            super().wake(now)
+            self._heartbeats.clear()
+            super().restart_timeouts(now)
 
     use_rank(monkeypatch, RankThatWaits)
     monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Unheard)
@@ -230,7 +230,7 @@ def test_a_rank_dies_in_the_all_reduce(make, alone, cluster, tmp_path, monkeypat
                 time.sleep(0.05)
             return super().run(*arguments)
 
-        def reduce(self, task, work, share):
+        def reduce(self, task, work, spec):
             from ghost_dist.cluster import running_sums
 
             own = running_sums.ReplicaGroup.add
@@ -238,13 +238,13 @@ def test_a_rank_dies_in_the_all_reduce(make, alone, cluster, tmp_path, monkeypat
 
             def add(group, tensor):
                 calls.append(tensor)
-                if share.index == 1 and len(calls) == 9:
+                if spec.index == 1 and len(calls) == 9:
                     marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 own(group, tensor)
 
             running_sums.ReplicaGroup.add = add
-            super().reduce(task, work, share)
+            super().reduce(task, work, spec)
 
     use_rank(monkeypatch, RankThatDies)
     recover_on_cluster(make(**ALL_REDUCE), again="solve")
@@ -267,8 +267,8 @@ def test_a_replica_dies_with_its_running_sums(make, alone, cluster, tmp_path, mo
     killed = []
 
     class Dying(replica_module.Replica):
-        def settle(self, lease, *, committed):
-            super().settle(lease, committed=committed)
+        def acknowledge(self, lease, *, committed):
+            super().acknowledge(lease, committed=committed)
             if not killed and len(self.live) == 2:
                 killed.append(self)
                 os.kill(self.places[0].pid, signal.SIGKILL)

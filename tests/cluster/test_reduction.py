@@ -7,9 +7,9 @@ import torch
 
 from ghost_dist.cluster.reduce import divide
 from ghost_dist.cluster.running_sums import (
+    ReduceSpec,
     ReplicaGroup,
     RunningSums,
-    Share,
     gather_columns,
     host_meeting,
     join_group,
@@ -147,8 +147,8 @@ def _rank(path, replica, rank, address, ports, world_port, results):
     mine = (6, 2, 0, 4, 5) if replica == 0 else (3, 1)
     for range_id in mine:
         running.add(range_id, "x", store.read(range_id, block=block))
-    share = Share({}, (), address, ports, replica, 2, ())
-    group = join_group(share, block, cpu, 30)
+    spec = ReduceSpec({}, (), address, ports, replica, 2, ())
+    group = join_group(spec, block, cpu, 30)
     folds = reduce_folds(running, group, store, lambda _: None)
     owner = 1 - replica
     whole = gather_columns(folds, ("a",), block, owner, cpu)
