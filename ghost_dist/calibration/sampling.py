@@ -41,25 +41,18 @@ _LEAST_GROWTH = 1 << 12
 
 
 def spread_tokens(
-    source: str,
-    tokenizer: Any,
-    *,
-    windows: int,
-    window_length: int,
-    seed: int,
-    special_tokens: bool,
-    split: str,
-    on_progress: OnProgress | None,
+    text: Text, *, windows: int, window_length: int, on_progress: OnProgress | None
 ) -> TokenArray:
     """Tokens of all windows, in the order of their places: at most windows * window_length.
 
-    The parameters are those of ``windows.build_windows``; ``window_length`` counts tokens of text.
-    A source that is long is read twice, and tokenised where the windows are. A dataset of the hub,
-    or one that was saved, is shuffled instead.
+    ``window_length`` counts tokens of text. A source that is long is read twice, and tokenised
+    where the windows are. A dataset of the hub, or one that was saved, is shuffled instead.
     """
-    needed = windows * window_length
-    text = _Text(source, tokenizer, seed, special_tokens, split, files=windows)
+    needed, seed = windows * window_length, text.seed
+    assert seed is not None, "it decides the places"
+    files = windows
     while True:
+        text = replace(text, files=files)
         with text.opened() as (corpus, pieces):
             if corpus.shuffled:
                 return text.pack(corpus, pieces, needed=needed, on_progress=on_progress)
@@ -70,7 +63,7 @@ def spread_tokens(
             if corpus.complete:
                 stream = text.pack(corpus, iter(kept), needed=None)
                 return _cut(stream, windows, window_length, seed)
-        text = replace(text, files=4 * text.files)
+        files *= 4
     del kept
     report = Reports(needed, on_progress)
     try:
@@ -82,16 +75,15 @@ def spread_tokens(
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A source, and how it becomes tokens."""
 
     source: str
     tokenizer: Any
-    seed: int
+    seed: int | None
     special_tokens: bool
     split: str
-    files: int
-    """Files of a folder that are read."""
+    files: int | None = None  # of a folder: in its order, so many at most; see open_corpus
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[Corpus, Iterator[Piece]]]:

@@ -7,7 +7,6 @@ No window holds padding; what does not fill a whole window is left out.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ghost_dist.calibration.corpora import open_corpus
-from ghost_dist.calibration.packing import OnProgress, TokenArray, pack_tokens
-from ghost_dist.calibration.sampling import spread_tokens
+from ghost_dist.calibration.packing import OnProgress, TokenArray
+from ghost_dist.calibration.sampling import Text, spread_tokens
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import CalibrationError, CorruptStoreError
 
@@ -91,29 +89,15 @@ def build_windows(
             f"{1 if bos is None else 2} tokens is needed."
         )
     needed = None if windows is None else windows * text_length
+    text = Text(source, tokenizer, seed, special_tokens, split)
     if sampling == "spread":
         assert windows is not None
-        assert seed is not None
         stream = spread_tokens(
-            source,
-            tokenizer,
-            windows=windows,
-            window_length=text_length,
-            seed=seed,
-            special_tokens=special_tokens,
-            split=split,
-            on_progress=on_progress,
+            text, windows=windows, window_length=text_length, on_progress=on_progress
         )
     else:
-        corpus = open_corpus(source, seed=seed, split=split)
-        with contextlib.closing(corpus.documents):
-            stream = pack_tokens(
-                corpus,
-                tokenizer,
-                needed=needed,
-                special_tokens=special_tokens,
-                on_progress=on_progress,
-            )
+        with text.opened() as (corpus, pieces):
+            stream = text.pack(corpus, pieces, needed=needed, on_progress=on_progress)
     count = len(stream) // text_length
     if count < (windows or 1):
         raise CalibrationError(
