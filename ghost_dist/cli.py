@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from ghost_dist import __version__
-from ghost_dist.cli_jobs import jobs_app, submit
+from ghost_dist.cli_jobs import Set, jobs_app, submit
 from ghost_dist.errors import ConfigError, GhostDistError
 
 app = typer.Typer(
@@ -30,10 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any configuration field; repeat."),
-]
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A RUN folder made by recover.")]
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from ghost_dist.assets.natural_text import (
     CALIBRATION_TOPICS,
     DOCSTRING_MODULES,
@@ -44,13 +42,13 @@ class _Texts:
     texts: Mapping[str, str]
 
 
-def run_demo(out: Path | None, model: str = "pico", console: Console | None = None) -> None:
+def run_demo(out: Path | None, model: str = "pico") -> None:
     """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered.
 
     ``model``: ``pico``, or one of :data:`~ghost_dist.real_models.REAL_MODELS`, fetched by the first
     call. ``out`` None: a temporary folder.
     """
-    reporter = Reporter(console=console)
+    reporter = Reporter()
     checkpoint = PICO if model == "pico" else real_model(model, reporter.say)
     out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-")) if out is None else out.expanduser()
     reporter.say(f"RUN folder: {out}")
@@ -80,7 +78,7 @@ def run_demo(out: Path | None, model: str = "pico", console: Console | None = No
             if not path.exists():  # a run keeps its texts, also when another Python continues it
                 path.parent.mkdir(exist_ok=True)
                 write_bytes(path, texts.texts[name].encode())
-    print_result(recover(config, reporter), out, console)
+    print_result(recover(config, reporter), out)
 
 
 def _source_code() -> _Texts:
