@@ -57,6 +57,11 @@ def imports_of(path):
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
+def test_no_two_modules_have_one_name():
+    names = [path.name for path in MODULES]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     rows = {part: number for number, parts in enumerate(ROWS) for part in parts}

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -53,14 +53,6 @@ class SharedRead(Protocol):
 
         On a GPU work that is queued on the current stream may not be waited for.
         """
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a file was when the checkpoint was opened."""
-
-    size: int
-    mtime_ns: int
 
 
 class Reading:
@@ -226,9 +218,10 @@ class WeightReader:
     ) -> None:
         self.close()
 
-    def _state(self, file: str) -> _State:
+    def _state(self, file: str) -> tuple[int, int]:
+        """Size, and nanoseconds of the last change."""
         found = (self._checkpoint.path / file).stat()
-        return _State(found.st_size, found.st_mtime_ns)
+        return found.st_size, found.st_mtime_ns
 
     def _check_unchanged(self, file: str) -> None:
         path = self._checkpoint.path / file
@@ -244,8 +237,8 @@ class WeightReader:
         known = self._states[file]
         if found != known:
             raise CheckpointError(
-                f"{path} has changed since the run began: {known.size} bytes of "
-                f"{_time(known.mtime_ns)} then, {found.size} bytes of {_time(found.mtime_ns)} now. "
+                f"{path} has changed since the run began: {known[0]} bytes of {_time(known[1])} "
+                f"then, {found[0]} bytes of {_time(found[1])} now. "
                 "Sums of two checkpoints must not be mixed. Put the old file back and continue, or "
                 "start over with another output.path."
             )
