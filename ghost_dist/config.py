@@ -24,7 +24,7 @@ from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, check_spans, parse_spans
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Criterion = Literal["recoverability", "cosine", "angular", "block-influence", "paper"]
+Criterion = Literal["recoverability", "search", "cosine", "angular", "block-influence", "paper"]
 OperatorName = Literal[
     "ghost",
     "ghost-joint",
@@ -97,21 +97,27 @@ class SelectionConfig(_Section):
     """Which layers are removed."""
 
     criterion: Criterion = "recoverability"
-    """recoverability: least held-out residual after repair; cosine (LLM-Streamline), angular
-    (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined), paper (the
-    published code's score, along the sequence, never the first or the last start)."""
+    """recoverability: least held-out residual after repair; search: least KL divergence of the
+    recovered model, searched for layer by layer, with operators in place; cosine (LLM-Streamline),
+    angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined),
+    paper (the published code's score, along the sequence, never the first or the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much goes: layers (``7``), a share of all parameters (``20%``), or bytes of the
     checkpoint (``4GB``, ``512MiB``)."""
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
     last layer; overrides criterion and remove."""
-    max_spans: int = Field(default=1, ge=1)
-    """recoverability: most separate spans to remove."""
+    max_spans: int | None = Field(default=None, ge=1)
+    """Most separate spans to remove; null: 1 of recoverability, any number of search. The other
+    criteria decide it themselves."""
     min_length: int = Field(default=1, ge=1)
-    """recoverability: fewest layers of a span."""
+    """recoverability, search: fewest layers of a span."""
     max_length: int | None = Field(default=None, ge=1)
-    """recoverability: most layers of a span; null: all that are removed."""
+    """recoverability, search: most layers of a span; null: all that are removed."""
+    effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
+    """search: quick ends when enough layers have gone one by one, normal goes on for as long again
+    with layers that change places, thorough for three times as long, each on twice the text of the
+    one before; or a number of evaluations, of a removal on a window."""
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 
@@ -129,6 +135,16 @@ class SelectionConfig(_Section):
             raise ValueError("expected a list of [start, stop] pairs, or 11:18")
         return parse_spans(value) if isinstance(value, str) else value
 
+    @property
+    def searches(self) -> bool:
+        """Whether layers are searched for."""
+        return self.spans is None and self.criterion == "search"
+
+    @property
+    def most_spans(self) -> int | None:
+        """Most separate spans to remove; None: any number."""
+        return self.max_spans or (None if self.criterion == "search" else 1)
+
     @model_validator(mode="after")
     def _spans_or_number(self) -> SelectionConfig:
         if self.spans is None and self.remove is None:
@@ -139,10 +155,10 @@ class SelectionConfig(_Section):
             if not self.spans:
                 raise ValueError("spans is empty; give at least one [start, stop]")
             check_spans(self.spans, num_layers=1 << 30)  # against the model once it is known
-        if self.max_spans > 1 and self.criterion != "recoverability":
+        if (self.max_spans or 1) > 1 and self.criterion not in ("recoverability", "search"):
             raise ValueError(
-                f"max_spans={self.max_spans} needs criterion=recoverability; {self.criterion} "
-                "decides the number of spans itself"
+                f"max_spans={self.max_spans} needs criterion=recoverability or search; "
+                f"{self.criterion} decides the number of spans itself"
             )
         if self.max_length is not None and self.max_length < self.min_length:
             raise ValueError(
@@ -363,6 +379,12 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
+        if self.selection.searches and self.on_cluster:
+            raise ValueError(
+                "selection.criterion=search runs in one process for now: leave engine.replicas, "
+                "tensor_parallel, data_parallel and cluster.address out, or find the layers in one "
+                "process (ghost-dist select) and give them as selection.spans"
+            )
         if self.engine.compile and self.on_cluster:
             raise ValueError(
                 "engine.compile=true is for models that run in this process (engine.kind=resident "

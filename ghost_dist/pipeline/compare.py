@@ -39,6 +39,7 @@ from ghost_dist.pipeline.inputs import (
     open_inputs,
     windows_of_folds,
 )
+from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages
@@ -129,7 +130,7 @@ def compare(
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
         table = _Table(run.path, inputs, tokens)
-        cuts = _select(inputs, run.path, tokens, removes, selections, reporter)
+        cuts = _select(inputs, run, tokens, removes, selections, reporter)
         missing = [(cut, row) for cut in cuts for row in rows if not table.has(cut, row, inputs)]
         if missing:
             _fill(inputs, run.path, tokens, missing, table, reporter)
@@ -138,13 +139,13 @@ def compare(
 
 def _select(
     inputs: RunInputs,
-    folder: Path,
+    run: RunFolder,
     tokens: TokenWindows,
     removes: Sequence[int],
     selections: Sequence[Criterion],
     reporter: Reporter,
 ) -> list[_Cut]:
-    """Spans of every criterion and number of layers, from one pass over the windows."""
+    """Spans of every criterion and number of layers; one pass for all that need sums."""
     folds = inputs.config.operator.folds
     selectors = {
         f"{criterion}-{remove}": Selector(
@@ -157,22 +158,27 @@ def _select(
         )
         for criterion in selections
         for remove in removes
+        if criterion != "search"
     }
-    entries: dict[str, str] = {}
-    for selector in selectors.values():
-        entries |= selector.entries()
-    plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
-    store = StatisticsStore(folder / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
-    mend(store, reporter)
-
-    CollectHere(inputs, reporter)(store, tokens, CollectorsTogether(selectors), "select")
-    cuts = []
-    for criterion in selections:
-        for remove in removes:
-            selector = selectors[f"{criterion}-{remove}"]
-            spans, _ = selector.decide(store, folds, inputs.device)
-            cuts.append(_Cut(criterion, remove, spans))
-    return cuts
+    decided: dict[str, tuple[Span, ...]] = {}
+    if selectors:
+        entries: dict[str, str] = {}
+        for selector in selectors.values():
+            entries |= selector.entries()
+        plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
+        store = StatisticsStore(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
+        mend(store, reporter)
+        CollectHere(inputs, reporter)(store, tokens, CollectorsTogether(selectors), "select")
+        for name, selector in selectors.items():
+            decided[name], _ = selector.decide(store, folds, inputs.device)
+    for remove in removes if "search" in selections else ():
+        found = search_spans(replace(inputs, remove=remove), tokens, run, reporter)
+        decided[f"search-{remove}"], _ = found
+    return [
+        _Cut(criterion, remove, decided[f"{criterion}-{remove}"])
+        for criterion in selections
+        for remove in removes
+    ]
 
 
 def _fill(

@@ -43,7 +43,7 @@ from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ, candidates_of, few_tokens
-from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import Span, check_spans
@@ -224,9 +224,11 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
         check_cut(architecture, source.config, spans)
     else:
         remove = _number_of_layers(config, source, architecture)
-        if config.selection.criterion != "block-influence":
+        if config.selection.criterion == "search":
+            rules_of(config.selection, remove, architecture.num_layers)
+        elif config.selection.criterion != "block-influence":
             candidates = Selector(config.selection, remove, architecture).candidates()
-            if config.selection.max_spans == 1:
+            if config.selection.most_spans == 1:
                 check_some_cut(architecture, source.config, ([span] for span in candidates))
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)

@@ -279,7 +279,9 @@ def run_shape(
     known = spans is not None
     if spans is None:
         assert remove is not None
-        spans = _dearest_spans(remove, config.selection.max_spans, architecture.num_layers)
+        spans = _dearest_spans(
+            remove, config.selection.most_spans or remove, architecture.num_layers
+        )
     candidates = candidates_of(operator, spans, refittable)
     samples = samples_of(candidates, spans, refittable)
     num_tokens = calibration.windows * calibration.window_length

@@ -151,7 +151,7 @@ def _result(
         "refine": _refinement(records["refine"]),
         "selection": {
             key: records["select"][key]
-            for key in ("scores", "recoverability")
+            for key in ("scores", "recoverability", "search")
             if key in records["select"]
         },
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks")},

@@ -13,6 +13,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
+from ghost_dist.solver.search import Rules
 from ghost_dist.solver.span_selection import (
     HeldOut,
     choose_spans,
@@ -61,7 +62,11 @@ class Selector:
     @property
     def columns(self) -> int | None:
         """Columns of the projection; None: one length only, where the whole cross is affordable."""
-        return PROJECTION_COLUMNS if self.config.max_spans > 1 else None
+        return PROJECTION_COLUMNS if self._max_spans > 1 else None
+
+    @property
+    def _max_spans(self) -> int:
+        return self.config.max_spans or 1
 
     def candidates(self) -> tuple[Span, ...]:
         """All spans that `recoverability` may choose from.
@@ -73,7 +78,7 @@ class Selector:
         """
         config = self.config
         shortest, longest = self.remove, self.remove
-        if config.max_spans > 1:
+        if self._max_spans > 1:
             shortest = config.min_length
             longest = min(config.max_length or self.remove, self.remove)
         return candidate_spans(self.architecture.num_layers, shortest, longest, config.protect)
@@ -149,9 +154,9 @@ class Selector:
             spans = choose_spans(
                 cost_LB,
                 self.remove,
-                self.config.max_spans,
-                min_length=self.config.min_length if self.config.max_spans > 1 else 1,
-                max_length=self.config.max_length if self.config.max_spans > 1 else None,
+                self._max_spans,
+                min_length=self.config.min_length if self._max_spans > 1 else 1,
+                max_length=self.config.max_length if self._max_spans > 1 else None,
                 protect=protect,
             )
             return spans, {"recoverability": [_row(s, h) for s, h in sorted(held_out.items())]}
@@ -190,6 +195,24 @@ class Selector:
                 parts.append(sums.to(device))
             found |= held_out_of_start(start, stops, parts, projection_Cr)
         return found
+
+
+def rules_of(selection: SelectionConfig, remove: int, num_layers: int) -> Rules:
+    """What may be removed.
+
+    Raises
+    ------
+    ConfigError
+        If that is nothing.
+    """
+    return Rules(
+        num_layers,
+        remove,
+        selection.protect,
+        selection.min_length,
+        selection.max_length,
+        selection.max_spans,
+    )
 
 
 def _row(span: Span, held_out: HeldOut) -> dict[str, Any]:

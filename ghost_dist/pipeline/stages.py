@@ -63,6 +63,7 @@ from ghost_dist.pipeline.inputs import (
     open_causal_lm,
     windows_of_folds,
 )
+from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.pipeline.streamed import CollectByStreaming, layers_of, logits_of_exported
@@ -201,6 +202,10 @@ class Stages:
             if selection.spans is not None:
                 spans = check_spans(selection.spans, num_layers)
                 return {"spans": [[s.start, s.stop] for s in spans], "num_layers": num_layers}
+            if selection.searches:
+                spans, searched = search_spans(inputs, tokens, self._run, self._reporter)
+                found = [[s.start, s.stop] for s in spans]
+                return {"spans": found, "num_layers": num_layers, **searched}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
             ranges = assign_ranges(tokens.num_windows, inputs.config.operator.folds)
@@ -224,6 +229,7 @@ class Stages:
 
         recorded = self._stage("select", wanted, work)
         remove_store(path)  # all is in the record
+        self._run.forget(record_of(inputs))
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
     def statistics(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsPlan:

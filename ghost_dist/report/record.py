@@ -54,7 +54,7 @@ class RunRecord:
     healing: list[dict[str, Any]]
     """Layers refitted behind the gap."""
     selection: dict[str, Any]
-    """``scores`` or ``recoverability``."""
+    """``scores``, ``recoverability`` or ``search``."""
     perplexity: dict[str, dict[str, float]]
     """Corpus to variant to perplexity."""
     agreement: dict[str, dict[str, dict[str, float]]]
@@ -248,7 +248,9 @@ def read_run(path: Path) -> RunRecord:
         fits=figures("fit", solved, "fits", []),
         candidates=figures("candidates", solved, "candidates", []),
         healing=figures("healing", solved, "healing", []),
-        selection={k: selection[k] for k in ("scores", "recoverability") if k in selection},
+        selection={
+            k: selection[k] for k in ("scores", "recoverability", "search") if k in selection
+        },
         perplexity=figures("perplexity", evaluated, "perplexity", {}),
         agreement=(result or evaluated).get("agreement", {}),
         tasks=(result or evaluated).get("tasks", {}),

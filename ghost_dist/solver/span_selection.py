@@ -23,6 +23,7 @@ from ghost_dist.solver.least_squares import (
     held_out_errors,
     ridge_scale,
     singular,
+    solve,
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
@@ -88,6 +89,21 @@ def held_out_of_start(
         )
         for p, stop in enumerate(stops)
     }
+
+
+def fit_start(
+    start: int, stops: Sequence[int], pairs: PairMoments, ridge: float
+) -> dict[Span, Tensor]:
+    """W (C, C) of every span of one start, float64, from exact pairs and one Cholesky factor.
+
+    ``ridge`` is relative to the median of the Gram's diagonal, towards the plain cut.
+    """
+    moments = _projected_change(pairs, None)
+    penalty_C = ridge * ridge_scale(moments.gram_ZZ)
+    change_CPC, _, _ = solve(f"[{start}, {stops[-1]})", moments, penalty_C)
+    changes = change_CPC.reshape(len(change_CPC), len(stops), -1).unbind(1)
+    eye_CC = torch.eye(len(change_CPC), dtype=torch.float64, device=change_CPC.device)
+    return {Span(start, stop): eye_CC + m for stop, m in zip(stops, changes, strict=True)}
 
 
 def relative_residual(held_out: HeldOut) -> float:

@@ -1,0 +1,148 @@
+"""``selection.criterion=search`` through the whole stage: what it finds, stopped and streamed."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ghost_dist.calibration.windows import load_windows
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import searching
+from ghost_dist.pipeline.compare import compare
+from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.recover import recover
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.solver.search import Rules, exhaustive
+
+QUIET = Reporter(console=Console(quiet=True))
+SEARCH = {"selection__spans": None, "selection__criterion": "search", "selection__remove": 2}
+
+
+@pytest.fixture
+def searched(make_config, tmp_path):
+    """Function from a folder's name and overrides to spans and record of a search in it."""
+
+    def search(name, **overrides):
+        config = make_config(**{**SEARCH, "output__path": str(tmp_path / name), **overrides})
+        spans = recover(config, QUIET, again="select")["spans"]
+        record = json.loads((tmp_path / name / "stages" / "select.json").read_text())["outputs"]
+        assert record["spans"] == spans
+        assert not list((tmp_path / name / "stages").glob("search-*"))
+        return spans, record["search"]
+
+    return search
+
+
+def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path):
+    spans, found = searched("a")
+    inputs = open_inputs(make_config(**SEARCH), QUIET)
+    tokens = load_windows(tmp_path / "a" / "tokens.safetensors")
+    with searching.scoring(inputs, tokens, QUIET) as score:
+        table = exhaustive(Rules(8, 2), score, len(score.windows.judged))
+        fitted, judged = score.windows.fitted, score.windows.judged
+    kl_of = {removal: kl for kl, removal in table}
+    assert found["kl"] <= 1.02 * table[0][0]
+    assert table[0][0] < 0.9 * table[len(table) // 2][0]  # it is no matter of course
+    assert found["kl"] == kl_of[tuple(layers_of(spans))]
+    assert not {row.tobytes() for row in fitted} & {row.tobytes() for row in judged}
+    assert found["evaluations"] < len(table) * len(judged)
+
+
+def layers_of(spans):
+    return [layer for span in spans for layer in range(*span)]
+
+
+def test_stopped_after_each_generation_it_goes_on_to_the_same(
+    searched, make_config, tmp_path, monkeypatch
+):
+    whole = searched("whole", selection__remove=3)
+    config = make_config(**{**SEARCH, "selection__remove": 3})
+    finish, left = RunFolder.finish, 0
+
+    def stop(self, stage, inputs, outputs):
+        nonlocal left
+        finish(self, stage, inputs, outputs)
+        left -= stage == "search-3"
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", stop)
+        for number in range(1, 1 + len(whole[1]["generations"])):
+            left = number
+            with pytest.raises(KeyboardInterrupt):
+                recover(config, QUIET)
+    scored = []
+    scoring = searching.window_scores
+    monkeypatch.setattr(
+        searching, "window_scores", lambda *a, **k: scored.append(a) or scoring(*a, **k)
+    )
+    recover(config, QUIET, again="calibrate")
+    record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
+    assert (record["spans"], record["search"]) == whole
+    assert not scored
+
+
+def test_streamed_and_in_parts_it_is_the_same(searched, monkeypatch):
+    resident = searched("resident")
+    monkeypatch.setattr(searching, "_MOST_VARIANTS", 3)
+    assert searched("streamed", engine__kind="streaming") == resident
+
+
+def test_bounds_are_kept_and_the_seed_is_calibration_s(searched):
+    spans, _ = searched("a", selection__remove=3, selection__protect=[5, 6], selection__max_spans=1)
+    assert len(spans) == 1
+    assert not {5, 6} & set(layers_of(spans))
+    spans, _ = searched("b", selection__remove=3, selection__max_length=1)
+    assert len(spans) == 3
+
+
+def test_the_result_says_what_was_searched(make_config, tmp_path):
+    result = recover(make_config(**SEARCH), QUIET)
+    search = result["selection"]["search"]
+    assert search["generations"][-1]["evaluations"] == search["evaluations"]
+    assert min(g["score"] for g in search["generations"] if len(g["removed"]) == 2) == search["kl"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "recovered models were compared with the dense one" in page
+
+
+def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
+    spans, _ = searched("single")
+    config = make_config(
+        **SEARCH,
+        evaluation__corpora={"text": str(text_file)},
+        evaluation__windows=1,
+        evaluation__window_length=64,
+    )
+    rows = compare(config, [2], ["none"], ["search", "cosine"], QUIET)["rows"]
+    assert [row["selection"] for row in rows] == ["search", "cosine"]
+    assert rows[0]["spans"] == spans != rows[1]["spans"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"selection__effort": 3}, "budget of 3 evaluations is too small.*Raise selection.effort"),
+        ({"selection__remove": 8}, "give 1 to 7"),
+        ({"selection__remove": 7, "selection__max_length": 2}, "No removal of 7 of 8 layers keeps"),
+        ({"selection__effort": "much"}, "selection.effort"),
+        ({"engine__replicas": 2}, "criterion=search runs in one process"),
+    ],
+)
+def test_what_cannot_be_searched_is_named(make_config, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        recover(make_config(**{**SEARCH, **fields}), QUIET)
+
+
+def test_streams_that_fit_nowhere_are_named(make_config, monkeypatch):
+    monkeypatch.setattr(searching, "free_bytes", lambda _: 1 << 20)
+    with pytest.raises(ConfigError, match=r"keeps the streams of 768 tokens at 9 boundaries"):
+        recover(make_config(**SEARCH), QUIET)
+
+
+def test_windows_are_spread_and_apart():
+    assert searching._spread(range(100), 4) == [12, 37, 62, 87]
+    assert searching._spread([5, 3, 1], 9) == [1, 3, 5]
+    assert np.unique(searching._spread(range(7), 5)).size == 5
