@@ -358,18 +358,10 @@ def test_a_file_that_ends_early_is_named(own_copy):
     source, _ = own_copy
     path, name = shard_of(source, 2)
     with WeightReader(source, CPU) as reader:
-        reader._states[path.name] = stream_states_size(path, 64)
+        path.write_bytes(path.read_bytes()[:64])
+        reader._states[path.name] = reader._state(path.name)  # as if nobody had looked
         with pytest.raises(CheckpointError, match=r"it ends at byte"):
             reader.start([name]).wait()
-
-
-def stream_states_size(path, nbytes):
-    """Cut the file and give the state it has then, as if nobody had looked."""
-    from ghost_dist.checkpoint.weight_reader import _State
-
-    path.write_bytes(path.read_bytes()[:nbytes])
-    found = path.stat()
-    return _State(found.st_size, found.st_mtime_ns)
 
 
 def test_bfloat16_weights_are_computed_in_float32_as_the_whole_model_does(tmp_path):
