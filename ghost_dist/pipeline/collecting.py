@@ -15,7 +15,8 @@ from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 
 
 class Collect(Protocol):

@@ -42,7 +42,8 @@ from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import Sums
 
 HELD_OUT_TOKENS = 4096

@@ -72,12 +72,8 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.store import (
-    StatisticsPlan,
-    StatisticsStore,
-    remove_store,
-    stored_plan,
-)
+from ghost_dist.statistics.store import StatisticsStore, remove_store
+from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
 from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")

@@ -20,7 +20,8 @@ from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.devices import synchronize
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sum_costs import saved_by_strips
 
 _MOST_BYTES, _MOST_S = 2_000_000_000, 2.0

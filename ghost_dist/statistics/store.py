@@ -4,8 +4,9 @@ Layout below ``RUN/statistics.zarr``::
 
     ledger/plan.json                 what is counted: created once, never changed
     ledger/00003.json                commit manifest of range 3: created once, last
-    ranges/00003/<attempt>/<block>/<entry>/sum_y_C ...  Zarr arrays of one attempt
+    ranges/00003/<attempt>/<block>/<entry>/cross_ZC ... Zarr arrays of one attempt
     ranges/00003/<attempt>/0/<entry>/gram_ZZ/0 ...      strips of a symmetric one that is whole
+    ranges/00003/<attempt>/<block>/packed               small arrays, one behind the other
 
 A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
 create-only manifest that holds every array's sha256. Only manifests are believed: an attempt
@@ -28,7 +29,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,30 @@ from ghost_dist.durable import (
     fsync_folder,
     fsync_tree,
     json_bytes,
-    read_sealed,
     sweep_partial,
     write_sealed,
 )
-from ghost_dist.errors import CorruptStoreError, RunMismatchError
+from ghost_dist.errors import CorruptStoreError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import PairMoments
+from ghost_dist.statistics.store_plan import (
+    StatisticsPlan,
+    check_same_plan,
+    plan_path,
+    stored_plan,
+)
 from ghost_dist.statistics.strips import from_strips, to_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 CPU = torch.device("cpu")
 _THREADS = 8
 """Arrays that are written, or read, at a time: hashes and checksums take longer than the disk."""
-FORMAT = 4
+PACKED = "packed"
+PACKED_BYTES = 1 << 20
+"""Float64 arrays below this share one: a file costs more to make and to remove than to fill."""
 
 KINDS: Mapping[str, type[Sums]] = {
     "moments": Moments,
@@ -72,28 +80,8 @@ class WrittenBlock:
     """What one rank wrote of an attempt, as it goes into the manifest."""
 
     num_tokens: Mapping[str, int]  # by entry
-    arrays: Mapping[str, Mapping[str, Any]]  # shape, dtype and sha256 by entry/array
-
-
-@dataclass(frozen=True)
-class StatisticsPlan:
-    """What a store counts; two runs may share a store only if this is equal."""
-
-    inputs: Mapping[str, Any]  # fingerprints and settings that decide the numbers
-    entries: Mapping[str, str]  # name of each sum -> key of KINDS
-    ranges: tuple[tuple[int, ...], ...]  # window ids of each; together every window once
-    window_length: int  # tokens
-    blocks: int = 1  # of columns, one for each rank of a replica
-
-    def tree(self) -> dict[str, Any]:
-        """Plain values, as written to ``plan.json``."""
-        tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": FORMAT, **tree}
-
-    @property
-    def fingerprint(self) -> str:
-        """Of everything that is counted."""
-        return fingerprint(self.tree())
+    arrays: Mapping[str, Mapping[str, Any]]
+    """Shape, dtype and sha256 by entry/array; of a packed one where it begins, ``at``, instead."""
 
 
 class StatisticsStore:
@@ -108,14 +96,14 @@ class StatisticsStore:
         self._bind(path, plan)
         found = stored_plan(path)
         if found is not None:
-            _check_same_plan(path, found, plan)
+            check_same_plan(path, found, plan)
             return
-        if not _plan_path(path).exists():
+        if not plan_path(path).exists():
             remove_store(path)
         self._ledger.mkdir(parents=True, exist_ok=True)
         fsync_folder(path.parent)
         fsync_folder(path)
-        write_sealed(_plan_path(path), plan.tree())
+        write_sealed(plan_path(path), plan.tree())
 
     @staticmethod
     def open(path: Path) -> StatisticsStore:
@@ -123,7 +111,7 @@ class StatisticsStore:
         plan = stored_plan(path)
         if plan is None:
             raise CorruptStoreError(
-                f"{_plan_path(path)} is absent, damaged, or of another version: recover writes it "
+                f"{plan_path(path)} is absent, damaged, or of another version: recover writes it "
                 "anew and keeps the ranges that are of its run."
             )
         store = StatisticsStore.__new__(StatisticsStore)
@@ -174,6 +162,19 @@ class StatisticsStore:
                 elif block.index == 0 or name in sums[entry].BY_COLUMNS:
                     wanted[f"{entry}/{name}"] = tensor
 
+        small = [
+            key
+            for key, tensor in wanted.items()
+            if tensor.dtype == torch.float64 and tensor.nbytes < PACKED_BYTES
+        ]
+        packed: dict[str, Mapping[str, Any]] = {}
+        if small:
+            at = 0
+            for key in small:
+                packed[key] = {"shape": list(wanted[key].shape), "dtype": "float64", "at": at}
+                at += wanted[key].numel()
+            wanted[PACKED] = torch.cat([wanted.pop(key).reshape(-1) for key in small])
+
         def write(key: str) -> Mapping[str, Any]:
             return write_array(folder / key, wanted[key].cpu().numpy())
 
@@ -187,7 +188,8 @@ class StatisticsStore:
             # run sweeps it away.
             self.discard_attempt(range_id, attempt)
             raise
-        return WrittenBlock({e: sums[e].num_tokens for e in self.plan.entries}, arrays)
+        num_tokens = {entry: sums[entry].num_tokens for entry in self.plan.entries}
+        return WrittenBlock(num_tokens, {**packed, **arrays})
 
     def commit_attempt(self, range_id: int, attempt: str, blocks: Sequence[WrittenBlock]) -> bool:
         """Commit an attempt whose blocks are all written; False if another attempt was first."""
@@ -252,16 +254,28 @@ class StatisticsStore:
             )
         }
 
-        def read(place: tuple[str, int, str]) -> torch.Tensor:
-            _, number, key = place
+        def read_whole(number: int, key: str, expected: Mapping[str, Any]) -> torch.Tensor:
             path = folder / str(number) / key
             try:
-                array = read_array(path, wanted[place])
+                return torch.from_numpy(read_array(path, expected))
             except CorruptStoreError as error:
                 where = f"{path.relative_to(self.path)} of range {range_id}"
                 message = f"{where} {error}. Re-run this range."
                 raise CorruptStoreError(message, (range_id,)) from error
-            return torch.from_numpy(array).to(device)
+
+        packed = {
+            number: read_whole(number, PACKED, manifest["blocks"][number][PACKED])
+            for number in {
+                number for (_, number, _), expected in wanted.items() if "at" in expected
+            }
+        }
+
+        def read(place: tuple[str, int, str]) -> torch.Tensor:
+            (_, number, key), expected = place, wanted[place]
+            if "at" in expected:
+                part = packed[number][expected["at"] :][: math.prod(expected["shape"])]
+                return part.reshape(expected["shape"]).to(device)
+            return read_whole(number, key, expected).to(device)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             arrays = dict(zip(wanted, pool.map(read, wanted), strict=True))
@@ -402,49 +416,19 @@ class StatisticsStore:
         return manifest
 
 
-def stored_plan(path: Path) -> StatisticsPlan | None:
-    """What the store in a folder counts; None if there is none, or its plan is damaged."""
-    tree = read_sealed(_plan_path(path))
-    if tree is None or tree.pop("format") != FORMAT:
-        return None
-    ranges = tuple(tuple(ids) for ids in tree.pop("ranges"))
-    return StatisticsPlan(ranges=ranges, **tree)
-
-
 def remove_store(path: Path) -> None:
     """Remove a store, or what is left of one.
 
     The plan goes first, so that one whose removal was stopped counts as none.
     """
-    plan = _plan_path(path)
+    plan = plan_path(path)
     if plan.exists():
         plan.unlink()
         fsync_folder(plan.parent)
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _plan_path(path: Path) -> Path:
-    return path / "ledger" / "plan.json"
-
-
 def _name_and_strip(entry: str, key: str) -> tuple[str, str]:
     """Name of an array, and the number of its strip; empty where it is whole."""
     name, _, strip = key.removeprefix(f"{entry}/").partition("/")
     return name, strip
-
-
-def _check_same_plan(path: Path, found: StatisticsPlan, wanted: StatisticsPlan) -> None:
-    if found.fingerprint == wanted.fingerprint:
-        return
-    flat_found = {**found.tree(), **found.inputs}
-    flat_wanted = {**wanted.tree(), **wanted.inputs}
-    differing = [
-        f"{key}: {flat_found.get(key)!r} in the store, {flat_wanted.get(key)!r} now"
-        for key in dict.fromkeys((*flat_wanted, *flat_found))
-        if key != "inputs" and flat_found.get(key) != flat_wanted.get(key)
-    ]
-    raise RunMismatchError(
-        f"The statistics in {path} are of other inputs:\n  "
-        + "\n  ".join(differing)
-        + "\nUse another output.path, or remove that folder to start over."
-    )

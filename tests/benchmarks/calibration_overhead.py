@@ -32,7 +32,8 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SpanCollector
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 
 CPU = torch.device("cpu")
 

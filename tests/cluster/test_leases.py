@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ghost_dist.cluster.leases import Holders, LeaseQueue, Worker
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import ColumnBlock
 
 
@@ -210,7 +211,7 @@ class Ledger(RuleBasedStateMachine):
     def disk_loses_an_array(self, data):
         range_id = data.draw(st.sampled_from(sorted(self.counted)))
         attempt = self.store.path / "ranges" / f"{range_id:05d}" / self.counted[range_id]
-        shutil.rmtree(attempt / "1" / "1-3")
+        shutil.rmtree(attempt / "1" / "packed")
         self.start_driver()
         assert range_id in self.store.missing()
 

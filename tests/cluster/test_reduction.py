@@ -17,7 +17,8 @@ from ghost_dist.cluster.running_sums import (
 )
 from ghost_dist.errors import ReductionError
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import StatisticsPlan, StatisticsStore
+from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import ColumnBlock
 
 FOLDS, RANGES, Z, C = 2, 7, 5, 3

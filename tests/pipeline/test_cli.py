@@ -25,9 +25,7 @@ def solved(make_config, tmp_path):
 
 def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
     assert run(capsys, "verify", solved)[:2] == (0, "8 of 8 ranges are sound.\n")
-    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob(
-        "*/0/3-5/stream/cross_ZC/c/0/0"
-    )
+    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob("*/0/packed/c/0")
     chunk.unlink()
     (solved / "statistics.zarr" / "ledger" / "00005.json").unlink()
     code, out, _ = run(capsys, "verify", solved)
@@ -40,9 +38,7 @@ def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
 
 def test_the_command_that_verify_prints_repairs(solved, capsys):
     before = (solved / "operators" / "3-5.safetensors").read_bytes()
-    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob(
-        "*/0/3-5/stream/cross_ZC/c/0/0"
-    )
+    [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob("*/0/packed/c/0")
     chunk.write_bytes(b"")
     code, out, err = run(capsys, "recover", solved / "config.yaml", "--out", solved)
     assert code == 0

@@ -91,7 +91,7 @@ ARTEFACTS = [
     "tokens.safetensors",
     "statistics.zarr/ledger/plan.json",
     "statistics.zarr/ledger/00001.json",
-    "statistics.zarr/ranges/00001/*/0/3-5/stream/cross_ZC/c/0/0",
+    "statistics.zarr/ranges/00001/*/0/packed/c/0",
     "operators/3-5.safetensors",
     "operators/refined/3-5.safetensors",
     "stages/tokens.json",
@@ -166,7 +166,7 @@ def test_refinement_that_was_taken_back_is_not_in_the_result(run):
 
 
 def test_evaluation_reads_no_statistics(run):
-    chunk = one(run, "statistics.zarr/ranges/00001/*/0/3-5/stream/cross_ZC/c/0/0")
+    chunk = one(run, "statistics.zarr/ranges/00001/*/0/packed/c/0")
     flip(chunk)
     (run.parent / "calibration.txt").unlink()
     with watched(run / "statistics.zarr", 1) as watcher:

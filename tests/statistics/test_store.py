@@ -16,12 +16,8 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
 from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import (
-    StatisticsPlan,
-    StatisticsStore,
-    remove_store,
-    stored_plan,
-)
+from ghost_dist.statistics.store import StatisticsStore, remove_store
+from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
 from ghost_dist.statistics.strips import LEAST_ROWS, num_numbers
 from ghost_dist.statistics.sums import ColumnBlock
 
@@ -47,6 +43,12 @@ def moments(seed, windows=2):
         ),
         "4-5/absolute": AbsoluteSums(tokens, draw(C), draw(C), draw(C), draw(C)),
     }
+
+
+@pytest.fixture(autouse=True)
+def arrays_of_their_own(monkeypatch):
+    """The small arrays of these tests stand for large ones."""
+    monkeypatch.setattr("ghost_dist.statistics.store.PACKED_BYTES", 0)
 
 
 @pytest.fixture
@@ -166,6 +168,24 @@ def test_of_a_whole_gram_half_is_stored_and_all_read_back(tmp_path):
     shutil.rmtree(next(store.path.rglob("*/gram_ZZ/2")))
     with pytest.raises(CorruptStoreError, match=r"gram_ZZ/2 of range 0"):
         store.read(0)
+
+
+def test_small_arrays_are_one_file(shared_store, monkeypatch):
+    limit = C * C * 8  # that of a whole cross; a third of its columns is less
+    monkeypatch.setattr("ghost_dist.statistics.store.PACKED_BYTES", limit)
+    whole = StatisticsStore(shared_store.path.with_name("whole.zarr"), PLAN)
+    assert whole.commit(0, moments(0))
+    shared_store.commit_attempt(0, "one", write_blocks(shared_store, 0, "one", moments(0)))
+    for store, arrays in ((whole, {"packed", "cross_ZC", "0"}), (shared_store, {"packed"})):
+        assert {path.parent.name for path in store.path.rglob("*/zarr.json")} == arrays
+        assert equal(store.read(0), moments(0))
+        assert equal(store.read(0, ["4-5/absolute"]), {"4-5/absolute": moments(0)["4-5/absolute"]})
+        assert store.sums_bytes(PLAN.entries) == sum(
+            array.nbytes for sums in moments(0).values() for array in sums.arrays().values()
+        )
+    flip(array_file(whole, 0, "packed"))
+    with pytest.raises(CorruptStoreError, match=r"0/packed of range 0"):
+        whole.read(0)
 
 
 def test_of_two_attempts_only_the_first_committed_counts(shared_store):
