@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -76,6 +76,16 @@ class Architecture:
         return (
             *(*f.count_names, *f.lists, *f.indices, *f.keyed),
             *(*f.counts, *f.scaled, *f.changed, *f.removed),
+        )
+
+    @property
+    def of_base(self) -> Architecture:
+        """With paths as they are in the model without its head."""
+        return replace(
+            self,
+            layers=self.in_base(self.layers),
+            embeddings=self.in_base(self.embeddings),
+            final_norm=self.in_base(self.final_norm),
         )
 
     def in_base(self, path: str) -> str:

@@ -37,17 +37,16 @@ _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.j
 class Decoder:
     """Embeddings and the first layers of a model; ends at the boundary above its last layer.
 
-    The input of ``layers[b]`` is boundary b.
+    The input of ``layers[b]`` is boundary b; paths of ``architecture`` are those in ``model``.
     """
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
-        self._model = model
+        self.model, self.architecture = model, architecture.of_base
         self._norm = _Boundary(model.dtype)
-        layers = model.get_submodule(architecture.in_base(architecture.layers))
+        layers = model.get_submodule(self.architecture.layers)
         assert isinstance(layers, nn.ModuleList), "the layer list moved"
-        model.set_submodule(architecture.in_base(architecture.final_norm), self._norm)
+        model.set_submodule(self.architecture.final_norm, self._norm)
         self.layers = layers
-        self._down_projections = architecture.down_projections
         self.num_layers = len(layers)
         self.hidden_size = architecture.hidden_size
         self.dtype: torch.dtype = model.dtype
@@ -55,12 +54,12 @@ class Decoder:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """The stream (B, T, C) entering layer ``num_layers``; ids (B, T) without padding."""
-        stream_BTC: Tensor = self._model(input_ids=input_ids, use_cache=False)[0]
+        stream_BTC: Tensor = self.model(input_ids=input_ids, use_cache=False)[0]
         return stream_BTC
 
     def down_projection(self, layer: int) -> nn.Linear:
         """The module that ends the MLP of a layer; KeyError if it has none."""
-        module = self.layers[layer].get_submodule(self._down_projections[layer])
+        module = self.layers[layer].get_submodule(self.architecture.down_projections[layer])
         assert isinstance(module, nn.Linear), "the down_proj moved"
         return module
 

@@ -7,10 +7,12 @@ the very code that will load the real one, and run next to the unsharded engine 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
+from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.agreement import errors_shared
-from ghost_dist.engines.base import Engine
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.base import Engine, Tokens
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 
@@ -126,13 +127,17 @@ def check_streamed(
     return worst
 
 
+Seen = dict[tuple[str, int, int], Tensor]
+"""By what it is, number of boundary or layer, and window."""
+
+
 @dataclass
 class _Recorder:
     """A sink that keeps everything."""
 
     boundaries: tuple[int, ...]
     mlp_layers: tuple[int, ...]
-    seen: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    seen: Seen = field(default_factory=dict)
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         self.seen["boundary", boundary, window] = stream_TC.clone()
@@ -142,28 +147,56 @@ class _Recorder:
         self.seen["down_proj product of layer", layer, window] = product_TC.clone()
 
 
+@torch.inference_mode()
+def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
+    """What the model's own forward gives, looked at by hooks."""
+    recorder = _Recorder((), ())
+
+    def entering(layer: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for window, stream_TC in enumerate(args[0] if args else kwargs["hidden_states"]):
+                recorder(layer, window, stream_TC)
+
+        return hook
+
+    def down(layer: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            product = output if module.bias is None else output - module.bias
+            rows = (part.reshape(*tokens.shape, -1) for part in (args[0], product))
+            for window, of_window in enumerate(zip(*rows, strict=True)):
+                recorder.take_mlp(layer, window, *of_window)
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for number, layer in enumerate(decoder.layers):
+            handle = layer.register_forward_pre_hook(entering(number), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for number in decoder.architecture.down_projections:
+            handle = decoder.down_projection(number).register_forward_hook(down(number))
+            hooks.callback(handle.remove)
+        last = decoder(torch.from_numpy(tokens).to(decoder.device, torch.int64))
+    for window, stream_TC in enumerate(last):
+        recorder(decoder.num_layers, window, stream_TC)
+    return recorder.seen
+
+
 def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[float, str | None]:
     architecture = inspect_architecture(open_checkpoint(folder))
     num_layers = architecture.num_layers
-    whole = ResidentEngine(
-        load_decoder(
-            folder, architecture, num_layers=num_layers, dtype=torch.float32, device=device
-        ),
-        _WINDOWS,
+    whole = load_decoder(
+        folder, architecture, num_layers=num_layers, dtype=torch.float32, device=device
     )
-    sharded = load(folder, architecture, num_layers, torch.float32)
+    engine = load(folder, architecture, num_layers, torch.float32)
     generator = np.random.default_rng(0)
     shape = (_WINDOWS, _LENGTH)
     tokens = generator.integers(0, architecture.vocab_size, shape, dtype=np.int32)
-    recorders = []
-    for engine in (whole, sharded):
-        recorder = _Recorder(tuple(range(num_layers + 1)), tuple(architecture.down_projections))
-        engine.run(tokens, range(_WINDOWS), recorder, lambda _: None)
-        recorders.append(recorder)
-    expected, got = (recorder.seen for recorder in recorders)
+    expected = _as_a_whole(whole, tokens)
+    recorder = _Recorder(tuple(range(num_layers + 1)), tuple(architecture.down_projections))
+    engine.run(tokens, range(_WINDOWS), recorder, lambda _: None)
     worst, problem = 0.0, None
     for key, tensor in expected.items():
-        difference = float((got[key] - tensor).abs().max() / tensor.abs().max())
+        difference = float((recorder.seen[key] - tensor).abs().max() / tensor.abs().max())
         if not difference <= TOLERANCE and problem is None:
             what, index, window = key
             problem = f"{what} {index}, window {window}, differs by {difference:.1e} of its scale"

@@ -152,6 +152,16 @@ class LayerwiseModel:
         assert isinstance(module, nn.Linear), "the down_proj moved"
         return module
 
+    def mlp_streams(
+        self,
+        layer: int,  # noqa: ARG002 - who holds a part of a layer needs to know which
+        module: Any,
+        input_BTF: Tensor,
+        output_BTC: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What a tap gets of a down_proj: its input, and its output without the bias."""
+        return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
+
     @contextlib.contextmanager
     def with_down(self, layer: int, down_FC: Tensor | None) -> Iterator[None]:
         """A layer, which must be at hand, with another down_proj; None: its own."""
@@ -241,11 +251,9 @@ class LayerwiseModel:
                 hooks.enter_context(contextlib.suppress(_SeenEnough))
                 hooks.enter_context(self._without_tokens())
                 hooks.callback(self.final_norm.register_forward_pre_hook(stop, prepend=True).remove)
-                # The current layer runs: its output is not used, so it only hands on here too.
-                for layer in self.layers:
-                    handle = layer.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
-                    hooks.callback(handle.remove)
-                    hooks.enter_context(forward_of(layer, handing_on(type(layer))))
+                for layer in self.layers:  # the current one too
+                    hooks.enter_context(_handing_on(layer))
+                    layer.register_forward_pre_hook(note, with_kwargs=True)
                 self._model(
                     input_ids=torch.zeros(*shape, dtype=torch.int64, device=self.device),
                     use_cache=False,
@@ -256,7 +264,7 @@ class LayerwiseModel:
     @contextlib.contextmanager
     def _without_tokens(self) -> Iterator[None]:
         """Token embeddings answer with zeros, which nobody reads, and need no weights."""
-        width = self._embeddings.weight.shape[1]
+        width = self._embeddings.embedding_dim
 
         def zeros(ids_BT: Tensor) -> Tensor:
             return torch.zeros(*ids_BT.shape, width, dtype=self.dtype, device=self.device)
@@ -276,9 +284,7 @@ class LayerwiseModel:
                 for la in self.layers
             ]
         for layer in self.layers if only is None else [self.layers[only]]:
-            layer.__dict__["forward"] = handing_on(type(layer))
-            layer._forward_pre_hooks = OrderedDict()
-            layer._forward_pre_hooks_with_kwargs = OrderedDict()
+            _let_hand_on(layer)
 
     def _take_up(self, number: int) -> None:
         """Let a layer be itself again."""
@@ -289,8 +295,26 @@ class LayerwiseModel:
         layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks, with_kwargs
 
 
+def _let_hand_on(layer: Any) -> None:
+    layer.__dict__["forward"] = handing_on(type(layer))
+    layer._forward_pre_hooks = OrderedDict()
+    layer._forward_pre_hooks_with_kwargs = OrderedDict()
+
+
 @contextlib.contextmanager
-def forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def _handing_on(layer: Any) -> Iterator[None]:
+    """For a while."""
+    hooks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
+    with forward_of(layer, None):
+        _let_hand_on(layer)
+        try:
+            yield
+        finally:
+            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks
+
+
+@contextlib.contextmanager
+def forward_of(module: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
     """Another forward for a module for a while; it may have one of its own (accelerate's hooks)."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

@@ -1,28 +1,25 @@
 """The whole truncated model on one device.
 
-Only layers below the last boundary are built and loaded. Windows go through in batches; every
-boundary that the sink wants is taken from the layer's own input, so nothing is recomputed and no
-list of hidden states is kept.
+Only layers below the last boundary are built and loaded. Windows go through in batches, and every
+boundary that the sink wants is pushed as it comes, so nothing is recomputed and no list of hidden
+states is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.load import Decoder
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.base import Sink, Tokens
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.sweep import Tap, sweep
 
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward when the batch is left to us: enough to fill the device's matrix units."""
-
-
-class _LastBoundary(Exception):  # noqa: N818 - no error: it ends a forward early
-    """The last boundary that the sink wants has been pushed."""
 
 
 class ResidentEngine:
@@ -39,13 +36,12 @@ class ResidentEngine:
     """
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
-        self._decoder = decoder
+        self._decoder, self._batch = decoder, batch
+        self._layers = LayerwiseModel(decoder.model, decoder.architecture)
         if compiled:
             for layer in decoder.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
-        self._batch = batch
-        self.hidden_size = decoder.hidden_size
-        self.num_layers = decoder.num_layers
+        self.hidden_size, self.num_layers = decoder.hidden_size, decoder.num_layers
         self.device = decoder.device
 
     def run(
@@ -56,110 +52,34 @@ class ResidentEngine:
         advance: Callable[[int], None],
     ) -> None:
         """Push the sink's boundaries for the given windows; see ``engines.base.Engine``."""
-        last = sink.boundaries[-1]
-        assert last <= self._decoder.num_layers, "a boundary lies above the layers that were loaded"
-        current: list[int] = []
+        sweep(
+            self._layers,
+            [Variant()],
+            tokens[list(windows)],
+            [_Push(sink, windows)],
+            batch=self._batch,
+            stop=sink.boundaries[-1],
+            advance=advance,
+        )
 
-        def push(boundary: int, stream_BTC: Tensor) -> None:
-            for window, stream_TC in zip(current, stream_BTC, strict=True):
-                sink(boundary, window, stream_TC)
 
-        def push_mlp(layer: int, input_BTF: Tensor, product_BTC: Tensor) -> None:
-            shape = (len(current), -1)  # some families flatten batch and tokens around their MLP
-            inputs = input_BTF.reshape(*shape, input_BTF.shape[-1])
-            products = product_BTC.reshape(*shape, product_BTC.shape[-1])
-            for window, input_TF, product_TC in zip(current, inputs, products, strict=True):
-                sink.take_mlp(layer, window, input_TF, product_TC)
+class _Push(Tap):
+    """Gives a sink what it wants as it comes."""
 
-        with (
-            torch.inference_mode(),
-            self._tapped(sink.boundaries, push),
-            self._mlp_tapped(sink.mlp_layers, push_mlp),
-            self._stopped(last),
-        ):
-            for first in range(0, len(windows), self._batch):
-                current[:] = windows[first : first + self._batch]
-                batch_BT = torch.from_numpy(tokens[current]).to(self.device, torch.int64)
-                with contextlib.suppress(_LastBoundary):  # which its own tap has pushed
-                    push(last, self._decoder(batch_BT))
-                advance(batch_BT.numel())
+    def __init__(self, sink: Sink, windows: Sequence[int]) -> None:
+        self._sink, self._windows = sink, windows
+        self._boundaries, self.mlp_layers = frozenset(sink.boundaries), sink.mlp_layers
 
-    @contextlib.contextmanager
-    def _stopped(self, last: int) -> Iterator[None]:
-        """Layers after the last boundary are not run, where the engine has any."""
-        if last == self._decoder.num_layers:
-            yield
-            return
+    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """Push a batch, window by window."""
+        if boundary in self._boundaries:
+            for window, stream_TC in zip(self._windows[part], stream_BTC, strict=True):
+                self._sink(boundary, window, stream_TC)
 
-        def stop(*_: Any) -> None:
-            raise _LastBoundary
-
-        handle = self._decoder.layers[last].register_forward_pre_hook(stop)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def _tapped(
-        self, boundaries: Sequence[int], push: Callable[[int, Tensor], None]
-    ) -> Iterator[None]:
-        def tap(boundary: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
-            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                push(boundary, args[0] if args else kwargs["hidden_states"])
-
-            return hook
-
-        handles = [
-            self._decoder.layers[boundary].register_forward_pre_hook(
-                tap(boundary), with_kwargs=True
-            )
-            for boundary in boundaries
-            if boundary < self._decoder.num_layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _mlp_tapped(
-        self, layers: Sequence[int], push: Callable[[int, Tensor, Tensor], None]
-    ) -> Iterator[None]:
-        def tap(layer: int) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
-            def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-                push(layer, *self._mlp_streams(layer, module, args[0], output))
-
-            return hook
-
-        handles = [
-            self._decoder.down_projection(layer).register_forward_hook(tap(layer))
-            for layer in layers
-        ]
-        # A compiled forward may leave out hooks that came later.
-        compiled = {
-            layer: self._decoder.layers[layer].__dict__.pop("forward")
-            for layer in layers
-            if "forward" in self._decoder.layers[layer].__dict__
-        }
-        try:
-            yield
-        finally:
-            for layer, forward in compiled.items():
-                self._decoder.layers[layer].__dict__["forward"] = forward
-            for handle in handles:
-                handle.remove()
-
-    def _mlp_streams(
-        self,
-        layer: int,  # noqa: ARG002 - an engine whose ranks share a layer needs to know which
-        module: Any,
-        input_BTF: Tensor,
-        output_BTC: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """What a sink gets of a down_proj: its input, and its output without the bias."""
-        return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
+    def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
+        """Push what a down_proj got and made."""
+        for window, *rows in zip(self._windows[part], input_BTF, product_BTC, strict=True):
+            self._sink.take_mlp(layer, window, *rows)
 
 
 def auto_batch(device: torch.device, window_length: int, range_windows: int) -> int:

@@ -11,25 +11,23 @@ sums (T C against C^2 numbers of four times the size).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
 from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_streamed
-from ghost_dist.engines.expert_parts import Inputs
-from ghost_dist.engines.layerwise import Group
 from ghost_dist.engines.peers import ALONE, Peers
 from ghost_dist.engines.streamed_model import StreamedModel
+from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
@@ -168,7 +166,8 @@ class StreamingEngine:
         boundaries, mlp_layers
             What to keep, ascending.
         advance
-            Called with the number of layers just finished.
+            Called with the number of tokens just finished, by all peers; those of a layer count as
+            its share.
         state
             Where streams are saved, and from where an interrupted sweep goes on; without peers.
 
@@ -183,151 +182,126 @@ class StreamingEngine:
         """
         assert state is None or state.windows == tuple(windows), "saved streams have an order"
         assert state is None or self._peers.count == 1, "peers save no streams"
-        last = boundaries[-1]
         rows = Rows(tuple(windows), peers=self._peers)
         part = self._peers.part_of(len(windows))
-        windows = windows[part.start : part.stop]
-        place = _Place.for_sweep(self, len(windows), tokens.shape[1], boundaries, mlp_layers)
+        own = tokens[list(windows[part.start : part.stop])]
+        shape = (*own.shape, self.hidden_size)
+        place = _Place.for_sweep(self, len(own), own.shape[1], boundaries, mlp_layers)
         saved = None if state is None else state.load()
         if saved is not None:
             streams_WTC = place.streams(saved.streams_WTC)
             rows.tensors = {name: place.row(tensor) for name, tensor in saved.rows.items()}
-            advance(saved.boundary)
         else:
-            shape = (len(windows), tokens.shape[1], self.hidden_size)
-            streams_WTC = torch.empty(
-                shape,
-                dtype=self.model.dtype,
-                device=place.of_streams,
-                pin_memory=place.pinned(place.of_streams),
-            )
-        done = -1 if saved is None else saved.boundary
+            streams_WTC = place.empty(shape, self.model.dtype, place.of_streams)
+        total, ran, told = len(rows.windows) * tokens.shape[1], 0, 0
 
-        checks = _Checks(self.model, self.device, place)
+        def ours(count: int) -> None:  # stands for what the peers run at the same time
+            nonlocal ran, told
+            ran += count
+            now = total * ran // max(1, own.size)
+            advance(now - told)
+            told = now
 
-        def finish(boundary: int, finite: FiniteCheck) -> None:
-            checks.later(finite)
-            name = f"boundary {boundary}"
-            if boundary in boundaries:
-                rows.tensors[name] = place.row_of(streams_WTC)
-                if state is not None:
-                    state.keep(name, rows.tensors[name], mark(self.device))
-            if state is not None and boundary > 0:
-                state.save(boundary, name if boundary in boundaries else streams_WTC.clone)
-
-        groups: list[Group] = ["embeddings", *range(max(done, 0), last)]
-        with self.model.through(groups) as at_hand:
-            for group in at_hand:
-                if group == "embeddings":
-                    if done < 0:
-                        finish(0, self._embed(tokens, windows, streams_WTC))
-                    continue
-                assert isinstance(group, int)
-                kept, finite = self._run_layer(
-                    group, windows, streams_WTC, group in mlp_layers, place
-                )
-                for name, tensor in kept.items():
-                    rows.tensors[name] = tensor
-                    if state is not None:
-                        state.keep(name, tensor, mark(self.device))
-                finish(group + 1, finite)
-                advance(1)
+        checks = _Checks(self.model, rows.windows[part.start : part.stop], place)
+        inner_sizes = {layer: self._architecture.inner_sizes[layer] for layer in mlp_layers}
+        keep = _Keep(rows, streams_WTC, place, boundaries, inner_sizes, state)
+        sweep(
+            self.model,
+            [Variant()],
+            own,
+            [checks, keep],
+            batch=self._batch,
+            stop=boundaries[-1],
+            streams_WTC=streams_WTC,
+            done=None if saved is None else saved.boundary,
+            advance=ours,
+        )
         checks.now()
+        advance(total - told)
         if state is not None:
             state.wait()
         return rows
 
-    def _batches(self, count: int) -> Iterator[slice]:
-        for first in range(0, count, self._batch):
-            yield slice(first, min(first + self._batch, count))
 
-    def _embed(self, tokens: Tokens, windows: Sequence[int], streams_WTC: Tensor) -> FiniteCheck:
-        finite = FiniteCheck()
-        for part in self._batches(len(windows)):
-            ids_BT = torch.from_numpy(tokens[list(windows[part])]).to(self.device, torch.int64)
-            stream_BTC = self.model.embed(ids_BT)
-            self._note(finite, 0, windows[part], stream_BTC)
-            streams_WTC[part].copy_(stream_BTC, non_blocking=True)
-        finite.send()
-        return finite
+class _Keep(Tap):
+    """Copies of what sinks want, and the state of a sweep that can go on."""
 
-    def _note(
-        self, finite: FiniteCheck, boundary: int, windows: Sequence[int], stream_BTC: Tensor
-    ) -> None:
-        for window, stream_TC in zip(windows, stream_BTC, strict=True):
-            finite.note(boundary, window, stream_TC)
-
-    def _run_layer(
+    def __init__(
         self,
-        layer: int,
-        windows: Sequence[int],
+        rows: Rows,
         streams_WTC: Tensor,
-        with_mlp: bool,
         place: _Place,
-    ) -> tuple[dict[str, Tensor], FiniteCheck]:
-        """Run a layer over all windows, in place; its MLP's rows where they are wanted."""
+        boundaries: Sequence[int],
+        inner_sizes: Mapping[int, int],
+        state: StreamState | None,
+    ) -> None:
+        self._rows, self._place, self._state = rows.tensors, place, state
+        self._boundaries, self.mlp_layers = boundaries, tuple(inner_sizes)
+        self._inner_sizes, self._like_WTC = inner_sizes, streams_WTC
+
+    def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
+        """Keep a batch's."""
+        for row_WTn, rows_BTn in zip(self._of_mlp(layer), (input_BTF, product_BTC), strict=True):
+            row_WTn[part].copy_(rows_BTn, non_blocking=True)
+
+    def passed(self, boundary: int, streams_WTC: Tensor) -> None:
+        """Keep the streams of a boundary; save what the layer before it has left."""
+        name, state = f"boundary {boundary}", self._state
         kept: dict[str, Tensor] = {}
-        finite = FiniteCheck()
-        part = slice(0, 0)
+        if boundary - 1 in self._inner_sizes:
+            rows = self._of_mlp(boundary - 1)  # also where no window has come
+            kept = dict(zip(_mlp_names(boundary - 1), rows, strict=True))
+        if boundary in self._boundaries:
+            kept[name] = self._rows[name] = self._place.row_of(streams_WTC)
+        if state is None:
+            return
+        for kept_name, row_WTn in kept.items():
+            state.keep(kept_name, row_WTn, mark(self._place.device))
+        if boundary > 0:
+            state.save(boundary, name if boundary in self._boundaries else streams_WTC.clone)
 
-        def keep(name: str, rows_BTn: Tensor) -> None:
-            key = f"mlp {name} {layer}"
-            if key not in kept:
-                shape = (*streams_WTC.shape[:2], rows_BTn.shape[-1])
-                kept[key] = torch.empty(
-                    shape,
-                    dtype=rows_BTn.dtype,
-                    device=place.of_rows,
-                    pin_memory=place.pinned(place.of_rows),
+    def _of_mlp(self, layer: int) -> list[Tensor]:
+        """Where all windows' rows of a down_proj are: its input, and what it makes."""
+        widths = (self._inner_sizes[layer], self._like_WTC.shape[2])
+        for name, width in zip(_mlp_names(layer), widths, strict=True):
+            if name not in self._rows:
+                shape = (*self._like_WTC.shape[:2], width)
+                self._rows[name] = self._place.empty(
+                    shape, self._like_WTC.dtype, self._place.of_rows
                 )
-            shape = (part.stop - part.start, *kept[key].shape[1:])
-            kept[key][part].copy_(rows_BTn.reshape(shape), non_blocking=True)
-
-        def tap(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            keep("input", args[0])
-            keep("product", output if module.bias is None else output - module.bias)
-
-        with contextlib.ExitStack() as stack:
-            inputs = Inputs([streams_WTC], self._batch, self.device)
-            run = stack.enter_context(self.model.running(layer, inputs, tapped=with_mlp))
-            if with_mlp:
-                path = self._architecture.down_projections[layer]
-                module = self.model.layers[layer].get_submodule(path)
-                stack.callback(module.register_forward_hook(tap).remove)
-            for part in self._batches(len(streams_WTC)):
-                x_BTC = streams_WTC[part].to(self.device, non_blocking=True)
-                y_BTC = run(x_BTC)
-                self._note(finite, layer + 1, windows[part], y_BTC)
-                streams_WTC[part].copy_(y_BTC, non_blocking=True)
-        finite.send()
-        if with_mlp and not len(streams_WTC):  # of more peers than windows
-            for name, width in self._mlp_widths(layer).items():
-                shape = (*streams_WTC.shape[:2], width)
-                kept[f"mlp {name} {layer}"] = streams_WTC.new_empty(shape)
-        return kept, finite
-
-    def _mlp_widths(self, layer: int) -> dict[str, int]:
-        return {"input": self._architecture.inner_sizes[layer], "product": self.hidden_size}
+        return [self._rows[name] for name in _mlp_names(layer)]
 
 
-class _Checks:
+def _mlp_names(layer: int) -> tuple[str, str]:
+    return f"mlp input {layer}", f"mlp product {layer}"
+
+
+class _Checks(Tap):
     """Looks at numbers one layer late, while the next one runs, so that the device never waits.
 
     Where streams or rows are copied to the host, it waits for the device: they are read there.
     """
 
-    def __init__(self, model: StreamedModel, device: torch.device, place: _Place) -> None:
-        self._model, self._device = model, device
-        self._wait = device.type == "cuda" and "cpu" in (place.of_streams.type, place.of_rows.type)
-        self._late: list[FiniteCheck] = []
+    def __init__(self, model: StreamedModel, windows: Sequence[int], place: _Place) -> None:
+        self._model, self._windows, self._device = model, windows, place.device
+        on_host = "cpu" in (place.of_streams.type, place.of_rows.type)
+        self._wait = self._device.type == "cuda" and on_host
+        self._finite, self._late = FiniteCheck(), list[FiniteCheck]()
 
-    def later(self, finite: FiniteCheck) -> None:
+    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """Note a batch."""
+        for window, stream_TC in zip(self._windows[part], stream_BTC, strict=True):
+            self._finite.note(boundary, window, stream_TC)
+
+    def passed(self, boundary: int, streams_WTC: Tensor) -> None:  # noqa: ARG002 - as a Tap
         """Look at the layer before this one."""
+        self._finite.send()
         if self._wait:
             synchronize(self._device)
         if self._late:
             self.now()
-        self._late.append(finite)
+        self._late.append(self._finite)
+        self._finite = FiniteCheck()
 
     def now(self) -> None:
         """Raise for what was found so far: a weight before the streams that it spoiled."""
@@ -418,6 +392,10 @@ class _Place:
         """Whether memory there has to be page-locked, to be copied while the device computes."""
         return self.device.type == "cuda" and where.type == "cpu"
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
+        """Memory there."""
+        return torch.empty(shape, dtype=dtype, device=where, pin_memory=self.pinned(where))
+
     def streams(self, tensor: Tensor) -> Tensor:
         """Streams that were read back, where they belong."""
         moved = tensor.to(self.of_streams)
@@ -429,10 +407,5 @@ class _Place:
 
     def row_of(self, streams_WTC: Tensor) -> Tensor:
         """A copy of the streams, where rows belong."""
-        row = torch.empty(
-            streams_WTC.shape,
-            dtype=streams_WTC.dtype,
-            device=self.of_rows,
-            pin_memory=self.pinned(self.of_rows),
-        )
+        row = self.empty(tuple(streams_WTC.shape), streams_WTC.dtype, self.of_rows)
         return row.copy_(streams_WTC)

@@ -3,11 +3,14 @@
 All variants share the dense streams up to the first layer that differs; behind it each has its own.
 Of a model whose layers are read one by one, all windows go through a layer before the next one is
 read; of a model that is at hand as a whole, a batch goes through all layers before the next batch.
+What is wanted of the streams on the way is taken by taps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.devices import free_bytes
+from ghost_dist.devices import free_bytes, synchronize
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
@@ -23,34 +26,71 @@ from ghost_dist.engines.layerwise import Group, LayerwiseModel
 _SHARE_FOR_STREAMS = 0.5
 """Of free memory; layers, logits and a batch's own memory have the rest."""
 
-AtEnd = Callable[[slice, list[Tensor]], None]
-"""Called with a slice of the windows, and the streams (B, T, C) of each variant that the final norm
-would get, on the device; ``LayerwiseModel.logits`` may be called then."""
+
+class Tap:
+    """Takes streams on the way; ``part`` are rows of the sweep's tokens.
+
+    ``mlp_layers`` are those whose down_proj is asked for.
+    """
+
+    mlp_layers: Collection[int] = ()
+
+    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """A batch of the dense stream entering a layer; it is not written to afterwards."""
+
+    def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
+        """The input H of a layer's down_proj in the dense model and ``H @ down``, without bias."""
+
+    def passed(self, boundary: int, streams_WTC: Tensor) -> None:
+        """The dense streams of all windows that go together; the next layer overwrites them."""
+
+    def last(self, part: slice, streams: list[Tensor]) -> None:
+        """What the final norm would get of each variant, (B, T, C); logits may be asked for."""
+
+
+class AtEnd(Tap):
+    """Gives the last streams to a function, called as :meth:`Tap.last`."""
+
+    def __init__(self, take: Callable[[slice, list[Tensor]], None]) -> None:
+        self._take = take
+
+    def last(self, part: slice, streams: list[Tensor]) -> None:
+        """Hand on."""
+        self._take(part, streams)
 
 
 def sweep(
     model: LayerwiseModel,
     variants: Sequence[Variant],
     tokens: Tokens,
+    taps: Sequence[Tap],
     *,
     batch: int,
-    at_end: AtEnd,
+    stop: int | None = None,
+    streams_WTC: Tensor | None = None,
+    done: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Run every variant over all windows and hand the last streams over.
+    """Run every variant over all windows.
 
     Parameters
     ----------
     model
-        With all layers of the uncut model.
+        Of the uncut model, the layers that are run.
     variants
         At least one.
     tokens
-        int32, shape (windows, T).
+        int32, shape (W, T).
+    taps
+        What is done with the streams.
     batch
         Windows per forward.
-    at_end
-        What to do with the streams; batch by batch.
+    stop
+        The last boundary; None: behind all layers, and the head is at hand there.
+    streams_WTC
+        Where the dense streams are to be; None: on the device, if there is room for all.
+    done
+        Boundary at which ``streams_WTC`` is already; None: it is empty.
     advance
         Called with the number of tokens just finished; those of a layer count as its share.
 
@@ -59,24 +99,27 @@ def sweep(
     CheckpointError
         If weights that are read on the way are damaged.
     """
-    groups: list[Group] = ["embeddings", *range(model.num_layers), "head"]
-    chunk = batch if model.whole else len(tokens)
-    for first in range(0, len(tokens), chunk):
+    last = model.num_layers if stop is None else stop
+    head: list[Group] = ["head"] if stop is None else []
+    groups: list[Group] = ["embeddings", *range(done or 0, last), *head]
+    chunk = batch if model.whole else max(1, len(tokens))
+    for first in range(0, max(1, len(tokens)), chunk):
         part = tokens[first : first + chunk]
-        streams = _Streams(model, variants, part.shape, batch)
+        streams = _Streams(model, variants, part.shape, batch, first, taps, streams_WTC)
         told = 0
         with model.through(groups) as at_hand:
-            for done, group in enumerate(at_hand):
-                if group == "embeddings":
+            for group in at_hand:
+                boundary = 0
+                if group == "embeddings" and done is None:
                     streams.embed(part)
                 elif group == "head":
                     model.check_weights()
-                    for rows in streams.parts():
-                        windows = slice(first + rows.start, first + rows.stop)
-                        at_end(windows, streams.of_all(rows))
-                else:
+                    streams.end()
+                    boundary = last + 1
+                elif isinstance(group, int):
                     streams.run_layer(group)
-                now = part.size * done // (len(groups) - 1)
+                    boundary = group + 1
+                now = part.size * boundary // (last + len(head))
                 advance(now - told)
                 told = now
 
@@ -90,8 +133,12 @@ class _Streams:
         variants: Sequence[Variant],
         shape: tuple[int, int],
         batch: int,
+        first: int,
+        taps: Sequence[Tap],
+        dense_WTC: Tensor | None,
     ) -> None:
         self._model, self._variants, self._batch = model, variants, batch
+        self._first, self._taps, self._device = first, taps, model.device
         self._operators = [
             {
                 span.stop: operator_as_computed(repair, model.dtype, model.device)
@@ -100,73 +147,127 @@ class _Streams:
             for variant in variants
         ]
         self._shape = (*shape, model.hidden_size)
-        self._place = model.device
-        if not model.whole:
+        self._place = model.device if dense_WTC is None else dense_WTC.device
+        if dense_WTC is None and not model.whole:
             stream_bytes = shape[0] * shape[1] * model.hidden_size * model.dtype.itemsize
             left = _SHARE_FOR_STREAMS * free_bytes(model.device) - model.bytes_at_once()
             if (len(variants) + 1) * stream_bytes > left:
                 self._place = torch.device("cpu")
-        self._dense = self._empty()
+        self._dense = self._empty() if dense_WTC is None else dense_WTC
         self._own: list[Tensor | None] = [None] * len(variants)
-
-    def parts(self) -> Iterator[slice]:
-        """Slices of the windows that go through together."""
-        for first in range(0, self._shape[0], self._batch):
-            yield slice(first, min(first + self._batch, self._shape[0]))
 
     def embed(self, tokens: Tokens) -> None:
         """The streams entering layer 0."""
-        for part in self.parts():
-            ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(self._model.device)
-            self._dense[part] = self._model.embed(ids_BT).to(self._place)
+        for part in self._parts():
+            ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(self._device)
+            self._take(0, part, self._model.embed(ids_BT))
+        self._pass(0)
 
     def run_layer(self, layer: int) -> None:
         """Let one layer act on every variant that has it, then the operators behind it."""
         self._part_ways(layer)
         running = [
-            (variant, own)
-            for variant, own in zip(self._variants, self._own, strict=True)
-            if own is not None and layer not in variant.removed
+            (number, own)
+            for number, own in enumerate(self._own)
+            if own is not None and layer not in self._variants[number].removed
         ]
         streams = [self._dense] if any(own is None for own in self._own) else []
-        inputs = Inputs([*streams, *(own for _, own in running)], self._batch, self._model.device)
-        with self._model.running(layer, inputs) as run:
-            for streams_WTC in streams:
-                self._run(run, streams_WTC)
-            for variant, own in running:
-                with self._model.with_down(layer, variant.downs.get(layer)):
-                    self._run(run, own)
+        inputs = Inputs([*streams, *(own for _, own in running)], self._batch, self._device)
+        taps = [tap for tap in self._taps if layer in tap.mlp_layers]
+        with self._model.running(layer, inputs, tapped=bool(taps)) as run:
+            if streams:
+                with self._mlp_tapped(layer, taps):
+                    for part in self._parts():
+                        self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
+            for number, own in running:
+                with self._model.with_down(layer, self._variants[number].downs.get(layer)):
+                    for part in self._parts():
+                        own = self._put(own, part, run(self._batch_of(own, part)))
+                self._own[number] = own
         self._repair(layer + 1)
+        self._pass(layer + 1)
 
-    def of_all(self, part: slice) -> list[Tensor]:
-        """The streams of every variant for some windows, on the model's device."""
-        device = self._model.device
-        dense = self._dense[part].to(device)
-        return [dense if own is None else own[part].to(device) for own in self._own]
+    def end(self) -> None:
+        """Hand over the last streams of every variant."""
+        for part in self._parts():
+            dense = self._batch_of(self._dense, part)
+            streams = [dense if own is None else self._batch_of(own, part) for own in self._own]
+            for tap in self._taps:
+                tap.last(self._rows(part), streams)
+
+    def _parts(self) -> Iterator[slice]:
+        """Slices of the windows that go through together."""
+        for first in range(0, self._shape[0], self._batch):
+            yield slice(first, min(first + self._batch, self._shape[0]))
+
+    def _rows(self, part: slice) -> slice:
+        return slice(self._first + part.start, self._first + part.stop)
+
+    def _batch_of(self, streams_WTC: Tensor, part: slice) -> Tensor:
+        return streams_WTC[part].to(self._device, non_blocking=True)
+
+    def _put(self, streams_WTC: Tensor, part: slice, y_BTC: Tensor) -> Tensor:
+        if self._model.whole:  # the batch is all there is
+            return y_BTC
+        streams_WTC[part].copy_(y_BTC, non_blocking=True)
+        return streams_WTC
+
+    def _take(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """A batch of the dense stream, which taps see first."""
+        for tap in self._taps:
+            tap.stream(boundary, self._rows(part), stream_BTC)
+        self._dense = self._put(self._dense, part, stream_BTC)
+
+    def _pass(self, boundary: int) -> None:
+        for tap in self._taps:
+            tap.passed(boundary, self._dense)
+
+    @contextlib.contextmanager
+    def _mlp_tapped(self, layer: int, taps: Sequence[Tap]) -> Iterator[None]:
+        """Give taps what the down_proj of a layer gets and makes."""
+        if not taps:
+            yield
+            return
+        parts = self._parts()
+
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            part = next(parts)
+            shape = (part.stop - part.start, self._shape[1], -1)  # some families flatten them
+            given, product = self._model.mlp_streams(layer, module, args[0], output)
+            for tap in taps:
+                tap.mlp(layer, self._rows(part), given.reshape(shape), product.reshape(shape))
+
+        handle = self._model.down_projection(layer).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _part_ways(self, layer: int) -> None:
         """Variants that differ from this layer on get streams of their own."""
         for number, variant in enumerate(self._variants):
             if self._own[number] is None and variant.first_changed == layer:
-                self._own[number] = self._empty().copy_(self._dense)
+                self._own[number] = self._dense if self._model.whole else self._copy()
 
-    def _run(self, run: Callable[[Tensor], Tensor], streams_WTC: Tensor) -> None:
-        for part in self.parts():
-            y_BTC = run(streams_WTC[part].to(self._model.device, non_blocking=True))
-            streams_WTC[part] = y_BTC.to(self._place)
+    def _copy(self) -> Tensor:
+        if self._place != self._device:
+            synchronize(self._device)  # the host reads what the device writes
+        return self._empty().copy_(self._dense)
 
     def _repair(self, boundary: int) -> None:
         """Let operators act on the streams entering a boundary."""
-        for own, operators in zip(self._own, self._operators, strict=True):
+        for number, operators in enumerate(self._operators):
+            own = self._own[number]
             if boundary not in operators:
                 continue
             assert own is not None, "the span below has made this variant another"
-            for part in self.parts():
-                x_BTC = own[part].to(self._model.device)
-                own[part] = repair_stream(operators[boundary], x_BTC).to(self._place)
+            for part in self._parts():
+                y_BTC = repair_stream(operators[boundary], self._batch_of(own, part))
+                own = self._put(own, part, y_BTC)
+            self._own[number] = own
 
     def _empty(self) -> Tensor:
-        pinned = self._model.device.type == "cuda" and self._place.type == "cpu"
+        pinned = self._device.type == "cuda" and self._place.type == "cpu"
         return torch.empty(
             self._shape, dtype=self._model.dtype, device=self._place, pin_memory=pinned
         )

@@ -31,6 +31,7 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.conformance import check_conformance
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.engines.sharded_loading import load_shards
@@ -69,7 +70,23 @@ class ShardedDecoder(Decoder):
 
     def down_projection(self, layer: int) -> Any:
         """The module that ends the MLP of a layer, with this rank's part of its weight."""
-        return self.layers[layer].get_submodule(self._down_projections[layer])
+        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
+
+
+class _ShardedLayers(LayerwiseModel):
+    """Layers of which this rank holds a part."""
+
+    def down_projection(self, layer: int) -> Any:
+        """The module that ends the MLP of a layer, with this rank's part of its weight."""
+        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
+
+    def mlp_streams(
+        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The input gathered to its full width; the output is summed over the ranks already."""
+        if module.bias is not None:
+            output_BTC = output_BTC - local_tensor(module.bias)
+        return gather_width(input_BTF, self.architecture.inner_sizes[layer]), output_BTC
 
 
 class TensorParallelEngine(ResidentEngine):
@@ -79,8 +96,6 @@ class TensorParallelEngine(ResidentEngine):
     ----------
     decoder
         This rank's part.
-    architecture
-        Of the model; says how wide the MLPs are.
     batch
         Windows per forward, the same on every rank.
 
@@ -93,19 +108,11 @@ class TensorParallelEngine(ResidentEngine):
         unsharded; None before that was tried.
     """
 
-    def __init__(self, decoder: ShardedDecoder, architecture: Architecture, batch: int) -> None:
+    def __init__(self, decoder: ShardedDecoder, batch: int) -> None:
         super().__init__(decoder, batch)
+        self._layers = _ShardedLayers(decoder.model, decoder.architecture)
         self.decoder = decoder
         self.conformance: float | None = None
-        self._inner_sizes = architecture.inner_sizes
-
-    def _mlp_streams(
-        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The input gathered to its full width; the output is summed over the ranks already."""
-        if module.bias is not None:
-            output_BTC = output_BTC - local_tensor(module.bias)
-        return gather_width(input_BTF, self._inner_sizes[layer]), output_BTC
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:
@@ -196,7 +203,7 @@ def open_tensor_parallel(
             decoder = _load_by_deepspeed(path, architecture, num_layers, dtype, device, degree)
         else:
             decoder = _load_by_transformers(path, architecture, num_layers, dtype, device, degree)
-        return TensorParallelEngine(decoder, architecture, batch)
+        return TensorParallelEngine(decoder, batch)
 
     difference = check_conformance(checkpoint, architecture, load, device, degree, backend)
     engine = load(path, architecture, num_layers, dtype)

@@ -21,7 +21,7 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.layerwise import LayerwiseModel
-from ghost_dist.engines.sweep import sweep
+from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import GhostDistError
 
 # Shapes: B windows of a batch, T tokens of a window, W all windows, V entries of the vocabulary.
@@ -106,7 +106,7 @@ def window_scores(
         ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(model.device)
         sums[:, :, part] = _batch_sums(model, streams, ids_BT)
 
-    sweep(model, variants, tokens, batch=batch, at_end=tap, advance=advance)
+    sweep(model, variants, tokens, [AtEnd(tap)], batch=batch, advance=advance)
     length = tokens.shape[1]
     return [
         Scores(nats.copy(), divergence / length, agreed / length, len(tokens) * (length - 1))
@@ -158,7 +158,7 @@ def last_logits(
         for stream_TC in streams[0]:
             found.append(model.logits(stream_TC).float().cpu())
 
-    sweep(model, [variant], tokens, batch=1, at_end=keep, advance=advance)
+    sweep(model, [variant], tokens, [AtEnd(keep)], batch=1, advance=advance)
     return torch.stack(found)
 
 

@@ -82,7 +82,8 @@ class CollectByStreaming:
         self._check_disk(len(state.windows) * tokens.window_length, boundaries, mlp_layers)
         engine = open_streaming_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
         try:
-            with self._reporter.stage(stage, boundaries[-1], "layers") as advance:
+            total = len(state.windows) * tokens.window_length
+            with self._reporter.stage(stage, total, "tokens") as advance:
                 try:
                     rows = engine.sweep(
                         tokens.tokens, state.windows, boundaries, mlp_layers, advance, state
@@ -134,17 +135,9 @@ def streamed_range(
     ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
     """
     boundaries, mlp_layers = _wanted(collectors)
-    total, done, told = len(windows) * tokens.shape[1], 0, 0
-
-    def after(layers: int) -> None:
-        nonlocal done, told
-        done += layers
-        advance(total * done // boundaries[-1] - told)
-        told = total * done // boundaries[-1]
-
     watch = Stopwatch(engine.device)
     began = watch.now()
-    rows = engine.sweep(tokens, windows, boundaries, mlp_layers, after)
+    rows = engine.sweep(tokens, windows, boundaries, mlp_layers, advance)
     with watch.lap():
         sums = _sums_of_rows(rows, windows, make_passes(collectors), engine.device)
     total_s = watch.until_now(began)

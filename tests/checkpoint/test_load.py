@@ -87,9 +87,9 @@ def test_only_the_layers_below_are_held(checkpoint):
     decoder = load_decoder(
         source.path, architecture, num_layers=2, dtype=torch.bfloat16, device=CPU
     )
-    names = [name for name, _ in decoder._model.named_parameters()]
+    names = [name for name, _ in decoder.model.named_parameters()]
     assert not any("lm_head" in n or n.startswith(("norm", "layers.2")) for n in names)
-    assert {p.dtype for p in decoder._model.parameters()} == {torch.bfloat16} == {decoder.dtype}
+    assert {p.dtype for p in decoder.model.parameters()} == {torch.bfloat16} == {decoder.dtype}
 
 
 def test_quiet_but_not_deaf(checkpoint, capfd, caplog):

@@ -88,17 +88,17 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
 
     class RankThatDies(Rank):
         def run(self, *arguments):
-            from ghost_dist.engines.streaming import StreamingEngine
+            from ghost_dist.engines.streamed_model import StreamedModel
 
-            own = StreamingEngine._run_layer
+            own = StreamedModel.running
 
-            def run_layer(engine, layer, *rest):
+            def running(model, layer, *rest, **options):
                 if layer == 2 and not marker.exists():
                     marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
-                return own(engine, layer, *rest)
+                return own(model, layer, *rest, **options)
 
-            StreamingEngine._run_layer = run_layer
+            StreamedModel.running = running
             return super().run(*arguments)
 
     use_rank(monkeypatch, RankThatDies)

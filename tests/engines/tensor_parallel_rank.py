@@ -116,7 +116,7 @@ def compare(folder, degree, backend, dtype):
         "conformance": engine.conformance,
         "parameter_bytes": engine.decoder.parameter_bytes,
         "read_bytes": engine.decoder.read_bytes,
-        "whole_bytes": sum(p.numel() * 4 for p in whole._model.parameters()),
+        "whole_bytes": sum(p.numel() * 4 for p in whole.model.parameters()),
         "widest": max((t.shape[-1] for k, t in got.items() if k[0] == "input"), default=0),
         "adds_mlp_output": adds,
     }

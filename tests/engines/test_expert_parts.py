@@ -24,7 +24,7 @@ from ghost_dist.engines.layer_memory import even_part
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
-from ghost_dist.engines.sweep import sweep
+from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from ghost_dist.statistics.stream_state import StreamState
 
@@ -181,7 +181,7 @@ def test_variants_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
             def keep(_, streams, model=model, logits=logits):
                 logits += [model.logits(stream.flatten(0, 1)) for stream in streams]
 
-            sweep(model, variants, TOKENS, batch=2, at_end=keep)
+            sweep(model, variants, TOKENS, [AtEnd(keep)], batch=2)
             assert model.bytes_read == source.nbytes
     assert len(found[3]) == 9
     assert all(map(torch.equal, found[3], found["auto"]))

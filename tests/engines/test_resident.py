@@ -90,7 +90,7 @@ def test_hooks_are_gone_after_an_error(tmp_path):
 def test_layers_above_the_last_boundary_are_not_loaded(tmp_path):
     save_checkpoint("llama", tmp_path)
     engine, _ = open_engine(tmp_path, 2, batch=1)
-    names = [name for name, _ in engine._decoder._model.named_parameters()]
+    names = [name for name, _ in engine._decoder.model.named_parameters()]
     assert any(".1." in name for name in names)
     assert not any(".2." in name or "head" in name for name in names)
 

@@ -22,6 +22,7 @@ from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.streamed_model import StreamedModel
 from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.sweep import AtEnd
 from ghost_dist.engines.sweep import sweep as sweep_variants
 from ghost_dist.errors import CheckpointError, CorruptStoreError, NonFiniteActivationError
 from ghost_dist.statistics import stream_state
@@ -82,13 +83,13 @@ def test_every_needed_tensor_is_read_once_and_one_layer_has_weights(
 ):
     source, architecture = checkpoint(family)
     engine = open_engine(source, architecture, num_layers=4)
-    held, run_layer = [], engine._run_layer
+    held, running = [], engine.model.running
 
-    def watched(layer, *arguments):
+    def watched(layer, *arguments, **options):
         held.append(with_weights(engine.model))
-        return run_layer(layer, *arguments)
+        return running(layer, *arguments, **options)
 
-    monkeypatch.setattr(engine, "_run_layer", watched)
+    monkeypatch.setattr(engine.model, "running", watched)
     engine.run(TOKENS, range(WINDOWS), Recorder((1, 4)), lambda _: None)
     assert held == [[0], [1], [2], [3]]
     assert with_weights(engine.model) == []
@@ -136,7 +137,7 @@ def test_variants_give_the_logits_of_the_model_that_is_really_cut(checkpoint, lo
             for of_variant, stream_BTC in zip(found, streams, strict=True):
                 of_variant += [model.logits(stream_TC) for stream_TC in stream_BTC]
 
-        sweep_variants(model, variants, TOKENS, batch=2, at_end=keep)
+        sweep_variants(model, variants, TOKENS, [AtEnd(keep)], batch=2)
         tied = model._tied
         table = sum(t.nbytes for n, t in source.tensors.items() if "embed_tokens.weight" in n)
         table += sum(t.nbytes for n, t in source.tensors.items() if "wte.weight" in n)
@@ -158,14 +159,14 @@ class Killed(BaseException):
 
 def sweep(source, architecture, state, die_after=None):
     engine = open_engine(source, architecture)
-    layers = []
+    tokens = []
 
     def advance(count):
-        layers.append(count)
+        tokens.append(count)
         if state is not None:
             state.wait()  # the disk keeps up
             state._rested = 0.0
-        if die_after is not None and sum(layers) == die_after:
+        if die_after is not None and sum(tokens) == die_after * len(ORDER) * LENGTH // 5:
             raise Killed
 
     with contextlib.closing(engine):

@@ -27,7 +27,7 @@ def test_bytes_are_those_of_the_tensors_that_are_loaded(checkpoint, family, dtyp
         decoder = load_decoder(
             source.path, architecture, num_layers=num_layers, dtype=dtype, device=CPU
         )
-        assert sizes.decoder_bytes(num_layers) == distinct_bytes(decoder._model)
+        assert sizes.decoder_bytes(num_layers) == distinct_bytes(decoder.model)
         for layer, size in zip(decoder.layers, sizes.layers, strict=False):
             assert size.loaded_bytes == distinct_bytes(layer)
     model = load_causal_lm(source.path, dtype=dtype, device=CPU)
