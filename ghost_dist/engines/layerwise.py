@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -115,7 +116,7 @@ class LayerwiseModel:
         layer: int,
         inputs: Inputs | None = None,  # noqa: ARG002 - for layers that are held in parts
         *,
-        tapped: bool = False,  # noqa: ARG002 - for layers that are compiled
+        tapped: bool = False,
     ) -> Iterator[RunLayer]:
         """A function that runs one layer, whose group must be at hand.
 
@@ -140,11 +141,12 @@ class LayerwiseModel:
             left: Tensor = output[0] if isinstance(output, tuple) else output
             return left
 
-        self._take_up(layer)
-        try:
+        with contextlib.ExitStack() as stack:
+            self._take_up(layer)
+            stack.callback(self._hand_on, layer)
+            if tapped:
+                stack.enter_context(forward_of(module, MethodType(type(module).forward, module)))
             yield run
-        finally:
-            self._hand_on(layer)
 
     def down_projection(self, layer: int) -> nn.Linear:
         """The module that ends the MLP of a layer; KeyError if it has none."""

@@ -257,7 +257,7 @@ class StreamedModel(LayerwiseModel):
     ) -> Iterator[RunLayer]:
         """A function that runs one layer; see :meth:`LayerwiseModel.running`."""
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(super().running(layer))
+            run = stack.enter_context(super().running(layer, tapped=tapped))
             if self._compiled and not tapped:
                 module = self.layers[layer]
                 forward = torch.compile(module.forward, dynamic=False)
