@@ -113,7 +113,7 @@ def sweep(
                 if group == "embeddings" and done is None:
                     streams.embed(part)
                 elif group == "head":
-                    model.check_weights()
+                    model.check_weights()  # before logits of them are looked at
                     streams.end()
                     boundary = last + 1
                 elif isinstance(group, int):
@@ -122,6 +122,7 @@ def sweep(
                 now = part.size * boundary // (last + len(head))
                 advance(now - told)
                 told = now
+            model.check_weights()
 
 
 class _Streams:

@@ -26,8 +26,8 @@ from ghost_dist.config import SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
-from ghost_dist.engines.expert_parts import Inputs
-from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.inputs import RunInputs, windows_of_folds
@@ -283,6 +283,17 @@ class Operators:
         return fit_start(start, stops, pairs, _RIDGE)
 
 
+class _Keep(Tap):
+    """Copies the dense streams of every boundary."""
+
+    def __init__(self, kept: Sequence[Tensor]) -> None:
+        self._kept = kept
+
+    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """A batch."""
+        self._kept[boundary][part] = stream_BTC.to(self._kept[boundary].device)
+
+
 def dense_streams(
     model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance
 ) -> list[Tensor]:
@@ -308,29 +319,15 @@ def dense_streams(
     kept = [
         torch.empty(shape, dtype=model.dtype, device=place) for _ in range(model.num_layers + 1)
     ]
-    groups: list[Group] = ["embeddings", *range(model.num_layers)]
-    chunk = batch if model.whole else len(tokens)
-    for first in range(0, len(tokens), chunk):
-        count, told = min(chunk, len(tokens) - first), 0
-        parts = [
-            slice(at, min(at + batch, first + count)) for at in range(first, first + count, batch)
-        ]
-        with model.through(groups) as at_hand:
-            for done, group in enumerate(at_hand, start=1):
-                if isinstance(group, int):
-                    given, left = kept[group], kept[group + 1]
-                    inputs = Inputs([given[first : first + count]], batch, model.device)
-                    with model.running(group, inputs) as layer:
-                        for part in parts:
-                            left[part] = layer(given[part].to(model.device)).to(place)
-                else:
-                    for part in parts:
-                        ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(model.device)
-                        kept[0][part] = model.embed(ids_BT).to(place)
-                now = count * tokens.shape[1] * done // len(groups)
-                advance(now - told)
-                told = now
-            model.check_weights()
+    sweep(
+        model,
+        [Variant()],
+        tokens,
+        [_Keep(kept)],
+        batch=batch,
+        stop=model.num_layers,
+        advance=advance,
+    )
     return kept
 
 
