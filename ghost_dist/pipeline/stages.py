@@ -6,6 +6,7 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import shutil
@@ -529,6 +530,7 @@ class Stages:
             with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
                 expected = last_logits(layers, recovered, tokens, advance)
             del layers  # a fresh process needs the memory
+            gc.collect()
             release_cached(inputs.device)
             kept = inputs.architecture.num_layers - len(recovered.removed)
             if inputs.streaming:
