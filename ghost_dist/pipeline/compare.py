@@ -24,11 +24,10 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName
 from ghost_dist.durable import fingerprint, write_bytes, write_json
-from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import CollectHere, entries_of, mend, plan_of
+from ghost_dist.pipeline.collecting import entries_of, mend, plan_of
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
 from ghost_dist.pipeline.engine import settle
 from ghost_dist.pipeline.inputs import (
@@ -43,6 +42,7 @@ from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages
+from ghost_dist.pipeline.streamed import collect_here, evaluation_shape, layers_of
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
@@ -118,6 +118,11 @@ def compare(
             "compare runs in one process: leave engine.tensor_parallel and engine.replicas at 1 "
             "and cluster.address unset."
         )
+    if "refine" in rows and config.engine.kind == "streaming":
+        raise ConfigError(
+            "engine.kind=streaming: the row refine trains operators on a model that is held whole. "
+            "Leave it out, or set engine.kind=resident on a machine that can."
+        )
     reporter = reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
@@ -126,7 +131,8 @@ def compare(
             raise ConfigError("compare needs a text to compare on: --set evaluation.corpora=...")
         for remove in removes:
             check_remove(remove, inputs.architecture.num_layers, config.selection.protect)
-        inputs = settle(inputs, run, reporter, whole="compare")
+        whole = "the row refine" if "refine" in rows else None
+        inputs = settle(inputs, run, reporter, whole=whole)
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
         table = _Table(run.path, inputs, tokens)
@@ -168,7 +174,8 @@ def _select(
         plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
         store = StatisticsStore(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
         mend(store, reporter)
-        CollectHere(inputs, reporter)(store, tokens, CollectorsTogether(selectors), "select")
+        collect = collect_here(inputs, reporter, run.path)
+        collect(store, tokens, CollectorsTogether(selectors), "select")
         for name, selector in selectors.items():
             decided[name], _ = selector.decide(store, folds, inputs.device)
     for remove in removes if "search" in selections else ():
@@ -211,8 +218,8 @@ def _fill(
     mend(store, reporter)
     if ordered:
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
-        CollectHere(inputs, reporter)(store, tokens, collectors, "calibrate")
-    model = open_causal_lm(inputs)
+        collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate")
+    model = None if inputs.streaming else open_causal_lm(inputs)
     table.dense(lambda: _perplexities(inputs, model, Variant()))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
@@ -295,8 +302,8 @@ def _refined(
 
 
 def _perplexities(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, float]:
-    layers = LayerwiseModel(model, inputs.architecture)
-    found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
+    with layers_of(inputs, evaluation_shape(inputs), 1, model=model) as layers:
+        found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
     return {name: of_corpus.perplexity for name, [of_corpus] in found.items()}
 
 

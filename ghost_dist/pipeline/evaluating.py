@@ -12,7 +12,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.evaluation.harness import run_task
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
-from ghost_dist.pipeline.streamed import layers_of
+from ghost_dist.pipeline.streamed import evaluation_shape, layers_of
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
@@ -61,8 +61,7 @@ class Evaluation:
         if not corpora:
             return {}
         variants = [Variant(), Variant(self._recovered.spans), self._recovered]
-        shapes = [windows.tokens.shape for windows in corpora.values()]
-        shape = (sum(count for count, _ in shapes), shapes[0][1])
+        shape = evaluation_shape(inputs)
         with (
             layers_of(inputs, shape, len(variants), model=model) as layers,
             self._reporter.stage("evaluate", math.prod(shape), "tokens") as advance,

@@ -135,11 +135,6 @@ def open_inputs(
         device, workers = open_device("auto"), worker_device()
     num_ranges = count_ranges(config)
     dtype = compute_dtype(config, source, workers)
-    if any_operator and config.engine.kind == "streaming":
-        raise ConfigError(
-            "engine.kind=streaming: operators are compared on a model that is held whole. Set "
-            "engine.kind=resident on a machine that can, or recover with one operator at a time."
-        )
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
         name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)

@@ -48,7 +48,6 @@ from ghost_dist.export.verify import (
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
-    CollectHere,
     entries_of,
     mend,
     plan_of,
@@ -67,7 +66,7 @@ from ghost_dist.pipeline.inputs import (
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
-from ghost_dist.pipeline.streamed import CollectByStreaming, layers_of, logits_of_exported
+from ghost_dist.pipeline.streamed import collect_here, layers_of, logits_of_exported
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
@@ -135,9 +134,7 @@ class Stages:
     ) -> None:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._again = again
-        if collect is None and inputs.streaming:
-            collect = CollectByStreaming(inputs, reporter, run.path)
-        self._collect = collect or CollectHere(inputs, reporter)
+        self._collect = collect or collect_here(inputs, reporter, run.path)
         self._fit_spans = fit_spans
         self._store: StatisticsStore | None = None
 

@@ -29,6 +29,7 @@ from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.verify import has_our_code
+from ghost_dist.pipeline.collecting import Collect, CollectHere
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, passes_here
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch
@@ -119,6 +120,19 @@ class CollectByStreaming:
         inner = sum(architecture.inner_sizes[layer] for layer in mlp_layers)
         kept = stream * (len(boundaries) + len(mlp_layers)) + num_tokens * inner * itemsize
         check_disk_space(self._folder, {"saved streams": 2 * stream, "kept streams": kept})
+
+
+def collect_here(inputs: RunInputs, reporter: Reporter, folder: Path) -> Collect:
+    """Who fills the stores of a run in one process; ``folder`` is where streams may be saved."""
+    if inputs.streaming:
+        return CollectByStreaming(inputs, reporter, folder)
+    return CollectHere(inputs, reporter)
+
+
+def evaluation_shape(inputs: RunInputs) -> tuple[int, int]:
+    """Windows of all corpora of a run, and their length."""
+    shapes = [windows.tokens.shape for windows in inputs.evaluation.values()]
+    return sum(count for count, _ in shapes), shapes[0][1]
 
 
 def streamed_range(

@@ -56,6 +56,25 @@ def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
     assert json.loads((tmp_path / "run" / "compare.json").read_text())["rows"] == result["rows"]
 
 
+def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
+    tables = {
+        kind: compare(
+            make_shared(engine__kind=kind, output__path=str(tmp_path / kind)),
+            [2],
+            ["none", "ghost", "heal"],
+            ["recoverability"],
+        )
+        for kind in ("resident", "streaming")
+    }
+    expected, got = tables["resident"], tables["streaming"]
+    assert got["dense"] == pytest.approx(expected["dense"], rel=1e-5)
+    for old, new in zip(expected["rows"], got["rows"], strict=True):
+        assert new["perplexity"] == pytest.approx(old["perplexity"], rel=1e-5)
+        assert {**new, "perplexity": 0, "kl": 0} == {**old, "perplexity": 0, "kl": 0}
+    with pytest.raises(ConfigError, match="the row refine trains"):
+        compare(make_shared(engine__kind="streaming"), [2], ["refine"], ["recoverability"])
+
+
 def test_a_row_that_cannot_be_fitted_leaves_the_others(make_shared):
     """32 tokens for 48 channels and no ridge: the Gram matrix is singular."""
     result = compare(

@@ -216,5 +216,5 @@ def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_pa
         evaluation__window_length=32,
     )
     have(1_000_000)
-    compare(config, [2], ["none"], ["block-influence"])
-    assert "compare needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
+    compare(config, [2], ["none", "refine"], ["block-influence"])
+    assert "the row refine needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
