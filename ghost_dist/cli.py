@@ -52,7 +52,7 @@ Model = Annotated[
 ]
 Out = Annotated[str | None, typer.Option("--out", help="RUN folder.")]
 Remove = Annotated[
-    str | None, typer.Option("--remove", help="How much goes: 7 layers, 20%, or 4GB.")
+    str | None, typer.Option("--remove", help="How much to remove: 7 layers, 20%, or 4GB.")
 ]
 Spans = Annotated[str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")]
 Operator = Annotated[

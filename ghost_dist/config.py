@@ -102,7 +102,7 @@ class SelectionConfig(_Section):
     angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined),
     paper (the published code's score, along the sequence, never the first or the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
-    """How much goes: layers (``7``), a share of all parameters (``20%``), or bytes of the
+    """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     checkpoint (``4GB``, ``512MiB``)."""
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
@@ -115,9 +115,9 @@ class SelectionConfig(_Section):
     max_length: int | None = Field(default=None, ge=1)
     """recoverability, search: most layers of a span; null: all that are removed."""
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
-    """search: quick ends when enough layers have gone one by one, normal goes on for as long again
-    with layers that change places, thorough for three times as long, each on twice the text of the
-    one before; or a number of evaluations, of a removal on a window."""
+    """search: quick removes layers one at a time; normal then exchanges layers for as long again,
+    thorough for three times as long, each with twice the text of the one before. Or a number of
+    evaluations (of a choice of layers on a window)."""
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 
@@ -174,13 +174,13 @@ class OperatorConfig(_Section):
     """auto: what ``choose`` prefers of ghost-joint and fold (ghost, where the layer before the gap
     does not allow them) and none; ghost: x -> x W (the paper); ghost-joint: that and a new
     down_proj before the gap; fold, replaceme: only that; low-rank: x -> x + x U V; linear-patch,
-    linear-patch-hadamard: a diagonal; none: cut only."""
+    linear-patch-hadamard: a diagonal; none: no operator."""
     ridge: Ridge = "auto"
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
-    """Folds of the held-out windows, dealt range by range. Nothing is fitted on the last one where
-    refit=sequential, heal or refine.steps is to be judged by it."""
+    """Folds of cross-validation; a range is in one fold. With refit=sequential, heal or
+    refine.steps the last fold is only used for evaluation."""
     affine: bool = False
     """Fit a bias too."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
@@ -194,8 +194,8 @@ class OperatorConfig(_Section):
     inverse-norm (1/||y||), clip (norm at most twice the window's median); auto: none or
     inverse-norm, chosen by KL, with twice the statistics."""
     choose: Literal["kl", "residual"] = "kl"
-    """What settles whatever is auto: kl, the divergence from the dense model on held-out windows;
-    residual, the held-out boundary residual, and of row weights none."""
+    """How settings that are auto are chosen: kl, by the divergence from the dense model on held-out
+    windows; residual, by the held-out residual at the boundary (row weights: none)."""
     refit: Literal["parallel", "sequential"] = "parallel"
     """sequential: each later span is fitted on the stream of the already recovered model."""
     heal: bool = False
@@ -235,34 +235,34 @@ class RefineConfig(_Section):
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """kl: temperature of both distributions."""
     every: int = Field(default=25, ge=1)
-    """Steps between two looks at the held-out loss; the state is saved then."""
+    """Steps between two evaluations of the held-out loss; the state is saved then."""
     patience: int = Field(default=8, ge=1)
-    """Looks without improvement before it stops."""
+    """Evaluations without improvement before it stops."""
 
 
 class EngineConfig(_Section):
     """How the model is run over the windows."""
 
     kind: Literal["auto", "resident", "tensor_parallel", "streaming"] = "auto"
-    """resident: layers up to the last boundary on one device. tensor_parallel: every layer shared
-    by the ranks of a replica. streaming: layer after layer, each read once a stage (on a cluster
-    once a range), for checkpoints larger than the device or the machine. auto: tensor_parallel on a
-    cluster; in one process resident, or streaming where a stage of that does not fit, decided once
-    and kept by RUN. May differ when a run is continued."""
+    """resident: layers up to the last boundary on one device. tensor_parallel: every layer is
+    sharded over the ranks of a replica. streaming: offloaded; layers are read one by one, each once
+    per stage (on a cluster once per range), for checkpoints larger than the device or the machine.
+    auto: tensor_parallel on a cluster; in one process resident if it fits, else streaming, decided
+    once per run. May differ when a run is continued."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks of a replica; must divide the heads. More than 1 needs Ray."""
     data_parallel: int = Field(default=1, ge=1)
-    """Ranks of a replica that streams, such as the GPUs of a node: each reads its part of a layer,
+    """streaming: ranks of a replica, such as the GPUs of a node. Each reads its part of a layer,
     gets the rest from the others, and runs its part of the windows. More than 1 needs Ray."""
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Copies of the model that share the windows; auto: as many as the cluster has room for. More
     than 1, or auto, needs Ray. May differ when a run is continued."""
     backend: Literal["deepspeed", "transformers"] = "deepspeed"
-    """Who shards the layers of kind tensor_parallel."""
+    """tensor_parallel: the library that shards the layers."""
     reduction: Literal["ordered", "all-reduce"] = "ordered"
     """How the sums of ranges become those of folds. ordered: read from the store and added in the
-    order of their ids, bitwise the same whatever died. all-reduce: the replicas add what each has
-    run and all-reduce that, equal up to float64 rounding; nothing is read back. Needs Ray."""
+    order of their ids, bitwise the same after any failure. all-reduce: the replicas add what each
+    has run and all-reduce that, equal up to float64 rounding; nothing is read back. Needs Ray."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda or cuda:1; auto: a GPU if there is one, else the CPU."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
