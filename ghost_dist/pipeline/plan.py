@@ -56,6 +56,7 @@ from ghost_dist.pipeline.inputs import (
     open_model,
     refittable_layers,
 )
+from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import num_judges
 from ghost_dist.planning.engine_choice import DeviceNeeds, EngineChoice, choose_engine
@@ -204,6 +205,8 @@ def plan_run(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the dearest that {remove} layers can be"
         )
+    if config.selection.searches:
+        notes.append("select is reckoned with all of its budget; a search may end before")
     candidates = candidates_of(config.operator, run.spans, refittable)
     if few := few_tokens(config.calibration, candidates, run.spans, architecture, refittable):
         notes.append(few)
@@ -381,7 +384,9 @@ def _selection(
         return None
     selector = Selector(config.selection, remove, architecture)
     if config.selection.criterion != "recoverability":
-        return SelectionShape({}, None, 0, 0, 1)
+        searches = config.selection.searches
+        search = search_shape(config, remove, architecture) if searches else None
+        return SelectionShape({}, None, 0, 0, 1, search)
     # Weights are there before the sums: what they leave is what the run will see as free.
     free = free_bytes(device)
     left = free - sizes.decoder_bytes(architecture.num_layers)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.checkpoint.architecture import check_cut
+from ghost_dist.checkpoint.architecture import Architecture, check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.config import SelectionConfig
+from ghost_dist.config import Config, SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
@@ -33,11 +33,13 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.inputs import RunInputs, windows_of_folds
 from ghost_dist.pipeline.selecting import rules_of
 from ghost_dist.pipeline.streamed import layers_of
+from ghost_dist.planning.run_shape import RemovalSearch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import (
     Removal,
     Search,
+    greedy_evaluations,
     table_as_plain,
     table_from_plain,
 )
@@ -49,6 +51,7 @@ _RIDGE = 1e-2  # relative; of operators within the search
 _JUDGED_LENGTH = 512  # tokens of a judging window, from the beginning of one of calibration
 _SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 _MOST_VARIANTS = 64  # of a sweep
+_OPERATORS_OF_LAYER = 8  # that should have room on the device
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,44 @@ class Effort:
 
     rounds: float  # budget, in evaluations of its greedy part
     judged_tokens: int
-    first_tokens: int  # of these, for all removals of a generation
     fitted_per_channel: int  # tokens
+
+    def fit_windows(self, width: int, length: int) -> int:
+        """Windows of a length that operators of a width are fitted on."""
+        return -(-self.fitted_per_channel * width // length)
+
+    def judged_windows(self, length: int) -> int:
+        """Windows of a length that removals are scored on."""
+        return max(1, self.judged_tokens // length)
+
+    def depths(self, windows: int) -> tuple[int, ...]:
+        """Judging windows of all removals of a generation, and of the best."""
+        return tuple(sorted({max(1, windows // 4), windows}))
 
 
 EFFORTS = {
-    "quick": Effort(1.0, 2048, 512, 8),
-    "normal": Effort(2.0, 4096, 1024, 16),
-    "thorough": Effort(4.0, 8192, 2048, 32),
+    "quick": Effort(1.0, 2048, 8),
+    "normal": Effort(2.0, 4096, 16),
+    "thorough": Effort(4.0, 8192, 32),
 }
+
+
+def search_shape(config: Config, remove: int, architecture: Architecture) -> RemovalSearch:
+    """What a search takes at most."""
+    selection, calibration = config.selection, config.calibration
+    effort, length = _effort(selection), min(_JUDGED_LENGTH, calibration.window_length)
+    of_judge = -(-calibration.windows // config.operator.folds)
+    fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
+    depths = effort.depths(min(of_judge, effort.judged_windows(length)))
+    rules = rules_of(selection, remove, architecture.num_layers)
+    budget = math.ceil(effort.rounds * greedy_evaluations(rules, depths))
+    if isinstance(selection.effort, int):
+        budget = selection.effort
+    return RemovalSearch(
+        fitted_tokens=min(fitted, calibration.windows - of_judge) * calibration.window_length,
+        judged_tokens=budget * length,
+        sweeps=math.ceil(len(depths) * effort.rounds * remove),
+    )
 
 
 def search_spans(
@@ -186,17 +218,17 @@ class Windows:
         length = min(_JUDGED_LENGTH, tokens.window_length)
         others = windows_of_folds(inputs, tokens, folds[:-1])
         of_judge = windows_of_folds(inputs, tokens, folds[-1:])
-        fit_tokens = effort.fitted_per_channel * inputs.architecture.hidden_size
-        fitted = _spread(others, -(-fit_tokens // tokens.window_length))
-        judged = _spread(of_judge, max(1, effort.judged_tokens // length))
-        first = max(1, len(judged) * effort.first_tokens // effort.judged_tokens)
+        fit_windows = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
+        fitted = _spread(others, fit_windows)
+        judged = _spread(of_judge, effort.judged_windows(length))
+        depths = effort.depths(len(judged))
         # The first ones are spread too: those that are scored on no more windows have all of it.
-        order = [*judged[:: len(judged) // first][:first]]
+        order = judged[:: len(judged) // depths[0]][: depths[0]]
         order += [window for window in judged if window not in order]
         return Windows(
             tokens.tokens[fitted],
             np.ascontiguousarray(tokens.tokens[order, :length]),
-            tuple(sorted({first, len(judged)})),
+            depths,
         )
 
 
@@ -249,7 +281,12 @@ class Operators:
         self._streams, self._model = streams, model
         self._weights: OrderedDict[Span, Repair] = OrderedDict()
         one = model.hidden_size**2 * model.dtype.itemsize
-        self._most = int(_SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))) // one
+        self._place, self._most = model.device, 0
+        if model.whole:
+            self._most = int(_SHARE_OF_MEMORY * free_bytes(model.device)) // one
+        if self._most < _OPERATORS_OF_LAYER * model.num_layers:
+            self._place = torch.device("cpu")
+            self._most = int(_SHARE_OF_MEMORY * free_bytes(self._place)) // one
 
     def fit(self, spans: Collection[Span]) -> None:
         """Have all of these; those that were not used for longest go where memory is short."""
@@ -263,7 +300,7 @@ class Operators:
             for span, weight_CC in self._fit_start(start, of_start).items():
                 # nn.Linear's layout in memory, which is how a sweep wants it
                 weight_CC = weight_CC.to(self._model.dtype).T.contiguous().T
-                self._weights[span] = Repair(weight_CC=weight_CC.cpu())
+                self._weights[span] = Repair(weight_CC=weight_CC.to(self._place))
         while len(self._weights) > max(self._most, len(spans)):
             self._weights.popitem(last=False)
 

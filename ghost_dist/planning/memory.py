@@ -57,6 +57,8 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
     sizes, tokens = run.sizes, run.num_tokens
     sums = {"select": _selection_bytes(run), "calibrate": run.samples_bytes}.get(stage, 0)
     total = copies * sums
+    if stage == "select" and engine != "streaming":
+        total += kept_streams_bytes(run)
     if stage == "solve":
         largest = max((sample.nbytes for sample in run.samples), default=0)
         total += fit_bytes(run.folds * largest, run.folds)
@@ -97,6 +99,8 @@ def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
         rows += sum(size + sizes.hidden_size for size in inner.values())
         return streams + tokens * rows * sizes.itemsize
     if stage == "select":
+        if (kept := kept_streams_bytes(run)) > 0:
+            return streams + kept
         # Boundaries from a start to its stop wait; one more is being made.
         assert run.selection is not None
         longest = max([1, *(span.stop - span.start for span in run.spans)])
@@ -107,6 +111,13 @@ def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
     if stage == "evaluate":
         return 3 * sizes.stream_bytes(sum(run.evaluation_tokens.values()))  # one sweep for all
     return streams
+
+
+def kept_streams_bytes(run: RunShape) -> int:
+    """Streams of all boundaries, which a search for layers fits operators from."""
+    if run.selection is None or run.selection.search is None:
+        return 0
+    return (run.num_layers + 1) * run.sizes.stream_bytes(run.selection.search.fitted_tokens)
 
 
 def asked_bytes(run: RunShape, stage: str, ranks: int | None) -> int:
@@ -126,6 +137,9 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
     sizes, batch_tokens = run.sizes, run.batch * run.window_length
     logits = logits_bytes(batch_tokens, sizes.vocab_size)
     activations = activation_bytes(batch_tokens, sizes.hidden_size, sizes.widest, sizes.itemsize)
+    if stage == "select" and run.selection is not None and run.selection.search is not None:
+        # The dense model's stream and a variant's; distributions of both, and one being made.
+        return sizes.causal_lm_bytes + activations + 2 * sizes.stream_bytes(batch_tokens) + logits
     if stage == "select":
         weights = sizes.decoder_bytes(run.num_layers, degree)
         waiting = (_longest(run) + 1) * sizes.stream_bytes(batch_tokens)
@@ -168,7 +182,10 @@ def _streaming(run: RunShape, stage: str, held: Residency) -> int:
         "select": _selection_bytes(run),
         "calibrate": run.samples_bytes + _product_bytes(run),
     }.get(stage, 0)
-    head = (stage == "solve" and run.by_kl) or stage in ("evaluate", "export")
+    searches = run.selection is not None and run.selection.search is not None
+    head = stage in ("evaluate", "export") or (
+        (stage == "solve" and run.by_kl) or (stage == "select" and searches)
+    )
     layers = run.sizes.layer_bytes(run.batch * run.window_length, head=head)
     return max(layers.at_once(held), sums)  # sums are taken range by range at the end of a sweep
 

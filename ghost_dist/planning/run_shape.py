@@ -11,6 +11,15 @@ from ghost_dist.statistics.span_sums import Regressors
 
 
 @dataclass(frozen=True)
+class RemovalSearch:
+    """What a search for layers takes, at most."""
+
+    fitted_tokens: int  # whose dense streams are kept
+    judged_tokens: int  # all evaluations together
+    sweeps: int
+
+
+@dataclass(frozen=True)
 class SelectionShape:
     """Sums of a selection."""
 
@@ -19,6 +28,7 @@ class SelectionShape:
     start_bytes: int  # of the largest start
     start_stored_bytes: int
     starts_at_once: int
+    search: RemovalSearch | None = None  # none with the other criteria
 
     @property
     def passes(self) -> int:

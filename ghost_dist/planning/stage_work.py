@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ghost_dist.planning.engine_choice import EngineKind
-from ghost_dist.planning.run_shape import RunShape
+from ghost_dist.planning.run_shape import RemovalSearch, RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
 from ghost_dist.solver.least_squares import num_steps, step_flops
 from ghost_dist.spans import Span
@@ -79,6 +79,9 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
     selection = run.selection
     assert selection is not None
     work = Work()
+    if selection.search is not None:
+        _search(work, run, selection.search, engine)
+        return work
     _read_decoder(work, run, run.num_layers, engine)
     _forward(work, run, range(run.num_layers), run.num_tokens * selection.passes)
     if not selection.stops_of:
@@ -97,6 +100,19 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
         equal = max(1, round(steps * flops_of_step / step_flops(c, c)))
         work.fits.append(FitWork("stream", c, equal, 0, step_flops(c, c)))
     return work
+
+
+def _search(work: Work, run: RunShape, search: RemovalSearch, engine: EngineKind) -> None:
+    """Every evaluation runs the layers that stay, on average half of those that go beside them;
+    what candidates share of the dense streams is not known before. Fits are few beside that.
+    """
+    _read_whole(work, run, engine)
+    if engine == "streaming":
+        work.read_bytes *= 1 + search.sweeps
+    _forward(work, run, range(run.num_layers), search.fitted_tokens)
+    layers = range(len(run.removed) // 2, run.num_layers)
+    _forward(work, run, layers, search.judged_tokens)
+    work.head_tokens = work.divergence_tokens = search.judged_tokens
 
 
 def _calibrate(run: RunShape, engine: EngineKind) -> Work:

@@ -164,7 +164,7 @@ class Search:
         self._random, self._told = random.Random(seed), after_generation
         self._asked: dict[Removal, int] = {}
         self._generations: list[dict[str, Any]] = []
-        least = self._greedy_cost()
+        least = greedy_evaluations(rules, depths)
         self.budget = budget if budget is not None else math.ceil(effort * least)
         if self.budget < least:
             raise ConfigError(
@@ -294,19 +294,7 @@ class Search:
     def _affords(self, candidates: Sequence[Removal]) -> bool:
         """Whether the budget lasts for a generation of these."""
         unseen = sum(removal not in self._asked for removal in candidates)
-        return self.evaluations + self._cost(unseen) <= self.budget
-
-    def _cost(self, count: int) -> int:
-        """Evaluations of a generation of so many."""
-        cost = 0
-        for before, depth in itertools.pairwise((0, *self._depths)):
-            count = _num_kept(count) if before else count
-            cost += count * (depth - before)
-        return cost
-
-    def _greedy_cost(self) -> int:
-        free = self.rules.num_units - len(set(self.rules.protect))
-        return sum(self._cost(free - gone) for gone in range(self.rules.remove))
+        return self.evaluations + _evaluations(unseen, self._depths) <= self.budget
 
     def _mean(self, removal: Removal, depth: int | None = None) -> float:
         return math.fsum(self.table[removal][: depth or self._depths[-1]]) / (
@@ -319,6 +307,12 @@ class Search:
     def _rank_seen(self, removal: Removal) -> tuple[float, Removal]:
         """By the windows that all of a generation were scored on."""
         return self._mean(removal, self._depths[0]), removal
+
+
+def greedy_evaluations(rules: Rules, depths: Sequence[int]) -> int:
+    """What it takes at most until the units have gone one at a time."""
+    free = rules.num_units - len(set(rules.protect))
+    return sum(_evaluations(free - gone, depths) for gone in range(rules.remove))
 
 
 def exhaustive(rules: Rules, score: Score, num_windows: int) -> list[tuple[float, Removal]]:
@@ -345,6 +339,15 @@ def table_from_plain(plain: Mapping[str, Sequence[float | None]]) -> dict[Remova
         ]
         for removal, scores in plain.items()
     }
+
+
+def _evaluations(count: int, depths: Sequence[int]) -> int:
+    """Of a generation of so many removals that were not scored before."""
+    total = 0
+    for before, depth in itertools.pairwise((0, *depths)):
+        count = _num_kept(count) if before else count
+        total += count * (depth - before)
+    return total
 
 
 def _plain(score: float) -> float | None:

@@ -11,6 +11,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -106,6 +107,19 @@ def test_the_result_says_what_was_searched(make_config, tmp_path):
     assert min(g["score"] for g in search["generations"] if len(g["removed"]) == 2) == search["kl"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "recovered models were compared with the dense one" in page
+
+
+def test_what_is_planned_is_the_most_that_is_done(searched, make_config, tmp_path):
+    _, found = searched("a")
+    planned = plan_run(make_config(**SEARCH), QUIET)
+    inputs = open_inputs(make_config(**SEARCH), QUIET)
+    search = searching.search_shape(inputs.config, 2, inputs.architecture)
+    assert search.fitted_tokens == found["fitted_tokens"]
+    assert 0.5 < found["evaluations"] * 64 / search.judged_tokens <= 1
+    [select] = [stage for stage in planned.stages if stage.name == "select"]
+    layer = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96)
+    assert select.flops > search.judged_tokens * 7 * layer
+    assert any("all of its budget" in note for note in planned.notes)
 
 
 def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
