@@ -11,11 +11,16 @@ from typing import Literal
 
 import torch
 
-from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.load import truncated_config
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.config import Config
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, device_name, free_bytes
+from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.pipeline.plan import choose, run_shape
-from ghost_dist.planning.engine_choice import EngineChoice
+from ghost_dist.pipeline.sizing import run_shape
+from ghost_dist.planning.engine_choice import EngineChoice, choose_engine
 from ghost_dist.planning.memory import device_needs
 from ghost_dist.planning.model_sizes import model_sizes
 from ghost_dist.planning.run_shape import RunShape
@@ -104,7 +109,7 @@ def decide(
 
 def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
     """Whether the driver of a cluster can run the whole model on its GPU, for what comes last."""
-    needs = device_needs(_shape(inputs), on_cluster=False, degrees=(), degree=1).resident
+    needs = device_needs(_shape(inputs), ranks=None, degrees=(), degree=1, on_cpu=False).resident
     stage = max(needs.keys() - {"select", "calibrate"}, key=lambda name: needs[name])
     free = free_bytes(inputs.device)
     if needs[stage] <= SHARE_OF_FREE_MEMORY * free:
@@ -127,4 +132,41 @@ def _shape(inputs: RunInputs) -> RunShape:
         remove=inputs.remove,
         refittable=inputs.refittable,
         evaluation_tokens={name: w.tokens.size for name, w in inputs.evaluation.items()},
+    )
+
+
+def choose(
+    kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
+    config: Config,
+    source: Checkpoint,
+    architecture: Architecture,
+    run: RunShape,
+    device: torch.device,
+    *,
+    whole: str | None,
+) -> EngineChoice:
+    """The engine of a run, of ``plan`` too, by what is free on its device now."""
+    model_config = truncated_config(source, architecture, architecture.num_layers)
+
+    def divides(degree: int) -> bool:
+        try:
+            check_degree(model_config, degree)
+        except ConfigError:
+            return False
+        return True
+
+    return choose_engine(
+        kind,
+        on_cluster=config.on_cluster,
+        needs=device_needs(
+            run,
+            ranks=config.engine.ranks if config.on_cluster else None,
+            degrees=[degree for degree in (2, 4, 8, 16, 32, 64) if divides(degree)],
+            degree=config.engine.tensor_parallel,
+            on_cpu=device.type == "cpu",
+        ),
+        free_bytes=free_bytes(device),
+        where=device_name(device),
+        experts=config.engine.experts,
+        whole=whole,
     )

@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,123 +19,45 @@ import torch
 
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.load import (
-    load_tokenizer,
-    truncated_config,
-)
+from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.devices import (
-    SHARE_OF_FREE_MEMORY,
-    device_name,
-    free_bytes,
-    host_free_bytes,
-    open_device,
-)
-from ghost_dist.engines.tensor_parallel import check_degree
+from ghost_dist.devices import device_name, free_bytes, host_free_bytes, open_device
 from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
     UnsupportedArchitectureError,
 )
-from ghost_dist.pipeline.candidates import (
-    FINE_SHIFTS,
-    NEEDS_DOWN_PROJ,
-    SHIFTS,
-    candidates_of,
-    few_tokens,
-    samples_of,
-    searches_ridge,
-)
-from ghost_dist.pipeline.inputs import (
-    batch_of,
-    compute_dtype,
-    count_ranges,
-    disk_needs,
-    open_model,
-    refittable_layers,
-)
-from ghost_dist.pipeline.searching import search_shape
-from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solving import num_judges
-from ghost_dist.planning.engine_choice import DeviceNeeds, EngineChoice, choose_engine
-from ghost_dist.planning.memory import asked_bytes, device_needs, host_bytes, streams_bytes
-from ghost_dist.planning.model_sizes import ModelSizes, model_sizes
+from ghost_dist.pipeline.candidates import candidates_of, few_tokens
+from ghost_dist.pipeline.engine import choose
+from ghost_dist.pipeline.inputs import compute_dtype, disk_needs, open_model, refittable_layers
+from ghost_dist.pipeline.sizing import run_shape
+from ghost_dist.pipeline.stage_plans import StagePlan, cluster_note, plan_stages
+from ghost_dist.planning.engine_choice import EngineChoice
+from ghost_dist.planning.memory import streams_bytes
+from ghost_dist.planning.model_sizes import model_sizes
 from ghost_dist.planning.probe import ProbeSpec, measure
-from ghost_dist.planning.probe_files import cached_share, existing_folder
+from ghost_dist.planning.probe_files import existing_folder
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
-from ghost_dist.planning.run_shape import RunShape, SampleShape, SearchShape, SelectionShape
-from ghost_dist.planning.stage_work import Cache, work_of_stages
-from ghost_dist.planning.work import Work
+from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.progress import Reporter
-from ghost_dist.solver.least_squares import RIDGE_GRID
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors
-from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
 TOKENS_PER_BYTE = 0.25
 """Of text whose tokens cannot be counted."""
-KEPT_BY_SHARDING = 0.8
-"""Share of the forward's rate that ranks keep that wait for each other; assumed, not measured."""
 _COUNTED_BYTES = 64 << 20  # texts up to here are cut into tokens to know their number
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """One stage.
-
-    Attributes
-    ----------
-    name
-        As in ``result.json``.
-    seconds, parts
-        Predicted, and what they go into.
-    flops, read_bytes, written_bytes
-        Products; bytes of the checkpoint read; bytes written.
-    device_bytes, host_bytes
-        At most, beside what libraries take.
-    streams
-        Where activations wait between layers (streaming): device, host or disk; else empty.
-    """
-
-    name: str
-    seconds: float
-    parts: Mapping[str, float]
-    flops: int
-    read_bytes: int
-    written_bytes: int
-    device_bytes: int
-    host_bytes: int
-    streams: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What ``ghost-dist plan`` says.
-
-    Attributes
-    ----------
-    model, num_layers, spans, spans_known, dtype, batch
-        What is run.
-    device, free_device_bytes, free_host_bytes, free_disk_bytes
-        Where.
-    engine
-        What runs it, and why.
-    stages
-        In order.
-    disk_bytes
-        Of the RUN folder when it is largest, by what they are.
-    notes
-        What was assumed.
-    rates
-        What the seconds come from.
-    """
+    """What ``ghost-dist plan`` says."""
 
     model: str
     num_layers: int
     spans: tuple[Span, ...]
-    spans_known: bool
+    spans_known: bool  # else they are those that cost most
     dtype: str
     batch: int
     device: str
@@ -144,9 +66,9 @@ class Plan:
     free_disk_bytes: int
     engine: EngineChoice
     stages: tuple[StagePlan, ...]
-    disk_bytes: Mapping[str, int]
-    notes: tuple[str, ...]
-    rates: Rates
+    disk_bytes: Mapping[str, int]  # of RUN when it is largest, by what they are
+    notes: tuple[str, ...]  # what was assumed
+    rates: Rates  # what the seconds come from
 
     def tree(self) -> dict[str, Any]:
         """Plain values, as ``--json`` prints them."""
@@ -160,27 +82,11 @@ class Plan:
 def plan_run(
     config: Config, reporter: Reporter | None = None, *, measure_again: bool = False
 ) -> Plan:
-    """Plan a run.
-
-    Parameters
-    ----------
-    config
-        The whole run, as ``recover`` takes it.
-    reporter
-        Where it says that it measures.
-    measure_again
-        Measure the machine although it was measured before.
-
-    Raises
-    ------
-    ConfigError
-        If the run cannot fit: with the bytes needed, the bytes free, and what would fit.
-    GhostDistError
-        As ``recover`` raises before it works.
-    """
+    """Plan a run as ``recover`` takes it, or refuse it with the bytes needed and free."""
     reporter = reporter or Reporter()
     source, architecture, remove = open_model(config)
     notes = [*source.notes]
+    folder = existing_folder(Path(config.output.path))
     device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     sizes = model_sizes(source, architecture, dtype)
@@ -203,14 +109,14 @@ def plan_run(
     if not run.spans_known:
         notes.append(
             "the spans are not known before they are selected; reckoned with "
-            f"{', '.join(map(str, run.spans))}, the dearest that {remove} layers can be"
+            f"{', '.join(map(str, run.spans))}, the costliest that {remove} layers can be"
         )
     if config.selection.searches:
         notes.append("select is reckoned with all of its budget; a search may end before")
     candidates = candidates_of(config.operator, run.spans, refittable)
     if few := few_tokens(config.calibration, candidates, run.spans, architecture, refittable):
         notes.append(few)
-    folder = existing_folder(Path(config.output.path))
+    whole = config.needs_whole_model
     choice = choose(
         config.engine.kind,
         config,
@@ -218,7 +124,7 @@ def plan_run(
         architecture,
         run,
         device,
-        whole=None if config.needs_whole_model is None else config.needs_whole_model[0],
+        whole=None if whole is None else whole[0],
     )
     disk = _disk(config, run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
@@ -227,7 +133,8 @@ def plan_run(
         reporter.say("measuring this machine (once; plan --measure does it again) ...")
         rates = measure(spec)
         store_rates(spec.key(), rates)
-    stages = _stages(config, source, run, choice, rates, dtype, device, tokens_s, notes)
+    if config.on_cluster:
+        notes.append(cluster_note(config, choice))
     if rates.read_from != "checkpoint":
         notes.append(
             f"the checkpoint's files hold no data; reading was measured on {rates.read_from}"
@@ -244,158 +151,10 @@ def plan_run(
         free_host_bytes=host_free_bytes(),
         free_disk_bytes=shutil.disk_usage(folder).free,
         engine=choice,
-        stages=stages,
+        stages=plan_stages(config, source, run, choice, rates, dtype, device, tokens_s),
         disk_bytes=disk,
         notes=tuple(notes),
         rates=rates,
-    )
-
-
-def run_shape(
-    config: Config,
-    source: Checkpoint,
-    architecture: Architecture,
-    sizes: ModelSizes,
-    device: torch.device,
-    *,
-    remove: int | None,
-    refittable: frozenset[int],
-    evaluation_tokens: Mapping[str, int],
-) -> RunShape:
-    """The run in numbers: of ``plan``, and of ``recover`` before it begins.
-
-    Parameters
-    ----------
-    config, source, architecture, sizes
-        Of the run.
-    device
-        Of the windows.
-    remove
-        Number of layers to remove, where no spans are given.
-    refittable
-        Layers whose down_proj can be refitted.
-    evaluation_tokens
-        Of each corpus.
-    """
-    calibration, operator = config.calibration, config.operator
-    spans = config.selection.spans
-    known = spans is not None
-    if spans is None:
-        assert remove is not None
-        spans = _dearest_spans(
-            remove, config.selection.most_spans or remove, architecture.num_layers
-        )
-    candidates = candidates_of(operator, spans, refittable)
-    samples = samples_of(candidates, spans, refittable)
-    num_tokens = calibration.windows * calibration.window_length
-    c = architecture.hidden_size
-    width = 0 if operator.name in ("none", "fold", "replaceme") else c
-    forms = 1 + any(c.features == "stream+norm" for c in candidates)
-    searched = searches_ridge(operator)
-    by_kl = operator.choose == "kl" and len(candidates) > 1
-    return RunShape(
-        sizes=sizes,
-        num_tensors=len(source.tensors),
-        num_windows=calibration.windows,
-        window_length=calibration.window_length,
-        batch=batch_of(config, device),
-        num_ranges=count_ranges(config),
-        folds=operator.folds,
-        selection=_selection(config, remove, architecture, sizes, device),
-        spans=tuple(spans),
-        spans_known=known,
-        samples=tuple(
-            _sample(span, kind.regressors, architecture, config.engine.ranks)
-            for span, kind in samples
-        ),
-        searches=_searches(candidates, spans, architecture, refittable),
-        ridges=len(RIDGE_GRID) if operator.ridge == "auto" else 1,
-        shifts=len(SHIFTS) if searched else 1,
-        fine_shifts=len(FINE_SHIFTS) if searched else 0,
-        by_kl=by_kl,
-        judging_folds=num_judges(num_tokens, operator.folds),
-        plain_cut=len(candidates) > 1 and any(c.operator == "none" for c in candidates),
-        final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
-        refits=len(spans) - 1 if operator.refit == "sequential" else 0,
-        heal=operator.heal,
-        first_changed=max(0, spans[0].start - (candidates[0].operator in NEEDS_DOWN_PROJ)),
-        inner_sizes=architecture.inner_sizes,
-        evaluation_tokens=evaluation_tokens,
-        operator_bytes=len(spans) * forms * width * c * source.dtype.itemsize,
-    )
-
-
-def _dearest_spans(remove: int, max_spans: int, num_layers: int) -> tuple[Span, ...]:
-    """Spans at the end of the model, as many as are allowed: most layers run, most sums taken."""
-    count = max(1, min(max_spans, remove, num_layers - remove))
-    stop, left, spans = num_layers, remove, []
-    for number in range(count):
-        length = -(-left // (count - number))
-        spans.append(Span(stop - length, stop))
-        stop, left = stop - length - 1, left - length
-    return tuple(sorted(spans))
-
-
-def _inner(architecture: Architecture, span: Span) -> int:
-    return architecture.inner_sizes.get(span.start - 1, 0)
-
-
-def _searches(
-    candidates: list[Any],
-    spans: tuple[Span, ...],
-    architecture: Architecture,
-    refittable: frozenset[int],
-) -> tuple[SearchShape, ...]:
-    """By span and least squares: how many candidates, not counting the shifts of a ridge."""
-    searches = []
-    for span in spans:
-        width, inner = architecture.hidden_size, _inner(architecture, span)
-        forms: dict[tuple[Regressors, int], set[Any]] = {}
-        for candidate in candidates:
-            here = replace(candidate.at(span, refittable), shift=0.0)
-            kind = here.kind()
-            if kind is not None and kind.regressors != "absolute":
-                size = {"fold": inner, "replaceme": width}.get(
-                    here.operator, num_regressors(kind.regressors, width, inner)
-                )
-                forms.setdefault((kind.regressors, size), set()).add(here)
-        for (regressors, size), found in forms.items():
-            searches.append(SearchShape(span, regressors, size, len(found)))
-    return tuple(searches)
-
-
-def _sample(
-    span: Span, regressors: Regressors, architecture: Architecture, blocks: int
-) -> SampleShape:
-    width, inner = architecture.hidden_size, _inner(architecture, span)
-    size = 0 if regressors == "absolute" else num_regressors(regressors, width, inner)
-    nbytes = moments_bytes(regressors, width, inner)
-    return SampleShape(span, regressors, size, nbytes, nbytes - saved_by_strips(size, blocks))
-
-
-def _selection(
-    config: Config,
-    remove: int | None,
-    architecture: Architecture,
-    sizes: ModelSizes,
-    device: torch.device,
-) -> SelectionShape | None:
-    if remove is None:
-        return None
-    selector = Selector(config.selection, remove, architecture)
-    if config.selection.criterion != "recoverability":
-        searches = config.selection.searches
-        search = search_shape(config, remove, architecture) if searches else None
-        return SelectionShape({}, None, 0, 0, 1, search)
-    # Weights are there before the sums: what they leave is what the run will see as free.
-    free = free_bytes(device)
-    left = free - sizes.decoder_bytes(architecture.num_layers)
-    return SelectionShape(
-        stops_of=selector.stops_of(),
-        columns=selector.columns,
-        start_bytes=selector.start_bytes(),
-        start_stored_bytes=selector.start_stored_bytes(config.engine.ranks),
-        starts_at_once=selector.starts_at_once(left if left > 0 else free),
     )
 
 
@@ -416,10 +175,11 @@ def _texts(
         length: int,
         sampling: Literal["beginning", "spread"] = "beginning",
     ) -> int | None:
-        if tokenizer is None or not _is_small_file(text):
+        path = Path(text).expanduser()
+        if tokenizer is None or not path.is_file() or path.stat().st_size > _COUNTED_BYTES:
             return None
         try:
-            built = build_windows(
+            return build_windows(
                 text,
                 tokenizer,
                 windows=windows,
@@ -429,10 +189,9 @@ def _texts(
                 window_bos=False,
                 sampling=sampling,
                 vocab_size=architecture.vocab_size,
-            )
+            ).num_windows
         except CalibrationError:
             return None
-        return built.num_windows
 
     began = time.perf_counter()
     few = max(1, min(calibration.windows, (1 << 16) // calibration.window_length))
@@ -455,83 +214,6 @@ def _texts(
     if evaluation.tasks:
         notes.append("evaluation.tasks are not predicted")
     return (tokens_s if found is not None else 0.0), tokens
-
-
-def _is_small_file(text: str) -> bool:
-    path = Path(text).expanduser()
-    return path.is_file() and path.stat().st_size <= _COUNTED_BYTES
-
-
-def choose(
-    kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
-    config: Config,
-    source: Checkpoint,
-    architecture: Architecture,
-    run: RunShape,
-    device: torch.device,
-    *,
-    whole: str | None,
-) -> EngineChoice:
-    """The engine of a run, by what is free on its device now; see ``choose_engine``.
-
-    Raises
-    ------
-    ConfigError
-        If none that is allowed fits.
-    """
-    model_config = truncated_config(source, architecture, architecture.num_layers)
-    degrees = [degree for degree in (2, 4, 8, 16, 32, 64) if _divides(model_config, degree)]
-    degree = config.engine.tensor_parallel
-    needs = device_needs(run, on_cluster=config.on_cluster, degrees=degrees, degree=degree)
-    if device.type == "cpu":
-        needs = _with_host(needs, run, _ranks(config))
-    return choose_engine(
-        kind,
-        on_cluster=config.on_cluster,
-        needs=needs,
-        free_bytes=free_bytes(device),
-        where=device_name(device),
-        experts=config.engine.experts,
-        whole=whole,
-    )
-
-
-def _divides(whole: Any, degree: int) -> bool:
-    try:
-        check_degree(whole, degree)
-    except ConfigError:
-        return False
-    return True
-
-
-def _ranks(config: Config) -> int | None:
-    """Of a replica; None where there are none."""
-    return config.engine.ranks if config.on_cluster else None
-
-
-def _with_host(needs: DeviceNeeds, run: RunShape, ranks: int | None) -> DeviceNeeds:
-    """On a CPU the device's memory is the host's, so what waits there adds to it."""
-
-    def add(by_stage: Mapping[str, int], engine: str) -> dict[str, int]:
-        return {
-            name: nbytes + host_bytes(run, name, engine, copies=0)
-            for name, nbytes in by_stage.items()
-        }
-
-    return replace(
-        needs,
-        resident=add(needs.resident, "resident"),
-        tensor_parallel={
-            n: add(of_rank, "tensor_parallel") for n, of_rank in needs.tensor_parallel.items()
-        },
-        streaming={
-            held: {
-                name: nbytes + (held.experts is not None and asked_bytes(run, name, ranks))
-                for name, nbytes in add(by_stage, "streaming").items()
-            }
-            for held, by_stage in needs.streaming.items()
-        },
-    )
 
 
 def _disk(config: Config, run: RunShape, choice: EngineChoice, folder: Path) -> dict[str, int]:
@@ -594,146 +276,4 @@ def _probe_spec(
         inner_sizes=kinds,
         columns=columns,
         folder=folder,
-    )
-
-
-def _stages(
-    config: Config,
-    source: Checkpoint,
-    run: RunShape,
-    choice: EngineChoice,
-    rates: Rates,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens_s: float,
-    notes: list[str],
-) -> tuple[StagePlan, ...]:
-    free_host = host_free_bytes()
-    keeps = (
-        run.sizes.stored_bytes + choice.device_bytes.get("calibrate", 0) * (device.type == "cpu")
-        < SHARE_OF_FREE_MEMORY * free_host
-    )
-    cache = Cache(cached_share(source), keeps)
-    works = work_of_stages(
-        run,
-        choice.kind,
-        cache,
-        tokens_s,
-        keeps_sums=device.type == "cpu",
-        prefetch=choice.prefetch,
-        experts=choice.experts,
-    )
-    compute = str(dtype).removeprefix("torch.")
-    replicas = 1 if config.engine.replicas == "auto" else config.engine.replicas
-    if config.on_cluster:
-        notes.append(
-            f"cluster: every device is taken to be as fast as this one, {replicas} replicas of "
-            + (
-                f"{config.engine.ranks} ranks, which share the windows and one reading"
-                if choice.kind == "streaming"
-                else f"{config.engine.ranks} ranks, which keep {KEPT_BY_SHARDING:.0%} of the "
-                "forward's rate where they share a layer"
-            )
-        )
-    plans = []
-    for name, work in works.items():
-        if not config.on_cluster or name not in ("select", "calibrate"):
-            parts = work.seconds(rates, compute)
-        elif choice.kind == "streaming":
-            ranges = run.folds if name == "select" else run.num_ranges
-            ranks = config.engine.ranks
-            parts = _streamed_by_replicas(work, ranges, replicas, ranks).seconds(rates, compute)
-            parts |= {
-                "sums": parts["sums"] / (replicas * ranks),
-                "store": parts["store"] / replicas,
-            }
-        else:
-            parts = _shared(work.seconds(rates, compute), config.engine.tensor_parallel, replicas)
-        device_bytes = choice.device_bytes.get(name, 0)
-        host = 0
-        if name in choice.device_bytes and device.type != "cpu":
-            copies = 2 if config.on_cluster else 1
-            host = host_bytes(run, name, choice.kind, copies=copies)
-        streams = ""
-        if choice.kind == "streaming" and name in choice.device_bytes:
-            waiting = streams_bytes(run, name, _ranks(config))
-            streams, device_bytes, host = _place(waiting, device, device_bytes, host, free_host)
-        if choice.experts is not None and streams and device.type != "cpu":
-            asked = asked_bytes(run, name, _ranks(config))
-            if device_bytes + asked <= SHARE_OF_FREE_MEMORY * free_bytes(device):
-                device_bytes += asked
-            elif host + asked <= SHARE_OF_FREE_MEMORY * free_host:
-                host += asked
-            else:
-                raise ConfigError(
-                    f"Stage {name} needs {(host + asked) / 1e9:.2f} GB of host memory, "
-                    f"{asked / 1e9:.2f} GB of it for what a layer's experts are asked and answer "
-                    f"(engine.experts), but {free_host / 1e9:.2f} GB are free, of which "
-                    f"{SHARE_OF_FREE_MEMORY:.0%} may be filled. Take fewer calibration.windows or "
-                    "evaluation.windows, or more memory."
-                )
-        if host > SHARE_OF_FREE_MEMORY * free_host:
-            raise ConfigError(
-                f"Stage {name} needs {host / 1e9:.2f} GB of host memory, but "
-                f"{free_host / 1e9:.2f} GB are free, of which {SHARE_OF_FREE_MEMORY:.0%} may be "
-                "filled. Take operator.name=ghost (sums of C^2 instead of (C + F)^2), or more "
-                "memory."
-            )
-        plans.append(_stage_plan(name, work, parts, device_bytes, host, streams))
-    return tuple(plans)
-
-
-def _place(
-    nbytes: int, device: torch.device, device_bytes: int, host: int, free_host: int
-) -> tuple[str, int, int]:
-    """streaming: where activations wait between layers, and the bytes with them."""
-    if device_bytes + nbytes <= SHARE_OF_FREE_MEMORY * free_bytes(device):
-        return "device", device_bytes + nbytes, host
-    if device.type != "cpu" and host + nbytes <= SHARE_OF_FREE_MEMORY * free_host:
-        return "host", device_bytes, host + nbytes
-    return "disk", device_bytes, host
-
-
-def _shared(parts: Mapping[str, float], degree: int, replicas: int) -> dict[str, float]:
-    """Seconds of what replicas of several ranks share; each reads for itself."""
-    keep = KEPT_BY_SHARDING if degree > 1 else 1.0
-    divisors = {"forward": replicas * degree * keep, "sums": replicas * degree, "store": replicas}
-    return {name: seconds / divisors.get(name, 1) for name, seconds in parts.items()}
-
-
-def _streamed_by_replicas(work: Work, ranges: int, replicas: int, ranks: int) -> Work:
-    """Reading and the forward of the replica with most ranges, each a sweep of its own.
-
-    Its ranks share the windows, and what is read once between them: they are taken to share a disk.
-    What is read is set in ``work`` too; its FLOPs stay those of all replicas.
-    """
-    sweeps = -(-ranges // replicas)
-    work.read_bytes *= sweeps
-    work.load_bytes *= sweeps
-    work.load_tensors *= sweeps
-    return replace(
-        work,
-        layers=[(layer, tokens * sweeps // (ranges * ranks)) for layer, tokens in work.layers],
-        forwards=work.forwards * sweeps / (ranges * ranks),
-    )
-
-
-def _stage_plan(
-    name: str,
-    work: Work,
-    parts: Mapping[str, float],
-    device_bytes: int,
-    host: int,
-    streams: str,
-) -> StagePlan:
-    return StagePlan(
-        name=name,
-        seconds=sum(parts.values()),
-        parts=parts,
-        flops=work.flops,
-        read_bytes=work.read_bytes,
-        written_bytes=work.written_bytes + work.commit_bytes,
-        device_bytes=device_bytes,
-        host_bytes=host,
-        streams=streams,
     )

@@ -24,25 +24,38 @@ _FEW_BYTES = 64 << 20  # scores of other criteria, masks, positions
 
 
 def device_needs(
-    run: RunShape, *, on_cluster: bool, degrees: Sequence[int], degree: int
+    run: RunShape, *, ranks: int | None, degrees: Sequence[int], degree: int, on_cpu: bool
 ) -> DeviceNeeds:
-    """Peak bytes on one device by stage; on a cluster, of what the ranks do."""
-    stages = ("select", "calibrate", "solve", "export", "evaluate")
-    wanted = [name for name in stages if name in ("select", "calibrate") or not on_cluster]
-    if run.selection is None:
-        wanted.remove("select")
-    if not run.evaluation_tokens and "evaluate" in wanted:
-        wanted.remove("evaluate")
-    resident = {name: _resident(run, name) for name in wanted}
+    """Peak bytes on one device by stage; on a CPU with what waits in host memory.
+
+    ``ranks``: of a replica, and only what ranks do is counted; None: no cluster.
+    """
+    collecting = ["select", "calibrate"] if run.selection is not None else ["calibrate"]
+    wanted = [*collecting] if ranks is not None else [*collecting, "solve", "export"]
+    if run.evaluation_tokens and ranks is None:
+        wanted.append("evaluate")
+
+    def waiting(name: str, engine: str) -> int:
+        return host_bytes(run, name, engine, copies=0) if on_cpu else 0
+
+    def resident(names: Sequence[str], degree: int = 1) -> dict[str, int]:
+        return {name: _resident(run, name, degree) + waiting(name, "resident") for name in names}
+
+    def streaming(held: Residency) -> dict[str, int]:
+        asked = on_cpu and held.experts is not None
+        return {
+            name: _streaming(run, name, held)
+            + waiting(name, "streaming")
+            + (asked_bytes(run, name, ranks) if asked else 0)
+            for name in wanted
+        }
+
     ways = [Residency(), *map(Residency, range(1, run.sizes.experts)), Residency(prefetch=False)]
     return DeviceNeeds(
-        resident=resident,
-        tensor_parallel={
-            n: {name: _resident(run, name, n) for name in ("select", "calibrate") if name in wanted}
-            for n in sorted({*degrees, degree})
-        },
+        resident=resident(wanted),
+        tensor_parallel={n: resident(collecting, n) for n in sorted({*degrees, degree})},
         degree=degree,
-        streaming={held: {name: _streaming(run, name, held) for name in wanted} for held in ways},
+        streaming={held: streaming(held) for held in ways},
         largest_layer=run.sizes.largest_layer_bytes,
     )
 

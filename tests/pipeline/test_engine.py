@@ -12,7 +12,7 @@ from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline import engine, inputs
+from ghost_dist.pipeline import engine, inputs, sizing
 from ghost_dist.pipeline import plan as planning
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
@@ -79,7 +79,7 @@ def have(monkeypatch):
     """Let the device have so much free memory."""
 
     def have(nbytes):
-        for module in (planning, engine):
+        for module in (planning, engine, sizing):
             monkeypatch.setattr(module, "free_bytes", lambda _: int(nbytes))
 
     return have
@@ -112,7 +112,7 @@ def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting
     """Over shapes, settings and memories of a GPU; where one finds no engine, so does the other."""
     for module in (planning, inputs):
         monkeypatch.setattr(module, "open_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(planning, "device_name", lambda _: "GPU X")
+    monkeypatch.setattr(engine, "device_name", lambda _: "GPU X")
     chosen = []
 
     def stop(config, run, choice, folder):

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from ghost_dist.pipeline.inputs import open_inputs, open_model, refittable_layers
-from ghost_dist.pipeline.plan import _texts, run_shape
+from ghost_dist.pipeline.plan import _texts
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.sizing import run_shape
 from ghost_dist.planning.model_sizes import model_sizes
 from ghost_dist.planning.stage_work import Cache, work_of_stages
 from ghost_dist.progress import Reporter
