@@ -44,18 +44,7 @@ class CollectOnCluster:
         *,
         to_fit: bool = False,
     ) -> None:
-        """Run every range that is missing in the store, and commit it.
-
-        Raises
-        ------
-        ConfigError
-            If the cluster has no room, or nodes differ.
-        ClusterError
-            If replicas are lost without progress too often, or none can be placed.
-        GhostDistError, OSError
-            What any replica meets: a damaged checkpoint, activations that are not finite, a full
-            disk. Committed ranges are kept.
-        """
+        """Run and commit every range that is missing; what is finished survives any error."""
         missing = store.missing()
         if not missing:
             return

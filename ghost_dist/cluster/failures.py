@@ -16,15 +16,7 @@ Decision = Literal["rebuild", "stop"]
 
 
 def decide(failures: Mapping[Failure, int], config: ClusterConfig) -> Decision:
-    """Whether to build another replica after a loss.
-
-    Parameters
-    ----------
-    failures
-        Losses of each kind since the last committed range, the present one included.
-    config
-        The budgets.
-    """
+    """Whether to build another replica; ``failures``: since the last progress, with this one."""
     budgets: dict[Failure, int | None] = {
         "crash": config.max_crashes,
         "hang": config.max_hangs,

@@ -28,8 +28,7 @@ from ghost_dist.statistics.store import StatisticsStore
 class FitOnCluster:
     """Fits on the ranks of a pool of replicas, or here; the ``FitSpans`` of a run.
 
-    Replicas that have run windows drop their model, and lost ones are replaced by ones that never
-    load it.
+    Replicas drop their model before; lost ones are replaced by ones that never load it.
     """
 
     def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
@@ -43,17 +42,7 @@ class FitOnCluster:
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
     ) -> list[Outcome]:
-        """An outcome for each job.
-
-        Raises
-        ------
-        ConfigError
-            If the cluster has no room for a replica.
-        ClusterError
-            If replicas are lost too often without a span being fitted.
-        CorruptStoreError
-            If a range cannot be read.
-        """
+        """An outcome for each job."""
         of_span: dict[Span, list[int]] = {}
         for number, job in enumerate(jobs):
             of_span.setdefault(job.span, []).append(number)

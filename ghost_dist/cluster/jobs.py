@@ -30,21 +30,10 @@ _UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
 
 
 class Jobs:
-    """The jobs of one cluster.
+    """The jobs of one cluster, by the address of its dashboard, such as ``http://head:8265``.
 
-    Parameters
-    ----------
-    address
-        Of the cluster's dashboard, such as ``http://head:8265``.
-    allow_unauthenticated
-        Talk to a cluster that asks for no token. Whoever reaches such a cluster's ports can run
-        code on it (CVE-2023-48022).
-
-    Raises
-    ------
-    ConfigError
-        If nothing answers at the address, the cluster takes jobs from anybody, or it refuses the
-        token.
+    A cluster that asks for no token is refused unless allowed: whoever reaches its ports can run
+    code on it (CVE-2023-48022).
     """
 
     def __init__(self, address: str, *, allow_unauthenticated: bool = False) -> None:
@@ -69,26 +58,10 @@ class Jobs:
     def submit(
         self, config: Config, *, python: str = "python", env: Mapping[str, str] | None = None
     ) -> tuple[str, bool]:
-        """Submit a run, unless a job of the same RUN is under way.
+        """Submit a run, unless a job of the same RUN is under way: its id, and whether it is new.
 
-        Parameters
-        ----------
-        config
-            The whole run. Paths are those of the cluster's nodes, so they must be absolute.
-        python
-            Interpreter on the head node; ``python`` is looked up in the PATH of its Ray.
-        env
-            Environment variables of the job.
-
-        Returns
-        -------
-        job, fresh
-            The submission id, and whether it is a new job.
-
-        Raises
-        ------
-        ConfigError
-            If a path is relative.
+        Paths are those of the cluster's nodes, so they must be absolute; ``python`` is looked up in
+        the PATH of Ray on the head node.
         """
         _check_paths(config)
         earlier = self._jobs_of(config.output.path)
@@ -110,13 +83,7 @@ class Jobs:
         return name, True
 
     def find(self, job: str) -> str:
-        """The submission id of a job, given that or the path of its RUN folder.
-
-        Raises
-        ------
-        ConfigError
-            If there is none.
-        """
+        """The submission id of a job, given that or the path of its RUN folder."""
         if job.startswith("/"):
             of_run = self._jobs_of(job)
             if of_run:
@@ -151,13 +118,7 @@ class Jobs:
         return text
 
     def follow(self, job: str, show: Callable[[str], None]) -> str:
-        """Hand over what a job prints until it ends; returns its status.
-
-        Raises
-        ------
-        ClusterError
-            If the cluster goes away.
-        """
+        """Hand over what a job prints until it ends; returns its status."""
 
         async def tail() -> None:
             async for text in self._client.tail_job_logs(job):

@@ -68,14 +68,8 @@ class Holders(dict[Item, Worker]):
 class LeaseQueue(Generic[Item]):
     """Leases of the items that are to be done, in their order.
 
-    Parameters
-    ----------
-    items
-        To be done.
-    holders
-        The only worker that an item is leased to; the caller keeps it up to date.
-    twice
-        Whether stragglers are leased a second time.
+    ``holders``: the only worker that an item is leased to; the caller keeps it up to date.
+    ``twice``: stragglers are leased a second time.
     """
 
     def __init__(

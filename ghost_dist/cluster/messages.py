@@ -31,24 +31,19 @@ class EngineSpec:
     path: Path
     model_fingerprint: str
     architecture: Architecture
-    num_layers: int
-    """Layers to load; 0: none, the rank only fits."""
+    num_layers: int  # layers to load; 0: none, the rank only fits
     dtype: torch.dtype
     device: str
     batch: int
-    degree: int
-    """Ranks of a replica."""
+    degree: int  # ranks of a replica
     kind: Literal["resident", "tensor_parallel", "streaming"]
     """How the ranks run the layers; resident ones have degree 1."""
-    experts: int | Literal["auto"]
-    """As ``engine.experts``."""
+    experts: int | Literal["auto"]  # as ``engine.experts``
     window_length: int
-    range_windows: int
-    """Of the largest range."""
+    range_windows: int  # of the largest range
     backend: Backend
     threads: int
-    timeout_s: float
-    """Of a collective: what a rank waits for the others."""
+    timeout_s: float  # of a collective: what a rank waits for the others
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,7 @@ class Place:
 
     node: str
     address: str
-    port: int
-    """Free when it was asked for."""
+    port: int  # free when it was asked for
     pid: int
     versions: dict[str, str]
 

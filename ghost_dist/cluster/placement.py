@@ -23,24 +23,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one replica needs.
-
-    Attributes
-    ----------
-    ranks
-        Actors of a replica.
-    cpus_per_rank
-        CPUs of each.
-    gpus_per_rank
-        0 or 1.
-    setting
-        Field that says how many ranks, for messages.
-    """
+    """What one replica needs."""
 
     ranks: int
     cpus_per_rank: int
-    gpus_per_rank: int
-    setting: str = "engine.tensor_parallel"
+    gpus_per_rank: int  # 0 or 1
+    setting: str = "engine.tensor_parallel"  # the field that says how many ranks, for messages
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -71,13 +59,7 @@ def strategy(nodes: Sequence[Node], shape: Shape) -> str:
 
 
 def check_room(nodes: Sequence[Node], shape: Shape, replicas: int) -> None:
-    """Refuse what the cluster has no room for.
-
-    Raises
-    ------
-    ConfigError
-        With what is needed, what each node has, and which option to change.
-    """
+    """Refuse what the cluster has no room for, with what each node has and what to change."""
     fitting = num_fitting(nodes, shape)
     if fitting >= replicas:
         return

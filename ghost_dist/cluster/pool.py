@@ -30,17 +30,7 @@ LOOK_FOR_ROOM_S = 5.0
 
 
 class Pool:
-    """All replicas, those that load and those that wait for room included.
-
-    Parameters
-    ----------
-    inputs, reporter
-        Of the run.
-    shape
-        What a replica needs.
-    nodes
-        Asks for the living nodes.
-    """
+    """All replicas, those that load and that wait for room included; ``nodes``: living ones."""
 
     def __init__(
         self,
@@ -62,13 +52,7 @@ class Pool:
         self._room = 0
 
     def begin(self, needed: int) -> None:
-        """Other work comes, for so many replicas; what was lost before it does not count.
-
-        Raises
-        ------
-        ConfigError
-            If the cluster has no room.
-        """
+        """Other work comes, for so many replicas; what was lost before it does not count."""
         check_room(self._nodes(), self.shape, needed)
         self._failures.clear()
         for replica in self.replicas.values():
@@ -86,25 +70,10 @@ class Pool:
     ) -> None:
         """The driver's loop: take what replicas have finished, give them more, until all is done.
 
-        Parameters
-        ----------
-        queue
-            Whose items are to be done; what a lost replica had goes back to it.
-        step
-            Looks at one replica and gives it something to do.
-        num_layers
-            That new replicas load.
-        ranks
-            Items that a replica does at a time.
-        show
-            Tells what is done; tokens that count, for the metrics, or None while spans are fitted.
-        lost
-            Told the number of a lost replica.
-
-        Raises
-        ------
-        ClusterError
-            If replicas are lost too often, or none can be placed.
+        ``step`` looks at one replica and gives it something to do; ``num_layers`` are what new
+        replicas load; ``ranks``: items that a replica does at a time. ``show`` tells what is done:
+        tokens that count, or None while spans are fitted. ``lost`` is told the number of a lost
+        replica, whose items go back to the queue.
         """
         while not queue.done:
             # More replicas than there is to do would be idle.
@@ -149,13 +118,7 @@ class Pool:
         return written
 
     def grow(self, useful: int, num_layers: int) -> None:
-        """Add replicas where there is room, up to what is useful and wanted.
-
-        Raises
-        ------
-        ClusterError
-            If no replica could be placed for too long.
-        """
+        """Add replicas where there is room, up to what is useful and wanted."""
         now = time.monotonic()
         wanted = self._inputs.config.engine.replicas
         if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
@@ -184,13 +147,7 @@ class Pool:
             self._reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
 
     def lose(self, replica: Replica, lost: ReplicaLost) -> None:
-        """Close a lost replica, and stop the run if it has been too many.
-
-        Raises
-        ------
-        ClusterError
-            If a budget is spent.
-        """
+        """Close a lost replica, and stop the run if a budget of losses is spent."""
         self._failures[lost.failure] += 1
         self.metrics.lost(lost.failure)
         nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"

@@ -91,15 +91,7 @@ class Rank:
         )
 
     def load(self, rank: int, address: str, port: int, spec: EngineSpec) -> Loaded:
-        """Join the replica's torch.distributed world and load this rank's part of the model.
-
-        Raises
-        ------
-        CheckpointError
-            If the checkpoint is not there on this node, or is another one.
-        ConfigError, UnsupportedArchitectureError
-            As ``open_tensor_parallel``.
-        """
+        """Join the replica's torch.distributed world and load this rank's part of the model."""
         torch.set_num_threads(spec.threads)
         self._block, self._spec = ColumnBlock(rank, spec.degree), spec
         self._check_checkpoint(spec)
@@ -175,13 +167,6 @@ class Rank:
         """Run a range from zero; its sums wait in host memory for :meth:`write`.
 
         Returns what the forward and the sums took on the device, which is waited for at the end.
-
-        Raises
-        ------
-        RunFolderError
-            If the run's store is not seen from this node.
-        NonFiniteActivationError
-            If a stream holds NaN or Inf.
         """
         assert self._engine is not None, "run comes after load"
         self._heartbeat = Heartbeat(attempt, 0)
@@ -216,13 +201,7 @@ class Rank:
 
     @ray.method(concurrency_group="write")  # type: ignore[untyped-decorator]
     def write(self, range_id: int, attempt: str) -> WrittenBlock:
-        """Write this rank's columns of a range that was run, while the next one runs.
-
-        Raises
-        ------
-        OSError
-            If the disk is full or not writable.
-        """
+        """Write this rank's columns of a range that was run, while the next one runs."""
         store, sums = self._unwritten.pop(attempt)
         written = store.write_block(range_id, attempt, sums, self._block)
         if self._running is not None:
@@ -256,15 +235,7 @@ class Rank:
         return port
 
     def reduce(self, task: str, work: FitWork, spec: ReduceSpec) -> None:
-        """Sum what all replicas have kept; what this rank is to own of it is held for :meth:`fit`.
-
-        Raises
-        ------
-        ReductionError
-            If the ranges kept are not those of ``spec``, or those of all ranks not each once.
-        CorruptStoreError
-            If a range that nobody has kept cannot be read.
-        """
+        """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""
         self._heartbeat = Heartbeat(task, 0)
         running, self._running = self._running, None
         running = running or RunningSums(work.folds)
@@ -289,13 +260,7 @@ class Rank:
             self._advance(task, 1)
 
     def fit(self, task: str, work: FitWork, jobs: Sequence[FitJob]) -> list[SentOutcome]:
-        """Fit jobs of one span, from what this rank holds or from the store.
-
-        Raises
-        ------
-        CorruptStoreError
-            If a range cannot be read.
-        """
+        """Fit jobs of one span, from what this rank holds or from the store."""
         self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(work)
         outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]

@@ -37,23 +37,10 @@ class Part:
 def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[int, Part]:
     """Which replica adds which ranges: each committed one once.
 
-    Parameters
-    ----------
-    committed
-        The attempt that counts, of every range of the plan.
-    live
-        By replica, the attempts in its running sums.
-
-    Returns
-    -------
-    dict
-        By replica; what nobody has is dealt to those with the least to read. Replicas without any
-        range are left out.
-
-    Raises
-    ------
-    ReductionError
-        If a replica has an attempt in its sums that does not count: it cannot be taken out.
+    ``committed``: the attempt that counts, of every range of the plan. ``live``: the attempts in
+    the running sums of each replica; one that does not count cannot be taken out and is an error.
+    What nobody has is dealt to those with the least to read; replicas without any range are left
+    out.
     """
     parts = {replica: Part() for replica in live}
     for replica, ranges in live.items():
@@ -83,25 +70,8 @@ class LiveReduction:
     ) -> dict[Span, Worker]:
         """Reduce, and say which rank has been given the sums of which span.
 
-        Nobody, if the reduction broke off: then the replicas that took part are closed.
-
-        Parameters
-        ----------
-        store
-            With all ranges committed.
-        work
-            The same, as the ranks open it.
-        keys
-            Names of the sums that the fits of each span need, as ``FitHere.hold`` takes them.
-
-        Raises
-        ------
-        ReductionError
-            If ranges would not count once each.
-        CorruptStoreError
-            If a range that nobody has kept cannot be read.
-        ClusterError
-            If no replica can be placed.
+        ``keys``: names of the sums that the fits of each span need, as ``FitHere.hold`` takes them.
+        If the reduction breaks off, nobody has any, and the replicas that took part are closed.
         """
         began = time.monotonic()
         ranks = self._pool.shape.ranks

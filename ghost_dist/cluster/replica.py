@@ -55,17 +55,7 @@ class _Task:
 
 
 class Replica:
-    """One copy of the model on ``shape.ranks`` actors.
-
-    Parameters
-    ----------
-    number
-        Unique within the run.
-    spec, shape, strategy, config
-        What to load, what it needs, how Ray places it, and the timeouts.
-    now
-        Seconds of the driver's clock, as in all methods.
-    """
+    """One copy of the model on ``shape.ranks`` actors; ``now``: seconds of the driver's clock."""
 
     def __init__(
         self,
@@ -132,12 +122,7 @@ class Replica:
     def poll(self, now: float) -> tuple[Lease[int], list[WrittenBlock], list[RangeTimes]] | None:
         """See what has come back; a lease, its blocks and times once all ranks have written theirs.
 
-        Raises
-        ------
-        ReplicaLost
-            If the replica must be replaced.
-        GhostDistError, OSError
-            What any other replica would meet as well.
+        Raises ReplicaLost, or an error that any other replica would meet as well.
         """
         self._check_alive(now)
         written = None

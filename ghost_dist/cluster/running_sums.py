@@ -30,29 +30,15 @@ Folds = list[dict[str, Sums]]
 
 @dataclass(frozen=True)
 class ReduceSpec:
-    """What one rank does in a reduction.
+    """What one rank does in a reduction."""
 
-    Attributes
-    ----------
-    kept
-        Ranges that it must have kept, with the attempt of each that was committed.
-    read
-        Ranges that it reads from the store, its columns only: those that no living replica has.
-    address, port
-        Of the store where the replicas' ranks meet.
-    index, count
-        Its replica among those that take part.
-    gather
-        Names of sums, and the rank of the replica that gets all columns of them.
-    """
-
-    kept: Mapping[int, str]
-    read: tuple[int, ...]
-    address: str
+    kept: Mapping[int, str]  # ranges it must have kept, with the attempt that was committed
+    read: tuple[int, ...]  # ranges that no living replica has: read from the store
+    address: str  # with port: where the replicas' ranks meet
     port: int
-    index: int
+    index: int  # of its replica among the count that take part
     count: int
-    gather: tuple[tuple[tuple[str, ...], int], ...]
+    gather: tuple[tuple[tuple[str, ...], int], ...]  # names of sums, rank that gets all columns
 
 
 class RunningSums:
@@ -66,13 +52,7 @@ class RunningSums:
         self.folds: Folds = [{} for _ in range(folds)]
 
     def add(self, range_id: int, attempt: str, sums: Mapping[str, Sums]) -> None:
-        """Add a range; it must not be in the sum already.
-
-        Raises
-        ------
-        ReductionError
-            If it is.
-        """
+        """Add a range; it must not be in the sum already."""
         if range_id in self.kept:
             raise ReductionError(f"Range {range_id} is in the running sums already.")
         self.kept[range_id] = attempt
@@ -91,19 +71,7 @@ class RunningSums:
 
 
 class ReplicaGroup:
-    """The ranks of several worlds that keep the same columns; :meth:`add` sums over them.
-
-    Parameters
-    ----------
-    store
-        Where they meet, for this group only.
-    index, count
-        Of this rank.
-    device
-        NCCL on a GPU, gloo on the CPU.
-    timeout_s
-        Of one reduction.
-    """
+    """The ranks of several worlds that keep the same columns; :meth:`add` sums over them."""
 
     def __init__(
         self, store: Any, index: int, count: int, device: torch.device, timeout_s: float
@@ -159,10 +127,7 @@ def reduce_folds(
 ) -> Folds:
     """Sums of every fold over all ranges of the plan, this rank's columns, in place.
 
-    Raises
-    ------
-    ReductionError
-        If the ranges of all ranks together are not each range of the plan once.
+    The ranges of all ranks together must be each range of the plan once.
     """
     folds, num_folds = running.folds, len(running.folds)
     shapes = next((fold for fold in folds if fold), None)

@@ -24,13 +24,7 @@ _PROBE_S = 10.0
 
 
 class Session:
-    """Ray for one run; a context manager, and the ``Workers`` of the pipeline.
-
-    Raises
-    ------
-    ConfigError
-        If the cluster cannot be reached, or refuses the token.
-    """
+    """Ray for one run; a context manager, and the ``Workers`` of the pipeline."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -123,15 +117,7 @@ class Session:
 def recover_on_cluster(
     config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
 ) -> dict[str, Any]:
-    """As :func:`ghost_dist.pipeline.recover.recover`, on the cluster of ``config.cluster``.
-
-    Raises
-    ------
-    ConfigError
-        If the cluster cannot be reached or has no room for the replicas.
-    ClusterError
-        If replicas are lost without progress more often than ``config.cluster`` allows.
-    """
+    """As :func:`ghost_dist.pipeline.recover.recover`, on the cluster of ``config.cluster``."""
     with Session(config) as session:
         return recover(config, reporter, again=again, workers=session)
 

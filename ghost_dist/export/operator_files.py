@@ -31,13 +31,7 @@ def save_operator(folder: Path, span: Span, operator: Repair) -> str:
 
 
 def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Repair:
-    """Read what :func:`save_operator` wrote; float64 unless it was saved otherwise.
-
-    Raises
-    ------
-    CorruptStoreError
-        If the file is absent, unreadable, or not the one whose sha256 is given.
-    """
+    """Read what :func:`save_operator` wrote; an error if its sha256 is not the one given."""
     parts, description = read_parts(operator_path(folder, span), sha256)
     return Repair.from_parts(parts, float(description.get("norm_eps", 0.0)))
 

@@ -53,34 +53,13 @@ def export_checkpoint(
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a Hugging Face checkpoint folder of the recovered model.
+    """Write a Hugging Face checkpoint folder of the recovered model; nothing is left if that fails.
 
-    Parameters
-    ----------
-    source, architecture
-        The original.
-    variant
-        What is written. An operator that is float32 at its boundary is stored and computed in
-        float32, any other is stored in the dtype of the checkpoint; a new down_proj always is. If
-        none acts at its boundary the result is a plain checkpoint of the family and needs no code.
-    out
-        New folder, or an empty one.
-    tokenizer
-        The original's, as transformers loads it; None: it has none.
-    max_shard_bytes
-        Most bytes of tensor data in one file.
-    extra_files
-        More files by name: their content, or a file to copy.
-    advance
-        Called with the number of bytes just written.
-
-    Raises
-    ------
-    ExportError
-        If ``out`` is not empty, space is short, an operator has a wrong shape or is not finite, or
-        writing fails; nothing is left behind then.
-    UnsupportedArchitectureError
-        If the family's configuration cannot express this cut.
+    An operator that is float32 at its boundary is stored and computed in float32, any other in the
+    dtype of the checkpoint, as is a new down_proj. If none acts at its boundary the result is a
+    plain checkpoint of the family and needs no code. ``out``: a new folder or an empty one.
+    ``tokenizer``: the original's, None if it has none. ``extra_files``: by name, their content or a
+    file to copy. ``advance``: called with the number of bytes just written.
     """
     out = Path(out)
     extra_files = extra_files or {}

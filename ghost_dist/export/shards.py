@@ -23,21 +23,13 @@ _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write.
-
-    Attributes
-    ----------
-    name, dtype, shape, nbytes
-        As the new header says it; dtype by safetensors' name.
-    source
-        File and first byte to copy from, or a function that gives the bytes.
-    """
+    """A tensor to write, as the new header says it; dtype by safetensors' name."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    source: tuple[Path, int] | Callable[[], bytes]
+    source: tuple[Path, int] | Callable[[], bytes]  # file and first byte, or what gives the bytes
 
 
 def plan_shards(
@@ -64,15 +56,7 @@ def plan_shards(
 
 
 def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int], None]) -> None:
-    """Write one safetensors file; ``advance`` is called with the bytes just written.
-
-    Raises
-    ------
-    ExportError
-        If a source file ends before its tensor does.
-    OSError
-        If the disk is full or a file cannot be read or written.
-    """
+    """Write one safetensors file; ``advance`` is called with the bytes just written."""
     # Wide numbers first: that keeps all aligned.
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
     with path.open("xb") as target:

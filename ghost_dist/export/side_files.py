@@ -26,8 +26,8 @@ _FOLDERS = ("additional_chat_templates",)
 def copy_side_files(source: Checkpoint, folder: Path) -> None:
     """Copy tokenizer, chat template, generation configuration, licence and the like.
 
-    Weights of any format, their indices, Python code and the model card are left behind: they
-    speak of the uncut model; so is what prepares images and sound.
+    Weights, Python code and the model card are left behind: they speak of the uncut model; so is
+    what prepares images and sound.
     """
     for path in sorted(source.path.iterdir()):
         name = path.name.lower()
@@ -48,10 +48,9 @@ def keep_tokenizer(tokenizer: Any, folder: Path, *, new_model_type: bool) -> Non
     """Have transformers make the same tokenizer of ``folder`` as of the original.
 
     It chooses the class by the model type first, by the name in ``tokenizer_config.json`` only for
-    model types that it does not know, such as ours. Many checkpoints name a class there that their
-    family does not use, and that would build another pipeline from the same files. So with a new
-    model type the class that was chosen for the original is written there. Code of the tokenizer
-    goes along if it was run for the original, and is not asked for otherwise.
+    model types that it does not know, such as ours; and many checkpoints name a class there that
+    their family does not use. So with a new model type the class that was chosen for the original
+    is written there. Code of the tokenizer goes along if it was run for the original.
     """
     path = folder / "tokenizer_config.json"
     content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}

@@ -38,21 +38,11 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class Reloaded:
-    """What a fresh process made of a checkpoint folder.
+    """What a fresh process made of a checkpoint folder."""
 
-    Attributes
-    ----------
-    logits
-        Float32, shape (windows, T, vocabulary).
-    generated
-        Greedy ids after the beginning of the first window, shape (n,), with a cache.
-    uncached
-        Logits of the positions that chose them, without a cache, shape (n, vocabulary).
-    """
-
-    logits: Tensor
-    generated: Tensor
-    uncached: Tensor
+    logits: Tensor  # float32, (windows, T, vocabulary)
+    generated: Tensor  # (n,), greedy ids after the beginning of the first window, with a cache
+    uncached: Tensor  # (n, vocabulary), logits of the positions that chose them, without one
 
 
 def verify_reload(
@@ -71,41 +61,13 @@ def verify_reload(
 
     Both compute on the same device in the same dtype, window by window, so they usually agree
     bitwise; a library that sums in another order from one process to the next may differ by
-    rounding. Every layer adds about one rounding, relative, and independent ones add in
-    quadrature, so 4 sqrt(layers) eps max|logit| is allowed. Tokens that ``generate`` chooses with a
-    cache must be those that the model chooses without one, or be as good within the same bound, or
-    those that the recovered model in memory generates with a cache.
+    rounding. Every layer adds about one rounding, relative, and independent ones add in quadrature,
+    so 4 sqrt(layers) eps max|logit| is allowed. Tokens that are chosen with a cache must be those
+    that the model chooses without one, or be as good within the same bound, or those that the
+    recovered model in memory generates with a cache: ``generate``, asked only where that is needed.
 
-    Parameters
-    ----------
-    folder
-        What ``export_checkpoint`` wrote.
-    expected
-        Logits of the recovered model, float32 on the CPU, shape (windows, T, vocabulary).
-    tokens
-        Integers, shape (windows, T); a few hundred tokens are enough.
-    num_layers
-        Of the exported model.
-    generate
-        What the recovered model generates with a cache behind tokens (windows, T), see
-        :func:`greedy_tokens`; asked only where a cache changes what the folder generates.
-    tokenizer
-        The original's; None: it has none.
-    dtype, device
-        Of the computation.
-    timeout_s
-        How long the process may take, in seconds.
-
-    Returns
-    -------
-    float
-        Largest absolute difference of a logit.
-
-    Raises
-    ------
-    ExportError
-        If the process fails, token ids differ, logits differ by more than is allowed, or a cache
-        changes what is generated.
+    ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
+    ``tokens``: (windows, T), a few hundred are enough. Returns the largest difference of a logit.
     """
     found = reload(
         folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, timeout_s=timeout_s
@@ -135,13 +97,7 @@ def greedy_tokens(model: Any, ids_BT: Tensor) -> Tensor:
 def check_same_logits(
     folder: Path, found: Tensor, expected: Tensor, num_layers: int, dtype: torch.dtype
 ) -> float:
-    """The largest difference of logits of an exported folder from those of the recovered model.
-
-    Raises
-    ------
-    ExportError
-        If it is more than rounding, see :func:`verify_reload`.
-    """
+    """The largest difference of logits; an error if it is more than rounding, as above."""
     allowed = _allowed(expected, num_layers, dtype)
     if found.shape != expected.shape:
         raise ExportError(
@@ -174,12 +130,7 @@ def reload(
     """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
 
     The process cannot import ghost_dist, reaches no network and keeps its copy of the modeling file
-    in a temporary folder.
-
-    Raises
-    ------
-    ExportError
-        If the folder holds Python code that is not ours, the process fails, or token ids differ.
+    in a temporary folder. Python code that is not ours is refused.
     """
     with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
         scratch = Path(name)
@@ -199,13 +150,7 @@ def reload(
 
 
 def verify_tokenizer(folder: Path, tokenizer: Any, timeout_s: float = 3600.0) -> None:
-    """Compare token ids of an exported folder, in a fresh process, with the original's tokenizer.
-
-    Raises
-    ------
-    ExportError
-        If they differ, showing the text and both; or if the process fails.
-    """
+    """Compare token ids of an exported folder, in a fresh process, with the original's."""
     with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
         _run_script(folder, Path(name), None, tokenizer, timeout_s)
 

@@ -43,23 +43,12 @@ VARIANTS = ("dense", "pruned", "recovered")
 
 @dataclass(frozen=True)
 class Turn:
-    """One generation.
+    """One generation."""
 
-    Attributes
-    ----------
-    prefill_s, decode_s
-        Seconds until the logits of the first new token, and from there to those of the last.
-    tokens
-        What was generated, int64, shape (batch, new).
-    peak_bytes
-        Most bytes of the device in use by this model and what it computed; None on a CPU, where
-        they cannot be told from those of the other models.
-    """
-
-    prefill_s: float
-    decode_s: float
-    tokens: Tensor
-    peak_bytes: int | None
+    prefill_s: float  # until the logits of the first new token
+    decode_s: float  # from there to those of the last
+    tokens: Tensor  # generated, int64, (batch, new)
+    peak_bytes: int | None  # of this model and what it computed; on a CPU it cannot be told apart
 
 
 def bench_serving(
@@ -67,32 +56,11 @@ def bench_serving(
 ) -> dict[str, Any]:
     """Measure the models of a finished run, on the device and in the dtype of the run.
 
-    Parameters
-    ----------
-    run
-        RUN folder; the original model must still be where it was.
-    batch, prompt, new
-        Sequences at once, tokens of each prompt (of the calibration text) and tokens generated for
-        each, 2 at least.
-    rounds
-        Turns of each model that count; one before them does not.
-
-    Returns
-    -------
-    dict
-        ``device``, ``dtype``, ``versions``, the arguments, and under ``variants`` by name:
-        ``layers``, ``parameters``, ``weight_bytes``, ``peak_bytes`` and, for ``prefill`` and
-        ``decode``, tokens a second (``median``, ``low``, ``high``) and ``ratio``, the median over
-        rounds of the dense model's time by this one's.
-
-    Raises
-    ------
-    RunFolderError
-        If the run has no checkpoint yet.
-    ConfigError
-        If prompt and new tokens are more than the model was made for.
-    CheckpointError
-        If a checkpoint cannot be read.
+    ``batch`` sequences at once, of ``prompt`` tokens of the calibration text; ``new`` tokens, 2 at
+    least, are generated for each, in ``rounds`` turns of each model and one before that does not
+    count. Under ``variants`` by name: for ``prefill`` and ``decode`` tokens a second (``median``,
+    ``low``, ``high``) and ``ratio``, the median over rounds of the dense model's time by this
+    one's.
     """
     config = RunFolder.stored_config(run)
     checkpoint, result = run / "checkpoint", run / "result.json"

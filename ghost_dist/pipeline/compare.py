@@ -85,33 +85,12 @@ def compare(
     selections: Sequence[Criterion],
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Fill and write ``OUT/compare.json`` and ``OUT/compare.md``.
+    """Fill and write ``OUT/compare.json`` and ``OUT/compare.md``; returns what the former holds.
 
-    Parameters
-    ----------
-    config
-        Model, calibration, evaluation and whatever all rows share; ``selection.criterion``,
-        ``selection.remove``, ``operator.name`` and ``operator.features`` come from the rows.
-    removes
-        Numbers of layers.
-    rows
-        Operators, see :data:`Row`.
-    selections
-        Criteria.
-    reporter
-        Where progress goes.
-
-    Returns
-    -------
-    dict
-        ``dense`` (perplexity by corpus) and ``rows``, each with ``selection``, ``remove``,
-        ``spans``, ``operator``, ``perplexity``, ``kl``, ``residual``, ``parameters``,
-        ``added_flops``.
-
-    Raises
-    ------
-    GhostDistError
-        As the stages of a run; what is finished is kept.
+    ``config`` is what all rows share; criterion, number of layers, operator and features come from
+    ``selections``, ``removes`` and ``rows``. ``dense`` is perplexity by corpus; each of ``rows``
+    has ``selection``, ``remove``, ``spans``, ``operator``, ``perplexity``, ``kl``, ``residual``,
+    ``parameters``, ``added_flops``. What is finished is kept if another row fails.
     """
     if config.on_cluster:
         raise ConfigError(

@@ -23,44 +23,18 @@ _FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Upload:
-    """What would be sent.
+    """What would be sent."""
 
-    Attributes
-    ----------
-    repo_id
-        ``owner/name``.
-    folder
-        The checkpoint.
-    files
-        Name to bytes, all of the folder.
-    metadata
-        Of the model card.
-    message
-        Of the commit.
-    notes
-        What to look at before it is public.
-    """
-
-    repo_id: str
+    repo_id: str  # owner/name
     folder: Path
-    files: Mapping[str, int]
-    metadata: Mapping[str, Any]
-    message: str
-    notes: tuple[str, ...]
+    files: Mapping[str, int]  # name to bytes, all of the folder
+    metadata: Mapping[str, Any]  # of the model card
+    message: str  # of the commit
+    notes: tuple[str, ...]  # what to look at before it is public
 
 
 def prepare_upload(run: Path, repo_id: str) -> Upload:
-    """Check a run's checkpoint and say what would be sent; nothing is.
-
-    Raises
-    ------
-    ConfigError
-        If the name is none that the Hub takes.
-    RunFolderError
-        If the run is not finished, or its checkpoint is of another state of it.
-    CheckpointError
-        If a file of the checkpoint is absent or cut short.
-    """
+    """Check a finished run's checkpoint and say what would be sent; nothing is."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -96,12 +70,8 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
 def upload(what: Upload, *, private: bool, pull_request: bool, revision: str | None = None) -> str:
     """Make the repository if there is none and send the files; returns the commit's address.
 
-    With the token of ``hf auth login`` or ``HF_TOKEN``, to ``HF_ENDPOINT``.
-
-    Raises
-    ------
-    GhostDistError
-        If the Hub refuses or cannot be reached; the same call goes on with what is missing.
+    With the token of ``hf auth login`` or ``HF_TOKEN``, to ``HF_ENDPOINT``; called again it goes
+    on.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -56,11 +56,9 @@ def choose_engine(
 ) -> EngineChoice:
     """The engine of a run: the configured one if it fits, with ``auto`` the first that fits.
 
-    ``auto``: resident if everything fits into 85 % of the free device memory (on a cluster, only
-    where ranks do not share the layers by configuration); else tensor_parallel as configured on a
-    cluster; else streaming. ``whole`` says what needs the whole model, which ``auto`` in one
-    process then holds whole even where it does not fit. If nothing allowed fits the error says what
-    would.
+    ``auto``: resident if everything fits (on a cluster, only where ranks do not share the layers by
+    configuration); else tensor_parallel on a cluster; else streaming. ``whole`` says what needs the
+    whole model, which ``auto`` in one process then holds even where it does not fit.
     """
     room = int(free_bytes * SHARE_OF_FREE_MEMORY)
     has = f"{where} has {_gb(free_bytes)} free, of which {SHARE_OF_FREE_MEMORY:.0%} may be filled"

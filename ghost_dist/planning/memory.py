@@ -64,8 +64,8 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
     """What waits in host memory, beside the mapped files; on a CPU it adds to the device's.
 
     ``copies`` of the sums of a range are there while it is written: none on a CPU, where they are
-    in host memory already (and nothing is page-locked), one from a GPU, two on a rank that writes
-    one range and computes the next.
+    in host memory already, one from a GPU, two on a rank that writes one range and computes the
+    next.
     """
     sizes, tokens = run.sizes, run.num_tokens
     sums = {"select": _selection_bytes(run), "calibrate": run.samples_bytes}.get(stage, 0)
@@ -85,8 +85,7 @@ def host_bytes(run: RunShape, stage: str, engine: str, *, copies: int) -> int:
 def tokens_at_once(run: RunShape, stage: str, ranks: int | None) -> int:
     """streaming: calibration tokens that go through a layer before the next one is read.
 
-    ``ranks``: of a replica, which goes through one range after the other, and each of which takes
-    its part of the windows; None: all windows go through in this process.
+    ``ranks``: of a replica, which share a range; None: all windows go through in this process.
     """
     if ranks is None or stage not in ("select", "calibrate"):
         return run.num_tokens
@@ -95,10 +94,7 @@ def tokens_at_once(run: RunShape, stage: str, ranks: int | None) -> int:
 
 
 def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
-    """streaming: streams between two layers, and rows that are kept until the sums are taken.
-
-    ``ranks``: as for ``tokens_at_once``.
-    """
+    """streaming: streams between two layers, and rows that are kept until the sums are taken."""
     sizes, tokens = run.sizes, tokens_at_once(run, stage, ranks)
     streams = sizes.stream_bytes(tokens)
     if stage == "calibrate":
@@ -136,8 +132,7 @@ def kept_streams_bytes(run: RunShape) -> int:
 def asked_bytes(run: RunShape, stage: str, ranks: int | None) -> int:
     """streaming with experts in parts: what all tokens ask of a layer's experts, and the answers.
 
-    The input of the experts, and a product for each expert of a token. ``ranks``: as for
-    ``tokens_at_once``.
+    The input of the experts, and a product for each expert of a token.
     """
     if stage in ("select", "calibrate"):
         streams = run.sizes.stream_bytes(tokens_at_once(run, stage, ranks))

@@ -44,8 +44,7 @@ class Curve:
 class Rates:
     """What a machine does in a second, or how long one of something takes.
 
-    A kind of layer that is missing in ``layer_s`` was too large to be tried, and is reckoned by
-    ``matmul``.
+    A kind of layer missing in ``layer_s`` was too large to be tried: ``matmul`` says.
     """
 
     device: str

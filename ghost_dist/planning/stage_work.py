@@ -39,9 +39,8 @@ def work_of_stages(
 ) -> dict[str, Work]:
     """Work by stage, in order; stages that a run does not have are left out.
 
-    ``keeps_sums``: those that spans are fitted from stay in memory between fits, as on a CPU; a GPU
-    gives their memory to the model in between and reads them again. ``prefetch``: streaming reads
-    the next layer while one is computed. ``experts``: routed ones that are held at once; None: all.
+    ``keeps_sums``: those that spans are fitted from stay in memory between fits, as on a CPU.
+    ``experts``: routed ones that are held at once; None: all.
     """
     works = {"tokens": Work(other_s=tokens_s)}
     if run.selection is not None:
@@ -103,8 +102,9 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
 
 
 def _search(work: Work, run: RunShape, search: RemovalSearch, engine: EngineKind) -> None:
-    """Every evaluation runs the layers that stay, on average half of those that go beside them;
-    what candidates share of the dense streams is not known before. Fits are few beside that.
+    """Every evaluation runs the layers that stay, and on average half of those that go.
+
+    What candidates share of the dense streams is not known before. Fits are few beside that.
     """
     _read_whole(work, run, engine)
     if engine == "streaming":
