@@ -292,7 +292,8 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
         if not isinstance(output, tuple):
             return output
         rest = (_other_values(v) if isinstance(v, Tensor) else v for v in output[1:])
-        return (output[0], *rest)
+        made = getattr(type(output), "_make", tuple)  # of a named tuple
+        return made((output[0], *rest))
 
     # Two ids: one may be that of padding, whose embedding is zero and stays so in all layers.
     ids_BT = torch.arange(2, device=decoder.device)[None]

@@ -26,8 +26,9 @@ def test_every_family_has_a_row():
 
 @pytest.mark.parametrize(
     "family",
-    # settings by layer; a scale by depth, of which one cut is refused; shared weights; too large
-    ["gemma4_text", "diffllama", "zamba", "bert", "blt"],
+    # settings by layer; a scale by depth, of which one cut is refused; shared weights; too large;
+    # a named tuple from layer to layer
+    ["gemma4_text", "diffllama", "zamba", "bert", "blt", "reformer"],
 )
 @pytest.mark.model
 def test_row(family):
