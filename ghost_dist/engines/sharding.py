@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ghost_dist.errors import ConfigError
+
 Piece = tuple[int, int]
 
 _GATES = ("gate", "router", "shared_expert_gate")
@@ -233,3 +235,54 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def full_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter and buffer by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def gather_width(local: Tensor, width: int) -> Tensor:
+    """Join the columns that the ranks hold, in the order of the ranks.
+
+    Parameters
+    ----------
+    local
+        Shape (..., n), n of this rank; the same leading shape on every rank.
+    width
+        Sum of the ranks' n. A tensor that has it already is given back.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., width), the same on every rank.
+    """
+    if local.shape[-1] == width:
+        return local
+    # Ranks may differ by one column, and gather takes equal shapes only.
+    own = torch.tensor([local.shape[-1]], device=local.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, own)
+    widths = [int(count) for count in counts]
+    assert sum(widths) == width, f"the ranks hold {widths} columns of {width}"
+    padded = nn.functional.pad(local, (0, max(widths) - local.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], -1)
+
+
+def check_degree(config: Any, degree: int) -> None:
+    """Raise ConfigError if the heads of a model cannot be dealt out evenly over the ranks."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except RuntimeError:  # transformers: every layer has a number of its own
+        heads = None
+    if heads is None:
+        raise ConfigError(
+            f"engine.tensor_parallel={degree} deals out attention heads, and family "
+            f"{config.model_type} has none, or not the same number in all layers. Leave it at 1."
+        )
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    for count, name in ((heads, "attention heads"), (groups, "key-value heads")):
+        if count % degree:
+            fit = [n for n in range(1, min(heads, groups) + 1) if heads % n == groups % n == 0]
+            raise ConfigError(
+                f"engine.tensor_parallel={degree} does not divide the {count} {name} of the "
+                f"model: needed a divisor of {heads} heads and {groups} key-value heads, found "
+                f"{degree}. Choose one of {', '.join(map(str, fit))}."
+            )

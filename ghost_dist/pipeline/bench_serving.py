@@ -34,7 +34,8 @@ from ghost_dist.devices import (
 )
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.verify import has_our_code
-from ghost_dist.pipeline.inputs import compute_dtype, open_model
+from ghost_dist.pipeline.automatic import compute_dtype
+from ghost_dist.pipeline.inputs import open_model
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 

@@ -16,7 +16,7 @@ from ghost_dist.checkpoint.load import truncated_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, device_name, free_bytes
-from ghost_dist.engines.tensor_parallel import check_degree
+from ghost_dist.engines.sharding import check_degree
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.sizing import run_shape

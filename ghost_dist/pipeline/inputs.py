@@ -37,18 +37,17 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config, parse_size
 from ghost_dist.devices import open_device
-from ghost_dist.engines.resident import ResidentEngine, auto_batch
+from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.sharding import check_degree
 from ghost_dist.engines.small_model import with_small_model
-from ghost_dist.engines.tensor_parallel import check_degree
 from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
+from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ, candidates_of, few_tokens
 from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.spans import Span, check_spans
-
-_TOKENS_OF_RANGE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -387,46 +386,6 @@ def _refittable(
         )
         added = adds_mlp_output(decoder, first)
         return frozenset(architecture.down_projections) if added else frozenset()
-
-
-def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:
-    """The compute dtype; auto is the checkpoint's own on a GPU and float32 on a CPU.
-
-    CPUs without bf16 or fp16 matrix units compute in half precision many times slower, and the
-    statistics are the better for float32.
-    """
-    if config.model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.model.dtype)
-        return dtype
-    return torch.float32 if device.type == "cpu" else source.dtype
-
-
-def count_ranges(config: Config) -> int:
-    """Each is written whole, so more of them than a stop may cost again only cost time."""
-    calibration, folds = config.calibration, config.operator.folds
-    tokens = calibration.windows * calibration.window_length
-    of_fold = 1 if tokens <= folds * _TOKENS_OF_RANGE else 2
-    ranges = calibration.ranges or min(of_fold * folds, calibration.windows)
-    if ranges > calibration.windows:
-        raise ConfigError(
-            f"calibration.ranges={ranges} is more than calibration.windows={calibration.windows}; "
-            "each range holds at least one window."
-        )
-    if ranges < folds:
-        raise ConfigError(
-            f"operator.folds={folds} needs at least {folds} window ranges, but there are {ranges} "
-            f"(calibration.windows={calibration.windows}). Give more windows or fewer folds."
-        )
-    return ranges
-
-
-def batch_of(config: Config, device: torch.device) -> int:
-    """Windows per forward."""
-    if config.engine.batch != "auto":
-        return config.engine.batch
-    calibration = config.calibration
-    shorter = calibration.windows // count_ranges(config)
-    return auto_batch(device, calibration.window_length, shorter)
 
 
 def _say_if_few_tokens(

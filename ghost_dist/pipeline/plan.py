@@ -29,9 +29,10 @@ from ghost_dist.errors import (
     ConfigError,
     UnsupportedArchitectureError,
 )
+from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens
 from ghost_dist.pipeline.engine import choose
-from ghost_dist.pipeline.inputs import compute_dtype, disk_needs, open_model, refittable_layers
+from ghost_dist.pipeline.inputs import disk_needs, open_model, refittable_layers
 from ghost_dist.pipeline.sizing import run_shape
 from ghost_dist.pipeline.stage_plans import StagePlan, cluster_note, plan_stages
 from ghost_dist.planning.engine_choice import EngineChoice

@@ -15,6 +15,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.devices import free_bytes
+from ghost_dist.pipeline.automatic import batch_of, count_ranges
 from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     NEEDS_DOWN_PROJ,
@@ -23,7 +24,6 @@ from ghost_dist.pipeline.candidates import (
     samples_of,
     searches_ridge,
 )
-from ghost_dist.pipeline.inputs import batch_of, count_ranges
 from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import num_judges

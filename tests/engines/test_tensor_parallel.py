@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import tensor_parallel
-from ghost_dist.engines.tensor_parallel import check_degree, open_tensor_parallel
+from ghost_dist.engines.sharding import check_degree
+from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import ConfigError
 
 pytest.importorskip("deepspeed")

@@ -1,0 +1,52 @@
+"""What `auto` means where the configuration alone, and the kind of device, decide it."""
+
+from __future__ import annotations
+
+import torch
+
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.config import Config
+from ghost_dist.engines.resident import auto_batch
+from ghost_dist.errors import ConfigError
+
+_TOKENS_OF_RANGE = 1 << 16
+
+
+def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> torch.dtype:
+    """The compute dtype; auto is the checkpoint's own on a GPU and float32 on a CPU.
+
+    CPUs without bf16 or fp16 matrix units compute in half precision many times slower, and the
+    statistics are the better for float32.
+    """
+    if config.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        return dtype
+    return torch.float32 if device.type == "cpu" else source.dtype
+
+
+def count_ranges(config: Config) -> int:
+    """Each is written whole, so more of them than a stop may cost again only cost time."""
+    calibration, folds = config.calibration, config.operator.folds
+    tokens = calibration.windows * calibration.window_length
+    of_fold = 1 if tokens <= folds * _TOKENS_OF_RANGE else 2
+    ranges = calibration.ranges or min(of_fold * folds, calibration.windows)
+    if ranges > calibration.windows:
+        raise ConfigError(
+            f"calibration.ranges={ranges} is more than calibration.windows={calibration.windows}; "
+            "each range holds at least one window."
+        )
+    if ranges < folds:
+        raise ConfigError(
+            f"operator.folds={folds} needs at least {folds} window ranges, but there are {ranges} "
+            f"(calibration.windows={calibration.windows}). Give more windows or fewer folds."
+        )
+    return ranges
+
+
+def batch_of(config: Config, device: torch.device) -> int:
+    """Windows per forward."""
+    if config.engine.batch != "auto":
+        return config.engine.batch
+    calibration = config.calibration
+    shorter = calibration.windows // count_ranges(config)
+    return auto_batch(device, calibration.window_length, shorter)
