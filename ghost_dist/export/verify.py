@@ -27,7 +27,7 @@ from ghost_dist.errors import ExportError
 from ghost_dist.export import reload_script
 from ghost_dist.export.side_files import has_own_code, tokenizer_code
 
-_SCRIPT = Path(reload_script.__file__)
+TIMEOUT_S = 3600.0  # of a fresh process
 _ROUNDINGS = 4
 _TEXTS = (
     "12 cats, 1234567 dogs and 3.14 naïve birds.",
@@ -55,7 +55,6 @@ def verify_reload(
     tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
-    timeout_s: float = 3600.0,
 ) -> float:
     """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
@@ -69,9 +68,7 @@ def verify_reload(
     ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
     ``tokens``: (windows, T), a few hundred are enough. Returns the largest difference of a logit.
     """
-    found = reload(
-        folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, timeout_s=timeout_s
-    )
+    found = reload(folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device)
     difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
     chosen = found.uncached.gather(1, found.generated[:, None])[:, 0]
     lost = float((found.uncached.amax(1) - chosen).max())
@@ -125,7 +122,6 @@ def reload(
     tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
-    timeout_s: float = 3600.0,
 ) -> Reloaded:
     """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
 
@@ -140,7 +136,7 @@ def reload(
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
         }
-        _run_script(folder, scratch, model, tokenizer, timeout_s)
+        _run_script(folder, scratch, model, tokenizer)
         return Reloaded(
             *(
                 torch.from_numpy(np.load(scratch / f"{part}.npy"))
@@ -149,10 +145,10 @@ def reload(
         )
 
 
-def verify_tokenizer(folder: Path, tokenizer: Any, timeout_s: float = 3600.0) -> None:
+def verify_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Compare token ids of an exported folder, in a fresh process, with the original's."""
     with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
-        _run_script(folder, Path(name), None, tokenizer, timeout_s)
+        _run_script(folder, Path(name), None, tokenizer)
 
 
 def _run_script(
@@ -160,7 +156,6 @@ def _run_script(
     scratch: Path,
     model: dict[str, str] | None,
     tokenizer: Any,
-    timeout_s: float,
 ) -> None:
     texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
     trusted = tokenizer is not None and has_own_code(tokenizer)
@@ -175,7 +170,7 @@ def _run_script(
         "texts": texts,
     }
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    _run([str(_SCRIPT), str(scratch / "request.json")], scratch, timeout_s, folder)
+    _run(scratch, folder)
     if texts is None:
         return
     expected = reload_script.token_ids(tokenizer, texts)
@@ -195,7 +190,7 @@ def _text_of_special_tokens(tokenizer: Any) -> str:
     return "".join(f"one{token}two {token} 3" for token in tokens)
 
 
-def _run(arguments: list[str], scratch: Path, timeout_s: float, folder: Path) -> None:
+def _run(scratch: Path, folder: Path) -> None:
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -205,17 +200,17 @@ def _run(arguments: list[str], scratch: Path, timeout_s: float, folder: Path) ->
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-I", *arguments],
+            [sys.executable, "-I", reload_script.__file__, str(scratch / "request.json")],
             env=environment,
             cwd=scratch,
-            timeout=timeout_s,
+            timeout=TIMEOUT_S,
             capture_output=True,
             text=True,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(
-            f"Loading {folder} in a fresh process took more than {timeout_s:.0f} s."
+            f"Loading {folder} in a fresh process took more than {TIMEOUT_S:.0f} s."
         ) from error
     if done.returncode != 0:
         raise ExportError(

@@ -179,8 +179,8 @@ def _resident(run: RunShape, stage: str, degree: int = 1) -> int:
             + logits_bytes(batch_tokens, sizes.vocab_size)
         )
     if stage == "export":
-        # The uncut model here, then the exported one in a process of its own.
-        return max(sizes.causal_lm_bytes, run.kept_loaded_bytes) + activations
+        # The uncut model here; then the exported one, which is smaller, in a process of its own.
+        return sizes.causal_lm_bytes + activations
     streams = 3 * sizes.stream_bytes(batch_tokens)  # of the three variants
     return sizes.causal_lm_bytes + activations + streams + logits
 

@@ -27,7 +27,7 @@ from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.devices import device_name, free_bytes, synchronize
 from ghost_dist.engines.shapes_only import shapes_only
-from ghost_dist.planning.model_sizes import LayerSizes, ModelSizes
+from ghost_dist.planning.model_sizes import ModelSizes
 from ghost_dist.planning.probe_files import measure_files
 from ghost_dist.planning.rates import Curve, Rates
 from ghost_dist.ridge import RelativeRidge
@@ -397,10 +397,3 @@ def _fill(tensor: Tensor) -> None:
     for first in range(0, len(flat), length):
         part = flat[first : first + length]
         part.copy_(some[: len(part)])
-
-
-def layer_seconds(layer: LayerSizes, rates: Rates, compute: str, window_length: int) -> float:
-    """Seconds per token of a layer: as measured, or by the rate of plain products."""
-    if layer.kind in rates.layer_s:
-        return rates.layer_s[layer.kind]
-    return layer.flops(window_length) / rates.matmul[compute]

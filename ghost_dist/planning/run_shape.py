@@ -114,12 +114,6 @@ class RunShape:
         return self.sizes.exported_bytes - gone + self.operator_bytes
 
     @property
-    def kept_loaded_bytes(self) -> int:
-        """Of the recovered model in memory."""
-        gone = sum(self.sizes.layers[layer].loaded_bytes for layer in self.removed)
-        return self.sizes.causal_lm_bytes - gone + self.operator_bytes
-
-    @property
     def samples_bytes(self) -> int:
         """Of the sums of one range."""
         return sum(sample.nbytes for sample in self.samples)

@@ -12,7 +12,6 @@ from ghost_dist.planning.engine_choice import EngineKind
 from ghost_dist.planning.run_shape import RemovalSearch, RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
 from ghost_dist.solver.least_squares import num_steps, step_flops
-from ghost_dist.spans import Span
 from ghost_dist.statistics.sum_costs import moments_flops, pair_flops
 
 VERIFIED_TOKENS = 512
@@ -81,7 +80,7 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
     if selection.search is not None:
         _search(work, run, selection.search, engine)
         return work
-    _read_decoder(work, run, run.num_layers, engine)
+    _read(work, run, run.sizes.decoder_stored_bytes(run.num_layers), engine)
     _forward(work, run, range(run.num_layers), run.num_tokens * selection.passes)
     if not selection.stops_of:
         return work
@@ -106,7 +105,7 @@ def _search(work: Work, run: RunShape, search: RemovalSearch, engine: EngineKind
 
     What candidates share of the dense streams is not known before. Fits are few beside that.
     """
-    _read_whole(work, run, engine)
+    _read(work, run, run.sizes.stored_bytes, engine)
     if engine == "streaming":
         work.read_bytes *= 1 + search.sweeps
     _forward(work, run, range(run.num_layers), search.fitted_tokens)
@@ -119,7 +118,7 @@ def _calibrate(run: RunShape, engine: EngineKind) -> Work:
     work = Work()
     if not run.samples:
         return work
-    _read_decoder(work, run, run.last_boundary, engine)
+    _read(work, run, run.sizes.decoder_stored_bytes(run.last_boundary), engine)
     _forward(work, run, range(run.last_boundary), run.num_tokens)
     _sums(work, run, [(s.kind, s.size) for s in run.samples])
     work.commits, work.commit_bytes = run.num_ranges, run.num_ranges * run.samples_stored_bytes
@@ -131,22 +130,32 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
     if not run.searches:
         return work
     if run.runs_whole_model:
-        _read_whole(work, run, engine)
+        _read(work, run, run.sizes.stored_bytes, engine)
+    # How often candidates are fitted, and on how many folds.
+    judges, folds = (run.judging_folds, run.folds - 1) if run.by_kl else (1, run.folds)
     candidates = 0
     for span in run.spans:
         searches = [search for search in run.searches if search.span == span]
         # Every candidate repairs all spans, so those of one span are all.
         candidates = run.plain_cut + run.shifts * sum(search.candidates for search in searches)
         for search in searches if candidates > 1 else ():
-            _candidate_fits(work, run, search.kind, search.size, search.candidates, run.shifts)
-        largest = max(searches, key=lambda search: search.size)
-        _final_fits(work, run, largest.kind, largest.size, run.shifts, run.fine_shifts)
+            # The whole grid for the ridge of least residual, once more for the candidate that has
+            # it, one ridge for each of the others.
+            grids = search.candidates * (2 if run.shifts > 1 else 1)
+            others = search.candidates * (run.shifts - 1)
+            _fit(work, run, search.kind, search.size, run.ridges, folds, judges * grids)
+            _fit(work, run, search.kind, search.size, 1, folds, judges * others)
+        best = max(searches, key=lambda search: search.size)
+        _fit(work, run, best.kind, best.size, 1, folds, judges * run.fine_shifts)
+        _fit(work, run, best.kind, best.size, run.ridges, run.final_folds, 1)
+        if run.shifts > 1:
+            _fit(work, run, best.kind, best.size, 1, run.final_folds, 1)
     reads = 1 if keeps_sums else 1 + (candidates > 1) + (run.fine_shifts > 0)
     work.store_read_bytes = reads * run.num_ranges * run.samples_stored_bytes
     if run.by_kl and candidates > 1:
-        _compare(work, run, candidates, run.fine_shifts)
+        _compare(work, run, candidates)
     if run.refits or run.heal:
-        _walk(work, run, run.spans, heal=run.heal)
+        _walk(work, run)
     return work
 
 
@@ -169,39 +178,13 @@ def _export(run: RunShape) -> Work:
 def _evaluate(run: RunShape, engine: EngineKind) -> Work:
     """The dense, the pruned and the recovered model on every corpus."""
     work = Work()
-    _read_whole(work, run, engine)
+    _read(work, run, run.sizes.stored_bytes, engine)
     tokens = sum(run.evaluation_tokens.values())
     for layers in (range(run.num_layers), _behind(run, cut_only=True), _behind(run)):
         _forward(work, run, layers, tokens)
     work.head_tokens = work.loss_tokens = 3 * tokens
     work.divergence_tokens = 2 * tokens + tokens // 2  # as in _compare
     return work
-
-
-def _candidate_fits(
-    work: Work, run: RunShape, kind: str, size: int, candidates: int, shifts: int
-) -> None:
-    """Fits of a search on each judge: the whole grid for the ridge of least residual, once more
-    for the candidate that has it, one ridge for each of the others.
-    """
-    judges, folds = _judging_fits(run)
-    grids = candidates * (2 if shifts > 1 else 1)
-    _fit(work, run, kind, size, run.ridges, folds, judges * grids)
-    _fit(work, run, kind, size, 1, folds, judges * candidates * (shifts - 1))
-
-
-def _final_fits(work: Work, run: RunShape, kind: str, size: int, shifts: int, fine: int) -> None:
-    """Fits around the best candidate, and its final one on all folds."""
-    judges, folds = _judging_fits(run)
-    _fit(work, run, kind, size, 1, folds, judges * fine)
-    _fit(work, run, kind, size, run.ridges, run.final_folds, 1)
-    if shifts > 1:
-        _fit(work, run, kind, size, 1, run.final_folds, 1)
-
-
-def _judging_fits(run: RunShape) -> tuple[int, int]:
-    """How often candidates are fitted, and on how many folds."""
-    return (run.judging_folds, run.folds - 1) if run.by_kl else (1, run.folds)
 
 
 def _fit(
@@ -213,10 +196,10 @@ def _fit(
         work.fits.append(FitWork(kind, size, steps, count, flops))
 
 
-def _compare(work: Work, run: RunShape, candidates: int, fine: int) -> None:
+def _compare(work: Work, run: RunShape, candidates: int) -> None:
     """The dense model and the candidates on the judging folds, in one go, then the fine ones."""
     tokens = run.num_tokens * run.judging_folds // run.folds
-    for number, cuts in ((candidates, run.plain_cut), (fine, 0)):
+    for number, cuts in ((candidates, run.plain_cut), (run.fine_shifts, 0)):
         if not number:
             continue
         _forward(work, run, range(run.num_layers), tokens)
@@ -234,24 +217,22 @@ def _behind(run: RunShape, *, cut_only: bool = False) -> list[int]:
     return [layer for layer in range(first, run.num_layers) if layer not in run.removed]
 
 
-def _walk(work: Work, run: RunShape, fitted: tuple[Span, ...] | list[Span], *, heal: bool) -> None:
+def _walk(work: Work, run: RunShape) -> None:
     """Dense and recovered streams side by side, from before the first span, through the host."""
     first = max(0, run.spans[0].start - 1)
-    last = run.num_layers if heal else run.last_boundary
+    last = run.num_layers if run.heal else run.last_boundary
     _forward(work, run, range(first), run.num_tokens)
     passed = 0
     for layer in range(first, last):
-        times = 1 if layer in run.removed else 2 + heal
+        times = 1 if layer in run.removed else 2 + run.heal
         _forward(work, run, [layer] * times, run.num_tokens)
         passed += times
-    for span in fitted:  # the layer before the span taken apart
+    for span in run.spans:  # the layer before the span taken apart
         _forward(work, run, [max(0, span.start - 1)], run.num_tokens)
         passed += 1
     work.moved_bytes += 2 * passed * run.sizes.stream_bytes(run.num_tokens)
-    if heal:
-        layers = [n for n in range(run.spans[0].stop, run.num_layers) if n in run.inner_sizes]
-        for layer in layers:
-            size = run.inner_sizes[layer]
+    for layer in range(run.spans[0].stop, run.num_layers) if run.heal else ():
+        if (size := run.inner_sizes.get(layer)) is not None:
             _sums(work, run, [("joint", size)])
             _fit(work, run, "joint", size, run.ridges, 1, 1)
 
@@ -268,17 +249,7 @@ def _forward(work: Work, run: RunShape, layers: range | list[int], tokens: int) 
     work.forwards += tokens / (run.batch * run.window_length)
 
 
-def _read_decoder(work: Work, run: RunShape, num_layers: int, engine: EngineKind) -> None:
-    work.read_bytes += run.sizes.decoder_stored_bytes(num_layers)
-    _loaded(work, run, engine)
-
-
-def _read_whole(work: Work, run: RunShape, engine: EngineKind) -> None:
-    work.read_bytes += run.sizes.stored_bytes
-    _loaded(work, run, engine)
-
-
-def _loaded(work: Work, run: RunShape, engine: EngineKind) -> None:
-    work.load_bytes += work.read_bytes
-    work.load_tensors += round(run.num_tensors * work.read_bytes / run.sizes.stored_bytes)
+def _read(work: Work, run: RunShape, nbytes: int, engine: EngineKind) -> None:
+    work.read_bytes = work.load_bytes = nbytes
+    work.load_tensors = round(run.num_tensors * nbytes / run.sizes.stored_bytes)
     work.overlaps = engine == "streaming"

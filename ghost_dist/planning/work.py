@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ghost_dist.planning.model_sizes import LayerSizes
-from ghost_dist.planning.probe import layer_seconds
 from ghost_dist.planning.rates import Rates
 
 
@@ -70,9 +69,11 @@ class Work:
     def seconds(self, rates: Rates, compute: str) -> dict[str, float]:
         """Seconds by what they go into; their sum is the stage's."""
         uncached = self.read_bytes - self.cached_bytes
+        matmul = rates.matmul[compute]
         forward = sum(
-            tokens * layer_seconds(layer, rates, compute, self.window_length)
-            for layer, tokens in self.layers
+            # Layers that were too large to be measured go by the rate of plain products.
+            tokens * (rates.layer_s.get(of.kind) or of.flops(self.window_length) / matmul)
+            for of, tokens in self.layers
         )
         forward += self.forwards * rates.forward_s
         forward += self.head_tokens * rates.head_s

@@ -267,6 +267,7 @@ def test_user_cache_stays_clean(exported, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_timeout(exported):
+def test_timeout(exported, monkeypatch):
+    monkeypatch.setattr("ghost_dist.export.verify.TIMEOUT_S", 0.01)
     with pytest.raises(ExportError, match="more than 0 s"):
-        reload(exported, TOKENS.numpy(), dtype=torch.float32, device=CPU, timeout_s=0.01)
+        reload(exported, TOKENS.numpy(), dtype=torch.float32, device=CPU)
