@@ -116,7 +116,7 @@ def compare(
         run.begin()
         table = _Table(run.path, inputs, tokens)
         cuts = _select(inputs, run, tokens, removes, selections, reporter)
-        missing = [(cut, row) for cut in cuts for row in rows if not table.has(cut, row, inputs)]
+        missing = [(cut, row) for cut in cuts for row in rows if not table.has(cut, row)]
         if missing:
             _fill(inputs, run.path, tokens, missing, table, reporter)
         return table.write([(cut, row) for cut in cuts for row in rows])
@@ -182,7 +182,7 @@ def _fill(
         try:
             candidates = candidates_of(_operator(inputs, row), cut.spans, inputs.refittable)
         except ConfigError as error:
-            table.refuse(cut, row, inputs, str(error))
+            table.add(cut, row, {"refused": str(error)})
             continue
         usable.append((cut, row))
         samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
@@ -203,17 +203,17 @@ def _fill(
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
-            if not table.has(cut, row, inputs):  # another criterion may have found the same spans
+            if not table.has(cut, row):  # another criterion may have found the same spans
                 of_row = replace(inputs, config=_config(inputs, row))
                 try:
                     solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
                 except (SingularGramError, SingularOperatorError) as error:
-                    table.refuse(cut, row, inputs, str(error))  # the other rows can still be had
+                    table.add(cut, row, {"refused": str(error)})  # the other rows can still be had
                 else:
                     operators = solved.operators
                     if row == "refine" and any(r.parts() for r in operators.values()):
                         operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
-                    table.add(cut, row, inputs, _outcome(of_row, cut, solved, operators, model))
+                    table.add(cut, row, _outcome(of_row, cut, solved, operators, model))
             advance(1)
 
 
@@ -300,20 +300,16 @@ def _config(inputs: RunInputs, row: Row) -> Config:
 
 def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
     """The operator section of a row."""
-    base = inputs.config.operator
-    if row == "default":
-        update: dict[str, Any] = {}
-    elif row == "heal":
+    update: dict[str, Any] = {}
+    if row == "heal":
         update = {"heal": True}
-    elif row == "refine":
-        update = {}
     elif row == "ghost+norm":
         update = {"name": "ghost", "features": "stream+norm"}
-    else:
+    elif row not in ("default", "refine"):
         update = {"name": row, "features": "stream"}
         if row in ("none", "linear-patch", "linear-patch-hadamard"):
             update["affine"] = False
-    return OperatorConfig.model_validate({**base.model_dump(), **update})
+    return OperatorConfig.model_validate({**inputs.config.operator.model_dump(), **update})
 
 
 class _Table:
@@ -321,6 +317,7 @@ class _Table:
 
     def __init__(self, folder: Path, inputs: RunInputs, tokens: TokenWindows) -> None:
         self._path, self._markdown = folder / "compare.json", folder / "compare.md"
+        self._inputs = inputs
         self._of = fingerprint(
             {
                 "model": inputs.model_fingerprint,
@@ -329,7 +326,6 @@ class _Table:
                 **inputs.numerics,
             }
         )
-        self._keys: dict[tuple[_Cut, Row], str] = {}
         try:
             stored: dict[str, Any] = json.loads(self._path.read_bytes())
         except (OSError, ValueError):
@@ -344,18 +340,14 @@ class _Table:
             self._stored["dense"] = measure()
             self._save()
 
-    def has(self, cut: _Cut, row: Row, inputs: RunInputs) -> bool:
+    def has(self, cut: _Cut, row: Row) -> bool:
         """Whether the row is there already."""
-        return self._key(cut, row, inputs) in self._stored["found"]
+        return self._key(cut, row) in self._stored["found"]
 
-    def add(self, cut: _Cut, row: Row, inputs: RunInputs, outcome: dict[str, Any]) -> None:
-        """Keep a row."""
-        self._stored["found"][self._key(cut, row, inputs)] = outcome
+    def add(self, cut: _Cut, row: Row, outcome: dict[str, Any]) -> None:
+        """Keep a row, or under ``refused`` the reason why there is none."""
+        self._stored["found"][self._key(cut, row)] = outcome
         self._save()
-
-    def refuse(self, cut: _Cut, row: Row, inputs: RunInputs, reason: str) -> None:
-        """Keep the reason why there is no such row."""
-        self.add(cut, row, inputs, {"refused": reason})
 
     def write(self, wanted: Sequence[tuple[_Cut, Row]]) -> dict[str, Any]:
         """Write the table that was asked for and return it."""
@@ -365,7 +357,7 @@ class _Table:
                 "remove": cut.remove,
                 "spans": [[s.start, s.stop] for s in cut.spans],
                 "operator": row,
-                **self._stored["found"][self._keys[cut, row]],
+                **self._stored["found"][self._key(cut, row)],
             }
             for cut, row in wanted
         ]
@@ -374,12 +366,11 @@ class _Table:
         write_bytes(self._markdown, markdown(self._stored["dense"], rows).encode())
         return {"dense": self._stored["dense"], "rows": rows}
 
-    def _key(self, cut: _Cut, row: Row, inputs: RunInputs) -> str:
+    def _key(self, cut: _Cut, row: Row) -> str:
         spans = ",".join(map(str, cut.spans))
-        config = _operator(inputs, row).model_dump(mode="json")
-        refine = inputs.config.refine.model_dump(mode="json") if row == "refine" else None
-        self._keys[cut, row] = f"{spans} {row} {fingerprint([config, refine])[:16]}"
-        return self._keys[cut, row]
+        config = _operator(self._inputs, row).model_dump(mode="json")
+        refine = self._inputs.config.refine.model_dump(mode="json") if row == "refine" else None
+        return f"{spans} {row} {fingerprint([config, refine])[:16]}"
 
     def _save(self) -> None:
         write_json(self._path, self._stored)
