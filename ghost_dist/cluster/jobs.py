@@ -90,7 +90,8 @@ class Jobs:
                 return str(of_run[-1].submission_id)
         elif any(known.submission_id == job for known in self._client.list_jobs()):
             return job
-        known = ", ".join(self._ours()) or "none"
+        ids = [str(known.submission_id) for known in self._client.list_jobs()]
+        known = ", ".join(sorted(name for name in ids if name.startswith(_PREFIX))) or "none"
         raise ConfigError(f"There is no job {job} at {self.address}. Jobs of ghost-dist: {known}.")
 
     def status(self, job: str) -> dict[str, Any]:
@@ -150,10 +151,6 @@ class Jobs:
             if (job.submission_id or "").rpartition("-")[0] == _name(run)
         ]
         return sorted(jobs, key=lambda job: int(str(job.submission_id).rpartition("-")[2]))
-
-    def _ours(self) -> list[str]:
-        ids = [job.submission_id or "" for job in self._client.list_jobs()]
-        return sorted(name for name in ids if name.startswith(_PREFIX))
 
     def _check_authentication(self, allow_unauthenticated: bool) -> None:
         """See whether the cluster would take a job from anybody: ask it without a token."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -34,12 +33,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.release()
         if self._connected:

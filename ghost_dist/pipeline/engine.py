@@ -36,17 +36,7 @@ def settle(
 ) -> RunInputs:
     """Inputs with the engine that this run has, or gets now; :func:`keep` notes it.
 
-    Parameters
-    ----------
-    inputs, run, reporter
-        Of the run.
-    whole
-        What needs the whole model beside the configuration.
-
-    Raises
-    ------
-    ConfigError
-        If no engine fits, or that of the run does not fit any more.
+    ``whole``: what needs the whole model beside the configuration.
     """
     config, known = inputs.config, run.outputs(_RECORD)
     if config.on_cluster:
@@ -80,13 +70,7 @@ def keep(inputs: RunInputs, run: RunFolder) -> None:
 def decide(
     inputs: RunInputs, kind: Kind | None = None, *, whole: str | None = None
 ) -> EngineChoice:
-    """The engine of a run in one process, of an ``engine.kind`` that it began with if it did.
-
-    Raises
-    ------
-    ConfigError
-        If none fits.
-    """
+    """The engine of a run in one process, of an ``engine.kind`` that it began with if it did."""
     try:
         return choose(
             kind or "auto",

@@ -12,7 +12,7 @@ Legend: C hidden width, F inner width of an MLP, V entries of the vocabulary, T 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,6 +180,7 @@ def model_sizes(
         )
         for number, layer in enumerate(listed)
     )
+    routed = [found.count for layer in listed if (found := routed_experts(layer)) is not None]
     in_layers = sum(layer.loaded_bytes for layer in layers)
     above = {
         id(tensor)
@@ -200,13 +201,8 @@ def model_sizes(
         below_bytes=sum(loaded.values()) - in_layers - above_bytes,
         below_stored_bytes=outside,
         above_bytes=above_bytes,
-        experts_per_token=_most_experts_of_a_token(listed, config),
+        experts_per_token=(experts_per_token(config) or max(routed)) if routed else 0,
     )
-
-
-def _most_experts_of_a_token(layers: Iterable[nn.Module], config: Any) -> int:
-    counts = [found.count for layer in layers if (found := routed_experts(layer)) is not None]
-    return (experts_per_token(config) or max(counts)) if counts else 0
 
 
 def _layer(
