@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import Architecture, check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.config import Config, SelectionConfig
+from ghost_dist.config import CalibrationConfig, Config, SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
@@ -48,7 +47,7 @@ from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
 
 _RIDGE = 1e-2  # relative; of operators within the search
-_JUDGED_LENGTH = 512  # tokens of a judging window, from the beginning of one of calibration
+_JUDGED_LENGTH = 512  # tokens of a judging window; those of calibration are cut into such pieces
 _SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 _MOST_VARIANTS = 64  # of a sweep
 _OPERATORS_OF_LAYER = 8  # that should have room on the device
@@ -76,9 +75,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(1.0, 2048, 8),
-    "normal": Effort(2.0, 4096, 16),
-    "thorough": Effort(4.0, 8192, 32),
+    "quick": Effort(1.0, 4096, 8),
+    "normal": Effort(2.0, 8192, 16),
+    "thorough": Effort(4.0, 16384, 32),
 }
 
 
@@ -86,9 +85,10 @@ def search_shape(config: Config, remove: int, architecture: Architecture) -> Rem
     """What a search takes at most."""
     selection, calibration = config.selection, config.calibration
     effort, length = _effort(selection), min(_JUDGED_LENGTH, calibration.window_length)
+    pieces = _pieces(calibration)
     of_judge = -(-calibration.windows // config.operator.folds)
     fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
-    depths = effort.depths(min(of_judge, effort.judged_windows(length)))
+    depths = effort.depths(min(of_judge * pieces, effort.judged_windows(length)))
     rules = rules_of(selection, remove, architecture.num_layers)
     budget = math.ceil(effort.rounds * greedy_evaluations(rules, depths))
     if isinstance(selection.effort, int):
@@ -202,7 +202,7 @@ class Windows:
     fitted
         int32, shape (windows, T).
     judged
-        int32, shape (windows, T), others than these, from another fold.
+        int32, shape (windows, at most T), pieces of others than these, from another fold.
     depths
         Judging windows of many removals, and of few.
     """
@@ -217,17 +217,19 @@ class Windows:
         effort, folds = _effort(inputs.config.selection), range(inputs.config.operator.folds)
         length = min(_JUDGED_LENGTH, tokens.window_length)
         others = windows_of_folds(inputs, tokens, folds[:-1])
-        of_judge = windows_of_folds(inputs, tokens, folds[-1:])
+        of_judge = tokens.tokens[sorted(windows_of_folds(inputs, tokens, folds[-1:]))]
+        used = length * _pieces(inputs.config.calibration)
+        of_judge = of_judge[:, :used].reshape(-1, length)
         fit_windows = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
         fitted = _spread(others, fit_windows)
-        judged = _spread(of_judge, effort.judged_windows(length))
+        judged = _spread(range(len(of_judge)), effort.judged_windows(length))
         depths = effort.depths(len(judged))
         # The first ones are spread too: those that are scored on no more windows have all of it.
         order = judged[:: len(judged) // depths[0]][: depths[0]]
         order += [window for window in judged if window not in order]
         return Windows(
             tokens.tokens[fitted],
-            np.ascontiguousarray(tokens.tokens[order, :length]),
+            of_judge[order],
             depths,
         )
 
@@ -372,6 +374,11 @@ def _spread(windows: Sequence[int], count: int) -> list[int]:
     """So many of them, at equal distances."""
     ordered, count = sorted(windows), min(count, len(windows))
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
+def _pieces(calibration: CalibrationConfig) -> int:
+    """Judging windows that one of calibration gives; a piece inside it has no BOS."""
+    return 1 if calibration.window_bos else max(1, calibration.window_length // _JUDGED_LENGTH)
 
 
 def _spans(removal: Removal) -> tuple[Span, ...]:

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ConfigError
+from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline import searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
@@ -16,6 +19,7 @@ from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import Rules, exhaustive
+from ghost_dist.spans import Span
 
 QUIET = Reporter(console=Console(quiet=True))
 SEARCH = {"selection__spans": None, "selection__criterion": "search", "selection__remove": 2}
@@ -43,7 +47,18 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
     with searching.scoring(inputs, tokens, QUIET) as score:
         table = exhaustive(Rules(8, 2), score, len(score.windows.judged))
         fitted, judged = score.windows.fitted, score.windows.judged
+        variants = [Variant(), score.operators.variant((Span(2, 3), Span(5, 6)))]
+        streams = [dense_WTC.flatten(0, 1).double() for dense_WTC in score.operators._streams]
+        _, recovered = window_scores(score.model, variants, judged, batch=score.batch)
     kl_of = {removal: kl for kl, removal in table}
+    assert recovered.kl.mean() == pytest.approx(kl_of[2, 5], rel=1e-9)
+    for span in variants[1].spans:
+        x_TC, y_TC = streams[span.start], streams[span.stop]
+        gram_CC = x_TC.T @ x_TC
+        damped_CC = gram_CC + 0.01 * gram_CC.diagonal().median() * torch.eye(48)
+        change_CC = torch.linalg.solve(damped_CC, x_TC.T @ (y_TC - x_TC))
+        weight_CC = variants[1].operators[span].weight_CC
+        torch.testing.assert_close(weight_CC, (torch.eye(48) + change_CC).float())
     assert found["kl"] <= 1.02 * table[0][0]
     assert table[0][0] < 0.9 * table[len(table) // 2][0]  # it is no matter of course
     assert found["kl"] == kl_of[tuple(layers_of(spans))]
@@ -109,13 +124,15 @@ def test_the_result_says_what_was_searched(make_config, tmp_path):
     assert "recovered models were compared with the dense one" in page
 
 
-def test_what_is_planned_is_the_most_that_is_done(searched, make_config, tmp_path):
+def test_what_is_planned_is_the_most_that_is_done(searched, make_config, monkeypatch):
+    monkeypatch.setattr(searching, "_JUDGED_LENGTH", 32)  # two pieces of a window
     _, found = searched("a")
     planned = plan_run(make_config(**SEARCH), QUIET)
     inputs = open_inputs(make_config(**SEARCH), QUIET)
     search = searching.search_shape(inputs.config, 2, inputs.architecture)
     assert search.fitted_tokens == found["fitted_tokens"]
-    assert 0.5 < found["evaluations"] * 64 / search.judged_tokens <= 1
+    assert found["judged_tokens"] == 4 * 64
+    assert 0.5 < found["evaluations"] * 32 / search.judged_tokens <= 1
     [select] = [stage for stage in planned.stages if stage.name == "select"]
     layer = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96)
     assert select.flops > search.judged_tokens * 7 * layer
