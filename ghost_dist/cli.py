@@ -222,7 +222,7 @@ def demo(
         str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")
     ] = None,
 ) -> None:
-    """Prune and recover a small model on texts of this Python: two minutes, a real LLM five."""
+    """Prune and recover a small model on texts of this Python: two minutes, a real LLM longer."""
     from ghost_dist.demo import run_demo
 
     run_demo(Path(out) if out is not None else None, model)
