@@ -167,6 +167,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.model
 def test_two_worlds_of_two_ranks_give_the_ordered_sum_within_rounding(store):
     """In other orders than that of the ids; every entry within n eps times its absolute sum."""
     context = multiprocessing.get_context("forkserver")
