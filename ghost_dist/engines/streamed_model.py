@@ -138,10 +138,6 @@ class StreamedModel(LayerwiseModel):
     ) -> None:
         self.close()
 
-    def group_bytes(self, group: Group) -> int:
-        """Bytes of a group's tensors in the files."""
-        return sum(map(self._checkpoint.stored_bytes, self._keys[group]))
-
     def hold(
         self,
         experts: int | Literal["auto"],
