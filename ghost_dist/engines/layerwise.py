@@ -241,7 +241,8 @@ class LayerwiseModel:
 
             def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if args:
-                    calls.append(lambda module, stream: module(stream, *args[1:], **kwargs))
+                    others = args[1:]  # not the stream, whose memory it would hold
+                    calls.append(lambda module, stream: module(stream, *others, **kwargs))
                 else:
                     rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
                     calls.append(lambda module, stream: module(hidden_states=stream, **rest))

@@ -218,8 +218,6 @@ class StreamingEngine:
         )
         checks.now()
         advance(total - told)
-        if state is not None:
-            state.wait()
         return rows
 
 

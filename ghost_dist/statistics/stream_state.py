@@ -5,11 +5,9 @@ Layout below the folder::
     state.json          boundary, windows, and every array with its sha256; replaced as a whole
     arrays/<id>         Zarr arrays, one for each kept stream
 
-A thread writes while the next layers run. Streams that are asked for at the end (*rows*) are always
-written; the stream that the next layer enters is skipped while one before is still being written,
-and for as long again, so that a slow disk never holds up the run. A resume repeats at most one
-layer where a layer takes twice as long as writing its streams, and otherwise those that ran in that
-time. Nothing counts before ``state.json`` names it.
+A thread writes while the next layers run, for a tenth of the time at most: after a save that took
+a second none is begun for nine. So a resume repeats at most the layers that ran in ten times as
+long as writing takes. Nothing counts before ``state.json`` names it.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ from ghost_dist.statistics.arrays import read_array, write_array
 
 _PARTS = 4
 """Parts of an array that are hashed and written at the same time."""
+_REST = 9
+"""Times as long as a save took that none is begun."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class StreamState:
         self._rows: dict[str, Any] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="stream-state")
         self._parts = ThreadPoolExecutor(_PARTS, thread_name_prefix="stream-part")
-        self._jobs: list[Future[None]] = []
-        self._failure: BaseException | None = None
+        self._pending: dict[str, tuple[Tensor, Event | None]] = {}
+        self._job: Future[None] | None = None
         self._rested = 0.0
         found = self._read_manifest()
         if found is not None and set(windows) <= set(found["windows"]):
@@ -86,31 +86,32 @@ class StreamState:
         return Saved(manifest["boundary"], streams, rows)
 
     def keep(self, name: str, tensor: Tensor, behind: Event | None) -> None:
-        """Write a tensor that is not changed any more; a later :meth:`save` makes it count.
+        """Let the next save write a tensor that is not changed any more.
 
         ``behind`` is a mark of the device that fills it, which may be another one than it is on.
         """
-
-        def work() -> None:
-            self._rows[name] = self._write(tensor, behind)
-
-        self._submit(work)
+        self._pending[name] = tensor, behind
 
     def save(self, boundary: int, snapshot: Callable[[], Tensor] | str) -> bool:
         """Note that all layers below ``boundary`` are done; False if it was skipped.
 
         ``snapshot`` gives a copy of the streams entering it, or is the name they are kept under.
-        Streams on the CPU must have come there. A full disk that an earlier write met is raised
+        Streams on the CPU must have come there. A full disk that an earlier save met is raised
         here.
         """
-        self._raise_errors()
-        named = isinstance(snapshot, str)
-        if not named and (self._jobs or time.monotonic() < self._rested):
+        if self._job is not None and not self._job.done():
             return False
+        self.wait()
+        began = time.monotonic()
+        if began < self._rested:
+            return False
+        pending, self._pending = self._pending, {}
         tensor = None if isinstance(snapshot, str) else snapshot()
         behind = None if tensor is None else mark(tensor.device)
 
         def work() -> None:
+            for name, row in pending.items():
+                self._rows[name] = self._write(*row)
             streams = snapshot if tensor is None else self._write(tensor, behind)
             manifest = {
                 "fingerprint": self._fingerprint,
@@ -124,16 +125,15 @@ class StreamState:
             fsync_folder(self.folder)
             self._sweep(manifest)
             now = time.monotonic()
-            self._rested = now + (now - began)
+            self._rested = now + _REST * (now - began)
 
-        began = time.monotonic()
-        self._submit(work)
+        self._job = self._writer.submit(work)
         return True
 
     def wait(self) -> None:
-        """Until everything is on the disk."""
-        wait(self._jobs)
-        self._raise_errors()
+        """Until what is being saved is on the disk; its error is raised here."""
+        if self._job is not None:
+            self._job.result()
 
     def close(self) -> None:
         """End the threads; what is being written is finished."""
@@ -144,25 +144,6 @@ class StreamState:
         """Everything was used: remove the folder."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _submit(self, work: Callable[[], None]) -> None:
-        self._raise_errors()
-
-        def unless_failed() -> None:
-            # A manifest must not name what could not be written before it.
-            if self._failure is None:
-                try:
-                    work()
-                except BaseException as error:
-                    self._failure = error
-                    raise
-
-        self._jobs.append(self._writer.submit(unless_failed))
-
-    def _raise_errors(self) -> None:
-        self._jobs = [job for job in self._jobs if not job.done()]
-        if self._failure is not None:
-            raise self._failure
 
     def _write(self, tensor: Tensor, behind: Event | None) -> dict[str, Any]:
         """Write one tensor in parts along its first dimension; returns its entry."""
@@ -192,7 +173,7 @@ class StreamState:
 
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
         """Remove arrays that the manifest does not name."""
-        named = [*manifest["rows"].values(), manifest["streams"], *self._rows.values()]
+        named = [*manifest["rows"].values(), manifest["streams"]]
         used = {entry["id"] for entry in named if isinstance(entry, dict)}
         for path in self._arrays.iterdir():
             if path.name.partition("-")[0] not in used:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from block_scaled import save_in_fp8
 from families import _GQA, _HEAD, CUTS, NUM_LAYERS, VOCAB, random_operators, save_checkpoint
-from recording import Recorder
+from recording import Recorder, saved_at_once
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -218,15 +218,12 @@ def test_a_sweep_killed_between_two_parts_repeats_that_layer(checkpoint, tmp_pat
                     raise Killed
                 run_part(self, part, batch)
 
-            def advance(_):
-                if state is not None:
-                    state.wait()
-                    state._rested = 0.0
-
             with monkeypatch.context() as patch:
                 patch.setattr(SplitLayer, "_run_part", watched)
                 windows = range(WINDOWS) if state is None else state.windows
-                rows = engine.sweep(TOKENS, windows, (2, 5), (), advance, state)
+                rows = engine.sweep(
+                    TOKENS, windows, (2, 5), (), lambda _: saved_at_once(state), state
+                )
         return rows, engine.model.bytes_read
 
     expected, all_bytes = sweep(None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import NUM_LAYERS, VOCAB, save_checkpoint
-from recording import Recorder
+from recording import Recorder, saved_at_once
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
@@ -50,7 +50,9 @@ def stream(opened, state=None, experts="auto", **options):
     engine.model.hold(experts, batch_tokens=64, tokens=TOKENS.size)
     mlp = tuple(sorted(architecture.down_projections))[:1]
     recorder = Recorder((0, 3, NUM_LAYERS), mlp)
-    rows = engine.sweep(TOKENS, range(6), recorder.boundaries, mlp, lambda _: None, state)
+    rows = engine.sweep(
+        TOKENS, range(6), recorder.boundaries, mlp, lambda _: saved_at_once(state), state
+    )
     rows.feed(range(6), recorder, CUDA)
     engine.close()
     return rows, recorder
