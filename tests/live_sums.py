@@ -49,7 +49,7 @@ def showing(monkeypatch, folder, ranks=1):
         def unload(self):
             parameters = [
                 weakref.ref(parameter)
-                for layer in self._engine._decoder.layers
+                for layer in self._engine.decoder.layers
                 for parameter in layer.parameters()
             ]
             super().unload()

@@ -57,11 +57,9 @@ class Decoder:
         stream_BTC: Tensor = self.model(input_ids=input_ids, use_cache=False)[0]
         return stream_BTC
 
-    def down_projection(self, layer: int) -> nn.Linear:
-        """The module that ends the MLP of a layer; KeyError if it has none."""
-        module = self.layers[layer].get_submodule(self.architecture.down_projections[layer])
-        assert isinstance(module, nn.Linear), "the down_proj moved"
-        return module
+    def down_projection(self, layer: int) -> Any:
+        """The module that ends the MLP of a layer, this rank's part; KeyError if it has none."""
+        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
 
 
 def load_decoder(

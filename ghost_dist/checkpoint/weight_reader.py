@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ghost_dist import devices
 from ghost_dist.checkpoint.block_scales import dequantised
+from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import DTYPES, Checkpoint
 from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.errors import CheckpointError
@@ -35,24 +34,6 @@ BLOCK_BYTES = 32 << 20
 _BUFFERS_PER_READER = 2
 _ALIGNMENT = 256
 """Bytes; where tensors begin in memory that ranks fill together, as the allocator aligns them."""
-
-
-class SharedRead(Protocol):
-    """Ranks that read the same tensors at the same time, each a part of the bytes."""
-
-    @property
-    def rank(self) -> int:
-        """This one."""
-
-    @property
-    def count(self) -> int:
-        """Of so many."""
-
-    def gather(self, memory: Tensor) -> None:
-        """Fill uint8 memory of ``count`` equal parts of which this rank holds its own; collective.
-
-        On a GPU work that is queued on the current stream may not be waited for.
-        """
 
 
 class Reading:
@@ -92,8 +73,8 @@ class WeightReader:
     """Reads tensors of one checkpoint in the order in which they are asked for.
 
     ``keep_cached`` leaves what was read in the page cache: right where the checkpoint fits there
-    and is read again. ``shared``: ranks that ask for the same tensors in the same order; each reads
-    its part of the bytes (what ``bytes_read`` counts) and gets the rest from the others.
+    and is read again. ``peers`` ask for the same tensors in the same order: each reads its part of
+    the bytes (what ``bytes_read`` counts) and gets the rest from the others.
     """
 
     def __init__(
@@ -102,9 +83,9 @@ class WeightReader:
         device: torch.device,
         *,
         keep_cached: bool = False,
-        shared: SharedRead | None = None,
+        peers: Peers = ALONE,
     ) -> None:
-        self._checkpoint, self._keep_cached, self._shared = checkpoint, keep_cached, shared
+        self._checkpoint, self._keep_cached, self._peers = checkpoint, keep_cached, peers
         self._device = devices.numbered(device)
         self._side: devices.Stream | None = None
         self.bytes_read = 0
@@ -132,7 +113,7 @@ class WeightReader:
         memory, raws = self._memory(infos)
         tensors: dict[str, Tensor] = {}
         pieces: list[tuple[TensorInfo, int, Tensor]] = []
-        own = None if memory is None else self._own_part(memory)
+        own = None if memory is None else self._peers.part_of(memory.numel())
         for (name, info), (begin, raw) in zip(wanted.items(), raws, strict=True):
             tensors[name] = raw.view(DTYPES[info.dtype]).view(info.shape)
             first, last = 0, info.nbytes
@@ -162,7 +143,7 @@ class WeightReader:
         self, infos: Sequence[TensorInfo]
     ) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
         """Memory of each tensor; of ranks that share, in one piece with the place of each there."""
-        if self._shared is None:
+        if self._peers.count == 1:
             separate = [
                 torch.empty(info.nbytes, dtype=torch.uint8, device=self._device) for info in infos
             ]
@@ -171,29 +152,23 @@ class WeightReader:
         for info in infos:
             begins.append(end)
             end += -(-info.nbytes // _ALIGNMENT) * _ALIGNMENT
-        whole = _ALIGNMENT * self._shared.count
+        whole = _ALIGNMENT * self._peers.count
         memory = torch.empty(-(-end // whole) * whole, dtype=torch.uint8, device=self._device)
         return memory, [
             (begin, memory[begin : begin + info.nbytes])
             for begin, info in zip(begins, infos, strict=True)
         ]
 
-    def _own_part(self, memory: Tensor) -> slice:
-        assert self._shared is not None
-        size = memory.numel() // self._shared.count
-        return slice(self._shared.rank * size, (self._shared.rank + 1) * size)
-
     def _exchange(self, memory: Tensor, behind: Sequence[devices.Event | None]) -> None:
         """Get what the others read, while the device still computes with what came before."""
-        assert self._shared is not None
         if self._device.type != "cuda":
-            self._shared.gather(memory)
+            self._peers.gather(memory)
             return
         if self._side is None:
             self._side = devices.side_stream(self._device)
         with devices.on_stream(self._side):
             self._wait_for(behind)
-            self._shared.gather(memory)
+            self._peers.gather(memory)
         devices.wait_for(self._device, devices.mark_of(self._side))
 
     def _wait_for(self, copied: Sequence[devices.Event | None]) -> None:
@@ -210,12 +185,7 @@ class WeightReader:
     def __enter__(self) -> WeightReader:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _state(self, file: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ghost_dist.checkpoint.load import load_decoder
+from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
 from ghost_dist.cluster.messages import (
     EngineSpec,
@@ -44,9 +45,9 @@ from ghost_dist.cluster.running_sums import (
     reduce_folds,
 )
 from ghost_dist.devices import begin, free_bytes, release_cached
-from ghost_dist.engines.peers import Peers
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import (
     CheckpointError,
@@ -56,7 +57,7 @@ from ghost_dist.errors import (
 )
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob
-from ghost_dist.pipeline.streamed import fits_page_cache, streamed_range
+from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
@@ -67,7 +68,7 @@ class Rank:
 
     def __init__(self) -> None:
         self._heartbeat = Heartbeat("", 0)
-        self._engine: ResidentEngine | StreamingEngine | None = None
+        self._engine: ResidentEngine | OffloadedEngine | None = None
         self._spec: EngineSpec | None = None
         self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
@@ -104,24 +105,24 @@ class Rank:
             return Loaded(0, None)
         if spec.kind == "streaming":
             checkpoint = open_checkpoint(spec.path)
-            self._engine = StreamingEngine(
+            model = OffloadedModel(
                 checkpoint,
                 spec.architecture,
                 num_layers=spec.num_layers,
                 dtype=spec.dtype,
                 device=device,
-                batch=spec.batch,
                 keep_cached=fits_page_cache(checkpoint),
                 peers=Peers(rank, spec.degree),
             )
-            held = self._engine.model.hold(
+            self._engine = OffloadedEngine(model, spec.batch)
+            held = model.hold(
                 spec.experts,
                 batch_tokens=spec.batch * spec.window_length,
                 tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
                 head=False,
                 free=self._free_everywhere(),
             )
-            return Loaded(0, prove_streamed(spec.path, device, held.experts))
+            return Loaded(0, prove_offloaded(spec.path, device, held.experts))
         if spec.kind == "resident":
             decoder = load_decoder(
                 spec.path,
@@ -143,7 +144,7 @@ class Rank:
             backend=spec.backend,
         )
         self._engine = engine
-        return Loaded(engine.decoder.parameter_bytes, engine.conformance)
+        return Loaded(engine.parameter_bytes, engine.conformance)
 
     def _join(self, rank: int, address: str, port: int, spec: EngineSpec) -> None:
         """Join the torch.distributed world of the replica."""
@@ -172,8 +173,8 @@ class Rank:
         self._heartbeat = Heartbeat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
             store = self._open_store(work.store, work.plan_fingerprint)
-            # A streaming engine says how many passes fit once the rows are where they stay.
-            streams = isinstance(self._engine, StreamingEngine)
+            # An offloaded engine says how many passes fit once the rows are where they stay.
+            streams = isinstance(self._engine, OffloadedEngine)
             self._work = (work_id, store, [] if streams else self._passes(work.collectors))
             self._running = None if work.keep is None else RunningSums(work.keep)
         _, store, passes = self._work
@@ -183,8 +184,8 @@ class Rank:
             self._heartbeat = Heartbeat(attempt, self._heartbeat.done + tokens)
 
         with torch.inference_mode():
-            if isinstance(self._engine, StreamingEngine):
-                sums, times = streamed_range(
+            if isinstance(self._engine, OffloadedEngine):
+                sums, times = offloaded_range(
                     self._engine,
                     work.tokens,
                     windows,
@@ -221,8 +222,8 @@ class Rank:
 
         The rank stays in its replica's world.
         """
-        if isinstance(self._engine, StreamingEngine):
-            self._engine.close()
+        if isinstance(self._engine, OffloadedEngine):
+            self._engine.model.close()
         self._engine = self._work = None
         gc.collect()
         self._give_back()

@@ -26,18 +26,13 @@ class Sink(Protocol):
 
     @property
     def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj must be pushed, ascending; after the layer's own boundary and
-        before the next one.
-        """
+        """Layers whose down_proj must be pushed, ascending; between their boundary and the next."""
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take one window's stream, shape (T, C), compute dtype, on the engine's device.
-
-        The tensor is not written to afterwards, so a sink may keep it.
-        """
+        """Take one window's stream (T, C), on the engine's device; a sink may keep it."""
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
+        """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
 
 
 class Engine(Protocol):
@@ -47,22 +42,9 @@ class Engine(Protocol):
     device: torch.device
 
     def run(
-        self,
-        tokens: Tokens,
-        windows: Sequence[int],
-        sink: Sink,
-        advance: Callable[[int], None],
+        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """Push the sink's boundaries for the given windows.
+        """Push the sink's boundaries for these rows of ``tokens`` (full rows of int32), in order.
 
-        Parameters
-        ----------
-        tokens
-            int32, shape (num_windows, T); every row is full, there is no padding.
-        windows
-            Row numbers to run, in this order.
-        sink
-            Where the streams go.
-        advance
-            Called with the number of tokens just finished.
+        ``advance`` is told the number of tokens just finished.
         """

@@ -22,8 +22,8 @@ from torch import Tensor
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.engines.shared_errors import errors_shared
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 
@@ -46,26 +46,9 @@ def check_conformance(
 ) -> float:
     """Run a small random model of the family sharded and unsharded; collective over the world.
 
-    Parameters
-    ----------
-    checkpoint, architecture
-        Of the real model; no tensor is read.
-    load
-        Loads the first layers of a checkpoint folder in a dtype and gives an engine.
-    device
-        This rank's.
-    degree, backend
-        For the message.
-
-    Returns
-    -------
-    float
-        Largest difference of this rank, relative to the largest entry of the stream.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        On every rank, if the streams of any rank differ, or it could not run the model.
+    ``load`` gives an engine over the first layers of a checkpoint folder. Returns the largest
+    difference on this rank, relative to the largest entry of the stream; one that is too large on
+    any rank is an UnsupportedArchitectureError on all.
     """
     files = _shared_small_model(checkpoint, architecture, degree)
     with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder, errors_shared():
@@ -87,7 +70,7 @@ def check_conformance(
     return worst
 
 
-def check_streamed(
+def check_offloaded(
     checkpoint: Checkpoint,
     architecture: Architecture,
     load: LoadEngine,
@@ -100,11 +83,6 @@ def check_streamed(
     Parameters and result as for :func:`check_conformance`; ``in_parts`` says for the message that
     ``load`` gives an engine that holds experts in parts. Collective over the world, if there is
     one.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If the streams differ, or the engine could not run the model.
     """
     if dist.is_initialized():
         files = _shared_small_model(checkpoint, architecture)

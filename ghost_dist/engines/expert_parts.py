@@ -48,17 +48,7 @@ RunLayer = Callable[[Tensor], Tensor]
 
 
 class Inputs:
-    """Streams that will go through a layer, batch by batch, as often as somebody asks.
-
-    Parameters
-    ----------
-    streams
-        Of one shape (W, T, C) each.
-    batch
-        Windows at a time.
-    device
-        Where the layer runs.
-    """
+    """Streams (W, T, C) that will go through a layer, batch by batch, as often as somebody asks."""
 
     def __init__(self, streams: Sequence[Tensor], batch: int, device: torch.device) -> None:
         self._streams, self._batch, self._device = streams, batch, device
@@ -77,24 +67,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The routed experts of one layer.
+    """The routed experts of one layer."""
 
-    Attributes
-    ----------
-    path
-        Of their module in the layer.
-    count
-        Of experts.
-    parameters
-        Names in the module; each parameter has a row per expert.
-    problem
-        Why they cannot be run in parts; None: they can.
-    """
-
-    path: str
+    path: str  # of their module in the layer
     count: int
-    parameters: tuple[str, ...]
-    problem: str | None = None
+    parameters: tuple[str, ...]  # names in the module; each has a row per expert
+    problem: str | None = None  # why they cannot be run in parts
 
 
 def routed_experts(layer: nn.Module) -> RoutedExperts | None:
@@ -124,18 +102,10 @@ def routed_experts(layer: nn.Module) -> RoutedExperts | None:
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """Which tensors of the files hold the routed experts of one layer.
+    """Which tensors of the files hold the routed experts of one layer."""
 
-    Attributes
-    ----------
-    of_expert
-        Names by expert, of tensors that hold one.
-    of_all
-        Names of tensors with a row per expert.
-    """
-
-    of_expert: Sequence[Sequence[str]]
-    of_all: Sequence[str]
+    of_expert: Sequence[Sequence[str]]  # names by expert, of tensors that hold one
+    of_all: Sequence[str]  # of tensors with a row per expert
 
     def names(self, part: range) -> list[str]:
         """Of the tensors that some experts are read from."""
@@ -188,44 +158,19 @@ class PartsOfExperts(Protocol):
 
 @dataclass
 class _Batch:
-    """What the experts were asked for by one batch, and what they answered.
+    """What the experts were asked for by one batch, and what they answered."""
 
-    Attributes
-    ----------
-    hidden_NC
-        Input; on the device, or in page-locked host memory.
-    index_NK, weights_NK
-        Experts of each token, and the weights of their products; on the device.
-    products_SC
-        One row per pair, in the order in which experts came; where ``hidden_NC`` is.
-    pairs
-        Positions in (N, K) of those rows, a tensor for each part.
-    """
-
-    hidden_NC: Tensor
+    hidden_NC: Tensor  # on the device, or in page-locked host memory
     index_NK: Tensor
     weights_NK: Tensor
-    products_SC: Tensor
-    pairs: list[Tensor] = field(default_factory=list)
+    products_SC: Tensor  # a row per pair, in the order in which experts came; where hidden_NC is
+    pairs: list[Tensor] = field(default_factory=list)  # places in (N, K) of those rows, by part
 
 
 class SplitLayer:
-    """Runs one layer with its routed experts in parts.
+    """Runs one layer with its routed experts in parts of ``at_once`` at most.
 
-    Parameters
-    ----------
-    experts
-        The module.
-    count, at_once
-        Experts that it has, and that it holds at most at a time.
-    family
-        For messages.
-    parts
-        Reads them.
-    device
-        Of the computation.
-    reserve
-        Bytes of its memory that inputs and products must leave.
+    ``reserve``: bytes of the device that inputs and products must leave.
     """
 
     def __init__(
@@ -249,15 +194,7 @@ class SplitLayer:
 
     @contextlib.contextmanager
     def answered(self, run: RunLayer, inputs: Inputs) -> Iterator[None]:
-        """All parts are run for the inputs; then ``run`` may be called with each, in their order.
-
-        Raises
-        ------
-        CheckpointError
-            If a tensor cannot be read or converted.
-        UnsupportedArchitectureError
-            If the layer does not call its experts once with matrices.
-        """
+        """All parts are run for the inputs; then ``run`` may be called with each, in order."""
         ahead = [self._parts.read(self._ranges[0])]
         try:
             self._record(run, inputs)

@@ -35,24 +35,10 @@ class _SeenEnough(Exception):  # noqa: N818 - no error: it ends a forward early
 class LayerwiseModel:
     """All layers of a causal LM in memory; the base of models that hold one at a time.
 
-    Parameters
-    ----------
-    model
-        Of transformers, with its head. It is itself again outside of :meth:`through`.
-    architecture
-        Of the uncut model.
-
-    Attributes
-    ----------
-    architecture
-        As given.
-    layers, final_norm, num_layers, hidden_size, dtype, device
-        Of the model.
-    whole
-        Whether all layers are at hand at once, so that windows go through in batches.
+    Outside of :meth:`through` the model is itself again.
     """
 
-    whole = True
+    whole = True  # all layers are at hand at once, so windows go through in batches
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self._model, self.architecture = model, architecture
@@ -121,17 +107,9 @@ class LayerwiseModel:
         """A function that runs one layer, whose group must be at hand.
 
         It takes a stream (B, T, C) of full rows, without padding, to that which leaves the layer.
-
-        Parameters
-        ----------
-        layer
-            Its number.
-        inputs
-            What the function will be called with, in that order. Only a layer whose experts are
-            held in parts needs them: those are run here, for all inputs.
-        tapped
-            It is not compiled: hooks inside it could be left out. Set such hooks once this context
-            is entered, so that they see every input once.
+        ``inputs`` is what it will be called with, in that order: experts that are held in parts are
+        run here, for all of it. A ``tapped`` layer is not compiled, since hooks inside it could be
+        left out; set them once this context is entered, so that they see every input once.
         """
         module = self.layers[layer]
 
@@ -148,11 +126,9 @@ class LayerwiseModel:
                 stack.enter_context(forward_of(module, MethodType(type(module).forward, module)))
             yield run
 
-    def down_projection(self, layer: int) -> nn.Linear:
-        """The module that ends the MLP of a layer; KeyError if it has none."""
-        module = self.layers[layer].get_submodule(self.architecture.down_projections[layer])
-        assert isinstance(module, nn.Linear), "the down_proj moved"
-        return module
+    def down_projection(self, layer: int) -> Any:
+        """The module that ends the MLP of a layer, this rank's part; KeyError if it has none."""
+        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
 
     def mlp_streams(
         self,

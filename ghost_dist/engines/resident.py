@@ -23,35 +23,23 @@ AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class ResidentEngine:
-    """Runs a loaded decoder window batch by window batch.
+    """Runs a loaded decoder, ``batch`` windows at a time.
 
-    Parameters
-    ----------
-    decoder
-        Layers 0 to the last boundary - 1, on one device.
-    batch
-        Windows per forward.
-    compiled
-        Let ``torch.compile`` fuse what a layer does between its matrix products.
+    ``compiled``: ``torch.compile`` fuses what a layer does between its matrix products.
     """
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
-        self._decoder, self._batch = decoder, batch
+        self.decoder, self._batch = decoder, batch
         self._layers = LayerwiseModel(decoder.model, decoder.architecture)
         if compiled:
             for layer in decoder.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
-        self.hidden_size, self.num_layers = decoder.hidden_size, decoder.num_layers
-        self.device = decoder.device
+        self.hidden_size, self.device = decoder.hidden_size, decoder.device
 
     def run(
-        self,
-        tokens: Tokens,
-        windows: Sequence[int],
-        sink: Sink,
-        advance: Callable[[int], None],
+        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """Push the sink's boundaries for the given windows; see ``engines.base.Engine``."""
+        """See ``engines.base.Engine``."""
         sweep(
             self._layers,
             [Variant()],
@@ -71,13 +59,11 @@ class _Push(Tap):
         self._boundaries, self.mlp_layers = frozenset(sink.boundaries), sink.mlp_layers
 
     def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
-        """Push a batch, window by window."""
         if boundary in self._boundaries:
             for window, stream_TC in zip(self._windows[part], stream_BTC, strict=True):
                 self._sink(boundary, window, stream_TC)
 
     def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
-        """Push what a down_proj got and made."""
         for window, *rows in zip(self._windows[part], input_BTF, product_BTC, strict=True):
             self._sink.take_mlp(layer, window, *rows)
 

@@ -60,32 +60,10 @@ def load_shards(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Read this rank's part of every parameter of ``model``.
+    """Read this rank's part of every parameter of ``model``; returns the bytes read.
 
-    Parameters
-    ----------
-    model
-        A transformers base model whose parameters are on the meta device in their local shapes.
-    checkpoint
-        Where the tensors are; those that the model does not have are not read.
-    sharding
-        Parts of the parameters.
-    shapes
-        Full shapes by name, before anything was split.
-    dtype, device
-        Of the parameters afterwards; what the family keeps in float32 stays float32.
-
-    Returns
-    -------
-    int
-        Bytes read from the files.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read, or a tensor holds NaN or Inf; the message names it.
-    UnsupportedArchitectureError
-        If a family merges tensors on loading in a way that cannot be done slice by slice.
+    The model is a base model on the meta device in its local shapes; ``shapes`` are the full ones.
+    What the family keeps in float32 stays so.
     """
     with contextlib.ExitStack() as files:
         on_cpu = device.type == "cpu"

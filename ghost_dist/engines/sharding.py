@@ -27,19 +27,10 @@ _GATES = ("gate", "router", "shared_expert_gate")
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a full tensor that this rank holds.
+    """The part of a full tensor that this rank holds."""
 
-    Attributes
-    ----------
-    dim
-        Dimension that is split.
-    pieces
-        Half-open ranges along it, joined in this order; one for a plain layer, one per projection
-        for a fused one.
-    """
-
-    dim: int
-    pieces: tuple[Piece, ...]
+    dim: int  # that is split
+    pieces: tuple[Piece, ...]  # along it, half open, joined in this order; several of a fused layer
 
     @property
     def size(self) -> int:
@@ -49,22 +40,12 @@ class Shard:
 
 @dataclass
 class Sharding:
-    """How the parameters of one model are split; those that are not named are replicated.
-
-    Attributes
-    ----------
-    rank, degree
-        This rank and the tensor-parallel degree.
-    shards
-        By parameter name.
-    on_first_rank
-        Parameters that every rank would add once each: they are zero on all ranks but the first.
-    """
+    """How the parameters of one model are split; those that are not named are replicated."""
 
     rank: int
     degree: int
-    shards: dict[str, Shard]
-    on_first_rank: list[str]
+    shards: dict[str, Shard]  # by parameter name
+    on_first_rank: list[str]  # what every rank would add: zero on all ranks but the first
 
     def even_piece(self, size: int) -> Piece:
         """This rank's range of ``size`` items; the first ranks get one more if it is not even."""
@@ -238,20 +219,7 @@ def full_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:
-    """Join the columns that the ranks hold, in the order of the ranks.
-
-    Parameters
-    ----------
-    local
-        Shape (..., n), n of this rank; the same leading shape on every rank.
-    width
-        Sum of the ranks' n. A tensor that has it already is given back.
-
-    Returns
-    -------
-    Tensor
-        Shape (..., width), the same on every rank.
-    """
+    """Join the columns (..., n) of the ranks in their order to (..., width), on every rank."""
     if local.shape[-1] == width:
         return local
     # Ranks may differ by one column, and gather takes equal shapes only.

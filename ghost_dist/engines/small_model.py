@@ -38,17 +38,7 @@ def small_model(
 ) -> dict[str, bytes]:
     """Files of a random model with the code paths of a real one; no tensor of that is read.
 
-    Parameters
-    ----------
-    checkpoint, architecture
-        Of the real model.
-    degree
-        Ranks that it must be able to be shared over.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If none could be built.
+    It can be shared over ``degree`` ranks.
     """
 
     def saved(model: Any) -> dict[str, bytes]:
@@ -67,13 +57,7 @@ def with_small_model(
     degree: int,
     use: Callable[[Any], Used],
 ) -> Used:
-    """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If none could be built, or ``use`` failed on all.
-    """
+    """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved."""
     reasons = []
     for small_heads in (True, False):
         try:

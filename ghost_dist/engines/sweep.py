@@ -55,7 +55,6 @@ class AtEnd(Tap):
         self._take = take
 
     def last(self, part: slice, streams: list[Tensor]) -> None:
-        """Hand on."""
         self._take(part, streams)
 
 
@@ -71,33 +70,12 @@ def sweep(
     done: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Run every variant over all windows.
+    """Run every variant over all windows (int32, (W, T)), ``batch`` of them per forward.
 
-    Parameters
-    ----------
-    model
-        Of the uncut model, the layers that are run.
-    variants
-        At least one.
-    tokens
-        int32, shape (W, T).
-    taps
-        What is done with the streams.
-    batch
-        Windows per forward.
-    stop
-        The last boundary; None: behind all layers, and the head is at hand there.
-    streams_WTC
-        Where the dense streams are to be; None: on the device, if there is room for all.
-    done
-        Boundary at which ``streams_WTC`` is already; None: it is empty.
-    advance
-        Called with the number of tokens just finished; those of a layer count as its share.
-
-    Raises
-    ------
-    CheckpointError
-        If weights that are read on the way are damaged.
+    ``stop`` is the last boundary; None: behind all layers, with the head at hand there. The dense
+    streams are kept in ``streams_WTC`` (None: on the device, if there is room for all), which is at
+    the boundary ``done`` already (None: empty). ``advance`` is told the tokens just finished; those
+    of a layer count as its share.
     """
     last = model.num_layers if stop is None else stop
     head: list[Group] = ["head"] if stop is None else []

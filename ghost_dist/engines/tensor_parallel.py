@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.devices import begin, numbered
-from ghost_dist.engines.agreement import errors_shared
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
@@ -49,38 +49,14 @@ from ghost_dist.engines.sharding import (
     shard_sinks,
     shard_wide_norms,
 )
+from ghost_dist.engines.shared_errors import errors_shared
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 
 Backend = Literal["deepspeed", "transformers"]
 
 
-class ShardedDecoder(Decoder):
-    """A decoder of which this rank holds a part; its input and its streams are whole.
-
-    Attributes
-    ----------
-    parameter_bytes
-        Bytes of parameters on this rank.
-    read_bytes
-        Bytes that this rank read from the checkpoint; None if transformers read them.
-    """
-
-    def __init__(self, model: Any, architecture: Architecture, read_bytes: int | None) -> None:
-        super().__init__(model, architecture)
-        self.parameter_bytes = local_bytes(model)
-        self.read_bytes = read_bytes
-
-    def down_projection(self, layer: int) -> Any:
-        """The module that ends the MLP of a layer, with this rank's part of its weight."""
-        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
-
-
 class _ShardedLayers(LayerwiseModel):
-    """Layers of which this rank holds a part."""
-
-    def down_projection(self, layer: int) -> Any:
-        """The module that ends the MLP of a layer, with this rank's part of its weight."""
-        return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
+    """Layers of which this rank holds a part; their input and their streams are whole."""
 
     def mlp_streams(
         self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
@@ -92,28 +68,16 @@ class _ShardedLayers(LayerwiseModel):
 
 
 class TensorParallelEngine(ResidentEngine):
-    """Runs a decoder that the ranks of a torch.distributed world share.
+    """Runs a decoder that the ranks of a torch.distributed world share; batches are alike on all.
 
-    Parameters
-    ----------
-    decoder
-        This rank's part.
-    batch
-        Windows per forward, the same on every rank.
-
-    Attributes
-    ----------
-    decoder
-        This rank's part.
-    conformance
-        Largest relative difference that this rank's small random model had, sharded against
-        unsharded; None before that was tried.
+    ``read_bytes``: that this rank read; None if transformers did. ``conformance``: largest relative
+    difference that the small random model had here, sharded against unsharded.
     """
 
-    def __init__(self, decoder: ShardedDecoder, batch: int) -> None:
+    def __init__(self, decoder: Decoder, read_bytes: int | None, batch: int) -> None:
         super().__init__(decoder, batch)
         self._layers = _ShardedLayers(decoder.model, decoder.architecture)
-        self.decoder = decoder
+        self.read_bytes, self.parameter_bytes = read_bytes, local_bytes(decoder.model)
         self.conformance: float | None = None
 
 
@@ -132,28 +96,9 @@ def open_tensor_parallel(
 
     To be called on all ranks of an initialised world of ``degree`` processes, gloo for a CPU and
     nccl for GPUs. First a small random model of the family is run sharded and unsharded; then
-    each rank reads its own part.
-
-    Parameters
-    ----------
-    path
-        Checkpoint folder, readable on every rank.
-    num_layers
-        The last boundary that will be asked for.
-    dtype, device
-        Of this rank's weights.
-    batch
-        Windows per forward.
-
-    Raises
-    ------
-    ConfigError
-        If the degree does not divide the heads or the key-value heads, is not the world's size, or
-        DeepSpeed is not there.
-    UnsupportedArchitectureError
-        If the backend does not compute the family as the unsharded model does.
-    CheckpointError
-        If a tensor is missing, misshapen, NaN or Inf.
+    each rank reads its own part of the folder. A degree that does not divide the heads, or is not
+    the world's size, is a ConfigError; a family that the backend does not compute as the unsharded
+    model does an UnsupportedArchitectureError, on every rank.
     """
     world = dist.get_world_size() if dist.is_initialized() else 0
     if world != degree:
@@ -172,11 +117,11 @@ def open_tensor_parallel(
     def load(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> TensorParallelEngine:
-        if backend == "deepspeed":
-            decoder = _load_by_deepspeed(path, architecture, num_layers, dtype, device, degree)
-        else:
-            decoder = _load_by_transformers(path, architecture, num_layers, dtype, device, degree)
-        return TensorParallelEngine(decoder, batch)
+        by = _load_by_deepspeed if backend == "deepspeed" else _load_by_transformers
+        model, read_bytes = by(path, architecture, num_layers, dtype, device, degree)
+        decoder = Decoder(model, architecture)
+        check_stream(decoder, architecture)
+        return TensorParallelEngine(decoder, read_bytes, batch)
 
     difference = check_conformance(checkpoint, architecture, load, device, degree, backend)
     engine = load(path, architecture, num_layers, dtype)
@@ -191,7 +136,7 @@ def _load_by_transformers(
     dtype: torch.dtype,
     device: torch.device,
     degree: int,
-) -> ShardedDecoder:
+) -> tuple[Any, None]:
     config_class = getattr(transformers, architecture.config_class)
     if degree > 1 and not config_class.base_model_tp_plan:
         raise UnsupportedArchitectureError(
@@ -217,9 +162,7 @@ def _load_by_transformers(
             device=device,
             tensor_parallel=degree,
         )
-    decoder = ShardedDecoder(model, architecture, None)
-    check_stream(decoder, architecture)
-    return decoder
+    return model, None
 
 
 def _load_by_deepspeed(
@@ -229,7 +172,7 @@ def _load_by_deepspeed(
     dtype: torch.dtype,
     device: torch.device,
     degree: int,
-) -> ShardedDecoder:
+) -> tuple[Any, int]:
     checkpoint = open_checkpoint(path)
     config = truncated_config(checkpoint, architecture, num_layers)
     model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
@@ -254,15 +197,10 @@ def _load_by_deepspeed(
     restore_buffers(model, buffers, device)
     with errors_shared():
         read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
-    model.requires_grad_(False).eval()
-    decoder = ShardedDecoder(model, architecture, read_bytes)
-    check_stream(decoder, architecture)
-    return decoder
+    return model.requires_grad_(False).eval(), read_bytes
 
 
 def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> None:
-    from transformers.pytorch_utils import Conv1D
-
     for path, module in model.named_modules():
         if isinstance(module, Conv1D):
             raise UnsupportedArchitectureError(

@@ -38,11 +38,11 @@ from ghost_dist.pipeline.inputs import (
     open_inputs,
     windows_of_folds,
 )
+from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages
-from ghost_dist.pipeline.streamed import collect_here, evaluation_shape, layers_of
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder

@@ -52,7 +52,7 @@ def settle(
     if not choice.fits:
         reporter.warn(f"{choice.reason}. It may be too large for the last stages.")
     elif choice.kind == "streaming":
-        reporter.say(f"layers are streamed: {choice.reason}")
+        reporter.say(f"layers are read one by one: {choice.reason}")
     return replace(inputs, streaming=choice.kind == "streaming")
 
 

@@ -12,7 +12,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.evaluation.harness import run_task
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
-from ghost_dist.pipeline.streamed import evaluation_shape, layers_of
+from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
@@ -20,7 +20,7 @@ VARIANTS = ("dense", "pruned", "recovered")
 
 
 class Evaluation:
-    """Measures the three variants, on one model in memory or streamed layer by layer.
+    """Measures the three variants, on one model in memory or read layer by layer.
 
     Parameters
     ----------

@@ -92,7 +92,7 @@ class RunInputs:
 
     @property
     def engine_kind(self) -> str:
-        """Whole layers (streamed ones compute the same), or ``tensor_parallel`` by whom."""
+        """Whole layers (offloaded ones compute the same), or ``tensor_parallel`` by whom."""
         engine = self.config.engine
         if engine.kind in ("resident", "streaming") or not self.config.on_cluster:
             return "resident"

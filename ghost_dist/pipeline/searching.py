@@ -30,8 +30,8 @@ from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.inputs import RunInputs, windows_of_folds
+from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.selecting import rules_of
-from ghost_dist.pipeline.streamed import layers_of
 from ghost_dist.planning.run_shape import RemovalSearch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder

@@ -35,7 +35,7 @@ from ghost_dist.pipeline.fitting import (
     read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
-from ghost_dist.pipeline.streamed import layers_of
+from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.down_proj import SingularOperatorError

@@ -63,10 +63,10 @@ from ghost_dist.pipeline.inputs import (
     open_causal_lm,
     windows_of_folds,
 )
+from ghost_dist.pipeline.offloading import collect_here, layers_of, logits_of_exported
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
-from ghost_dist.pipeline.streamed import collect_here, layers_of, logits_of_exported
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder

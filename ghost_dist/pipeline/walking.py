@@ -304,4 +304,5 @@ class Walk:
                 yield x_BTC, h_BTF.reshape(shape), product_BTC.reshape(shape)
 
     def _down(self, layer: int) -> Tensor:
-        return self.layers.down_projection(layer).weight.T.double()
+        weight_CF: Tensor = self.layers.down_projection(layer).weight
+        return weight_CF.T.double()

@@ -17,7 +17,8 @@ import transformers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 
 
 def main():
@@ -40,8 +41,8 @@ def main():
     tokens = np.random.default_rng(0).integers(0, architecture.vocab_size, shape, dtype=np.int32)
     print(f"{name_of(device)}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{checkpoint.nbytes / 1e9:.1f} GB, {given.layers} layers, {tokens.size} tokens\n")
-    prove_streamed(checkpoint.path, device)
-    prove_streamed(checkpoint.path, device, 3)
+    prove_offloaded(checkpoint.path, device)
+    prove_offloaded(checkpoint.path, device, 3)
     sweep(checkpoint, architecture, given, tokens, device, dtype, given.experts)  # warm
     expected, whole_s = None, None
     print("| experts at once | sweep s | of whole layers | peak device GB | largest difference |")
@@ -61,14 +62,16 @@ def main():
 
 def sweep(checkpoint, architecture, given, tokens, device, dtype, at_once):
     """The last streams, seconds, and peak bytes on the device."""
-    engine = StreamingEngine(
-        checkpoint,
-        architecture,
-        num_layers=given.layers,
-        dtype=dtype,
-        device=device,
-        batch=given.batch,
-        keep_cached=True,
+    engine = OffloadedEngine(
+        OffloadedModel(
+            checkpoint,
+            architecture,
+            num_layers=given.layers,
+            dtype=dtype,
+            device=device,
+            keep_cached=True,
+        ),
+        given.batch,
     )
     engine.model.hold(at_once, batch_tokens=given.batch * given.length, tokens=tokens.size)
     if device.type == "cuda":
@@ -79,7 +82,7 @@ def sweep(checkpoint, architecture, given, tokens, device, dtype, at_once):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - began
-    engine.close()
+    engine.model.close()
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return rows.tensors[f"boundary {given.layers}"].cpu(), seconds, memory
 

@@ -25,8 +25,9 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.weight_reader import WeightReader
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
 from ghost_dist.statistics.stream_state import StreamState
@@ -73,39 +74,38 @@ def main():
     if device.type == "cuda":
         share = given.device_memory / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(share, device)
-    prove_streamed(checkpoint.path, device)
+    prove_offloaded(checkpoint.path, device)
     drop_cache(checkpoint)
     read_rate = measure_read_rate(checkpoint, device, range(last))
     product_rate = measure_products(given, device, dtype)
     flops = layer_flops(given) * last
     rows = {}
     if given.compile:  # the first time takes seconds
-        engine = StreamingEngine(
-            checkpoint,
-            architecture,
-            num_layers=2,
-            dtype=dtype,
-            device=device,
-            batch=given.batch,
-            compiled=True,
+        engine = OffloadedEngine(
+            OffloadedModel(
+                checkpoint, architecture, num_layers=2, dtype=dtype, device=device, compiled=True
+            ),
+            given.batch,
         )
         engine.sweep(tokens, range(given.batch), (2,), (), lambda _: None)
-        engine.close()
+        engine.model.close()
     for name in ("streams not saved", "streams saved at every layer"):
         drop_cache(checkpoint)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        engine = StreamingEngine(
-            checkpoint,
-            architecture,
-            num_layers=span.stop,
-            dtype=dtype,
-            device=device,
-            batch=given.batch,
-            compiled=given.compile,
+        engine = OffloadedEngine(
+            OffloadedModel(
+                checkpoint,
+                architecture,
+                num_layers=span.stop,
+                dtype=dtype,
+                device=device,
+                compiled=given.compile,
+            ),
+            given.batch,
         )
         with contextlib.ExitStack() as stack:
-            stack.callback(engine.close)
+            stack.callback(engine.model.close)
             state = None
             if "not" not in name:
                 place = stack.enter_context(tempfile.TemporaryDirectory(dir=given.folder))
@@ -149,10 +149,12 @@ def compare(checkpoint, architecture, given, tokens, device, dtype):
     found = []
     for kind in ("streaming", "resident"):
         if kind == "streaming":
-            engine = StreamingEngine(
-                checkpoint, architecture, num_layers=few.stop, dtype=dtype, device=device,
-                batch=given.batch,
-            )  # fmt: skip
+            engine = OffloadedEngine(
+                OffloadedModel(
+                    checkpoint, architecture, num_layers=few.stop, dtype=dtype, device=device
+                ),
+                given.batch,
+            )
         else:
             decoder = load_decoder(
                 checkpoint.path, architecture, num_layers=few.stop, dtype=dtype, device=device

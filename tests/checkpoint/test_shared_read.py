@@ -10,6 +10,7 @@ from block_scaled import save_in_fp8
 from families import save_checkpoint
 
 from ghost_dist.checkpoint import weight_reader
+from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import open_checkpoint, read_tensor
 from ghost_dist.checkpoint.weight_reader import WeightReader
 
@@ -27,15 +28,10 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class ThreadRank:
+class ThreadRank(Peers):
     """Gathers through memory that all threads see; what others were to fill is spoilt first."""
 
-    meeting: Meeting
-    rank: int
-
-    @property
-    def count(self):
-        return self.meeting.count
+    meeting: Meeting = None
 
     def gather(self, memory):
         assert memory.numel() % self.count == 0
@@ -53,7 +49,7 @@ def read_by(count, checkpoint, groups):
     meeting = Meeting(count)
 
     def one(rank):
-        with WeightReader(checkpoint, CPU, shared=ThreadRank(meeting, rank)) as reader:
+        with WeightReader(checkpoint, CPU, peers=ThreadRank(rank, count, meeting)) as reader:
             found = [reader.start(names).wait() for names in groups]
             return found, reader.bytes_read
 

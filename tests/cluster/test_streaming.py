@@ -16,7 +16,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.session import recover_on_cluster
-from ghost_dist.engines.streamed_model import StreamedModel
+from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.pipeline.recover import recover
 
@@ -88,9 +88,9 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
 
     class RankThatDies(Rank):
         def run(self, *arguments):
-            from ghost_dist.engines.streamed_model import StreamedModel
+            from ghost_dist.engines.offloaded import OffloadedModel
 
-            own = StreamedModel.running
+            own = OffloadedModel.running
 
             def running(model, layer, *rest, **options):
                 if layer == 2 and not marker.exists():
@@ -98,7 +98,7 @@ def test_a_rank_dies_between_two_layers(make, alone, cluster, tmp_path, monkeypa
                     os.kill(os.getpid(), signal.SIGKILL)
                 return own(model, layer, *rest, **options)
 
-            StreamedModel.running = running
+            OffloadedModel.running = running
             return super().run(*arguments)
 
     use_rank(monkeypatch, RankThatDies)
@@ -251,7 +251,7 @@ def test_ranks_that_share_the_reading_hold_the_same_experts(run_mixture, mixture
     """One has memory for whole layers, the other for less; they read the same at the same time."""
     source = open_checkpoint(mixture[0]["model__path"])
     ends = {}
-    with StreamedModel(
+    with OffloadedModel(
         source,
         inspect_architecture(source),
         num_layers=4,

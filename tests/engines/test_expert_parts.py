@@ -1,6 +1,5 @@
 """Mixture layers whose routed experts are read in parts, against the same layers as a whole."""
 
-import contextlib
 import weakref
 
 import numpy as np
@@ -18,12 +17,12 @@ from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
-from ghost_dist.engines import streamed_model
+from ghost_dist.engines import offloaded
 from ghost_dist.engines.expert_parts import Inputs, SplitLayer, routed_experts
 from ghost_dist.engines.layer_memory import even_part
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.streamed_model import StreamedModel
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from ghost_dist.statistics.stream_state import StreamState
@@ -35,9 +34,9 @@ TOKENS = np.random.default_rng(0).integers(3, VOCAB, (WINDOWS, LENGTH), dtype=np
 
 
 def in_parts(source, architecture, experts, dtype=torch.float32, num_layers=NUM_LAYERS):
-    prove_streamed(source.path, CPU)
-    engine = StreamingEngine(
-        source, architecture, num_layers=num_layers, dtype=dtype, device=CPU, batch=2
+    prove_offloaded(source.path, CPU)
+    engine = OffloadedEngine(
+        OffloadedModel(source, architecture, num_layers=num_layers, dtype=dtype, device=CPU), 2
     )
     engine.model.hold(experts, batch_tokens=2 * LENGTH, tokens=TOKENS.size)
     return engine
@@ -123,7 +122,7 @@ def test_sums_are_made_as_each_implementation_makes_them(
 @pytest.mark.parametrize("family", MIXTURES)
 def test_every_tensor_is_read_once_and_few_experts_are_at_hand(checkpoint, family, monkeypatch):
     source, architecture = checkpoint(family)
-    at_hand, install = [], StreamedModel._install
+    at_hand, install = [], OffloadedModel._install
 
     def watched(self, targets, tensors):
         install(self, targets, tensors)
@@ -137,7 +136,7 @@ def test_every_tensor_is_read_once_and_few_experts_are_at_hand(checkpoint, famil
 
     answer = SplitLayer._answer
     monkeypatch.setattr(SplitLayer, "_answer", held_when_answering)
-    monkeypatch.setattr(StreamedModel, "_install", watched)
+    monkeypatch.setattr(OffloadedModel, "_install", watched)
     found = {}
     for at_once in (1, 4):
         at_hand.clear()
@@ -169,10 +168,10 @@ def test_variants_are_bitwise_those_of_whole_layers(checkpoint, family, cut):
     spans = CUTS[cut]
     variants = [Variant(), Variant(spans), Variant(spans, random_operators(spans))]
     found = {}
-    prove_streamed(source.path, CPU)
+    prove_offloaded(source.path, CPU)
     for at_once in ("auto", 3):
         logits = found.setdefault(at_once, [])
-        with StreamedModel(
+        with OffloadedModel(
             source, architecture, num_layers=NUM_LAYERS, dtype=torch.float32, device=CPU
         ) as model:
             model.hold(at_once, batch_tokens=2 * LENGTH, tokens=3 * TOKENS.size)
@@ -209,7 +208,8 @@ def test_a_sweep_killed_between_two_parts_repeats_that_layer(checkpoint, tmp_pat
     source, architecture = checkpoint("mixtral")
 
     def sweep(state, die_in=None):
-        with contextlib.closing(in_parts(source, architecture, 3)) as engine:
+        engine = in_parts(source, architecture, 3)
+        with engine.model:
             parts, run_part = [], SplitLayer._run_part
 
             def watched(self, part, batch):
@@ -258,20 +258,20 @@ def test_nan_in_an_expert_is_named(tmp_path):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_small_model_is_run_in_parts_too(checkpoint, family, monkeypatch):
     source, _ = checkpoint(family)
-    prove_streamed.cache_clear()
+    prove_offloaded.cache_clear()
     # Experts of the small model are 16 wide, and a scalar sigmoid differs from a vectorised one.
-    assert prove_streamed(source.path, CPU, 3) < 1e-6
+    assert prove_offloaded(source.path, CPU, 3) < 1e-6
     monkeypatch.setattr(SplitLayer, "_answer", lambda self, *_: self._batches.popleft().hidden_NC)
-    prove_streamed.cache_clear()
-    assert prove_streamed(source.path, CPU) == 0.0
+    prove_offloaded.cache_clear()
+    assert prove_offloaded(source.path, CPU) == 0.0
     with pytest.raises(UnsupportedArchitectureError, match="its experts in parts: a small random"):
-        prove_streamed(source.path, CPU, 3)
+        prove_offloaded(source.path, CPU, 3)
 
 
 @pytest.fixture
 def free(monkeypatch):
     def have(nbytes):
-        monkeypatch.setattr(streamed_model, "free_bytes", lambda _: nbytes)
+        monkeypatch.setattr(offloaded, "free_bytes", lambda _: nbytes)
 
     return have
 
@@ -316,8 +316,11 @@ def test_parts_are_few_and_alike():
 
 def test_compiled_layers_are_whole(checkpoint):
     source, architecture = checkpoint("mixtral")
-    engine = StreamingEngine(
-        source, architecture, num_layers=2, dtype=torch.float32, device=CPU, batch=2, compiled=True
+    engine = OffloadedEngine(
+        OffloadedModel(
+            source, architecture, num_layers=2, dtype=torch.float32, device=CPU, compiled=True
+        ),
+        2,
     )
     with pytest.raises(ConfigError, match="compile=true compiles whole layers"):
         engine.model.hold(1, batch_tokens=1, tokens=1)

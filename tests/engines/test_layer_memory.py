@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from ghost_dist.engines import streamed_model
+from ghost_dist.engines import offloaded
 from ghost_dist.engines.layer_memory import LayerBytes, Residency, choose_residency
-from ghost_dist.engines.streamed_model import StreamedModel
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.errors import ConfigError
 from ghost_dist.planning.model_sizes import model_sizes
 
@@ -61,7 +61,7 @@ def test_a_number_is_taken_as_it_is():
 def test_plan_and_engine_count_the_same(checkpoint, family, dtype, head):
     source, architecture = checkpoint(family)
     planned = model_sizes(source, architecture, dtype).layer_bytes(32, head=head)
-    with StreamedModel(
+    with OffloadedModel(
         source, architecture, num_layers=architecture.num_layers, dtype=dtype, device=CPU
     ) as model:
         assert model._layer_bytes(32, head=head) == planned
@@ -71,7 +71,7 @@ def test_plan_and_engine_count_the_same(checkpoint, family, dtype, head):
 def watched(monkeypatch):
     """Groups whose weights are there or being read, at every start of a reading."""
     counts, model = [], {}
-    start, release = StreamedModel._start, StreamedModel._release
+    start, release = OffloadedModel._start, OffloadedModel._release
 
     def starting(self, group):
         there = model.setdefault(id(self), set())
@@ -83,27 +83,27 @@ def watched(monkeypatch):
         model[id(self)].discard(group)
         return release(self, group)
 
-    monkeypatch.setattr(StreamedModel, "_start", starting)
-    monkeypatch.setattr(StreamedModel, "_release", releasing)
+    monkeypatch.setattr(OffloadedModel, "_start", starting)
+    monkeypatch.setattr(OffloadedModel, "_release", releasing)
     return counts
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_layers_read_one_at_a_time_give_the_same_bits(checkpoint, family, watched, monkeypatch):
     source, architecture = checkpoint(family)
-    prove_streamed(source.path, CPU)
+    prove_offloaded(source.path, CPU)
     found = {}
     for prefetch in (True, False):
         watched.clear()
-        engine = StreamingEngine(
-            source, architecture, num_layers=5, dtype=torch.float32, device=CPU, batch=2
+        engine = OffloadedEngine(
+            OffloadedModel(source, architecture, num_layers=5, dtype=torch.float32, device=CPU), 2
         )
         model = engine.model
         sizes = model._layer_bytes(32, head=True)
         waiting = 2 * TOKENS.size * model.hidden_size * 4
         needed = sizes.at_once(Residency()) if prefetch else sizes.at_once(Residency()) - 1000
         free = int((needed + waiting) / 0.85) + 4
-        monkeypatch.setattr(streamed_model, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(offloaded, "free_bytes", lambda _, free=free: free)
         # All experts at a time, so that mixtures are whole too.
         held = model.hold(99, batch_tokens=32, tokens=TOKENS.size)
         assert held == Residency(prefetch=prefetch)
@@ -111,15 +111,15 @@ def test_layers_read_one_at_a_time_give_the_same_bits(checkpoint, family, watche
         found[prefetch] = [rows.tensors[f"boundary {b}"].clone() for b in (2, 5)]
         assert max(watched) == (2 if prefetch else 1)
         assert len(watched) == 6  # embeddings and five layers, each once
-        engine.close()
+        engine.model.close()
     assert all(map(torch.equal, found[True], found[False]))
 
 
 def test_a_dense_layer_that_does_not_fit_is_refused_before_it_is_read(checkpoint, monkeypatch):
     source, architecture = checkpoint("llama")
-    monkeypatch.setattr(streamed_model, "free_bytes", lambda _: 1000)
-    engine = StreamingEngine(
-        source, architecture, num_layers=2, dtype=torch.float32, device=CPU, batch=2
+    monkeypatch.setattr(offloaded, "free_bytes", lambda _: 1000)
+    engine = OffloadedEngine(
+        OffloadedModel(source, architecture, num_layers=2, dtype=torch.float32, device=CPU), 2
     )
     with pytest.raises(ConfigError, match="The layers do not fit cpu: one whole layer at a time"):
         engine.model.hold("auto", batch_tokens=32, tokens=TOKENS.size)
@@ -128,7 +128,7 @@ def test_a_dense_layer_that_does_not_fit_is_refused_before_it_is_read(checkpoint
 
 def test_a_tied_head_counts_as_the_embeddings(checkpoint):
     source, architecture = checkpoint("gpt2")
-    with StreamedModel(
+    with OffloadedModel(
         source, architecture, num_layers=2, dtype=torch.float32, device=CPU
     ) as model:
         assert model._tied

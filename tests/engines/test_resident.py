@@ -90,7 +90,7 @@ def test_hooks_are_gone_after_an_error(tmp_path):
 def test_layers_above_the_last_boundary_are_not_loaded(tmp_path):
     save_checkpoint("llama", tmp_path)
     engine, _ = open_engine(tmp_path, 2, batch=1)
-    names = [name for name, _ in engine._decoder.model.named_parameters()]
+    names = [name for name, _ in engine.decoder.model.named_parameters()]
     assert any(".1." in name for name in names)
     assert not any(".2." in name or "head" in name for name in names)
 
@@ -115,13 +115,13 @@ def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
     """``x = A + H @ down + bias``: the sum of what is pushed is the next boundary."""
     engine, architecture = open_engine(save_checkpoint(family, tmp_path), 3, 2)
     layer = 0 if family == "deepseek_v3" else 1
-    added = layer in architecture.down_projections and adds_mlp_output(engine._decoder, layer)
+    added = layer in architecture.down_projections and adds_mlp_output(engine.decoder, layer)
     assert added == (family in ADDS)
     if not added:
         return
     sink = Recorder((layer, layer + 1), (layer,))
     engine.run(TOKENS, range(WINDOWS), sink, lambda _: None)
-    module = engine._decoder.down_projection(layer)
+    module = engine.decoder.down_projection(layer)
     assert module.in_features == architecture.inner_sizes[layer]
     silent = module.register_forward_hook(lambda _m, _a, output: output * 0)
     without = Recorder((layer + 1,))

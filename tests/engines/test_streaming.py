@@ -21,9 +21,9 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.streamed_model import StreamedModel
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.engines.sweep import AtEnd
 from ghost_dist.engines.sweep import sweep as sweep_variants
 from ghost_dist.errors import CheckpointError, CorruptStoreError, NonFiniteActivationError
@@ -37,9 +37,12 @@ ORDER = [3, 0, 4, 1]
 
 
 def open_engine(source, architecture, num_layers=NUM_LAYERS, batch=2):
-    prove_streamed(source.path, CPU)
-    return StreamingEngine(
-        source, architecture, num_layers=num_layers, dtype=torch.float32, device=CPU, batch=batch
+    prove_offloaded(source.path, CPU)
+    return OffloadedEngine(
+        OffloadedModel(
+            source, architecture, num_layers=num_layers, dtype=torch.float32, device=CPU
+        ),
+        batch,
     )
 
 
@@ -129,8 +132,8 @@ def test_variants_give_the_logits_of_the_model_that_is_really_cut(checkpoint, lo
         *([Variant((), {}, downs), Variant(spans, operators, downs)] if downs else []),
     ]
     found = [[] for _ in variants]
-    prove_streamed(source.path, CPU)
-    with StreamedModel(
+    prove_offloaded(source.path, CPU)
+    with OffloadedModel(
         source, architecture, num_layers=NUM_LAYERS, dtype=torch.float32, device=CPU
     ) as model:
 
@@ -169,7 +172,7 @@ def sweep(source, architecture, state, die_after=None):
         if die_after is not None and sum(tokens) == die_after * len(ORDER) * LENGTH // 5:
             raise Killed
 
-    with contextlib.closing(engine):
+    with engine.model:
         windows = ORDER if state is None else state.windows
         rows = engine.sweep(TOKENS, windows, (2, 5), (1,), advance, state)
     return rows, engine.model.bytes_read
@@ -386,8 +389,8 @@ def test_bfloat16_weights_are_computed_in_float32_as_the_whole_model_does(tmp_pa
 
 def test_a_model_is_left_usable_after_an_error_inside_a_layer(checkpoint):
     source, architecture = checkpoint("llama")
-    prove_streamed(source.path, CPU)
-    model = StreamedModel(
+    prove_offloaded(source.path, CPU)
+    model = OffloadedModel(
         source, architecture, num_layers=NUM_LAYERS, dtype=torch.float32, device=CPU
     )
     with contextlib.suppress(Killed), model.through([0, 1]) as groups:

@@ -1,7 +1,5 @@
 """Layer streaming on a GPU: the same bits as the resident engine, wherever the streams live."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,9 @@ from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, streaming
 from ghost_dist.engines.layer_memory import Residency
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.streaming import StreamingEngine, prove_streamed
 from ghost_dist.errors import CheckpointError
 from ghost_dist.statistics.stream_state import StreamState
 
@@ -32,20 +31,22 @@ TOKENS = np.random.default_rng(0).integers(3, VOCAB, (6, 32), dtype=np.int32)
 def opened(request, tmp_path):
     source = open_checkpoint(save_checkpoint(request.param, tmp_path / "model", torch.bfloat16))
     architecture = inspect_architecture(source)
-    prove_streamed(source.path, CUDA)
+    prove_offloaded(source.path, CUDA)
     return source, architecture
 
 
 def stream(opened, state=None, experts="auto", **options):
     source, architecture = opened
-    engine = StreamingEngine(
-        source,
-        architecture,
-        num_layers=NUM_LAYERS,
-        dtype=torch.bfloat16,
-        device=CUDA,
-        batch=2,
-        **options,
+    engine = OffloadedEngine(
+        OffloadedModel(
+            source,
+            architecture,
+            num_layers=NUM_LAYERS,
+            dtype=torch.bfloat16,
+            device=CUDA,
+            **options,
+        ),
+        2,
     )
     engine.model.hold(experts, batch_tokens=64, tokens=TOKENS.size)
     mlp = tuple(sorted(architecture.down_projections))[:1]
@@ -54,7 +55,7 @@ def stream(opened, state=None, experts="auto", **options):
         TOKENS, range(6), recorder.boundaries, mlp, lambda _: saved_at_once(state), state
     )
     rows.feed(range(6), recorder, CUDA)
-    engine.close()
+    engine.model.close()
     return rows, recorder
 
 
@@ -105,7 +106,7 @@ def test_nan_in_a_weight_is_named_one_layer_late(opened):
 def test_compiled_layers_differ_by_rounding_only(tmp_path):
     source = open_checkpoint(save_checkpoint("llama", tmp_path / "model", torch.bfloat16))
     architecture = inspect_architecture(source)
-    prove_streamed(source.path, CUDA)
+    prove_offloaded(source.path, CUDA)
     opened = source, architecture
     plain, compiled = resident(opened), stream(opened, compiled=True)[1]
     for key, expected in plain.streams.items():
@@ -127,7 +128,7 @@ def test_experts_in_parts_give_the_bits_of_whole_layers(
     """With what they are asked and answer on the device, and in page-locked host memory."""
     source = open_checkpoint(save_checkpoint(family, tmp_path / "model", torch.bfloat16))
     architecture = inspect_architecture(source)
-    prove_streamed(source.path, CUDA, experts)
+    prove_offloaded(source.path, CUDA, experts)
     if place == "host":
         monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
         monkeypatch.setattr(expert_parts, "free_or_cached_bytes", lambda _: 0)
@@ -165,17 +166,16 @@ def test_experts_in_parts_take_less_than_one_layer(tmp_path):
     model.save_pretrained(tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")
     architecture = inspect_architecture(source)
-    prove_streamed(source.path, CUDA, 3)
+    prove_offloaded(source.path, CUDA, 3)
     peaks = {}
     for experts in (64, 4):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with contextlib.closing(
-            StreamingEngine(
-                source, architecture, num_layers=3, dtype=torch.bfloat16, device=CUDA, batch=2
-            )
-        ) as engine:
+        with OffloadedModel(
+            source, architecture, num_layers=3, dtype=torch.bfloat16, device=CUDA
+        ) as model:
+            engine = OffloadedEngine(model, 2)
             engine.model.hold(experts, batch_tokens=64, tokens=TOKENS.size)
             engine.sweep(TOKENS, range(6), (3,), (), lambda _: None)
         peaks[experts] = torch.cuda.max_memory_allocated() - before
@@ -198,17 +198,16 @@ def test_layers_one_at_a_time_need_the_memory_of_one(tmp_path):
     model.save_pretrained(tmp_path / "model")
     source = open_checkpoint(tmp_path / "model")
     architecture = inspect_architecture(source)
-    prove_streamed(source.path, CUDA)
+    prove_offloaded(source.path, CUDA)
     peaks, found = {}, {}
     for layers in (2, 1):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with contextlib.closing(
-            StreamingEngine(
-                source, architecture, num_layers=4, dtype=torch.bfloat16, device=CUDA, batch=2
-            )
-        ) as engine:
+        with OffloadedModel(
+            source, architecture, num_layers=4, dtype=torch.bfloat16, device=CUDA
+        ) as model:
+            engine = OffloadedEngine(model, 2)
             free = int((layers + 0.5) * layer / 0.85)
             held = engine.model.hold("auto", batch_tokens=64, tokens=TOKENS.size, free=free)
             assert held == Residency(prefetch=layers == 2)

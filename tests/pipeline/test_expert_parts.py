@@ -9,7 +9,7 @@ from families import TEXT, save_checkpoint, save_tokenizer
 
 from ghost_dist.config_file import config_tree, decisive_tree
 from ghost_dist.engines.expert_parts import SplitLayer
-from ghost_dist.engines.streamed_model import StreamedModel
+from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.pipeline.recover import recover
 
@@ -91,14 +91,14 @@ def test_a_run_in_parts_ends_as_a_resident_one(of_mixture, tmp_path, parts):
 @pytest.mark.parametrize(("stage", "last"), [("calibrate", [4]), ("solve", [6]), (None, [6, 4, 6])])
 def test_every_stage_holds_few_experts(of_mixture, tmp_path, monkeypatch, stage, last):
     """Calibration below the span, the choice by KL, the check of the export, evaluation."""
-    held, hold = [], StreamedModel.hold
+    held, hold = [], OffloadedModel.hold
 
     def watched(self, experts, **sizes):
         found = hold(self, experts, **sizes)
         held.append((experts, found.experts, self.num_layers))
         return found
 
-    monkeypatch.setattr(StreamedModel, "hold", watched)
+    monkeypatch.setattr(OffloadedModel, "hold", watched)
     fields = {
         "engine__kind": "streaming",
         "engine__experts": 2,
@@ -148,14 +148,14 @@ def test_a_run_goes_on_with_other_parts(of_mixture, tmp_path):
 
 
 def test_a_run_of_a_family_that_cannot_be_split_is_refused(of_mixture, monkeypatch):
-    from ghost_dist.engines import streamed_model
+    from ghost_dist.engines import offloaded
 
-    found = streamed_model.routed_experts
+    found = offloaded.routed_experts
 
     def other(layer):
         experts = found(layer)
         return experts and experts.__class__(experts.path, experts.count, experts.parameters, "why")
 
-    monkeypatch.setattr(streamed_model, "routed_experts", other)
+    monkeypatch.setattr(offloaded, "routed_experts", other)
     with pytest.raises(UnsupportedArchitectureError, match=r"Family deepseek_v3: .*\(why\)"):
         recover(of_mixture("run", engine__kind="streaming", engine__experts=2))

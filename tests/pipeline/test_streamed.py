@@ -14,8 +14,8 @@ from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
 from ghost_dist.pipeline.collectors import passes_here
+from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.pipeline.streamed import open_streaming_engine, streamed_range
 from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import StatisticsStore
 
@@ -177,18 +177,18 @@ def test_streams_that_a_kill_left_behind_the_last_range_go(make_config, tmp_path
 
 
 def test_a_damaged_state_is_told_and_the_stage_begins_again(make_config, tmp_path, monkeypatch):
-    from ghost_dist.engines.streamed_model import StreamedModel
+    from ghost_dist.engines.offloaded import OffloadedModel
 
     calm = make_config(engine__kind="streaming", output__path=str(tmp_path / "calm"))
     recover(calm, again="solve")
-    running = StreamedModel.running
+    running = OffloadedModel.running
 
     def stopped(self, layer, *arguments, **options):
         if layer == 4:
             raise KeyboardInterrupt
         return running(self, layer, *arguments, **options)
 
-    monkeypatch.setattr(StreamedModel, "running", stopped)
+    monkeypatch.setattr(OffloadedModel, "running", stopped)
     config = make_config(engine__kind="streaming")
     with pytest.raises(KeyboardInterrupt):
         recover(config, again="solve")
@@ -250,11 +250,11 @@ def test_a_range_advances_layer_by_layer(make_config):
             return [Sink]
 
     inputs = run_inputs.open_inputs(make_config(engine__kind="streaming"), Reporter())
-    engine = open_streaming_engine(inputs, 4)
+    engine = open_offloaded_engine(inputs, 4)
     tokens = torch.arange(3 * 10, dtype=torch.int32).reshape(3, 10).numpy()
     told = []
     try:
-        streamed_range(
+        offloaded_range(
             engine,
             tokens,
             (0, 2),
@@ -263,5 +263,5 @@ def test_a_range_advances_layer_by_layer(make_config):
             told.append,
         )
     finally:
-        engine.close()
+        engine.model.close()
     assert [count for count in told if count] == [5, 5, 5, 5]

@@ -48,7 +48,7 @@ def engine(tmp_path_factory):
 def test_sums_are_what_the_collectors_take_and_the_rest_is_the_forward(engine):
     tokens = torch.zeros(4, 16, dtype=torch.int32).numpy()
     slow_forward = []
-    handle = engine._decoder.layers[0].register_forward_pre_hook(
+    handle = engine.decoder.layers[0].register_forward_pre_hook(
         lambda *_: slow_forward.append(time.sleep(0.05))
     )
     began = time.perf_counter()

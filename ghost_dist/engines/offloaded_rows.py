@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
-from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.peers import ALONE, Peers
+from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
 from ghost_dist.engines.base import Sink, Tokens
-from ghost_dist.engines.conformance import check_streamed
-from ghost_dist.engines.peers import ALONE, Peers
-from ghost_dist.engines.streamed_model import StreamedModel
+from ghost_dist.engines.conformance import check_offloaded
+from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
@@ -37,21 +37,12 @@ _WIDTHS_AT_ONCE = 16
 
 @dataclass
 class Rows:
-    """Streams of all windows of a sweep at the places that sinks want.
+    """Streams of all windows of a sweep at the places that sinks want."""
 
-    Attributes
-    ----------
-    windows
-        Window ids, in the order of the first dimension.
-    tensors
-        By name: ``"boundary b"`` (W, T, C), ``"mlp input l"`` (W, T, F), ``"mlp product l"``
-        (W, T, C); of ranks that share the windows, those of this rank's part.
-    peers
-        Who has the rest.
-    """
-
-    windows: tuple[int, ...]
+    windows: tuple[int, ...]  # ids, in the order of the first dimension
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    """``"boundary b"`` (W, T, C), ``"mlp input l"`` (W, T, F), ``"mlp product l"`` (W, T, C): of
+    peers those of this one's part of the windows."""
     peers: Peers = ALONE
 
     def feed(self, windows: Sequence[int], sink: Sink, device: torch.device) -> None:
@@ -78,70 +69,21 @@ class Rows:
                     sink(index, window, row(f"boundary {index}", window))
 
 
-class StreamingEngine:
-    """Runs a model that fits nowhere as a whole; an ``Engine`` like the others.
+class OffloadedEngine:
+    """Runs a model that fits nowhere as a whole, ``batch`` windows per forward; an ``Engine``.
 
-    A family must have been proven by :func:`prove_streamed` in this process.
-
-    Parameters
-    ----------
-    checkpoint, architecture
-        Of the uncut model.
-    num_layers
-        The last boundary that will be asked for.
-    dtype, device
-        Of the computation.
-    batch
-        Windows per forward.
-    keep_cached
-        Leave the files in the page cache.
-    compiled
-        As for :class:`~ghost_dist.engines.streamed_model.StreamedModel`.
-    peers
-        Ranks that make the same calls at the same time: they share the windows and the reading.
+    A family must have been proven by :func:`prove_offloaded` in this process. Peers of the model
+    share the windows as well as the reading, so they make the same calls at the same time.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        *,
-        num_layers: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        batch: int,
-        keep_cached: bool = False,
-        compiled: bool = False,
-        peers: Peers = ALONE,
-    ) -> None:
-        self._architecture, self._batch, self._peers = architecture, batch, peers
-        self.model = StreamedModel(
-            checkpoint,
-            architecture,
-            num_layers=num_layers,
-            dtype=dtype,
-            device=device,
-            keep_cached=keep_cached,
-            compiled=compiled,
-            shared=peers if peers.count > 1 else None,
-        )
-        self.hidden_size, self.device = architecture.hidden_size, device
-
-    def close(self) -> None:
-        """End reading."""
-        self.model.close()
+    def __init__(self, model: OffloadedModel, batch: int) -> None:
+        self.model, self._batch, self._peers = model, batch, model.peers
+        self.hidden_size, self.device = model.hidden_size, model.device
 
     def run(
-        self,
-        tokens: Tokens,
-        windows: Sequence[int],
-        sink: Sink,
-        advance: Callable[[int], None],
+        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """Push the sink's boundaries for the given windows; see ``engines.base.Engine``.
-
-        The sink is fed after the last layer, and ``advance`` is called with tokens then.
-        """
+        """See ``engines.base.Engine``; the sink is fed after the last layer."""
         rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, lambda _: None)
         rows.feed(windows, sink, self.device)
         advance(len(windows) * tokens.shape[1])
@@ -157,28 +99,8 @@ class StreamingEngine:
     ) -> Rows:
         """Run layers up to the last boundary over all windows; every layer is read once.
 
-        Parameters
-        ----------
-        tokens
-            int32, shape (num_windows, T).
-        windows
-            Row numbers to run; of all peers.
-        boundaries, mlp_layers
-            What to keep, ascending.
-        advance
-            Called with the number of tokens just finished, by all peers; those of a layer count as
-            its share.
-        state
-            Where streams are saved, and from where an interrupted sweep goes on; without peers.
-
-        Raises
-        ------
-        NonFiniteActivationError
-            If a stream holds NaN or Inf.
-        CheckpointError
-            If a file is gone, changed, damaged, or lacks a tensor.
-        OSError
-            If the state cannot be written.
+        ``advance`` is told the tokens just finished, by all peers; those of a layer count as its
+        share. ``state``: where streams are saved, and from where an interrupted sweep goes on.
         """
         assert state is None or state.windows == tuple(windows), "saved streams have an order"
         assert state is None or self._peers.count == 1, "peers save no streams"
@@ -186,11 +108,13 @@ class StreamingEngine:
         part = self._peers.part_of(len(windows))
         own = tokens[list(windows[part.start : part.stop])]
         shape = (*own.shape, self.hidden_size)
-        place = _Place.for_sweep(self, len(own), own.shape[1], boundaries, mlp_layers)
+        place = _place_of(self.model, self._batch, own.shape, boundaries, mlp_layers)
         saved = None if state is None else state.load()
         if saved is not None:
-            streams_WTC = place.streams(saved.streams_WTC)
-            rows.tensors = {name: place.row(tensor) for name, tensor in saved.rows.items()}
+            streams_WTC = saved.streams_WTC.to(place.of_streams)
+            if place.pinned(place.of_streams):
+                streams_WTC = streams_WTC.pin_memory()
+            rows.tensors = {name: tensor.to(place.of_rows) for name, tensor in saved.rows.items()}
         else:
             streams_WTC = place.empty(shape, self.model.dtype, place.of_streams)
         total, ran, told = len(rows.windows) * tokens.shape[1], 0, 0
@@ -203,7 +127,7 @@ class StreamingEngine:
             told = now
 
         checks = _Checks(self.model, rows.windows[part.start : part.stop], place)
-        inner_sizes = {layer: self._architecture.inner_sizes[layer] for layer in mlp_layers}
+        inner_sizes = {la: self.model.architecture.inner_sizes[la] for la in mlp_layers}
         keep = _Keep(rows, streams_WTC, place, boundaries, inner_sizes, state)
         sweep(
             self.model,
@@ -238,7 +162,6 @@ class _Keep(Tap):
         self._inner_sizes, self._like_WTC = inner_sizes, streams_WTC
 
     def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
-        """Keep a batch's."""
         for row_WTn, rows_BTn in zip(self._of_mlp(layer), (input_BTF, product_BTC), strict=True):
             row_WTn[part].copy_(rows_BTn, non_blocking=True)
 
@@ -250,7 +173,8 @@ class _Keep(Tap):
             rows = self._of_mlp(boundary - 1)  # also where no window has come
             kept = dict(zip(_mlp_names(boundary - 1), rows, strict=True))
         if boundary in self._boundaries:
-            kept[name] = self._rows[name] = self._place.row_of(streams_WTC)
+            row = self._place.empty(streams_WTC.shape, streams_WTC.dtype, self._place.of_rows)
+            kept[name] = self._rows[name] = row.copy_(streams_WTC)
         if state is None:
             return
         for kept_name, row_WTn in kept.items():
@@ -280,19 +204,17 @@ class _Checks(Tap):
     Where streams or rows are copied to the host, it waits for the device: they are read there.
     """
 
-    def __init__(self, model: StreamedModel, windows: Sequence[int], place: _Place) -> None:
+    def __init__(self, model: OffloadedModel, windows: Sequence[int], place: _Place) -> None:
         self._model, self._windows, self._device = model, windows, place.device
         on_host = "cpu" in (place.of_streams.type, place.of_rows.type)
         self._wait = self._device.type == "cuda" and on_host
         self._finite, self._late = FiniteCheck(), list[FiniteCheck]()
 
     def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
-        """Note a batch."""
         for window, stream_TC in zip(self._windows[part], stream_BTC, strict=True):
             self._finite.note(boundary, window, stream_TC)
 
     def passed(self, boundary: int, streams_WTC: Tensor) -> None:  # noqa: ARG002 - as a Tap
-        """Look at the layer before this one."""
         self._finite.send()
         if self._wait:
             synchronize(self._device)
@@ -310,45 +232,27 @@ class _Checks(Tap):
 
 
 @functools.cache
-def prove_streamed(path: Path, device: torch.device, experts: int | None = None) -> float:
+def prove_offloaded(path: Path, device: torch.device, experts: int | None = None) -> float:
     """Once in a process, before real layers are read: run a small model of the family both ways.
 
-    Parameters
-    ----------
-    path, device
-        Of the real model.
-    experts
-        Routed experts of a part, as ``StreamedModel.hold`` gives them.
-
-    Returns
-    -------
-    float
-        Largest difference of a stream, relative to its largest entry; 0 on a CPU.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If the family cannot be run layer by layer.
+    ``experts``: of a part, as ``OffloadedModel.hold`` gives them. Returns the largest difference of
+    a stream, relative to its largest entry (0 on a CPU); a family that cannot be run layer by layer
+    is an UnsupportedArchitectureError.
     """
     checkpoint = open_checkpoint(path)
 
     def load(
         folder: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
-    ) -> StreamingEngine:
-        engine = StreamingEngine(
-            open_checkpoint(folder),
-            architecture,
-            num_layers=num_layers,
-            dtype=dtype,
-            device=device,
-            batch=2,
+    ) -> OffloadedEngine:
+        model = OffloadedModel(
+            open_checkpoint(folder), architecture, num_layers=num_layers, dtype=dtype, device=device
         )
         if experts is not None:
             # The small model has 8 experts at most: 3 leave a shorter part at the end.
-            engine.model.hold(min(experts, 3), batch_tokens=1, tokens=1)
-        return engine
+            model.hold(min(experts, 3), batch_tokens=1, tokens=1)
+        return OffloadedEngine(model, 2)
 
-    return check_streamed(
+    return check_offloaded(
         checkpoint, inspect_architecture(checkpoint), load, device, in_parts=experts is not None
     )
 
@@ -361,49 +265,33 @@ class _Place:
     of_streams: torch.device
     of_rows: torch.device
 
-    @staticmethod
-    def for_sweep(
-        engine: StreamingEngine,
-        num_windows: int,
-        window_length: int,
-        boundaries: Sequence[int],
-        mlp_layers: Sequence[int],
-    ) -> _Place:
-        model, cpu = engine.model, torch.device("cpu")
-        if engine.device.type != "cuda":
-            return _Place(cpu, cpu, cpu)
-        itemsize, width = model.dtype.itemsize, model.hidden_size
-        row = num_windows * window_length * itemsize
-        stream = row * width
-        inner = [engine._architecture.inner_sizes[layer] for layer in mlp_layers]
-        rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
-        batch = engine._batch * window_length * width * itemsize * _WIDTHS_AT_ONCE
-        weights = model.bytes_at_once()
-        left = SHARE_OF_FREE_MEMORY * free_bytes(engine.device) - weights - batch
-        return _Place(
-            engine.device,
-            engine.device if 2 * stream <= left else cpu,  # the second is the copy being saved
-            engine.device if 2 * stream + rows <= left else cpu,
-        )
-
     def pinned(self, where: torch.device) -> bool:
         """Whether memory there has to be page-locked, to be copied while the device computes."""
         return self.device.type == "cuda" and where.type == "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
-        """Memory there."""
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=self.pinned(where))
 
-    def streams(self, tensor: Tensor) -> Tensor:
-        """Streams that were read back, where they belong."""
-        moved = tensor.to(self.of_streams)
-        return moved.pin_memory() if self.pinned(self.of_streams) else moved
 
-    def row(self, tensor: Tensor) -> Tensor:
-        """A row that was read back, where it belongs."""
-        return tensor.to(self.of_rows)
-
-    def row_of(self, streams_WTC: Tensor) -> Tensor:
-        """A copy of the streams, where rows belong."""
-        row = self.empty(tuple(streams_WTC.shape), streams_WTC.dtype, self.of_rows)
-        return row.copy_(streams_WTC)
+def _place_of(
+    model: OffloadedModel,
+    batch: int,
+    shape: tuple[int, ...],
+    boundaries: Sequence[int],
+    mlp_layers: Sequence[int],
+) -> _Place:
+    cpu, device = torch.device("cpu"), model.device
+    if device.type != "cuda":
+        return _Place(cpu, cpu, cpu)
+    itemsize, width = model.dtype.itemsize, model.hidden_size
+    row = shape[0] * shape[1] * itemsize
+    stream = row * width
+    inner = [model.architecture.inner_sizes[layer] for layer in mlp_layers]
+    rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
+    of_batch = batch * shape[1] * width * itemsize * _WIDTHS_AT_ONCE
+    left = SHARE_OF_FREE_MEMORY * free_bytes(device) - model.bytes_at_once() - of_batch
+    return _Place(
+        device,
+        device if 2 * stream <= left else cpu,  # the second is the copy being saved
+        device if 2 * stream + rows <= left else cpu,
+    )

@@ -1,4 +1,4 @@
-"""What a run does with a model that is streamed layer by layer: statistics, choices, evaluation.
+"""What a run does with a model that is read layer by layer: statistics, choices, evaluation.
 
 The same stages as with a resident model, each in one pass over the files.
 """
@@ -24,8 +24,8 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.layerwise import LayerwiseModel
-from ghost_dist.engines.streamed_model import StreamedModel
-from ghost_dist.engines.streaming import Rows, StreamingEngine, prove_streamed
+from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, Rows, prove_offloaded
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.verify import has_our_code
@@ -41,7 +41,7 @@ from ghost_dist.statistics.sums import WHOLE, Sums
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
 
-class CollectByStreaming:
+class CollectOffloaded:
     """Fills stores from one sweep over the layers; the ``Collect`` of ``engine.kind=streaming``.
 
     Parameters
@@ -81,7 +81,7 @@ class CollectByStreaming:
         identity = {"plan": store.plan_fingerprint, "boundaries": boundaries, "mlp": mlp_layers}
         state = StreamState(folder, fingerprint(identity), sorted(windows))
         self._check_disk(len(state.windows) * tokens.window_length, boundaries, mlp_layers)
-        engine = open_streaming_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
+        engine = open_offloaded_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
         try:
             total = len(state.windows) * tokens.window_length
             with self._reporter.stage(stage, total, "tokens") as advance:
@@ -105,7 +105,7 @@ class CollectByStreaming:
                     self._reporter.event("range-committed", stage=stage, range=range_id)
                     advance(1)
         finally:
-            engine.close()
+            engine.model.close()
             state.close()
         state.remove()
 
@@ -125,7 +125,7 @@ class CollectByStreaming:
 def collect_here(inputs: RunInputs, reporter: Reporter, folder: Path) -> Collect:
     """Who fills the stores of a run in one process; ``folder`` is where streams may be saved."""
     if inputs.streaming:
-        return CollectByStreaming(inputs, reporter, folder)
+        return CollectOffloaded(inputs, reporter, folder)
     return CollectHere(inputs, reporter)
 
 
@@ -135,8 +135,8 @@ def evaluation_shape(inputs: RunInputs) -> tuple[int, int]:
     return sum(count for count, _ in shapes), shapes[0][1]
 
 
-def streamed_range(
-    engine: StreamingEngine,
+def offloaded_range(
+    engine: OffloadedEngine,
     tokens: Tokens,
     windows: Sequence[int],
     collectors: Collectors,
@@ -170,31 +170,30 @@ def _sums_of_rows(
     return sums
 
 
-def open_streaming_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> StreamingEngine:
+def open_offloaded_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> OffloadedEngine:
     """The run's engine over layers ``0 .. num_layers - 1``, proven right on a small model.
 
     It will keep so many streams of each token.
     """
-    engine = StreamingEngine(
+    model = OffloadedModel(
         inputs.source,
         inputs.architecture,
         num_layers=num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
-        batch=inputs.batch,
         keep_cached=fits_page_cache(inputs.source),
         compiled=inputs.compiled,
     )
     calibration = inputs.config.calibration
-    held = engine.model.hold(
+    held = model.hold(
         inputs.config.engine.experts,
         batch_tokens=inputs.batch * calibration.window_length,
         tokens=calibration.windows * calibration.window_length,
         kept=kept,
         head=False,
     )
-    prove_streamed(inputs.source.path, inputs.device, held.experts)
-    return engine
+    prove_offloaded(inputs.source.path, inputs.device, held.experts)
+    return OffloadedEngine(model, inputs.batch)
 
 
 @contextlib.contextmanager
@@ -222,17 +221,17 @@ def layers_of(
     if not inputs.streaming:
         yield LayerwiseModel(model or open_causal_lm(inputs), inputs.architecture)
         return
-    with StreamedModel(
+    with OffloadedModel(
         inputs.source,
         inputs.architecture,
         num_layers=inputs.architecture.num_layers,
         dtype=inputs.dtype,
         device=inputs.device,
         keep_cached=fits_page_cache(inputs.source),
-    ) as streamed:
-        held = _hold(streamed, inputs, shape, num_variants, batch or inputs.batch)
-        prove_streamed(inputs.source.path, inputs.device, held.experts)
-        yield streamed
+    ) as layers:
+        held = _hold(layers, inputs, shape, num_variants, batch or inputs.batch)
+        prove_offloaded(inputs.source.path, inputs.device, held.experts)
+        yield layers
 
 
 def logits_of_exported(inputs: RunInputs, folder: Path, tokens: Tokens, advance: Advance) -> Tensor:
@@ -250,7 +249,7 @@ def logits_of_exported(inputs: RunInputs, folder: Path, tokens: Tokens, advance:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=ours)
     num_layers = len(model.get_submodule(inputs.architecture.layers))
-    with StreamedModel(
+    with OffloadedModel(
         exported,
         dataclasses.replace(inputs.architecture, num_layers=num_layers),
         num_layers=num_layers,
@@ -264,7 +263,7 @@ def logits_of_exported(inputs: RunInputs, folder: Path, tokens: Tokens, advance:
 
 
 def _hold(
-    model: StreamedModel, inputs: RunInputs, shape: tuple[int, int], num_variants: int, batch: int
+    model: OffloadedModel, inputs: RunInputs, shape: tuple[int, int], num_variants: int, batch: int
 ) -> Residency:
     return model.hold(
         inputs.config.engine.experts,

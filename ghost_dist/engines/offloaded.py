@@ -1,4 +1,4 @@
-"""A model of which one decoder layer at a time has weights.
+"""A model of which one decoder layer at a time has weights: offloaded to its files.
 
 The skeleton is the family's own causal LM on the meta device. A group of tensors (the embeddings,
 one layer, or the final norm with the head) is read from the files, takes its place through
@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,15 +21,12 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, renamed
-from ghost_dist.checkpoint.load import (
-    non_finite_weight,
-    truncated_config,
-)
+from ghost_dist.checkpoint.load import non_finite_weight, truncated_config
+from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.checkpoint.weight_reader import Reading, SharedRead, WeightReader
+from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.expert_parts import (
-    ExpertTensors,
     Inputs,
     RoutedExperts,
     RunLayer,
@@ -55,30 +51,12 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
 
 
-class StreamedModel(LayerwiseModel):
-    """A model whose weights are read when their turn comes.
+class OffloadedModel(LayerwiseModel):
+    """A model whose weights are read when their turn comes, of its first ``num_layers``.
 
-    Parameters
-    ----------
-    checkpoint, architecture
-        Of the uncut model.
-    num_layers
-        Layers that will be run.
-    dtype, device
-        Of the computation.
-    keep_cached
-        As for :class:`~ghost_dist.checkpoint.weight_reader.WeightReader`.
-    compiled
-        Let ``torch.compile`` fuse what a layer does between its matrix products.
-    shared
-        As for :class:`~ghost_dist.checkpoint.weight_reader.WeightReader`.
-    model_class, config
-        Of an exported model; None: the family's own.
-
-    Attributes
-    ----------
-    bytes_read
-        From the files so far.
+    ``compiled``: ``torch.compile`` fuses what a layer does between its matrix products. ``peers``:
+    ranks that ask for the same at the same time. ``model_class`` and ``config`` are of an exported
+    model; None: the family's own.
     """
 
     whole = False
@@ -93,7 +71,7 @@ class StreamedModel(LayerwiseModel):
         device: torch.device,
         keep_cached: bool = False,
         compiled: bool = False,
-        shared: SharedRead | None = None,
+        peers: Peers = ALONE,
         model_class: Any = None,
         config: Any = None,
     ) -> None:
@@ -109,33 +87,32 @@ class StreamedModel(LayerwiseModel):
         self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
-        self._experts = self._routed_experts()
-        self._split: dict[int, _Split] = {}
+        self._experts = {
+            number: found
+            for number, layer in enumerate(self.layers)
+            if (found := routed_experts(layer)) is not None
+        }
+        self._split: dict[int, _Parts] = {}
         self._held = Residency()
         self._bytes_at_once = 0
-        self._compiled = compiled
+        self._compiled, self.peers = compiled, peers
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
-        self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, shared=shared)
+        self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, peers=peers)
         self._hand_on()
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the files so far, those of a group that is being read included."""
+        """From the files so far, those of a group that is being read included."""
         return self._reader.bytes_read
 
     def close(self) -> None:
         """End reading."""
         self._reader.close()
 
-    def __enter__(self) -> StreamedModel:
+    def __enter__(self) -> OffloadedModel:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def hold(
@@ -201,7 +178,7 @@ class StreamedModel(LayerwiseModel):
                 "engine.compile=false."
             )
         split = {
-            layer: self._split_of(layer, found)
+            layer: _Parts(self, layer, found)
             for layer, found in self._experts.items()
             if found.count > held.experts
         }
@@ -228,7 +205,10 @@ class StreamedModel(LayerwiseModel):
                 del reading  # it would hold the experts beside what they are stacked into
                 if self._held.prefetch and number + 1 < len(groups):
                     ahead.append(self._start(groups[number + 1]))
-                self._install(self._targets_at_hand(group), tensors)
+                targets = self._targets[group]
+                if isinstance(group, int) and group in self._split:
+                    targets = [t for t in targets if t not in self._split[group].targets]
+                self._install(targets, tensors)
                 if group == "head" and self._tied:
                     head = self._model.get_submodule(self.architecture.head)
                     head.weight = self._embeddings.weight
@@ -258,9 +238,18 @@ class StreamedModel(LayerwiseModel):
                 module = self.layers[layer]
                 forward = torch.compile(module.forward, dynamic=False)
                 stack.enter_context(forward_of(module, forward))
-            if layer in self._split:
+            if (parts := self._split.get(layer)) is not None:
                 assert inputs is not None, "experts in parts are run for all inputs beforehand"
-                split = self._split_layer(layer)
+                assert self._held.experts is not None
+                split = SplitLayer(
+                    parts.module,
+                    parts.experts.count,
+                    self._held.experts,
+                    family=self.architecture.model_type,
+                    parts=parts,
+                    device=self.device,
+                    reserve=self._bytes_at_once,
+                )
                 stack.enter_context(split.answered(run, inputs))
             yield run
 
@@ -294,41 +283,10 @@ class StreamedModel(LayerwiseModel):
             keys["head"] += [key for key, target in target_of.items() if target == embedding]
         return keys, targets
 
-    def _routed_experts(self) -> dict[int, RoutedExperts]:
-        """Of the layers that have some; with what keeps them from being split."""
-        return {
-            number: found
-            for number, layer in enumerate(self.layers)
-            if number < self.num_layers and (found := routed_experts(layer)) is not None
-        }
-
     def _expert_targets(self, layer: int) -> list[str]:
         found = self._experts[layer]
         path = f"{self.architecture.layers}.{layer}.{found.path}"
         return [f"{path}.{name}" for name in found.parameters]
-
-    def _split_of(self, layer: int, found: RoutedExperts) -> _Split:
-        targets = self._expert_targets(layer)
-        target_of = renamed(self._model, self._checkpoint)
-        names = [name for name in self._keys[layer] if target_of[name].target in targets]
-        tensors = expert_tensors(self._checkpoint, names, found.count)
-        if isinstance(tensors, str):
-            raise cannot_be_split(self.architecture.model_type, tensors)
-        return _Split(found, targets, tensors, frozenset(names))
-
-    def _split_layer(self, layer: int) -> SplitLayer:
-        split = self._split[layer]
-        assert self._held.experts is not None
-        parts = _Parts(self, split, self.layers[layer].get_submodule(split.experts.path))
-        return SplitLayer(
-            parts.module,
-            split.experts.count,
-            self._held.experts,
-            family=self.architecture.model_type,
-            parts=parts,
-            device=self.device,
-            reserve=self._bytes_at_once,
-        )
 
     def _experts_per_token(self) -> int:
         counts = [one.count for one in self._experts.values()]
@@ -376,11 +334,6 @@ class StreamedModel(LayerwiseModel):
             names = [name for name in names if name not in self._split[group].names]
         return self._reader.start(names)
 
-    def _targets_at_hand(self, group: Group) -> list[str]:
-        if isinstance(group, int) and group in self._split:
-            return [t for t in self._targets[group] if t not in self._split[group].targets]
-        return self._targets[group]
-
     def _install(self, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         with quiet_loading():
             convert_and_load(self._model, self._checkpoint, tensors, self.dtype, self.device)
@@ -425,56 +378,36 @@ class StreamedModel(LayerwiseModel):
             self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]
 
 
-@dataclass(frozen=True)
-class _Split:
-    """A layer whose routed experts are read in parts.
-
-    Attributes
-    ----------
-    experts
-        Of the layer.
-    targets
-        Names of their parameters in the model.
-    tensors, names
-        What they are made of in the files: by expert, and all together.
-    """
-
-    experts: RoutedExperts
-    targets: Sequence[str]
-    tensors: ExpertTensors
-    names: frozenset[str]
-
-
 class _Parts:
-    """Lets a module of experts hold some of them; a ``PartsOfExperts``."""
+    """The routed experts of a layer, of which its module holds some; a ``PartsOfExperts``."""
 
-    def __init__(self, model: StreamedModel, split: _Split, module: nn.Module) -> None:
-        self._model, self._split, self.module = model, split, module
+    def __init__(self, model: OffloadedModel, layer: int, experts: RoutedExperts) -> None:
+        self._model, self.experts = model, experts
+        self.module = model.layers[layer].get_submodule(experts.path)
+        self.targets = model._expert_targets(layer)  # their parameters in the model
+        target_of = renamed(model._model, model._checkpoint)
+        names = [name for name in model._keys[layer] if target_of[name].target in self.targets]
+        tensors = expert_tensors(model._checkpoint, names, experts.count)
+        if isinstance(tensors, str):
+            raise cannot_be_split(model.architecture.model_type, tensors)
+        self._tensors, self.names = tensors, frozenset(names)  # in the files
+        self._whole = {
+            name: model._empty[target]
+            for name, target in zip(experts.parameters, self.targets, strict=True)
+        }
 
     def read(self, part: range) -> Reading:
-        """Begin to read experts."""
-        tensors = self._split.tensors
-        return self._model._reader.start(tensors.names(part), tensors.rows(part))
+        return self._model._reader.start(self._tensors.names(part), self._tensors.rows(part))
 
     def install(self, part: range, tensors: Mapping[str, Tensor]) -> None:
-        """Let the module hold these experts, and no others."""
         self.release()
-        for name, whole in self._own():
+        for name, whole in self._whole.items():
             shape = (len(part), *whole.shape[1:])
             empty = torch.empty(shape, dtype=whole.dtype, device="meta")
             self.module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-        self._set_count(len(part))
-        self._model._install(self._split.targets, tensors)
+        self.module.__dict__["num_experts"] = len(part)
+        self._model._install(self.targets, tensors)
 
     def release(self) -> None:
-        """Let it hold none."""
-        for name, whole in self._own():
-            self.module._parameters[name] = whole
-        self._set_count(self._split.experts.count)
-
-    def _set_count(self, count: int) -> None:
-        self.module.__dict__["num_experts"] = count
-
-    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, target in zip(self._split.experts.parameters, self._split.targets, strict=True):
-            yield name, self._model._empty[target]
+        self.module._parameters.update(self._whole)
+        self.module.__dict__["num_experts"] = self.experts.count

@@ -1,4 +1,4 @@
-"""Ranks that stream together: each runs a part of the windows, and reads a part of every layer."""
+"""Ranks of a replica of which each runs a part of the windows and reads a part of every layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of the torch.distributed world, or a process of its own.
-
-    Attributes
-    ----------
-    rank, count
-        This one of how many.
-    """
+    """This rank and how many there are in the torch.distributed world; or a process of its own."""
 
     rank: int = 0
     count: int = 1
@@ -33,7 +27,10 @@ class Peers:
         return next(r for r in range(self.count) if item in self.part_of(total, r))
 
     def gather(self, memory: Tensor) -> None:
-        """Fill memory of ``count`` equal parts of which every rank holds its own; collective."""
+        """Fill memory of ``count`` equal parts of which every rank holds its own; collective.
+
+        On a GPU work that is queued on the current stream may not be waited for.
+        """
         size = memory.numel() // self.count
         own = memory[self.rank * size : (self.rank + 1) * size]
         dist.all_gather_into_tensor(memory, own)
