@@ -18,20 +18,11 @@ class Variant:
 
     It is scored by sweeps (``engines/sweep.py``), applied to a model in memory
     (``checkpoint/surgery.py``) and written by ``export/rewrite.py``.
-
-    Attributes
-    ----------
-    spans
-        What is removed; sorted and joined, as ``check_spans`` gives them.
-    operators
-        By span; spans without one are cut only.
-    healed
-        More down_proj weights (F, C), by layer of the uncut model.
     """
 
-    spans: tuple[Span, ...] = ()
-    operators: Mapping[Span, Repair] = field(default_factory=dict)
-    healed: Mapping[int, Tensor] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()  # removed; sorted and joined, as ``check_spans`` gives them
+    operators: Mapping[Span, Repair] = field(default_factory=dict)  # none: the span is cut only
+    healed: Mapping[int, Tensor] = field(default_factory=dict)  # more down_projs (F, C), by layer
 
     @property
     def removed(self) -> frozenset[int]:

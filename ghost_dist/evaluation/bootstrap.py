@@ -11,86 +11,42 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
-LEVEL = 0.95
+_RESAMPLES, _SEED = 2000, 0
+_LEVEL = 0.95
 _DRAWN_AT_ONCE = 64
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def resampled_perplexities(
-    nats: Mapping[str, Sequence[float]],
-    tokens_per_window: int,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    nats: Mapping[str, Sequence[float]], tokens_per_window: int
 ) -> dict[str, FloatArray]:
-    """Perplexity of every variant on windows drawn with replacement, the same for all variants.
-
-    Parameters
-    ----------
-    nats
-        Variant to negative log likelihood of each window, nats; the same windows in one order.
-    tokens_per_window
-        Predicted tokens of a window.
-    resamples, seed
-        Number of draws, and of the generator.
-
-    Returns
-    -------
-    dict
-        Variant to float64 of shape (resamples,), draw i of all variants from the same windows.
-
-    Raises
-    ------
-    ValueError
-        If the variants have different numbers of windows, or none.
-    """
-    means = resampled_means(nats, resamples=resamples, seed=seed)
+    """Perplexity of every variant, from the nats of windows, as :func:`resampled_means`."""
+    means = resampled_means(nats)
     with np.errstate(over="ignore"):  # beyond exp(709) it is infinite, as the perplexity is
         return {name: np.exp(values / tokens_per_window) for name, values in means.items()}
 
 
-def resampled_means(
-    per_window: Mapping[str, Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, FloatArray]:
-    """Mean of each variant's figure on windows drawn with replacement, the same for all variants.
-
-    Parameters
-    ----------
-    per_window
-        Variant to a figure of each window; the same windows in one order.
-    resamples, seed
-        Number of draws, and of the generator.
-
-    Returns
-    -------
-    dict
-        Variant to float64 of shape (resamples,), draw i of all variants from the same windows.
-
-    Raises
-    ------
-    ValueError
-        If the variants have different numbers of windows, or none.
-    """
+def resampled_means(per_window: Mapping[str, Sequence[float]]) -> dict[str, FloatArray]:
+    """Means (2000,) of each variant's figure on windows drawn with replacement, alike for all."""
     lengths = {len(values) for values in per_window.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"expected the same windows of every variant, got {sorted(lengths)} of")
     [windows] = lengths
     figures_WV = np.array(list(per_window.values()), dtype=np.float64).T
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     means = []
-    for first in range(0, resamples, _DRAWN_AT_ONCE):
-        number = min(_DRAWN_AT_ONCE, resamples - first)
+    for first in range(0, _RESAMPLES, _DRAWN_AT_ONCE):
+        number = min(_DRAWN_AT_ONCE, _RESAMPLES - first)
         counts_RW = generator.multinomial(windows, np.full(windows, 1 / windows), size=number)
         means.append(counts_RW @ figures_WV / windows)
     means_RV = np.concatenate(means)
     return {name: means_RV[:, column] for column, name in enumerate(per_window)}
 
 
-def interval(values: FloatArray, level: float = LEVEL) -> tuple[float, float] | None:
-    """The middle ``level`` of resampled values; None where they are not finite or all one."""
+def interval(values: FloatArray) -> tuple[float, float] | None:
+    """The middle 95 % of resampled values; None where they are not finite or all one."""
     if not np.isfinite(values).all() or np.ptp(values) == 0:
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)

@@ -28,15 +28,8 @@ from ghost_dist.errors import ConfigError, GhostDistError
 
 PAPER = "paper"
 PAPER_TASKS = (
-    "arc_easy",
-    "arc_challenge",
-    "hellaswag",
-    "winogrande",
-    "boolq",
-    "openbookqa",
-    "rte",
-    "copa",
-    "race",
+    *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "openbookqa"),
+    *("rte", "copa", "race"),
 )
 """The nine tasks of arXiv 2605.15491, all without examples; it reports the mean of their acc."""
 
@@ -50,25 +43,13 @@ class HarnessError(GhostDistError):
 
 @dataclass(frozen=True, eq=False)
 class HarnessTask:
-    """An opened task, or a group of tasks that the harness reports as one.
-
-    Attributes
-    ----------
-    name
-        The harness's own name of it.
-    fingerprint
-        Of its configuration, its documents, and the harness's version.
-    num_fewshot, limit
-        Examples in the prompt, and documents; None: as the task says, and all.
-    loaded, manager
-        The harness's own objects.
-    """
+    """An opened task, or a group of tasks that the harness reports as one."""
 
     name: str
-    fingerprint: str
-    num_fewshot: int | None
-    limit: int | None
-    loaded: list[Any]
+    fingerprint: str  # of its configuration, its documents, and the harness's version
+    num_fewshot: int | None  # examples in the prompt; None: as the task says
+    limit: int | None  # documents; None: all
+    loaded: list[Any]  # this and the next: the harness's own objects
     manager: Any
 
 
@@ -77,19 +58,8 @@ def open_tasks(
 ) -> tuple[HarnessTask, ...]:
     """Find every task and load its data.
 
-    Parameters
-    ----------
-    names
-        Names of the harness, ``paper`` for the paper's nine, YAML files of tasks or folders of
-        them; ``./NAME`` for a folder that is called as a task.
-    num_fewshot, limit
-        See :class:`HarnessTask`.
-
-    Raises
-    ------
-    ConfigError
-        If ``lm_eval`` is not installed, a task is unknown, named twice or broken, or its data
-        cannot be had.
+    Names are those of the harness, ``paper`` for the paper's nine, YAML files of tasks or folders
+    of them (``./NAME`` where a task is called so too).
     """
     if not names:
         return ()
@@ -119,30 +89,11 @@ def open_tasks(
 def run_task(
     task: HarnessTask, model: Any, tokenizer: Any, *, batch: int
 ) -> dict[str, dict[str, Any]]:
-    """Run a task on a model.
+    """Run a task on a causal LM, ``batch`` sequences per forward.
 
-    Parameters
-    ----------
-    task
-        As opened.
-    model
-        A causal LM of transformers with its head, on the device it is to run on.
-    tokenizer
-        The model's; it is the same afterwards.
-    batch
-        Sequences per forward.
-
-    Returns
-    -------
-    dict
-        Row name (of a group the group's, else of each task) to ``metrics`` (name to ``value``,
-        ``stderr`` and ``better``: ``higher``, ``lower`` or None), ``examples`` and ``shots``;
-        numbers that are not finite are None.
-
-    Raises
-    ------
-    HarnessError
-        If the harness fails.
+    Returns, by name of a row (of a group the group's, else of each task), ``metrics`` (name to
+    ``value``, ``stderr`` and ``better``: ``higher``, ``lower`` or None), ``examples`` and
+    ``shots``; numbers that are not finite are None.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -174,10 +125,11 @@ def run_task(
     return {
         name: {
             "metrics": _metrics(figures, found["higher_is_better"].get(name) or {}),
-            "examples": _examples(found, name),
+            "examples": counted and int(counted["effective"]),
             "shots": shots if isinstance(shots := found["n-shot"].get(name), int) else None,
         }
         for name, figures in rows.items()
+        for counted in [found["n-samples"].get(name)]  # None: a group, whose tasks have their own
     }
 
 
@@ -262,12 +214,6 @@ def _metrics(figures: dict[str, Any], higher: dict[str, bool | None]) -> dict[st
         name = metric if filtered == "none" else f"{metric} ({filtered})"
         found[name] = {"value": _number(value), "stderr": _number(stderr), "better": better}
     return found
-
-
-def _examples(found: Any, name: str) -> int | None:
-    """Documents of a row; None for a group, whose tasks have their own."""
-    counted = found["n-samples"].get(name)
-    return None if counted is None else int(counted["effective"])
 
 
 def _number(value: Any) -> float | None:

@@ -85,20 +85,9 @@ def window_scores(
     batch: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Scores]:
-    """Score variants, in one sweep; NaN or Inf as computed.
+    """Score variants on windows (int32, (W, T)) in one sweep; NaN or Inf as computed.
 
-    Parameters
-    ----------
-    model
-        The uncut model, with its head.
-    variants
-        The first is what the others are compared with.
-    tokens
-        int32, shape (W, T), at least two tokens each.
-    batch
-        Windows per forward.
-    advance
-        Called with the number of tokens just finished.
+    The first variant is what the others are compared with.
     """
     sums = np.zeros((_FIGURES, len(variants), len(tokens)))
 
@@ -122,13 +111,7 @@ def corpus_scores(
     batch: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[Scores]]:
-    """By corpus, whose windows are of one length: what :func:`window_scores` gives.
-
-    Raises
-    ------
-    NonFiniteLossError
-        If the loss of a window is NaN or Inf; names the first such window.
-    """
+    """By corpus, whose windows are of one length: what :func:`window_scores` gives."""
     if model.whole:
         found = {
             name: window_scores(model, variants, windows.tokens, batch=batch, advance=advance)

@@ -13,16 +13,8 @@ _AVERAGED = "acc"  # what the paper averages over its nine tasks
 def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
     """A row per task and metric, and the mean accuracy where several tasks have one.
 
-    Parameters
-    ----------
-    tasks
-        As ``result.json`` holds them: task to variant to ``metrics``, ``examples`` and ``shots``.
-
-    Returns
-    -------
-    list
-        (task, metric, values of the dense, the pruned and the recovered model), values with their
-        standard error where there is one.
+    ``tasks`` are those of ``result.json``; a row is (task, metric, values of the dense, the pruned
+    and the recovered model), with standard errors where there are some.
     """
     rows = []
     for name, by_variant in tasks.items():
@@ -31,10 +23,14 @@ def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, li
             found = [by_variant[variant]["metrics"][metric] for variant in VARIANTS]
             cells = [_cell(one["value"], one["stderr"]) for one in found]
             rows.append((name, f"{metric}{better}", cells))
-    accuracies = {variant: _accuracies(tasks, variant) for variant in VARIANTS}
-    number = len(accuracies["dense"])
+    found = [
+        [of[variant]["metrics"].get(_AVERAGED, {}).get("value") for of in tasks.values()]
+        for variant in VARIANTS
+    ]
+    accuracies = [[value for value in values if value is not None] for values in found]
+    number = len(accuracies[0])
     if number > 1:
-        means = [_cell(math.fsum(values) / number, None) for values in accuracies.values()]
+        means = [_cell(math.fsum(values) / number, None) for values in accuracies]
         rows.append((f"mean of {number} tasks", f"{_AVERAGED} ↑", means))
     return rows
 
@@ -47,21 +43,11 @@ def shots_and_examples(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join([*parts, *([f"{_range(counts)} documents a task"] if counts else [])])
 
 
-def _accuracies(tasks: Mapping[str, Mapping[str, Any]], variant: str) -> list[float]:
-    found = [row[variant]["metrics"].get(_AVERAGED, {}).get("value") for row in tasks.values()]
-    return [value for value in found if value is not None]
-
-
 def _cell(value: float | None, stderr: float | None) -> str:
     if value is None:
         return "-"
-    text = (
-        f"{value:.3f}"
-        if abs(value) < 10
-        else f"{value:.2f}"
-        if abs(value) < 1e4
-        else f"{value:.3e}"
-    )
+    size = abs(value)
+    text = format(value, ".3f" if size < 10 else ".2f" if size < 1e4 else ".3e")
     return text if stderr is None else f"{text} ± {stderr:.3f}"
 
 

@@ -47,21 +47,11 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True)
 class Refined:
-    """Outcome of a distillation.
+    """Outcome of a distillation."""
 
-    Attributes
-    ----------
-    operators
-        The best ones, float64.
-    losses
-        ``{"step", "loss"}`` of every look at the held-out windows; step 0 is the closed form.
-    improved
-        Whether training beat the closed form there.
-    """
-
-    operators: dict[Span, Repair]
-    losses: list[dict[str, float]]
-    improved: bool
+    operators: dict[Span, Repair]  # the best ones, float64
+    losses: list[dict[str, float]]  # ``step`` (0: the closed form) and ``loss``, held out
+    improved: bool  # on the closed form there
 
 
 def distill(
@@ -80,33 +70,9 @@ def distill(
 ) -> Refined:
     """Train the operators; a stopped call continues from its last look at the held-out windows.
 
-    Parameters
-    ----------
-    model, architecture
-        The uncut causal LM; its weights are not changed.
-    closed_form
-        Where training begins; healed down_proj weights stay as they are.
-    tokens
-        int32, shape (windows, T).
-    fitted_on
-        Rows of ``tokens`` that the closed form or a healed weight was fitted on.
-    held_out
-        Rows that are looked at and not trained on; none of ``fitted_on``.
-    config
-        Steps, loss, learning rate.
-    batch
-        Windows per forward of the held-out loss; ``config.batch`` for training.
-    state, fingerprint
-        File of the intermediate state, and what it must belong to.
-    reporter
-        Where progress goes.
-
-    Raises
-    ------
-    ConfigError
-        If there is nothing to train, or no window to train on.
-    NotHeldOutError
-        If the closed form has seen what is to judge it.
+    ``tokens``: int32, (windows, T); the rows ``held_out`` are looked at and not trained on, and the
+    closed form must not have been fitted on them. ``batch``: windows per forward of that loss.
+    ``state``: file of the intermediate state, which must belong to ``fingerprint``.
     """
     check_held_out(fitted_on, held_out, "The closed form that is trained")
     training = sorted(set(range(len(tokens))) - set(held_out))

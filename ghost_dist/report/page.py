@@ -28,28 +28,10 @@ from ghost_dist.report.spectrum import spectra
 def write_report(
     runs: Sequence[Path], out: Path | None = None, device: torch.device | None = None
 ) -> Path:
-    """Write the page of a run, or of several compared.
+    """Write the page of a run as far as it is, or of several compared, and return its file.
 
-    Parameters
-    ----------
-    runs
-        RUN folders; an unfinished one is reported as far as it is.
-    out
-        The file; None: ``RUN/report.html``, or ``comparison.html`` here for several.
-    device
-        Where spectra are computed that are not in ``RUN/report.json`` yet; None: the CPU.
-
-    Returns
-    -------
-    Path
-        The file written.
-
-    Raises
-    ------
-    ConfigError
-        If ``out`` exists and is not a report, or its folder does not.
-    RunFolderError, CorruptStoreError
-        If a folder is no RUN, or what it holds is damaged.
+    ``out`` None: ``RUN/report.html``, or ``comparison.html`` here for several. Spectra that are not
+    in ``RUN/report.json`` yet are computed on ``device`` (None: the CPU).
     """
     records = [read_run(Path(run)) for run in runs]
     first = records[0]

@@ -220,13 +220,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a RUN folder; takes no lock, since files there are whole or absent.
-
-    Raises
-    ------
-    RunFolderError
-        If it is no RUN folder, or a file in it is damaged.
-    """
+    """Read a RUN folder; takes no lock, since files there are whole or absent."""
     config = config_tree(RunFolder.stored_config(path))
     result = _json(path / "result.json")
     stages = {stage: read_record(path, stage).get("outputs", {}) for stage in _STAGES}

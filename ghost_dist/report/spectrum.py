@@ -58,13 +58,7 @@ def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
 
 
 def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dict[str, Spectrum]]:
-    """Span to matrix (``M``, ``N``) to its spectrum; spans without a matrix are left out.
-
-    Raises
-    ------
-    CorruptStoreError
-        If an operator is not the one that was solved.
-    """
+    """Span to matrix (``M``, ``N``) to its spectrum; spans without a matrix are left out."""
     cache = run.path / "report.json"
     stored = _stored(cache)
     found, fresh = {}, {}

@@ -18,25 +18,26 @@ from ghost_dist.report import terminal_charts, text, verdict
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import VARIANTS, read_run
 
+console = Console()
+"""Where everything is printed."""
 
-def print_result(result: Mapping[str, Any], run: Path, console: Console | None = None) -> None:
+
+def print_result(result: Mapping[str, Any], run: Path) -> None:
     """Print perplexities, fits and where the checkpoint lies, from the content of result.json."""
-    console = console or Console()
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     _say(
-        console,
         f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})",
     )
     if result["perplexity"]:
-        _print_perplexity(result, console)
+        _print_perplexity(result)
     if result["tasks"]:
         table = Table("task", Column("metric", overflow="fold"), *VARIANTS)
         for name, metric, cells in task_rows(result["tasks"]):
             table.add_row(name, metric, *cells)
         console.print(table)
     if len(result["candidates"]) > 1:
-        _print_candidates(result["candidates"], console)
+        _print_candidates(result["candidates"])
     if result["fit"]:
         table = Table(
             "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / regressor"
@@ -51,7 +52,7 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
                 f"{fit['tokens_per_channel']:.0f}",
             )
         console.print(table)
-    _say(console, f"checkpoint: {run / 'checkpoint'}")
+    _say(f"checkpoint: {run / 'checkpoint'}")
     if not result["no_better_than_cut"]:
         return
     # Nobody should take a model for repaired that is not: in a frame, and what to change.
@@ -60,10 +61,10 @@ def print_result(result: Mapping[str, Any], run: Path, console: Console | None =
         Panel(Text("\n".join(said)), title="NO BETTER THAN THE PLAIN CUT", style="bold red")
     )
     for what, command in verdict.remedies(config_tree(load_config(run / "config.yaml", {})), run):
-        _say(console, f"{what}:\n    {command}")
+        _say(f"{what}:\n    {command}")
 
 
-def _print_perplexity(result: Mapping[str, Any], console: Console) -> None:
+def _print_perplexity(result: Mapping[str, Any]) -> None:
     table = Table("perplexity", *VARIANTS, "gap closed")
     for name, value in result["perplexity"].items():
         cost = value["pruned"] - value["dense"]
@@ -82,7 +83,7 @@ def _print_perplexity(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _print_candidates(candidates: Iterable[Mapping[str, Any]], console: Console) -> None:
+def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
     """What was tried, and how far each is from the dense model on held-out windows."""
     table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
     for row in candidates:
@@ -97,18 +98,11 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]], console: Console)
     console.print(table)
 
 
-def print_run(path: Path, console: Console | None = None) -> None:
-    """Print a run with charts: perplexities, recoverability, ridge curves, what to beware of.
-
-    Raises
-    ------
-    RunFolderError
-        If it is no RUN folder.
-    """
-    console = console or Console()
+def print_run(path: Path) -> None:
+    """Print a run with charts: perplexities, recoverability, ridge curves, what to beware of."""
     run = read_run(path)
     if run.result is not None:
-        print_result(run.result, path, console)
+        print_result(run.result, path)
     for chart in (
         terminal_charts.perplexity_bars,
         terminal_charts.recoverability,
@@ -117,14 +111,11 @@ def print_run(path: Path, console: Console | None = None) -> None:
         if (drawn := chart(run)) is not None:
             console.print(drawn)
     for remark in remarks(run):
-        _say(console, f"note: {remark}")
+        _say(f"note: {remark}")
 
 
-def print_comparison(
-    result: Mapping[str, Any], folder: Path, console: Console | None = None
-) -> None:
+def print_comparison(result: Mapping[str, Any], folder: Path) -> None:
     """Print the rows of a comparison and where its files lie."""
-    console = console or Console()
     corpora = list(result["dense"])
     console.print(
         "dense: " + ", ".join(f"{n} {v:.2f}" for n, v in result["dense"].items()), markup=False
@@ -140,14 +131,12 @@ def print_comparison(
     console.print(table)
     for reason in dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row):
         console.print(f"not possible: {reason}", markup=False, soft_wrap=True)
-    _say(console, f"written: {folder / 'compare.md'}, {folder / 'compare.json'}")
+    _say(f"written: {folder / 'compare.md'}, {folder / 'compare.json'}")
 
 
-def print_serving(measured: Mapping[str, Any], console: Console | None = None) -> None:
+def print_serving(measured: Mapping[str, Any]) -> None:
     """Print what ``bench_serving`` measured: dense, pruned and recovered side by side."""
-    console = console or Console()
     _say(
-        console,
         f"{measured['device']}; {measured['dtype']}; {measured['batch']} x {measured['prompt']} "
         f"tokens of prompt, {measured['new']} new; {measured['rounds']} rounds",
     )
@@ -166,34 +155,28 @@ def print_serving(measured: Mapping[str, Any], console: Console | None = None) -
     console.print(table)
 
 
-def print_upload(
-    repo_id: str, files: Mapping[str, int], notes: Sequence[str], console: Console | None = None
-) -> None:
+def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -> None:
     """Print what would be sent to the Hub, and what to look at before."""
-    console = console or Console()
     table = Table(Column("file", overflow="fold"), Column("size", justify="right"), title=repo_id)
     for name, nbytes in files.items():
         table.add_row(name, text.nbytes(nbytes))
     table.add_row("all", text.nbytes(sum(files.values())))
     console.print(table)
     for note in notes:
-        _say(console, f"note: {note}")
+        _say(f"note: {note}")
 
 
-def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
+def print_plan(plan: Mapping[str, Any]) -> None:
     """Print engine, stages, disk and assumptions, from the plain values of a plan."""
-    console = console or Console()
     _say(
-        console,
         f"{plan['model']}: {plan['num_layers']} layers, removing {_spans(plan['spans'])}"
         f"{'' if plan['spans_known'] else ' or others'}; {plan['dtype']}, batch {plan['batch']}",
     )
     _say(
-        console,
         f"{plan['device']}: {_gb(plan['free_device_bytes'])} free; host "
         f"{_gb(plan['free_host_bytes'])}, disk {_gb(plan['free_disk_bytes'])} free",
     )
-    _say(console, f"engine {plan['engine']['kind']}: {plan['engine']['reason']}")
+    _say(f"engine {plan['engine']['kind']}: {plan['engine']['reason']}")
     table = Table("stage", "time", "most of it", "TFLOP", "read", "written", "device", "host")
     streams = any(stage["streams"] for stage in plan["stages"])
     if streams:
@@ -215,12 +198,12 @@ def print_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
     table.add_row("all", _duration(plan["seconds"]), "", f"{plan['flops'] / 1e12:,.0f}")
     console.print(table)
     parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
-    _say(console, f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
+    _say(f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
     for note in plan["notes"]:
-        _say(console, f"assumed: {note}")
+        _say(f"assumed: {note}")
 
 
-def _say(console: Console, words: str) -> None:
+def _say(words: str) -> None:
     """Print text as it is, in one line however long."""
     console.print(words, markup=False, highlight=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ from ghost_dist.config_file import config_tree, differing_fields, load_config, p
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.report import text
+from ghost_dist.report import terminal, text
 from ghost_dist.report.page import write_report
 from ghost_dist.report.terminal import print_result, print_run
 from ghost_dist.report.verdict import no_better_than_cut, remedies, sentences
@@ -29,7 +29,7 @@ def noise(tmp_path):
     return path
 
 
-def test_a_repair_that_cannot_help(make_config, noise, text_file, tmp_path):
+def test_a_repair_that_cannot_help(make_config, noise, text_file, tmp_path, monkeypatch):
     """Hardly more tokens of noise than unknowns, hardly a ridge: it fits them and nothing else."""
     config = make_config(
         model__path=str(PICO),  # trained: what is worse for it is worse for text
@@ -57,9 +57,10 @@ def test_a_repair_that_cannot_help(make_config, noise, text_file, tmp_path):
     assert json.loads((run / "result.json").read_text())["no_better_than_cut"] == [found]
     assert "No better than the plain cut on: text" in (run / "checkpoint/README.md").read_text()
 
-    for show in (lambda c: print_result(result, run, c), lambda c: print_run(run, c)):
+    for show in (lambda: print_result(result, run), lambda: print_run(run)):
         console = Console(file=io.StringIO(), width=200)
-        show(console)
+        monkeypatch.setattr(terminal, "console", console)
+        show()
         printed = console.file.getvalue()
         assert "NO BETTER THAN THE PLAIN CUT" in printed
         words = [text.perplexity(value[variant]) for variant in ("recovered", "pruned")]
