@@ -20,7 +20,12 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
+from ghost_dist.solver.least_squares import (
+    FEW_TOKENS_PER_REGRESSOR,
+    Fit,
+    FitOptions,
+    Regression,
+)
 from ghost_dist.solver.linear_patch import fit_linear_patch
 from ghost_dist.solver.low_rank import fit_low_rank
 from ghost_dist.solver.stream_norm import fit_stream_norm
@@ -55,6 +60,8 @@ class Candidate:
         ``auto``: that of least held-out residual, times ``10^shift``.
     shift
         0 unless ``ridge`` is ``auto``.
+    around
+        Where that ridge is, relative and about, if it is known.
     """
 
     operator: OperatorName
@@ -62,6 +69,7 @@ class Candidate:
     row_weights: RowWeights = "none"
     ridge: Ridge = "auto"
     shift: float = 0.0
+    around: float | None = None
     affine: bool = False
     rank: int | None = None
 
@@ -124,7 +132,7 @@ def candidates_of(
     elif config.row_weights == "auto" and by_kl:
         weights.append("inverse-norm")
     fitted = [
-        Candidate(operator, features, weight, config.ridge, shift, config.affine, config.rank)
+        Candidate(operator, features, weight, config.ridge, shift, None, config.affine, config.rank)
         for operator, features in _forms(config, spans, refittable)
         for weight in weights
         for shift in shifts
@@ -199,6 +207,7 @@ def fit_candidate(
     down_FC: Tensor | None,
     norm_eps: float,
     judge: int | None = None,
+    kept: dict[str, Regression] | None = None,
 ) -> tuple[Repair, Fit | None]:
     """Fit one span.
 
@@ -216,13 +225,17 @@ def fit_candidate(
         Of the model's norms.
     judge
         The fold that alone judges, and that is not fitted on; None: each judges fits on the others.
+    kept
+        Of the candidate at other ridges, as ``fit_least_squares`` says.
 
     Raises
     ------
     SingularGramError, SingularOperatorError, ConfigError
         As the operator's own function says.
     """
-    name, ridge, affine = str(span), candidate.ridge, candidate.affine
+    name, ridge = str(span), candidate.ridge
+    options: FitOptions = {"affine": candidate.affine, "judge": judge}
+    options |= {"around": candidate.around, "kept": {} if kept is None else kept}
     if candidate.operator == "none":
         return Repair(), None
     kind = candidate.kind()
@@ -236,15 +249,15 @@ def fit_candidate(
         assert down_FC is not None
         fit = {"ghost-joint": fit_ghost_joint, "fold": fit_fold, "replaceme": fit_replaceme}
         solve = fit[candidate.operator]
-        return solve(name, moments, down_FC, ridge, affine=affine, judge=judge)
+        return solve(name, moments, down_FC, ridge, **options)
     if candidate.operator == "low-rank":
         repair, found, _ = fit_low_rank(
-            name, moments, ridge, rank=candidate.rank, affine=affine, judge=judge
+            name, moments, ridge, rank=candidate.rank, affine=candidate.affine, judge=judge
         )
         return repair, found
     if kind.regressors == "stream+norm":
-        return fit_stream_norm(name, moments, ridge, affine=affine, norm_eps=norm_eps, judge=judge)
-    return fit_ghost(name, moments, ridge, affine=affine, judge=judge)
+        return fit_stream_norm(name, moments, ridge, norm_eps=norm_eps, **options)
+    return fit_ghost(name, moments, ridge, **options)
 
 
 def stored_keys(kind: SampleKind, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ghost_dist.errors import SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit, fit_bytes
+from ghost_dist.solver.least_squares import Fit, Regression, fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
@@ -88,12 +88,14 @@ class RidgeFits:
     """Fits from sums at hand, with the ridge that a candidate means.
 
     A candidate with a shift has the ridge of least held-out residual times ``10^shift``: that one
-    is looked for once for the same sums.
+    is looked for once for the same sums. Candidates in a row that differ in the ridge only share
+    what does not depend on it.
     """
 
     def __init__(self, norm_eps: float) -> None:
         self._norm_eps = norm_eps
         self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], Fit] = {}
+        self._shared: tuple[Any, dict[str, Regression]] = None, {}
 
     def fit(
         self,
@@ -105,25 +107,44 @@ class RidgeFits:
         judge: int | None = None,
     ) -> tuple[Repair, Fit | None]:
         """As :func:`fit_candidate`; ``picked`` names the sums among those of this span."""
-        if candidate.ridge != "auto" or candidate.shift == 0:
-            repair, fit = fit_candidate(candidate, span, folds, down_FC, self._norm_eps, judge)
-            if fit is not None and candidate.ridge == "auto":
-                self._least_residual[candidate, span, picked] = fit
-            return repair, fit
-        plain = replace(candidate, shift=0.0)
-        if (plain, span, picked) not in self._least_residual:
-            self.fit(plain, span, folds, down_FC, picked, judge)
-        least = self._least_residual[plain, span, picked]
+        of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
+        if self._shared[0] != of_grid:
+            self.drop()
+            self._shared = of_grid, {}
+
+        def fit(candidate: Candidate) -> tuple[Repair, Fit | None]:
+            return fit_candidate(
+                candidate, span, folds, down_FC, self._norm_eps, judge, self._shared[1]
+            )
+
+        if candidate.ridge != "auto" or candidate.kind() is None:
+            return fit(candidate)
+        least = self._least_residual.get(of_grid)
+        if least is None:
+            repair, least = fit(of_grid[0])
+            if least is not None:
+                self._least_residual[of_grid] = least
+            if least is None or candidate.shift == 0:
+                return repair, least
         ridge = RelativeRidge(relative=least.relative_ridge * 10**candidate.shift)
-        given = replace(candidate, shift=0.0, ridge=ridge)
-        repair, fit = fit_candidate(given, span, folds, down_FC, self._norm_eps, judge)
-        if fit is not None:  # the curve of the whole grid, with the ridge that was taken on it
-            fit = replace(fit, ridge_curve=tuple(sorted({*least.ridge_curve, *fit.ridge_curve})))
-        return repair, fit
+        repair, found = fit(replace(candidate, shift=0.0, ridge=ridge))
+        assert found is not None
+        return repair, on_curve(found, least)
+
+    def drop(self) -> None:
+        """Give the memory of what candidates shared back."""
+        self._shared = None, {}
 
     def forget(self) -> None:
         """Other sums come."""
+        self.drop()
         self._least_residual.clear()
+
+
+def on_curve(fit: Fit, least: Fit) -> Fit:
+    """A fit that has looked at few ridges, with the others of the whole grid."""
+    curve = {**dict(least.ridge_curve), **dict(fit.ridge_curve)}
+    return replace(fit, ridge_curve=tuple(sorted(curve.items())))
 
 
 class FitHere:
@@ -149,6 +170,7 @@ class FitHere:
         self._read: tuple[tuple[str, ...], dict[int, dict[str, Sums]]] | None = None
         self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
         self._placed: tuple[tuple[str, ...], torch.device, dict[int, dict[str, Sums]]] | None = None
+        self._down: tuple[tuple[Span, torch.device], Tensor] | None = None
 
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
@@ -166,7 +188,8 @@ class FitHere:
                     outcomes[number] = error.with_traceback(None)  # which would keep the sums
                 advance(1)
         finally:
-            self._placed = None  # the model may run there next
+            self._placed = self._down = None  # the model may run there next
+            self._ridges.drop()
         return [outcomes[number] for number in range(len(jobs))]
 
     def hold(self, keys: tuple[str, ...], folds: list[dict[str, Sums]]) -> None:
@@ -181,7 +204,11 @@ class FitHere:
         device, on_device = self._sums(store, keys, job.folds)
         down_FC = None
         if any("/joint" in key for key in keys):
-            down_FC = read_down(self._source, self._architecture, job.span.start - 1).to(device)
+            if self._down is None or self._down[0] != (job.span, device):
+                layer = job.span.start - 1
+                down_FC = read_down(self._source, self._architecture, layer, device)
+                self._down = (job.span, device), down_FC
+            down_FC = self._down[1]
         repair, fit = self._ridges.fit(job.candidate, job.span, on_device, down_FC, job.folds)
         return Fitted(repair.to(torch.device("cpu")), fit, frozenset(job.folds))
 
@@ -191,6 +218,7 @@ class FitHere:
         """Sums of some folds where they are computed with; brought there once for jobs in a row."""
         if self._placed is None or self._placed[0] != keys:
             self._placed = None  # gives its memory back before it is asked what is free
+            self._ridges.drop()
             self._placed = (keys, self._device(store, keys), {})
         _, device, placed = self._placed
         for fold in folds:
@@ -239,7 +267,9 @@ def in_reading_order(jobs: Sequence[FitJob]) -> list[int]:
     )
 
 
-def read_down(source: Checkpoint, architecture: Architecture, layer: int) -> Tensor:
+def read_down(
+    source: Checkpoint, architecture: Architecture, layer: int, device: torch.device
+) -> Tensor:
     """The model's down_proj of a layer, (F, C) float64."""
     name = f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight"
-    return read_tensor(source, name).T.double()
+    return read_tensor(source, name).to(device).T.double()

@@ -32,6 +32,7 @@ from ghost_dist.pipeline.fitting import (
     Fitted,
     Outcome,
     RidgeFits,
+    on_curve,
     read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
@@ -127,15 +128,19 @@ class Solver:
         """
         config, spans = self._inputs.config.operator, self._spans
         candidates = candidates_of(config, spans, self._inputs.refittable)
-        chosen, table = self._choose(candidates)
+        chosen, table, seen = self._choose(candidates)
         folds = tuple(range(config.folds))
         if self._inputs.config.judges_behind_the_fit(len(spans)):
             folds = folds[:-1]
         with self._reporter.stage("solve", len(spans), "spans") as advance:
-            outcomes = self._from_store([(chosen, span) for span in spans], folds, advance)
+            pairs = [(_around(chosen, seen.get(span)), span) for span in spans]
+            outcomes = self._from_store(pairs, folds, advance)
             fitted = dict(zip(spans, map(_fitted, outcomes), strict=True))
         operators = {span: one.repair for span, one in fitted.items()}
         fits = {span: one.fit for span, one in fitted.items()}
+        fits |= {
+            span: on_curve(fit, seen[span]) for span, fit in fits.items() if fit and span in seen
+        }
         sequential = config.refit == "sequential" and len(spans) > 1
         walk = None
         if sequential or config.heal:
@@ -172,26 +177,34 @@ class Solver:
         jobs = [FitJob(candidate.at(span, refittable), span, picked) for candidate, span in pairs]
         return self._fit_spans(self._store, jobs, advance)
 
-    def _choose(self, candidates: list[Candidate]) -> tuple[Candidate, list[dict[str, Any]]]:
-        """The best of several candidates, and a row for each; one alone is not looked at."""
+    def _choose(
+        self, candidates: list[Candidate]
+    ) -> tuple[Candidate, list[dict[str, Any]], dict[Span, Fit]]:
+        """The best of several candidates, a row for each, and the fits by which the best one was
+        chosen; one alone is not looked at."""
         if len(candidates) == 1:
-            return candidates[0], [{**candidates[0].described(), "chosen": True}]
+            return candidates[0], [{**candidates[0].described(), "chosen": True}], {}
         tried = list(candidates)
-        table, scores = self._rate(tried)
+        table, scores, found = self._rate(tried)
         best = _least(table, scores)
         # Around the best one the ridge is looked at more closely.
         if searches_ridge(self._inputs.config.operator) and tried[best].kind() is not None:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
-            rows, more = self._rate(near)
-            tried, table, scores = [*tried, *near], [*table, *rows], [*scores, *more]
+            rows, more, fine = self._rate(near)
+            tried, table = [*tried, *near], [*table, *rows]
+            scores, found = [*scores, *more], [*found, *fine]
             best = _least(table, scores)
         for number, row in enumerate(table):
             row["chosen"] = number == best
-        return tried[best], table
+        of_best = found[best]
+        assert not isinstance(of_best, Exception), "what failed is never the best"
+        return tried[best], table, {s: one.fit for s, one in of_best.items() if one.fit is not None}
 
-    def _rate(self, candidates: Sequence[Candidate]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-        """A row for each candidate, and what it is ranked by: KL divergence of every held-out
-        window, or residual of every span.
+    def _rate(
+        self, candidates: Sequence[Candidate]
+    ) -> tuple[list[dict[str, Any]], list[Tensor], list[_OfCandidate]]:
+        """A row for each candidate, what it is ranked by, KL divergence of every held-out window or
+        residual of every span, and what it became in the end.
 
         By KL on folds that a candidate was not fitted on: on the last one, or on as many as it
         takes to judge by HELD_OUT_TOKENS.
@@ -199,12 +212,14 @@ class Solver:
         config = self._inputs.config.operator
         everything = tuple(range(config.folds))
         if config.choose != "kl":
-            rows = self._rows(candidates, self._fit_all(candidates, everything))
-            return rows, [
+            found = self._fit_all(candidates, everything)
+            rows = self._rows(candidates, found)
+            residuals = [
                 # By definition 1 where nothing is fitted: the plain cut.
                 torch.tensor([1.0 if r is None else r for r in row.get("residual", ())])
                 for row in rows
             ]
+            return rows, residuals, found
         judges = everything[-num_judges(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
         of_fold = []
@@ -222,7 +237,7 @@ class Solver:
             if "failed" not in row:
                 mean = float(score.mean())
                 row["kl"] = mean if math.isfinite(mean) else None
-        return table, scores
+        return table, scores, found
 
     def _fit_all(
         self, candidates: Sequence[Candidate], picked: tuple[int, ...]
@@ -270,8 +285,9 @@ class Solver:
             def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
                 down_FC = None
                 if kind.regressors == "joint":
-                    down_FC = read_down(inputs.source, inputs.architecture, span.start - 1)
-                    down_FC = down_FC.to(inputs.device)
+                    down_FC = read_down(
+                        inputs.source, inputs.architecture, span.start - 1, inputs.device
+                    )
                 self._ridges.forget()  # of other sums
                 picked = tuple(range(len(folds)))
                 repair, found = self._ridges.fit(here, span, folds, down_FC, picked, judge)
@@ -362,6 +378,13 @@ def _fitted(outcome: Outcome) -> Fitted:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _around(chosen: Candidate, fit: Fit | None) -> Candidate:
+    """The candidate, told where its fit on fewer folds found the ridge of least residual."""
+    if fit is None or chosen.ridge != "auto" or not fit.relative_ridge:
+        return chosen
+    return replace(chosen, around=fit.relative_ridge / 10**chosen.shift)
 
 
 def num_judges(num_tokens: int, folds: int) -> int:

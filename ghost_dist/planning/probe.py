@@ -369,8 +369,7 @@ def _fit(kind: str, folds: list[Moments], targets: int) -> None:
 
 
 def _step(moments: Moments) -> None:
-    factor_ZZ = cholesky_factor(moments.gram_ZZ, moments.gram_ZZ.diagonal())
-    assert factor_ZZ is not None, "the probe's matrix is positive definite"
+    factor_ZZ, _ = cholesky_factor(moments.gram_ZZ, moments.gram_ZZ.diagonal())
     map_error(moments, torch.cholesky_solve(moments.cross_ZC, factor_ZZ))
 
 

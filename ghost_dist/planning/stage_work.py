@@ -12,6 +12,7 @@ from ghost_dist.planning.engine_choice import EngineKind
 from ghost_dist.planning.run_shape import RemovalSearch, RunShape
 from ghost_dist.planning.work import FitWork, Work, merged
 from ghost_dist.solver.least_squares import num_steps, step_flops
+from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS
 from ghost_dist.statistics.sum_costs import moments_flops, pair_flops
 
 VERIFIED_TOKENS = 512
@@ -93,9 +94,11 @@ def _select(run: RunShape, engine: EngineKind) -> Work:
     work.commits, work.commit_bytes, work.store_read_bytes = run.folds, nbytes, nbytes
     columns = selection.columns or c
     for stops in selection.stops_of.values():
-        flops_of_step = step_flops(c, stops * columns)
         steps = num_steps(run.ridges, run.folds) - 1  # nothing is fitted in the end
-        equal = max(1, round(steps * flops_of_step / step_flops(c, c)))
+        flops = steps * step_flops(c, stops * min(columns, PROJECTION_COLUMNS))
+        if columns > PROJECTION_COLUMNS:  # the best ridge and those beside it, on all columns
+            flops += 3 * run.folds * step_flops(c, stops * columns)
+        equal = max(1, round(flops / step_flops(c, c)))
         work.fits.append(FitWork("stream", c, equal, 0, step_flops(c, c)))
     return work
 
@@ -139,15 +142,17 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
         # Every candidate repairs all spans, so those of one span are all.
         candidates = run.plain_cut + run.shifts * sum(search.candidates for search in searches)
         for search in searches if candidates > 1 else ():
-            # The whole grid for the ridge of least residual, once more for the candidate that has
-            # it, one ridge for each of the others.
-            grids = search.candidates * (2 if run.shifts > 1 else 1)
-            others = search.candidates * (run.shifts - 1)
-            _fit(work, run, search.kind, search.size, run.ridges, folds, judges * grids)
-            _fit(work, run, search.kind, search.size, 1, folds, judges * others)
+            # The whole grid for the ridge of least residual, then one ridge for each candidate; at
+            # most, since errors at ridges of the grid are known.
+            count = judges * search.candidates
+            _fit(work, run, search.kind, search.size, run.ridges, folds, count)
+            if run.shifts > 1:
+                _fit(work, run, search.kind, search.size, 1, folds, count * run.shifts)
         best = max(searches, key=lambda search: search.size)
         _fit(work, run, best.kind, best.size, 1, folds, judges * run.fine_shifts)
-        _fit(work, run, best.kind, best.size, run.ridges, run.final_folds, 1)
+        # Beside the ridge by which it was chosen, then at its own.
+        ridges = run.ridges if candidates == 1 else min(run.ridges, 5)
+        _fit(work, run, best.kind, best.size, ridges, run.final_folds, 1)
         if run.shifts > 1:
             _fit(work, run, best.kind, best.size, 1, run.final_folds, 1)
     reads = 1 if keeps_sums else 1 + (candidates > 1) + (run.fine_shifts > 0)

@@ -18,13 +18,15 @@ needs no rows: on moments that were not fitted it is the held-out residual. Fold
 total - fold. An affine term enters by centring the moments of the training rows; the bias is
 ``mean(y) - M' mean(z)`` and is not penalised.
 
-Cost: (R + 1) x (K + 1) Cholesky factors and solves, Z^3 / 3 + 2 Z^2 C FLOP each; memory beside the
-folds: total, training sum and damped factor, 3 Z^2 float64 (32.6 GB at Z = 8192 + 28672).
+Cost: R x K + 1 Cholesky factors and solves for R ridges on K folds, Z^3 / 3 + 2 Z^2 C FLOP each,
+and for another ridge K + 1; memory beside the folds: total, training sum and damped factor, 3 Z^2
+float64 (32.6 GB at Z = 8192 + 28672).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -36,7 +38,21 @@ from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.transforms import retarget
 
-RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+RIDGE_GRID: tuple[float, ...] = (
+    1e-8,
+    1e-7,
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    3e-1,
+    1.0,
+    3.0,
+    10.0,
+)
 """Ridges relative to the median diagonal entry of the Gram matrix.
 
 The median, because a few massive channels move the mean by orders of magnitude."""
@@ -60,7 +76,8 @@ class Fit:
     num_tokens: int
     # Over the number of regressors: C, C + F of joint, 2 C of stream+norm
     tokens_per_channel: float
-    # (relative ridge, residual) of every ridge with a Cholesky factor
+    # (relative ridge, residual) of every ridge with a Cholesky factor; far from the least one of a
+    # final fit that of the fit by which it was chosen
     ridge_curve: tuple[tuple[float, float], ...]
 
 
@@ -73,17 +90,21 @@ class FitOptions(TypedDict, total=False):
 
     affine: bool
     judge: int | None
+    around: float | None
+    kept: dict[str, Regression]
 
 
 def fit_least_squares(
     where: str,
-    folds: Sequence[Moments],
+    folds: Iterable[Moments],
     prior_ZC: Tensor,
     ridge: Ridge,
     *,
     blocks: Sequence[int] = (),
     affine: bool = False,
     judge: int | None = None,
+    around: float | None = None,
+    kept: dict[str, Regression] | None = None,
 ) -> tuple[Tensor, Tensor | None, Fit]:
     """Fit B (Z, C) over the folds, with the ridge of least held-out residual or a given one.
 
@@ -92,57 +113,106 @@ def fit_least_squares(
     blocks of regressors of different scale, such as (C, F) for [A, H]: a relative ridge is relative
     to the median diagonal entry of each. ``affine`` fits an unpenalised bias (C,) too. ``judge`` is
     the fold that alone judges and that B is not fitted on; None: each judges fits on the others,
-    and B is fitted on all. All float64, on the moments' device.
+    and B is fitted on all. ``around``: a relative ridge near which that of least residual is; of
+    the grid it looks there, on until both neighbours are worse. ``kept``: empty, or what another
+    fit of the same least squares left there; ``folds`` are not looked at then. All float64, on the
+    moments' device.
     """
-    if len(folds) < 2:
-        raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(folds)}.")
-    folds = [retarget(fold, prior_ZC) for fold in folds]
-    judging = folds if judge is None else [folds[judge]]
-    total = add_all(folds)
-    judged, seen = (total, total) if judge is None else (folds[judge], total - folds[judge])
-    scale_Z = ridge_scale(seen.gram_ZZ, blocks)
-    scale = float(scale_Z[0])
-    if isinstance(ridge, AbsoluteRidge):
-        scale_Z, candidates = torch.ones_like(scale_Z), [ridge.absolute]
-    elif isinstance(ridge, RelativeRidge):
-        candidates = [ridge.relative]
-    else:
-        candidates = list(RIDGE_GRID)
+    kept = {} if kept is None else kept
+    if not kept:
+        kept["least squares"] = Regression(where, folds, prior_ZC, blocks, affine, judge)
+    return kept["least squares"].fit(ridge, around)
 
-    errors = held_out_errors(judging, total, scale_Z, candidates, affine=affine)
-    if not errors:
-        raise singular(where, seen, candidates[-1] * float(scale_Z[0]))
-    best = min(errors, key=lambda candidate: float(errors[candidate].sum()))
-    change_ZC, bias_C, factor_ZZ = solve(where, seen, best * scale_Z, affine=affine)
 
-    held_out_C = errors[best]
-    cut = float(judged.sumsq_y_C.sum())
-    variance_C = _target_variance(judged, prior_ZC)
-    variance = float(variance_C.sum())
-    r2_C = 1 - held_out_C / variance_C.clamp_min(torch.finfo(torch.float64).tiny)
-    quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
-    absolute = float(scale_Z[0])
-    relative = absolute / scale if scale > 0 else 0.0
-    gram_ZZ = about(seen, seen).gram_ZZ if affine else seen.gram_ZZ
-    return (
-        prior_ZC + change_ZC,
-        bias_C,
-        Fit(
+class Regression:
+    """One least squares at any number of ridges; what they share is computed once."""
+
+    def __init__(
+        self,
+        where: str,
+        folds: Iterable[Moments],
+        prior_ZC: Tensor,
+        blocks: Sequence[int] = (),
+        affine: bool = False,
+        judge: int | None = None,
+    ) -> None:
+        parts = [retarget(fold, prior_ZC) for fold in folds]
+        if len(parts) < 2:
+            raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(parts)}.")
+        self._where, self._prior_ZC, self._affine = where, prior_ZC, affine
+        self._judging = parts if judge is None else [parts[judge]]
+        self._total = add_all(parts)
+        self._judged = self._total if judge is None else parts[judge]
+        self._seen = self._total if judge is None else self._total - parts[judge]
+        self._scale_Z = ridge_scale(self._seen.gram_ZZ, blocks)
+        self._variance_C = _target_variance(self._judged, prior_ZC)
+        self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
+
+    def fit(self, ridge: Ridge, around: float | None = None) -> tuple[Tensor, Tensor | None, Fit]:
+        """B, the bias, and how well they do; see :func:`fit_least_squares`."""
+        seen, scale_Z = self._seen, self._scale_Z
+        if isinstance(ridge, AbsoluteRidge):
+            highest, scale_Z = ridge.absolute, torch.ones_like(scale_Z)
+            errors = held_out_errors(
+                self._judging, self._total, scale_Z, [highest], affine=self._affine
+            )
+        elif isinstance(ridge, RelativeRidge):
+            errors = self._held_out([highest := ridge.relative])
+        else:
+            highest = RIDGE_GRID[-1]
+            errors = self._held_out(RIDGE_GRID) if around is None else self._downhill(around)
+        if not errors:
+            raise singular(self._where, seen, highest * float(scale_Z[0]))
+        error_of = _totals(errors)
+        best = min(error_of, key=error_of.__getitem__)
+        held_out = error_of[best]
+        change_ZC, bias_C, factor_ZZ = solve(self._where, seen, best * scale_Z, affine=self._affine)
+        tiny = torch.finfo(torch.float64).tiny
+        r2_C = 1 - errors[best] / self._variance_C.clamp_min(tiny)
+        quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
+        sums = (self._judged.sumsq_y_C.sum(), self._variance_C.sum())
+        cut, variance, scale, absolute = torch.stack((*sums, self._scale_Z[0], scale_Z[0])).tolist()
+        relative = absolute / scale if scale > 0 else 0.0
+        gram_ZZ = about(seen, seen).gram_ZZ if self._affine else seen.gram_ZZ
+        fit = Fit(
             ridge=best * absolute,
             relative_ridge=best * relative,
-            residual=float(held_out_C.sum()) / cut if cut > 0 else 0.0,
-            r2=1 - float(held_out_C.sum()) / variance if variance > 0 else 0.0,
+            residual=held_out / cut if cut > 0 else 0.0,
+            r2=1 - held_out / variance if variance > 0 else 0.0,
             r2_channel_quantiles=tuple(quantiles.tolist()),
             r2_channels=tuple(r2_C.tolist()),
             condition=condition_number(gram_ZZ, best * scale_Z, factor_ZZ),
             num_tokens=seen.num_tokens,
             tokens_per_channel=seen.num_tokens / seen.gram_ZZ.shape[0],
             ridge_curve=tuple(
-                (candidate * relative, float(error_C.sum()) / cut if cut > 0 else 0.0)
-                for candidate, error_C in errors.items()
+                (candidate * relative, error / cut if cut > 0 else 0.0)
+                for candidate, error in error_of.items()
             ),
-        ),
-    )
+        )
+        return self._prior_ZC + change_ZC, bias_C, fit
+
+    def _held_out(self, ridges: Sequence[float]) -> dict[float, Tensor]:
+        """Errors by relative ridge, those with a factor; computed once."""
+        unknown = [ridge for ridge in ridges if ridge not in self._errors_C]
+        self._errors_C |= held_out_errors(
+            self._judging, self._total, self._scale_Z, unknown, affine=self._affine
+        )
+        return {ridge: self._errors_C[ridge] for ridge in ridges if ridge in self._errors_C}
+
+    def _downhill(self, around: float) -> dict[float, Tensor]:
+        """Errors at ridges of the grid around one, on to where both neighbours are worse."""
+        first = min(range(len(RIDGE_GRID)), key=lambda i: abs(math.log(RIDGE_GRID[i] / around)))
+        low, high, last = max(first - 1, 0), first + 1, len(RIDGE_GRID) - 1
+        while True:
+            errors = self._held_out(RIDGE_GRID[low : high + 1])
+            error_of = _totals(errors)
+            best = min(error_of, key=error_of.__getitem__, default=RIDGE_GRID[min(high, last)])
+            if best == RIDGE_GRID[low] and low > 0:
+                low -= 1
+            elif high < last and best == RIDGE_GRID[high]:
+                high += 1
+            else:
+                return errors
 
 
 def held_out_errors(
@@ -157,22 +227,22 @@ def held_out_errors(
 
     ``folds`` are parts of ``total``, all of it or some; each is judged by a fit on the rest of it.
     A ridge is left out if any fold's training Gram has no factor under it: its residual would not
-    be over all windows, and not comparable.
+    be over all windows, and not comparable. A device is waited for once, at the end.
     """
     errors: dict[float, Tensor] = {c: torch.zeros_like(total.sumsq_y_C) for c in candidates}
-    for fold in folds:
+    failed = {c: torch.zeros((), dtype=torch.int32, device=scale_Z.device) for c in candidates}
+    for fold in folds if errors else ():
         training = total - fold
         fitted, held_out = training, fold
         if affine:
             fitted, held_out = about(training, training), about(fold, training)
-        for candidate in tuple(errors):
-            factor_ZZ = cholesky_factor(fitted.gram_ZZ, candidate * scale_Z)
-            if factor_ZZ is None:
-                del errors[candidate]
-                continue
+        for candidate in candidates:
+            factor_ZZ, info = cholesky_factor(fitted.gram_ZZ, candidate * scale_Z)
             map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
             errors[candidate] = errors[candidate] + map_error(held_out, map_ZC)
-    return errors
+            failed[candidate] = failed[candidate] + info
+    failures = torch.stack(list(failed.values())).tolist() if failed else []
+    return {c: errors[c] for c, failure in zip(candidates, failures, strict=True) if not failure}
 
 
 def solve(
@@ -180,8 +250,8 @@ def solve(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """M = (G + diag(penalty))^-1 K, the bias (None unless affine), the lower Cholesky factor."""
     fitted = about(moments, moments) if affine else moments
-    factor_ZZ = cholesky_factor(fitted.gram_ZZ, penalty_Z)
-    if factor_ZZ is None:
+    factor_ZZ, info = cholesky_factor(fitted.gram_ZZ, penalty_Z)
+    if int(info):
         raise singular(where, fitted, float(penalty_Z[0]))
     map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
     bias_C = None
@@ -234,34 +304,38 @@ def ridge_scale(gram_ZZ: Tensor, blocks: Sequence[int] = ()) -> Tensor:
     return scale_Z
 
 
-def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> Tensor | None:
-    """Lower factor of ``gram + diag(penalty)``, None if it is not positive definite in float64."""
+def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factor of ``gram + diag(penalty)``; not 0 beside it: not positive definite in float64.
+
+    Nothing is waited for: the factor may be used before that number is looked at.
+    """
     damped_ZZ = gram_ZZ.clone()
     damped_ZZ.diagonal().add_(penalty_Z)
-    factor_ZZ, info = torch.linalg.cholesky_ex(damped_ZZ)
-    return None if int(info) else factor_ZZ
+    return tuple(torch.linalg.cholesky_ex(damped_ZZ))
 
 
 def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tensor) -> float:
-    """Estimate of the 2-norm condition number of ``G + diag(penalty)`` by power iterations.
+    """Estimate of the 2-norm condition number of ``G + diag(penalty)`` by subspace iteration.
 
-    64 iterations towards the largest eigenvalue and, through the Cholesky factor, towards the
-    smallest: O(Z^2) each, against O(Z^3) for all eigenvalues. Both converge from inside, so the
-    estimate is a lower bound, in practice within a few per cent.
+    8 steps of 16 vectors towards the largest eigenvalues and, through the Cholesky factor, towards
+    the smallest: O(16 Z^2) each, against O(Z^3) for all eigenvalues. Both converge from inside, so
+    the estimate is a lower bound, in practice within a few per cent.
     """
+    size = gram_ZZ.shape[0]
     generator = torch.Generator().manual_seed(0)
-    start_Z = torch.randn(gram_ZZ.shape[0], generator=generator, dtype=torch.float64)
-    vector_Z1 = inverse_Z1 = start_Z.to(gram_ZZ.device).unsqueeze(1)
+    start_Zv = torch.randn(size, min(size, 16), generator=generator, dtype=torch.float64)
     penalty_Z1 = torch.as_tensor(penalty_Z, device=gram_ZZ.device).reshape(-1, 1)
-    largest = smallest = torch.ones((), dtype=torch.float64)
-    for _ in range(64):
-        vector_Z1 = gram_ZZ @ vector_Z1 + penalty_Z1 * vector_Z1
-        largest = vector_Z1.norm()
-        vector_Z1 = vector_Z1 / largest
-        inverse_Z1 = torch.cholesky_solve(inverse_Z1, factor_ZZ)
-        smallest = inverse_Z1.norm()
-        inverse_Z1 = inverse_Z1 / smallest
-    return float(largest * smallest)
+
+    def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
+        basis_Zv = start_Zv.to(gram_ZZ.device)
+        for _ in range(8):
+            basis_Zv = torch.linalg.qr(apply(basis_Zv))[0]
+        norm: Tensor = torch.linalg.matrix_norm(apply(basis_Zv), 2)
+        return norm
+
+    of_matrix = largest(lambda v_Zv: gram_ZZ @ v_Zv + penalty_Z1 * v_Zv)
+    of_inverse = largest(lambda v_Zv: torch.cholesky_solve(v_Zv, factor_ZZ))
+    return float(of_matrix * of_inverse)
 
 
 def add_all(folds: Sequence[Moments]) -> Moments:
@@ -278,6 +352,14 @@ def singular(where: str, moments: Moments, ridge: float) -> SingularGramError:
     smallest = float(eigenvalues_Z[0])
     condition = float(eigenvalues_Z[-1]) / smallest if smallest > 0 else float("inf")
     return SingularGramError(where, ridge, condition, moments.num_tokens)
+
+
+def _totals(errors: Mapping[float, Tensor]) -> dict[float, float]:
+    """Errors over all targets, brought from the device in one go."""
+    if not errors:
+        return {}
+    sums = torch.stack([error_C.sum() for error_C in errors.values()]).tolist()
+    return dict(zip(errors, sums, strict=True))
 
 
 def _target_variance(total: Moments, prior_ZC: Tensor) -> Tensor:

@@ -112,6 +112,28 @@ def test_held_out_residual_and_choice_against_scikit_learn(rows):
     assert fit.r2_channel_quantiles == pytest.approx(quantiles, rel=1e-7)
 
 
+@pytest.mark.parametrize("around", [1e-9, 2e-6, 1e-2, 0.5, 1e3])
+@pytest.mark.parametrize("noise", [0.01, 3.0, 100.0])
+def test_ridge_looked_for_from_anywhere_is_that_of_the_whole_grid(rows, noise, around):
+    x, _, y = planted(rows, noise=noise)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
+    whole, fit = fit_ghost(SPAN, folds, "auto")
+    found, refit = fit_ghost(SPAN, folds, "auto", around=around)
+    assert refit.relative_ridge == fit.relative_ridge
+    assert torch.equal(found.weight_CC, whole.weight_CC)
+    assert set(refit.ridge_curve) <= set(fit.ridge_curve)
+
+
+def test_fits_that_share_are_bitwise_those_that_do_not(rows):
+    x, _, y = planted(rows, noise=3.0)
+    folds, kept = rows.in_folds(rows.moments_of, FOLDS, x, y), {}
+    for ridge in ("auto", RelativeRidge(relative=RIDGE_GRID[4]), AbsoluteRidge(absolute=2.0)):
+        for relative in (ridge, RelativeRidge(relative=0.02)):
+            shared, alone = (fit_ghost(SPAN, folds, relative, **o) for o in ({"kept": kept}, {}))
+            assert torch.equal(shared[0].weight_CC, alone[0].weight_CC)
+            assert shared[1] == alone[1]
+
+
 @pytest.mark.parametrize("ratio", [1.5, 4, 16, 64])
 def test_chosen_ridge_is_near_the_best_for_fresh_rows(rows, ratio):
     """Few rows per channel or many: never far above the best of the grid on rows never seen."""

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.solver.least_squares import RIDGE_GRID
+from ghost_dist.solver.least_squares import RIDGE_GRID, add_all, held_out_errors, ridge_scale
 from ghost_dist.solver.span_selection import (
     HeldOut,
+    _projected_change,
     choose_spans,
     cost_map,
     held_out_of_start,
@@ -91,6 +92,23 @@ def test_exact_is_the_residual_of_rows_never_fitted_on(rows):
     assert found.cut == pytest.approx(float((y - x).square().sum()), rel=1e-9)
     assert found.energy == pytest.approx(float(y.square().sum()), rel=1e-9)
     assert found.standard_error == 0
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 30.0])
+def test_of_many_columns_the_least_residual_of_all_ridges_is_found(rows, noise):
+    width, tokens = 96, 70
+    x = rows.normal(WINDOWS, tokens, width, seed=0) * torch.logspace(0, 2, width)
+    w = torch.eye(width, dtype=torch.float64) + 0.05 * rows.normal(width, width, seed=1)
+    hidden = torch.stack((x, x @ w + noise * rows.normal(WINDOWS, tokens, width, seed=2)))
+    folds = collect_folds(lambda: PairCollector([Span(0, 1)], width, CPU, None), hidden)
+    pairs = [fold["start-0"] for fold in folds]
+    found = held_out_of_start(0, (1,), pairs, None)[Span(0, 1)]
+    changes = [_projected_change(pair, None) for pair in pairs]
+    total = add_all(changes)
+    errors = held_out_errors(changes, total, ridge_scale(total.gram_ZZ), RIDGE_GRID)
+    error_of = {ridge: float(error.sum()) for ridge, error in errors.items()}
+    assert found.relative_ridge == min(error_of, key=error_of.get)
+    assert found.residual == pytest.approx(min(error_of.values()), rel=1e-9)
 
 
 def test_projected_estimates_agree_with_the_exact_ones_within_their_error(rows):
