@@ -9,14 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ghost_dist.api import (
-        RecoveredRun,
-        load_operator,
-        load_run,
-        make_config,
-        plan,
-        recover,
-    )
+    from ghost_dist.api import RecoveredRun, load_operator, load_run, make_config, plan, recover
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,10 +22,8 @@ _PREFIX_COUNTS = (
     "moe_layer_start_index",
 )
 _OTHER_COUNT_NAMES = ("num_blocks",)
-_CYCLES = ("block_types",)
-"""Lists that are repeated until every layer has an entry."""
-_KEYED = ("per_layer_config",)
-"""Settings by layer number; keys that are no numbers stay."""
+_CYCLES = ("block_types",)  # lists that are repeated until every layer has an entry
+_KEYED = ("per_layer_config",)  # settings by layer number; keys that are no numbers stay
 _TIMES_ROOT_OF_DEPTH = ("scale_depth",)
 """Divided by the root of the number of layers in every layer."""
 MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")

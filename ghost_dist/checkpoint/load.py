@@ -17,12 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ghost_dist.checkpoint.architecture import (
-    Architecture,
-    causal_lm_class,
-    cut_config,
-    why_not,
-)
+from ghost_dist.checkpoint.architecture import Architecture, causal_lm_class, cut_config, why_not
 from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors, open_checkpoint
@@ -65,7 +60,6 @@ class Decoder:
 def load_decoder(
     path: Path,
     architecture: Architecture,
-    *,
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -75,8 +69,7 @@ def load_decoder(
     The host holds little more than the truncated model at any time. A layer that does not hand its
     output, unchanged, to the next one is an error.
     """
-    model = load_base_model(path, architecture, num_layers=num_layers, dtype=dtype, device=device)
-    decoder = Decoder(model, architecture)
+    decoder = Decoder(load_base_model(path, architecture, num_layers, dtype, device), architecture)
     check_stream(decoder, architecture)
     return decoder
 
@@ -84,7 +77,6 @@ def load_decoder(
 def load_base_model(
     path: Path,
     architecture: Architecture,
-    *,
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -206,11 +198,7 @@ class _Boundary(nn.Module):
 
 
 def _load(
-    model_class: Any,
-    path: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    **arguments: Any,
+    model_class: Any, path: Path, dtype: torch.dtype, device: torch.device, **arguments: Any
 ) -> Any:
     if device.type != "cpu" and "distributed_config" not in arguments:
         arguments["device_map"] = {"": device}
@@ -224,11 +212,7 @@ def _load(
                 arguments["state_dict"] = lazy_tensors(checkpoint, checkpoint.tensors, files)
                 source = None
             model = model_class.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                **arguments,
+                source, dtype=dtype, use_safetensors=True, local_files_only=True, **arguments
             )
     except torch.OutOfMemoryError:
         raise

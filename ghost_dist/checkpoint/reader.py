@@ -37,12 +37,7 @@ from ghost_dist.errors import CheckpointError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PROBE_BYTES = 4096
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as; FP8 with scales comes to it."""
 DTYPES = FLOATS | {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -174,26 +169,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """One tensor of a checkpoint, on the CPU in its own dtype; bfloat16 if that is FP8."""
+
+    def stored(info: TensorInfo) -> Tensor:
+        with safe_open(checkpoint.path / info.file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(info.name)
+        return tensor
+
     try:
-        tensor = _stored(checkpoint, checkpoint.tensors[name])
-        scales = checkpoint.scales.get(name)
-        if scales is None:
-            return tensor
-        return dequantised(tensor, _stored(checkpoint, scales.info), scales.block)
+        tensor, scales = stored(checkpoint.tensors[name]), checkpoint.scales.get(name)
+        return tensor if scales is None else dequantised(tensor, stored(scales.info), scales.block)
     except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name} cannot be read: {error}"
         ) from error
 
 
-class LazyTensor:
-    """A tensor of a checkpoint that is read when it is indexed, as :func:`read_tensor` does."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
+@dataclass(frozen=True)
+class _LazyTensor:
+    checkpoint: Checkpoint
+    name: str
 
     def __getitem__(self, index: Any) -> Tensor:
-        return read_tensor(self._checkpoint, self._name)[index]
+        return read_tensor(self.checkpoint, self.name)[index]
 
 
 def lazy_tensors(
@@ -208,7 +205,7 @@ def lazy_tensors(
     for name in names:
         info = checkpoint.tensors[name]
         if name in checkpoint.scales:
-            found[name] = LazyTensor(checkpoint, name)
+            found[name] = _LazyTensor(checkpoint, name)
             continue
         if info.file not in opened:
             shard = safe_open(checkpoint.path / info.file, framework="pt")
@@ -296,12 +293,6 @@ def _own_code(config: Mapping[str, Any]) -> list[str]:
         "something else, the result is not of that model."
     )
     return [text]
-
-
-def _stored(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
-    with safe_open(checkpoint.path / info.file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(info.name)
-    return tensor
 
 
 def _files_of_weights(folder: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -44,7 +43,11 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
         raise _damaged(path, f"its header is not valid JSON: {error}") from error
     try:
         header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
+        tensors = {}
+        for name, entry in header.items():
+            (first, last), shape = entry["data_offsets"], tuple(entry["shape"])
+            at = (path.name, data + first, last - first)
+            tensors[name] = TensorInfo(name, entry["dtype"], shape, *at)
         end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=data)
         if size >= end:
             # Compares shapes, dtypes, gaps and the size. For torch it would be mapped for writing,
@@ -59,13 +62,6 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
             "Download or copy this file again."
         )
     return raw, tensors
-
-
-def _tensor(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorInfo:
-    first, last = entry["data_offsets"]
-    return TensorInfo(
-        name, entry["dtype"], tuple(entry["shape"]), path.name, data + first, last - first
-    )
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

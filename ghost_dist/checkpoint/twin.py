@@ -55,11 +55,7 @@ def plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _layer_difference(
-    uncut: nn.Module,
-    twin: nn.Module,
-    old: int,
-    new: int,
-    described: Mapping[str, tuple[Any, Any]],
+    uncut: nn.Module, twin: nn.Module, old: int, new: int, described: Mapping[str, tuple[Any, Any]]
 ) -> str | None:
     modules = dict(uncut.named_modules())
     twins = dict(twin.named_modules())

@@ -35,8 +35,7 @@ class FitOnCluster:
         self._inputs, self._reporter, self._pool = inputs, reporter, pool
         folds = inputs.config.operator.folds
         self._here = FitHere(inputs.source, inputs.architecture, folds, inputs.device)
-        self._holders: Holders[Span] = Holders()
-        """Ranks that have the sums of a span."""
+        self._holders: Holders[Span] = Holders()  # ranks that have the sums of a span
         self._reduced = False
 
     def __call__(

@@ -23,21 +23,15 @@ from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import WrittenBlock
 
 Written = tuple[Lease[int], list[WrittenBlock], list[RangeTimes]]
-POLL_S = 0.5
-"""Longest that the driver sleeps while nothing comes back."""
-LOOK_FOR_ROOM_S = 5.0
-"""How often it looks for nodes that have joined."""
+POLL_S = 0.5  # longest that the driver sleeps while nothing comes back
+LOOK_FOR_ROOM_S = 5.0  # how often it looks for nodes that have joined
 
 
 class Pool:
     """All replicas, those that load and that wait for room included; ``nodes``: living ones."""
 
     def __init__(
-        self,
-        inputs: RunInputs,
-        reporter: Reporter,
-        shape: Shape,
-        nodes: Callable[[], list[Node]],
+        self, inputs: RunInputs, reporter: Reporter, shape: Shape, nodes: Callable[[], list[Node]]
     ) -> None:
         self._inputs, self._reporter, self._nodes = inputs, reporter, nodes
         self._config = inputs.config.cluster

@@ -49,12 +49,7 @@ from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
-from ghost_dist.errors import (
-    CheckpointError,
-    CorruptStoreError,
-    ReductionError,
-    RunFolderError,
-)
+from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob
 from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
@@ -125,11 +120,7 @@ class Rank:
             return Loaded(0, prove_offloaded(spec.path, device, held.experts))
         if spec.kind == "resident":
             decoder = load_decoder(
-                spec.path,
-                spec.architecture,
-                num_layers=spec.num_layers,
-                dtype=spec.dtype,
-                device=device,
+                spec.path, spec.architecture, spec.num_layers, spec.dtype, device
             )
             self._engine = ResidentEngine(decoder, spec.batch)
             return Loaded(0, None)
@@ -186,12 +177,7 @@ class Rank:
         with torch.inference_mode():
             if isinstance(self._engine, OffloadedEngine):
                 sums, times = offloaded_range(
-                    self._engine,
-                    work.tokens,
-                    windows,
-                    work.collectors,
-                    self._passes,
-                    advance,
+                    self._engine, work.tokens, windows, work.collectors, self._passes, advance
                 )
             else:
                 sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)

@@ -105,8 +105,7 @@ def check_offloaded(
     return worst
 
 
-Seen = dict[tuple[str, int, int], Tensor]
-"""By what it is, number of boundary or layer, and window."""
+Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary or layer, and window
 
 
 @dataclass
@@ -162,9 +161,7 @@ def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
 def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[float, str | None]:
     architecture = inspect_architecture(open_checkpoint(folder))
     num_layers = architecture.num_layers
-    whole = load_decoder(
-        folder, architecture, num_layers=num_layers, dtype=torch.float32, device=device
-    )
+    whole = load_decoder(folder, architecture, num_layers, torch.float32, device)
     engine = load(folder, architecture, num_layers, torch.float32)
     generator = np.random.default_rng(0)
     shape = (_WINDOWS, _LENGTH)

@@ -36,12 +36,8 @@ from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_or_cached_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
 _EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "top_k_experts",
-    "moe_topk",
-    "moe_k",
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
+    *("top_k_experts", "moe_topk", "moe_k"),
 )
 _ARGUMENTS = 3  # of a routed-experts module: hidden states, indices, weights
 RunLayer = Callable[[Tensor], Tensor]
@@ -108,11 +104,9 @@ class ExpertTensors:
     of_all: Sequence[str]  # of tensors with a row per expert
 
     def names(self, part: range) -> list[str]:
-        """Of the tensors that some experts are read from."""
         return [name for expert in part for name in self.of_expert[expert]] + list(self.of_all)
 
     def rows(self, part: range) -> dict[str, range]:
-        """Of those that hold all experts, what is read."""
         return dict.fromkeys(self.of_all, part)
 
 
@@ -216,7 +210,6 @@ class SplitLayer:
             self._parts.release()
 
     def _record(self, run: RunLayer, inputs: Inputs) -> None:
-        """Keep what every batch asks of the experts."""
 
         def asked(*args: Any, **kwargs: Any) -> Tensor:
             hidden_NC, index_NK, weights_NK = self._arguments(args, kwargs)

@@ -49,7 +49,6 @@ class LayerBytes:
     pairs: int = 0  # of all pairs of token and expert of a batch
 
     def weights(self, held: Residency) -> int:
-        """Of weights, at most."""
         if held.experts is not None:
             ahead = max(self.beside, self.head)
             running = self.rest + ahead + _PARTS_AT_ONCE * held.experts * self.expert
@@ -60,11 +59,9 @@ class LayerBytes:
         return max(self.embeddings, self.layer + twice, self.head)
 
     def of_batch(self, held: Residency) -> int:
-        """Of what is computed from a batch, at most."""
         return self.batch if held.experts is None else max(self.batch, self.pairs)
 
     def at_once(self, held: Residency) -> int:
-        """Of both."""
         return self.weights(held) + self.of_batch(held)
 
 

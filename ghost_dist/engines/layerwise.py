@@ -266,7 +266,6 @@ class LayerwiseModel:
             _let_hand_on(layer)
 
     def _take_up(self, number: int) -> None:
-        """Let a layer be itself again."""
         layer, (forward, hooks, with_kwargs) = self.layers[number], self._own[number]
         del layer.__dict__["forward"]
         if forward is not None:
@@ -282,7 +281,6 @@ def _let_hand_on(layer: Any) -> None:
 
 @contextlib.contextmanager
 def _handing_on(layer: Any) -> Iterator[None]:
-    """For a while."""
     hooks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
     with forward_of(layer, None):
         _let_hand_on(layer)

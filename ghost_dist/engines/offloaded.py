@@ -65,10 +65,10 @@ class OffloadedModel(LayerwiseModel):
         self,
         checkpoint: Checkpoint,
         architecture: Architecture,
-        *,
         num_layers: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
         keep_cached: bool = False,
         compiled: bool = False,
         peers: Peers = ALONE,
@@ -106,7 +106,6 @@ class OffloadedModel(LayerwiseModel):
         return self._reader.bytes_read
 
     def close(self) -> None:
-        """End reading."""
         self._reader.close()
 
     def __enter__(self) -> OffloadedModel:
@@ -320,7 +319,6 @@ class OffloadedModel(LayerwiseModel):
         )
 
     def _loaded_bytes(self, group: Group, targets: Sequence[str] | None = None) -> int:
-        """In memory, once converted."""
         return sum(
             self._empty[name].numel() * self._empty[name].itemsize
             for name in (self._targets[group] if targets is None else targets)
@@ -369,10 +367,7 @@ class OffloadedModel(LayerwiseModel):
         if group == "embeddings":
             names = {f"{self.architecture.embeddings}.weight"}
         if group == "head" and self._tied:
-            names |= {
-                f"{self.architecture.embeddings}.weight",
-                f"{self.architecture.head}.weight",
-            }
+            names |= {f"{self.architecture.embeddings}.weight", f"{self.architecture.head}.weight"}
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")
             self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]

@@ -31,8 +31,7 @@ from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.statistics.span_sums import FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
-_WIDTHS_AT_ONCE = 16
-"""Streams' worth of memory that a batch takes inside a layer (attention, MLP)."""
+_WIDTHS_AT_ONCE = 16  # streams' worth of memory that a batch takes inside a layer (attention, MLP)
 
 
 @dataclass
@@ -244,9 +243,7 @@ def prove_offloaded(path: Path, device: torch.device, experts: int | None = None
     def load(
         folder: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> OffloadedEngine:
-        model = OffloadedModel(
-            open_checkpoint(folder), architecture, num_layers=num_layers, dtype=dtype, device=device
-        )
+        model = OffloadedModel(open_checkpoint(folder), architecture, num_layers, dtype, device)
         if experts is not None:
             # The small model has 8 experts at most: 3 leave a shorter part at the end.
             model.hold(min(experts, 3), batch_tokens=1, tokens=1)

@@ -52,10 +52,7 @@ def small_model(
 
 
 def with_small_model(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    degree: int,
-    use: Callable[[Any], Used],
+    checkpoint: Checkpoint, architecture: Architecture, degree: int, use: Callable[[Any], Used]
 ) -> Used:
     """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved."""
     reasons = []
@@ -82,10 +79,8 @@ def _small_config(
     """One layer of each kind, everything narrow; where a family allows it, the heads too."""
     config_class = getattr(transformers, architecture.config_class)
     kept = _one_layer_of_each_kind(checkpoint.config, architecture)
-    removed = [layer for layer in range(architecture.num_layers) if layer not in kept]
-    config = read_config(
-        config_class, cut_config(checkpoint.config, _joined(removed), architecture)
-    )
+    gone = [Span(la, la + 1) for la in range(architecture.num_layers) if la not in kept]
+    config = read_config(config_class, cut_config(checkpoint.config, gone, architecture))
     sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
     for name in sizes.keys() & set(_INNER):
         # What the degree leaves over is kept: an uneven split is one more case.
@@ -147,16 +142,6 @@ def _one_layer_of_each_kind(raw: Mapping[str, Any], architecture: Architecture) 
             break
         kept.add(layer)
     return sorted(kept)
-
-
-def _joined(layers: list[int]) -> tuple[Span, ...]:
-    spans: list[Span] = []
-    for layer in layers:
-        if spans and spans[-1].stop == layer:
-            spans[-1] = Span(spans[-1].start, layer + 1)
-        else:
-            spans.append(Span(layer, layer + 1))
-    return tuple(spans)
 
 
 @torch.no_grad()

@@ -23,8 +23,7 @@ from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
 
-_SHARE_FOR_STREAMS = 0.5
-"""Of free memory; layers, logits and a batch's own memory have the rest."""
+_SHARE_FOR_STREAMS = 0.5  # of free memory; layers, logits and a batch's own memory have the rest
 
 
 class Tap:
@@ -136,7 +135,6 @@ class _Streams:
         self._own: list[Tensor | None] = [None] * len(variants)
 
     def embed(self, tokens: Tokens) -> None:
-        """The streams entering layer 0."""
         for part in self._parts():
             ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(self._device)
             self._take(0, part, self._model.embed(ids_BT))
@@ -144,7 +142,9 @@ class _Streams:
 
     def run_layer(self, layer: int) -> None:
         """Let one layer act on every variant that has it, then the operators behind it."""
-        self._part_ways(layer)
+        for number, variant in enumerate(self._variants):
+            if self._own[number] is None and variant.first_changed == layer:
+                self._own[number] = self._dense if self._model.whole else self._copy()
         running = [
             (number, own)
             for number, own in enumerate(self._own)
@@ -175,7 +175,6 @@ class _Streams:
                 tap.last(self._rows(part), streams)
 
     def _parts(self) -> Iterator[slice]:
-        """Slices of the windows that go through together."""
         for first in range(0, self._shape[0], self._batch):
             yield slice(first, min(first + self._batch, self._shape[0]))
 
@@ -203,7 +202,6 @@ class _Streams:
 
     @contextlib.contextmanager
     def _mlp_tapped(self, layer: int, taps: Sequence[Tap]) -> Iterator[None]:
-        """Give taps what the down_proj of a layer gets and makes."""
         if not taps:
             yield
             return
@@ -222,19 +220,12 @@ class _Streams:
         finally:
             handle.remove()
 
-    def _part_ways(self, layer: int) -> None:
-        """Variants that differ from this layer on get streams of their own."""
-        for number, variant in enumerate(self._variants):
-            if self._own[number] is None and variant.first_changed == layer:
-                self._own[number] = self._dense if self._model.whole else self._copy()
-
     def _copy(self) -> Tensor:
         if self._place != self._device:
             synchronize(self._device)  # the host reads what the device writes
         return self._empty().copy_(self._dense)
 
     def _repair(self, boundary: int) -> None:
-        """Let operators act on the streams entering a boundary."""
         for number, operators in enumerate(self._operators):
             own = self._own[number]
             if boundary not in operators:

@@ -154,14 +154,7 @@ def _load_by_transformers(
             f"build of torch, engine.device is {device}. Set engine.backend=deepspeed."
         )
     with _local_rank(device), errors_shared():
-        model = load_base_model(
-            path,
-            architecture,
-            num_layers=num_layers,
-            dtype=dtype,
-            device=device,
-            tensor_parallel=degree,
-        )
+        model = load_base_model(path, architecture, num_layers, dtype, device, degree)
     return model, None
 
 
@@ -183,7 +176,13 @@ def _load_by_deepspeed(
     layers = model.get_submodule(architecture.in_base(architecture.layers))
     sharding = Sharding(dist.get_rank(), degree, {}, [])
     if degree > 1:
-        _refuse_transposed_linear(model, architecture)
+        for path, module in model.named_modules():
+            if isinstance(module, Conv1D):
+                raise UnsupportedArchitectureError(
+                    f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} "
+                    "keeps its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
+                    "engine.tensor_parallel=1."
+                )
         shard_experts(model, sharding)
         shard_wide_norms(model, sharding)
         shard_sinks(model, sharding)
@@ -198,16 +197,6 @@ def _load_by_deepspeed(
     with errors_shared():
         read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
     return model.requires_grad_(False).eval(), read_bytes
-
-
-def _refuse_transposed_linear(model: nn.Module, architecture: Architecture) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            raise UnsupportedArchitectureError(
-                f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} keeps "
-                "its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
-                "engine.tensor_parallel=1."
-            )
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

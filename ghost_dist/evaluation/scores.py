@@ -49,14 +49,10 @@ class NonFiniteLossError(GhostDistError):
 class Scores:
     """One variant on some windows; arrays are float64 of shape (W,)."""
 
-    nats: FloatArray
-    """Negative log-likelihood of the last T - 1 tokens of each window."""
-    kl: FloatArray
-    """Mean ``KL(first variant || this)`` of the T next-token distributions, nats."""
-    top1: FloatArray
-    """Share of the T positions where both have the same likeliest token."""
-    num_tokens: int
-    """Predicted ones, of all windows."""
+    nats: FloatArray  # negative log-likelihood of the last T - 1 tokens of each window
+    kl: FloatArray  # mean ``KL(first variant || this)`` of the T next-token distributions, nats
+    top1: FloatArray  # share of the T positions where both have the same likeliest token
+    num_tokens: int  # predicted ones, of all windows
 
     @property
     def perplexity(self) -> float:

@@ -32,10 +32,7 @@ _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 
 
 def model_card(
-    source: Checkpoint,
-    config: Config,
-    variant: Variant,
-    result: Mapping[str, Any] | None = None,
+    source: Checkpoint, config: Config, variant: Variant, result: Mapping[str, Any] | None = None
 ) -> str:
     """Markdown with YAML front matter; without figures where there is no ``result.json`` yet."""
     base = _base_model(source, config)

@@ -29,9 +29,7 @@ def main(request_file: str) -> None:
     torch.set_num_threads(request["num_threads"])
     if request["texts"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            request["folder"],
-            trust_remote_code=request["trust_remote_code"],
-            local_files_only=True,
+            request["folder"], trust_remote_code=request["trust_remote_code"], local_files_only=True
         )
         with open(request["results"] + "/token_ids.json", "w", encoding="utf-8") as file:
             json.dump(token_ids(tokenizer, request["texts"]), file)

@@ -29,11 +29,7 @@ from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
 from ghost_dist.errors import ExportError
-from ghost_dist.export.modeling import (
-    ghost_config,
-    modeling_file_name,
-    modeling_source,
-)
+from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
 from ghost_dist.export.shards import NewTensor, plan_shards, write_shard
 from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions

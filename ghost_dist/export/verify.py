@@ -151,12 +151,7 @@ def verify_tokenizer(folder: Path, tokenizer: Any) -> None:
         _run_script(folder, Path(name), None, tokenizer)
 
 
-def _run_script(
-    folder: Path,
-    scratch: Path,
-    model: dict[str, str] | None,
-    tokenizer: Any,
-) -> None:
+def _run_script(folder: Path, scratch: Path, model: dict[str, str] | None, tokenizer: Any) -> None:
     texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
     trusted = tokenizer is not None and has_own_code(tokenizer)
     request = {

@@ -233,11 +233,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
     """The run's engine over layers ``0 .. num_layers - 1``."""
     decoder = load_decoder(
-        inputs.source.path,
-        inputs.architecture,
-        num_layers=num_layers,
-        dtype=inputs.dtype,
-        device=inputs.device,
+        inputs.source.path, inputs.architecture, num_layers, inputs.dtype, inputs.device
     )
     return ResidentEngine(decoder, inputs.batch, compiled=inputs.compiled)
 

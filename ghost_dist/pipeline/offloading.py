@@ -178,9 +178,9 @@ def open_offloaded_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> 
     model = OffloadedModel(
         inputs.source,
         inputs.architecture,
-        num_layers=num_layers,
-        dtype=inputs.dtype,
-        device=inputs.device,
+        num_layers,
+        inputs.dtype,
+        inputs.device,
         keep_cached=fits_page_cache(inputs.source),
         compiled=inputs.compiled,
     )

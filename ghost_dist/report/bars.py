@@ -12,8 +12,7 @@ from ghost_dist.report.record import VARIANTS, Pair, RunRecord
 _LOGARITHMIC_FROM = 20.0
 """Ratio of the largest to the smallest bar from which bars on a linear scale would show nothing."""
 
-_LABEL_DISTANCE = 0.075
-"""Share of the width that two numbers below the stack must be apart."""
+_LABEL_DISTANCE = 0.075  # share of the width that two numbers below the stack must be apart
 
 
 class Bar(NamedTuple):

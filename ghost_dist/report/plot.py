@@ -28,15 +28,11 @@ class Axis:
     """One axis."""
 
     title: str
-    log: bool = False
-    """Powers of ten; what is not positive is not drawn."""
-    low: float | None = None
-    """End; None: that of the data."""
+    log: bool = False  # powers of ten; what is not positive is not drawn
+    low: float | None = None  # end; None: that of the data
     high: float | None = None
-    whole: bool = False
-    """Ticks at whole numbers only."""
-    every: int | None = None
-    """Ticks at each so many whole numbers from the first."""
+    whole: bool = False  # ticks at whole numbers only
+    every: int | None = None  # ticks at each so many whole numbers from the first
 
 
 class Series(NamedTuple):
@@ -107,8 +103,7 @@ class Scale:
 class Plot:
     """A chart: what is drawn, and the scales that say where."""
 
-    description: str
-    """What a screen reader says in its place."""
+    description: str  # what a screen reader says in its place
     height: int
     x: Scale
     y: Scale

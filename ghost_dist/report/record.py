@@ -37,30 +37,20 @@ class RunRecord:
 
     path: Path
     config: dict[str, Any]
-    result: dict[str, Any] | None
-    """None while the run is not finished."""
-    stages: dict[str, dict[str, Any]]
-    """Outputs of every stage; empty of one that is not done."""
+    result: dict[str, Any] | None  # None while the run is not finished
+    stages: dict[str, dict[str, Any]]  # outputs of every stage; empty of one that is not done
     events: list[dict[str, Any]]
-    spans: list[list[int]]
-    """Removed; empty before they are chosen."""
-    num_layers: int | None
-    """Of the uncut model."""
-    operator: str | None
-    """What was fitted; None before."""
-    fits: list[dict[str, Any]]
-    """A row per fitted span."""
+    spans: list[list[int]]  # removed; empty before they are chosen
+    num_layers: int | None  # of the uncut model
+    operator: str | None  # what was fitted; None before
+    fits: list[dict[str, Any]]  # a row per fitted span
     candidates: list[dict[str, Any]]
-    healing: list[dict[str, Any]]
-    """Layers refitted behind the gap."""
-    selection: dict[str, Any]
-    """``scores``, ``recoverability`` or ``search``."""
-    perplexity: dict[str, dict[str, float]]
-    """Corpus to variant to perplexity."""
+    healing: list[dict[str, Any]]  # layers refitted behind the gap
+    selection: dict[str, Any]  # ``scores``, ``recoverability`` or ``search``
+    perplexity: dict[str, dict[str, float]]  # corpus to variant to perplexity
     agreement: dict[str, dict[str, dict[str, float]]]
     """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
-    tasks: dict[str, dict[str, Any]]
-    """Task of the harness to variant to its metrics."""
+    tasks: dict[str, dict[str, Any]]  # task of the harness to variant to its metrics
 
     @property
     def name(self) -> str:

@@ -26,12 +26,10 @@ FORMAT = 1
 class Spectrum:
     """Of one matrix that acts at a boundary: M = W - I, or N where it acts on rmsnorm(x)."""
 
-    singular_values: list[float]
-    """Largest first."""
+    singular_values: list[float]  # largest first
     antisymmetric_share: float
     """``||(M - M')/2||^2 / ||M||^2``, Frobenius norms: 0 only stretches, 1 only rotates."""
-    relative_norm: float
-    """``||M|| / ||I||``."""
+    relative_norm: float  # ``||M|| / ||I||``
 
     @property
     def effective_rank(self) -> int:

@@ -18,8 +18,7 @@ from ghost_dist.report import terminal_charts, text, verdict
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.record import VARIANTS, read_run
 
-console = Console()
-"""Where everything is printed."""
+console = Console()  # where everything is printed
 
 
 def print_result(result: Mapping[str, Any], run: Path) -> None:
@@ -27,7 +26,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     _say(
         f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
-        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})",
+        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
     )
     if result["perplexity"]:
         _print_perplexity(result)
@@ -76,9 +75,7 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
     for name, value in result["agreement"].items():
         found = [value[variant] for variant in VARIANTS[1:]]
         table.add_row(
-            name,
-            *(f"{one['kl']:.3f}" for one in found),
-            *(f"{one['top1']:.1%}" for one in found),
+            name, *(f"{one['kl']:.3f}" for one in found), *(f"{one['top1']:.1%}" for one in found)
         )
     console.print(table)
 
@@ -138,7 +135,7 @@ def print_serving(measured: Mapping[str, Any]) -> None:
     """Print what ``bench_serving`` measured: dense, pruned and recovered side by side."""
     _say(
         f"{measured['device']}; {measured['dtype']}; {measured['batch']} x {measured['prompt']} "
-        f"tokens of prompt, {measured['new']} new; {measured['rounds']} rounds",
+        f"tokens of prompt, {measured['new']} new; {measured['rounds']} rounds"
     )
     table = Table("", *measured["variants"])
     variants = list(measured["variants"].values())
@@ -170,11 +167,11 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     """Print engine, stages, disk and assumptions, from the plain values of a plan."""
     _say(
         f"{plan['model']}: {plan['num_layers']} layers, removing {_spans(plan['spans'])}"
-        f"{'' if plan['spans_known'] else ' or others'}; {plan['dtype']}, batch {plan['batch']}",
+        f"{'' if plan['spans_known'] else ' or others'}; {plan['dtype']}, batch {plan['batch']}"
     )
     _say(
         f"{plan['device']}: {_gb(plan['free_device_bytes'])} free; host "
-        f"{_gb(plan['free_host_bytes'])}, disk {_gb(plan['free_disk_bytes'])} free",
+        f"{_gb(plan['free_host_bytes'])}, disk {_gb(plan['free_disk_bytes'])} free"
     )
     _say(f"engine {plan['engine']['kind']}: {plan['engine']['reason']}")
     table = Table("stage", "time", "most of it", "TFLOP", "read", "written", "device", "host")
