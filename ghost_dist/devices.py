@@ -186,6 +186,14 @@ def free_bytes(device: torch.device) -> int:
     return int(min(free, allowed - torch.cuda.memory_allocated(device)))
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory that this process may use of a GPU, whoever has some of it now; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(torch.cuda.get_per_process_memory_fraction(numbered(device)) * total)
+
+
 def free_or_cached_bytes(device: torch.device) -> int:
     """The same, with what the allocator keeps for the next tensors."""
     free = free_bytes(device)

@@ -34,7 +34,9 @@ class FitOnCluster:
     def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
         self._inputs, self._reporter, self._pool = inputs, reporter, pool
         folds = inputs.config.operator.folds
-        self._here = FitHere(inputs.source, inputs.architecture, folds, inputs.device)
+        self._here = FitHere(
+            inputs.source, inputs.architecture, folds, inputs.fit_device, inputs.fit_room
+        )
         self._holders: Holders[Span] = Holders()  # ranks that have the sums of a span
         self._reduced = False
 
@@ -52,7 +54,10 @@ class FitOnCluster:
         self._pool.begin(1)
         self._unload()
         work = FitWork(
-            store.path.resolve(), store.plan_fingerprint, self._inputs.config.operator.folds
+            store.path.resolve(),
+            store.plan_fingerprint,
+            self._inputs.config.operator.folds,
+            self._inputs.fit_room,
         )
         if self._inputs.config.engine.reduction == "all-reduce" and not self._reduced:
             self._reduced = True
@@ -75,7 +80,7 @@ class FitOnCluster:
         return [outcomes[number] for number in range(len(jobs))]
 
     def _on_ranks(self, num_spans: int) -> bool:
-        driver, ranks = self._inputs.device.type, self._inputs.worker_device.type
+        driver, ranks = self._inputs.fit_device.type, self._inputs.worker_device.type
         if self._inputs.config.engine.reduction == "all-reduce":
             return True
         if driver != ranks:

@@ -65,6 +65,7 @@ class FitWork:
     store: Path
     plan_fingerprint: str
     folds: int
+    room: int  # bytes of the largest fit on a GPU; 0: the driver has none, so a rank sees itself
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
-from ghost_dist.pipeline.fitting import FitHere, FitJob
+from ghost_dist.pipeline.fitting import FitHere, FitJob, fit_room
 from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
@@ -276,7 +276,8 @@ class Rank:
             assert self._spec is not None, "fit comes after load"
             source, architecture = open_checkpoint(self._spec.path), self._spec.architecture
             store = self._open_store(work.store, work.plan_fingerprint)
-            fits = FitHere(source, architecture, work.folds, self._device)
+            room = work.room or fit_room(self._device)
+            fits = FitHere(source, architecture, work.folds, self._device, room)
             self._fits = (work, store, fits)
         return self._fits[1:]
 

@@ -39,6 +39,8 @@ def settle(
     ``whole``: what needs the whole model beside the configuration.
     """
     config, known = inputs.config, run.outputs(_RECORD)
+    if known and inputs.fit_room:
+        inputs = replace(inputs, fit_room=known.get("fit_room", inputs.fit_room))
     if config.on_cluster:
         if inputs.streaming or inputs.device.type == "cpu":
             return inputs
@@ -64,7 +66,9 @@ def settled(run: RunFolder) -> bool:
 def keep(inputs: RunInputs, run: RunFolder) -> None:
     """Note what :func:`settle` decided, once the folder is bound to the run."""
     kind = "streaming" if inputs.streaming else "resident"
-    run.finish(_RECORD, "", {"kind": kind, "driver": inputs.device.type})
+    run.finish(
+        _RECORD, "", {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}
+    )
 
 
 def decide(

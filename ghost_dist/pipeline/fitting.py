@@ -18,8 +18,8 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
-from ghost_dist.devices import free_bytes
-from ghost_dist.errors import SingularGramError
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, total_bytes
+from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
@@ -156,15 +156,20 @@ class FitHere:
         Of the model whose down_proj some operators refit.
     folds
         Number of folds that the store's ranges are dealt to.
-    device
-        What is computed on where the sums fit there, else the CPU.
+    device, room
+        What is computed on where a fit takes at most ``room`` bytes; else the CPU.
     """
 
     def __init__(
-        self, source: Checkpoint, architecture: Architecture, folds: int, device: torch.device
+        self,
+        source: Checkpoint,
+        architecture: Architecture,
+        folds: int,
+        device: torch.device,
+        room: int,
     ) -> None:
         self._source, self._architecture = source, architecture
-        self._num_folds, self._wanted_device = folds, device
+        self._num_folds, self._wanted_device, self._room = folds, device, room
         self._ridges = RidgeFits(architecture.norm_eps)
         self._store: StatisticsStore | None = None
         self._read: tuple[tuple[str, ...], dict[int, dict[str, Sums]]] | None = None
@@ -186,6 +191,12 @@ class FitHere:
                     outcomes[number] = self._fit(store, jobs[number])
                 except (SingularGramError, SingularOperatorError) as error:
                     outcomes[number] = error.with_traceback(None)  # which would keep the sums
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(
+                        f"A fit at {jobs[number].span} has no room on {self._wanted_device}, where "
+                        f"{free_bytes(self._wanted_device) / 1e9:.2f} GB are free. Free memory "
+                        "there; the same command continues."
+                    ) from error
                 advance(1)
         finally:
             self._placed = self._down = None  # the model may run there next
@@ -217,7 +228,7 @@ class FitHere:
     ) -> tuple[torch.device, list[dict[str, Sums]]]:
         """Sums of some folds where they are computed with; brought there once for jobs in a row."""
         if self._placed is None or self._placed[0] != keys:
-            self._placed = None  # gives its memory back before it is asked what is free
+            self._placed = None  # gives its memory back first
             self._ridges.drop()
             self._placed = (keys, self._device(store, keys), {})
         _, device, placed = self._placed
@@ -246,7 +257,10 @@ class FitHere:
         return read[fold]
 
     def _device(self, store: StatisticsStore, keys: tuple[str, ...]) -> torch.device:
-        """The wanted device if the solve fits there, else the CPU."""
+        """The wanted device if it holds the fit when it is empty, else the CPU.
+
+        Bits of the operator depend on it, so what is free by now does not decide.
+        """
         device = self._wanted_device
         if device.type != "cuda":
             return device
@@ -256,7 +270,12 @@ class FitHere:
         else:
             nbytes = self._num_folds * store.sums_bytes(keys)
         needed = fit_bytes(nbytes, self._num_folds)
-        return device if needed < free_bytes(device) else torch.device("cpu")
+        return device if needed <= self._room else torch.device("cpu")
+
+
+def fit_room(device: torch.device) -> int:
+    """Bytes of the largest fit on a device, whoever has some of its memory now."""
+    return int(SHARE_OF_FREE_MEMORY * total_bytes(device))
 
 
 def in_reading_order(jobs: Sequence[FitJob]) -> list[int]:

@@ -44,6 +44,7 @@ from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectu
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ, candidates_of, few_tokens
+from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
@@ -61,6 +62,10 @@ class RunInputs:
     model_fingerprint: str
     device: torch.device
     """What this process computes on."""
+    fit_device: torch.device
+    """What this process fits on, and ..."""
+    fit_room: int
+    """... bytes of the largest fit there; larger ones go to the CPU. 0: it is the CPU."""
     worker_device: torch.device
     """What the windows are run on: this process's, or the kind that a cluster has."""
     dtype: torch.dtype
@@ -156,6 +161,8 @@ def open_inputs(
         tokenizer=tokenizer,
         model_fingerprint=model_fingerprint(source),
         device=device,
+        fit_device=device,
+        fit_room=fit_room(device),
         worker_device=workers,
         dtype=dtype,
         batch=batch_of(config, workers),

@@ -32,6 +32,7 @@ from ghost_dist.errors import (
 from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens
 from ghost_dist.pipeline.engine import choose
+from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.inputs import disk_needs, open_model, refittable_layers
 from ghost_dist.pipeline.sizing import run_shape
 from ghost_dist.pipeline.stage_plans import StagePlan, cluster_note, plan_stages
@@ -43,6 +44,7 @@ from ghost_dist.planning.probe_files import existing_folder
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
 from ghost_dist.planning.run_shape import RunShape
 from ghost_dist.progress import Reporter
+from ghost_dist.solver.least_squares import fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors
 
@@ -127,6 +129,9 @@ def plan_run(
         device,
         whole=None if whole is None else whole[0],
     )
+    largest = max((sample.nbytes for sample in run.samples), default=0)
+    if device.type == "cuda" and fit_bytes(run.folds * largest, run.folds) > fit_room(device):
+        notes.append("the largest fits need more than all memory of the device: the CPU fits")
     disk = _disk(config, run, choice, folder)
     spec = _probe_spec(config, source, architecture, run, device, dtype, folder)
     rates = None if measure_again else stored_rates(spec.key())

@@ -111,7 +111,11 @@ class Solver:
         self._tokens, self._reporter = tokens, reporter
         self._ridges = RidgeFits(inputs.architecture.norm_eps)
         self._fit_spans = fit_spans or FitHere(
-            inputs.source, inputs.architecture, inputs.config.operator.folds, inputs.device
+            inputs.source,
+            inputs.architecture,
+            inputs.config.operator.folds,
+            inputs.fit_device,
+            inputs.fit_room,
         )
         self._model = model
 

@@ -21,6 +21,7 @@ import transformers
 import typer
 
 from ghost_dist.cli import app
+from ghost_dist.pipeline.fitting import fit_room
 
 DEVICES = [f"cuda:{number}" for number in range(min(2, torch.cuda.device_count()))]
 ENGINES = ["resident", "streaming"]
@@ -220,6 +221,7 @@ class TestOnGPUs:
     def test_the_engine_and_the_device_are_those_asked_for(self, commands, device, engine):
         run = folder_of(commands, device, engine) / "RUN"
         record = json.loads((run / "stages" / "engine.json").read_text())["outputs"]
+        assert record.pop("fit_room") == fit_room(torch.device(device))
         assert record == {"kind": engine, "driver": torch.device(device).type}
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         assert any(event["event"] == "layers-read" for event in events) == (engine == "streaming")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline import engine, inputs, sizing
+from ghost_dist.pipeline import engine, fitting, inputs, sizing
 from ghost_dist.pipeline import plan as planning
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
 
 SHAPES = {
     "8b": (
@@ -112,6 +115,7 @@ def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting
     """Over shapes, settings and memories of a GPU; where one finds no engine, so does the other."""
     for module in (planning, inputs):
         monkeypatch.setattr(module, "open_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr(module, "fit_room", lambda _: 1 << 40)
     monkeypatch.setattr(engine, "device_name", lambda _: "GPU X")
     chosen = []
 
@@ -176,6 +180,7 @@ def test_a_streamed_run_goes_on_streaming_whatever_is_free(make_config, tmp_path
     assert json.loads((tmp_path / "run" / "stages" / "engine.json").read_text())["outputs"] == {
         "kind": "streaming",
         "driver": "cpu",
+        "fit_room": 0,
     }
     whole = make_config(output__path=str(tmp_path / "whole"))
     recover(whole, again="solve")
@@ -218,3 +223,20 @@ def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_pa
     have(1_000_000)
     compare(config, [2], ["none", "refine"], ["block-influence"])
     assert "the row refine needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
+
+
+def test_where_fits_go_is_decided_once_and_not_by_free_memory(make_config, tmp_path, monkeypatch):
+    """Bits of operators depend on it."""
+    gpu, store = torch.device("cuda:0"), SimpleNamespace(sums_bytes=lambda _: 100)
+    for total, free, expected in ((1000, 0, "cuda"), (800, 1000, "cpu")):
+        monkeypatch.setattr(fitting, "total_bytes", lambda _, total=total: total)
+        monkeypatch.setattr(fitting, "free_bytes", lambda _, free=free: free)
+        here = fitting.FitHere(None, SimpleNamespace(norm_eps=0.0), 4, gpu, fitting.fit_room(gpu))
+        assert here._device(store, ("joint",)).type == expected  # 4 folds and 3 copies more
+    opened = open_inputs(make_config(engine__kind="streaming"), Reporter())
+    opened = replace(opened, fit_room=800)
+    with RunFolder(opened.config) as run:
+        run.begin()
+        engine.keep(engine.settle(opened, run, Reporter()), run)
+        later = engine.settle(replace(opened, fit_room=500), run, Reporter())
+    assert later.fit_room == 800

@@ -110,6 +110,7 @@ def gpu_of(monkeypatch):
         for module in (planning, engine, sizing, stage_plans):
             monkeypatch.setattr(module, "free_bytes", lambda _: int(device_gb * 1e9))
         monkeypatch.setattr(planning, "open_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr(planning, "fit_room", lambda _: int(device_gb * 1e9))
         for module in (planning, engine, probe):
             monkeypatch.setattr(module, "device_name", lambda _: "GPU X")
         monkeypatch.setattr(stage_plans, "cached_share", lambda _: 0.0)
@@ -207,6 +208,8 @@ def test_auto_takes_the_engine_that_fits(llama_405b, tmp_path, gpu_of, device_gb
     gpu_of(device_gb)
     plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
     assert (plan.engine.kind, plan.engine.prefetch) == (kind, prefetch)
+    # Four folds of a Gram and a cross, and three copies more: 30 GB.
+    assert any("the CPU fits" in note for note in plan.notes) == (device_gb < 30)
 
 
 @pytest.mark.parametrize(
