@@ -43,11 +43,7 @@ class _Texts:
 
 
 def run_demo(out: Path | None, model: str = "pico") -> None:
-    """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered.
-
-    ``model``: ``pico``, or one of :data:`~ghost_dist.real_models.REAL_MODELS`, fetched by the first
-    call. ``out`` None: a temporary folder.
-    """
+    """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered."""
     reporter = Reporter()
     checkpoint = PICO if model == "pico" else real_model(model, reporter.say)
     out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-")) if out is None else out.expanduser()

@@ -71,7 +71,6 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def gpu_name(device: torch.device) -> str:
-    """Of a GPU, as its driver calls it."""
     return str(torch.cuda.get_device_name(device))
 
 
@@ -92,7 +91,6 @@ def device_name(device: torch.device) -> str:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """CUDA compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -154,12 +152,10 @@ def without_tf32() -> Iterator[None]:
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """What this process's tensors take on a GPU."""
     return int(torch.cuda.memory_allocated(device))
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let :func:`peak_bytes` begin again."""
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
@@ -195,7 +191,7 @@ def total_bytes(device: torch.device) -> int:
 
 
 def free_or_cached_bytes(device: torch.device) -> int:
-    """The same, with what the allocator keeps for the next tensors."""
+    """With what the allocator keeps for the next tensors."""
     free = free_bytes(device)
     if device.type == "cuda":
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -203,11 +199,7 @@ def free_or_cached_bytes(device: torch.device) -> int:
 
 
 def host_free_bytes() -> int:
-    """Host memory that this process can still have: what is available, below every limit set.
-
-    Limits are those of the control group (a container, a job) and of ``ulimit -v`` and ``-d``.
-    Pages of files are not counted as used: the kernel gives them back.
-    """
+    """Host memory that can be had below all limits set; pages of files count as free."""
     return max(0, min([_available(), *_left_in_cgroups(), *_left_below_ulimits()]))
 
 

@@ -23,10 +23,7 @@ _FSYNCS = 16
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; on a clean exit it becomes ``path``, else it is removed.
-
-    The writer only has to close its file: it is fsynced here.
-    """
+    """A temporary path that becomes ``path`` on a clean exit, fsynced; else it is removed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
@@ -38,7 +35,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Create or replace ``path`` with ``content``."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -103,7 +99,6 @@ def fingerprint(value: Any) -> str:
 
 
 def fsync_file(path: Path) -> None:
-    """Force a file's bytes to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

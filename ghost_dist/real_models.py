@@ -34,8 +34,6 @@ class RealModelError(GhostDistError):
 
 @dataclass(frozen=True)
 class RealModel:
-    """Where a model comes from."""
-
     title: str
     # (package==version, file in it), whose files joined are the GGUF
     pieces: tuple[tuple[str, str], ...]

@@ -47,7 +47,6 @@ class RunFolder:
 
     @staticmethod
     def stored_config(path: Path) -> Config:
-        """The configuration that a RUN folder was made with."""
         file = path / "config.yaml"
         if not file.is_file():
             raise RunFolderError(f"{path} is not a RUN folder: there is no {file}.")
@@ -108,7 +107,6 @@ class RunFolder:
         write_sealed(self._stages / f"{stage}.json", {"inputs": inputs, "outputs": dict(outputs)})
 
     def forget(self, stage: str) -> None:
-        """Make a stage run again."""
         (self._stages / f"{stage}.json").unlink(missing_ok=True)
 
     def _read(self, stage: str) -> dict[str, Any]:
@@ -155,8 +153,5 @@ class RunFolder:
 
 
 def read_record(path: Path, stage: str) -> dict[str, Any]:
-    """The record of a stage: ``inputs`` and ``outputs``; empty if it never finished.
-
-    A damaged one is as none: the stage is run again.
-    """
+    """``inputs`` and ``outputs`` of a stage; empty if it never finished, or is damaged."""
     return read_sealed(path / "stages" / f"{stage}.json") or {}

@@ -89,7 +89,6 @@ class Architecture:
         )
 
     def in_base(self, path: str) -> str:
-        """A module path of the causal LM as seen from the base model."""
         return path.removeprefix(self.base_prefix + ".")
 
 
@@ -172,10 +171,7 @@ def cut_config(
 
 
 def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
-    """Prove on the meta device that the cut configuration describes the layers that stay.
-
-    The error names the first layer and setting that would change, or what ``generate`` would lack.
-    """
+    """Prove, without weights, that the cut configuration describes the layers that stay."""
     config_class = getattr(transformers, architecture.config_class)
     reason = why_not(architecture, config, spans)
     if reason is None:

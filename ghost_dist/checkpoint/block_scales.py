@@ -35,8 +35,6 @@ _NUMBERS_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one weight."""
-
     info: TensorInfo
     block: tuple[int, int]  # numbers (out, in) that share a scale
 
@@ -93,7 +91,6 @@ def of_activations(name: str) -> bool:
 def _block_of(
     path: Path, tensor: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The block that fits the number of scales."""
     rows, columns = tensor.shape
     in_blocks = None
     if block is not None:

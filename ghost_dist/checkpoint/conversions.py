@@ -29,10 +29,7 @@ class Place:
 
 
 def places(model: Any, names: Iterable[str], *, merged: bool = True) -> dict[str, Place]:
-    """Where transformers would put tensors of these names, whether the model has that or not.
-
-    With ``merged=False`` what is merged or split keeps the name that it has before that.
-    """
+    """Where transformers would put tensors of these names; ``merged=False``: before merging."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -103,10 +100,7 @@ def convert_and_load(
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[list[str]]:
-    """No progress bars and no load report (what it would tell we raise); other warnings stay.
-
-    Yields a list that holds the reports that were kept back, for an error message.
-    """
+    """No progress bars, no load report: those go to the list that is yielded."""
     logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
     bars = transformers.utils.logging.is_progress_bar_enabled()
     reports: list[str] = []
@@ -138,10 +132,7 @@ def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:
 
 @contextlib.contextmanager
 def _one_by_one() -> Iterator[None]:
-    """Read each tensor when its turn comes, instead of all of them ahead by threads.
-
-    Ahead, the experts' own tensors and what they are merged into would be held at once.
-    """
+    """Not ahead by threads: experts and what they are merged into would be held at once."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -167,10 +167,7 @@ def descriptions(fields: LayerFields, uncut: Any, cut: Any) -> dict[str, tuple[A
 
 
 def read_config(config_class: type[Any], raw: Mapping[str, Any]) -> Any:
-    """A transformers configuration from the content of ``config.json``.
-
-    ``from_dict`` alone does not know how transformers spells Infinity and NaN in JSON.
-    """
+    """Of the content of ``config.json``, with transformers' spelling of Infinity and NaN."""
     return config_class.from_dict(_with_floats(dict(raw)))
 
 

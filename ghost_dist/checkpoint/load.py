@@ -30,10 +30,7 @@ _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.j
 
 
 class Decoder:
-    """Embeddings and the first layers of a model; ends at the boundary above its last layer.
-
-    The input of ``layers[b]`` is boundary b; paths of ``architecture`` are those in ``model``.
-    """
+    """Embeddings and first layers of a model, its final norm left out: it ends at a boundary."""
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture.of_base
@@ -64,11 +61,7 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decoder:
-    """Build and read embeddings and layers ``0 .. num_layers - 1``; nothing above is read.
-
-    The host holds little more than the truncated model at any time. A layer that does not hand its
-    output, unchanged, to the next one is an error.
-    """
+    """Read embeddings and the first layers only; each must hand its output to the next."""
     decoder = Decoder(load_base_model(path, architecture, num_layers, dtype, device), architecture)
     check_stream(decoder, architecture)
     return decoder
@@ -82,11 +75,7 @@ def load_base_model(
     device: torch.device,
     tensor_parallel: int = 1,
 ) -> Any:
-    """The truncated model without head; its final norm is not read.
-
-    With ``tensor_parallel`` the ranks of the torch.distributed world, which must be that many,
-    share it by the plan that transformers has for the family.
-    """
+    """The truncated model without head, shared over so many ranks by transformers' plan for it."""
     model_class = getattr(transformers, architecture.base_class)
     config = truncated_config(open_checkpoint(path), architecture, num_layers)
     arguments: dict[str, Any] = {"config": config}
@@ -187,8 +176,6 @@ def adds_mlp_output(decoder: Decoder, layer: int) -> bool:
 
 
 class _Boundary(nn.Module):
-    """Stands where the final norm was and lets the stream through."""
-
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = torch.empty(0, dtype=dtype)  # some models cast to the dtype of a norm
@@ -225,7 +212,6 @@ def _load(
 
 
 def check_finite(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise CheckpointError for weights that hold NaN or Inf."""
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not _all_finite(local.detach()):

@@ -16,21 +16,15 @@ class Peers:
     count: int = 1
 
     def part_of(self, total: int, rank: int | None = None) -> range:
-        """Which of ``total`` items are a rank's (None: this one's); the parts differ by one item
-        at most.
-        """
+        """Which of ``total`` items are a rank's (None: this one's); parts differ by one at most."""
         rank = self.rank if rank is None else rank
         return range(rank * total // self.count, (rank + 1) * total // self.count)
 
     def owner_of(self, item: int, total: int) -> int:
-        """The rank whose part holds an item."""
         return next(r for r in range(self.count) if item in self.part_of(total, r))
 
     def gather(self, memory: Tensor) -> None:
-        """Fill memory of ``count`` equal parts of which every rank holds its own; collective.
-
-        On a GPU work that is queued on the current stream may not be waited for.
-        """
+        """Fill memory of which ranks hold equal parts, not waiting for queued work; collective."""
         size = memory.numel() // self.count
         own = memory[self.rank * size : (self.rank + 1) * size]
         dist.all_gather_into_tensor(memory, own)

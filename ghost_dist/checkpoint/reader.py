@@ -77,7 +77,6 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(map(self.stored_bytes, self.tensors))
 
     @property
@@ -104,11 +103,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of a checkpoint folder and check all of it but the numbers.
-
-    Shards may be symbolic links, as in the Hugging Face cache; their names must be plain file
-    names. An adapter beside the weights is refused.
-    """
+    """Read the headers of a checkpoint folder and check all of it but the numbers."""
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder. Give a Hugging Face checkpoint folder.")
@@ -196,10 +191,7 @@ class _LazyTensor:
 def lazy_tensors(
     checkpoint: Checkpoint, names: Iterable[str], files: contextlib.ExitStack
 ) -> dict[str, Any]:
-    """Tensors that are read when they are indexed, and only what is asked for but in FP8.
-
-    ``files`` keeps the shards open.
-    """
+    """Tensors that are read when indexed, in part if not FP8; ``files`` keeps the shards open."""
     opened: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for name in names:

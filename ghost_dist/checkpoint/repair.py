@@ -40,13 +40,11 @@ class Repair:
         return {name: part for name, part in parts.items() if part is not None}
 
     def parts(self) -> dict[str, Tensor]:
-        """All tensors by name."""
         down = {} if self.down_FC is None else {"down": self.down_FC}
         return {**self.boundary_parts(), **down}
 
     @staticmethod
     def from_parts(parts: Mapping[str, Tensor], norm_eps: float = 0.0) -> Repair:
-        """Inverse of :meth:`parts`."""
         low_rank = None
         if "low_rank_in" in parts:
             low_rank = (parts["low_rank_in"], parts["low_rank_out"])
@@ -60,14 +58,13 @@ class Repair:
         )
 
     def stored(self, dtype: torch.dtype, down_dtype: torch.dtype) -> Repair:
-        """As it is after being stored: boundary parts in one dtype, down_proj in another."""
+        """Boundary parts in one dtype, down_proj in another."""
         parts = {name: part.to(dtype) for name, part in self.boundary_parts().items()}
         if self.down_FC is not None:
             parts["down"] = self.down_FC.to(down_dtype)
         return Repair.from_parts(parts, self.norm_eps)
 
     def to(self, device: torch.device) -> Repair:
-        """The same on another device."""
         moved = {name: part.to(device) for name, part in self.parts().items()}
         return Repair.from_parts(moved, self.norm_eps)
 
@@ -89,10 +86,7 @@ class Repair:
 
 
 def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
-    """The repaired stream (..., C), in the dtype of the repair; ``down_FC`` acts before, not here.
-
-    Computes as the exported modeling file does, operation by operation.
-    """
+    """The repaired stream (..., C), computed operation by operation as the exported file does."""
     if repair.dtype is None:
         return x_TC
     x_TC = x_TC.to(repair.dtype)

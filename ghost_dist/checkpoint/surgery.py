@@ -85,15 +85,11 @@ _TUPLE_LENGTH: dict[type, int] = {}
 
 
 def note_return_type(layer_class: type, output: Any) -> None:
-    """Remember how a class of decoder layers returns its stream."""
     _TUPLE_LENGTH[layer_class] = len(output) if isinstance(output, tuple) else 0
 
 
 def handing_on(layer_class: type) -> Callable[..., Any]:
-    """A forward for a layer that hands its input stream on, in the form of its class.
-
-    Before it is called, a layer of the class must have been seen by :func:`note_return_type`.
-    """
+    """A forward that hands the input stream on in the form of a class seen before."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         tuple_length = _TUPLE_LENGTH[layer_class]
@@ -145,8 +141,6 @@ def repair_stream(repair: Repair, x_BTC: Tensor) -> Tensor:
 
 
 def _repair_hook(repair: Repair) -> Callable[..., Any]:
-    """Forward pre-hook (with kwargs) that repairs the stream entering a module, in its dtype."""
-
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x_BTC = args[0] if args else kwargs["hidden_states"]
         y_BTC = repair_stream(repair, x_BTC)

@@ -21,7 +21,6 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def empty_model(model_class: type[Any], config: Any) -> Any:
-    """An instance of ``model_class`` on the meta device: shapes, no storage."""
     with torch.device("meta"):
         return model_class(config).eval()
 

@@ -26,7 +26,6 @@ class Variant:
 
     @property
     def removed(self) -> frozenset[int]:
-        """Layers that do not run."""
         return frozenset(layer for span in self.spans for layer in range(span.start, span.stop))
 
     @property

@@ -37,8 +37,6 @@ _ALIGNMENT = 256
 
 
 class Reading:
-    """Tensors that are being read."""
-
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -50,10 +48,7 @@ class Reading:
         self._pieces, self._arrive = pieces, arrive
 
     def wait(self) -> dict[str, Tensor]:
-        """All tensors by name, on the device in the dtype of the file; bfloat16 if that is FP8.
-
-        Collective where ranks share the reading.
-        """
+        """All tensors by name, on the device as stored; FP8 as bfloat16. Collective among peers."""
         self._arrive([piece.result() for piece in self._pieces])
         for name, (scales, block) in self._scales.items():
             self._tensors[name] = dequantised(self._tensors[name], scales, block)
@@ -176,7 +171,6 @@ class WeightReader:
             devices.wait_for(self._device, event)
 
     def close(self) -> None:
-        """End the threads and close the files."""
         self._pool.shutdown(cancel_futures=True)
         for descriptor in self._files.values():
             os.close(descriptor)

@@ -87,7 +87,6 @@ class CollectOnCluster:
                 self._pool.drop(replica)
 
     def release(self) -> None:
-        """End all replicas and give their devices back."""
         self._pool.release()
         self._num_layers = 0
 

@@ -43,7 +43,6 @@ class FitOnCluster:
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
     ) -> list[Outcome]:
-        """An outcome for each job."""
         of_span: dict[Span, list[int]] = {}
         for number, job in enumerate(jobs):
             of_span.setdefault(job.span, []).append(number)

@@ -95,7 +95,6 @@ class Jobs:
         raise ConfigError(f"There is no job {job} at {self.address}. Jobs of ghost-dist: {known}.")
 
     def status(self, job: str) -> dict[str, Any]:
-        """What is known of a job, as plain values."""
         info = self._client.get_job_info(job)
         lines = [line for line in self._client.get_job_logs(job).splitlines() if line.strip()]
         return {
@@ -114,7 +113,6 @@ class Jobs:
         return self._wait(job, wait_s)
 
     def logs(self, job: str) -> str:
-        """Everything a job has printed."""
         text: str = self._client.get_job_logs(job)
         return text
 

@@ -66,11 +66,7 @@ class Holders(dict[Item, Worker]):
 
 
 class LeaseQueue(Generic[Item]):
-    """Leases of the items that are to be done, in their order.
-
-    ``holders``: the only worker that an item is leased to; the caller keeps it up to date.
-    ``twice``: stragglers are leased a second time.
-    """
+    """Leases of items in order; ``holders``: an item's only worker; ``twice``: stragglers again."""
 
     def __init__(
         self, items: Iterable[Item], holders: Mapping[Item, Worker] | None = None, *, twice: bool
@@ -84,12 +80,10 @@ class LeaseQueue(Generic[Item]):
 
     @property
     def done(self) -> bool:
-        """Whether everything is finished."""
         return not self._left
 
     @property
     def num_pending(self) -> int:
-        """Items that nobody is at."""
         return len(self._pending)
 
     @property

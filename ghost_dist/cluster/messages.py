@@ -70,8 +70,6 @@ class FitWork:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs."""
-
     node: str
     address: str
     port: int  # free when it was asked for
@@ -81,8 +79,6 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank has loaded."""
-
     parameter_bytes: int
     conformance: float | None
     """Largest relative difference of the small random model, sharded against unsharded."""
@@ -90,10 +86,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """An answer to "are you there": the attempt, or other task, at hand and how far it is.
-
-    Tokens of a range, fits of a span, ranges and arrays of a reduction.
-    """
+    """The attempt or task at hand, and how much of it (tokens, fits, ranges, arrays) is done."""
 
     attempt: str
     done: int
@@ -119,7 +112,7 @@ def send(outcome: Outcome) -> SentOutcome:
 
 
 def receive(sent: SentOutcome) -> Outcome:
-    """Inverse of :func:`send`: the same bits and strides, in memory of this process."""
+    """Inverse of :func:`send`, with the same bits and strides."""
     if sent.error is not None:
         error: Outcome = sent.error
         return error

@@ -61,5 +61,4 @@ class Metrics:
             self._tokens.set(committed)
 
     def lost(self, failure: Failure) -> None:
-        """Count a lost replica."""
         self._lost.inc(1, {"failure": failure})

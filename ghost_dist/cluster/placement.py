@@ -37,7 +37,6 @@ class Shape:
         return {name: float(amount) for name, amount in needs.items() if amount}
 
     def ranks_on(self, node: Node) -> int:
-        """Ranks that the node has room for."""
         rooms = [node.cpus // self.cpus_per_rank]
         if self.gpus_per_rank:
             rooms.append(node.gpus // self.gpus_per_rank)
@@ -45,7 +44,6 @@ class Shape:
 
 
 def num_fitting(nodes: Sequence[Node], shape: Shape) -> int:
-    """Replicas that the nodes have room for in all."""
     on_one = sum(shape.ranks_on(node) // shape.ranks for node in nodes)
     if on_one:
         return on_one

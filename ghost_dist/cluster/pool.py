@@ -162,12 +162,10 @@ class Pool:
             )
 
     def drop(self, replica: Replica) -> None:
-        """Close one replica."""
         replica.close()
         del self.replicas[replica.number]
 
     def release(self) -> None:
-        """End all replicas and give their devices back."""
         for replica in list(self.replicas.values()):
             self.drop(replica)
 

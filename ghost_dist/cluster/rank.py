@@ -138,7 +138,6 @@ class Rank:
         return Loaded(engine.parameter_bytes, engine.conformance)
 
     def _join(self, rank: int, address: str, port: int, spec: EngineSpec) -> None:
-        """Join the torch.distributed world of the replica."""
         os.environ.update(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
@@ -156,10 +155,7 @@ class Rank:
         )
 
     def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
-        """Run a range from zero; its sums wait in host memory for :meth:`write`.
-
-        Returns what the forward and the sums took on the device, which is waited for at the end.
-        """
+        """Run a range from zero, to the device's end; its sums wait on the host for ``write``."""
         assert self._engine is not None, "run comes after load"
         self._heartbeat = Heartbeat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
@@ -204,10 +200,7 @@ class Rank:
             self._running.add(range_id, attempt, sums)
 
     def unload(self) -> None:
-        """Drop the model, so that the sums have the device's memory.
-
-        The rank stays in its replica's world.
-        """
+        """Drop the model, so that the sums have the device's memory; its world stays."""
         if isinstance(self._engine, OffloadedEngine):
             self._engine.model.close()
         self._engine = self._work = None

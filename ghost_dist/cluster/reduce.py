@@ -97,10 +97,7 @@ class LiveReduction:
         return holders
 
     def _unloaded(self, useful: int) -> list[Replica]:
-        """The replicas that live, once each has dropped its model and added what it kept.
-
-        Those that still wait for room are left out.
-        """
+        """The placed replicas, once each has dropped its model and added what it kept."""
         while True:
             # More replicas than there are would only read what others could; but one there must be.
             self._pool.grow(0 if self._pool.replicas else useful, num_layers=0)
@@ -151,7 +148,6 @@ class LiveReduction:
         replica.ask(rank, method, uuid.uuid4().hex, *arguments, now=time.monotonic())
 
     def _answers(self, replicas: Sequence[Replica], number: int) -> list[Any]:
-        """What so many tasks have answered."""
         found: list[Any] = []
         while True:
             for replica in replicas:

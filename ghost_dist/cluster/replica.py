@@ -90,7 +90,6 @@ class Replica:
 
     @property
     def ready(self) -> bool:
-        """Whether the model is loaded."""
         return self.state in ("idle", "busy", "full")
 
     @property
@@ -105,7 +104,6 @@ class Replica:
 
     @property
     def refs(self) -> Sequence[Any]:
-        """What the driver may wait for."""
         tasks = [task.ref for task in self._tasks.values()]
         return [*self._refs, *self._writes, *self._acknowledging, *tasks]
 
@@ -120,10 +118,7 @@ class Replica:
         return found
 
     def poll(self, now: float) -> tuple[Lease[int], list[WrittenBlock], list[RangeTimes]] | None:
-        """See what has come back; a lease, its blocks and times once all ranks have written theirs.
-
-        Raises ReplicaLost, or an error that any other replica would meet as well.
-        """
+        """What is written: a lease, blocks, times. Raises ReplicaLost, or what all would meet."""
         self._check_alive(now)
         written = None
         if self._writing is not None and (blocks := self._all_of(self._writes)) is not None:
@@ -169,7 +164,6 @@ class Replica:
         self._moved = now
 
     def unload(self, now: float) -> None:
-        """Drop the model; nothing may be under way."""
         assert self.state == "idle"
         assert not self.under_way
         self._refs = [rank.unload.remote() for rank in self._ranks]
@@ -177,7 +171,6 @@ class Replica:
 
     @property
     def free_ranks(self) -> list[int]:
-        """Ranks of a replica without the model that have no task."""
         if self.state != "unloaded":
             return []
         return [number for number in range(len(self._ranks)) if number not in self._tasks]

@@ -42,10 +42,7 @@ class ReduceSpec:
 
 
 class RunningSums:
-    """Per fold the sum of one rank's columns over the ranges it was given, in float64.
-
-    Holds one set of sums per fold, whatever the number of ranges.
-    """
+    """Per fold the sum of one rank's columns over the ranges it was given, in float64."""
 
     def __init__(self, folds: int) -> None:
         self.kept: dict[int, str] = {}
@@ -95,7 +92,6 @@ class ReplicaGroup:
             tensor.copy_(on_device)
 
     def close(self) -> None:
-        """Free what the group holds on a GPU."""
         if self._device.type == "cuda":
             self._group.shutdown()
         self._group = None
@@ -125,10 +121,7 @@ def reduce_folds(
     store: StatisticsStore,
     advance: Callable[[int], None],
 ) -> Folds:
-    """Sums of every fold over all ranges of the plan, this rank's columns, in place.
-
-    The ranges of all ranks together must be each range of the plan once.
-    """
+    """Every fold's sums, these columns, in place; all ranks together have each range once."""
     folds, num_folds = running.folds, len(running.folds)
     shapes = next((fold for fold in folds if fold), None)
     if shapes is None:
@@ -170,10 +163,7 @@ def reduce_folds(
 def gather_columns(
     folds: Folds, keys: Sequence[str], block: ColumnBlock, owner: int, device: torch.device
 ) -> Folds | None:
-    """The sums of some names with all columns, on the rank that owns them; None on the others.
-
-    Goes through the default world, that of the replica; every rank of it calls this.
-    """
+    """Sums with all columns, on their owner (None elsewhere); collective over the replica."""
     if block.count == 1:
         return [{key: fold[key] for key in keys} for fold in folds]
     whole: Folds = []

@@ -75,7 +75,6 @@ class Session:
         return self._pool
 
     def nodes(self) -> list[Node]:
-        """The living nodes."""
         return [
             Node(
                 node["NodeManagerHostname"],
@@ -111,7 +110,6 @@ class Session:
 def recover_on_cluster(
     config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
 ) -> dict[str, Any]:
-    """As :func:`ghost_dist.pipeline.recover.recover`, on the cluster of ``config.cluster``."""
     with Session(config) as session:
         return recover(config, reporter, again=again, workers=session)
 

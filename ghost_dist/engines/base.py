@@ -44,7 +44,4 @@ class Engine(Protocol):
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """Push the sink's boundaries for these rows of ``tokens`` (full rows of int32), in order.
-
-        ``advance`` is told the number of tokens just finished.
-        """
+        """Push the sink's boundaries for rows of ``tokens``; tells ``advance`` tokens done."""

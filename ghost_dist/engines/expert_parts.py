@@ -57,7 +57,6 @@ class Inputs:
 
     @property
     def num_tokens(self) -> int:
-        """Of all batches."""
         return sum(streams_WTC.shape[0] * streams_WTC.shape[1] for streams_WTC in self._streams)
 
 
@@ -299,7 +298,6 @@ class SplitLayer:
         return sum_NC
 
     def _arguments(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-        """Hidden states, indices and weights of a call, however families name them."""
         given = self._signature.bind(None, *args, **kwargs)
         given.apply_defaults()
         _, hidden_NC, index_NK, weights_NK = given.arguments.values()
@@ -327,10 +325,7 @@ def _signature(experts: nn.Module) -> inspect.Signature:
 
 
 def _adds_expert_by_expert(experts: nn.Module) -> bool:
-    """Whether products are added in the order of the experts, rounded each time (``eager``).
-
-    transformers' other implementations add the products of a token at once.
-    """
+    """Whether products are added expert by expert, rounded each time (``eager``), or at once."""
     if not hasattr(experts, "has_gate"):
         return True  # a class that knows only its own forward
     return getattr(experts.config, "_experts_implementation", None) in (None, "eager")

@@ -115,10 +115,7 @@ def batch_bytes(tokens: int, hidden_size: int, widest: int, itemsize: int) -> in
 
 
 def pair_bytes(hidden_size: int, expert_numbers: int, itemsize: int) -> int:
-    """What a forward of experts holds for each pair of token and expert.
-
-    ``expert_numbers`` are the parameters of one expert: 3 C F where it has a gate.
-    """
+    """What a forward of experts holds for each pair of token and expert (of so many parameters)."""
     return (_WIDTHS_OF_A_PAIR * hidden_size + expert_numbers // hidden_size) * itemsize
 
 

@@ -33,10 +33,7 @@ class _SeenEnough(Exception):  # noqa: N818 - no error: it ends a forward early
 
 
 class LayerwiseModel:
-    """All layers of a causal LM in memory; the base of models that hold one at a time.
-
-    Outside of :meth:`through` the model is itself again.
-    """
+    """All layers of a causal LM in memory, itself again outside of :meth:`through`."""
 
     whole = True  # all layers are at hand at once, so windows go through in batches
 

@@ -190,11 +190,7 @@ class OffloadedModel(LayerwiseModel):
 
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
-        """Groups one after the other, each with its weights while it is the current one.
-
-        While a group is at hand the next one is being read, where there is room for it. What was
-        read ahead is given up if the caller leaves early.
-        """
+        """As there, the next group being read where there is room; given up on leaving early."""
         ahead: list[Reading] = []
 
         def steps() -> Generator[Group]:
@@ -230,7 +226,6 @@ class OffloadedModel(LayerwiseModel):
     def running(
         self, layer: int, inputs: Inputs | None = None, *, tapped: bool = False
     ) -> Iterator[RunLayer]:
-        """A function that runs one layer; see :meth:`LayerwiseModel.running`."""
         with contextlib.ExitStack() as stack:
             run = stack.enter_context(super().running(layer, tapped=tapped))
             if self._compiled and not tapped:
@@ -338,10 +333,7 @@ class OffloadedModel(LayerwiseModel):
         self._note_weights(targets)
 
     def check_weights(self) -> None:
-        """Raise CheckpointError for weights installed so far that held NaN or Inf.
-
-        Waits for the device; so it is a call of its own, for when the next layers are under way.
-        """
+        """Also waits for the device: a call of its own, for when the next layers are under way."""
         noted, self._noted_weights = self._noted_weights, []
         for names, flags in noted:
             for name, finite in zip(names, flags.arrived(), strict=True):

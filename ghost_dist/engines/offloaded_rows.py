@@ -182,7 +182,6 @@ class _Keep(Tap):
             state.save(boundary, name if boundary in self._boundaries else streams_WTC.clone)
 
     def _of_mlp(self, layer: int) -> list[Tensor]:
-        """Where all windows' rows of a down_proj are: its input, and what it makes."""
         widths = (self._inner_sizes[layer], self._like_WTC.shape[2])
         for name, width in zip(_mlp_names(layer), widths, strict=True):
             if name not in self._rows:
@@ -198,10 +197,7 @@ def _mlp_names(layer: int) -> tuple[str, str]:
 
 
 class _Checks(Tap):
-    """Looks at numbers one layer late, while the next one runs, so that the device never waits.
-
-    Where streams or rows are copied to the host, it waits for the device: they are read there.
-    """
+    """Looks at numbers a layer late, so that the device never waits; at once if hosts read them."""
 
     def __init__(self, model: OffloadedModel, windows: Sequence[int], place: _Place) -> None:
         self._model, self._windows, self._device = model, windows, place.device

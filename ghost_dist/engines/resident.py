@@ -23,10 +23,7 @@ AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 class ResidentEngine:
-    """Runs a loaded decoder, ``batch`` windows at a time.
-
-    ``compiled``: ``torch.compile`` fuses what a layer does between its matrix products.
-    """
+    """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``."""
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
         self.decoder, self._batch = decoder, batch

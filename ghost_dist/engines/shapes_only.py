@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 
 def shapes_only(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """An instance whose parameters have no storage; in evaluation mode, without gradients.
-
-    Buffers such as rotary frequencies are computed when a model is built and are in no file, so
-    they are real, on the CPU.
-    """
+    """A model in evaluation mode without storage; its buffers, in no file, are real, on the CPU."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 

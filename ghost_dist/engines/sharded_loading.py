@@ -26,11 +26,7 @@ _SLICE_WISE = {"MergeModulelist", "Concatenate"}
 
 
 class _SlicedTensor:
-    """A tensor of a file that gives the rank's part of it when it is read.
-
-    What safetensors gives is a view of the mapped file. Where it would stay one (``copied``), it is
-    copied, so that the model does not hang on the file, nor on the columns of other ranks.
-    """
+    """A tensor that gives the rank's part when read; ``copied``, so that no mapped file is kept."""
 
     def __init__(self, source: Any, shard: Shard | None, copied: bool) -> None:
         self._source, self._shard, self._copied = source, shard, copied

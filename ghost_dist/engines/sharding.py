@@ -34,7 +34,6 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Length along ``dim`` of what the rank holds."""
         return sum(stop - start for start, stop in self.pieces)
 
 
@@ -65,7 +64,6 @@ class Sharding:
         self.shards[f"{path}.{name}"] = shard
 
     def add_once(self, model: nn.Module) -> None:
-        """Zero what only the first rank may add."""
         with torch.no_grad():
             for name in self.on_first_rank if self.rank > 0 else ():
                 model.get_parameter(name).zero_()
@@ -136,8 +134,6 @@ def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
 
 
 class _WideRMSNorm(nn.Module):
-    """RMSNorm whose width is split over the ranks."""
-
     def __init__(self, weight: nn.Parameter, epsilon: float, width: int) -> None:
         super().__init__()
         self.weight = weight
@@ -162,11 +158,7 @@ def shard_sinks(model: nn.Module, sharding: Sharding) -> None:
 
 
 def narrow_fused_attention(module: Any, degree: int) -> None:
-    """Tell an attention whose fused projection was split how many heads are its own (Phi 3).
-
-    Its code cuts the fused output by the head counts of its configuration, which all layers share,
-    so it gets a configuration of its own.
-    """
+    """Let a split fused attention know its own number of heads, by its own config (Phi 3)."""
     config = copy.copy(module.config)
     config.num_attention_heads //= degree
     config.num_key_value_heads //= degree
@@ -199,7 +191,6 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this rank holds."""
     total = 0
     for parameter in model.parameters():
         local = local_tensor(parameter)
@@ -214,7 +205,6 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every parameter and buffer by name."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -12,10 +12,7 @@ from ghost_dist.errors import CheckpointError, ConfigError
 
 @contextlib.contextmanager
 def errors_shared() -> Iterator[None]:
-    """Raise on every rank what any rank raised inside; collective, so no rank may skip it.
-
-    For ConfigError, CheckpointError and what is derived from them, which take one message.
-    """
+    """Raise on every rank what any rank raised inside (errors of one message); collective."""
     own: ConfigError | CheckpointError | None = None
     try:
         yield

@@ -27,10 +27,7 @@ _SHARE_FOR_STREAMS = 0.5  # of free memory; layers, logits and a batch's own mem
 
 
 class Tap:
-    """Takes streams on the way; ``part`` are rows of the sweep's tokens.
-
-    ``mlp_layers`` are those whose down_proj is asked for.
-    """
+    """Takes streams on the way, of ``part`` of the windows; of ``mlp_layers`` the down_proj too."""
 
     mlp_layers: Collection[int] = ()
 
@@ -167,7 +164,6 @@ class _Streams:
         self._pass(layer + 1)
 
     def end(self) -> None:
-        """Hand over the last streams of every variant."""
         for part in self._parts():
             dense = self._batch_of(self._dense, part)
             streams = [dense if own is None else self._batch_of(own, part) for own in self._own]

@@ -338,7 +338,6 @@ def _local_rank(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """DeepSpeed prints and logs at level INFO whenever it shards a model."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level
     logger.setLevel(logging.WARNING)

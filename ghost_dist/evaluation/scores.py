@@ -56,18 +56,15 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the nats per predicted token."""
         nats_per_token = math.fsum(self.nats) / self.num_tokens
         return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
     def check(self, windows: TokenWindows) -> None:
-        """Raise NonFiniteLossError for the first window whose loss is not finite."""
         bad = np.flatnonzero(~np.isfinite(self.nats))
         if bad.size:
             raise NonFiniteLossError(int(bad[0]), windows.source)
 
     def __getitem__(self, part: slice) -> Scores:
-        """Of some of the windows."""
         nats = self.nats[part]
         per_window = self.num_tokens // len(self.nats)
         return Scores(nats, self.kl[part], self.top1[part], per_window * len(nats))

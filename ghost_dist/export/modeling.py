@@ -21,7 +21,6 @@ TEMPLATE = "modeling_template.py.txt"
 
 
 def modeling_file_name(architecture: Architecture) -> str:
-    """Name of the Python file in the checkpoint folder."""
     return f"modeling_ghost_{architecture.model_type.replace('-', '_')}.py"
 
 

@@ -43,18 +43,16 @@ def save_healed(folder: Path, layer: int, down_FC: Tensor) -> str:
 
 
 def load_healed(folder: Path, layer: int, sha256: str | None = None) -> Tensor:
-    """Read what :func:`save_healed` wrote; errors as for :func:`load_operator`."""
+    """As :func:`load_operator`, of what :func:`save_healed` wrote."""
     parts, _ = read_parts(healed_path(folder, layer), sha256)
     return parts["down"]
 
 
 def operator_path(folder: Path, span: Span) -> Path:
-    """File of a span's operator."""
     return folder / f"{span.start}-{span.stop}.safetensors"
 
 
 def healed_path(folder: Path, layer: int) -> Path:
-    """File of a healed layer's down_proj."""
     return folder / f"healed-{layer}.safetensors"
 
 

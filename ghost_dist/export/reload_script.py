@@ -16,7 +16,6 @@ PROMPT_TOKENS = 32
 
 
 def main(request_file: str) -> None:
-    """Do what the request asks for."""
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
     sys.path[:] = request["search_path"]
@@ -69,10 +68,7 @@ def use_model(request: dict[str, Any], tokens: str, dtype: str, device: str) -> 
 
 
 def generate(model: Any, windows: Any) -> tuple[Any, Any]:
-    """The beginning of the first window and the greedy tokens behind it, with a cache; (1, n) each.
-
-    Also called for the recovered model in memory, by ``verify.py``.
-    """
+    """The first window's beginning and the greedy tokens behind it, with a cache; (1, n) each."""
     import torch
     import transformers
 
@@ -86,10 +82,7 @@ def generate(model: Any, windows: Any) -> tuple[Any, Any]:
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[Any]]:
-    """Ids of texts, with special tokens and without, and of a chat: pairs of text and ids.
-
-    Also called for the original's tokenizer, by ``verify.py``.
-    """
+    """Ids of texts, with special tokens and without, and of a chat: pairs of text and ids."""
     chat = [{"role": "user", "content": " 12 cats "}]
     try:
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -35,10 +35,7 @@ class NewTensor:
 def plan_shards(
     tensors: Sequence[NewTensor], max_shard_bytes: int
 ) -> dict[str, tuple[NewTensor, ...]]:
-    """Deal tensors, in order, to files of at most ``max_shard_bytes`` of tensor data each.
-
-    A tensor that is larger by itself has a file of its own. Names are those transformers expects.
-    """
+    """Deal tensors, in order, to files of so many bytes, or of one tensor; transformers' names."""
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:

@@ -24,11 +24,7 @@ _FOLDERS = ("additional_chat_templates",)
 
 
 def copy_side_files(source: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation configuration, licence and the like.
-
-    Weights, Python code and the model card are left behind: they speak of the uncut model; so is
-    what prepares images and sound.
-    """
+    """Copy tokenizer, generation configuration, licence: not what speaks of the uncut model."""
     for path in sorted(source.path.iterdir()):
         name = path.name.lower()
         if (

@@ -123,11 +123,7 @@ def reload(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Reloaded:
-    """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
-
-    The process cannot import ghost_dist, reaches no network and keeps its copy of the modeling file
-    in a temporary folder. Python code that is not ours is refused.
-    """
+    """Use a folder in a fresh process without ghost_dist or network; foreign code is refused."""
     with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
         scratch = Path(name)
         np.save(scratch / "tokens.npy", np.asarray(tokens, dtype=np.int64))

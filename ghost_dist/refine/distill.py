@@ -145,7 +145,6 @@ class _Student:
         return [part for parts in self._parts.values() for part in parts.values()]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Copies of all parts by span and name."""
         return {
             str(span): {name: part.detach().clone() for name, part in parts.items()}
             for span, parts in self._parts.items()
@@ -290,7 +289,6 @@ class _Progress:
         return self.going
 
     def save(self, step: int, student: _Student, optimiser: torch.optim.Optimizer) -> None:
-        """Write the state; it is whole or absent."""
         content = {
             "fingerprint": self._fingerprint,
             "step": step,

@@ -38,7 +38,6 @@ class Bars:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the scale is."""
         least, most = self._ends
         return least > 0 and most / least > _LOGARITHMIC_FROM
 
@@ -56,10 +55,7 @@ class Bars:
 def perplexity_bars(
     run: RunRecord, corpus: str
 ) -> tuple[Bars, tuple[float, Pair | None] | None, list[str]]:
-    """Of the three models; the share of the gap that was closed; what the bars are of.
-
-    Where nothing was repaired the recovered model is the pruned one, and is not shown twice.
-    """
+    """Of the models (recovered: if repaired); the share of the gap closed; what the bars are of."""
     values, intervals = run.perplexity[corpus], run.intervals.get(corpus, {})
     repaired = values["recovered"] != values["pruned"]
     shown = VARIANTS if repaired else VARIANTS[:2]

@@ -25,8 +25,6 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis."""
-
     title: str
     log: bool = False  # powers of ten; what is not positive is not drawn
     low: float | None = None  # end; None: that of the data

@@ -54,7 +54,6 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
         return self.path.resolve().name
 
     @property
@@ -65,7 +64,6 @@ class RunRecord:
 
     @property
     def removed(self) -> set[int]:
-        """Layers that go."""
         return {layer for span in self.spans for layer in range(*span)}
 
     @property
@@ -75,19 +73,16 @@ class RunRecord:
 
     @property
     def refitted(self) -> list[int]:
-        """Layers whose down_proj is new."""
         before = self.operator in ("ghost-joint", "fold", "replaceme")
         found = [start - 1 for start, _ in self.spans if start > 0] if before else []
         return found + [row["layer"] for row in self.healing if row["kept"]]
 
     @property
     def done(self) -> dict[str, dict[str, Any]]:
-        """Outputs of the stages that are done."""
         return {stage: record for stage, record in self.stages.items() if record}
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
         return math.fsum(record["seconds"] for record in self.done.values())
 
     @property

@@ -40,7 +40,6 @@ class Spectrum:
 
     @property
     def rank_in_words(self) -> str:
-        """Of how many."""
         return f"{self.effective_rank} of {len(self.singular_values)}"
 
 

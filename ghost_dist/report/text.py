@@ -12,7 +12,7 @@ NARROW = "\N{NARROW NO-BREAK SPACE}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits, a power of ten where plain digits would be long."""
+    """So many significant digits; a power of ten where plain digits would be long."""
     if value is None or math.isnan(value):
         return DASH
     if math.isinf(value):
@@ -34,7 +34,6 @@ def perplexity(value: float | None) -> str:
 
 
 def percent(value: float, digits: int = 0, *, sign: bool = False) -> str:
-    """A share as per cent."""
     plus = "+" if sign else ""
     return f"{100 * value:{plus}.{digits}f}{NARROW}%".replace("-", MINUS)
 
@@ -45,7 +44,6 @@ def count(value: float) -> str:
 
 
 def nbytes(value: float) -> str:
-    """Bytes in decimal units."""
     scaled = _scaled(value, "TGMk")
     return f"{scaled or f'{value:.0f}{NARROW}'}B"
 
@@ -59,7 +57,6 @@ def _scaled(value: float, prefixes: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes, hours."""
     if seconds < 100:
         return f"{seconds:.1f}{NARROW}s"
     minutes = round(seconds / 60)
@@ -80,7 +77,6 @@ def span(pair: Sequence[int]) -> str:
 
 
 def spans(pairs: Sequence[Sequence[int]]) -> str:
-    """Several of them."""
     return ", ".join(span(pair) for pair in pairs) or "none"
 
 
@@ -90,7 +86,6 @@ def layers(pairs: Sequence[Sequence[int]]) -> str:
 
 
 def interval(pair: tuple[float, float] | None) -> str:
-    """An interval of perplexities."""
     return "" if pair is None else f"{perplexity(pair[0])} {DASH} {perplexity(pair[1])}"
 
 
