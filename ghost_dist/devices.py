@@ -140,6 +140,18 @@ def on_stream(stream: Stream) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def copies_beside(device: torch.device, ready: Event | None) -> Iterator[None]:
+    """What this thread copies from a GPU waits for a mark only, not for what comes behind that."""
+    if ready is None:
+        yield
+        return
+    stream = side_stream(device)
+    stream.wait_event(ready)
+    with on_stream(stream):
+        yield
+
+
+@contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """Products of float32 are not rounded to TF32, whatever the user has allowed."""
     matmul = torch.backends.cuda.matmul

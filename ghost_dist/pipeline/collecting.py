@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,9 +15,13 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
+from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
+
+WRITTEN_PER_S = 1e9  # bytes, of a disk of today and its checksums
+UNWRITTEN_S = 30.0
 
 
 class Collect(Protocol):
@@ -24,7 +29,7 @@ class Collect(Protocol):
 
     def __call__(
         self,
-        store: StatisticsStore,
+        store: StoreAtHand,
         tokens: TokenWindows,
         collectors: Collectors,
         stage: str,
@@ -32,6 +37,8 @@ class Collect(Protocol):
         to_fit: bool = False,
     ) -> None:
         """Run every range that is missing in the store, and commit it.
+
+        With ``to_fit`` the last ones may still be on their way to the disk; ``store.flush`` waits.
 
         Parameters
         ----------
@@ -77,14 +84,19 @@ class CollectHere:
 
     def __call__(
         self,
-        store: StatisticsStore,
+        store: StoreAtHand,
         tokens: TokenWindows,
         collectors: Collectors,
         stage: str,
         *,
-        to_fit: bool = False,  # noqa: ARG002 - nothing outlives a call here
+        to_fit: bool = False,
     ) -> None:
-        """Run every range that is missing in the store, and commit it; see :class:`Collect`."""
+        """Run every range that is missing in the store, and commit it; see :class:`Collect`.
+
+        Sums that nobody fits from are wanted by this process alone: where writing a range would
+        take more than a tenth of the time that it took, it is not written, until a kill would cost
+        more than UNWRITTEN_S.
+        """
         missing = store.missing()
         if not missing:
             return
@@ -93,19 +105,27 @@ class CollectHere:
         ranges = store.plan.ranges
         done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length * len(passes)
         total = int(tokens.tokens.size) * len(passes)
+        unwritten_s = 0.0
         with self._reporter.stage(stage, total, "tokens", done) as advance:
             for range_id in missing:
                 sums, times = sums_of_range(
                     engine, tokens.tokens, ranges[range_id], passes, advance
                 )
-                store.commit(range_id, sums)
-                self._reporter.event(
+                took_s = times.forward_s + times.sums_s
+                nbytes = sum(a.nbytes for part in sums.values() for a in part.arrays().values())
+                unwritten_s += took_s
+                write = nbytes / WRITTEN_PER_S < took_s / 10 or unwritten_s > UNWRITTEN_S
+                committed = partial(
+                    self._reporter.event,
                     "range-committed",
                     stage=stage,
                     range=range_id,
                     forward_s=round(times.forward_s, 3),
                     sums_s=round(times.sums_s, 3),
                 )
+                store.keep(range_id, sums, committed, write=to_fit or write)
+        if not to_fit:
+            store.flush()
 
     def release(self) -> None:
         """Nothing is kept between stages."""

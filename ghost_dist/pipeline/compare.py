@@ -48,8 +48,8 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.spans import Span
+from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
-from ghost_dist.statistics.store import StatisticsStore
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
 """``default``: as configured; ``heal`` and ``refine``: the same followed by healing or training."""
@@ -151,7 +151,7 @@ def _select(
         for selector in selectors.values():
             entries |= selector.entries()
         plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
-        store = StatisticsStore(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
+        store = StoreAtHand(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
         mend(store, reporter)
         collect = collect_here(inputs, reporter, run.path)
         collect(store, tokens, CollectorsTogether(selectors), "select")
@@ -193,11 +193,12 @@ def _fill(
     entries = entries_of(ordered)
     ranges = calibration_ranges(inputs, tokens.num_windows)
     plan = plan_of(inputs, tokens, entries, ranges)
-    store = StatisticsStore(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
+    store = StoreAtHand(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
     mend(store, reporter)
     if ordered:
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
-        collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate")
+        collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
+        store.flush()
     model = None if inputs.streaming else open_causal_lm(inputs)
     table.dense(lambda: _perplexities(inputs, model, Variant()))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar

@@ -25,6 +25,7 @@ from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit, Regression, fit_bytes
 from ghost_dist.spans import Span
+from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
@@ -270,6 +271,8 @@ class FitHere:
         else:
             nbytes = self._num_folds * store.sums_bytes(keys)
         needed = fit_bytes(nbytes, self._num_folds)
+        if isinstance(store, StoreAtHand):
+            needed -= store.bytes_at_hand(device)
         return device if needed <= self._room else torch.device("cpu")
 
 

@@ -96,16 +96,19 @@ def recover(
             stages.calibrate(tokens, spans)
         statistics = stages.statistics(tokens, spans)
         if again == "calibrate":
+            stages.flush()
             return {"ranges": len(statistics.ranges)}
         solution = stages.solve(tokens, spans)
         candidates = solution.record["candidates"]
         for said in sentences(no_better_than_cut(candidates, {}), solution.operator):
             reporter.warn(said)
         if again == "solve":
+            stages.flush()
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
         stages.export(spans, solution)
         evaluation = stages.evaluate(spans, solution)
+        stages.flush()
         result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)
         content = json_bytes(result)
         write_bytes(run.checkpoint / RESULT, content)

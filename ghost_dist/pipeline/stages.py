@@ -72,7 +72,8 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.store import StatisticsStore, remove_store
+from ghost_dist.statistics.at_hand import StoreAtHand
+from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
 from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
@@ -136,7 +137,7 @@ class Stages:
         self._again = again
         self._collect = collect or collect_here(inputs, reporter, run.path)
         self._fit_spans = fit_spans
-        self._store: StatisticsStore | None = None
+        self._store: StoreAtHand | None = None
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -206,7 +207,7 @@ class Stages:
             plan = plan_of(inputs, tokens, selector.entries(), ranges)
             if stored_plan(path) not in (None, plan):
                 remove_store(path)
-            store = StatisticsStore(path, plan)
+            store = StoreAtHand(path, plan)
             mend(store, self._reporter)
             starts = len(selector.entries())
             if selection.criterion == "recoverability":
@@ -242,7 +243,7 @@ class Stages:
         check_store(plan, candidates, spans, inputs)
         return plan
 
-    def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsStore:
+    def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StoreAtHand:
         """Sums of every range of windows, each committed once; damaged ones are run again."""
         if self._store is not None:
             return self._store
@@ -252,7 +253,7 @@ class Stages:
         plan = self.statistics(tokens, spans)
         if self._again == "calibrate" and stored_plan(path) not in (None, plan):
             remove_store(path)
-        store = StatisticsStore(path, plan)
+        store = StoreAtHand(path, plan)
         mend(store, self._reporter)
         missing = store.missing() if samples else ()
 
@@ -337,6 +338,13 @@ class Stages:
             return self._loaded("solve", wanted, work, partial(self._load_solution, spans))
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
+            if self._store is not None:
+                self._store.release()
+
+    def flush(self) -> None:
+        """Wait until the statistics are on the disk."""
+        if self._store is not None:
+            self._store.flush()
 
     def refine(self, tokens: TokenWindows, spans: tuple[Span, ...], solution: Solution) -> Solution:
         """Train the operators against the dense model, where the configuration asks for it."""

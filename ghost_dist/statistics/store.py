@@ -9,7 +9,7 @@ Layout below ``RUN/statistics.zarr``::
     ranges/00003/<attempt>/<block>/packed               small arrays, one behind the other
 
 A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
-create-only manifest that holds every array's sha256. Only manifests are believed: an attempt
+create-only manifest that holds every array's XXH3. Only manifests are believed: an attempt
 without one is rubbish, and the first manifest of a range wins. Ranges are summed in id order, so
 the result is bitwise the same whatever was killed and re-run.
 
@@ -81,7 +81,7 @@ class WrittenBlock:
 
     num_tokens: Mapping[str, int]  # by entry
     arrays: Mapping[str, Mapping[str, Any]]
-    """Shape, dtype and sha256 by entry/array; of a packed one where it begins, ``at``, instead."""
+    """Shape, dtype and XXH3 by entry/array; of a packed one where it begins, ``at``, instead."""
 
 
 class StatisticsStore:
@@ -367,7 +367,7 @@ class StatisticsStore:
     ) -> dict[str, Sums]:
         """Sum over committed ranges in id order; all of the plan unless ids are given."""
         wanted = range(len(self.plan.ranges)) if range_ids is None else sorted(range_ids)
-        absent = tuple(i for i in wanted if not self._manifest_path(i).exists())
+        absent = tuple(i for i in wanted if not self._has_range(i))
         if absent:
             raise CorruptStoreError(
                 f"Ranges {list(absent)} are not committed; run calibrate again.", absent
@@ -377,6 +377,9 @@ class StatisticsStore:
             sums = self.read(range_id, entries, device=device)
             total = {name: total[name] + part if total else part for name, part in sums.items()}
         return total
+
+    def _has_range(self, range_id: int) -> bool:
+        return self._manifest_path(range_id).exists()
 
     def _attempt_folder(self, range_id: int, attempt: str) -> Path:
         return self.path / "ranges" / f"{range_id:05d}" / attempt

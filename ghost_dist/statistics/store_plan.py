@@ -11,7 +11,7 @@ from typing import Any
 from ghost_dist.durable import fingerprint, read_sealed
 from ghost_dist.errors import RunMismatchError
 
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Layout below the folder::
 
-    state.json          boundary, windows, and every array with its sha256; replaced as a whole
+    state.json          boundary, windows, and every array with its hash; replaced as a whole
     arrays/<id>         Zarr arrays, one for each kept stream
 
 A thread writes while the next layers run, for a tenth of the time at most: after a save that took
