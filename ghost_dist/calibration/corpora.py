@@ -67,19 +67,33 @@ def open_corpus(
     if name in ALIASES:
         parts = [*ALIASES[name].split(":"), *parts]
         return _dataset(source, parts, None, seed, split)
-    # A path may itself hold colons: the longest one that exists wins.
-    for count in range(len(parts), -1, -1) if name else ():
-        path = Path(":".join([name, *parts[:count]])).expanduser()
+    if (found := _local(source)) is not None:
+        path, rest = found
         if path.is_file():
-            return _file(source, path, parts[count:])
-        if path.is_dir():
-            return _dataset(source, [str(path), *parts[count:]], path, seed, split, files)
+            return _file(source, path, rest)
+        return _dataset(source, [str(path), *rest], path, seed, split, files)
     if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise CalibrationError(
             f"There is no file or folder {source} (working directory {Path.cwd()}). Give an "
             "existing one, or the name of a dataset such as allenai/c4:en."
         )
     return _dataset(source, [name, *parts], None, seed, split)
+
+
+def absolute_source(source: str) -> str:
+    """The same source from any working directory."""
+    found = None if source.partition(":")[0] in ALIASES else _local(source)
+    return source if found is None else ":".join([str(found[0].absolute()), *found[1]])
+
+
+def _local(source: str) -> tuple[Path, list[str]] | None:
+    """A file or folder, and the parts behind it; of paths with colons the longest that exists."""
+    name, *parts = source.split(":")
+    for count in range(len(parts), -1, -1) if name else ():
+        path = Path(":".join([name, *parts[:count]])).expanduser()
+        if path.is_file() or path.is_dir():
+            return path, parts[count:]
+    return None
 
 
 def _file(source: str, path: Path, parts: list[str]) -> Corpus:

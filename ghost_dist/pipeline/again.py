@@ -10,6 +10,7 @@ from ghost_dist.config import Config
 from ghost_dist.config_file import config_from_tree, config_tree, config_yaml, parse_set, set_field
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError, GhostDistError
+from ghost_dist.pipeline.inputs import with_absolute_paths
 from ghost_dist.pipeline.recover import Stage, recover
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -65,7 +66,7 @@ def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config
         key, value = parse_set(assignment)
         set_field(tree, key, value)
         keys.append(key)
-    config = config_from_tree(tree)
+    config = with_absolute_paths(config_from_tree(tree))
     for key in keys:
         if not any(f"{key}.".startswith(f"{field}.") for field in OPEN_FIELDS[stage]):
             allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage])

@@ -37,6 +37,7 @@ from ghost_dist.pipeline.inputs import (
     open_causal_lm,
     open_inputs,
     windows_of_folds,
+    with_absolute_paths,
 )
 from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
@@ -102,7 +103,7 @@ def compare(
             "engine.kind=streaming: the row refine trains operators on a model that is held whole. "
             "Leave it out, or set engine.kind=resident on a machine that can."
         )
-    reporter = reporter or Reporter()
+    config, reporter = with_absolute_paths(config), reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
         inputs = open_inputs(config, reporter, any_operator=True)

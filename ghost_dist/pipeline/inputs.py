@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ghost_dist.calibration.corpora import absolute_source
 from ghost_dist.calibration.published import PUBLISHED, published_windows
 from ghost_dist.calibration.split import assign_ranges, fold_of_range
 from ghost_dist.calibration.windows import TokenWindows, build_windows
@@ -107,6 +108,23 @@ class RunInputs:
     def compiled(self) -> bool:
         """Whether layers are compiled: on a GPU, where it is asked for."""
         return self.config.engine.compile and self.worker_device.type == "cuda"
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration of the same local files from any working directory, as RUN keeps it."""
+    model = Path(config.model.path).expanduser()
+    corpora = {name: absolute_source(text) for name, text in config.evaluation.corpora.items()}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model.absolute())} if model.is_dir() else {},
+        "calibration": {"source": absolute_source(config.calibration.source)},
+        "evaluation": {"corpora": corpora},
+    }
+    return config.model_copy(
+        update={
+            name: getattr(config, name).model_copy(update=fields)
+            for name, fields in sections.items()
+        }
+    )
 
 
 def open_inputs(

@@ -19,7 +19,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import keep, settle, settled
-from ghost_dist.pipeline.inputs import RunInputs, open_inputs
+from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.stages import RESULT, STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
@@ -69,7 +69,7 @@ def recover(
             "This configuration needs Ray (engine.tensor_parallel, data_parallel, replicas or "
             "cluster.address): call ghost_dist.cluster.session.recover_on_cluster."
         )
-    reporter = reporter or Reporter()
+    config, reporter = with_absolute_paths(config), reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
         reporter.event("run-start", version=__version__)

@@ -2,7 +2,7 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from ghost_dist.calibration.corpora import open_corpus
+from ghost_dist.calibration.corpora import absolute_source, open_corpus
 from ghost_dist.errors import CalibrationError
 
 ROWS = {"text": [f"row {i}" for i in range(200)], "title": [f"title {i}" for i in range(200)]}
@@ -47,6 +47,13 @@ def test_a_column_follows_the_file_and_a_path_may_hold_colons(here):
     (here / "a:b.jsonl").write_text('{"text": "t", "x:y": "u"}\n')
     assert texts("a:b.jsonl") == ["t"]
     assert texts("a:b.jsonl:x:y") == ["u"]
+    assert absolute_source("a:b.jsonl:x:y") == f"{here}/a:b.jsonl:x:y"
+
+
+def test_names_that_are_no_local_files_stay(here):
+    (here / "c4").mkdir()
+    for source in ("c4", "c4::test", "allenai/c4:en", "none.txt"):
+        assert absolute_source(source) == source
 
 
 def test_plain_text_has_no_columns(here):

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 from disk_steps import watched
@@ -26,14 +28,15 @@ QUIET = Reporter(console=Console(quiet=True))
 
 @pytest.fixture(scope="module")
 def finished(model_folder, text_file, tmp_path_factory):
-    """A run with refinement and evaluation, and texts of its own; read only."""
+    """A run with refinement and evaluation, and texts of its own that it names from their folder;
+    a copy of all, and the original's place."""
     root = tmp_path_factory.mktemp("finished")
     for name in ("calibration.txt", "evaluation.txt"):
         shutil.copy(text_file, root / name)
     config = load_config(
         None,
         {
-            "model.path": str(model_folder),
+            "model.path": os.path.relpath(model_folder, root),
             "calibration.source": "calibration.txt",
             "calibration.windows": 9,
             "calibration.window_length": 32,
@@ -55,15 +58,16 @@ def finished(model_folder, text_file, tmp_path_factory):
     )
     with contextlib.chdir(root):
         recover(config, QUIET)
-    return root
+    return root.rename(root.with_name("copy")), root
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch):
-    """A copy of the run, and of its texts in the folder above it, from which it is called."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "run"
+def run(finished):
+    """The run, and its texts in the folder above it."""
+    copy, root = finished
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(copy, root)
+    return root / "run"
 
 
 def continued(run):
@@ -184,6 +188,14 @@ def test_stages_before_the_evaluation_open_none_of_its_texts(run, stage):
     assert run_stage_again(run, stage, [], QUIET)
     with pytest.raises(CalibrationError, match=r"evaluation\.txt"):
         run_stage_again(run, "evaluate", [], QUIET)
+
+
+def test_a_run_that_names_files_from_its_folder_is_continued_from_another(run, forked):
+    (run / "events.jsonl").unlink()
+    again = [forked.program, "-m", "ghost_dist", "evaluate", run, "--set", "evaluation.windows=1"]
+    done = subprocess.run(again, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "calibration text" not in (run / "events.jsonl").read_text()
 
 
 def test_verify_writes_nothing(run, capsys):
