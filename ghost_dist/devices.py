@@ -35,7 +35,7 @@ _CGROUPS = (
 
 def open_device(name: str) -> torch.device:
     """The device of ``engine.device``, begun; auto is the first GPU where there is one."""
-    available = torch.cuda.is_available()
+    available = has_gpu()
     if name == "auto":
         name = "cuda:0" if available else "cpu"
     if name.startswith("cuda"):
@@ -54,6 +54,11 @@ def open_device(name: str) -> torch.device:
     device = torch.device(name)
     begin(device)
     return device
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU."""
+    return torch.cuda.is_available()
 
 
 def begin(device: torch.device) -> None:

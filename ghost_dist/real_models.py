@@ -175,6 +175,8 @@ def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:
     import transformers
     from tokenizers import pre_tokenizers
 
+    from ghost_dist.checkpoint.conversions import save_model
+
     transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -185,7 +187,7 @@ def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
-    model.save_pretrained(checkpoint)
+    save_model(model, checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     tokenizer.model_max_length = config.max_position_embeddings
     if split_digits:

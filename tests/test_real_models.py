@@ -198,3 +198,19 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert real_models.cache_folder() == tmp_path / ".cache" / "ghost_dist"
+
+
+def test_saving_a_model_says_nothing(forked, tmp_path):
+    """DeepSpeed is imported by it, and would say that it found no GPU."""
+    program = (
+        "import sys, transformers\n"
+        "from pathlib import Path\n"
+        "from ghost_dist.checkpoint.conversions import save_model\n"
+        "config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, vocab_size=8,\n"
+        "                                  num_hidden_layers=1, num_attention_heads=1)\n"
+        "save_model(transformers.LlamaForCausalLM(config), Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run(
+        [forked.program, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""

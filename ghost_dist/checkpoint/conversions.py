@@ -8,11 +8,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from ghost_dist.devices import has_gpu
 from ghost_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -120,6 +122,21 @@ def quiet_loading() -> Iterator[list[str]]:
         logger.removeFilter(keep_report)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """``save_pretrained``, quietly."""
+    # It imports DeepSpeed where that is installed, which warns if it has to find out by itself
+    # that there is no GPU.
+    tell = not has_gpu() and "DS_ACCELERATOR" not in os.environ
+    if tell:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        with quiet_loading():
+            model.save_pretrained(folder)
+    finally:
+        if tell:
+            del os.environ["DS_ACCELERATOR"]
 
 
 def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
-from ghost_dist.checkpoint.conversions import quiet_loading
+from ghost_dist.checkpoint.conversions import save_model
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.errors import UnsupportedArchitectureError
@@ -43,8 +43,7 @@ def small_model(
 
     def saved(model: Any) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
-            with quiet_loading():
-                model.save_pretrained(folder)
+            save_model(model, Path(folder))
             inspect_architecture(open_checkpoint(Path(folder)))
             return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
