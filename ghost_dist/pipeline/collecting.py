@@ -131,7 +131,7 @@ class CollectHere:
         """Nothing is kept between stages."""
 
 
-def mend(store: StatisticsStore, reporter: Reporter) -> None:
+def discard_damaged(store: StatisticsStore, reporter: Reporter) -> None:
     """Remove what killed writers left, and discard damaged ranges, so that they are run again."""
     store.sweep()
     for range_id, reason in store.damaged().items():

@@ -27,9 +27,9 @@ from ghost_dist.durable import fingerprint, write_bytes, write_json
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import entries_of, mend, plan_of
+from ghost_dist.pipeline.collecting import discard_damaged, entries_of, plan_of
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
-from ghost_dist.pipeline.engine import settle
+from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     calibration_ranges,
@@ -112,7 +112,7 @@ def compare(
         for remove in removes:
             check_remove(remove, inputs.architecture.num_layers, config.selection.protect)
         whole = "the row refine" if "refine" in rows else None
-        inputs = settle(inputs, run, reporter, whole=whole)
+        inputs = with_engine(inputs, run, reporter, whole=whole)
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
         table = _Table(run.path, inputs, tokens)
@@ -153,7 +153,7 @@ def _select(
             entries |= selector.entries()
         plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
         store = StoreAtHand(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
-        mend(store, reporter)
+        discard_damaged(store, reporter)
         collect = collect_here(inputs, reporter, run.path)
         collect(store, tokens, CollectorsTogether(selectors), "select")
         for name, selector in selectors.items():
@@ -195,7 +195,7 @@ def _fill(
     ranges = calibration_ranges(inputs, tokens.num_windows)
     plan = plan_of(inputs, tokens, entries, ranges)
     store = StoreAtHand(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
-    mend(store, reporter)
+    discard_damaged(store, reporter)
     if ordered:
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)

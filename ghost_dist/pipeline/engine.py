@@ -31,10 +31,10 @@ _RECORD = "engine"
 Kind = Literal["resident", "streaming"]
 
 
-def settle(
+def with_engine(
     inputs: RunInputs, run: RunFolder, reporter: Reporter, *, whole: str | None = None
 ) -> RunInputs:
-    """Inputs with the engine that this run has, or gets now; :func:`keep` notes it.
+    """Inputs with the engine that this run has, or gets now; :func:`record_engine` notes it.
 
     ``whole``: what needs the whole model beside the configuration.
     """
@@ -58,13 +58,13 @@ def settle(
     return replace(inputs, streaming=choice.kind == "streaming")
 
 
-def settled(run: RunFolder) -> bool:
+def has_engine(run: RunFolder) -> bool:
     """Whether the run has an engine, so that texts it will evaluate are not asked for theirs."""
     return bool(run.outputs(_RECORD))
 
 
-def keep(inputs: RunInputs, run: RunFolder) -> None:
-    """Note what :func:`settle` decided, once the folder is bound to the run."""
+def record_engine(inputs: RunInputs, run: RunFolder) -> None:
+    """Note what :func:`with_engine` decided, once the folder is bound to the run."""
     kind = "streaming" if inputs.streaming else "resident"
     run.finish(
         _RECORD, "", {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}

@@ -81,7 +81,7 @@ class RunInputs:
     """Of lm-evaluation-harness."""
     streaming: bool
     """Whether this process never holds the model, but reads layer after layer: as configured until
-    ``engine.settle`` has decided."""
+    ``engine.with_engine`` has decided."""
 
     @property
     def numerics(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
-from ghost_dist.pipeline.engine import keep, settle, settled
+from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.stages import RESULT, STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
@@ -76,10 +76,10 @@ def recover(
         inputs = open_inputs(
             config,
             reporter,
-            evaluates=again not in ("select", "calibrate", "solve") or not settled(run),
+            evaluates=again not in ("select", "calibrate", "solve") or not has_engine(run),
             worker_device=None if workers is None else workers.device,
         )
-        inputs = settle(inputs, run, reporter)
+        inputs = with_engine(inputs, run, reporter)
         if again is not None:
             run.forget(again)
         collect = workers.collect(inputs, reporter) if workers is not None else None
@@ -87,7 +87,7 @@ def recover(
         stages = Stages(inputs, run, reporter, again, collect, fit_spans)
         tokens = stages.tokens()
         run.begin()
-        keep(inputs, run)
+        record_engine(inputs, run)
         spans = stages.select(tokens)
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":

@@ -26,7 +26,7 @@ from ghost_dist.pipeline.candidates import (
 )
 from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solving import num_judges
+from ghost_dist.pipeline.solving import num_validation_folds
 from ghost_dist.planning.model_sizes import ModelSizes
 from ghost_dist.planning.run_shape import RunShape, SampleShape, SearchShape, SelectionShape
 from ghost_dist.solver.least_squares import RIDGE_GRID
@@ -85,7 +85,7 @@ def run_shape(
         shifts=len(SHIFTS) if searched else 1,
         fine_shifts=len(FINE_SHIFTS) if searched else 0,
         by_kl=by_kl,
-        judging_folds=num_judges(num_tokens, operator.folds),
+        validation_folds=num_validation_folds(num_tokens, operator.folds),
         plain_cut=len(candidates) > 1 and any(c.operator == "none" for c in candidates),
         final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
         refits=len(spans) - 1 if operator.refit == "sequential" else 0,

@@ -224,7 +224,7 @@ class Solver:
                 for row in rows
             ]
             return rows, residuals, found
-        judges = everything[-num_judges(int(self._tokens.tokens.size), config.folds) :]
+        judges = everything[-num_validation_folds(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
         of_fold = []
         for judge in judges:
@@ -391,7 +391,7 @@ def _around(chosen: Candidate, fit: Fit | None) -> Candidate:
     return replace(chosen, around=fit.relative_ridge / 10**chosen.shift)
 
 
-def num_judges(num_tokens: int, folds: int) -> int:
+def num_validation_folds(num_tokens: int, folds: int) -> int:
     """Folds that candidates are judged on: as many as hold HELD_OUT_TOKENS, of all tokens."""
     return min(folds, math.ceil(HELD_OUT_TOKENS / (num_tokens // folds)))
 

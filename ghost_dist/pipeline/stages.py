@@ -48,8 +48,8 @@ from ghost_dist.export.verify import (
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
+    discard_damaged,
     entries_of,
-    mend,
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
@@ -208,7 +208,7 @@ class Stages:
             if stored_plan(path) not in (None, plan):
                 remove_store(path)
             store = StoreAtHand(path, plan)
-            mend(store, self._reporter)
+            discard_damaged(store, self._reporter)
             starts = len(selector.entries())
             if selection.criterion == "recoverability":
                 left = len(store.missing())
@@ -254,7 +254,7 @@ class Stages:
         if self._again == "calibrate" and stored_plan(path) not in (None, plan):
             remove_store(path)
         store = StoreAtHand(path, plan)
-        mend(store, self._reporter)
+        discard_damaged(store, self._reporter)
         missing = store.missing() if samples else ()
 
         def work() -> dict[str, Any]:

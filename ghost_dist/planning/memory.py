@@ -115,7 +115,7 @@ def streams_bytes(run: RunShape, stage: str, ranks: int | None = None) -> int:
         longest = max([1, *(span.stop - span.start for span in run.spans)])
         return streams + (longest + 1) * sizes.stream_bytes(tokens)
     if stage == "solve" and run.by_kl:
-        judged = run.num_tokens * run.judging_folds // run.folds
+        judged = run.num_tokens * run.validation_folds // run.folds
         return (run.shifts + run.fine_shifts + 1) * sizes.stream_bytes(judged)
     if stage == "evaluate":
         return 3 * sizes.stream_bytes(sum(run.evaluation_tokens.values()))  # one sweep for all

@@ -78,7 +78,7 @@ class RunShape:
     fine_shifts: int
     plain_cut: bool  # whether it is a candidate
     by_kl: bool  # false too where there is only one candidate
-    judging_folds: int  # that candidates are compared on, one after the other
+    validation_folds: int  # that candidates are compared on, one after the other
     final_folds: int
     refits: int  # spans fitted again on the recovered stream
     heal: bool

@@ -135,7 +135,7 @@ def _solve(run: RunShape, engine: EngineKind, keeps_sums: bool) -> Work:
     if run.runs_whole_model:
         _read(work, run, run.sizes.stored_bytes, engine)
     # How often candidates are fitted, and on how many folds.
-    judges, folds = (run.judging_folds, run.folds - 1) if run.by_kl else (1, run.folds)
+    judges, folds = (run.validation_folds, run.folds - 1) if run.by_kl else (1, run.folds)
     candidates = 0
     for span in run.spans:
         searches = [search for search in run.searches if search.span == span]
@@ -203,7 +203,7 @@ def _fit(
 
 def _compare(work: Work, run: RunShape, candidates: int) -> None:
     """The dense model and the candidates on the judging folds, in one go, then the fine ones."""
-    tokens = run.num_tokens * run.judging_folds // run.folds
+    tokens = run.num_tokens * run.validation_folds // run.folds
     for number, cuts in ((candidates, run.plain_cut), (run.fine_shifts, 0)):
         if not number:
             continue

@@ -237,6 +237,6 @@ def test_where_fits_go_is_decided_once_and_not_by_free_memory(make_config, tmp_p
     opened = replace(opened, fit_room=800)
     with RunFolder(opened.config) as run:
         run.begin()
-        engine.keep(engine.settle(opened, run, Reporter()), run)
-        later = engine.settle(replace(opened, fit_room=500), run, Reporter())
+        engine.record_engine(engine.with_engine(opened, run, Reporter()), run)
+        later = engine.with_engine(replace(opened, fit_room=500), run, Reporter())
     assert later.fit_room == 800

@@ -106,7 +106,7 @@ def test_layers_and_fits_are_counted_as_the_stages_run_them(make_config, counted
         if stage == "solve":
             # The errors of candidates whose ridge is one of the grid are known by then.
             reckoned = sum(fit.steps for fit in work.fits)
-            tried = run.judging_folds * sum(search.candidates for search in run.searches)
+            tried = run.validation_folds * sum(search.candidates for search in run.searches)
             saved = (run.folds - 1) * run.shifts * tried + 4 * run.folds
             assert reckoned - saved * (run.shifts > 1) <= found["factors"] <= reckoned
 
