@@ -18,28 +18,22 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName, RowWeights
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
-from ghost_dist.solver.ghost import fit_ghost
 from ghost_dist.solver.least_squares import (
     FEW_TOKENS_PER_REGRESSOR,
     Fit,
     FitOptions,
     Regression,
 )
-from ghost_dist.solver.linear_patch import fit_linear_patch
-from ghost_dist.solver.low_rank import fit_low_rank
-from ghost_dist.solver.stream_norm import fit_stream_norm
+from ghost_dist.solver.operators import OPERATORS, FitInput, has_ridge, refits_down
 from ghost_dist.spans import Span
-from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.sum_costs import num_regressors
 from ghost_dist.statistics.sums import Sums
 from ghost_dist.statistics.transforms import stream_moments
 
 Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
 
-NEEDS_DOWN_PROJ: frozenset[OperatorName] = frozenset({"ghost-joint", "fold", "replaceme"})
-WITHOUT_FIT: frozenset[OperatorName] = frozenset({"none", "linear-patch", "linear-patch-hadamard"})
 SHIFTS = (1.0, 0.0, -1.0, -2.0)
 """Decades from the ridge of least held-out residual at which the choice by KL looks: with few
 tokens the logits ask for a stronger ridge than the squared error of the stream does, with many for
@@ -75,25 +69,22 @@ class Candidate:
 
     def kind(self) -> SampleKind | None:
         """The sums that a span of it is fitted from; None: none."""
-        if self.operator == "none":
-            return None
-        if self.operator in ("linear-patch", "linear-patch-hadamard"):
-            return SampleKind("absolute")
-        if self.operator in NEEDS_DOWN_PROJ:
-            return SampleKind("joint", self.row_weights)
-        return SampleKind(self.features, self.row_weights)
+        regressors = OPERATORS[self.operator].regressors
+        if regressors is None or regressors == "absolute":
+            return regressors and SampleKind(regressors)
+        return SampleKind(self.features if regressors == "stream" else regressors, self.row_weights)
 
     def num_regressors(self, width: int, inner: int) -> int:
-        """Regressors of its largest least squares at a span behind an MLP of that inner width."""
-        if self.operator in WITHOUT_FIT:
+        """Regressors of its least squares at a span behind an MLP of that inner width."""
+        operator, kind = OPERATORS[self.operator], self.kind()
+        if kind is None or not operator.has_ridge:
             return 0
-        of_operator = {"ghost-joint": width + inner, "fold": inner, "replaceme": width}
-        plain = 2 * width if self.features == "stream+norm" else width
-        return of_operator.get(self.operator, plain)
+        size = operator.size
+        return size(width, inner) if size else num_regressors(kind.regressors, width, inner)
 
     def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
         """What is done at a span: ghost where the down_proj before it cannot be refitted."""
-        if self.operator in NEEDS_DOWN_PROJ and span.start - 1 not in refittable:
+        if refits_down(self.operator) and span.start - 1 not in refittable:
             return replace(self, operator="ghost")
         return self
 
@@ -122,12 +113,12 @@ def candidates_of(
     ConfigError
         If an operator was asked for by name that a span does not allow.
     """
-    if config.name in NEEDS_DOWN_PROJ:
+    if config.name != "auto" and refits_down(config.name):
         _check_refittable(config.name, spans, refittable)
-    by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
+    by_kl = config.choose == "kl" and has_ridge(config.name)
     shifts = SHIFTS if searches_ridge(config) else (0.0,)
     weights: list[RowWeights] = ["none"] if config.row_weights == "auto" else [config.row_weights]
-    if config.name in WITHOUT_FIT:
+    if not has_ridge(config.name):
         weights = ["none"]
     elif config.row_weights == "auto" and by_kl:
         weights.append("inverse-norm")
@@ -182,7 +173,7 @@ def _forms(
 
 def searches_ridge(config: OperatorConfig) -> bool:
     """Whether ridges other than that of least residual are tried."""
-    by_kl = config.choose == "kl" and config.name not in WITHOUT_FIT
+    by_kl = config.choose == "kl" and has_ridge(config.name)
     return by_kl and config.ridge == "auto"
 
 
@@ -233,31 +224,27 @@ def fit_candidate(
     SingularGramError, SingularOperatorError, ConfigError
         As the operator's own function says.
     """
-    name, ridge = str(span), candidate.ridge
     options: FitOptions = {"affine": candidate.affine, "judge": judge}
     options |= {"around": candidate.around, "kept": {} if kept is None else kept}
-    if candidate.operator == "none":
-        return Repair(), None
     kind = candidate.kind()
-    assert kind is not None
+    if kind is None:
+        return Repair(), None
+    sums: list[Sums]
     if kind.regressors == "absolute":
-        hadamard = candidate.operator == "linear-patch-hadamard"
-        total = _absolute([f for n, f in enumerate(folds) if n != judge], kind.key(span))
-        return fit_linear_patch(name, total, hadamard=hadamard), None
-    moments = [_moments(fold, span, kind, down_FC) for fold in folds]
-    if kind.regressors == "joint":
-        assert down_FC is not None
-        fit = {"ghost-joint": fit_ghost_joint, "fold": fit_fold, "replaceme": fit_replaceme}
-        solve = fit[candidate.operator]
-        return solve(name, moments, down_FC, ridge, **options)
-    if candidate.operator == "low-rank":
-        repair, found, _ = fit_low_rank(
-            name, moments, ridge, rank=candidate.rank, affine=candidate.affine, judge=judge
-        )
-        return repair, found
-    if kind.regressors == "stream+norm":
-        return fit_stream_norm(name, moments, ridge, norm_eps=norm_eps, **options)
-    return fit_ghost(name, moments, ridge, **options)
+        sums = [fold[kind.key(span)] for number, fold in enumerate(folds) if number != judge]
+    else:
+        sums = [_moments(fold, span, kind, down_FC) for fold in folds]
+    given = FitInput(
+        span=str(span),
+        regressors=kind.regressors,
+        folds=sums,
+        ridge=candidate.ridge,
+        options=options,
+        down_FC=down_FC,
+        norm_eps=norm_eps,
+        rank=candidate.rank,
+    )
+    return OPERATORS[candidate.operator].fit(given)
 
 
 def stored_keys(kind: SampleKind, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
@@ -281,14 +268,6 @@ def _moments(
         return stream_moments(joint, down_FC)
     assert isinstance(found, Moments)
     return found
-
-
-def _absolute(folds: Sequence[Mapping[str, Sums]], key: str) -> AbsoluteSums:
-    total: Sums = folds[0][key]
-    for fold in folds[1:]:
-        total = total + fold[key]
-    assert isinstance(total, AbsoluteSums)
-    return total
 
 
 def _check_refittable(

@@ -48,6 +48,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
+from ghost_dist.solver.operators import OPERATORS, has_ridge
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
@@ -56,18 +57,7 @@ Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
 """``default``: as configured; ``heal`` and ``refine``: the same followed by healing or training."""
 
 SELECTIONS: tuple[Criterion, ...] = get_args(Criterion)
-TRAINING_FREE: tuple[Row, ...] = (
-    "none",
-    "linear-patch",
-    "linear-patch-hadamard",
-    "replaceme",
-    "fold",
-    "low-rank",
-    "ghost",
-    "ghost+norm",
-    "ghost-joint",
-    "default",
-)
+TRAINING_FREE: tuple[Row, ...] = (*OPERATORS, "ghost+norm", "default")
 ROWS: tuple[Row, ...] = (*TRAINING_FREE, "heal", "refine")
 DEFAULT_REFINE_STEPS = 300
 
@@ -309,7 +299,7 @@ def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
         update = {"name": "ghost", "features": "stream+norm"}
     elif row not in ("default", "refine"):
         update = {"name": row, "features": "stream"}
-        if row in ("none", "linear-patch", "linear-patch-hadamard"):
+        if not has_ridge(row):
             update["affine"] = False
     return OperatorConfig.model_validate({**inputs.config.operator.model_dump(), **update})
 

@@ -44,11 +44,12 @@ from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
-from ghost_dist.pipeline.candidates import NEEDS_DOWN_PROJ, candidates_of, few_tokens
+from ghost_dist.pipeline.candidates import candidates_of, few_tokens
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
+from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span, check_spans
 
 
@@ -372,7 +373,7 @@ def refittable_layers(
         If no small model could be built.
     """
     operator = config.operator
-    wanted = any_operator or operator.name in {"auto", *NEEDS_DOWN_PROJ} or operator.heal
+    wanted = any_operator or operator.name == "auto" or refits_down(operator.name) or operator.heal
     if not wanted or not architecture.down_projections:
         return frozenset()
 
@@ -418,7 +419,7 @@ def _say_if_few_tokens(
         for layer in sorted(refittable)
         if layer + 1 < architecture.num_layers
     ]
-    if not spans and config.operator.name in NEEDS_DOWN_PROJ:
+    if not spans and refits_down(config.operator.name):
         return  # refused once the spans are known
     spans = spans or [Span(0, 1)]
     candidates = candidates_of(config.operator, spans, refittable)

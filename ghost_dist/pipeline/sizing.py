@@ -18,7 +18,6 @@ from ghost_dist.devices import free_bytes
 from ghost_dist.pipeline.automatic import batch_of, count_ranges
 from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
-    NEEDS_DOWN_PROJ,
     SHIFTS,
     candidates_of,
     samples_of,
@@ -30,6 +29,7 @@ from ghost_dist.pipeline.solving import num_validation_folds
 from ghost_dist.planning.model_sizes import ModelSizes
 from ghost_dist.planning.run_shape import RunShape, SampleShape, SearchShape, SelectionShape
 from ghost_dist.solver.least_squares import RIDGE_GRID
+from ghost_dist.solver.operators import OPERATORS, refits_down
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors
 from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
@@ -61,7 +61,7 @@ def run_shape(
     samples = samples_of(candidates, spans, refittable)
     num_tokens = calibration.windows * calibration.window_length
     c = architecture.hidden_size
-    width = 0 if operator.name in ("none", "fold", "replaceme") else c
+    width = c if operator.name == "auto" or OPERATORS[operator.name].acts else 0
     forms = 1 + any(c.features == "stream+norm" for c in candidates)
     searched = searches_ridge(operator)
     by_kl = operator.choose == "kl" and len(candidates) > 1
@@ -90,7 +90,7 @@ def run_shape(
         final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
         refits=len(spans) - 1 if operator.refit == "sequential" else 0,
         heal=operator.heal,
-        first_changed=max(0, spans[0].start - (candidates[0].operator in NEEDS_DOWN_PROJ)),
+        first_changed=max(0, spans[0].start - refits_down(candidates[0].operator)),
         inner_sizes=architecture.inner_sizes,
         evaluation_tokens=evaluation_tokens,
         operator_bytes=len(spans) * forms * width * c * source.dtype.itemsize,
@@ -123,9 +123,7 @@ def _searches(
             here = replace(candidate.at(span, refittable), shift=0.0)
             kind = here.kind()
             if kind is not None and kind.regressors != "absolute":
-                size = {"fold": inner, "replaceme": width}.get(
-                    here.operator, num_regressors(kind.regressors, width, inner)
-                )
+                size = here.num_regressors(width, inner)
                 forms.setdefault((kind.regressors, size), set()).add(here)
         for (regressors, size), found in forms.items():
             searches.append(SearchShape(span, regressors, size, len(found)))

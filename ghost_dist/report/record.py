@@ -21,6 +21,7 @@ from ghost_dist.evaluation.bootstrap import (
     resampled_perplexities,
 )
 from ghost_dist.run_folder import RunFolder, read_record
+from ghost_dist.solver.operators import operator_of, refits_down
 
 VARIANTS = ("dense", "pruned", "recovered")
 _STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
@@ -69,11 +70,12 @@ class RunRecord:
     @property
     def acting(self) -> bool:
         """Whether something acts at the gaps."""
-        return self.operator not in (None, "none", "fold", "replaceme")
+        found = operator_of(self.operator)
+        return found is not None and found.acts
 
     @property
     def refitted(self) -> list[int]:
-        before = self.operator in ("ghost-joint", "fold", "replaceme")
+        before = refits_down(self.operator)
         found = [start - 1 for start, _ in self.spans if start > 0] if before else []
         return found + [row["layer"] for row in self.healing if row["kept"]]
 

@@ -1,6 +1,7 @@
 """Every operator through ``recover``; the exported checkpoint is reloaded by the run itself."""
 
 import json
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -8,14 +9,19 @@ import transformers
 from families import TEXT, save_checkpoint, save_tokenizer
 from safetensors.torch import load_file
 
-from ghost_dist.config import OperatorConfig
+from ghost_dist import api
+from ghost_dist.api import load_operator
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.config import Config, OperatorConfig, OperatorName
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
+from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.report.terminal import print_run
 from ghost_dist.ridge import RelativeRidge
+from ghost_dist.solver.operators import OPERATORS, Operator
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
 
@@ -26,11 +32,11 @@ def operator_file(run, name="3-5"):
     return load_file(run / "operators" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["ghost", "ghost-joint", "fold", "replaceme", "linear-patch", "linear-patch-hadamard",
-     "low-rank", "none"],
-)  # fmt: skip
+def test_the_table_has_every_name_of_the_configuration():
+    assert set(OPERATORS) == set(get_args(OperatorName))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_is_exported_as_it_is_solved(make_config, text_file, tmp_path, name):
     config = make_config(
         operator__name=name,
@@ -63,6 +69,47 @@ def test_every_operator_is_exported_as_it_is_solved(make_config, text_file, tmp_
     if name in PLAIN:  # loads without any code of ours
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
         assert model.config.num_hidden_layers == 5
+
+
+@pytest.fixture
+def halfway(monkeypatch):
+    """An operator added at run time: halfway between the plain cut and ghost."""
+
+    def fit(given):
+        repair, found = OPERATORS["ghost"].fit(given)
+        weight_CC = repair.weight_CC
+        return Repair(weight_CC=(weight_CC + torch.eye(len(weight_CC))) / 2), found
+
+    field = OperatorConfig.model_fields["name"]
+    with monkeypatch.context() as patch:
+        patch.setattr(field, "annotation", field.annotation | Literal["halfway"])
+        patch.setitem(OPERATORS, "halfway", Operator(fit))
+        for section in (OperatorConfig, Config):
+            section.model_rebuild(force=True)
+        yield "halfway"
+    for section in (OperatorConfig, Config):
+        section.model_rebuild(force=True)
+
+
+def test_an_operator_is_a_function_its_name_and_a_line_in_the_table(
+    halfway, make_config, text_file, tmp_path
+):
+    """Fitted, exported, reloaded, evaluated, reported, priced and compared like the others."""
+    weights, evaluation = {}, {"evaluation__corpora": {"text": str(text_file)}}
+    for name in ("ghost", halfway):
+        config = make_config(operator__name=name, output__path=str(tmp_path / name), **evaluation)
+        result = recover(config)
+        weights[name] = load_operator(tmp_path / name).weight_CC
+    assert torch.equal(weights[halfway], (weights["ghost"] + torch.eye(48)) / 2)
+    assert result["operator"] == halfway
+    assert halfway in (tmp_path / halfway / "report.html").read_text()
+    assert api.plan(config).tree()["stages"]
+    shared = make_config(
+        selection__spans=None, selection__remove=2, output__path=str(tmp_path / "all"), **evaluation
+    )
+    rows = compare(shared, [2], [halfway], ["recoverability"])["rows"]
+    assert [row["operator"] for row in rows] == [halfway]
+    assert rows[0]["perplexity"]["text"] > 0
 
 
 def test_classes_that_contain_each_other_have_ordered_residuals(make_config, tmp_path):

@@ -1,0 +1,113 @@
+"""The operators: which sums each is fitted from, by which function, and what it changes.
+
+An operator is a function in a file of its own, its name in ``config.OperatorName`` and a line of
+:data:`OPERATORS`; candidates, fits, ``compare``, ``plan`` and the report find it here.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.config import OperatorName
+from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
+from ghost_dist.solver.ghost import fit_ghost
+from ghost_dist.solver.least_squares import Fit, FitOptions
+from ghost_dist.solver.linear_patch import fit_linear_patch
+from ghost_dist.solver.low_rank import fit_low_rank
+from ghost_dist.solver.stream_norm import fit_stream_norm
+from ghost_dist.statistics.span_sums import Regressors
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FitInput:
+    """What a fit at a span has; tensors and sums are float64 on one device."""
+
+    span: str
+    regressors: Regressors
+    folds: Sequence[Any]  # Moments of disjoint windows; AbsoluteSums where regressors say so
+    ridge: Any  # "auto", RelativeRidge or AbsoluteRidge
+    options: FitOptions
+    down_FC: Tensor | None  # the model's down_proj of layer start - 1, where regressors are joint
+    norm_eps: float
+    rank: int | None
+
+
+Fitting = Callable[[FitInput], tuple[Repair, Fit | None]]
+
+
+class Operator(NamedTuple):
+    """One way to repair a span."""
+
+    fit: Fitting
+    regressors: Regressors | None = "stream"  # of the sums; None: nothing is fitted
+    size: Callable[[int, int], int] | None = None  # of its least squares, by C and F; None: of all
+    acts: bool = True  # at the gap, and not only in the layer before it
+
+    @property
+    def refits(self) -> bool:
+        """Whether the down_proj of the layer before the gap is replaced."""
+        return self.regressors == "joint"
+
+    @property
+    def has_ridge(self) -> bool:
+        """Whether it is a least squares."""
+        return self.regressors not in (None, "absolute")
+
+
+def _patch(given: FitInput, *, hadamard: bool = False) -> tuple[Repair, None]:
+    total = functools.reduce(operator.add, given.folds)
+    return fit_linear_patch(given.span, total, hadamard=hadamard), None
+
+
+def _ghost(given: FitInput) -> tuple[Repair, Fit]:
+    if given.regressors == "stream":
+        return fit_ghost(given.span, given.folds, given.ridge, **given.options)
+    return fit_stream_norm(
+        given.span, given.folds, given.ridge, norm_eps=given.norm_eps, **given.options
+    )
+
+
+def _low_rank(given: FitInput) -> tuple[Repair, Fit]:
+    affine, judge = given.options.get("affine", False), given.options.get("judge")
+    arguments = (given.span, given.folds, given.ridge)
+    return fit_low_rank(*arguments, rank=given.rank, affine=affine, judge=judge)[:2]
+
+
+def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
+    return lambda g: solve(g.span, g.folds, g.down_FC, g.ridge, **g.options)
+
+
+OPERATORS: dict[OperatorName, Operator] = {
+    "none": Operator(lambda _: (Repair(), None), None, acts=False),
+    "linear-patch": Operator(_patch, "absolute"),
+    "linear-patch-hadamard": Operator(functools.partial(_patch, hadamard=True), "absolute"),
+    "replaceme": Operator(_with_down(fit_replaceme), "joint", lambda c, _: c, acts=False),
+    "fold": Operator(_with_down(fit_fold), "joint", lambda _, f: f, acts=False),
+    "low-rank": Operator(_low_rank),
+    "ghost": Operator(_ghost),
+    "ghost-joint": Operator(_with_down(fit_ghost_joint), "joint"),
+}
+
+
+def operator_of(name: str | None) -> Operator | None:
+    """None for ``auto``, which tries several, and for other names."""
+    return next((found for known, found in OPERATORS.items() if known == name), None)
+
+
+def refits_down(name: str | None) -> bool:
+    """Whether an operator of that name (not ``auto``) replaces a down_proj."""
+    found = operator_of(name)
+    return found is not None and found.refits
+
+
+def has_ridge(name: str) -> bool:
+    """Whether what is tried under that name (``auto``: several) is a least squares."""
+    found = operator_of(name)
+    return found is None or found.has_ridge
