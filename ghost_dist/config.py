@@ -29,6 +29,7 @@ OperatorName = Literal[
     "none",
 ]
 RowWeights = Literal["none", "drop-first", "inverse-norm", "clip"]
+_SHARES_TOLERANCE = 1e-6
 
 
 class _Section(BaseModel):
@@ -60,6 +61,12 @@ class CalibrationConfig(_Section):
     source: str = Field(default="c4", min_length=1)
     """A .txt, .jsonl, .jsonl.gz or .parquet file, a folder of them, or a dataset
     ``NAME[:CONFIG[:SPLIT]]``, which is streamed; c4: allenai/c4."""
+    sources: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+    """Several sources with their shares of the windows, in the place of ``source``, such as
+    ``{web.jsonl: 0.75, code.txt: 0.25}``. What is chosen is judged on each in turn, fitted on the
+    others; of one source, on pieces that are unlike the rest of it."""
     windows: int = Field(default=32, ge=1)
     """Number of windows; none holds padding."""
     window_length: int = Field(default=2048, ge=2)
@@ -76,6 +83,26 @@ class CalibrationConfig(_Section):
     ranges: int | None = Field(default=None, ge=1)
     """Window ranges, the unit of commit and retry; null: one per fold,
     two where a fold has more than 65,536 tokens."""
+
+    @field_validator("sources")
+    @classmethod
+    def _shares(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and abs(sum(value.values()) - 1) > _SHARES_TOLERANCE:
+            raise ValueError(
+                f"the shares are of all windows and sum to {sum(value.values()):g}: "
+                "give some that sum to 1"
+            )
+        return value
+
+    @property
+    def windows_of(self) -> dict[str, int]:
+        """Windows of every source, in order."""
+        windows, shares = {}, 0.0
+        for source, share in (self.sources or {self.source: 1.0}).items():
+            before = round(shares * self.windows)
+            shares += share
+            windows[source] = round(shares * self.windows) - before
+        return windows
 
 
 def _as_span(pair: Any) -> Span:
@@ -172,8 +199,8 @@ class OperatorConfig(_Section):
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
-    """Folds of cross-validation; a range is in one fold. With refit=sequential, heal or
-    refine.steps the last fold is only used for evaluation."""
+    """Folds of cross-validation of one source; of several, each is a fold, of two each is two. With
+    refit=sequential, heal or refine.steps the last fold is only used for evaluation."""
     affine: bool = False
     """Fit a bias too."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
@@ -394,13 +421,34 @@ class Config(_Section):
                 "engine.reduction=all-reduce is between replicas of a cluster, and this run has "
                 "one process: set engine.replicas or cluster.address, or reduction=ordered"
             )
-        if self.judges_behind_the_fit(num_spans=2) and self.operator.folds < 3:
+        pieces = self.folds // max(1, len(self.calibration.sources))
+        for name, count in self.calibration.windows_of.items() if self.calibration.sources else ():
+            if count < pieces:
+                raise ValueError(
+                    f"calibration.sources: the share of {name} is {count} of "
+                    f"{self.calibration.windows} windows, and it needs {pieces}: raise it, or "
+                    "calibration.windows"
+                )
+        if self.judges_behind_the_fit(num_spans=2) and self.folds < 3:
             raise ValueError(
                 "operator.heal, operator.refit=sequential and refine.steps hold out one of "
                 f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
                 "least 2: give operator.folds >= 3"
             )
         return self
+
+    @property
+    def folds(self) -> int:
+        """Folds of cross-validation."""
+        sources = len(self.calibration.sources)
+        return {0: self.operator.folds, 1: self.operator.folds, 2: 4}.get(sources, sources)
+
+    @property
+    def left_out(self) -> tuple[tuple[int, ...], ...]:
+        """Folds that are left out of a fit together: those of a source, or of one source each."""
+        sources = len(self.calibration.sources)
+        step = sources if sources > 1 else self.folds
+        return tuple(tuple(range(first, self.folds, step)) for first in range(step))
 
     @property
     def needs_whole_model(self) -> tuple[str, str] | None:

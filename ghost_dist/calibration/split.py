@@ -1,37 +1,75 @@
-"""Deals windows to ranges and ranges to folds: the train / held-out split is by window.
+"""Deals windows to folds and folds to ranges: the train / held-out split is by window.
 
-A range is the unit of commit and retry: one or more pieces of consecutive windows. Fold ``k`` of
-``K`` holds out the ranges ``k, k + K, k + 2 K, ...``, so with two pieces or ranges a fold every
-fold samples the whole corpus; every window is held out exactly once, and no window lies on both
-sides. Windows are in the order of their places in the source, so what a fold holds out is stretches
-of the text and not windows between those that were fitted on: only where two pieces meet may a
-document be on both sides.
+With several sources a fold is of one of them. One source is cut into stretches, and a fold is those
+that are like each other and unlike the rest, by how often they have each token: what is chosen on a
+fold that was left out is chosen on text that is as other as the source has. A range is the unit of
+commit and retry; fold ``k`` of ``K`` has the ranges ``k, k + K, k + 2 K, ...``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+import numpy as np
+
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.errors import ConfigError
 
+_STRETCHES = 4  # of a fold
+_SCALE = 1 << 20
 
-def assign_ranges(num_windows: int, num_ranges: int, *, pieces: int = 1) -> list[tuple[int, ...]]:
-    """Cut ``range(num_windows)`` into stretches whose sizes differ by at most one, and deal them.
 
-    Range i of n has the ``pieces`` i, i + n, i + 2 n, ...; the first ones are the longer ones.
+def folds_of_windows(tokens: Tokens, source_of: Sequence[int], folds: int) -> list[int]:
+    """The fold of every window; with several sources ``folds`` is a multiple of their number.
+
+    Whole numbers are compared, so it is the same on every machine.
     """
-    count = num_ranges * pieces
-    if num_ranges < 1 or num_windows < count:
-        raise ConfigError(
-            f"{num_windows} calibration windows cannot be cut into {count} ranges: each holds "
-            "at least one window. Raise calibration.windows, or lower calibration.ranges or "
-            "operator.folds."
-        )
-    size, longer = divmod(num_windows, count)
-    starts = [index * size + min(index, longer) for index in range(count + 1)]
-    cut = [range(start, stop) for start, stop in itertools.pairwise(starts)]
-    return [tuple(itertools.chain(*cut[index::num_ranges])) for index in range(num_ranges)]
+    sources = len(set(source_of))
+    fold_of = np.empty(len(tokens), np.int64)
+    if sources > 1:
+        for source in range(sources):
+            windows = np.flatnonzero(np.asarray(source_of) == source)
+            for piece, part in enumerate(np.array_split(windows, folds // sources)):
+                fold_of[part] = source + sources * piece
+        return fold_of.tolist()
+    stretches = np.array_split(np.arange(len(tokens)), min(len(tokens), _STRETCHES * folds))
+    _, ids = np.unique(tokens, return_inverse=True)
+    ids = ids.reshape(tokens.shape)
+    counts = [np.bincount(ids[part].ravel(), minlength=ids.max() + 1) for part in stretches]
+    shares = np.stack([_SCALE * count // count.sum() for count in counts])
+    apart = np.stack([np.abs(shares - share).sum(1) for share in shares])
+    left = list(range(len(stretches)))
+    for fold in reversed(range(folds)):
+        first = max(left, key=lambda i: (apart[i, left].sum(), -i))
+        nearest = sorted(left, key=lambda i: (i != first, apart[i, first], i))
+        for stretch in nearest[: -(-len(left) // (fold + 1))]:
+            fold_of[stretches[stretch]] = fold
+            left.remove(stretch)
+    return fold_of.tolist()
+
+
+def assign_ranges(fold_of: Sequence[int], num_ranges: int) -> list[tuple[int, ...]]:
+    """Cut the windows of every fold, in their order, into its ranges."""
+    folds = max(fold_of) + 1
+    ranges: list[tuple[int, ...]] = [()] * num_ranges
+    for fold in range(folds):
+        ids = range(fold, num_ranges, folds)
+        windows = [window for window, of in enumerate(fold_of) if of == fold]
+        if not 0 < len(ids) <= len(windows):
+            raise ConfigError(
+                f"{len(fold_of)} calibration windows in {folds} folds cannot be cut into "
+                f"{num_ranges} ranges: each holds at least one window, and each fold one range. "
+                "Raise calibration.windows, or lower calibration.ranges or operator.folds."
+            )
+        for range_id, part in zip(ids, np.array_split(windows, len(ids)), strict=True):
+            ranges[range_id] = tuple(part.tolist())
+    return ranges
+
+
+def spread(windows: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, but one, at equal distances."""
+    count = max(1, min(most, len(windows)))
+    return [windows[(2 * i + 1) * len(windows) // (2 * count)] for i in range(count)]
 
 
 def fold_of_range(range_id: int, folds: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -34,7 +36,9 @@ class TokenWindows:
     tokens: Tokens
     """int32, shape (num_windows, window_length), read-only."""
     source: str
-    """The source as the user wrote it."""
+    """The source as the user wrote it; several are joined."""
+    source_of: tuple[int, ...] = ()
+    """The number of each window's source, where there are several."""
 
     def __post_init__(self) -> None:
         assert self.tokens.dtype == np.int32, "token ids are int32"
@@ -54,7 +58,7 @@ class TokenWindows:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of the token ids (little endian) and their shape."""
-        digest = hashlib.sha256(f"{self.tokens.shape}".encode())
+        digest = hashlib.sha256(f"{self.tokens.shape}{self.source_of or ''}".encode())
         digest.update(np.ascontiguousarray(self.tokens, dtype="<i4").data)
         return digest.hexdigest()
 
@@ -113,11 +117,23 @@ def build_windows(
     return TokenWindows(rows.astype(np.int32), source)
 
 
+def join_windows(of_sources: Sequence[TokenWindows]) -> TokenWindows:
+    """Windows of several sources, each knowing its own; of one as they are."""
+    if len(of_sources) == 1:
+        return of_sources[0]
+    return TokenWindows(
+        np.concatenate([windows.tokens for windows in of_sources]),
+        ", ".join(windows.source for windows in of_sources),
+        tuple(n for n, windows in enumerate(of_sources) for _ in windows.tokens),
+    )
+
+
 def save_windows(path: Path, windows: TokenWindows) -> None:
     """Write windows to a safetensors file that is either whole or absent."""
     metadata = {
         "format": _FORMAT,
         "source": windows.source,
+        "source_of": json.dumps(windows.source_of),
         "fingerprint": windows.fingerprint,
     }
     write_bytes(path, safetensors.numpy.save({"tokens": windows.tokens}, metadata))
@@ -134,13 +150,14 @@ def load_windows(path: Path) -> TokenWindows:
                     f"{path} holds {metadata.get('format')!r}, expected {_FORMAT!r}. {remedy}"
                 )
             tokens = file.get_tensor("tokens")
-    except (OSError, safetensors.SafetensorError) as error:
+            source_of = tuple(map(int, json.loads(metadata.get("source_of", "[]"))))
+    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise CorruptStoreError(f"{path} cannot be read: {error}. {remedy}") from error
     if tokens.dtype != np.int32 or tokens.ndim != 2:
         raise CorruptStoreError(
             f"{path} holds {tokens.dtype} of shape {tokens.shape}, expected int32 rows. {remedy}"
         )
-    windows = TokenWindows(tokens, metadata.get("source", ""))
+    windows = TokenWindows(tokens, metadata.get("source", ""), source_of)
     expected = metadata.get("fingerprint")
     if windows.fingerprint != expected:
         raise CorruptStoreError(

@@ -62,7 +62,7 @@ class CollectOnCluster:
                 store.plan_fingerprint,
                 tokens.tokens,
                 collectors,
-                config.operator.folds if keep else None,
+                config.folds if keep else None,
             )
         )
         queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)

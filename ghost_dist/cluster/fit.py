@@ -33,7 +33,7 @@ class FitOnCluster:
 
     def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
         self._inputs, self._reporter, self._pool = inputs, reporter, pool
-        folds = inputs.config.operator.folds
+        folds = inputs.config.folds
         self._here = FitHere(
             inputs.source, inputs.architecture, folds, inputs.fit_device, inputs.fit_room
         )
@@ -55,7 +55,7 @@ class FitOnCluster:
         work = FitWork(
             store.path.resolve(),
             store.plan_fingerprint,
-            self._inputs.config.operator.folds,
+            self._inputs.config.folds,
             self._inputs.fit_room,
         )
         if self._inputs.config.engine.reduction == "all-reduce" and not self._reduced:

@@ -173,7 +173,7 @@ class Pool:
         inputs, engine = self._inputs, self._inputs.config.engine
         # A selection has a range for each fold, calibration as many or more.
         selects = inputs.config.selection.spans is None
-        ranges = inputs.config.operator.folds if selects else inputs.num_ranges
+        ranges = inputs.config.folds if selects else inputs.num_ranges
         return EngineSpec(
             path=inputs.source.path.resolve(),
             model_fingerprint=inputs.model_fingerprint,

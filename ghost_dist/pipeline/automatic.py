@@ -26,7 +26,7 @@ def compute_dtype(config: Config, source: Checkpoint, device: torch.device) -> t
 
 def count_ranges(config: Config) -> int:
     """Each is written whole, so more of them than a stop may cost again only cost time."""
-    calibration, folds = config.calibration, config.operator.folds
+    calibration, folds = config.calibration, config.folds
     tokens = calibration.windows * calibration.window_length
     of_fold = 1 if tokens <= folds * _TOKENS_OF_RANGE else 2
     ranges = calibration.ranges or min(of_fold * folds, calibration.windows)

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 
 from rich.console import Console
 
-from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import layer_sizes
 from ghost_dist.checkpoint.repair import Repair
@@ -122,7 +121,7 @@ def _select(
     reporter: Reporter,
 ) -> list[_Cut]:
     """Spans of every criterion and number of layers; one pass for all that need sums."""
-    folds = inputs.config.operator.folds
+    folds = inputs.config.folds
     selectors = {
         f"{criterion}-{remove}": Selector(
             inputs.config.selection.model_copy(
@@ -141,7 +140,7 @@ def _select(
         entries: dict[str, str] = {}
         for selector in selectors.values():
             entries |= selector.entries()
-        plan = plan_of(inputs, tokens, entries, assign_ranges(tokens.num_windows, folds))
+        plan = plan_of(inputs, tokens, entries, calibration_ranges(inputs, tokens, folds))
         store = StoreAtHand(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
         discard_damaged(store, reporter)
         collect = collect_here(inputs, reporter, run.path)
@@ -182,7 +181,7 @@ def _fill(
         (s, k) for s, k in samples if k.regressors != "stream" or (s, k.row_weights) not in joint
     )
     entries = entries_of(ordered)
-    ranges = calibration_ranges(inputs, tokens.num_windows)
+    ranges = calibration_ranges(inputs, tokens)
     plan = plan_of(inputs, tokens, entries, ranges)
     store = StoreAtHand(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
     discard_damaged(store, reporter)
@@ -252,7 +251,7 @@ def _refined(
         Variant(cut.spans, solved.operators, solved.healed),
         tokens.tokens,
         windows_of_folds(inputs, tokens, solved.folds),
-        windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
+        windows_of_folds(inputs, tokens, [inputs.config.folds - 1]),
         config,
         batch=inputs.batch,
         state=state,

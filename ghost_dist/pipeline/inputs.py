@@ -13,8 +13,8 @@ import torch
 
 from ghost_dist.calibration.corpora import absolute_source
 from ghost_dist.calibration.published import PUBLISHED, published_windows
-from ghost_dist.calibration.split import assign_ranges, fold_of_range
-from ghost_dist.calibration.windows import TokenWindows, build_windows
+from ghost_dist.calibration.split import assign_ranges, folds_of_windows
+from ghost_dist.calibration.windows import TokenWindows, build_windows, join_windows
 from ghost_dist.checkpoint.architecture import (
     Architecture,
     check_cut,
@@ -41,13 +41,18 @@ from ghost_dist.devices import open_device
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.engines.small_model import with_small_model
-from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
+from ghost_dist.errors import (
+    CalibrationError,
+    ConfigError,
+    RunFolderError,
+    UnsupportedArchitectureError,
+)
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
-from ghost_dist.progress import Reporter
+from ghost_dist.progress import Advance, Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span, check_spans
@@ -269,23 +274,60 @@ def open_causal_lm(inputs: RunInputs) -> Any:
     return load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
 
 
-def calibration_ranges(inputs: RunInputs, num_windows: int) -> list[tuple[int, ...]]:
-    """Windows of every range; a fold with one range has two pieces of the text."""
-    halved = inputs.num_ranges == inputs.config.operator.folds and num_windows >= (
-        2 * inputs.num_ranges
-    )
-    return assign_ranges(num_windows, inputs.num_ranges, pieces=2 if halved else 1)
+def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
+    """Windows of every source, one source after the other.
+
+    Raises
+    ------
+    CalibrationError
+        If a source cannot be read or is too short.
+    """
+    calibration, found = inputs.config.calibration, []
+    for source, count in calibration.windows_of.items():
+        done = 0
+
+        def on_progress(tokens: int, _: int) -> None:
+            nonlocal done
+            advance(tokens - done)
+            done = tokens
+
+        try:
+            windows = build_windows(
+                source,
+                inputs.tokenizer,
+                windows=count,
+                window_length=calibration.window_length,
+                seed=calibration.seed,
+                special_tokens=calibration.special_tokens,
+                window_bos=calibration.window_bos,
+                sampling=calibration.sampling,
+                vocab_size=inputs.architecture.vocab_size,
+                on_progress=on_progress,
+            )
+        except CalibrationError as error:
+            if not calibration.sources:
+                raise
+            raise CalibrationError(
+                f"One of calibration.sources: {error} Or take {source} out of calibration.sources, "
+                "or give it a smaller share."
+            ) from error
+        advance(count * calibration.window_length - done)
+        found.append(windows)
+    return join_windows(found)
+
+
+def calibration_ranges(
+    inputs: RunInputs, tokens: TokenWindows, num_ranges: int | None = None
+) -> list[tuple[int, ...]]:
+    """Windows of every range of calibration, or of so many."""
+    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
+    return assign_ranges(fold_of, num_ranges or inputs.num_ranges)
 
 
 def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
-    """Calibration windows that some folds hold."""
-    count = inputs.config.operator.folds
-    return [
-        window
-        for range_id, windows in enumerate(calibration_ranges(inputs, tokens.num_windows))
-        for window in windows
-        if fold_of_range(range_id, count) in folds
-    ]
+    """Calibration windows that some folds hold, in order."""
+    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
+    return [window for window, fold in enumerate(fold_of) if fold in folds]
 
 
 def disk_needs(

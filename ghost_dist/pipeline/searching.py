@@ -1,8 +1,9 @@
 """Which layers go by ``selection.criterion=search``: removals scored as recovered models.
 
-One dense pass keeps the streams of all boundaries for some windows. From them the operator of any
-span is fitted in closed form, once. A removal with its operators is a variant of a sweep, scored by
-its KL divergence from the dense model on windows of the fold that nothing here is fitted on.
+One dense pass keeps the streams of all boundaries for some windows. From them the operators of any
+span are fitted in closed form, once, one for each source (of one source, each fold) without it. A
+removal with its operators is a variant of a sweep, scored by its KL divergence from the dense model
+on windows of every source, with the operators that were fitted without it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.split import spread
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import Architecture, check_cut
 from ghost_dist.checkpoint.repair import Repair
@@ -36,17 +39,18 @@ from ghost_dist.planning.run_shape import RemovalSearch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import (
+    Judges,
     Removal,
     Search,
     greedy_evaluations,
     table_as_plain,
     table_from_plain,
 )
-from ghost_dist.solver.span_selection import fit_start
+from ghost_dist.solver.span_selection import cross_fit_start
 from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
 
-_RIDGE = 1e-2  # relative; of operators within the search
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative; of operators within the search
 _JUDGED_LENGTH = 512  # tokens of a judging window; those of calibration are cut into such pieces
 _SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 _MOST_VARIANTS = 64  # of a sweep
@@ -65,19 +69,15 @@ class Effort:
         """Windows of a length that operators of a width are fitted on."""
         return -(-self.fitted_per_channel * width // length)
 
-    def judged_windows(self, length: int) -> int:
-        """Windows of a length that removals are scored on."""
-        return max(1, self.judged_tokens // length)
-
-    def depths(self, windows: int) -> tuple[int, ...]:
-        """Judging windows of all removals of a generation, and of the best."""
-        return tuple(sorted({max(1, windows // 4), windows}))
+    def judges(self, sources: int, of_source: int, length: int) -> Judges:
+        """Windows of a length that removals are scored on, of so many that there are."""
+        return Judges(sources, max(1, min(of_source, self.judged_tokens // (sources * length))))
 
 
 EFFORTS = {
-    "quick": Effort(1.0, 4096, 8),
-    "normal": Effort(2.0, 8192, 16),
-    "thorough": Effort(4.0, 16384, 32),
+    "quick": Effort(1.0, 8192, 16),
+    "normal": Effort(2.0, 16384, 32),
+    "thorough": Effort(4.0, 32768, 64),
 }
 
 
@@ -85,18 +85,18 @@ def search_shape(config: Config, remove: int, architecture: Architecture) -> Rem
     """What a search takes at most."""
     selection, calibration = config.selection, config.calibration
     effort, length = _effort(selection), min(_JUDGED_LENGTH, calibration.window_length)
-    pieces = _pieces(calibration)
-    of_judge = -(-calibration.windows // config.operator.folds)
+    sources = len(config.left_out)
+    each = calibration.windows // sources
     fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
-    depths = effort.depths(min(of_judge * pieces, effort.judged_windows(length)))
+    judges = effort.judges(sources, each * _pieces(calibration), length)
     rules = rules_of(selection, remove, architecture.num_layers)
-    budget = math.ceil(effort.rounds * greedy_evaluations(rules, depths))
+    budget = math.ceil(effort.rounds * greedy_evaluations(rules, judges))
     if isinstance(selection.effort, int):
         budget = selection.effort
     return RemovalSearch(
-        fitted_tokens=min(fitted, calibration.windows - of_judge) * calibration.window_length,
+        fitted_tokens=min(-(-fitted // sources), each) * sources * calibration.window_length,
         judged_tokens=budget * length,
-        sweeps=math.ceil(len(depths) * effort.rounds * remove),
+        sweeps=math.ceil(2 * sources * effort.rounds * remove),
     )
 
 
@@ -127,7 +127,7 @@ def search_spans(
             "remove": inputs.remove,
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
-            "folds": inputs.config.operator.folds,
+            "left_out": inputs.config.left_out,
             **inputs.numerics,
         }
     )
@@ -153,7 +153,7 @@ def search_spans(
         search = Search(
             rules_of(selection, inputs.remove, architecture.num_layers),
             score,
-            score.windows.depths,
+            score.windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
             effort=_effort(selection).rounds,
             seed=inputs.config.calibration.seed,
@@ -166,6 +166,7 @@ def search_spans(
     return _spans(found.removal), {
         "search": {
             "kl": found.score,
+            "kl_left_out": list(found.scores),
             "evaluations": found.evaluations,
             "candidates": found.candidates,
             "judged_tokens": int(score.windows.judged.size),
@@ -190,7 +191,7 @@ def scoring(inputs: RunInputs, tokens: TokenWindows, reporter: Reporter) -> Iter
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
         with reporter.stage("dense streams", int(windows.fitted.size), "tokens") as advance:
             streams = dense_streams(model, windows.fitted, inputs.batch, advance)
-        yield Scoring(model, windows, Operators(streams, model), at_once, batch)
+        yield Scoring(model, windows, Operators(streams, windows.source_of, model), at_once, batch)
 
 
 @dataclass(frozen=True)
@@ -201,36 +202,37 @@ class Windows:
     ----------
     fitted
         int32, shape (windows, T).
+    source_of
+        Of every one of these, the number of its source, or piece of one.
     judged
-        int32, shape (windows, at most T), pieces of others than these, from another fold.
-    depths
-        Judging windows of many removals, and of few.
+        int32, shape (windows, at most T); their sources are those of ``judges``.
+    judges
+        How they are put together.
     """
 
     fitted: Tokens
+    source_of: list[int]
     judged: Tokens
-    depths: tuple[int, ...]
+    judges: Judges
 
     @staticmethod
     def of(inputs: RunInputs, tokens: TokenWindows) -> Windows:
-        """Some of the calibration windows, spread over the text."""
-        effort, folds = _effort(inputs.config.selection), range(inputs.config.operator.folds)
+        """Some of the calibration windows of every source, spread over it."""
+        config, effort = inputs.config, _effort(inputs.config.selection)
         length = min(_JUDGED_LENGTH, tokens.window_length)
-        others = windows_of_folds(inputs, tokens, folds[:-1])
-        of_judge = tokens.tokens[sorted(windows_of_folds(inputs, tokens, folds[-1:]))]
-        used = length * _pieces(inputs.config.calibration)
-        of_judge = of_judge[:, :used].reshape(-1, length)
-        fit_windows = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
-        fitted = _spread(others, fit_windows)
-        judged = _spread(range(len(of_judge)), effort.judged_windows(length))
-        depths = effort.depths(len(judged))
-        # The first ones are spread too: those that are scored on no more windows have all of it.
-        order = judged[:: len(judged) // depths[0]][: depths[0]]
-        order += [window for window in judged if window not in order]
+        used = length * _pieces(config.calibration)
+        of_source = [windows_of_folds(inputs, tokens, folds) for folds in config.left_out]
+        sources, fewest = len(of_source), min(map(len, of_source))
+        most = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
+        fitted = [spread(windows, -(-most // sources)) for windows in of_source]
+        judges = effort.judges(sources, fewest * (used // length), length)
+        pieces = [tokens.tokens[windows, :used].reshape(-1, length) for windows in of_source]
+        judged = [part[spread(range(len(part)), judges.pieces)] for part in pieces]
         return Windows(
-            tokens.tokens[fitted],
-            of_judge[order],
-            depths,
+            tokens.tokens[[window for windows in fitted for window in windows]],
+            [number for number, windows in enumerate(fitted) for _ in windows],
+            np.stack(judged, 1).reshape(-1, length),
+            judges,
         )
 
 
@@ -254,35 +256,45 @@ class Scoring:
     at_once: int
     batch: int
 
-    def __call__(self, removals: Sequence[Removal], of_windows: range) -> list[list[float]]:
+    def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         """KL divergence per removal and window, nats a token; inf where it is not finite."""
-        judged = self.windows.judged[of_windows.start : of_windows.stop]
         spans = [_spans(removal) for removal in removals]
         self.operators.fit({span for of_one in spans for span in of_one})
-        found: list[list[float]] = []
-        for first in range(0, len(spans), self.at_once):
-            variants = map(self.operators.variant, spans[first : first + self.at_once])
-            of_all = [Variant(), *variants]
-            _, *scores = window_scores(self.model, of_all, judged, batch=self.batch)
-            found += [[v if math.isfinite(v) else math.inf for v in one.kl] for one in scores]
-        return found
+        found = np.empty((len(removals), len(windows)))
+        source_of = np.asarray(windows) % self.windows.judges.sources
+        for source in sorted(set(source_of.tolist())):
+            columns = np.flatnonzero(source_of == source)
+            judged = self.windows.judged[np.asarray(windows)[columns]]
+            for first in range(0, len(spans), self.at_once):
+                rows = range(len(spans))[first : first + self.at_once]
+                variants = [self.operators.variant(spans[row], source) for row in rows]
+                scores = window_scores(self.model, [Variant(), *variants], judged, batch=self.batch)
+                for row, one in zip(rows, scores[1:], strict=True):
+                    found[row, columns] = one.kl
+        found[~np.isfinite(found)] = math.inf
+        return found.tolist()
 
 
 class Operators:
-    """``ghost`` operators in the model's dtype, by span, each fitted once from dense streams.
+    """``ghost`` operators in the model's dtype, by span, each fitted once from dense streams: one
+    for each source, without it.
 
     Parameters
     ----------
     streams
         By boundary, (W, T, C).
+    source_of
+        By window.
     model
         Whose they are.
     """
 
-    def __init__(self, streams: Sequence[Tensor], model: LayerwiseModel) -> None:
-        self._streams, self._model = streams, model
-        self._weights: OrderedDict[Span, Repair] = OrderedDict()
-        one = model.hidden_size**2 * model.dtype.itemsize
+    def __init__(
+        self, streams: Sequence[Tensor], source_of: Sequence[int], model: LayerwiseModel
+    ) -> None:
+        self._streams, self._source_of, self._model = streams, source_of, model
+        self._weights: OrderedDict[Span, list[Repair]] = OrderedDict()
+        one = len(set(source_of)) * model.hidden_size**2 * model.dtype.itemsize
         self._place, self._most = model.device, 0
         if model.whole:
             self._most = int(_SHARE_OF_MEMORY * free_bytes(model.device)) // one
@@ -299,27 +311,30 @@ class Operators:
             else:
                 stops.setdefault(span.start, []).append(span.stop)
         for start, of_start in stops.items():
-            for span, weight_CC in self._fit_start(start, of_start).items():
+            for span, weights in self._fit_start(start, of_start).items():
                 # nn.Linear's layout in memory, which is how a sweep wants it
-                weight_CC = weight_CC.to(self._model.dtype).T.contiguous().T
-                self._weights[span] = Repair(weight_CC=weight_CC.to(self._place))
+                stored = [one.to(self._model.dtype).T.contiguous().T for one in weights]
+                self._weights[span] = [Repair(weight_CC=one.to(self._place)) for one in stored]
         while len(self._weights) > max(self._most, len(spans)):
             self._weights.popitem(last=False)
 
-    def variant(self, spans: tuple[Span, ...]) -> Variant:
-        """A removal with its operators, which were fitted."""
-        return Variant(spans, {span: self._weights[span] for span in spans})
+    def variant(self, spans: tuple[Span, ...], source: int) -> Variant:
+        """A removal with its operators, which were fitted, without a source."""
+        return Variant(spans, {span: self._weights[span][source] for span in spans})
 
-    def _fit_start(self, start: int, stops: list[int]) -> dict[Span, Tensor]:
+    def _fit_start(self, start: int, stops: list[int]) -> dict[Span, list[Tensor]]:
         device = self._model.device
         spans = [Span(start, stop) for stop in stops]
-        collector = PairCollector(spans, self._model.hidden_size, device, columns=None)
-        for window in range(len(self._streams[0])):
-            for boundary in collector.boundaries:
-                collector(boundary, window, self._streams[boundary][window].to(device))
-        pairs = collector.result()[start_key(start)]
-        assert isinstance(pairs, PairMoments)
-        return fit_start(start, stops, pairs, _RIDGE)
+        parts = []
+        for source in sorted(set(self._source_of)):
+            collector = PairCollector(spans, self._model.hidden_size, device, columns=None)
+            for window, of in enumerate(self._source_of):
+                for boundary in collector.boundaries if of == source else ():
+                    collector(boundary, window, self._streams[boundary][window].to(device))
+            pairs = collector.result()[start_key(start)]
+            assert isinstance(pairs, PairMoments)
+            parts.append(pairs)
+        return cross_fit_start(start, stops, parts, _RIDGES)
 
 
 class _Keep(Tap):
@@ -368,12 +383,6 @@ def dense_streams(
         advance=advance,
     )
     return kept
-
-
-def _spread(windows: Sequence[int], count: int) -> list[int]:
-    """So many of them, at equal distances."""
-    ordered, count = sorted(windows), min(count, len(windows))
-    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
 def _pieces(calibration: CalibrationConfig) -> int:

@@ -25,7 +25,6 @@ from ghost_dist.pipeline.candidates import (
 )
 from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solving import num_validation_folds
 from ghost_dist.planning.model_sizes import ModelSizes
 from ghost_dist.planning.run_shape import RunShape, SampleShape, SearchShape, SelectionShape
 from ghost_dist.solver.least_squares import RIDGE_GRID
@@ -59,7 +58,6 @@ def run_shape(
         )
     candidates = candidates_of(operator, spans, refittable)
     samples = samples_of(candidates, spans, refittable)
-    num_tokens = calibration.windows * calibration.window_length
     c = architecture.hidden_size
     width = c if operator.name == "auto" or OPERATORS[operator.name].acts else 0
     forms = 1 + any(c.features == "stream+norm" for c in candidates)
@@ -72,7 +70,7 @@ def run_shape(
         window_length=calibration.window_length,
         batch=batch_of(config, device),
         num_ranges=count_ranges(config),
-        folds=operator.folds,
+        folds=config.folds,
         selection=_selection(config, remove, architecture, sizes, device),
         spans=tuple(spans),
         spans_known=config.selection.spans is not None,
@@ -85,9 +83,9 @@ def run_shape(
         shifts=len(SHIFTS) if searched else 1,
         fine_shifts=len(FINE_SHIFTS) if searched else 0,
         by_kl=by_kl,
-        validation_folds=num_validation_folds(num_tokens, operator.folds),
+        validation_folds=len(config.left_out),
         plain_cut=len(candidates) > 1 and any(c.operator == "none" for c in candidates),
-        final_folds=operator.folds - config.judges_behind_the_fit(len(spans)),
+        final_folds=config.folds - config.judges_behind_the_fit(len(spans)),
         refits=len(spans) - 1 if operator.refit == "sequential" else 0,
         heal=operator.heal,
         first_changed=max(0, spans[0].start - refits_down(candidates[0].operator)),

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.split import check_held_out, fold_of_range
+from ghost_dist.calibration.split import check_held_out, fold_of_range, spread
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.candidates import (
@@ -39,6 +40,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
+from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
@@ -47,8 +49,8 @@ from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import Sums
 
-HELD_OUT_TOKENS = 4096
-"""Tokens that a choice by KL should be judged by: with fewer, noise decides between ridges."""
+HELD_OUT_TOKENS = 16384
+"""Tokens that a choice by KL is judged by, where there are as many."""
 
 _OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
 """What a candidate became at every span, or why it cannot be fitted."""
@@ -113,7 +115,7 @@ class Solver:
         self._fit_spans = fit_spans or FitHere(
             inputs.source,
             inputs.architecture,
-            inputs.config.operator.folds,
+            inputs.config.folds,
             inputs.fit_device,
             inputs.fit_room,
         )
@@ -133,7 +135,7 @@ class Solver:
         config, spans = self._inputs.config.operator, self._spans
         candidates = candidates_of(config, spans, self._inputs.refittable)
         chosen, table, seen = self._choose(candidates)
-        folds = tuple(range(config.folds))
+        folds = tuple(range(self._inputs.config.folds))
         if self._inputs.config.judges_behind_the_fit(len(spans)):
             folds = folds[:-1]
         with self._reporter.stage("solve", len(spans), "spans") as advance:
@@ -168,7 +170,7 @@ class Solver:
         SingularGramError, SingularOperatorError
             As fitting says.
         """
-        picked = tuple(range(self._inputs.config.operator.folds) if folds is None else folds)
+        picked = tuple(range(self._inputs.config.folds) if folds is None else folds)
         return _fitted(self._from_store([(candidate, span)], picked, lambda _: None)[0])
 
     def _from_store(
@@ -207,15 +209,12 @@ class Solver:
     def _rate(
         self, candidates: Sequence[Candidate]
     ) -> tuple[list[dict[str, Any]], list[Tensor], list[_OfCandidate]]:
-        """A row for each candidate, what it is ranked by, KL divergence of every held-out window or
-        residual of every span, and what it became in the end.
-
-        By KL on folds that a candidate was not fitted on: on the last one, or on as many as it
-        takes to judge by HELD_OUT_TOKENS.
+        """A row for each candidate, what it is ranked by, KL divergence on every source, or piece
+        of one, that was left out of the fit, or residual of every span, and its first fits.
         """
-        config = self._inputs.config.operator
+        config = self._inputs.config
         everything = tuple(range(config.folds))
-        if config.choose != "kl":
+        if config.operator.choose != "kl":
             found = self._fit_all(candidates, everything)
             rows = self._rows(candidates, found)
             residuals = [
@@ -224,30 +223,41 @@ class Solver:
                 for row in rows
             ]
             return rows, residuals, found
-        judges = everything[-num_validation_folds(int(self._tokens.tokens.size), config.folds) :]
         table: list[dict[str, Any]] = []
-        of_fold = []
-        for judge in judges:
-            others = tuple(fold for fold in everything if fold != judge)
-            found = self._fit_all(candidates, others)
+        left_out, first = [], None
+        for judges in config.left_out:
+            others = tuple(fold for fold in everything if fold not in judges)
+            found = self._fit_all(candidates, others, first)
+            first = first or found
             rows = self._rows(candidates, found)
-            of_fold.append(self._divergences(found, judge))
+            left_out.append(self._divergences(found, judges).mean(1))
             table = [
                 {**row, **({"failed": old["failed"]} if "failed" in old else {})}
                 for row, old in zip(rows, table or rows, strict=True)
             ]
-        scores = list(torch.cat(of_fold, 1))
+        scores = list(torch.stack(left_out, 1))
         for row, score in zip(table, scores, strict=True):
             if "failed" not in row:
                 mean = float(score.mean())
                 row["kl"] = mean if math.isfinite(mean) else None
-        return table, scores, found
+                row["kl_left_out"] = [kl if math.isfinite(kl) else None for kl in score.tolist()]
+        return table, scores, list(first or [])
 
     def _fit_all(
-        self, candidates: Sequence[Candidate], picked: tuple[int, ...]
+        self,
+        candidates: Sequence[Candidate],
+        picked: tuple[int, ...],
+        first: Sequence[_OfCandidate] | None = None,
     ) -> list[_OfCandidate]:
-        """Fits of every candidate by span, or why it cannot be fitted."""
-        pairs = [(candidate, span) for candidate in candidates for span in self._spans]
+        """Fits of every candidate by span, or why it cannot be fitted.
+
+        ``first``: the same on other folds, whose ridges are taken.
+        """
+        pairs = [
+            (_with_ridge_of(candidate, like, span), span)
+            for candidate, like in zip(candidates, first or [{}] * len(candidates), strict=True)
+            for span in self._spans
+        ]
         with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
             outcomes = iter(self._from_store(pairs, picked, advance))
         fitted: list[_OfCandidate] = []
@@ -307,7 +317,7 @@ class Solver:
 
     def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, *, sequential: bool) -> Walk:
         inputs = self._inputs
-        judge, heal = inputs.config.operator.folds - 1, inputs.config.operator.heal
+        judge, heal = inputs.config.folds - 1, inputs.config.operator.heal
         for span, one in fitted.items():
             check_held_out(one.folds, [judge], f"The stream behind {span}")
         fold_of = {window: fold for fold, window in self.windows_by_fold()}
@@ -331,26 +341,27 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, tried: Sequence[_OfCandidate], judge: int) -> Tensor:
-        """KL divergence of each candidate from the dense model on every window of a fold.
+    def _divergences(self, tried: Sequence[_OfCandidate], judges: Sequence[int]) -> Tensor:
+        """KL divergence of each candidate from the dense model on windows of some folds.
 
         Those that could not be fitted are the plain cut.
 
         Raises
         ------
         NotHeldOutError
-            If one of them was fitted on that fold.
+            If one of them was fitted on one of these.
         """
         variants = [Variant()]
         for found in tried:
             by_span = {} if isinstance(found, Exception) else found
             for span, one in by_span.items():
-                check_held_out(one.folds, [judge], f"A candidate at {span}")
+                check_held_out(one.folds, judges, f"A candidate at {span}")
             repairs = {span: one.repair for span, one in by_span.items()}
             variants.append(Variant(self._spans, repairs))
         inputs = self._inputs
-        windows = [window for fold, window in self.windows_by_fold() if fold == judge]
-        tokens = self._tokens.tokens[windows]
+        windows = sorted(window for fold, window in self.windows_by_fold() if fold in judges)
+        most = held_out_tokens(inputs.config) // self._tokens.window_length
+        tokens = self._tokens.tokens[spread(windows, most)]
         model = None if inputs.streaming else self._causal_lm()
         with (
             layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
@@ -369,7 +380,7 @@ class Solver:
 
     def windows_by_fold(self) -> list[tuple[int, int]]:
         """(fold, window) of every calibration window."""
-        folds = self._inputs.config.operator.folds
+        folds = self._inputs.config.folds
         return [
             (fold_of_range(range_id, folds), window)
             for range_id, windows in enumerate(self._store.plan.ranges)
@@ -391,9 +402,17 @@ def _around(chosen: Candidate, fit: Fit | None) -> Candidate:
     return replace(chosen, around=fit.relative_ridge / 10**chosen.shift)
 
 
-def num_validation_folds(num_tokens: int, folds: int) -> int:
-    """Folds that candidates are judged on: as many as hold HELD_OUT_TOKENS, of all tokens."""
-    return min(folds, math.ceil(HELD_OUT_TOKENS / (num_tokens // folds)))
+def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Candidate:
+    """A candidate whose ridge at a span is known."""
+    fit = None if isinstance(like, Exception) or span not in like else like[span].fit
+    if fit is None or candidate.ridge != "auto":
+        return candidate
+    return replace(candidate, ridge=RelativeRidge(relative=fit.relative_ridge), shift=0.0)
+
+
+def held_out_tokens(config: Config) -> int:
+    """Most tokens of a source, or a piece of one, that candidates are judged on."""
+    return HELD_OUT_TOKENS // len(config.left_out)
 
 
 def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:

@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.split import assign_ranges
-from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
+from ghost_dist.calibration.windows import TokenWindows, load_windows, save_windows
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
@@ -58,6 +57,7 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     calibration_ranges,
+    calibration_windows,
     check_disk_space,
     disk_needs,
     open_causal_lm,
@@ -147,26 +147,7 @@ class Stages:
         def work() -> dict[str, Any]:
             needed = calibration.windows * calibration.window_length
             with self._reporter.stage("calibration text", needed, "tokens") as advance:
-                done = 0
-
-                def on_progress(tokens: int, _: int) -> None:
-                    nonlocal done
-                    advance(tokens - done)
-                    done = tokens
-
-                windows = build_windows(
-                    calibration.source,
-                    inputs.tokenizer,
-                    windows=calibration.windows,
-                    window_length=calibration.window_length,
-                    seed=calibration.seed,
-                    special_tokens=calibration.special_tokens,
-                    window_bos=calibration.window_bos,
-                    sampling=calibration.sampling,
-                    vocab_size=inputs.architecture.vocab_size,
-                    on_progress=on_progress,
-                )
-                advance(needed - done)
+                windows = calibration_windows(inputs, advance)
             save_windows(self._run.tokens, windows)
             return {"fingerprint": windows.fingerprint, "num_tokens": int(windows.tokens.size)}
 
@@ -189,7 +170,7 @@ class Stages:
             "selection": config_tree(inputs.config)["selection"],
             "model": self._model,
             "tokens": tokens.fingerprint,
-            "folds": inputs.config.operator.folds,
+            "folds": inputs.config.folds,
             **inputs.numerics,
         }
 
@@ -203,7 +184,7 @@ class Stages:
                 return {"spans": found, "num_layers": num_layers, **searched}
             assert inputs.remove is not None
             selector = Selector(selection, inputs.remove, inputs.architecture)
-            ranges = assign_ranges(tokens.num_windows, inputs.config.operator.folds)
+            ranges = calibration_ranges(inputs, tokens, inputs.config.folds)
             plan = plan_of(inputs, tokens, selector.entries(), ranges)
             if stored_plan(path) not in (None, plan):
                 remove_store(path)
@@ -217,7 +198,7 @@ class Stages:
                     {"selection": left * starts * selector.start_stored_bytes(plan.blocks)},
                 )
             self._collect(store, tokens, selector, "select")
-            spans, scores = selector.decide(store, inputs.config.operator.folds, inputs.device)
+            spans, scores = selector.decide(store, inputs.config.folds, inputs.device)
             check_cut(inputs.architecture, inputs.source.config, spans)
             found = [[s.start, s.stop] for s in spans]
             return {"spans": found, "num_layers": num_layers, **scores}
@@ -235,7 +216,7 @@ class Stages:
         inputs = self._inputs
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
-        ranges = calibration_ranges(inputs, tokens.num_windows)
+        ranges = calibration_ranges(inputs, tokens)
         plan = plan_of(inputs, tokens, entries_of(samples), ranges)
         found = None if self._again == "calibrate" else stored_plan(self._run.statistics)
         if found is not None and replace(found, entries=plan.entries) == plan:
@@ -375,7 +356,7 @@ class Stages:
                 Variant(spans, solution.operators, solution.healed),
                 tokens.tokens,
                 windows_of_folds(inputs, tokens, solution.folds),
-                windows_of_folds(inputs, tokens, [inputs.config.operator.folds - 1]),
+                windows_of_folds(inputs, tokens, [inputs.config.folds - 1]),
                 config,
                 batch=inputs.batch,
                 state=self._run.path / "refine.pt",

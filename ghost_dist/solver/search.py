@@ -1,10 +1,12 @@
 """Search for the removal of least score: pure combinatorics, who scores knows the model.
 
 Units (layers) are numbered; a removal is the sorted tuple of those that go. Its score is the mean
-of one number per judging window, so many removals are scored on few windows and only the best of
-them on more. Units go one at a time from the dense model; then one comes back and another goes, as
-long as that improves; then several do at random, and again one at a time from there, until the
-budget ends or nothing improves.
+of one number per judging window, as many of every source of text. Many removals are scored on a
+part of the windows, another one in every generation, so that none is learned, and only the best of
+them on all. Units go one at a time from the dense model, and if that is no better, the best single
+span goes; then one comes back and another goes, as long as that improves; then several do at
+random, and again one at a time from there, until the budget ends or nothing improves. One removal
+is better than another if it is so by more than the standard error over the sources.
 
 The table of scores is all the state there is: the same search with the table of a stopped one makes
 the same decisions without scoring again what it holds, and goes on where that one ended.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +25,13 @@ from typing import Any
 from ghost_dist.errors import ConfigError
 
 Removal = tuple[int, ...]
-Score = Callable[[Sequence[Removal], range], list[list[float]]]
+Score = Callable[[Sequence[Removal], Sequence[int]], list[list[float]]]
 """Removals, and numbers of judging windows, to a score per removal and window; inf: as bad as can
 be. Several removals are scored at once because they share work; one's score depends on no other."""
 
-_KEPT = 0.25  # of the removals of a generation, from few windows to more
+_PARTS = 4  # of the judging windows
+_KEPT = 0.25  # of the removals of a generation, from a part of the windows to all
+_ERRORS = 1.0  # standard errors that an improvement is larger than
 _FEWEST_KEPT = 4
 _MUTANTS = 16  # of a generation
 _PATIENCE = 3  # generations of mutants without a better one
@@ -93,6 +98,24 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Judges:
+    """Judging windows: number w is piece ``w // sources`` of source ``w % sources``."""
+
+    sources: int
+    pieces: int
+
+    @property
+    def windows(self) -> range:
+        """All of them."""
+        return range(self.sources * self.pieces)
+
+    def part(self, number: int) -> list[int]:
+        """A part, with as many windows of every source; they come in turn."""
+        parts = min(_PARTS, self.pieces)
+        return [w for w in self.windows if w // self.sources % parts == number % parts]
+
+
+@dataclass(frozen=True)
 class Found:
     """What a search ended with.
 
@@ -100,6 +123,8 @@ class Found:
     ----------
     removal, score
         The best on all judging windows.
+    scores
+        By source.
     evaluations
         Removals times windows that were scored.
     candidates
@@ -110,6 +135,7 @@ class Found:
 
     removal: Removal
     score: float
+    scores: tuple[float, ...]
     evaluations: int
     candidates: int
     generations: tuple[dict[str, Any], ...]
@@ -124,8 +150,8 @@ class Search:
         What may go.
     score
         Who scores.
-    depths
-        Numbers of judging windows, ascending: of many removals, ..., of few.
+    judges
+        The judging windows.
     budget
         Evaluations after which no generation begins; None: as many as the greedy part takes, by
         ``effort`` times.
@@ -150,21 +176,21 @@ class Search:
         self,
         rules: Rules,
         score: Score,
-        depths: Sequence[int],
+        judges: Judges,
         *,
         budget: int | None = None,
         effort: float = 2.0,
         seed: int = 0,
-        table: Mapping[Removal, Sequence[float]] | None = None,
+        table: Mapping[Removal, Mapping[int, float]] | None = None,
         possible: Callable[[Removal], bool] = lambda _: True,
         after_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.rules, self.table = rules, {r: list(scores) for r, scores in (table or {}).items()}
-        self._score, self._depths, self._possible = score, tuple(depths), possible
+        self.rules, self.table = rules, {r: dict(scores) for r, scores in (table or {}).items()}
+        self._score, self._judges, self._possible = score, judges, possible
         self._random, self._told = random.Random(seed), after_generation
-        self._asked: dict[Removal, int] = {}
+        self._asked: dict[Removal, set[int]] = {}
         self._generations: list[dict[str, Any]] = []
-        least = greedy_evaluations(rules, depths)
+        least = greedy_evaluations(rules, judges)
         self.budget = budget if budget is not None else math.ceil(effort * least)
         if self.budget < least:
             raise ConfigError(
@@ -176,7 +202,7 @@ class Search:
     @property
     def evaluations(self) -> int:
         """Removals times windows so far, whether they were scored now or in the table before."""
-        return sum(self._asked.values())
+        return sum(map(len, self._asked.values()))
 
     def run(self) -> Found:
         """Search until the budget ends or nothing improves.
@@ -186,14 +212,22 @@ class Search:
         ConfigError
             If the model can be cut at none of the removals that were come to.
         """
-        best = self._climbed(self._greedy())
+        best = self._greedy()
+        if (span := self._best_span()) is not None and not self._better(best, span):
+            best = span
+        best = self._climbed(best)
         unimproved = 0
         while unimproved < _PATIENCE and (mutant := self._mutated(best)) is not None:
             unimproved += 1
-            if self._mean(other := self._climbed(mutant)) < self._mean(best):
+            if self._better(other := self._climbed(mutant), best):
                 best, unimproved = other, 0
         return Found(
-            best, self._mean(best), self.evaluations, len(self._asked), tuple(self._generations)
+            best,
+            self._mean(best),
+            tuple(self._of_sources(best)),
+            self.evaluations,
+            len(self._asked),
+            tuple(self._generations),
         )
 
     def _greedy(self) -> Removal:
@@ -209,6 +243,12 @@ class Search:
             removal = self._generation("greedy", candidates)
         return removal
 
+    def _best_span(self) -> Removal | None:
+        """The best of those whose units are neighbours; None: there are none."""
+        spans = single_spans(self.rules)
+        allowed = [span for span in spans if self.rules.allow(span) and self._counts(span)]
+        return self._generation("span", allowed) if allowed else None
+
     def _climbed(self, removal: Removal) -> Removal:
         while (better := self._swapped(removal)) is not None:
             removal = better
@@ -222,12 +262,13 @@ class Search:
         fewer = [tuple(u for u in removal if u != unit) for unit in removal]
         if not self._affords(fewer):
             return None
+        part = self._part  # of which all of them will have scores
         self._generation("return", fewer)
-        for base in sorted(fewer, key=self._rank_seen):
+        for base in sorted(fewer, key=lambda removal: (self._mean(removal, part), removal)):
             swaps = [c for c in self._one_more(base) if c != removal and self._counts(c)]
             if not self._affords(swaps):
                 return None
-            if swaps and self._mean(found := self._generation("swap", swaps)) < self._mean(removal):
+            if swaps and self._better(found := self._generation("swap", swaps), removal):
                 return found
         return None
 
@@ -261,12 +302,11 @@ class Search:
 
     def _generation(self, step: str, candidates: Sequence[Removal]) -> Removal:
         """Score some, the better ones on more windows; the best of them."""
-        left = list(candidates)
-        for before, depth in itertools.pairwise((0, *self._depths)):
-            if before:
-                left.sort(key=lambda removal: (self._mean(removal, before), removal))
-                del left[_num_kept(len(left)) :]
-            self._ask(left, depth)
+        part, left = self._part, list(candidates)
+        self._ask(left, part)
+        left.sort(key=lambda removal: (self._mean(removal, part), removal))
+        del left[_num_kept(len(left)) :]
+        self._ask(left, self._judges.windows)
         best = min(left, key=self._rank)
         self._generations.append(
             {
@@ -279,75 +319,93 @@ class Search:
         self._told(self._generations[-1])
         return best
 
-    def _ask(self, removals: Sequence[Removal], depth: int) -> None:
-        """Have removals scored on the first windows, those that are not yet."""
-        missing: dict[int, list[Removal]] = {}
+    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
+        """Have removals scored on these windows, where they are not yet."""
+        missing: dict[tuple[int, ...], list[Removal]] = {}
         for removal in removals:
-            self._asked[removal] = max(depth, self._asked.get(removal, 0))
-            have = len(self.table.get(removal, ()))
-            if have < depth:
-                missing.setdefault(have, []).append(removal)
-        for have, some in missing.items():
-            for removal, scores in zip(some, self._score(some, range(have, depth)), strict=True):
-                self.table.setdefault(removal, []).extend(scores)
+            self._asked.setdefault(removal, set()).update(windows)
+            have = self.table.setdefault(removal, {})
+            lacks = tuple(window for window in windows if window not in have)
+            if lacks:
+                missing.setdefault(lacks, []).append(removal)
+        for lacks, some in missing.items():
+            for removal, scores in zip(some, self._score(some, lacks), strict=True):
+                self.table[removal].update(zip(lacks, scores, strict=True))
 
     def _affords(self, candidates: Sequence[Removal]) -> bool:
         """Whether the budget lasts for a generation of these."""
-        unseen = sum(removal not in self._asked for removal in candidates)
-        return self.evaluations + _evaluations(unseen, self._depths) <= self.budget
+        part = set(self._part)
+        few = sum(len(part - self._asked.get(removal, set())) for removal in candidates)
+        rest = _num_kept(len(candidates)) * (len(self._judges.windows) - len(part))
+        return self.evaluations + few + rest <= self.budget
 
-    def _mean(self, removal: Removal, depth: int | None = None) -> float:
-        return math.fsum(self.table[removal][: depth or self._depths[-1]]) / (
-            depth or self._depths[-1]
-        )
+    @property
+    def _part(self) -> list[int]:
+        """The windows that all of the next generation are scored on."""
+        return self._judges.part(len(self._generations))
+
+    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
+        windows = self._judges.windows if windows is None else windows
+        return math.fsum(self.table[removal][window] for window in windows) / len(windows)
+
+    def _of_sources(self, removal: Removal) -> list[float]:
+        step = self._judges.sources
+        return [self._mean(removal, self._judges.windows[first::step]) for first in range(step)]
+
+    def _better(self, removal: Removal, than: Removal) -> bool:
+        """Whether it is by more than the standard error of the improvement over the sources."""
+        improvement = self._mean(than) - self._mean(removal)
+        if self._judges.sources < 2 or not math.isfinite(improvement):
+            return improvement > 0
+        pairs = zip(self._of_sources(than), self._of_sources(removal), strict=True)
+        spread = statistics.stdev(old - new for old, new in pairs)
+        return improvement > _ERRORS * spread / math.sqrt(self._judges.sources)
 
     def _rank(self, removal: Removal) -> tuple[float, Removal]:
         return self._mean(removal), removal
 
-    def _rank_seen(self, removal: Removal) -> tuple[float, Removal]:
-        """By the windows that all of a generation were scored on."""
-        return self._mean(removal, self._depths[0]), removal
+
+def single_spans(rules: Rules) -> list[Removal]:
+    """All removals of neighbours."""
+    starts = range(rules.num_units - rules.remove + 1)
+    return [tuple(range(start, start + rules.remove)) for start in starts]
 
 
-def greedy_evaluations(rules: Rules, depths: Sequence[int]) -> int:
-    """What it takes at most until the units have gone one at a time."""
+def greedy_evaluations(rules: Rules, judges: Judges) -> int:
+    """What it takes at most until the units have gone one at a time, and as one span."""
     free = rules.num_units - len(set(rules.protect))
-    return sum(_evaluations(free - gone, depths) for gone in range(rules.remove))
+    generations = [free - gone for gone in range(rules.remove)]
+    part, windows = len(judges.part(0)), len(judges.windows)
+    return sum(
+        count * part + _num_kept(count) * (windows - part)
+        for count in (*generations, len(single_spans(rules)))
+    )
 
 
-def exhaustive(rules: Rules, score: Score, num_windows: int) -> list[tuple[float, Removal]]:
+def exhaustive(rules: Rules, score: Score, windows: Sequence[int]) -> list[tuple[float, Removal]]:
     """Every removal that the rules allow with its score, the best first."""
     free = [unit for unit in range(rules.num_units) if unit not in rules.protect]
     removals = [r for r in itertools.combinations(free, rules.remove) if rules.allow(r)]
-    scores = score(removals, range(num_windows))
-    return sorted((math.fsum(s) / num_windows, r) for s, r in zip(scores, removals, strict=True))
+    scores = score(removals, windows)
+    return sorted((math.fsum(s) / len(windows), r) for s, r in zip(scores, removals, strict=True))
 
 
-def table_as_plain(table: Mapping[Removal, Sequence[float]]) -> dict[str, list[float | None]]:
+def table_as_plain(table: Mapping[Removal, Mapping[int, float]]) -> dict[str, Any]:
     """For a JSON file; exact."""
     return {
-        ",".join(map(str, removal)): [_plain(score) for score in scores]
+        ",".join(map(str, removal)): {str(window): _plain(s) for window, s in scores.items()}
         for removal, scores in table.items()
     }
 
 
-def table_from_plain(plain: Mapping[str, Sequence[float | None]]) -> dict[Removal, list[float]]:
+def table_from_plain(plain: Mapping[str, Any]) -> dict[Removal, dict[int, float]]:
     """Inverse of :func:`table_as_plain`."""
     return {
-        tuple(map(int, removal.split(","))) if removal else (): [
-            math.inf if score is None else score for score in scores
-        ]
+        tuple(map(int, removal.split(","))) if removal else (): {
+            int(window): math.inf if score is None else score for window, score in scores.items()
+        }
         for removal, scores in plain.items()
     }
-
-
-def _evaluations(count: int, depths: Sequence[int]) -> int:
-    """Of a generation of so many removals that were not scored before."""
-    total = 0
-    for before, depth in itertools.pairwise((0, *depths)):
-        count = _num_kept(count) if before else count
-        total += count * (depth - before)
-    return total
 
 
 def _plain(score: float) -> float | None:

@@ -20,10 +20,10 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.solver.least_squares import (
     RIDGE_GRID,
     add_all,
+    cholesky_factor,
     held_out_errors,
     ridge_scale,
     singular,
-    solve,
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
@@ -119,19 +119,45 @@ def _ridges_near_best(
     return tuple(ridge for number, ridge in enumerate(errors) if number in near)
 
 
-def fit_start(
-    start: int, stops: Sequence[int], pairs: PairMoments, ridge: float
-) -> dict[Span, Tensor]:
-    """W (C, C) of every span of one start, float64, from exact pairs and one Cholesky factor.
+def cross_fit_start(
+    start: int, stops: Sequence[int], parts: Sequence[PairMoments], ridges: Sequence[float]
+) -> dict[Span, list[Tensor]]:
+    """W (C, C) of every span of one start, for each part one that is fitted on the other parts.
 
-    ``ridge`` is relative to the median of the Gram's diagonal, towards the plain cut.
+    A span has the relative ridge of least residual on the parts left out, or the plain cut. Float64
+    from exact pairs; a Cholesky factor per ridge and part.
     """
-    moments = _projected_change(pairs, None)
-    penalty_C = ridge * ridge_scale(moments.gram_ZZ)
-    change_CPC, _, _ = solve(f"[{start}, {stops[-1]})", moments, penalty_C)
-    changes = change_CPC.reshape(len(change_CPC), len(stops), -1).unbind(1)
-    eye_CC = torch.eye(len(change_CPC), dtype=torch.float64, device=change_CPC.device)
-    return {Span(start, stop): eye_CC + m for stop, m in zip(stops, changes, strict=True)}
+    changes = [_projected_change(part, None) for part in parts]
+    total = add_all(changes)
+    others = [total - change for change in changes]
+    scale_C = ridge_scale(total.gram_ZZ)
+    of_ridges = [
+        [cholesky_factor(one.gram_ZZ, ridge * scale_C) for one in others] for ridge in ridges
+    ]
+    factors = [
+        [factor_CC for factor_CC, _ in of_ridge]
+        for of_ridge in of_ridges
+        if not any(int(info) for _, info in of_ridge)
+    ]
+    if not factors:
+        raise singular(f"[{start}, {stops[-1]})", others[0], ridges[-1])
+    width = len(scale_C)
+    eye_CC = torch.eye(width, dtype=torch.float64, device=scale_C.device)
+    found = {}
+    for number, stop in enumerate(stops):
+        columns = slice(number * width, (number + 1) * width)
+        least, maps = float(total.sumsq_y_C[columns].sum()), [torch.zeros_like(eye_CC)] * len(parts)
+        for factored in factors:
+            residual, tried = 0.0, []
+            for change, other, factor_CC in zip(changes, others, factored, strict=True):
+                map_CC = torch.cholesky_solve(other.cross_ZC[:, columns], factor_CC)
+                tried.append(map_CC)
+                product_CC = change.gram_ZZ @ map_CC - 2 * change.cross_ZC[:, columns]
+                residual += float(change.sumsq_y_C[columns].sum() + (map_CC * product_CC).sum())
+            if residual < least:
+                least, maps = residual, tried
+        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in maps]
+    return found
 
 
 def relative_residual(held_out: HeldOut) -> float:

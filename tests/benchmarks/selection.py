@@ -80,7 +80,7 @@ def main() -> None:
     folds = []
     with as_decoder(model, architecture) as decoder:
         engine = ResidentEngine(decoder, 2)
-        for windows in assign_ranges(calibration.num_windows, FOLDS):
+        for windows in assign_ranges([w % FOLDS for w in range(calibration.num_windows)], FOLDS):
             parts = {
                 "exact": SpanCollector([(span, STREAM) for span in fixed], width, device),
                 "pairs": PairCollector(fixed, width, device, None),

@@ -1,40 +1,71 @@
+import numpy as np
 import pytest
 
-from ghost_dist.calibration.split import assign_ranges, fold_of_range
+from ghost_dist.calibration.split import assign_ranges, fold_of_range, folds_of_windows, spread
 from ghost_dist.errors import ConfigError
 
 
-@pytest.mark.parametrize(("num_windows", "num_ranges"), [(32, 8), (33, 8), (7, 7), (5, 1), (29, 4)])
-def test_ranges_hold_every_window_once_and_differ_by_at_most_one(num_windows, num_ranges):
-    ranges = assign_ranges(num_windows, num_ranges)
-    assert [window for part in ranges for window in part] == list(range(num_windows))
-    sizes = [len(part) for part in ranges]
-    assert len(sizes) == num_ranges
-    assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize(("num_windows", "folds"), [(32, 4), (33, 4), (7, 7), (64, 3), (9, 4)])
+@pytest.mark.parametrize("sources", [0, 1])
+def test_folds_hold_every_window_once_and_a_stretch_more_at_most(num_windows, folds, sources):
+    tokens = np.random.default_rng(0).integers(0, 99, (num_windows, 8), dtype=np.int32)
+    fold_of = folds_of_windows(tokens, [0] * num_windows * sources, folds)
+    sizes = np.bincount(fold_of, minlength=folds)
+    assert sizes.sum() == num_windows
+    assert sizes.max() - sizes.min() <= 1 + num_windows // (4 * folds)
 
 
-def test_folds_split_the_windows_and_each_samples_the_whole_corpus():
-    ranges = assign_ranges(40, 8)
-    held_out = {k: set() for k in range(4)}
+def test_a_fold_is_unlike_the_others_and_the_last_one_most():
+    rng = np.random.default_rng(1)
+    kinds = [0, 1, 1, 3, 0, 2, 3, 2] * 2  # of vocabularies that overlap less and less
+    first = np.asarray([0, 3, 6, 60])
+    tokens = np.stack([first[kind] + rng.integers(0, 20, 64) for kind in kinds]).astype(np.int32)
+    fold_of = folds_of_windows(tokens, (), 4)
+    of_kind = {
+        kind: {f for f, k in zip(fold_of, kinds, strict=True) if k == kind} for kind in kinds
+    }
+    assert all(len(folds) == 1 for folds in of_kind.values())
+    assert of_kind[3] == {3}
+    assert fold_of == folds_of_windows(tokens[:, ::-1], [5] * 16, 4)
+
+
+def test_neighbours_stay_together():
+    tokens = np.random.default_rng(0).integers(0, 99, (64, 8), dtype=np.int32)
+    fold_of = folds_of_windows(tokens, (), 4)
+    assert all(len(set(fold_of[first : first + 4])) == 1 for first in range(0, 64, 4))
+
+
+def test_of_several_sources_a_fold_is_of_one():
+    tokens = np.zeros((12, 8), np.int32)
+    assert folds_of_windows(tokens, [0] * 5 + [1] * 3 + [2] * 4, 3) == [0] * 5 + [1] * 3 + [2] * 4
+    two = folds_of_windows(tokens, [0] * 5 + [1] * 7, 4)
+    assert two == [0, 0, 0, 2, 2, 1, 1, 1, 1, 3, 3, 3]
+
+
+def test_ranges_are_of_one_fold_and_hold_every_window_once():
+    fold_of = [2, 0, 1, 1, 0, 2, 2, 0, 1, 0, 0]
+    ranges = assign_ranges(fold_of, 6)
+    assert sorted(window for part in ranges for window in part) == list(range(11))
     for range_id, windows in enumerate(ranges):
-        held_out[fold_of_range(range_id, 4)].update(windows)
-    assert sum(map(len, held_out.values())) == len(set().union(*held_out.values())) == 40
-    assert all(len(fold) == 10 for fold in held_out.values())
-    assert all(min(fold) < 20 <= max(fold) for fold in held_out.values())
-
-
-def test_two_pieces_of_a_range_are_those_of_two_ranges_of_its_fold():
-    eight, four = assign_ranges(33, 8), assign_ranges(33, 4, pieces=2)
-    assert four == [eight[k] + eight[k + 4] for k in range(4)]
+        assert {fold_of[window] for window in windows} == {fold_of_range(range_id, 3)}
+    assert ranges[0] == (1, 4, 7)
+    assert ranges[3] == (9, 10)
+    assert assign_ranges(fold_of, 4)[0::3] == [(1, 4, 7), (9, 10)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 4), "3 calibration windows cannot be cut into 4 ranges"),
-        ((3, 0), "into 0 ranges"),
+        (([0, 1, 2], 4), "3 calibration windows in 3 folds cannot be cut into 4 ranges"),
+        (([0, 1, 2], 2), "into 2 ranges"),
     ],
 )
 def test_too_few_windows_or_ranges(arguments, message):
     with pytest.raises(ConfigError, match=message):
         assign_ranges(*arguments)
+
+
+def test_windows_are_spread():
+    assert spread(range(100), 4) == [12, 37, 62, 87]
+    assert spread([1, 3, 5], 9) == [1, 3, 5]
+    assert spread([1, 3, 5], 0) == [3]

@@ -8,6 +8,7 @@ import pytest
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.search import (
+    Judges,
     Rules,
     Search,
     exhaustive,
@@ -38,18 +39,18 @@ def scorer(num_units, seed=0, asked=None):
 @pytest.mark.parametrize("seed", range(8))
 def test_it_finds_what_all_removals_have_best_where_greedy_does_not(seed):
     rules, score = Rules(10, 4), scorer(10, seed)
-    best, _ = exhaustive(rules, score, 4)[0]
-    found = Search(rules, score, (1, 4), effort=6).run()
+    best, _ = exhaustive(rules, score, range(4))[0]
+    found = Search(rules, score, Judges(1, 4), effort=6).run()
     assert found.score <= 1.02 * best
 
 
 def test_greedy_alone_is_worse_somewhere_and_swaps_mend_it():
     better = 0
     for seed in range(8):
-        greedy = Search(Rules(10, 4), scorer(10, seed), (1, 4), effort=1).run()
-        whole = Search(Rules(10, 4), scorer(10, seed), (1, 4), effort=4).run()
+        greedy = Search(Rules(10, 4), scorer(10, seed), Judges(1, 4), effort=1).run()
+        whole = Search(Rules(10, 4), scorer(10, seed), Judges(1, 4), effort=4).run()
         assert whole.score <= greedy.score
-        assert {g["step"] for g in greedy.generations} == {"greedy"}
+        assert {g["step"] for g in greedy.generations} == {"greedy", "span"}
         better += whole.score < greedy.score
     assert better >= 3
 
@@ -67,7 +68,7 @@ def test_greedy_alone_is_worse_somewhere_and_swaps_mend_it():
 )
 def test_it_keeps_to_bounds_and_loses_nothing_by_them(bounds):
     rules = Rules(10, 5, **bounds)
-    allowed = [r for _, r in exhaustive(rules, scorer(10), 1)]
+    allowed = [r for _, r in exhaustive(rules, scorer(10), range(1))]
     by_hand = []
     for removal in itertools.combinations(range(10), 5):
         gaps = "".join("x" if unit in removal else " " for unit in range(10)).split()
@@ -80,7 +81,7 @@ def test_it_keeps_to_bounds_and_loses_nothing_by_them(bounds):
         ):
             by_hand.append(removal)
     assert sorted(allowed) == by_hand
-    found = Search(rules, scorer(10), (1, 2), effort=3, seed=1).run()
+    found = Search(rules, scorer(10), Judges(1, 2), effort=3, seed=1).run()
     assert found.removal in by_hand
 
 
@@ -89,7 +90,7 @@ def test_stopped_after_any_generation_it_goes_on_to_the_same():
 
     def search(asked, **more):
         score = scorer(9, asked=asked)
-        return Search(Rules(9, 3), score, (1, 3), effort=4, seed=5, **more)
+        return Search(Rules(9, 3), score, Judges(1, 3), effort=4, seed=5, **more)
 
     def stop(_):
         nonlocal left
@@ -100,7 +101,7 @@ def test_stopped_after_any_generation_it_goes_on_to_the_same():
 
     whole = search(asked).run()
     assert len(asked) == whole.evaluations
-    assert {g["step"] for g in whole.generations} == {"greedy", "return", "swap", "mutate"}
+    assert {g["step"] for g in whole.generations} == {"greedy", "span", "return", "swap", "mutate"}
     for number in range(1, 1 + len(whole.generations)):
         left = number
         stopped = search(again, table=table_from_plain(table), after_generation=stop)
@@ -111,7 +112,7 @@ def test_stopped_after_any_generation_it_goes_on_to_the_same():
 
 
 def test_the_seed_decides_mutations_only():
-    runs = [Search(Rules(9, 3), scorer(9), (1, 3), effort=6, seed=s).run() for s in (0, 0, 1)]
+    runs = [Search(Rules(9, 3), scorer(9), Judges(1, 3), effort=6, seed=s).run() for s in (0, 0, 1)]
     assert runs[0] == runs[1]
     steps = [[g for g in run.generations if g["step"] == "greedy"] for run in runs]
     assert steps[0] == steps[2]
@@ -119,27 +120,27 @@ def test_the_seed_decides_mutations_only():
 
 
 def test_the_budget_is_kept_and_may_be_too_small():
-    least = Search(Rules(12, 5), scorer(12), (1, 4), effort=1).budget
+    least = Search(Rules(12, 5), scorer(12), Judges(1, 4), effort=1).budget
     for budget in (least, least + 20, 3 * least):
         asked = []
-        found = Search(Rules(12, 5), scorer(12, asked=asked), (1, 4), budget=budget).run()
+        found = Search(Rules(12, 5), scorer(12, asked=asked), Judges(1, 4), budget=budget).run()
         assert len(asked) == found.evaluations <= budget
     with pytest.raises(ConfigError, match=f"takes up to {least}. Raise selection.effort"):
-        Search(Rules(12, 5), scorer(12), (1, 4), budget=least - 1)
+        Search(Rules(12, 5), scorer(12), Judges(1, 4), budget=least - 1)
 
 
 def test_what_the_model_cannot_be_cut_at_is_left_out():
-    found = Search(Rules(8, 1), scorer(8), (1,), possible=lambda r: r[0] % 2 == 0).run()
+    found = Search(Rules(8, 1), scorer(8), Judges(1, 1), possible=lambda r: r[0] % 2 == 0).run()
     assert found.removal[0] % 2 == 0
     with pytest.raises(ConfigError, match="can be cut out of this model"):
-        Search(Rules(8, 2), scorer(8), (1,), possible=lambda _: False).run()
+        Search(Rules(8, 2), scorer(8), Judges(1, 1), possible=lambda _: False).run()
 
 
 def test_removals_that_end_in_infinity_are_the_worst_and_are_written():
     def score(removals, windows):
         return [[math.inf if 3 not in r else 1.0 + sum(r) for _ in windows] for r in removals]
 
-    search = Search(Rules(6, 2), score, (1, 2), effort=3)
+    search = Search(Rules(6, 2), score, Judges(1, 2), effort=3)
     assert search.run().removal == (0, 3)
     assert table_from_plain(table_as_plain(search.table)) == search.table
 
