@@ -25,9 +25,9 @@ from ghost_dist.config import Config
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.operator_files import load_operator as _load_operator
-from ghost_dist.pipeline.plan import Plan, plan_run
 from ghost_dist.pipeline.recover import Stage
 from ghost_dist.pipeline.recover import recover as _recover
+from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.report.record import RunRecord, read_run
 from ghost_dist.spans import Span, parse_spans

@@ -99,6 +99,21 @@ def sweep(
             model.check_weights()
 
 
+def layers_run(variants: Sequence[Variant], num_layers: int) -> list[int]:
+    """Layers as often as a sweep runs them: once for all variants that are the dense model yet."""
+    firsts = [
+        num_layers if variant.first_changed is None else variant.first_changed
+        for variant in variants
+    ]
+    own = [
+        layer
+        for variant, first in zip(variants, firsts, strict=True)
+        for layer in range(first, num_layers)
+        if layer not in variant.removed
+    ]
+    return [*range(max(firsts, default=0)), *own]
+
+
 class _Streams:
     """The streams of all variants; those that are still the dense ones exist once."""
 

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.devices import free_bytes
 from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.sum_costs import (
+    moments_bytes,
+    moments_flops,
+    num_regressors,
+    stored_bytes,
+)
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+
+if TYPE_CHECKING:
+    from ghost_dist.pipeline.run_shape import RunShape
 
 MakeCollector = Callable[[], Collector]
 
@@ -77,6 +87,45 @@ class SpanCollectors:
                 block=block,
             )
         ]
+
+    def stored_bytes(self, blocks: int) -> int:
+        """Of one range in the store, where ranks keep so many blocks of columns."""
+        width, inner_sizes = self.architecture.hidden_size, self.architecture.inner_sizes
+        return sum(
+            stored_bytes(kind.regressors, width, inner_sizes.get(span.start - 1, 0), blocks)
+            for span, kind in self.samples
+        )
+
+    def cost(self, run: RunShape) -> Cost:
+        """Of all windows."""
+        sizes, inputs, tokens, width = run.sizes, run.inputs, run.num_tokens, run.sizes.hidden_size
+        cost = Cost(
+            below=self.last_boundary,
+            batch=inputs.batch,
+            length=run.window_length,
+            ranges=inputs.num_ranges,
+            commit_bytes=inputs.num_ranges * self.stored_bytes(inputs.config.engine.ranks),
+            batch_bytes=len(run.spans) * sizes.stream_bytes(run.batch_tokens),
+            running_bytes=sizes.stream_bytes(tokens),
+        )
+        cost.pass_tokens(range(self.last_boundary), tokens)
+        rows = width * len({boundary for span in run.spans for boundary in (span.start, span.stop)})
+        layers: set[int] = set()
+        for span, kind in self.samples:
+            inner = run.inner_size(span)
+            cost.sums_bytes += moments_bytes(kind.regressors, width, inner)
+            if kind.regressors == "absolute":
+                continue
+            regressors = num_regressors(kind.regressors, width, inner)
+            cost.sums[kind.regressors] += tokens * moments_flops(regressors, width)
+            product = product_bytes(regressors, width, run.window_length)
+            cost.product_bytes = max(cost.product_bytes, product)
+            if kind.regressors == "joint":
+                cost.batch_bytes += run.batch_tokens * (4 * width + inner * sizes.itemsize)
+                rows += (inner + width) * (span.start not in layers)
+                layers.add(span.start)
+        cost.kept_bytes = tokens * rows * sizes.itemsize
+        return cost
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,21 @@ from typing import Literal
 
 import torch
 
-from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import truncated_config
-from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.config import Config
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, device_name, free_bytes
+from ghost_dist.engines.engine_choice import EngineChoice, choose_engine
+from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.collectors import SpanCollectors
+from ghost_dist.pipeline.cost import Cost, device_needs
+from ghost_dist.pipeline.evaluating import evaluate_cost
+from ghost_dist.pipeline.exporting import export_cost
 from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.pipeline.sizing import run_shape
-from ghost_dist.planning.engine_choice import EngineChoice, choose_engine
-from ghost_dist.planning.memory import device_needs
-from ghost_dist.planning.model_sizes import model_sizes
-from ghost_dist.planning.run_shape import RunShape
+from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.pipeline.searching import search_cost
+from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.solving import solve_cost
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
@@ -76,15 +78,7 @@ def decide(
 ) -> EngineChoice:
     """The engine of a run in one process, of an ``engine.kind`` that it began with if it did."""
     try:
-        return choose(
-            kind or "auto",
-            inputs.config,
-            inputs.source,
-            inputs.architecture,
-            _shape(inputs),
-            inputs.device,
-            whole=whole,
-        )
+        return choose(kind or "auto", shape_of(inputs), whole=whole)
     except ConfigError as error:
         if kind != "resident":
             raise
@@ -97,9 +91,10 @@ def decide(
 
 def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
     """Whether the driver of a cluster can run the whole model on its GPU, for what comes last."""
-    needs = device_needs(_shape(inputs), ranks=None, degrees=(), degree=1, on_cpu=False).resident
-    stage = max(needs.keys() - {"select", "calibrate"}, key=lambda name: needs[name])
-    free = free_bytes(inputs.device)
+    run = shape_of(inputs)
+    costs, free = costs_of(run), run.free_bytes
+    needs = {n: cost.resident_bytes(run.sizes) for n, cost in costs.items() if not cost.ranges}
+    stage = max(needs, key=lambda name: needs[name])
     if needs[stage] <= SHARE_OF_FREE_MEMORY * free:
         return True
     reporter.warn(
@@ -110,31 +105,38 @@ def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
     return False
 
 
-def _shape(inputs: RunInputs) -> RunShape:
-    return run_shape(
-        inputs.config,
-        inputs.source,
-        inputs.architecture,
-        model_sizes(inputs.source, inputs.architecture, inputs.dtype),
-        inputs.device,
-        remove=inputs.remove,
-        refittable=inputs.refittable,
-        evaluation_tokens={name: w.tokens.size for name, w in inputs.evaluation.items()},
-    )
+def shape_of(inputs: RunInputs) -> RunShape:
+    """The run in numbers, with what is free on its device now."""
+    sizes = model_sizes(inputs.source, inputs.architecture, inputs.dtype)
+    return RunShape(inputs, sizes, free_bytes(inputs.device))
+
+
+def costs_of(run: RunShape) -> dict[str, Cost]:
+    """What every stage of a run says that it does and holds, in order, but for its tokens."""
+    inputs, costs = run.inputs, {}
+    selection = inputs.config.selection
+    if selection.searches:
+        costs["select"] = search_cost(run)
+    elif inputs.remove is not None:
+        costs["select"] = Selector(selection, inputs.remove, inputs.architecture).cost(run)
+    collectors = SpanCollectors(tuple(run.samples), inputs.architecture)
+    costs["calibrate"] = collectors.cost(run) if run.samples else Cost()
+    costs |= {"solve": solve_cost(run), "export": export_cost(run)}
+    if inputs.evaluation:
+        costs["evaluate"] = evaluate_cost(run)
+    return costs
 
 
 def choose(
     kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
-    config: Config,
-    source: Checkpoint,
-    architecture: Architecture,
     run: RunShape,
-    device: torch.device,
     *,
     whole: str | None,
 ) -> EngineChoice:
-    """The engine of a run, of ``plan`` too, by what is free on its device now."""
-    model_config = truncated_config(source, architecture, architecture.num_layers)
+    """The engine of a run, of ``plan`` too, by what is free on its device."""
+    inputs, engine = run.inputs, run.inputs.config.engine
+    on_cluster = inputs.config.on_cluster
+    model_config = truncated_config(inputs.source, inputs.architecture, run.num_layers)
 
     def divides(degree: int) -> bool:
         try:
@@ -143,18 +145,21 @@ def choose(
             return False
         return True
 
+    needs = device_needs(
+        costs_of(run),
+        run.sizes,
+        run.num_windows,
+        ranks=engine.ranks if on_cluster else None,
+        degrees=[degree for degree in (2, 4, 8, 16, 32, 64) if divides(degree)],
+        degree=engine.tensor_parallel,
+        on_cpu=inputs.device.type == "cpu",
+    )
     return choose_engine(
         kind,
-        on_cluster=config.on_cluster,
-        needs=device_needs(
-            run,
-            ranks=config.engine.ranks if config.on_cluster else None,
-            degrees=[degree for degree in (2, 4, 8, 16, 32, 64) if divides(degree)],
-            degree=config.engine.tensor_parallel,
-            on_cpu=device.type == "cpu",
-        ),
-        free_bytes=free_bytes(device),
-        where=device_name(device),
-        experts=config.engine.experts,
+        on_cluster=on_cluster,
+        needs=needs,
+        free_bytes=run.free_bytes,
+        where=device_name(inputs.device),
+        experts=engine.experts,
         whole=whole,
     )

@@ -9,10 +9,13 @@ from typing import Any
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fingerprint
+from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
 from ghost_dist.evaluation.scores import Scores, corpus_scores
+from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
+from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
@@ -94,6 +97,25 @@ class Evaluation:
                 for row, figures in done[identity].items():
                     found.setdefault(row, {})[variant] = figures
         return found
+
+
+def evaluate_cost(run: RunShape) -> Cost:
+    """Of :meth:`Evaluation.measure`, without tasks."""
+    inputs, sizes = run.inputs, run.sizes
+    windows, length = evaluation_shape(inputs)
+    variants = [Variant(), Variant(run.spans), run.variant(run.candidates[0])]
+    cost = Cost(
+        below=run.num_layers,
+        whole=True,
+        head=True,
+        batch=inputs.batch,
+        length=length,
+        scored=len(variants) * windows * length,
+        batch_bytes=len(variants) * sizes.stream_bytes(inputs.batch * length),
+        running_bytes=len(variants) * sizes.stream_bytes(windows * length),
+    )
+    cost.pass_tokens(layers_run(variants, run.num_layers), windows * length)
+    return cost
 
 
 def _figures(scores: Mapping[str, list[Scores]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,17 @@ from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
+from ghost_dist.pipeline.cost import Fits
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit, Regression, fit_bytes
+from ghost_dist.solver.least_squares import RIDGE_GRID, Fit, Regression, fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
+
+if TYPE_CHECKING:
+    from ghost_dist.pipeline.run_shape import RunShape
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,36 @@ def on_curve(fit: Fit, least: Fit) -> Fit:
     """A fit that has looked at few ridges, with the others of the whole grid."""
     curve = {**dict(least.ridge_curve), **dict(fit.ridge_curve)}
     return replace(fit, ridge_curve=tuple(sorted(curve.items())))
+
+
+AROUND = 5
+"""Ridges that a fit looks at, at most as a rule, which is told where the best one is."""
+
+
+def fits_cost(
+    forms: Sequence[Candidate],
+    run: RunShape,
+    span: Span,
+    folds: int,
+) -> list[Fits]:
+    """Of :meth:`RidgeFits.fit` for candidates at a span in turn, at most.
+
+    Errors at ridges of the grid are known when a candidate has one of them.
+    """
+    found: list[Fits] = []
+    known: set[Candidate] = set()
+    width = run.sizes.hidden_size
+    for form in forms:
+        kind, size = form.kind(), form.num_regressors(width, run.inner_size(span))
+        if kind is None or not size:
+            continue
+        of_grid, ridges = replace(form, ridge="auto", shift=0.0), len(RIDGE_GRID)
+        looked_for = form.ridge == "auto" and of_grid not in known
+        known.add(of_grid)
+        grids = [ridges if form.around is None else min(ridges, AROUND)] if looked_for else []
+        own = [1] if not looked_for or form.shift else []
+        found += [Fits.of(kind.regressors, size, width, n, folds) for n in grids + own]
+    return found
 
 
 class FitHere:

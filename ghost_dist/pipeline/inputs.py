@@ -331,11 +331,11 @@ def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[
 
 
 def disk_needs(
-    missing_ranges: int, sums_bytes: int, num_spans: int, hidden_size: int, checkpoint_bytes: int
+    statistics_bytes: int, num_spans: int, hidden_size: int, checkpoint_bytes: int
 ) -> dict[str, int]:
     """Bytes that calibration and what follows it write into the RUN folder, by what they are."""
     return {
-        "statistics": missing_ranges * sums_bytes,
+        "statistics": statistics_bytes,
         "operators": 2 * num_spans * hidden_size * hidden_size * 8,
         "checkpoint": checkpoint_bytes,
     }

@@ -19,8 +19,9 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
+from ghost_dist.pipeline.exporting import RESULT
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
-from ghost_dist.pipeline.stages import RESULT, STAGES, Solution, Stages
+from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
 from ghost_dist.report.verdict import no_better_than_cut, sentences

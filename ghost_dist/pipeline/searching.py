@@ -32,10 +32,11 @@ from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
+from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
 from ghost_dist.pipeline.inputs import RunInputs, windows_of_folds
 from ghost_dist.pipeline.offloading import layers_of
+from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import rules_of
-from ghost_dist.planning.run_shape import RemovalSearch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import (
@@ -81,8 +82,17 @@ EFFORTS = {
 }
 
 
-def search_shape(config: Config, remove: int, architecture: Architecture) -> RemovalSearch:
+@dataclass(frozen=True)
+class SearchShape:
     """What a search takes at most."""
+
+    fitted_tokens: int  # whose dense streams are kept
+    judged_tokens: int  # all evaluations together
+    sweeps: int
+
+
+def search_shape(config: Config, remove: int, architecture: Architecture) -> SearchShape:
+    """Of a search for so many layers."""
     selection, calibration = config.selection, config.calibration
     effort, length = _effort(selection), min(_JUDGED_LENGTH, calibration.window_length)
     sources = len(config.left_out)
@@ -93,11 +103,39 @@ def search_shape(config: Config, remove: int, architecture: Architecture) -> Rem
     budget = math.ceil(effort.rounds * greedy_evaluations(rules, judges))
     if isinstance(selection.effort, int):
         budget = selection.effort
-    return RemovalSearch(
+    return SearchShape(
         fitted_tokens=min(-(-fitted // sources), each) * sources * calibration.window_length,
         judged_tokens=budget * length,
         sweeps=math.ceil(2 * sources * effort.rounds * remove),
     )
+
+
+def search_cost(run: RunShape) -> Cost:
+    """Of :func:`search_spans`: its budget.
+
+    Every evaluation runs the layers that stay, and on average half of those that go: what
+    candidates share of the dense streams is not known before. Fits are few beside that.
+    """
+    inputs, sizes, layers = run.inputs, run.sizes, range(run.num_layers)
+    assert inputs.remove is not None
+    search = search_shape(inputs.config, inputs.remove, inputs.architecture)
+    cost = Cost(
+        below=run.num_layers,
+        whole=True,
+        head=True,
+        reads=1 + search.sweeps,
+        batch=inputs.batch,
+        length=run.window_length,
+        scored=search.judged_tokens,
+        # The dense model's stream and a variant's.
+        batch_bytes=2 * sizes.stream_bytes(run.batch_tokens),
+        sums_bytes=SMALL_BYTES,
+        host_bytes=(run.num_layers + 1) * sizes.stream_bytes(search.fitted_tokens),
+        running_bytes=sizes.stream_bytes(run.num_tokens),
+    )
+    cost.pass_tokens(layers, search.fitted_tokens)
+    cost.pass_tokens(layers[inputs.remove // 2 :], search.judged_tokens)
+    return cost
 
 
 def search_spans(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,9 @@ from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector
+from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
+from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
 from ghost_dist.solver.search import Rules
 from ghost_dist.solver.span_selection import (
     HeldOut,
@@ -24,6 +26,9 @@ from ghost_dist.solver.span_selection import (
 from ghost_dist.spans import Span
 from ghost_dist.statistics.layer_scores import ScoreCollector, ScoreSums
 from ghost_dist.statistics.pair_sums import (
+    FLUSH_TOKENS as PAIR_FLUSH_TOKENS,
+)
+from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,
     PairMoments,
@@ -32,8 +37,11 @@ from ghost_dist.statistics.pair_sums import (
     start_key,
 )
 from ghost_dist.statistics.store import StatisticsStore
-from ghost_dist.statistics.sum_costs import pair_bytes, saved_by_strips
+from ghost_dist.statistics.sum_costs import pair_bytes, pair_flops, saved_by_strips
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock
+
+if TYPE_CHECKING:
+    from ghost_dist.pipeline.run_shape import RunShape
 
 _SHARE_FOR_SUMS = 0.7
 
@@ -136,6 +144,48 @@ class Selector:
             )
             for group in groups
         ]
+
+    def cost(self, run: RunShape) -> Cost:
+        """Of :meth:`passes`, and of the decision."""
+        sizes, inputs, tokens = run.sizes, run.inputs, run.num_tokens
+        longest = max(span.stop - span.start for span in run.spans)
+        cost = Cost(
+            below=run.num_layers,
+            batch=inputs.batch,
+            length=run.window_length,
+            ranges=inputs.config.folds,
+            running_bytes=sizes.stream_bytes(tokens),
+            # Boundaries from a start to its stop wait; one more is being made.
+            kept_bytes=(longest + 1) * sizes.stream_bytes(tokens),
+        )
+        layers = range(run.num_layers)
+        if self.config.criterion != "recoverability":
+            cost.pass_tokens(layers, tokens)
+            cost.batch_bytes = (longest + 1) * sizes.stream_bytes(run.batch_tokens)
+            cost.sums_bytes = SMALL_BYTES
+            return cost
+        # Weights are there before the sums: what they leave is what the run will see as free.
+        left = run.free_bytes - sizes.decoder_bytes(run.num_layers)
+        stops_of, width = self.stops_of(), sizes.hidden_size
+        at_once = self.starts_at_once(left if left > 0 else run.free_bytes)
+        cost.pass_tokens(layers, tokens * -(-len(stops_of) // at_once))
+        # On a GPU rows of all starts wait until there are enough for one product.
+        starts = min(len(stops_of), at_once)
+        rows = min(tokens, max(run.batch_tokens, PAIR_FLUSH_TOKENS))
+        cost.batch_bytes = (starts + longest) * sizes.stream_bytes(rows)
+        cost.sums_bytes = starts * self.start_bytes()
+        # One range a fold; read back by fold and start.
+        stored = self.start_stored_bytes(inputs.config.engine.ranks)
+        cost.commit_bytes = cost.sums_read_bytes = cost.ranges * len(stops_of) * stored
+        columns = self.columns or width
+        for stops in stops_of.values():
+            cost.sums["pairs"] += tokens * pair_flops(width, stops, self.columns)
+            # The best ridge by a projection, and of the whole cross those beside it.
+            few = min(columns, PROJECTION_COLUMNS)
+            for steps, targets in ((len(RIDGE_GRID), few), (3 * (columns > few), columns)):
+                flops = step_flops(width, stops * targets)
+                cost.fits.append(Fits("stream", width, 0, cost.ranges * steps, flops))
+        return cost
 
     def decide(
         self, store: StatisticsStore, folds: int, device: torch.device

@@ -6,15 +6,12 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 
 from __future__ import annotations
 
-import gc
 import math
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,26 +20,16 @@ from torch import Tensor
 from ghost_dist.calibration.windows import TokenWindows, load_windows, save_windows
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
-from ghost_dist.devices import peak_bytes, release_cached, reset_peak
-from ghost_dist.durable import fingerprint, fsync_folder
+from ghost_dist.devices import peak_bytes, reset_peak
+from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.evaluation.scores import last_logits
-from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import (
     load_healed,
     load_operator,
     save_healed,
     save_operator,
-)
-from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import (
-    check_same_logits,
-    greedy_tokens,
-    verify_reload,
-    verify_tokenizer,
 )
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
@@ -53,6 +40,7 @@ from ghost_dist.pipeline.collecting import (
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import Evaluation
+from ghost_dist.pipeline.exporting import export_recovered, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import (
     RunInputs,
@@ -63,7 +51,7 @@ from ghost_dist.pipeline.inputs import (
     open_causal_lm,
     windows_of_folds,
 )
-from ghost_dist.pipeline.offloading import collect_here, layers_of, logits_of_exported
+from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
@@ -75,11 +63,8 @@ from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
-from ghost_dist.statistics.sum_costs import moments_bytes, num_regressors, saved_by_strips
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
-VERIFY_TOKENS = 256
-RESULT = "result.json"
 
 _T = TypeVar("_T")
 
@@ -240,18 +225,11 @@ class Stages:
 
         def work() -> dict[str, Any]:
             architecture = inputs.architecture
-            width, sizes = architecture.hidden_size, []
-            for span, kind in samples:
-                inner = architecture.inner_sizes.get(span.start - 1, 0)
-                sizes.append(moments_bytes(kind.regressors, width, inner))
-                if kind.regressors != "absolute":
-                    rows = num_regressors(kind.regressors, width, inner)
-                    sizes[-1] -= saved_by_strips(rows, plan.blocks)
+            collectors = SpanCollectors(tuple(samples), architecture)
             check_disk_space(
                 self._run.path,
                 disk_needs(
-                    len(missing),
-                    sum(sizes),
+                    len(missing) * collectors.stored_bytes(plan.blocks),
                     len(spans),
                     architecture.hidden_size,
                     inputs.source.bytes_once_read,
@@ -259,7 +237,6 @@ class Stages:
             )
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
-            collectors = SpanCollectors(tuple(samples), architecture)
             self._collect(store, tokens, collectors, "calibrate", to_fit=True)
             return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
@@ -391,54 +368,18 @@ class Stages:
 
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
-        inputs, config = self._inputs, self._inputs.config
-        recovered = self.as_exported(spans, solution)
+        inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
             "model": self._model,
             "spans": [[s.start, s.stop] for s in spans],
             "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
-            "export": config.export.model_dump(mode="json"),
+            "export": inputs.config.export.model_dump(mode="json"),
             **inputs.numerics,
         }
-        unverified = self._run.path / "checkpoint.unverified"
-        replaced = self._run.path / "checkpoint.replaced"
-
-        def work() -> dict[str, Any]:
-            shutil.rmtree(unverified, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
-            try:
-                with self._reporter.stage(
-                    "export", inputs.source.bytes_once_read, "bytes"
-                ) as advance:
-                    export_checkpoint(
-                        inputs.source,
-                        inputs.architecture,
-                        recovered,
-                        unverified,
-                        tokenizer=inputs.tokenizer,
-                        max_shard_bytes=config.export.max_shard_bytes,
-                        extra_files={
-                            "config.yaml": self._run.path / "config.yaml",
-                            CARD: model_card(inputs.source, config, recovered).encode(),
-                        },
-                        advance=advance,
-                    )
-                difference = self._verify(unverified, recovered)
-                # An older checkpoint loses its name before it is removed: a kill in the middle of
-                # the removal must not leave half of it under the name of a whole one.
-                if self._run.checkpoint.exists():
-                    self._run.checkpoint.rename(replaced)
-                unverified.rename(self._run.checkpoint)
-                fsync_folder(self._run.path)
-            finally:
-                shutil.rmtree(unverified, ignore_errors=True)
-                shutil.rmtree(replaced, ignore_errors=True)
-            files = _file_sizes(self._run.checkpoint)
-            return {"reload_max_abs_difference": difference, "files": files}
-
-        if _file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
+        if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
+        work = partial(export_recovered, inputs, recovered, self._run, self._reporter)
         self._stage("export", wanted, work)
 
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
@@ -508,41 +449,6 @@ class Stages:
             else self._inputs.source.dtype
         )
 
-    def _verify(self, folder: Path, recovered: Variant) -> float:
-        """Compare the exported folder with the recovered model and the original's tokenizer."""
-        inputs = self._inputs
-        tokens = load_windows(self._run.tokens).tokens[:2, :VERIFY_TOKENS]
-        with self._reporter.stage("verify", 2 * int(tokens.size), "tokens") as advance:
-            with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
-                expected = last_logits(layers, recovered, tokens, advance)
-            del layers  # a fresh process needs the memory
-            gc.collect()
-            release_cached(inputs.device)
-            kept = inputs.architecture.num_layers - len(recovered.removed)
-            if inputs.streaming:
-                found = logits_of_exported(inputs, folder, tokens, advance)
-                verify_tokenizer(folder, inputs.tokenizer)
-                return check_same_logits(folder, found, expected, kept, inputs.dtype)
-
-            def generate(prompt: Tensor) -> Tensor:
-                model = open_causal_lm(inputs)
-                remove_layers(model, inputs.architecture, recovered.spans)
-                insert_operators(model, inputs.architecture, recovered)
-                return greedy_tokens(model, prompt)
-
-            difference = verify_reload(
-                folder,
-                expected,
-                tokens,
-                num_layers=kept,
-                generate=generate,
-                tokenizer=inputs.tokenizer,
-                dtype=inputs.dtype,
-                device=inputs.device,
-            )
-            advance(int(tokens.size))
-            return difference
-
     def _loaded(
         self,
         name: str,
@@ -575,9 +481,3 @@ class Stages:
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it
-
-
-def _file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of the files of a checkpoint, but for those that are written anew at the end."""
-    files = [path for path in checkpoint.glob("*") if path.name not in (CARD, RESULT)]
-    return {path.name: path.stat().st_size for path in files}

@@ -16,10 +16,9 @@ with and of its own, and what a walk says of its fits is measured on that fold a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +29,15 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import RowWeights
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.pipeline.cost import Cost, Fits
+from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.solver.down_proj import refit_down
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.least_squares import RIDGE_GRID, Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
 from ghost_dist.statistics.row_weights import row_weights
 from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.sum_costs import moments_flops, num_regressors
 from ghost_dist.statistics.sums import Sums
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -55,6 +57,88 @@ class Refit:
 
     kind: SampleKind
     fit: Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]
+
+
+class Step(NamedTuple):
+    """What is done at one layer."""
+
+    group: Group
+    does: Literal["embed", "shared", "dense", "both", "refit", "heal"]
+    span: Span | None = None  # that is refitted, or of which the layer is
+
+    @property
+    def passes(self) -> int:
+        """Of all windows through the layer."""
+        return {"embed": 0, "shared": 1, "dense": 1, "both": 2, "refit": 2, "heal": 3}[self.does]
+
+
+def walk_steps(
+    spans: Sequence[Span],
+    num_layers: int,
+    *,
+    refits: Collection[Span],
+    healable: Collection[int],
+    new_downs: Collection[Span],
+    to_the_end: bool,
+) -> list[Step]:
+    """All steps of a walk, in order; a layer before a span that is refitted comes again.
+
+    ``healable`` are layers whose down_proj is refitted if they are kept and behind the first span,
+    but not before a span whose operator has a new one (``new_downs``) or that is refitted.
+    """
+    boundary = max(0, spans[0].start - 1)
+    steps = [Step("embeddings", "embed"), *(Step(layer, "shared") for layer in range(boundary))]
+    starts = {span.start: span for span in spans}
+    while boundary < (num_layers if to_the_end else spans[-1].stop):
+        span, following = starts.get(boundary), starts.get(boundary + 1)
+        if span is not None:
+            steps += [Step(layer, "dense", span) for layer in range(span.start, span.stop)]
+            boundary = span.stop
+        elif following is not None and following in refits:
+            steps += [Step(layer, "dense") for layer in range(boundary, following.stop)]
+            steps.append(Step(boundary, "refit", following))
+            boundary = following.stop
+        else:
+            heals = boundary >= spans[0].stop and boundary in healable
+            heals = heals and following not in new_downs
+            steps.append(Step(boundary, "heal" if heals else "both"))
+            boundary += 1
+    return steps
+
+
+def walk_cost(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> None:
+    """Add what :meth:`Walk.run` does; its streams wait in host memory."""
+    inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
+    operator = inputs.config.operator
+    steps = walk_steps(
+        run.spans,
+        run.num_layers,
+        refits=run.spans[1:] if sequential else (),
+        healable=inputs.refittable if operator.heal else (),
+        new_downs=variant.operators,
+        to_the_end=operator.heal,
+    )
+    for step in steps:
+        if not isinstance(step.group, int):
+            continue
+        cost.pass_tokens([step.group] * step.passes, tokens)
+        cost.moved_bytes += 2 * step.passes * sizes.stream_bytes(tokens)
+        if step.does not in ("refit", "heal"):
+            continue
+        inner = inputs.architecture.inner_sizes.get(step.group, 0)
+        kinds = [("joint", inner)]
+        if step.span is not None:
+            kinds = [
+                (kind.regressors, num_regressors(kind.regressors, width, inner))
+                for span, kind in run.samples
+                if span == step.span and kind.regressors != "absolute"
+            ]
+        for kind, regressors in kinds:
+            cost.sums[kind] += tokens * moments_flops(regressors, width)
+            ridges = len(RIDGE_GRID) if operator.ridge == "auto" else 1
+            cost.fits.append(Fits.of(kind, regressors, width, ridges, folds=1))
+    # Dense, recovered, and one being made.
+    cost.host_bytes += 3 * sizes.stream_bytes(tokens)
 
 
 @dataclass
@@ -104,48 +188,44 @@ class Walk:
     fits: dict[Span, Fit | None] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
 
-    def steps(self, *, heal: bool) -> list[tuple[Group, Callable[[], None]]]:
-        """What is done at which layer, in order; one before a span that is refitted comes again.
-
-        With ``heal`` the down_proj of every kept layer behind the first span is refitted, but of
-        those before a span whose operator has a new one or that is fitted again.
-        """
-        boundary = max(0, self.spans[0].start - 1)
-        steps: list[tuple[Group, Callable[[], None]]] = [("embeddings", self._embed)]
-        steps += [(layer, partial(self._shared, layer)) for layer in range(boundary)]
-        last = self.layers.num_layers if heal else self.spans[-1].stop
-        starts = {span.start: span for span in self.spans}
-        while boundary < last:
-            span, following = starts.get(boundary), starts.get(boundary + 1)
-            if span is not None:
-                gone = range(span.start, span.stop)
-                steps += [(layer, partial(self._removed, layer, span)) for layer in gone]
-                boundary = span.stop
-                continue
-            if following is not None and following in self.refits:
-                ahead = range(boundary, following.stop)
-                steps += [(layer, partial(self._dense_only, layer)) for layer in ahead]
-                steps.append((boundary, partial(self._refit, following)))
-                boundary = following.stop
-                continue
-            healed = (
-                heal
-                and boundary >= self.spans[0].stop
-                and boundary in self.refittable
-                and (following is None or self.operators[following].down_FC is None)
-            )
-            steps.append((boundary, partial(self._heal if healed else self._both, boundary)))
-            boundary += 1
-        return steps
+    def steps(self, *, heal: bool) -> list[Step]:
+        """What is done at which layer, in order."""
+        new_downs = [span for span, one in self.operators.items() if one.down_FC is not None]
+        return walk_steps(
+            self.spans,
+            self.layers.num_layers,
+            refits=self.refits,
+            healable=self.refittable if heal else (),
+            new_downs=new_downs,
+            to_the_end=heal,
+        )
 
     def run(self, *, heal: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
         """Refit spans as they come, and heal; ``advance`` is called after each of ``steps``."""
         steps = self.steps(heal=heal)
-        with self.layers.through([group for group, _ in steps]) as at_hand:
-            for _, (_, step) in zip(at_hand, steps, strict=True):
-                step()
+        with self.layers.through([step.group for step in steps]) as at_hand:
+            for _, step in zip(at_hand, steps, strict=True):
+                self._do(step)
                 self.layers.check_weights()
                 advance(1)
+
+    def _do(self, step: Step) -> None:
+        match step:
+            case Step("embeddings"):
+                self._embed()
+            case Step(int(layer), "shared"):
+                self._dense_only(layer)
+                self._recovered = self._dense
+            case Step(int(layer), "dense", span):
+                self._dense_only(layer)
+                if span is not None and layer == span.stop - 1:
+                    self._apply(span)
+            case Step(_, "refit", Span() as span):
+                self._refit(span)
+            case Step(int(layer), "heal"):
+                self._heal(layer)
+            case Step(int(layer)):
+                self._both(layer)
 
     def _embed(self) -> None:
         ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
@@ -153,18 +233,9 @@ class Walk:
         self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
         self._recovered = self._dense
 
-    def _shared(self, layer: int) -> None:
-        self._dense_only(layer)
-        self._recovered = self._dense
-
     def _dense_only(self, layer: int) -> None:
         with self.layers.running(layer, self._inputs(self._dense)) as run:
             self._dense = self._through(run, self._dense)
-
-    def _removed(self, layer: int, span: Span) -> None:
-        self._dense_only(layer)
-        if layer == span.stop - 1:
-            self._apply(span)
 
     def _both(self, layer: int) -> None:
         inputs = self._inputs([*self._dense, *self._recovered])

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.checkpoint.safetensors_header import TensorInfo
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.devices import synchronize
 from ghost_dist.statistics.moments import Moments
@@ -24,47 +22,30 @@ from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sum_costs import saved_by_strips
 
-_MOST_BYTES, _MOST_S = 2_000_000_000, 2.0
-_LOADED_BYTES = 256 << 20
-_WRITTEN_BYTES = 512 << 20
+_READ_BYTES, _WRITTEN_BYTES, _LOADED_BYTES = 2_000_000_000, 512 << 20, 256 << 20
+_LONGEST_S = 2.0
 _SAMPLES = 64
 _SPARSE = 0.5  # a file of which less than this is on the disk was never written
 
 
-@dataclass(frozen=True)
-class FileRates:
-    """As :class:`ghost_dist.planning.rates.Rates` names them."""
-
-    read: float
-    read_from: str
-    load: float
-    load_tensor_s: float
-    write: float
-    commit: float
-    commit_s: float
-    store_read: float
-
-
 def measure_files(
     checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: torch.dtype
-) -> FileRates:
-    """Measure with a temporary folder below ``folder``, which must be writable."""
+) -> dict[str, Any]:
+    """Rates of files as ``Rates`` names them; with a temporary folder below ``folder``."""
     with tempfile.TemporaryDirectory(prefix=".ghost-dist-probe-", dir=folder) as name:
         scratch = Path(name)
-        write, written = _write(scratch / "probe.bin")
-        shards = [checkpoint.path / file for file in checkpoint.headers]
-        real = [path for path in shards if not _is_sparse(path)]
-        read = _read(real or [written])
-        read_from = "checkpoint" if real else "a file of the run's file system"
-        load, load_tensor_s = _load(checkpoint, device, dtype)
+        write = _write(scratch / "probe.bin")
+        real = [path for path in _files(checkpoint) if not _is_sparse(path)]
         commit, commit_s, store_read = _commit(scratch, device)
-    return FileRates(read, read_from, load, load_tensor_s, write, commit, commit_s, store_read)
-
-
-def existing_folder(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    path = path.expanduser().absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+        return {
+            "write": write,
+            "read": _read(real or [scratch / "probe.bin"]),
+            "read_from": "checkpoint" if real else "a file of the run's file system",
+            "load": _load(checkpoint, device, dtype),
+            "commit": commit,
+            "commit_s": commit_s,
+            "store_read": store_read,
+        }
 
 
 def cached_share(checkpoint: Checkpoint) -> float:
@@ -72,16 +53,20 @@ def cached_share(checkpoint: Checkpoint) -> float:
 
     0 where the file system cannot say.
     """
-    sizes = {file: (checkpoint.path / file).stat().st_size for file in checkpoint.headers}
+    sizes = {path: path.stat().st_size for path in _files(checkpoint)}
     total, found = sum(sizes.values()), 0
     for sample in range(_SAMPLES):
         offset = total * sample // _SAMPLES
-        for file, size in sizes.items():
+        for path, size in sizes.items():
             if offset < size:
-                found += _is_cached(checkpoint.path / file, offset)
+                found += _is_cached(path, offset)
                 break
             offset -= size
     return found / _SAMPLES
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    return [checkpoint.path / file for file in checkpoint.headers]
 
 
 def _is_cached(path: Path, offset: int) -> bool:
@@ -101,89 +86,62 @@ def _is_sparse(path: Path) -> bool:
     return status.st_blocks * 512 < _SPARSE * status.st_size
 
 
-def _write(path: Path) -> tuple[float, Path]:
+def _write(path: Path) -> float:
     """Blocks of numbers that no file system can shrink, brought to the disk."""
-    generator = np.random.default_rng(0)
-    block = generator.bytes(BLOCK_BYTES)
-    began = time.perf_counter()
-    written = 0
+    block = np.random.default_rng(0).bytes(BLOCK_BYTES)
+    began, written = time.perf_counter(), 0
     with path.open("wb", buffering=0) as file:
-        while written < _WRITTEN_BYTES and (time.perf_counter() - began) < _MOST_S / 2:
+        while written < _WRITTEN_BYTES and time.perf_counter() - began < _LONGEST_S / 2:
             written += file.write(block)
         os.fsync(file.fileno())
-    return written / (time.perf_counter() - began), path
+    return written / (time.perf_counter() - began)
 
 
 def _read(paths: Sequence[Path]) -> float:
-    """Blocks from several threads, none of them from the page cache."""
-    blocks = list(islice(_blocks(paths), _MOST_BYTES // BLOCK_BYTES))
-    descriptors = {path: os.open(path, os.O_RDONLY) for path in {path for path, _, _ in blocks}}
+    """Blocks by as many threads as an offloaded run has, none of them from the page cache."""
+    files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    blocks = [
+        (file, offset)
+        for path, file in files.items()
+        for offset in range(0, path.stat().st_size, BLOCK_BYTES)
+    ][: _READ_BYTES // BLOCK_BYTES]
+    for file, offset in blocks:
+        os.posix_fadvise(file, offset, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+    buffers = [bytearray(b"x") * BLOCK_BYTES for _ in range(READERS)]  # no page is met here first
+    began = time.perf_counter()
+
+    def reader(number: int) -> int:
+        total = 0
+        for file, offset in blocks[number::READERS]:
+            if time.perf_counter() - began < _LONGEST_S:
+                total += os.preadv(file, [buffers[number]], offset)
+        return total
+
     try:
-        for path, offset, length in blocks:
-            os.posix_fadvise(descriptors[path], offset, length, os.POSIX_FADV_DONTNEED)
-        buffers = [bytearray(BLOCK_BYTES) for _ in range(READERS)]
-        for buffer in buffers:
-            buffer[::4096] = b"x" * len(buffer[::4096])  # no page is met for the first time
-        began = time.perf_counter()
-
-        def reader(number: int) -> int:
-            total = 0
-            for path, offset, length in blocks[number::READERS]:
-                if time.perf_counter() - began > _MOST_S:
-                    break
-                view = memoryview(buffers[number])[:length]
-                total += os.preadv(descriptors[path], [view], offset)
-            return total
-
         with ThreadPoolExecutor(READERS) as pool:
-            total = sum(pool.map(reader, range(READERS)))
-        return total / (time.perf_counter() - began)
+            return sum(pool.map(reader, range(READERS))) / (time.perf_counter() - began)
     finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        for file in files.values():
+            os.close(file)
 
 
-def _blocks(paths: Sequence[Path]) -> Iterator[tuple[Path, int, int]]:
-    for path in paths:
-        size = path.stat().st_size
-        for offset in range(0, size, BLOCK_BYTES):
-            yield path, offset, min(BLOCK_BYTES, size - offset)
-
-
-def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of large tensors to the device and checked, and seconds of each small one."""
-    by_size = sorted(checkpoint.tensors.values(), key=lambda tensor: -tensor.nbytes)
-    large, total = [], 0
-    for tensor in by_size:
-        if total < _LOADED_BYTES:
-            large.append(tensor)
-            total += min(tensor.nbytes, _LOADED_BYTES)
-    small = [tensor for tensor in by_size[::-1][:64] if tensor.nbytes < 1 << 20]
-    began = time.perf_counter()
-    _pieces(checkpoint, small, device, dtype)
-    each = (time.perf_counter() - began) / len(small) if small else 0.0
-    _pieces(checkpoint, large, device, dtype)  # brings the pages into the cache
-    began = time.perf_counter()
-    loaded = _pieces(checkpoint, large, device, dtype)
-    seconds = time.perf_counter() - began
-    return loaded / max(0.1 * seconds, seconds - each * len(large)), each
-
-
-def _pieces(
-    checkpoint: Checkpoint, tensors: Sequence[TensorInfo], device: torch.device, dtype: torch.dtype
-) -> int:
-    """Load tensors, of those that are too large the first rows; returns the bytes."""
-    total = 0
-    for tensor in tensors:
-        with safe_open(checkpoint.path / tensor.file, framework="pt") as opened:
-            whole = opened.get_slice(tensor.name)
-            rows = tensor.shape[0] if tensor.shape else 1
-            rows = max(1, min(rows, _LOADED_BYTES * rows // max(1, tensor.nbytes)))
-            piece = whole[:rows] if tensor.shape else opened.get_tensor(tensor.name)
-            loaded = piece.to(device, dtype, copy=True)
-            bool(torch.isfinite(loaded).all())
-            total += piece.nbytes
-    return total
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of tensors of the checkpoint to the device and checked, from the page cache."""
+    some, total = [], 0
+    for tensor in checkpoint.tensors.values():
+        if total + tensor.nbytes <= _LOADED_BYTES:
+            some.append(tensor)
+            total += tensor.nbytes
+    for _ in range(2):  # once to bring the pages into the cache
+        began = time.perf_counter()
+        for file in {tensor.file for tensor in some}:
+            with safe_open(checkpoint.path / file, framework="pt") as opened:
+                for tensor in some:
+                    if tensor.file == file:
+                        loaded = opened.get_tensor(tensor.name).to(device, dtype, copy=True)
+                        bool(torch.isfinite(loaded).all())
+        seconds = time.perf_counter() - began
+    return total / seconds
 
 
 def _commit(scratch: Path, device: torch.device) -> tuple[float, float, float]:

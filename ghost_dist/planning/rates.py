@@ -1,13 +1,9 @@
-"""How fast a machine is at what runs do: measured once (``probe.py``) and kept in a cache folder.
-
-Legend: T tokens, C hidden width, F inner width of an MLP, Z regressors, N targets.
-"""
+"""How fast a machine is at what runs do: measured once (``probe.py``) and kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,58 +12,25 @@ from typing import Any
 
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 
-FORMAT = 2
-_STEEPEST = 3.0  # seconds grow at most with the cube of a matrix's size
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Seconds of one thing at growing sizes; between and beyond them a power law."""
-
-    points: tuple[tuple[int, float], ...]
-    """(size, seconds), ascending; at least one."""
-
-    def at(self, size: int) -> float:
-        """Seconds at a size: from the two nearest points, beyond the last with their slope."""
-        if len(self.points) == 1:
-            known, seconds = self.points[0]
-            return float(seconds * (size / known) ** (_STEEPEST if size > known else 0.0))
-        last = len(self.points) - 1
-        above = next((i for i, (known, _) in enumerate(self.points) if known >= size), last)
-        (a, at_a), (b, at_b) = self.points[max(above, 1) - 1], self.points[max(above, 1)]
-        slope = math.log(at_b / at_a) / math.log(b / a)
-        slope = min(_STEEPEST, max(1.0 if size > b else 0.0, slope))
-        return float(at_b * (size / b) ** slope)
+FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second, or how long one of something takes.
-
-    A kind of layer missing in ``layer_s`` was too large to be tried: ``matmul`` says.
-    """
+    """What a machine does in a second."""
 
     device: str
-    read: float  # bytes/s past the page cache
+    read: float  # bytes of the checkpoint past the page cache
     read_from: str
-    load: float  # bytes/s from the page cache to checked weights
-    load_tensor_s: float  # seconds of a tensor, however small
-    to_device: float  # bytes/s from pinned host memory
-    write: float  # bytes/s brought to the disk
-    commit: float  # bytes/s of a range's sums into the store, and seconds of a range
+    load: float  # bytes from the page cache to checked weights
+    write: float  # bytes brought to the disk
+    commit: float  # bytes of a range's sums into the store; and seconds of a range
     commit_s: float
-    store_read: float  # bytes/s of sums read back and checked
-    matmul: Mapping[str, float]  # FLOP/s by dtype at the model's shapes
-    layer_s: Mapping[str, float]  # seconds per token by kind of layer
-    forward_s: float  # seconds of a forward beside its layers
-    head_s: float  # per token, as are the next two
-    loss_s: float
-    divergence_s: float
-    products: Mapping[str, float]  # FLOP/s by kind of sums
-    sums_s: Mapping[str, float]  # seconds per token beside the products
-    fit: Mapping[str, Curve]  # seconds of fit_steps steps by Z, by kind of regressors
-    step: Mapping[str, Curve]
-    fit_steps: int
+    store_read: float  # bytes of sums read back and checked
+    # FLOP: by kind of layer, "head" with the scores, by kind of sums, by dtype of plain products
+    products: Mapping[str, float]
+    factors: Mapping[str, float]  # FLOP of the steps of fits, by kind of regressors
+    fit_steps: Mapping[str, float]  # what a fit takes beside its steps, in steps
     process_s: float  # until a fresh process has imported its libraries
     measured_s: float
 
@@ -81,14 +44,7 @@ def cache_file(key: Mapping[str, Any]) -> Path:
 def stored_rates(key: Mapping[str, Any]) -> Rates | None:
     """Rates measured before under the same circumstances; None if there are none to be read."""
     try:
-        tree = json.loads(cache_file(key).read_bytes())
-        rates = dict(tree["rates"])
-        for name in ("fit", "step"):
-            rates[name] = {
-                kind: Curve(tuple((int(size), float(s)) for size, s in curve["points"]))
-                for kind, curve in rates[name].items()
-            }
-        return Rates(**rates)
+        return Rates(**json.loads(cache_file(key).read_bytes())["rates"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measured again then
 

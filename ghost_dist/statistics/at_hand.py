@@ -102,7 +102,7 @@ class StoreAtHand(StatisticsStore):
         return {key: held[key].to(device) for key in wanted}
 
     def sums_bytes(self, entries: Collection[str]) -> int:
-        """Bytes of the sums of some entries, as :meth:`total` gives them."""
+        """Bytes of the sums of some entries, as ``total`` gives them."""
         for held in self._held.values():
             return sum(_nbytes(held[entry]) for entry in entries)
         return super().sums_bytes(entries)

@@ -28,6 +28,14 @@ def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> 
     return (z * z + z * c + z + 2 * c + 1) * _FLOAT64_BYTES
 
 
+def stored_bytes(regressors: Regressors, hidden_size: int, inner_size: int, blocks: int) -> int:
+    """The same in the store, where ranks keep so many blocks of columns."""
+    nbytes = moments_bytes(regressors, hidden_size, inner_size)
+    if regressors == "absolute":
+        return nbytes
+    return nbytes - saved_by_strips(num_regressors(regressors, hidden_size, inner_size), blocks)
+
+
 def pair_bytes(hidden_size: int, num_stops: int, columns: int | None) -> int:
     """Bytes of the sums of one start and its stops; ``columns`` is r, None the whole cross."""
     c = hidden_size

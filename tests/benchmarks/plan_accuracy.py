@@ -27,8 +27,8 @@ import transformers
 
 from ghost_dist.config_file import load_config, parse_set
 from ghost_dist.devices import device_name
-from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.planning.plan import plan_run
 from ghost_dist.report.terminal import print_plan
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"

@@ -14,8 +14,8 @@ from ghost_dist.checkpoint.block_scales import dequantised, weight_block
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint, read_tensor
 from ghost_dist.checkpoint.weight_reader import WeightReader
+from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import CheckpointError
-from ghost_dist.planning.model_sizes import model_sizes
 
 CPU = torch.device("cpu")
 BLOCK = (40, 28)  # no size of the models is a multiple of it

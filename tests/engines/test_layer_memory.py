@@ -7,10 +7,10 @@ import torch
 
 from ghost_dist.engines import offloaded
 from ghost_dist.engines.layer_memory import LayerBytes, Residency, choose_residency
+from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.errors import ConfigError
-from ghost_dist.planning.model_sizes import model_sizes
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 67, dtype=torch.int32).reshape(4, 16).numpy()

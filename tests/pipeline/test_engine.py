@@ -14,12 +14,12 @@ from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline import engine, fitting, inputs, sizing
-from ghost_dist.pipeline import plan as planning
+from ghost_dist.pipeline import engine, fitting, inputs
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
-from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.planning import plan as planning
+from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
@@ -82,8 +82,7 @@ def have(monkeypatch):
     """Let the device have so much free memory."""
 
     def have(nbytes):
-        for module in (planning, engine, sizing):
-            monkeypatch.setattr(module, "free_bytes", lambda _: int(nbytes))
+        monkeypatch.setattr(engine, "free_bytes", lambda _: int(nbytes))
 
     return have
 
@@ -119,12 +118,12 @@ def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting
     monkeypatch.setattr(engine, "device_name", lambda _: "GPU X")
     chosen = []
 
-    def stop(config, run, choice, folder):
+    def stop(run, costs, choice, folder):
         chosen.append(choice)
         raise StopIteration
 
     monkeypatch.setattr(planning, "_disk", stop)  # what comes after the choice
-    for name in ("open_model", "model_sizes", "refittable_layers", "_texts"):
+    for name in ("open_model", "refittable_layers", "_texts"):
         # Once for all memories: none of them asks for it.
         monkeypatch.setattr(planning, name, once(getattr(planning, name)))
     monkeypatch.setattr(engine, "model_sizes", once(engine.model_sizes))

@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from ghost_dist.api import make_config
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.errors import UnsupportedArchitectureError
-from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.planning.plan import plan_run
 
 TEXT = "The quick brown fox jumps over 12 lazy dogs; it was 1999.\n"
 ENGINES = ("resident", "streaming")

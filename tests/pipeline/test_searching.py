@@ -14,8 +14,8 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline import searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
-from ghost_dist.pipeline.plan import plan_run
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import Rules, exhaustive

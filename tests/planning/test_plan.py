@@ -13,20 +13,23 @@ from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cli import main
 from ghost_dist.config_file import load_config
+from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import CheckpointError, ConfigError
-from ghost_dist.pipeline import engine, sizing, stage_plans
-from ghost_dist.pipeline import plan as planning
+from ghost_dist.pipeline import engine
+from ghost_dist.pipeline.engine import costs_of, shape_of
 from ghost_dist.pipeline.inputs import refittable_layers
-from ghost_dist.pipeline.plan import plan_run
-from ghost_dist.planning import probe
-from ghost_dist.planning.model_sizes import model_sizes
-from ghost_dist.planning.probe import ProbeSpec, measure
-from ghost_dist.planning.rates import Curve, Rates
+from ghost_dist.planning import plan as planning
+from ghost_dist.planning import probe, stage_plans
+from ghost_dist.planning.plan import plan_run
+from ghost_dist.planning.probe import measure
+from ghost_dist.planning.rates import Rates
 from ghost_dist.spans import Span
 from ghost_dist.statistics.sum_costs import moments_flops
 
 pytestmark = pytest.mark.model  # of 405B, on the meta device: seconds each
 CPU = torch.device("cpu")
+DEFAULTS = {"operator__name": "auto", "operator__features": "auto", "operator__choose": "kl"}
 LLAMA_405B = {
     "hidden_size": 16384,
     "intermediate_size": 53248,
@@ -74,29 +77,18 @@ def cache(tmp_path, monkeypatch):
 
 def of_a_gpu(kinds, dtype="bfloat16"):
     """Round figures of a machine, for predictions that can be checked by hand."""
-    curve = Curve(((1024, 1.0), (2048, 8.0)))
     return Rates(
         device="GPU X",
         read=2e9,
         read_from="checkpoint",
         load=4e9,
-        load_tensor_s=0.0,
-        to_device=5e10,
         write=1e9,
         commit=5e8,
         commit_s=0.0,
         store_read=1e9,
-        matmul={dtype: 5e14, "float64": 5e13},
-        layer_s={},
-        forward_s=0.0,
-        head_s=0.0,
-        loss_s=0.0,
-        divergence_s=0.0,
-        products=dict.fromkeys((*kinds, "pairs"), 5e13),
-        sums_s=dict.fromkeys((*kinds, "pairs"), 0.0),
-        fit=dict.fromkeys((*kinds, "stream"), curve),
-        step=dict.fromkeys((*kinds, "stream"), curve),
-        fit_steps=4,
+        products={dtype: 5e14, **dict.fromkeys((*kinds, "pairs"), 5e13)},
+        factors=dict.fromkeys((*kinds, "stream"), 5e13),
+        fit_steps=dict.fromkeys((*kinds, "stream"), 2.0),
         process_s=5.0,
         measured_s=1.0,
     )
@@ -107,8 +99,7 @@ def gpu_of(monkeypatch):
     """Let the plan find so much memory and a machine of known rates."""
 
     def have(device_gb, host_gb=500, disk_gb=10_000, kinds=("stream", "joint", "stream+norm")):
-        for module in (planning, engine, sizing, stage_plans):
-            monkeypatch.setattr(module, "free_bytes", lambda _: int(device_gb * 1e9))
+        monkeypatch.setattr(engine, "free_bytes", lambda _: int(device_gb * 1e9))
         monkeypatch.setattr(planning, "open_device", lambda _: torch.device("cuda"))
         monkeypatch.setattr(planning, "fit_room", lambda _: int(device_gb * 1e9))
         for module in (planning, engine, probe):
@@ -118,7 +109,7 @@ def gpu_of(monkeypatch):
             monkeypatch.setattr(module, "host_free_bytes", lambda: int(host_gb * 1e9))
         usage = type("usage", (), {"free": int(disk_gb * 1e9)})
         monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
-        monkeypatch.setattr(planning, "measure", lambda spec: of_a_gpu(kinds))
+        monkeypatch.setattr(planning, "measure", lambda *_: of_a_gpu(kinds))
 
     return have
 
@@ -167,8 +158,8 @@ def test_bytes_flops_and_seconds_of_405b_by_hand(llama_405b, tmp_path, gpu_of):
     nbytes = 8 * (gram + c * c + 3 * c + 1)
     assert calibrate.written_bytes == 4 * nbytes  # a range per fold
     assert calibrate.parts["store"] == pytest.approx(4 * nbytes / 5e8)
-    # 4 folds x 13 ridges and the final fit; a step is 1 s at 1024 and grows with the cube.
-    assert stages["solve"].parts["fit"] == pytest.approx(53 * 16**3)
+    # 4 folds x 13 ridges and the final fit, and two steps beside them.
+    assert stages["solve"].parts["fit"] == pytest.approx(55 * (c**3 // 3 + 4 * c**3) / 5e13)
     assert stages["export"].parts["processes"] == 5.0
     assert plan.disk_bytes["statistics"] == 4 * nbytes
     assert plan.disk_bytes["checkpoint"] == pytest.approx(
@@ -415,33 +406,34 @@ def test_down_projections_are_judged_as_the_run_judges_them(checkpoint, tmp_path
         assert adds_mlp_output(decoder, first) == bool(found)
 
 
-@pytest.fixture
-def probed(model_folder, tmp_path):
-    source = open_checkpoint(model_folder)
-    architecture = inspect_architecture(source)
-    return ProbeSpec(
-        checkpoint=source,
-        architecture=architecture,
-        sizes=model_sizes(source, architecture, torch.float32),
-        device=CPU,
-        dtype=torch.float32,
-        batch=2,
-        window_length=64,
-        inner_sizes={"stream": 0, "joint": 96, "stream+norm": 0},
-        columns=None,
-        folder=tmp_path,
-    )
-
-
-def test_the_probe_measures_this_machine_and_leaves_nothing(probed, tmp_path):
-    rates = measure(probed)
-    plain = {k: v for k, v in vars(rates).items() if isinstance(v, float)}
-    assert all(value > 0 for name, value in plain.items() if name != "forward_s"), plain
-    assert rates.layer_s.keys() == {layer.kind for layer in probed.sizes.layers}
-    assert rates.products.keys() == {"stream", "joint", "stream+norm", "pairs"}
-    assert rates.fit.keys() == rates.step.keys() == {"stream", "joint", "stream+norm"}
+def test_the_probe_measures_this_machine_and_leaves_nothing(make_config, tmp_path):
+    several = {"selection__remove": 2, "selection__max_spans": 2}
+    config = make_config(**DEFAULTS, **several, selection__spans=None)
+    run = shape_of(planning._open(config)[0])
+    rates = measure(run, costs_of(run), tmp_path)
+    kinds = {"joint", "stream", "pairs"}
+    assert all(v > 0 for v in vars(rates).values() if isinstance(v, float)), rates
+    layers = {layer.kind for layer in run.sizes.layers}
+    assert rates.products.keys() == {*layers, "head", "float32", "float64", *kinds}
+    assert rates.factors.keys() == rates.fit_steps.keys() == {"joint", "stream"}
+    assert min(*rates.products.values(), *rates.factors.values()) > 0
     assert rates.read_from == "checkpoint"
     assert not list(tmp_path.glob(".ghost-dist-probe-*"))
+
+
+def test_only_an_offloaded_run_reads_while_it_computes_and_past_the_cache(make_config, gpu_of):
+    gpu_of(80)
+    config = make_config(operator__features="stream")
+    run, rates = shape_of(planning._open(config)[0]), of_a_gpu(("stream",), "float32")
+    costs = costs_of(run)
+    for kind, cached in (("resident", 0.0), ("resident", 1.0), ("streaming", 0.0)):
+        choice = EngineChoice(kind, "", {})
+        parts = stage_plans.stage_seconds(run, costs["calibrate"], choice, rates, cached)
+        nbytes = costs["calibrate"].read_bytes(run.sizes)
+        assert nbytes == run.sizes.decoder_stored_bytes(5) > 0
+        computed = parts["forward"] if kind == "streaming" else 0.0
+        assert parts.get("read", 0.0) == pytest.approx((1 - cached) * nbytes / 2e9 - computed)
+        assert ("load" in parts) == (kind == "resident")
 
 
 def run(capsys, *arguments):
@@ -468,7 +460,7 @@ def test_the_command_measures_once_and_prints_json(
     assert "measuring" in err
     assert not (tmp_path / "run").exists()
     calls = []
-    monkeypatch.setattr(planning, "measure", lambda spec: calls.append(spec) or of_a_gpu(()))
+    monkeypatch.setattr(planning, "measure", lambda *_: calls.append(1) or of_a_gpu(()))
     code, out, err = run(capsys, *arguments)
     assert (code, calls) == (0, [])
     assert json.loads(out)["rates"] == tree["rates"]

@@ -1,4 +1,4 @@
-"""Curves between what was measured, the cache of rates, and memory below limits."""
+"""The cache of rates, and memory below limits."""
 
 import dataclasses
 import json
@@ -10,48 +10,23 @@ import pytest
 import torch
 
 from ghost_dist import devices as memory
-from ghost_dist.planning.rates import Curve, Rates, cache_file, store_rates, stored_rates
+from ghost_dist.planning.rates import Rates, cache_file, store_rates, stored_rates
 
 RATES = Rates(
     device="X",
     read=1e9,
     read_from="checkpoint",
     load=2e9,
-    load_tensor_s=1e-3,
-    to_device=1e10,
     write=5e8,
     commit=1e8,
     commit_s=0.01,
     store_read=3e8,
-    matmul={"bfloat16": 5e14, "float64": 5e13},
-    layer_s={"kind": 1e-6},
-    forward_s=0.001,
-    head_s=1e-6,
-    loss_s=1e-6,
-    divergence_s=1e-6,
-    products={"stream": 4e13},
-    sums_s={"stream": 0.0},
-    fit={"stream": Curve(((256, 0.01), (512, 0.05)))},
-    step={"stream": Curve(((256, 0.001), (512, 0.008)))},
-    fit_steps=4,
+    products={"bfloat16": 5e14, "float64": 5e13, "kind": 1e14, "stream": 4e13},
+    factors={"stream": 1e12},
+    fit_steps={"stream": 2.0},
     process_s=3.0,
     measured_s=8.0,
 )
-
-
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
-def test_a_curve_goes_on_with_its_power(power):
-    curve = Curve(tuple((size, 1e-6 * size**power) for size in (256, 512, 1024)))
-    for size in (256, 300, 512, 700, 1024, 5000):
-        assert curve.at(size) == pytest.approx(1e-6 * size**power)
-
-
-def test_a_curve_grows_at_least_linearly_and_at_most_cubically_beyond_its_points():
-    flat, steep = Curve(((256, 1.0), (512, 1.0))), Curve(((256, 1.0), (512, 100.0)))
-    assert flat.at(1024) == pytest.approx(2.0)
-    assert steep.at(1024) == pytest.approx(800.0)
-    assert Curve(((256, 1.0),)).at(512) == pytest.approx(8.0)
-    assert Curve(((256, 1.0),)).at(128) == 1.0
 
 
 def test_rates_come_back_from_the_cache_under_the_same_circumstances_only(tmp_path, monkeypatch):

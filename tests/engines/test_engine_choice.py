@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from ghost_dist.engines.engine_choice import SHARE_OF_FREE_MEMORY, DeviceNeeds, choose_engine
 from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.errors import ConfigError
-from ghost_dist.planning.engine_choice import SHARE_OF_FREE_MEMORY, DeviceNeeds, choose_engine
 
 GB = 1_000_000_000
 NEEDS = DeviceNeeds(

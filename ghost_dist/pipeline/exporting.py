@@ -1,0 +1,138 @@
+"""The recovered checkpoint: written under another name, proven, and renamed."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ghost_dist.calibration.windows import load_windows
+from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.devices import release_cached
+from ghost_dist.durable import fsync_folder
+from ghost_dist.evaluation.scores import last_logits
+from ghost_dist.export.model_card import CARD, model_card
+from ghost_dist.export.rewrite import export_checkpoint
+from ghost_dist.export.verify import (
+    check_same_logits,
+    greedy_tokens,
+    verify_reload,
+    verify_tokenizer,
+)
+from ghost_dist.pipeline.cost import Cost
+from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
+from ghost_dist.pipeline.offloading import layers_of, logits_of_exported
+from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import RunFolder
+from ghost_dist.solver.operators import operator_of
+
+RESULT = "result.json"
+_VERIFIED = (2, 256)  # windows, and tokens of each
+
+
+def export_recovered(
+    inputs: RunInputs, recovered: Variant, run: RunFolder, reporter: Reporter
+) -> dict[str, Any]:
+    """Write the checkpoint; a fresh process reloads it before it gets its name."""
+    unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
+    shutil.rmtree(unverified, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
+            export_checkpoint(
+                inputs.source,
+                inputs.architecture,
+                recovered,
+                unverified,
+                tokenizer=inputs.tokenizer,
+                max_shard_bytes=inputs.config.export.max_shard_bytes,
+                extra_files={
+                    "config.yaml": run.path / "config.yaml",
+                    CARD: model_card(inputs.source, inputs.config, recovered).encode(),
+                },
+                advance=advance,
+            )
+        difference = _verify(inputs, unverified, recovered, run, reporter)
+        # An older checkpoint loses its name before it is removed: a kill in the middle of the
+        # removal must not leave half of it under the name of a whole one.
+        if run.checkpoint.exists():
+            run.checkpoint.rename(replaced)
+        unverified.rename(run.checkpoint)
+        fsync_folder(run.path)
+    finally:
+        shutil.rmtree(unverified, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    return {"reload_max_abs_difference": difference, "files": file_sizes(run.checkpoint)}
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of the files of a checkpoint, but for those that are written anew at the end."""
+    files = [path for path in checkpoint.glob("*") if path.name not in (CARD, RESULT)]
+    return {path.name: path.stat().st_size for path in files}
+
+
+def export_cost(run: RunShape) -> Cost:
+    """Of :func:`export_recovered`: logits of the recovered model, here and in a fresh process."""
+    inputs, sizes = run.inputs, run.sizes
+    width, operator = sizes.hidden_size, operator_of(inputs.config.operator.name)
+    windows, length = _VERIFIED
+    tokens = 2 * windows * length
+    removed = sum(sizes.layers[layer].exported_bytes for layer in run.removed)
+    forms = 1 + any(candidate.features == "stream+norm" for candidate in run.candidates)
+    weights = forms * width * width if operator is None or operator.acts else 0
+    operators = len(run.spans) * weights * inputs.source.dtype.itemsize
+    cost = Cost(
+        below=run.num_layers,
+        whole=True,
+        head=True,
+        batch=1,
+        length=length,
+        scored=tokens,
+        written_bytes=sizes.exported_bytes - removed + operators,
+        running_bytes=sizes.stream_bytes(windows * length),
+    )
+    cost.pass_tokens([la for la in range(run.num_layers) if la not in run.removed], tokens)
+    return cost
+
+
+def _verify(
+    inputs: RunInputs, folder: Path, recovered: Variant, run: RunFolder, reporter: Reporter
+) -> float:
+    """Compare the exported folder with the recovered model and the original's tokenizer."""
+    windows, length = _VERIFIED
+    tokens = load_windows(run.tokens).tokens[:windows, :length]
+    with reporter.stage("verify", 2 * int(tokens.size), "tokens") as advance:
+        with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
+            expected = last_logits(layers, recovered, tokens, advance)
+        del layers  # a fresh process needs the memory
+        gc.collect()
+        release_cached(inputs.device)
+        kept = inputs.architecture.num_layers - len(recovered.removed)
+        if inputs.streaming:
+            found = logits_of_exported(inputs, folder, tokens, advance)
+            verify_tokenizer(folder, inputs.tokenizer)
+            return check_same_logits(folder, found, expected, kept, inputs.dtype)
+
+        def generate(prompt: Tensor) -> Tensor:
+            model = open_causal_lm(inputs)
+            remove_layers(model, inputs.architecture, recovered.spans)
+            insert_operators(model, inputs.architecture, recovered)
+            return greedy_tokens(model, prompt)
+
+        difference = verify_reload(
+            folder,
+            expected,
+            tokens,
+            num_layers=kept,
+            generate=generate,
+            tokenizer=inputs.tokenizer,
+            dtype=inputs.dtype,
+            device=inputs.device,
+        )
+        advance(int(tokens.size))
+        return difference

@@ -1,0 +1,265 @@
+"""``ghost-dist plan``: a run's bytes, FLOPs and seconds from headers, and the engine it gets.
+
+Reads ``config.json``, the safetensors headers and, where there is a tokenizer, some text; of the
+weights nothing, except that a first look at a machine reads pieces of the files to see how fast
+they come. What the headers do not say is assumed, and said in the plan's notes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghost_dist.calibration.windows import TokenWindows, build_windows
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.load import load_tokenizer
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.config import Config
+from ghost_dist.devices import device_name, host_free_bytes, open_device
+from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedArchitectureError,
+)
+from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
+from ghost_dist.pipeline.candidates import few_tokens
+from ghost_dist.pipeline.cost import Cost
+from ghost_dist.pipeline.engine import choose, costs_of, shape_of
+from ghost_dist.pipeline.fitting import fit_room
+from ghost_dist.pipeline.inputs import RunInputs, disk_needs, open_model, refittable_layers
+from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.planning.probe import circumstances, measure
+from ghost_dist.planning.rates import Rates, store_rates, stored_rates
+from ghost_dist.planning.stage_plans import (
+    KEPT_BY_SHARDING,
+    StagePlan,
+    num_replicas,
+    plan_stages,
+)
+from ghost_dist.progress import Reporter
+from ghost_dist.spans import Span
+
+TOKENS_PER_BYTE = 0.25
+"""Of text whose tokens cannot be counted."""
+_COUNTED_BYTES = 64 << 20  # texts up to here are cut into tokens to know their number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``ghost-dist plan`` says."""
+
+    model: str
+    num_layers: int
+    spans: tuple[Span, ...]
+    spans_known: bool  # else they are those that cost most
+    dtype: str
+    batch: int
+    device: str
+    free_device_bytes: int
+    free_host_bytes: int
+    free_disk_bytes: int
+    engine: EngineChoice
+    stages: tuple[StagePlan, ...]
+    disk_bytes: Mapping[str, int]  # of RUN when it is largest, by what they are
+    notes: tuple[str, ...]  # what was assumed
+    rates: Rates  # what the seconds come from
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, as ``--json`` prints them."""
+        tree = dataclasses.asdict(self)
+        tree["spans"] = [[span.start, span.stop] for span in self.spans]
+        tree["seconds"] = sum(stage.seconds for stage in self.stages)
+        tree["flops"] = sum(stage.flops for stage in self.stages)
+        return tree
+
+
+def plan_run(
+    config: Config, reporter: Reporter | None = None, *, measure_again: bool = False
+) -> Plan:
+    """Plan a run as ``recover`` takes it, or refuse it with the bytes needed and free."""
+    reporter = reporter or Reporter()
+    inputs, notes, tokens_s = _open(config)
+    run = shape_of(inputs)
+    costs = costs_of(run)
+    if config.selection.spans is None:
+        notes.append(
+            "the spans are not known before they are selected; reckoned with "
+            f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
+        )
+    if config.selection.searches:
+        notes.append("select is reckoned with all of its budget; a search may end before")
+    calibration, architecture = config.calibration, inputs.architecture
+    few = few_tokens(calibration, run.candidates, run.spans, architecture, inputs.refittable)
+    notes += [few] if few else []
+    whole = config.needs_whole_model
+    choice = choose(config.engine.kind, run, whole=None if whole is None else whole[0])
+    if inputs.fit_room and costs["solve"].fit_bytes > inputs.fit_room:
+        notes.append("the largest fits need more than all memory of the device: the CPU fits")
+    folder = Path(config.output.path).expanduser().absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+    disk = _disk(run, costs, choice, folder)
+    key = circumstances(run, costs, folder)
+    rates = None if measure_again else stored_rates(key)
+    if rates is None:
+        reporter.say("measuring this machine (once; plan --measure does it again) ...")
+        rates = measure(run, costs, folder)
+        store_rates(key, rates)
+    if config.on_cluster:
+        notes.append(_cluster_note(run, choice))
+    if rates.read_from != "checkpoint":
+        notes.append(
+            f"the checkpoint's files hold no data; reading was measured on {rates.read_from}"
+        )
+    return Plan(
+        model=config.model.path,
+        num_layers=run.num_layers,
+        spans=run.spans,
+        spans_known=config.selection.spans is not None,
+        dtype=str(inputs.dtype).removeprefix("torch."),
+        batch=inputs.batch,
+        device=device_name(inputs.device),
+        free_device_bytes=run.free_bytes,
+        free_host_bytes=host_free_bytes(),
+        free_disk_bytes=shutil.disk_usage(folder).free,
+        engine=choice,
+        stages=plan_stages(run, costs, choice, rates, tokens_s),
+        disk_bytes=disk,
+        notes=tuple(notes),
+        rates=rates,
+    )
+
+
+def _open(config: Config) -> tuple[RunInputs, list[str], float]:
+    """Inputs as a run has them, as far as headers give them; notes; seconds of stage tokens."""
+    source, architecture, remove = open_model(config)
+    notes = [*source.notes]
+    device = open_device(config.engine.device)
+    try:
+        refittable = refittable_layers(config, source, architecture)
+    except UnsupportedArchitectureError:
+        refittable = frozenset(architecture.down_projections)
+        notes.append("no small model of the family could be built; taken to allow ghost-joint")
+    tokens_s, evaluation = _texts(config, source, architecture, notes)
+    inputs = RunInputs(
+        config=config,
+        source=source,
+        architecture=architecture,
+        tokenizer=None,
+        model_fingerprint="",
+        device=device,
+        fit_device=device,
+        fit_room=fit_room(device),
+        worker_device=device,
+        dtype=compute_dtype(config, source, device),
+        batch=batch_of(config, device),
+        num_ranges=count_ranges(config),
+        remove=remove,
+        refittable=refittable,
+        evaluation=evaluation,
+        tasks=(),
+        streaming=config.engine.kind == "streaming",
+    )
+    return inputs, notes, tokens_s
+
+
+def _texts(
+    config: Config, source: Checkpoint, architecture: Architecture, notes: list[str]
+) -> tuple[float, dict[str, TokenWindows]]:
+    """Seconds that calibration's tokens take, and windows of the corpora's shapes."""
+    calibration, evaluation = config.calibration, config.evaluation
+    try:
+        tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
+    except CheckpointError:
+        tokenizer = None
+        notes.append("there is no tokenizer: stage tokens is not predicted")
+
+    def windows_of(text: str, windows: int | None, length: int, **options: Any) -> int | None:
+        path = Path(text).expanduser()
+        if tokenizer is None or not path.is_file() or path.stat().st_size > _COUNTED_BYTES:
+            return None
+        options |= {"special_tokens": False, "window_bos": False, "seed": calibration.seed}
+        options |= {"windows": windows, "window_length": length}
+        try:
+            found = build_windows(text, tokenizer, vocab_size=architecture.vocab_size, **options)
+        except CalibrationError:
+            return None
+        return found.num_windows
+
+    began = time.perf_counter()
+    few = max(1, min(calibration.windows, (1 << 16) // calibration.window_length))
+    found = windows_of(
+        calibration.source, few, calibration.window_length, sampling=calibration.sampling
+    )
+    tokens_s = (time.perf_counter() - began) * calibration.windows / few
+    if tokenizer is not None and found is None:
+        notes.append(f"stage tokens is not predicted: {calibration.source} is not a local file")
+    corpora: dict[str, TokenWindows] = {}
+    for name, text in evaluation.corpora.items():
+        length = evaluation.window_length
+        counted = windows_of(text, evaluation.windows, length) or evaluation.windows
+        if counted is None:
+            file = Path(text).expanduser()
+            nbytes = file.stat().st_size if file.is_file() else 1 << 20
+            counted = max(1, int(nbytes * TOKENS_PER_BYTE) // length)
+            notes.append(f"corpus {name} is taken for {counted} windows of {length} tokens")
+        corpora[name] = TokenWindows(np.broadcast_to(np.int32(0), (counted, length)), text)
+    if evaluation.tasks:
+        notes.append("evaluation.tasks are not predicted")
+    return (tokens_s if found is not None else 0.0), corpora
+
+
+def _disk(
+    run: RunShape, costs: Mapping[str, Cost], choice: EngineChoice, folder: Path
+) -> dict[str, int]:
+    """What the RUN folder holds when it is largest; refused where there is no room for it."""
+    inputs = run.inputs
+    needs = disk_needs(
+        # The sums of a selection are removed once the spans are known.
+        max(cost.commit_bytes for cost in costs.values()),
+        len(run.spans),
+        run.sizes.hidden_size,
+        costs["export"].written_bytes,
+    )
+    if choice.kind == "streaming" and not inputs.config.on_cluster:
+        needs["streams"] = max(
+            costs[stage].waiting_bytes(run.num_windows, None) for stage in choice.device_bytes
+        )
+    free = shutil.disk_usage(folder).free
+    needed, ranges, folds = sum(needs.values()), inputs.num_ranges, inputs.config.folds
+    if needed > free:
+        parts = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in needs.items())
+        fewer = (
+            f"give fewer calibration.ranges (now {ranges}; {folds} are enough), "
+            if ranges > folds
+            else ""
+        )
+        raise ConfigError(
+            f"The run needs about {needed / 1e9:.2f} GB of disk at {folder} ({parts}), but "
+            f"{free / 1e9:.2f} GB are free. Choose another --out, {fewer}or a smaller operator "
+            "(operator.name=ghost)."
+        )
+    return needs
+
+
+def _cluster_note(run: RunShape, choice: EngineChoice) -> str:
+    """What is assumed of a cluster."""
+    ranks = run.inputs.config.engine.ranks
+    share = (
+        f"{ranks} ranks, which share the windows and one reading"
+        if choice.kind == "streaming"
+        else f"{ranks} ranks, which keep {KEPT_BY_SHARDING:.0%} of the forward's rate where they "
+        "share a layer"
+    )
+    return (
+        f"cluster: every device is taken to be as fast as this one, {num_replicas(run)} replicas "
+        f"of {share}"
+    )

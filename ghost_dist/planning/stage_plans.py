@@ -1,0 +1,177 @@
+"""The stages of a planned run: what each says of itself, in seconds of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, host_free_bytes
+from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline.cost import Cost
+from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.planning.probe_files import cached_share
+from ghost_dist.planning.rates import Rates
+
+KEPT_BY_SHARDING = 0.8
+"""Share of the forward's rate that ranks keep that wait for each other; assumed, not measured."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage."""
+
+    name: str  # as in result.json
+    seconds: float
+    parts: Mapping[str, float]  # the seconds, by what they go into
+    flops: int
+    read_bytes: int  # of the checkpoint
+    written_bytes: int
+    device_bytes: int  # at most, beside what libraries take; as are the next
+    host_bytes: int
+    streams: str  # offloaded: where activations wait between layers: device, host, disk; else empty
+
+
+def plan_stages(
+    run: RunShape, costs: Mapping[str, Cost], choice: EngineChoice, rates: Rates, tokens_s: float
+) -> tuple[StagePlan, ...]:
+    """Every stage that the run has, in order; refused if one needs more memory than there is.
+
+    A resident engine loads the model anew in each stage that runs it, from the page cache if the
+    checkpoint stays there; an offloaded one sweeps over the layers, and reads past it.
+    """
+    of_tokens = {"other": tokens_s} if tokens_s else {}
+    plans = [StagePlan("tokens", tokens_s, of_tokens, 0, 0, 0, 0, 0, "")]
+    streaming = choice.kind == "streaming"
+    held = run.sizes.stored_bytes
+    if run.inputs.device.type == "cpu":
+        held += choice.device_bytes.get("calibrate", 0)
+    stays = held < SHARE_OF_FREE_MEMORY * host_free_bytes()
+    cached = 0.0 if streaming else cached_share(run.inputs.source)
+    for name, cost in costs.items():
+        sweeps = _shared(run, choice, cost)["sweeps"] if streaming else 1
+        read_bytes = int(sweeps * cost.read_bytes(run.sizes))
+        parts = stage_seconds(run, cost, choice, rates, cached)
+        device_bytes, on_host, streams = _memory(run, name, cost, choice)
+        plans.append(
+            StagePlan(
+                name=name,
+                seconds=sum(parts.values()),
+                parts=parts,
+                flops=cost.flops(run.sizes, choice.experts),
+                read_bytes=read_bytes,
+                written_bytes=cost.written_bytes + cost.commit_bytes,
+                device_bytes=device_bytes,
+                host_bytes=on_host,
+                streams=streams,
+            )
+        )
+        if read_bytes and stays and not streaming:
+            cached = 1.0
+    return tuple(plans)
+
+
+def stage_seconds(
+    run: RunShape, cost: Cost, choice: EngineChoice, rates: Rates, cached: float
+) -> dict[str, float]:
+    """Seconds by what they go into; their sum is the stage's.
+
+    ``cached`` is the share of the checkpoint that is in the page cache.
+    """
+    share = _shared(run, choice, cost)
+    dtype = str(run.inputs.dtype).removeprefix("torch.")
+    plain = rates.products[dtype]  # of layers that were too large to be measured
+    forward = sum(
+        flops / rates.products.get(kind, plain)
+        for kind, flops in cost.model_flops(run.sizes, choice.experts).items()
+    )
+    forward *= share["forward"]
+    nbytes = share["sweeps"] * cost.read_bytes(run.sizes)
+    read = (1 - cached) * nbytes / rates.read
+    load = (nbytes + cost.written_bytes) / rates.load
+    if choice.kind == "streaming" and not cost.written_bytes and choice.prefetch:
+        read, load = max(0.0, read - forward), 0.0  # by threads of their own, meanwhile
+    store = cost.ranges * rates.commit_s + cost.commit_bytes / rates.commit
+    parts = {
+        "read": read,
+        "load": load,
+        "forward": forward,
+        "sums": share["sums"] * sum(n / rates.products[kind] for kind, n in cost.sums.items()),
+        "fit": sum(
+            (fit.steps + fit.count * rates.fit_steps[fit.kind])
+            * (fit.flops / rates.factors[fit.kind])
+            for fit in cost.fits
+        ),
+        "store": share["store"] * (store + cost.sums_read_bytes / rates.store_read),
+        "write": cost.written_bytes / rates.write,
+        "move": cost.moved_bytes / rates.load,
+        "processes": rates.process_s if cost.written_bytes else 0.0,
+    }
+    return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+def _shared(run: RunShape, choice: EngineChoice, cost: Cost) -> dict[str, float]:
+    """What a replica has of each part of a stage, and its sweeps over the layers (offloaded)."""
+    engine, alone = run.inputs.config.engine, dict.fromkeys(("forward", "sums", "store"), 1.0)
+    if not (run.inputs.config.on_cluster and cost.ranges):
+        return {**alone, "sweeps": cost.reads if choice.kind == "streaming" else 1}
+    replicas = num_replicas(run)
+    if choice.kind == "streaming":
+        # Of the replica with most ranges, whose ranks share the windows and one reading.
+        sweeps = -(-cost.ranges // replicas)
+        forward = sweeps / (cost.ranges * engine.ranks)
+        sums = 1 / (replicas * engine.ranks)
+    else:  # each reads for itself
+        sweeps, degree = 1, engine.tensor_parallel
+        sums = 1 / (replicas * degree)
+        forward = sums / (KEPT_BY_SHARDING if degree > 1 else 1.0)
+    return {"forward": forward, "sums": sums, "store": 1 / replicas, "sweeps": sweeps}
+
+
+def num_replicas(run: RunShape) -> int:
+    """Of a cluster; as many as there is room for are reckoned as one."""
+    replicas = run.inputs.config.engine.replicas
+    return 1 if replicas == "auto" else replicas
+
+
+def _memory(run: RunShape, name: str, cost: Cost, choice: EngineChoice) -> tuple[int, int, str]:
+    """Bytes of a stage on the device and in host memory, and where streams wait (offloaded)."""
+    if name not in choice.device_bytes:
+        return 0, 0, ""
+    config, on_gpu = run.inputs.config, run.inputs.device.type != "cpu"
+    on_device, on_host, streams = choice.device_bytes[name], 0, ""
+    if on_gpu:
+        on_host = cost.on_host(choice.kind, copies=2 if config.on_cluster else 1)
+    free_host = host_free_bytes()
+    room, host_room = SHARE_OF_FREE_MEMORY * run.free_bytes, SHARE_OF_FREE_MEMORY * free_host
+    allowed = (
+        f"{free_host / 1e9:.2f} GB are free, of which {SHARE_OF_FREE_MEMORY:.0%} may be filled"
+    )
+    if choice.kind == "streaming":
+        ranks = config.engine.ranks if config.on_cluster else None
+        waiting, asked = cost.waiting_bytes(run.num_windows, ranks), 0
+        if choice.experts is not None and on_gpu:
+            asked = cost.asked_bytes(run.sizes, run.num_windows, ranks)
+        if on_device + waiting <= room:
+            streams, on_device = "device", on_device + waiting
+        elif on_gpu and on_host + waiting <= host_room:
+            streams, on_host = "host", on_host + waiting
+        else:
+            streams = "disk"
+        if on_device + asked <= room:
+            on_device += asked
+        elif on_host + asked <= host_room:
+            on_host += asked
+        else:
+            raise ConfigError(
+                f"Stage {name} needs {(on_host + asked) / 1e9:.2f} GB of host memory, "
+                f"{asked / 1e9:.2f} GB of it for what a layer's experts are asked and answer "
+                f"(engine.experts), but {allowed}. Take fewer calibration.windows or "
+                "evaluation.windows, or more memory."
+            )
+    if on_host > host_room:
+        raise ConfigError(
+            f"Stage {name} needs {on_host / 1e9:.2f} GB of host memory, but {allowed}. Take "
+            "operator.name=ghost (sums of C^2 instead of (C + F)^2), or more memory."
+        )
+    return on_device, on_host, streams
