@@ -12,7 +12,6 @@ import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ghost_dist.config import Config
@@ -77,12 +76,7 @@ class RunFolder:
             ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._release()
 
     def begin(self) -> None:
@@ -94,12 +88,12 @@ class RunFolder:
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
-        record = self._read(stage)
+        record = read_record(self.path, stage)
         return record["outputs"] if record.get("inputs") == inputs else None
 
     def outputs(self, stage: str) -> dict[str, Any]:
         """Outputs recorded for a stage whatever its inputs; empty if it never finished."""
-        outputs: dict[str, Any] = self._read(stage).get("outputs", {})
+        outputs: dict[str, Any] = read_record(self.path, stage).get("outputs", {})
         return outputs
 
     def finish(self, stage: str, inputs: str, outputs: Mapping[str, Any]) -> None:
@@ -108,9 +102,6 @@ class RunFolder:
 
     def forget(self, stage: str) -> None:
         (self._stages / f"{stage}.json").unlink(missing_ok=True)
-
-    def _read(self, stage: str) -> dict[str, Any]:
-        return read_record(self.path, stage)
 
     def _take(self) -> None:
         fresh = not self.path.exists() or not any(self.path.iterdir())

@@ -44,7 +44,7 @@ class Architecture:
 
     ``down_projections`` has layers whose MLP ends in one linear module, so none with experts.
     Whether its output is added to the stream as it is shows only when it runs
-    (``load.adds_mlp_output``).
+    (``layerwise.adds_mlp_output``).
     """
 
     model_type: str

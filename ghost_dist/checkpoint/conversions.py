@@ -82,7 +82,10 @@ def convert_and_load(
         device_map={"": device},
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with quiet_loading(), _one_by_one() if one_by_one else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_loading())
+        if one_by_one:  # ahead, experts and what they are merged into would be held at once
+            stack.enter_context(environment("HF_DEACTIVATE_ASYNC_LOAD", "1"))
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     for target, got, expected in sorted(info.mismatched_keys):
         raise CheckpointError(
@@ -148,11 +151,10 @@ def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Not ahead by threads: experts and what they are merged into would be held at once."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable of this process's environment for a while."""
     before = os.environ.get(name)
-    os.environ[name] = "1"
+    os.environ[name] = value
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ that holds NaN is an error, since it would spoil every sum.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +112,6 @@ def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> A
     return _load(causal_lm_class(config), path, dtype, device, config=config)
 
 
-@contextlib.contextmanager
-def as_decoder(model: Any, architecture: Architecture) -> Iterator[Decoder]:
-    """The layers of an uncut causal LM as a decoder for a while, on the same weights."""
-    base = model.get_submodule(architecture.base_prefix)
-    path = architecture.in_base(architecture.final_norm)
-    norm = base.get_submodule(path)
-    try:
-        yield Decoder(base, architecture)
-    finally:
-        base.set_submodule(path, norm)
-
-
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder; CheckpointError if there is none that can be read."""
     try:
@@ -139,40 +126,6 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             f"{path} has no tokenizer that can be read: {error}. Copy tokenizer.json and "
             "tokenizer_config.json of the model into the folder."
         ) from error
-
-
-@torch.inference_mode()
-def adds_mlp_output(decoder: Decoder, layer: int) -> bool:
-    """Whether a layer adds the output of its down_proj to the stream as it is.
-
-    Tried on a few tokens, with that output and without it. False where it is normed or scaled
-    first (Gemma 2 and 3, OLMo 2, Granite): there the stream is not linear in the down_proj.
-    """
-    module = decoder.down_projection(layer)
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    ids_BT = torch.arange(4, device=decoder.device)[None]
-    for name, silenced in (("with", False), ("without", True)):
-        handles = [decoder.layers[layer].register_forward_hook(keep(name))]
-        if silenced:
-            handles.append(module.register_forward_hook(lambda _m, _a, output: output * 0))
-        else:
-            handles.append(module.register_forward_hook(keep("product")))
-        try:
-            decoder(ids_BT)
-        finally:
-            for handle in handles:
-                handle.remove()
-    change, product = (seen["with"] - seen["without"]).double(), seen["product"].double()
-    scale = seen["with"].double().norm()
-    slack = 1e-3 * product.norm() + 8 * torch.finfo(decoder.dtype).eps * scale
-    return bool((change - product).norm() <= slack)
 
 
 class _Boundary(nn.Module):

@@ -41,67 +41,41 @@ def check_conformance(
     architecture: Architecture,
     load: LoadEngine,
     device: torch.device,
-    degree: int,
-    backend: str,
+    degree: int = 1,
+    *,
+    what: str,
+    advice: str,
 ) -> float:
-    """Run a small random model of the family sharded and unsharded; collective over the world.
+    """Run a small random model of the family by an engine and as a whole; collective in a world.
 
-    ``load`` gives an engine over the first layers of a checkpoint folder. Returns the largest
-    difference on this rank, relative to the largest entry of the stream; one that is too large on
-    any rank is an UnsupportedArchitectureError on all.
+    ``load`` gives an engine over the first layers of a checkpoint folder; ``what`` it does and the
+    ``advice`` are for the error if a stream differs by too much, on any rank. Returns the largest
+    difference on this rank, relative to the largest entry of the stream.
     """
-    files = _shared_small_model(checkpoint, architecture, degree)
-    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder, errors_shared():
+    together = dist.is_initialized()
+    shared = errors_shared if together else contextlib.nullcontext
+    message: list[dict[str, bytes] | None] = [None]
+    with shared():  # one rank draws and saves it: transformers saves on that rank only
+        if not together or dist.get_rank() == 0:
+            message[0] = small_model(checkpoint, architecture, degree)
+    if together:
+        dist.broadcast_object_list(message)
+    files = message[0]
+    assert files is not None, "rank 0 sent no model"
+    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder, shared():
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         try:
             worst, problem = _compare(Path(folder), load, device)
         except (ConfigError, UnsupportedArchitectureError):
             raise
-        except Exception as error:  # whatever a library raises on a model it splits wrongly
+        except Exception as error:  # whatever a library raises on a model that it runs wrongly
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
-            other = "transformers" if backend == "deepspeed" else "deepspeed"
             raise UnsupportedArchitectureError(
-                f"Family {architecture.model_type} cannot be sharded over {degree} ranks by "
-                f"{backend}: a small random model of it does not compute what it computes "
-                f"unsharded ({problem}). Set engine.backend={other} or engine.tensor_parallel=1."
+                f"Family {architecture.model_type} cannot be {what}: a small random model of it "
+                f"does not compute what it computes as a whole ({problem}). {advice}"
             )
-    return worst
-
-
-def check_offloaded(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    load: LoadEngine,
-    device: torch.device,
-    *,
-    in_parts: bool = False,
-) -> float:
-    """Run a small random model of the family layer by layer and as a whole, in this process.
-
-    Parameters and result as for :func:`check_conformance`; ``in_parts`` says for the message that
-    ``load`` gives an engine that holds experts in parts. Collective over the world, if there is
-    one.
-    """
-    if dist.is_initialized():
-        files = _shared_small_model(checkpoint, architecture)
-    else:
-        files = small_model(checkpoint, architecture)
-    with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        try:
-            worst, problem = _compare(Path(folder), load, device)
-        except Exception as error:  # whatever a family does that needs more than one layer
-            problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        raise UnsupportedArchitectureError(
-            f"Family {architecture.model_type} cannot be run layer by layer"
-            f"{', its experts in parts' if in_parts else ''}: a small random model of it does not "
-            f"compute what it computes as a whole ({problem}). Set engine.kind=resident or "
-            "tensor_parallel."
-        )
     return worst
 
 
@@ -177,17 +151,3 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
             problem = f"{what} {index}, window {window}, differs by {difference:.1e} of its scale"
         worst = max(worst, difference)
     return worst, problem
-
-
-def _shared_small_model(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int = 1
-) -> dict[str, bytes]:
-    """Files of a random model with the same code paths, the same on every rank."""
-    message: list[dict[str, bytes] | None] = [None]
-    with errors_shared():  # one rank draws and saves it: transformers saves on that rank only
-        if dist.get_rank() == 0:
-            message[0] = small_model(checkpoint, architecture, degree)
-    dist.broadcast_object_list(message)
-    files = message[0]
-    assert files is not None, "rank 0 sent no model"
-    return files

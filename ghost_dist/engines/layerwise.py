@@ -270,6 +270,27 @@ class LayerwiseModel:
         layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks, with_kwargs
 
 
+def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
+    """Whether a layer adds the output of its down_proj to the stream as it is, tried on 4 tokens.
+
+    False where it is normed or scaled first (Gemma 2 and 3, OLMo 2, Granite): there the stream is
+    not linear in the down_proj.
+    """
+    kept: list[Tensor] = []
+    module, ids_BT = layers.down_projection(layer), torch.arange(4, device=layers.device)[None]
+    with layers.through(["embeddings"]), layers.running(layer, tapped=True) as run:
+        stream_BTC = layers.embed(ids_BT)
+        handle = module.register_forward_hook(lambda _m, _a, output: kept.append(output))
+        whole_BTC = run(stream_BTC).double()
+        handle.remove()
+        handle = module.register_forward_hook(lambda _m, _a, output: output * 0)
+        change = whole_BTC - run(stream_BTC).double()
+        handle.remove()
+    product = kept[0].double().reshape(change.shape)  # some families flatten it
+    slack = 1e-3 * product.norm() + 8 * torch.finfo(layers.dtype).eps * whole_BTC.norm()
+    return bool((change - product).norm() <= slack)
+
+
 def _let_hand_on(layer: Any) -> None:
     layer.__dict__["forward"] = handing_on(type(layer))
     layer._forward_pre_hooks = OrderedDict()

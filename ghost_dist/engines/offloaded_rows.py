@@ -25,7 +25,7 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
 from ghost_dist.engines.base import Sink, Tokens
-from ghost_dist.engines.conformance import check_offloaded
+from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.statistics.span_sums import FiniteCheck
@@ -245,8 +245,14 @@ def prove_offloaded(path: Path, device: torch.device, experts: int | None = None
             model.hold(min(experts, 3), batch_tokens=1, tokens=1)
         return OffloadedEngine(model, 2)
 
-    return check_offloaded(
-        checkpoint, inspect_architecture(checkpoint), load, device, in_parts=experts is not None
+    parts = "" if experts is None else ", its experts in parts"
+    return check_conformance(
+        checkpoint,
+        inspect_architecture(checkpoint),
+        load,
+        device,
+        what=f"run layer by layer{parts}",
+        advice="Set engine.kind=resident or tensor_parallel.",
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.conversions import environment
 from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.devices import begin, numbered
@@ -123,7 +124,16 @@ def open_tensor_parallel(
         check_stream(decoder, architecture)
         return TensorParallelEngine(decoder, read_bytes, batch)
 
-    difference = check_conformance(checkpoint, architecture, load, device, degree, backend)
+    other = "transformers" if backend == "deepspeed" else "deepspeed"
+    difference = check_conformance(
+        checkpoint,
+        architecture,
+        load,
+        device,
+        degree,
+        what=f"sharded over {degree} ranks by {backend}",
+        advice=f"Set engine.backend={other} or engine.tensor_parallel=1.",
+    )
     engine = load(path, architecture, num_layers, dtype)
     engine.conformance = difference
     return engine
@@ -320,20 +330,12 @@ def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: 
 @contextlib.contextmanager
 def _local_rank(device: torch.device) -> Iterator[None]:
     """Both libraries choose the GPU by LOCAL_RANK; here the device was chosen already."""
-    before = os.environ.get("LOCAL_RANK")
+    number = os.environ.get("LOCAL_RANK", "0")
     if device.type == "cuda":
-        device = numbered(device)
         begin(device)
-        os.environ["LOCAL_RANK"] = str(device.index)
-    elif before is None:
-        os.environ["LOCAL_RANK"] = "0"
-    try:
+        number = str(numbered(device).index)
+    with environment("LOCAL_RANK", number):
         yield
-    finally:
-        if before is None:
-            os.environ.pop("LOCAL_RANK", None)
-        else:
-            os.environ["LOCAL_RANK"] = before
 
 
 @contextlib.contextmanager

@@ -23,8 +23,6 @@ from ghost_dist.checkpoint.architecture import (
     layer_sizes,
 )
 from ghost_dist.checkpoint.load import (
-    adds_mlp_output,
-    as_decoder,
     load_causal_lm,
     load_decoder,
     load_tokenizer,
@@ -38,6 +36,7 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config, parse_size
 from ghost_dist.devices import open_device
+from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.engines.small_model import with_small_model
@@ -426,8 +425,8 @@ def refittable_layers(
             for number, layer in enumerate(model.get_submodule(architecture.layers))
             for path in paths & {path for path, _ in layer.named_modules()}
         }
-        with as_decoder(model, replace(architecture, down_projections=small)) as decoder:
-            return adds_mlp_output(decoder, min(small))
+        layers = LayerwiseModel(model, replace(architecture, down_projections=small))
+        return adds_mlp_output(layers, min(small))
 
     added_by_small = with_small_model(source, architecture, 1, added)
     return frozenset(architecture.down_projections) if added_by_small else frozenset()
@@ -442,13 +441,9 @@ def _refittable(
     except UnsupportedArchitectureError:
         first = min(architecture.down_projections)
         decoder = load_decoder(
-            source.path,
-            architecture,
-            num_layers=first + 1,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
+            source.path, architecture, first + 1, torch.float32, torch.device("cpu")
         )
-        added = adds_mlp_output(decoder, first)
+        added = adds_mlp_output(LayerwiseModel(decoder.model, decoder.architecture), first)
         return frozenset(architecture.down_projections) if added else frozenset()
 
 

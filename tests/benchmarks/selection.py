@@ -20,7 +20,7 @@ import transformers
 from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import build_windows
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import as_decoder, load_causal_lm, load_tokenizer
+from ghost_dist.checkpoint.load import load_causal_lm, load_decoder, load_tokenizer
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
@@ -78,18 +78,18 @@ def main() -> None:
     fixed = candidate_spans(layers, arguments.remove, arguments.remove)
     pairs = candidate_spans(layers, 1, arguments.remove)
     folds = []
-    with as_decoder(model, architecture) as decoder:
-        engine = ResidentEngine(decoder, 2)
-        for windows in assign_ranges([w % FOLDS for w in range(calibration.num_windows)], FOLDS):
-            parts = {
-                "exact": SpanCollector([(span, STREAM) for span in fixed], width, device),
-                "pairs": PairCollector(fixed, width, device, None),
-                "map": PairCollector(pairs, width, device),
-                "cosine": ScoreCollector("cosine", layers, arguments.remove, device),
-            }
-            together = Together(parts)
-            engine.run(calibration.tokens, windows, together, lambda _: None)
-            folds.append(together.result())
+    decoder = load_decoder(arguments.model, architecture, layers, torch.float32, device)
+    engine = ResidentEngine(decoder, 2)
+    for windows in assign_ranges([w % FOLDS for w in range(calibration.num_windows)], FOLDS):
+        parts = {
+            "exact": SpanCollector([(span, STREAM) for span in fixed], width, device),
+            "pairs": PairCollector(fixed, width, device, None),
+            "map": PairCollector(pairs, width, device),
+            "cosine": ScoreCollector("cosine", layers, arguments.remove, device),
+        }
+        together = Together(parts)
+        engine.run(calibration.tokens, windows, together, lambda _: None)
+        folds.append(together.result())
     stops = {s: [p.stop for p in pairs if p.start == s] for s in {p.start for p in pairs}}
     exact, estimate = {}, {}
     for span in fixed:

@@ -11,8 +11,9 @@ from families import FAMILIES, NUM_LAYERS, VOCAB, random_model, save_checkpoint
 from recording import Recorder
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import adds_mlp_output, load_decoder
+from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.engines.layerwise import adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
     """``x = A + H @ down + bias``: the sum of what is pushed is the next boundary."""
     engine, architecture = open_engine(save_checkpoint(family, tmp_path), 3, 2)
     layer = 0 if family == "deepseek_v3" else 1
-    added = layer in architecture.down_projections and adds_mlp_output(engine.decoder, layer)
+    added = layer in architecture.down_projections and adds_mlp_output(engine._layers, layer)
     assert added == (family in ADDS)
     if not added:
         return

@@ -5,9 +5,8 @@ import pytest
 import torch
 from families import CUTS, HIDDEN, oracle, random_repairs, random_tokens
 
-from ghost_dist.checkpoint.load import adds_mlp_output, as_decoder
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
@@ -20,12 +19,10 @@ FOLDS = [0, 1, 2, 0, 1]
 def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **arguments):
     """A walk that was run, and how many layers it said it passed."""
     heal, passed = arguments.pop("heal", False), []
-    with as_decoder(model, architecture) as decoder:
-        refittable = frozenset(
-            layer for layer in architecture.down_projections if adds_mlp_output(decoder, layer)
-        )
+    layers = LayerwiseModel(model, architecture)
+    refittable = frozenset(n for n in architecture.down_projections if adds_mlp_output(layers, n))
     walk = Walk(
-        layers=LayerwiseModel(model, architecture),
+        layers=layers,
         tokens=tokens.numpy().astype(np.int32),
         batch=2,
         spans=spans,
