@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
@@ -73,7 +72,8 @@ def recover(
     from ghost_dist.api import run_config
     from ghost_dist.report.terminal import print_result
 
-    config = _run_config(model, out, remove, spans, operator, assignments)
+    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
+    config = _run_config(model, assignments, **fields)
     print_result(run_config(config), Path(config.output.path))
 
 
@@ -94,7 +94,8 @@ def plan(
     from ghost_dist import api
     from ghost_dist.report.terminal import print_plan
 
-    config = _run_config(model, out, remove, spans, operator, assignments)
+    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
+    config = _run_config(model, assignments, **fields)
     tree = api.plan(config, measure_again=measure).tree()
     if as_json:
         Console(soft_wrap=True).print_json(data=tree)
@@ -129,7 +130,6 @@ def compare(
     assignments: Set = None,
 ) -> None:
     """One table of perplexities: selections by operators, from one set of statistics."""
-    from ghost_dist.config_file import load_config, parse_set
     from ghost_dist.pipeline.compare import ROWS, SELECTIONS, TRAINING_FREE
     from ghost_dist.pipeline.compare import compare as run_compare
     from ghost_dist.report.terminal import print_comparison
@@ -137,13 +137,7 @@ def compare(
     numbers = [int(number) for number in remove.split(",") if number.strip().isdigit()]
     if len(numbers) != len(remove.split(",")):
         raise ConfigError(f"--remove {remove}: expected numbers of layers, such as 7,11.")
-    is_file = model.endswith((".yaml", ".yml"))
-    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
-    overrides["selection.remove"] = numbers[0]
-    if out is not None:
-        overrides["output.path"] = out
-    overrides.update(parse_set(assignment) for assignment in assignments or ())
-    config = load_config(Path(model) if is_file else None, overrides)
+    config = _run_config(model, assignments, out=out, remove=numbers[0])
     rows = TRAINING_FREE if operators == "all" else _names(operators, ROWS, "--operators")
     criteria = SELECTIONS if selection == "all" else _names(selection, SELECTIONS, "--selection")
     print_comparison(run_compare(config, numbers, rows, criteria), Path(config.output.path))
@@ -268,8 +262,12 @@ for _stage in get_args(Stage):
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``ghost-dist`` command; never returns."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     try:
         app(arguments)
     except SystemExit as stopped:
@@ -290,22 +288,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _run_config(
-    model: str,
-    out: str | None,
-    remove: str | None,
-    spans: str | None,
-    operator: str | None,
-    assignments: Sequence[str] | None,
-) -> Any:
+def _run_config(model: str, assignments: Sequence[str] | None, **fields: Any) -> Any:
     """The configuration that the arguments of a run make."""
     from ghost_dist.api import make_config
     from ghost_dist.config_file import parse_set
 
-    settings = dict(parse_set(assignment) for assignment in assignments or ())
-    return make_config(
-        model, out=out, remove=remove, spans=spans, operator=operator, settings=settings
-    )
+    return make_config(model, settings=dict(map(parse_set, assignments or ())), **fields)
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:
@@ -317,10 +305,6 @@ def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise ConfigError(f"{option} {name!r} is unknown. {hint}")
     return names
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _fail(message: str, code: int) -> NoReturn:

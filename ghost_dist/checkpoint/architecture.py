@@ -121,6 +121,8 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         for name, place in places.items()
         if place.target.startswith((f"{final_norm}.", f"{head}."))
     }
+    norm = model.get_submodule(final_norm)
+    epsilons = [getattr(norm, name, None) for name in ("variance_epsilon", "eps", "norm_eps")]
     down = _down_projections(model.get_submodule(layers), checkpoint, tensor_prefix, config)
     architecture = Architecture(
         model_type=family,
@@ -134,13 +136,13 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         layers=layers,
         embeddings=embeddings,
         final_norm=final_norm,
-        final_norm_class=type(model.get_submodule(final_norm)).__name__,
+        final_norm_class=type(norm).__name__,
         head=head,
         tensor_prefix=tensor_prefix,
         final_norm_in_files=_in_files(final_norm, above, tensor_prefix),
         above_in_files=tuple(above),
         unused=unused,
-        norm_eps=_norm_eps(model.get_submodule(final_norm)),
+        norm_eps=next((eps for eps in epsilons if isinstance(eps, float)), 1e-6),
         down_projections={layer: path for layer, (path, _) in down.items()},
         inner_sizes={layer: size for layer, (_, size) in down.items()},
         fields=fields,
@@ -382,13 +384,6 @@ def _down_projections(
             found[index] = wide[0]
     common = {path for path, _ in found.values()}
     return found if len(common) == 1 else {}
-
-
-def _norm_eps(norm: nn.Module) -> float:
-    for name in ("variance_epsilon", "eps", "norm_eps"):
-        if isinstance(value := getattr(norm, name, None), float):
-            return value
-    return 1e-6
 
 
 def _refuse_shared_weights(model: Any, layers: str, family: str) -> None:

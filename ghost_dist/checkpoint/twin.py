@@ -73,15 +73,12 @@ def _layer_difference(
             before, after = settings.get(name), other_settings.get(name)
             is_number = type(before) is int and before == old and after == new
             is_description = name in described and (before, after) == described[name]
-            if not (_equal(before, after) or is_number or is_description):
+            close = type(before) is type(after) is float and math.isclose(
+                before, after, rel_tol=1e-12
+            )
+            if not (before == after or close or is_number or is_description):
                 return f"{where}{name}={before!r} becomes {after!r}"
     return None
-
-
-def _equal(before: Any, after: Any) -> bool:
-    if type(before) is float and type(after) is float:
-        return math.isclose(before, after, rel_tol=1e-12) or before == after
-    return bool(before == after)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

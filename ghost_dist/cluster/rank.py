@@ -103,9 +103,9 @@ class Rank:
             model = OffloadedModel(
                 checkpoint,
                 spec.architecture,
-                num_layers=spec.num_layers,
-                dtype=spec.dtype,
-                device=device,
+                spec.num_layers,
+                spec.dtype,
+                device,
                 keep_cached=fits_page_cache(checkpoint),
                 peers=Peers(rank, spec.degree),
             )
@@ -205,7 +205,7 @@ class Rank:
             self._engine.model.close()
         self._engine = self._work = None
         gc.collect()
-        self._give_back()
+        release_cached(self._device)  # the driver may run its model there between two fits
 
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
@@ -244,7 +244,7 @@ class Rank:
         self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(work)
         outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
-        self._give_back()
+        release_cached(self._device)
         return outcomes
 
     @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
@@ -256,10 +256,6 @@ class Rank:
     def _timeout_s(self) -> float:
         assert self._spec is not None, "comes after load"
         return self._spec.timeout_s
-
-    def _give_back(self) -> None:
-        """Cached memory of the device: the driver may run its model there between two fits."""
-        release_cached(self._device)
 
     def _advance(self, task: str, amount: int) -> None:
         self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)

@@ -186,10 +186,10 @@ def _load_by_deepspeed(
     layers = model.get_submodule(architecture.in_base(architecture.layers))
     sharding = Sharding(dist.get_rank(), degree, {}, [])
     if degree > 1:
-        for path, module in model.named_modules():
+        for name, module in model.named_modules():
             if isinstance(module, Conv1D):
                 raise UnsupportedArchitectureError(
-                    f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path} "
+                    f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {name} "
                     "keeps its weight transposed (Conv1D), which AutoTP splits wrongly. Set "
                     "engine.tensor_parallel=1."
                 )

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import yaml
+from huggingface_hub import metadata_load
 
 from ghost_dist import __version__
 from ghost_dist.calibration.corpora import ALIASES
@@ -45,7 +46,8 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    cards.filters |= {"cell": _cell, "perplexity": _perplexity}
+    cards.filters["cell"] = lambda text: text.replace("|", r"\|").replace("\n", " ")
+    cards.filters["perplexity"] = lambda x: f"{x:.2f}" if x < 1000 else f"{x:.4g}"
     return cards.from_string(template).render(
         front=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         # Names without the machine's paths.
@@ -109,12 +111,9 @@ def _dataset(source: str) -> str | None:
 def _front_matter(path: Path) -> dict[str, Any]:
     """Metadata of a card; empty if there are none, or none that can be read."""
     try:
-        content = path.read_text(encoding="utf-8")
-        _, front, _ = re.split(r"^---\s*$", content, maxsplit=2, flags=re.MULTILINE)
-        found = yaml.safe_load(front) if content.startswith("---") else {}
+        return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _licence_of_file(folder: Path) -> dict[str, Any]:
@@ -126,11 +125,3 @@ def _licence_of_file(folder: Path) -> dict[str, Any]:
                 return {"license": name}
         return {"license": "other", "license_name": path.name, "license_link": path.name}
     return {}
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
