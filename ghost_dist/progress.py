@@ -13,15 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -73,15 +66,15 @@ class Reporter:
     @contextlib.contextmanager
     def _bar(self, name: str, total: int, unit: str, done: int) -> Iterator[Advance]:
         columns = (
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            progress.TextColumn("{task.description:<24}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
         )
         began, first = time.monotonic(), done
-        with Progress(*columns, console=self.console) as bars:
-            task: TaskID = bars.add_task(name, total=total, completed=done, rate="")
+        with progress.Progress(*columns, console=self.console) as bars:
+            task = bars.add_task(name, total=total, completed=done, rate="")
 
             def advance(amount: int) -> None:
                 nonlocal done

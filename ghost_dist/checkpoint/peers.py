@@ -1,11 +1,15 @@
-"""Ranks of a replica of which each runs a part of the windows and reads a part of every layer."""
+"""Ranks of a replica: what each runs and reads of the whole, and errors that all must see."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+
+from ghost_dist.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,22 @@ class Peers:
 
 
 ALONE = Peers()
+
+
+@contextlib.contextmanager
+def errors_shared() -> Iterator[None]:
+    """Raise on every rank what any rank raised inside (errors of one message); collective."""
+    own: ConfigError | CheckpointError | None = None
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        own = error
+    found: list[tuple[type[ConfigError | CheckpointError], str] | None]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if own is None else (type(own), str(own)))
+    if own is not None:
+        raise own
+    for rank, entry in enumerate(found):
+        if entry is not None:
+            kind, message = entry
+            raise kind(f"{message} (Found by rank {rank}.)")

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from ray.util.metrics import Counter, Gauge
 
-from ghost_dist.cluster.failures import Failure
 from ghost_dist.cluster.leases import LeaseQueue
+from ghost_dist.cluster.placement import Failure
 from ghost_dist.cluster.replica import Replica, State
 
 EVERY_S = 2.0

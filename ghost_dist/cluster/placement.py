@@ -1,4 +1,4 @@
-"""How many replicas fit on the nodes of a cluster, before anything is asked of Ray.
+"""How many replicas fit on the nodes of a cluster, and whether a lost one is replaced; no Ray.
 
 Ray only waits when a placement group does not fit; here it is known in advance and said with
 numbers.
@@ -6,10 +6,15 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError
+
+Failure = Literal["crash", "hang", "preemption"]
 
 
 @dataclass(frozen=True)
@@ -74,4 +79,17 @@ def check_room(nodes: Sequence[Node], shape: Shape, replicas: int) -> None:
         f"{kind}{'s' if each > 1 else ''} need {replicas * shape.ranks * each} {kind}s"
         f"{' with ' + str(shape.cpus_per_rank) + ' CPUs each' if shape.gpus_per_rank else ''}, "
         f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add nodes."
+    )
+
+
+def may_go_on(failures: Mapping[Failure, int], config: ClusterConfig) -> bool:
+    """Whether to replace a lost replica; ``failures``: since the last progress, with this one.
+
+    So a run on machines that are taken away every few minutes goes on as long as it gets anywhere.
+    """
+    most = math.inf if config.max_preemptions is None else config.max_preemptions
+    return (
+        failures.get("crash", 0) <= config.max_crashes
+        and failures.get("hang", 0) <= config.max_hangs
+        and failures.get("preemption", 0) <= most
     )

@@ -10,11 +10,18 @@ from typing import Any
 
 import ray
 
-from ghost_dist.cluster.failures import Failure, decide
 from ghost_dist.cluster.leases import Lease, LeaseQueue
 from ghost_dist.cluster.messages import EngineSpec
 from ghost_dist.cluster.metrics import Metrics
-from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
+from ghost_dist.cluster.placement import (
+    Failure,
+    Node,
+    Shape,
+    check_room,
+    may_go_on,
+    num_fitting,
+    strategy,
+)
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.errors import ClusterError
 from ghost_dist.pipeline.inputs import RunInputs
@@ -151,7 +158,7 @@ class Pool:
             "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail
         )
         self.drop(replica)
-        if decide(self._failures, self._config) == "stop":
+        if not may_go_on(self._failures, self._config):
             counts = ", ".join(f"{count} x {kind}" for kind, count in self._failures.items())
             raise ClusterError(
                 "Replicas were lost without a range or a span being finished in between: "

@@ -17,10 +17,9 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ghost_dist.cluster.failures import Failure
 from ghost_dist.cluster.leases import Lease
 from ghost_dist.cluster.messages import EngineSpec, Heartbeat, Loaded, Place, versions
-from ghost_dist.cluster.placement import Shape
+from ghost_dist.cluster.placement import Failure, Shape
 from ghost_dist.cluster.rank import remote_rank
 from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError, GhostDistError

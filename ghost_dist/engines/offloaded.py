@@ -24,6 +24,7 @@ from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, r
 from ghost_dist.checkpoint.load import non_finite_weight, truncated_config
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.expert_parts import (
@@ -46,7 +47,6 @@ from ghost_dist.engines.layer_memory import (
     widest_activation,
 )
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
-from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.errors import ConfigError
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
 

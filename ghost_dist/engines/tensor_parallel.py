@@ -29,12 +29,13 @@ from transformers.pytorch_utils import Conv1D
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import environment
 from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
+from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.shapes_only import restore_buffers, shapes_only
 from ghost_dist.engines.sharded_loading import load_shards
 from ghost_dist.engines.sharding import (
     Shard,
@@ -50,7 +51,6 @@ from ghost_dist.engines.sharding import (
     shard_sinks,
     shard_wide_norms,
 )
-from ghost_dist.engines.shared_errors import errors_shared
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 
 Backend = Literal["deepspeed", "transformers"]

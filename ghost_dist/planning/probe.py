@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.twin import shapes_only
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import device_name, synchronize
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.model_sizes import LayerSizes
-from ghost_dist.engines.shapes_only import shapes_only
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.run_shape import RunShape

@@ -2,8 +2,7 @@
 
 import pytest
 
-from ghost_dist.cluster.failures import decide
-from ghost_dist.cluster.placement import Node, Shape, check_room, num_fitting, strategy
+from ghost_dist.cluster.placement import Node, Shape, check_room, may_go_on, num_fitting, strategy
 from ghost_dist.config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
@@ -45,19 +44,19 @@ def test_too_few_gpus_says_needed_found_and_what_to_change():
 
 
 @pytest.mark.parametrize(
-    ("failures", "decision"),
+    ("failures", "goes_on"),
     [
-        ({"crash": 2}, "rebuild"),
-        ({"crash": 3}, "stop"),
-        ({"hang": 1, "crash": 2}, "rebuild"),
-        ({"hang": 2}, "stop"),
-        ({"preemption": 1000}, "rebuild"),
-        ({"preemption": 1000, "crash": 3}, "stop"),
+        ({"crash": 2}, True),
+        ({"crash": 3}, False),
+        ({"hang": 1, "crash": 2}, True),
+        ({"hang": 2}, False),
+        ({"preemption": 1000}, True),
+        ({"preemption": 1000, "crash": 3}, False),
     ],
 )
-def test_budgets_are_separate(failures, decision):
-    assert decide(failures, ClusterConfig(max_crashes=2, max_hangs=1)) == decision
+def test_budgets_are_separate(failures, goes_on):
+    assert may_go_on(failures, ClusterConfig(max_crashes=2, max_hangs=1)) == goes_on
 
 
 def test_preemptions_may_have_a_budget():
-    assert decide({"preemption": 2}, ClusterConfig(max_preemptions=1)) == "stop"
+    assert not may_go_on({"preemption": 2}, ClusterConfig(max_preemptions=1))
