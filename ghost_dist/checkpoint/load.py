@@ -112,6 +112,19 @@ def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> A
     return _load(causal_lm_class(config), path, dtype, device, config=config)
 
 
+def layers_of_causal_lm(model: Any, architecture: Architecture) -> Decoder:
+    """The layers of a whole model, checked as those of :func:`load_decoder` are; it stays whole."""
+    base = model.get_submodule(architecture.base_prefix)
+    path = architecture.in_base(architecture.final_norm)
+    norm = base.get_submodule(path)
+    try:
+        decoder = Decoder(base, architecture)
+        check_stream(decoder, architecture)
+    finally:
+        base.set_submodule(path, norm)
+    return decoder
+
+
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder; CheckpointError if there is none that can be read."""
     try:

@@ -189,7 +189,7 @@ def _fill(
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
         store.flush()
-    model = None if inputs.streaming else open_causal_lm(inputs)
+    model = None if inputs.streaming else open_causal_lm(inputs, own=True)
     table.dense(lambda: _perplexities(inputs, model, Variant()))
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:

@@ -55,7 +55,7 @@ class Evaluation:
         inputs = self._inputs
         if inputs.streaming:
             return {**_figures(self._scores(None)), "tasks": {}}
-        model = open_causal_lm(inputs)
+        model = open_causal_lm(inputs, own=bool(inputs.tasks))
         figures = _figures(self._scores(model))
         return {**figures, "tasks": self._tasks(model)}  # the model is cut here
 

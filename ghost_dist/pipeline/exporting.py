@@ -119,7 +119,7 @@ def _verify(
             return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
         def generate(prompt: Tensor) -> Tensor:
-            model = open_causal_lm(inputs)
+            model = open_causal_lm(inputs, own=True)
             remove_layers(model, inputs.architecture, recovered.spans)
             insert_operators(model, inputs.architecture, recovered)
             return greedy_tokens(model, prompt)

@@ -18,7 +18,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
-from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, total_bytes
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, free_or_cached_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.pipeline.cost import Fits
@@ -193,6 +193,8 @@ class FitHere:
         Number of folds that the store's ranges are dealt to.
     device, room
         What is computed on where a fit takes at most ``room`` bytes; else the CPU.
+    make_room
+        Called if the device has less than that free.
     """
 
     def __init__(
@@ -202,7 +204,9 @@ class FitHere:
         folds: int,
         device: torch.device,
         room: int,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
+        self._make_room = make_room
         self._source, self._architecture = source, architecture
         self._num_folds, self._wanted_device, self._room = folds, device, room
         self._ridges = RidgeFits(architecture.norm_eps)
@@ -265,7 +269,10 @@ class FitHere:
         if self._placed is None or self._placed[0] != keys:
             self._placed = None  # gives its memory back first
             self._ridges.drop()
-            self._placed = (keys, self._device(store, keys), {})
+            device = self._device(store, keys)
+            if device.type == "cuda":
+                self._clear(store, keys, device)
+            self._placed = (keys, device, {})
         _, device, placed = self._placed
         for fold in folds:
             if fold not in placed:
@@ -292,22 +299,27 @@ class FitHere:
         return read[fold]
 
     def _device(self, store: StatisticsStore, keys: tuple[str, ...]) -> torch.device:
-        """The wanted device if it holds the fit when it is empty, else the CPU.
-
-        Bits of the operator depend on it, so what is free by now does not decide.
-        """
+        """The wanted device if it has room for the fit, whoever has that now; else the CPU."""
         device = self._wanted_device
-        if device.type != "cuda":
-            return device
+        if device.type == "cuda" and self._needed(store, keys) > self._room:
+            return torch.device("cpu")
+        return device
+
+    def _needed(self, store: StatisticsStore, keys: tuple[str, ...]) -> int:
         if keys in self._held:
             parts = [part for fold in self._held[keys] for part in fold.values()]
             nbytes = sum(a.nbytes for part in parts for a in part.arrays().values())
         else:
             nbytes = self._num_folds * store.sums_bytes(keys)
-        needed = fit_bytes(nbytes, self._num_folds)
-        if isinstance(store, StoreAtHand):
-            needed -= store.bytes_at_hand(device)
-        return device if needed <= self._room else torch.device("cpu")
+        return fit_bytes(nbytes, self._num_folds)
+
+    def _clear(self, store: StatisticsStore, keys: tuple[str, ...], device: torch.device) -> None:
+        """Have a device free of what could be elsewhere, if that is in the way."""
+        held = store.bytes_at_hand(device) if isinstance(store, StoreAtHand) else 0
+        if self._needed(store, keys) - held > free_or_cached_bytes(device):
+            self._make_room()
+            if isinstance(store, StoreAtHand):
+                store.to_host()
 
 
 def fit_room(device: torch.device) -> int:

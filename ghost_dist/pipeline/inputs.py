@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ghost_dist.checkpoint.architecture import (
     layer_sizes,
 )
 from ghost_dist.checkpoint.load import (
+    layers_of_causal_lm,
     load_causal_lm,
     load_decoder,
     load_tokenizer,
@@ -35,7 +36,7 @@ from ghost_dist.checkpoint.reader import (
     resolve_checkpoint,
 )
 from ghost_dist.config import Config, parse_size
-from ghost_dist.devices import open_device
+from ghost_dist.devices import free_bytes, open_device, total_bytes
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
@@ -87,6 +88,8 @@ class RunInputs:
     streaming: bool
     """Whether this process never holds the model, but reads layer after layer: as configured until
     ``engine.with_engine`` has decided."""
+    loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The whole uncut model, while it is kept between stages."""
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -261,16 +264,31 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
 
 
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
-    """The run's engine over layers ``0 .. num_layers - 1``."""
+    """The run's engine over layers ``0 .. num_layers - 1``, or over all where they are kept."""
+    if not inputs.compiled and _keeps_model(inputs):
+        decoder = layers_of_causal_lm(open_causal_lm(inputs), inputs.architecture)
+        return ResidentEngine(decoder, inputs.batch)
     decoder = load_decoder(
         inputs.source.path, inputs.architecture, num_layers, inputs.dtype, inputs.device
     )
     return ResidentEngine(decoder, inputs.batch, compiled=inputs.compiled)
 
 
-def open_causal_lm(inputs: RunInputs) -> Any:
-    """The whole uncut model with its head, on the run's device."""
-    return load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
+def open_causal_lm(inputs: RunInputs, *, own: bool = False) -> Any:
+    """The whole uncut model with its head, on the run's device; its ``own``: who may change it."""
+    model = inputs.loaded.pop("model", None)
+    if model is None:
+        model = load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
+    if not own and _keeps_model(inputs):
+        inputs.loaded["model"] = model
+    return model
+
+
+def _keeps_model(inputs: RunInputs) -> bool:
+    """Whether the model stays on the device from stage to stage: it takes a quarter at most."""
+    numbers = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
+    room = total_bytes(inputs.device) or free_bytes(inputs.device)
+    return 4 * numbers * inputs.dtype.itemsize <= room
 
 
 def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:

@@ -124,6 +124,7 @@ class Solver:
             inputs.config.folds,
             inputs.fit_device,
             inputs.fit_room,
+            inputs.loaded.clear,
         )
         self._model = model
 
@@ -379,10 +380,8 @@ class Solver:
         return torch.from_numpy(np.stack([one.kl for one in scores]))
 
     def _causal_lm(self) -> Any:
-        """The uncut model, loaded once and only if something must run."""
-        if self._model is None:
-            self._model = open_causal_lm(self._inputs)
-        return self._model
+        """The uncut model, loaded only if something must run."""
+        return self._model or open_causal_lm(self._inputs)
 
     def windows_by_fold(self) -> list[tuple[int, int]]:
         """(fold, window) of every calibration window."""

@@ -328,7 +328,7 @@ class Stages:
 
         def work() -> dict[str, Any]:
             refined = distill(
-                open_causal_lm(inputs),
+                open_causal_lm(inputs, own=True),
                 inputs.architecture,
                 Variant(spans, solution.operators, solution.healed),
                 tokens.tokens,

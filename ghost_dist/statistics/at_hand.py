@@ -74,6 +74,12 @@ class StoreAtHand(StatisticsStore):
             write.result()
         self._writes.clear()
 
+    def to_host(self) -> None:
+        """Give a device's memory back."""
+        self.flush()
+        for range_id, sums in self._held.items():
+            self._held[range_id] = {key: part.to(CPU) for key, part in sums.items()}
+
     def release(self) -> None:
         """Give memory back; what is being written keeps its own until it is."""
         self._held.clear()
