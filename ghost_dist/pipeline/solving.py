@@ -367,8 +367,8 @@ class Solver:
             variants.append(Variant(self._spans, repairs))
         inputs = self._inputs
         windows = sorted(window for fold, window in self.windows_by_fold() if fold in judges)
-        most = held_out_tokens(inputs.config) // self._tokens.window_length
-        tokens = self._tokens.tokens[spread(windows, most)]
+        count = held_out_tokens(inputs.config) // self._tokens.window_length
+        tokens = self._tokens.tokens[spread(windows, count)]
         model = None if inputs.streaming else self._causal_lm()
         with (
             layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
@@ -468,8 +468,10 @@ def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Cand
 
 
 def held_out_tokens(config: Config) -> int:
-    """Most tokens of a source, or a piece of one, that candidates are judged on."""
-    return HELD_OUT_TOKENS // len(config.left_out)
+    """Tokens of a source, or a piece of one, that candidates are judged on, about."""
+    calibration, times = config.calibration, len(config.left_out)
+    most = max(1, HELD_OUT_TOKENS // (times * calibration.window_length))
+    return min(most, calibration.windows // times) * calibration.window_length
 
 
 def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
