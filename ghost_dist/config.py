@@ -451,6 +451,16 @@ class Config(_Section):
         return tuple(tuple(range(first, self.folds, step)) for first in range(step))
 
     @property
+    def left_out_names(self) -> tuple[str, ...]:
+        """What is left out, in words."""
+        sources = self.calibration.sources
+        return (
+            tuple(sources)
+            if len(sources) > 1
+            else tuple(f"piece {f + 1}" for f in range(self.folds))
+        )
+
+    @property
     def needs_whole_model(self) -> tuple[str, str] | None:
         """A setting that layer streaming cannot do, and what it can; None: there is none."""
         for wanted, setting, instead in (

@@ -49,7 +49,7 @@ from ghost_dist.errors import (
 )
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
-from ghost_dist.pipeline.candidates import candidates_of, few_tokens
+from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_ridge
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Advance, Reporter
@@ -177,6 +177,12 @@ def open_inputs(
         limit=config.evaluation.limit,
     )
     _warn_without_bos(config, architecture, tokenizer, reporter)
+    if len(config.calibration.sources) < 2 and not any_operator and _chooses(config):
+        reporter.warn(
+            "There is one source of calibration text, so what is chosen is judged on pieces of it, "
+            "each left out of the fit, and on no other text. Give several, of the kinds in use: "
+            "--set calibration.sources={FILE: 0.5, OTHER: 0.5}."
+        )
     refittable = _refittable(config, source, architecture, any_operator=any_operator)
     if not any_operator:
         _say_if_few_tokens(config, architecture, refittable, reporter)
@@ -480,6 +486,11 @@ def _say_if_few_tokens(
     candidates = candidates_of(config.operator, spans, refittable)
     if few := few_tokens(config.calibration, candidates, spans, architecture, refittable):
         reporter.say(f"note: {few}")
+
+
+def _chooses(config: Config) -> bool:
+    """Whether anything is chosen by how close the recovered model comes to the dense one."""
+    return config.selection.searches or searches_ridge(config.operator)
 
 
 def _warn_without_bos(

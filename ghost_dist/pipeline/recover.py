@@ -24,7 +24,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_pat
 from ghost_dist.pipeline.stages import STAGES, Solution, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
-from ghost_dist.report.verdict import no_better_than_cut, sentences
+from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 
@@ -101,7 +101,8 @@ def recover(
             return {"ranges": len(statistics.ranges)}
         solution = stages.solve(tokens, spans)
         candidates = solution.record["candidates"]
-        for said in sentences(no_better_than_cut(candidates, {}), solution.operator):
+        no_better = no_better_than_cut(candidates, {})
+        for said in [*sentences(no_better, solution.operator), *sources_apart(candidates)]:
             reporter.warn(said)
         if again == "solve":
             stages.flush()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.evaluation.scores import window_scores
+from ghost_dist.evaluation.scores import Scores, window_scores
 from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     Candidate,
@@ -237,17 +236,27 @@ class Solver:
             found = self._fit_all(candidates, others, first)
             first = first or found
             rows = self._rows(candidates, found)
-            left_out.append(self._divergences(found, judges).mean(1))
+            left_out.append(self._scores(found, judges))
             table = [
                 {**row, **({"failed": old["failed"]} if "failed" in old else {})}
                 for row, old in zip(rows, table or rows, strict=True)
             ]
-        scores = list(torch.stack(left_out, 1))
-        for row, score in zip(table, scores, strict=True):
+        names = config.left_out_names
+        scores = []
+        for row, *of_left_out in zip(table, *(found[1:] for found in left_out), strict=True):
+            score = torch.tensor([float(one.kl.mean()) for one in of_left_out])
+            scores.append(score)
             if "failed" not in row:
-                mean = float(score.mean())
-                row["kl"] = mean if math.isfinite(mean) else None
-                row["kl_left_out"] = [kl if math.isfinite(kl) else None for kl in score.tolist()]
+                row["kl"] = finite(float(score.mean()))
+                row["left_out"] = [
+                    {
+                        "source": name,
+                        "kl": finite(float(one.kl.mean())),
+                        "perplexity": finite(one.perplexity),
+                        "dense": finite(dense.perplexity),
+                    }
+                    for name, one, (dense, *_) in zip(names, of_left_out, left_out, strict=True)
+                ]
         return table, scores, list(first or [])
 
     def _fit_all(
@@ -348,8 +357,8 @@ class Solver:
                 walk.run(heal=heal, advance=advance)
         return walk
 
-    def _divergences(self, tried: Sequence[_OfCandidate], judges: Sequence[int]) -> Tensor:
-        """KL divergence of each candidate from the dense model on windows of some folds.
+    def _scores(self, tried: Sequence[_OfCandidate], judges: Sequence[int]) -> list[Scores]:
+        """Scores of the dense model and of each candidate on windows of some folds.
 
         Those that could not be fitted are the plain cut.
 
@@ -374,10 +383,7 @@ class Solver:
             layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
             self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance,
         ):
-            _, *scores = window_scores(
-                layers, variants, tokens, batch=inputs.batch, advance=advance
-            )
-        return torch.from_numpy(np.stack([one.kl for one in scores]))
+            return window_scores(layers, variants, tokens, batch=inputs.batch, advance=advance)
 
     def _causal_lm(self) -> Any:
         """The uncut model, loaded only if something must run."""
@@ -465,6 +471,11 @@ def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Cand
     if fit is None or candidate.ridge != "auto":
         return candidate
     return replace(candidate, ridge=RelativeRidge(relative=fit.relative_ridge), shift=0.0)
+
+
+def finite(value: float) -> float | None:
+    """For a JSON file."""
+    return value if math.isfinite(value) else None
 
 
 def held_out_tokens(config: Config) -> int:

@@ -14,7 +14,15 @@ LARGE_CONDITION = 1e12
 
 def remarks(run: RunRecord) -> list[str]:
     """Warnings of the run itself, then what its figures show; each a sentence or two."""
-    said = [*_no_better(run), *run.warnings, *_unfinished(run), *_perplexities(run), *_fits(run)]
+    apart = verdict.sources_apart(run.candidates)
+    said = [
+        *_no_better(run),
+        *apart,
+        *run.warnings,
+        *_unfinished(run),
+        *_perplexities(run),
+        *_fits(run),
+    ]
     return list(dict.fromkeys(said))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ghost_dist.report import text
 
 HELD_OUT = "held-out calibration windows"
+_APART = 2.0  # times the KL of another source
 
 
 def no_better_than_cut(
@@ -43,6 +44,22 @@ def sentences(found: Sequence[Mapping[str, Any]], operator: str | None) -> list[
         f"{written[one['measure']](one['pruned'])}."
         for one in found
     ]
+
+
+def sources_apart(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where one source that was left out is recovered much worse than another."""
+    chosen: Mapping[str, Any] = next((row for row in candidates if row["chosen"]), {})
+    left_out = [one for one in chosen.get("left_out", ()) if one["kl"] is not None]
+    least = min(left_out, key=lambda one: one["kl"], default=None)
+    most = max(left_out, key=lambda one: one["kl"], default=None)
+    if least is None or most is None or most["kl"] <= _APART * least["kl"]:
+        return []
+    said = (
+        f"The recovered model is much further from the dense one on {most['source']} (KL "
+        f"{most['kl']:.3f}) than on {least['source']} ({least['kl']:.3f}), each left out of the "
+        "fit. If text like the former matters, give it a larger share of calibration.sources."
+    )
+    return [said]
 
 
 def remedies(config: Mapping[str, Any], run: Path) -> list[tuple[str, str]]:

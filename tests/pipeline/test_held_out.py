@@ -231,9 +231,9 @@ def test_a_candidate_is_not_judged_by_what_it_has_seen(noisy):
     everything = solver.fit(candidate, spans[0])
     assert others.folds == {0, 1, 2}
     assert everything.folds == {0, 1, 2, 3}
-    assert solver._divergences([{spans[0]: others}], [3]).shape == (1, WINDOWS // FOLDS)
+    assert solver._scores([{spans[0]: others}], [3])[1].kl.shape == (WINDOWS // FOLDS,)
     with pytest.raises(NotHeldOutError, match=r"A candidate at \[3, 5\) would be judged by \[3\]"):
-        solver._divergences([{spans[0]: others}, {spans[0]: everything}], [3])
+        solver._scores([{spans[0]: others}, {spans[0]: everything}], [3])
     with pytest.raises(NotHeldOutError, match=r"The stream behind \[3, 5\)"):
         solver._walk({spans[0]: everything}, candidate, sequential=False)
 
