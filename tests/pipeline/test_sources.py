@@ -116,7 +116,11 @@ def test_one_source_is_warned_of(make_config, tmp_path):
     ("sources", "error", "message"),
     [
         ({"text": 0.5, "other": 0.6}, ConfigError, r"sum to 1\.1: give some that sum to 1"),
-        ({"text": 1.5, "other": -0.5}, ConfigError, r"other.txt: got -0.5, expected greater than 0"),
+        (
+            {"text": 1.5, "other": -0.5},
+            ConfigError,
+            r"other.txt: got -0.5, expected greater than 0",
+        ),
         ({"text": 0.95, "other": 0.05}, ConfigError, r"share of .*other.* is 1 of 16 .*needs 2"),
         ({"text": 0.5, "no.txt": 0.5}, CalibrationError, r"One of calibration\.sources.*no\.txt"),
         (
