@@ -10,6 +10,9 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of two workers and of what they start would wait for each other's cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ranks would wait for whatever the other half of the suite computes: Ray starts them at nice 15.
 os.environ.setdefault("RAY_worker_niceness", "0")
 

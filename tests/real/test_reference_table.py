@@ -19,10 +19,10 @@ from ghost_dist.pipeline.recover import recover
 TABLE = {"dense": 34.25, "pruned": 59.14, "recovered": 43.50}
 
 
-def plain_perplexity(folder, text, windows):
-    """In a fresh process with nothing but transformers."""
+def plain_nats(folder, text, windows):
+    """Of each window, in a fresh process with nothing but transformers."""
     code = f"""
-import json, math, torch, transformers
+import json, torch, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(
     {str(folder)!r}, trust_remote_code=True)
 model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -30,13 +30,13 @@ model = transformers.AutoModelForCausalLM.from_pretrained(
 text = open({str(text)!r}, encoding="utf-8").read()
 ids = tokenizer(text, add_special_tokens=False)["input_ids"][: {windows} * 1024]
 tokens = torch.tensor(ids).view({windows}, 1024)
-nats = 0.0
+nats = []
 with torch.inference_mode():
     for window in tokens.split(1):
         logits = model(window, use_cache=False).logits
-        nats += torch.nn.functional.cross_entropy(
-            logits[0, :-1], window[0, 1:], reduction="sum").item()
-print(json.dumps(math.exp(nats / ({windows} * 1023))))
+        nats.append(torch.nn.functional.cross_entropy(
+            logits[0, :-1], window[0, 1:], reduction="sum").item())
+print(json.dumps(nats))
 """
     output = subprocess.run(
         [sys.executable, "-c", code],
@@ -78,8 +78,11 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
     found = result["perplexity"]["wikitext2"]
     for variant, value in TABLE.items():
         assert found[variant] == pytest.approx(value, rel=5e-3)
-    plain = plain_perplexity(tmp_path / "run" / "checkpoint", data / "wikitext2-test.txt", 32)
-    assert plain == pytest.approx(found["recovered"], rel=1e-3)
+    stage = json.loads((tmp_path / "run" / "stages" / "evaluate.json").read_text())
+    nats = stage["outputs"]["nats_per_window"]["wikitext2"]["recovered"]
+    assert math.exp(sum(nats) / (32 * 1023)) == pytest.approx(found["recovered"])
+    plain = plain_nats(tmp_path / "run" / "checkpoint", data / "wikitext2-test.txt", 4)
+    assert plain == pytest.approx(nats[:4], rel=1e-3)
     assert math.isfinite(result["fit"][0]["condition"])
     assert transformers.__version__ == result["versions"]["transformers"]
     assert torch.__version__.startswith(result["versions"]["torch"].split("+")[0])
