@@ -10,7 +10,7 @@ from recording import Recorder, saved_at_once
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.engines import expert_parts, streaming
+from ghost_dist.engines import expert_parts, offloaded_rows
 from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
@@ -73,7 +73,7 @@ def resident(opened):
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_streams_and_rows_are_bitwise_the_resident_ones(opened, place, monkeypatch, tmp_path):
     if place == "host":
-        monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
+        monkeypatch.setattr(offloaded_rows, "free_bytes", lambda _: 0)
     state = StreamState(tmp_path / "state", "same", range(6))
     rows, got = stream(opened, state)
     state.close()
@@ -130,7 +130,7 @@ def test_experts_in_parts_give_the_bits_of_whole_layers(
     architecture = inspect_architecture(source)
     prove_offloaded(source.path, CUDA, experts)
     if place == "host":
-        monkeypatch.setattr(streaming, "free_bytes", lambda _: 0)
+        monkeypatch.setattr(offloaded_rows, "free_bytes", lambda _: 0)
         monkeypatch.setattr(expert_parts, "free_or_cached_bytes", lambda _: 0)
     places, run_part = set(), expert_parts.SplitLayer._run_part
 
