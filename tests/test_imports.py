@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ghost_dist"
 ROWS = [
     {"errors"},
     {"devices", "durable", "ridge", "spans"},
+    {"engine_config"},
     {"config"},
     {"config_file"},
     {"progress", "run_folder"},

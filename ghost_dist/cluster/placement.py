@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ghost_dist.config import ClusterConfig
+from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
 Failure = Literal["crash", "hang", "preemption"]

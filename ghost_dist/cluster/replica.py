@@ -21,7 +21,7 @@ from ghost_dist.cluster.leases import Lease
 from ghost_dist.cluster.messages import EngineSpec, Heartbeat, Loaded, Place, versions
 from ghost_dist.cluster.placement import Failure, Shape
 from ghost_dist.cluster.rank import remote_rank
-from ghost_dist.config import ClusterConfig
+from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import WrittenBlock

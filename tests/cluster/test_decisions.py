@@ -3,7 +3,7 @@
 import pytest
 
 from ghost_dist.cluster.placement import Node, Shape, check_room, may_go_on, num_fitting, strategy
-from ghost_dist.config import ClusterConfig
+from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
 EIGHT = [Node(f"n{i}", cpus=64, gpus=8) for i in range(2)]
