@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,16 +36,12 @@ _ALIGNMENT = 256
 """Bytes; where tensors begin in memory that ranks fill together, as the allocator aligns them."""
 
 
+@dataclass
 class Reading:
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        scales: Mapping[str, tuple[Tensor, tuple[int, int]]],
-        pieces: Sequence[Future[devices.Event | None]],
-        arrive: Callable[[Sequence[devices.Event | None]], None],
-    ) -> None:
-        self._tensors, self._scales = dict(tensors), scales
-        self._pieces, self._arrive = pieces, arrive
+    _tensors: dict[str, Tensor]
+    _scales: Mapping[str, tuple[Tensor, tuple[int, int]]]
+    _pieces: Sequence[Future[devices.Event | None]]
+    _arrive: Callable[[Sequence[devices.Event | None]], None]
 
     def wait(self) -> dict[str, Tensor]:
         """All tensors by name, on the device as stored; FP8 as bfloat16. Collective among peers."""

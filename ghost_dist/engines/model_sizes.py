@@ -206,11 +206,7 @@ def model_sizes(
 
 
 def _layer(
-    layer: nn.Module,
-    config: Any,
-    in_files: tuple[int, int],
-    loaded: Mapping[int, int],
-    named: str,
+    layer: nn.Module, config: Any, in_files: tuple[int, int], loaded: Mapping[int, int], named: str
 ) -> LayerSizes:
     matmul, attention, sharded = 0, 0, 0
     for path, module in layer.named_modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,21 +191,13 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def local_bytes(model: nn.Module) -> int:
-    total = 0
-    for parameter in model.parameters():
-        local = local_tensor(parameter)
-        total += local.numel() * local.element_size()
-    return total
+    return sum(local_tensor(parameter).nbytes for parameter in model.parameters())
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
-
-
-def full_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:

@@ -41,7 +41,6 @@ from ghost_dist.engines.sharding import (
     Shard,
     Sharding,
     check_degree,
-    full_shapes,
     gather_width,
     kept_whole,
     local_bytes,
@@ -181,7 +180,7 @@ def _load_by_deepspeed(
     model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
     model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
     del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
-    shapes = full_shapes(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     layers = model.get_submodule(architecture.in_base(architecture.layers))
     sharding = Sharding(dist.get_rank(), degree, {}, [])
