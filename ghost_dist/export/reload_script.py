@@ -1,10 +1,10 @@
 """Run by ``verify.py`` in a process of its own: load a checkpoint and use it.
 
 Imports torch and transformers only and makes ghost_dist unimportable, so that what it loads is what
-a user without ghost_dist would load. Argument: a JSON file with ``search_path``, ``folder``,
-``results`` (a folder to write into), ``trust_remote_code``, ``num_threads`` and what is asked for:
-``model`` (``tokens``: .npy, int64, ``dtype``, ``device``; or null), ``texts`` for the tokenizer (or
-null).
+a user without ghost_dist would load. Argument: JSON with ``search_path``, ``num_threads`` and
+``device`` (or null). Standard input, once all is imported: JSON with ``folder``, ``results`` (a
+folder to write into), ``trust_remote_code`` and what is asked for: ``model`` (``tokens``: .npy,
+int64, ``dtype``, ``device``; or null), ``texts`` for the tokenizer (or null).
 """
 
 import json
@@ -15,17 +15,25 @@ NEW_TOKENS = 4
 PROMPT_TOKENS = 32
 
 
-def main(request_file: str) -> None:
-    with open(request_file, encoding="utf-8") as file:
-        request = json.load(file)
-    sys.path[:] = request["search_path"]
+def main(argument: str) -> None:
+    """Do what the request asks for."""
+    start = json.loads(argument)
+    sys.path[:] = start["search_path"]
     sys.modules["ghost_dist"] = None  # type: ignore[assignment]
 
     import torch
     import transformers
 
+    # All that takes long before the request comes.
+    _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    torch.set_num_threads(start["num_threads"])
+    if start["device"] is not None:
+        torch.empty(1, device=start["device"])
+    content = sys.stdin.read()
+    if not content:
+        return  # whoever started this needs no check any more
+    request = json.loads(content)
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(request["num_threads"])
     if request["texts"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             request["folder"], trust_remote_code=request["trust_remote_code"], local_files_only=True

@@ -14,7 +14,9 @@ import json
 import math
 import re
 import shutil
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
+_SHARDS_AT_ONCE = 4
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -48,6 +51,7 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Callable[[int], None] | None = None,
+    sync: bool = True,
 ) -> None:
     """Write a Hugging Face checkpoint folder of the recovered model; nothing is left if that fails.
 
@@ -56,6 +60,7 @@ def export_checkpoint(
     plain checkpoint of the family and needs no code. ``out``: a new folder or an empty one.
     ``tokenizer``: the original's, None if it has none. ``extra_files``: by name, their content or a
     file to copy. ``advance``: called with the number of bytes just written.
+    ``sync``: wait until all is on the disk; else that is left to the caller.
     """
     out = Path(out)
     extra_files = extra_files or {}
@@ -77,17 +82,23 @@ def export_checkpoint(
                 if isinstance(content, Path):
                     content = content.read_bytes()
                 (partial_out / name).write_bytes(content)
-            fsync_tree(partial_out)
+            if sync:
+                fsync_tree(partial_out)
             partial_out.rename(out)
             fsync_folder(out.parent)
         finally:
             shutil.rmtree(partial_out, ignore_errors=True)
     except OSError as error:
-        raise ExportError(
-            f"The checkpoint could not be written to {out}: {error.strerror or error}"
-            f"{f' ({error.filename})' if error.filename else ''}. Nothing was left there; free "
-            "space or choose another place and export again."
-        ) from error
+        raise not_written(out, error) from error
+
+
+def not_written(out: Path, error: OSError) -> ExportError:
+    """What to say when the disk refuses."""
+    return ExportError(
+        f"The checkpoint could not be written to {out}: {error.strerror or error}"
+        f"{f' ({error.filename})' if error.filename else ''}. Nothing was left there; free "
+        "space or choose another place and export again."
+    )
 
 
 def _new_tensors(
@@ -187,8 +198,18 @@ def _write_weights(
     folder: Path, tensors: list[NewTensor], max_shard_bytes: int, advance: Callable[[int], None]
 ) -> None:
     shards = plan_shards(tensors, max_shard_bytes)
-    for file, content in shards.items():
-        write_shard(folder / file, content, advance)
+    lock = threading.Lock()
+
+    def written(nbytes: int) -> None:
+        with lock:
+            advance(nbytes)
+
+    def write(file: str) -> None:
+        write_shard(folder / file, shards[file], written)
+
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+        for _ in pool.map(write, shards):
+            pass
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},

@@ -1,6 +1,6 @@
 """Safetensors shards from byte ranges of other files: copied, not decoded.
 
-Memory is one copy buffer, or one operator, whatever the size of the model.
+Memory of a shard is one copy buffer, or one operator, whatever the size of the model.
 """
 
 from __future__ import annotations

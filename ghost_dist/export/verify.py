@@ -7,13 +7,14 @@ export wrote; beside it only code of a tokenizer that the run itself trusted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def verify_reload(
     tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
+    fresh: FreshProcess | None = None,
 ) -> float:
     """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
@@ -67,8 +69,9 @@ def verify_reload(
 
     ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
     ``tokens``: (windows, T), a few hundred are enough. Returns the largest difference of a logit.
+    ``fresh``: started before; None: now.
     """
-    found = reload(folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device)
+    found = reload(folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, fresh=fresh)
     difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
     chosen = found.uncached.gather(1, found.generated[:, None])[:, 0]
     lost = float((found.uncached.amax(1) - chosen).max())
@@ -115,6 +118,52 @@ def _allowed(logits: Tensor, num_layers: int, dtype: torch.dtype) -> float:
     return _ROUNDINGS * math.sqrt(num_layers) * torch.finfo(dtype).eps * float(logits.abs().max())
 
 
+@dataclass(frozen=True)
+class FreshProcess:
+    """Python that cannot import ghost_dist, and imports what a check needs before it is asked."""
+
+    scratch: Path
+    process: subprocess.Popen[str]
+
+
+@contextlib.contextmanager
+def fresh_process(device: torch.device | None = None) -> Iterator[FreshProcess]:
+    """Start one, for a single check; it begins CUDA too if that is on a GPU.
+
+    It reaches no network and keeps its copy of the modeling file in a temporary folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
+        start = {
+            # Without the code of checkpoints that this process keeps: the script keeps its own.
+            "search_path": [p for p in sys.path if p and p != HF_MODULES_CACHE],
+            "device": None if device is None else str(device),
+            "num_threads": torch.get_num_threads(),
+        }
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(Path(name, "modules")),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        with (
+            Path(name, "stderr").open("w") as stderr,
+            subprocess.Popen(
+                [sys.executable, "-I", reload_script.__file__, json.dumps(start)],
+                env=environment,
+                cwd=name,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                text=True,
+            ) as process,
+        ):
+            try:
+                yield FreshProcess(Path(name), process)
+            finally:
+                process.terminate()
+
+
 def reload(
     folder: Path,
     tokens: np.ndarray[Any, Any],
@@ -122,50 +171,49 @@ def reload(
     tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
+    fresh: FreshProcess | None = None,
 ) -> Reloaded:
-    """Use a folder in a fresh process without ghost_dist or network; foreign code is refused."""
-    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
-        scratch = Path(name)
-        np.save(scratch / "tokens.npy", np.asarray(tokens, dtype=np.int64))
+    """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
+
+    Python code that is not ours is refused.
+    """
+    with contextlib.nullcontext(fresh) if fresh else fresh_process(device) as fresh:
+        np.save(fresh.scratch / "tokens.npy", np.asarray(tokens, dtype=np.int64))
         model = {
-            "tokens": str(scratch / "tokens.npy"),
+            "tokens": str(fresh.scratch / "tokens.npy"),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
         }
-        _run_script(folder, scratch, model, tokenizer)
+        _ask(folder, fresh, model, tokenizer)
         return Reloaded(
             *(
-                torch.from_numpy(np.load(scratch / f"{part}.npy"))
+                torch.from_numpy(np.load(fresh.scratch / f"{part}.npy"))
                 for part in ("logits", "generated", "uncached")
             )
         )
 
 
-def verify_tokenizer(folder: Path, tokenizer: Any) -> None:
+def verify_tokenizer(folder: Path, tokenizer: Any, fresh: FreshProcess | None = None) -> None:
     """Compare token ids of an exported folder, in a fresh process, with the original's."""
-    with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
-        _run_script(folder, Path(name), None, tokenizer)
+    with contextlib.nullcontext(fresh) if fresh else fresh_process() as fresh:
+        _ask(folder, fresh, None, tokenizer)
 
 
-def _run_script(folder: Path, scratch: Path, model: dict[str, str] | None, tokenizer: Any) -> None:
+def _ask(folder: Path, fresh: FreshProcess, model: dict[str, str] | None, tokenizer: Any) -> None:
     texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
     trusted = tokenizer is not None and has_own_code(tokenizer)
     request = {
-        # Without the code of checkpoints that this process keeps: the script keeps its own.
-        "search_path": [p for p in sys.path if p and p != HF_MODULES_CACHE],
         "folder": str(Path(folder).absolute()),
-        "results": str(scratch),
+        "results": str(fresh.scratch),
         "trust_remote_code": has_our_code(Path(folder)) or trusted,
-        "num_threads": torch.get_num_threads(),
         "model": model,
         "texts": texts,
     }
-    (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    _run(scratch, folder)
+    _wait(fresh, json.dumps(request), folder)
     if texts is None:
         return
     expected = reload_script.token_ids(tokenizer, texts)
-    found = json.loads((scratch / "token_ids.json").read_bytes())
+    found = json.loads((fresh.scratch / "token_ids.json").read_bytes())
     for (text, ids), (other_text, other_ids) in zip(expected, found, strict=True):
         if (text, ids) != (other_text, other_ids):
             raise ExportError(
@@ -181,32 +229,18 @@ def _text_of_special_tokens(tokenizer: Any) -> str:
     return "".join(f"one{token}two {token} 3" for token in tokens)
 
 
-def _run(scratch: Path, folder: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+def _wait(fresh: FreshProcess, request: str, folder: Path) -> None:
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", reload_script.__file__, str(scratch / "request.json")],
-            env=environment,
-            cwd=scratch,
-            timeout=TIMEOUT_S,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        fresh.process.communicate(request, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise ExportError(
             f"Loading {folder} in a fresh process took more than {TIMEOUT_S:.0f} s."
         ) from error
-    if done.returncode != 0:
+    if fresh.process.returncode != 0:
+        said = (fresh.scratch / "stderr").read_text(errors="replace").strip()
         raise ExportError(
             f"{folder} cannot be used by transformers in a fresh process (exit status "
-            f"{done.returncode}):\n{done.stderr.strip()[-4000:]}"
+            f"{fresh.process.returncode}):\n{said[-4000:]}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from ghost_dist.calibration.windows import load_windows
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import release_cached
-from ghost_dist.durable import fsync_folder
+from ghost_dist.durable import fsync_folder, fsync_tree
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.model_card import CARD, model_card
-from ghost_dist.export.rewrite import export_checkpoint
+from ghost_dist.export.rewrite import export_checkpoint, not_written
 from ghost_dist.export.verify import (
+    FreshProcess,
     check_same_logits,
+    fresh_process,
     greedy_tokens,
     verify_reload,
     verify_tokenizer,
@@ -43,21 +46,29 @@ def export_recovered(
     shutil.rmtree(unverified, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
-        with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
-            export_checkpoint(
-                inputs.source,
-                inputs.architecture,
-                recovered,
-                unverified,
-                tokenizer=inputs.tokenizer,
-                max_shard_bytes=inputs.config.export.max_shard_bytes,
-                extra_files={
-                    "config.yaml": run.path / "config.yaml",
-                    CARD: model_card(inputs.source, inputs.config, recovered).encode(),
-                },
-                advance=advance,
-            )
-        difference = _verify(inputs, unverified, recovered, run, reporter)
+        with fresh_process(None if inputs.streaming else inputs.device) as fresh:
+            with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
+                export_checkpoint(
+                    inputs.source,
+                    inputs.architecture,
+                    recovered,
+                    unverified,
+                    tokenizer=inputs.tokenizer,
+                    max_shard_bytes=inputs.config.export.max_shard_bytes,
+                    extra_files={
+                        "config.yaml": run.path / "config.yaml",
+                        CARD: model_card(inputs.source, inputs.config, recovered).encode(),
+                    },
+                    advance=advance,
+                    sync=False,
+                )
+            with ThreadPoolExecutor(1) as beside:
+                synced = beside.submit(fsync_tree, unverified)
+                difference = _verify(inputs, unverified, recovered, run, reporter, fresh)
+                try:
+                    synced.result()
+                except OSError as error:
+                    raise not_written(unverified, error) from error
         # An older checkpoint loses its name before it is removed: a kill in the middle of the
         # removal must not leave half of it under the name of a whole one.
         if run.checkpoint.exists():
@@ -101,7 +112,12 @@ def export_cost(run: RunShape) -> Cost:
 
 
 def _verify(
-    inputs: RunInputs, folder: Path, recovered: Variant, run: RunFolder, reporter: Reporter
+    inputs: RunInputs,
+    folder: Path,
+    recovered: Variant,
+    run: RunFolder,
+    reporter: Reporter,
+    fresh: FreshProcess,
 ) -> float:
     """Compare the exported folder with the recovered model and the original's tokenizer."""
     windows, length = _VERIFIED
@@ -115,7 +131,7 @@ def _verify(
         kept = inputs.architecture.num_layers - len(recovered.removed)
         if inputs.streaming:
             found = logits_of_exported(inputs, folder, tokens, advance)
-            verify_tokenizer(folder, inputs.tokenizer)
+            verify_tokenizer(folder, inputs.tokenizer, fresh)
             return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
         def generate(prompt: Tensor) -> Tensor:
@@ -133,6 +149,7 @@ def _verify(
             tokenizer=inputs.tokenizer,
             dtype=inputs.dtype,
             device=inputs.device,
+            fresh=fresh,
         )
         advance(int(tokens.size))
         return difference
