@@ -239,12 +239,6 @@ class RefineConfig(Section):
     """Windows per step."""
     learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     """Peak of AdamW's learning rate; 3 % warm-up, then cosine to 0."""
-    loss: Literal["kl", "hidden"] = "kl"
-    """kl: KL divergence of the logits; hidden: squared error of the normed last stream."""
-    top_k: int | None = Field(default=None, ge=1)
-    """kl: only the dense model's k likeliest tokens, renormalised; null: all."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """kl: temperature of both distributions."""
     every: int = Field(default=25, ge=1)
     """Steps between two evaluations of the held-out loss; the state is saved then."""
     patience: int = Field(default=8, ge=1)

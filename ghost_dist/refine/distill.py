@@ -82,14 +82,13 @@ def distill(
         raise ConfigError("refine.steps needs windows to train on and windows to hold out.")
     student = _Student(LayerwiseModel(model, architecture), closed_form)
     optimiser = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=0.0)
-    loss_of = _Loss(config)
     progress = _Progress(state, fingerprint)
     progress.resume(student, optimiser)
 
     def look(step: int) -> bool:
         """Note the held-out loss; False if it is time to stop."""
         total = sum(
-            student.batch_loss(tokens[list(rows)], loss_of, backward=False) * len(rows)
+            student.batch_loss(tokens[list(rows)], backward=False) * len(rows)
             for rows in _chunks(held_out, batch)
         )
         loss = total / len(held_out)
@@ -116,7 +115,7 @@ def distill(
             rows = _rows_of_step(training, config.batch, step)
             size = min(batch, len(rows))
             for part in _chunks(rows, size):
-                student.batch_loss(tokens[part], loss_of, weight=len(part) / len(rows))
+                student.batch_loss(tokens[part], weight=len(part) / len(rows))
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimiser.step()
             advance(1)
@@ -164,10 +163,8 @@ class _Student:
             for span in self._parts
         }
 
-    def batch_loss(
-        self, rows: Tokens, loss_of: _Loss, *, weight: float = 1.0, backward: bool = True
-    ) -> float:
-        """Mean loss per token of some windows; adds its gradient times ``weight``."""
+    def batch_loss(self, rows: Tokens, *, weight: float = 1.0, backward: bool = True) -> float:
+        """Mean KL divergence per token of some windows; adds its gradient times ``weight``."""
         layers = self._layers
         ids_BT = torch.from_numpy(rows.astype(np.int64)).to(layers.device)
         total = 0.0
@@ -179,7 +176,12 @@ class _Student:
             leaf_NC = found_NC.detach().requires_grad_(backward)
             dense_NC = dense_BTC.flatten(0, 1)
             for piece in logit_pieces(ids_BT.numel(), layers.architecture.vocab_size):
-                loss = loss_of(layers, dense_NC[piece], leaf_NC[piece]) / ids_BT.numel()
+                dense_NV, found_NV = (
+                    torch.log_softmax(layers.logits(stream_NC[piece]).float(), -1)
+                    for stream_NC in (dense_NC, leaf_NC)
+                )
+                loss = nn.functional.kl_div(found_NV, dense_NV, reduction="sum", log_target=True)
+                loss = loss / ids_BT.numel()
                 total += float(loss.detach())
                 if backward:
                     torch.autograd.backward(loss * weight)
@@ -223,28 +225,6 @@ class _Student:
             if layer + 1 in operators:
                 stream_BTC = repair_stream(operators[layer + 1], stream_BTC)
         return stream_BTC
-
-
-class _Loss:
-    """Sum over tokens of the loss between dense and recovered model, from their last streams."""
-
-    def __init__(self, config: RefineConfig) -> None:
-        self._config = config
-
-    def __call__(self, layers: LayerwiseModel, dense_NC: Tensor, found_NC: Tensor) -> Tensor:
-        config = self._config
-        if config.loss == "hidden":
-            target_NC = layers.final_norm(dense_NC).float()
-            got_NC = layers.final_norm(found_NC).float()
-            error: Tensor = (got_NC - target_NC).square().sum() / target_NC.shape[-1]
-            return error
-        target_NV = layers.logits(dense_NC).float() / config.temperature
-        got_NV = layers.logits(found_NC).float() / config.temperature
-        if config.top_k is not None and config.top_k < target_NV.shape[-1]:
-            target_NV, likeliest = target_NV.topk(config.top_k, dim=-1)
-            got_NV = got_NV.gather(-1, likeliest)
-        expected, got = torch.log_softmax(target_NV, -1), torch.log_softmax(got_NV, -1)
-        return nn.functional.kl_div(got, expected, reduction="sum", log_target=True)
 
 
 class _Progress:

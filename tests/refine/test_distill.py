@@ -28,16 +28,11 @@ from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation import scores
 from ghost_dist.progress import Reporter
-from ghost_dist.refine.distill import _Loss, _rows_of_step, _schedule, _Student, distill
+from ghost_dist.refine.distill import _rows_of_step, _schedule, _Student, distill
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(rows=14, length=12)
 HELD_OUT = [1, 6, 10]
-LOSSES = [
-    {"loss": "kl"},
-    {"loss": "kl", "top_k": 10, "temperature": 2.0},
-    {"loss": "hidden"},
-]
 plain_logits = oracle_logits.__wrapped__  # without its inference mode
 
 
@@ -92,37 +87,12 @@ def dense_logits(model, tokens):
     return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
 
 
-@contextlib.contextmanager
-def normed_streams(model, architecture):
-    """What the final norm gives, of each window that runs."""
-    seen = []
-    module = model.get_submodule(architecture.final_norm)
-    handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def loss_by_hand(model, architecture, spans, operators, tokens, config, dense_model=None):
-    """Mean over all tokens from full logits or streams; differentiable in the operators."""
-    with normed_streams(dense_model or model, architecture) as seen:
-        target = dense_logits(dense_model or model, tokens)
-        target_stream = torch.cat(seen)
-    with normed_streams(model, architecture) as seen:
-        got = plain_logits(model, architecture.layers, spans, operators, tokens)
-        got_stream = torch.cat(seen)
-    if config.loss == "hidden":
-        return (got_stream - target_stream.clone()).square().mean()
-    target, got = target.clone().double(), got.double()
-    if config.top_k is not None:
-        left_out = target < target.sort(-1, descending=True).values[..., config.top_k - 1, None]
-        target, got = (x.masked_fill(left_out, -1e9) for x in (target, got))
-    p = (target / config.temperature).softmax(-1)
-    q = (got / config.temperature).softmax(-1)
-    return (
-        torch.where(p > 0, p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log(), 0).sum(-1).mean()
-    )
+def loss_by_hand(model, architecture, spans, operators, tokens, dense_model=None):
+    """Mean over all tokens from full logits; differentiable in the operators."""
+    target = dense_logits(dense_model or model, tokens)
+    got = plain_logits(model, architecture.layers, spans, operators, tokens)
+    p, q = target.clone().double().softmax(-1), got.double().softmax(-1)
+    return (p * (p / q).log()).sum(-1).mean()
 
 
 def same_operators(a, b):
@@ -133,14 +103,13 @@ def same_operators(a, b):
     )
 
 
-@pytest.mark.parametrize("options", LOSSES)
-def test_training_lowers_the_held_out_loss(loaded, tmp_path, options):
+def test_training_lowers_the_held_out_loss(loaded, tmp_path):
     """From identities the loss falls; the one reported is that of the operators given back."""
     model, architecture = loaded("llama")
     spans = CUTS["two"]
     operators, before = identities(spans), dense_logits(model, TOKENS)
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    config = {**options, "batch": 16, "learning_rate": 3e-3}
+    config = {"batch": 16, "learning_rate": 3e-3}
     tokens = random_tokens(rows=64, length=24)
     refined = run(
         model, architecture, spans, operators, tmp_path, config=config, tokens=tokens, batch=8
@@ -157,32 +126,31 @@ def test_training_lowers_the_held_out_loss(loaded, tmp_path, options):
     assert all(
         part.dtype == torch.float64 for r in refined.operators.values() for part in [r.weight_CC]
     )
-    config = RefineConfig(**options)
     for found, reported in ((operators, losses[0]), (refined.operators, min(losses))):
-        expected = loss_by_hand(model, architecture, spans, found, tokens[HELD_OUT], config)
+        expected = loss_by_hand(model, architecture, spans, found, tokens[HELD_OUT])
         assert reported == pytest.approx(float(expected), rel=1e-4)
 
 
 GRADIENTS = [
-    *(("llama", kind, cut, 0) for kind in REPAIR_KINDS for cut in ("two", "last")),
-    ("llama", "low-rank", "first", 1),
-    ("llama", "ghost-joint", "second", 2),
-    ("llama", "stream+norm", "two", 1),
-    ("llama", "fold", "two", 2),
-    ("gpt_neox", "ghost-joint", "two", 0),
-    ("opt", "ghost-joint", "two", 2),
-    ("opt", "low-rank", "last", 1),
-    ("gemma3", "stream+norm", "middle", 0),
-    ("mixtral", "low-rank", "two", 0),
+    *(("llama", kind, cut) for kind in REPAIR_KINDS for cut in ("two", "last")),
+    ("llama", "low-rank", "first"),
+    ("llama", "ghost-joint", "second"),
+    ("llama", "stream+norm", "two"),
+    ("llama", "fold", "two"),
+    ("gpt_neox", "ghost-joint", "two"),
+    ("opt", "ghost-joint", "two"),
+    ("opt", "low-rank", "last"),
+    ("gemma3", "stream+norm", "middle"),
+    ("mixtral", "low-rank", "two"),
 ]
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-@pytest.mark.parametrize(("family", "kind", "cut", "loss"), GRADIENTS)
-def test_gradients(loaded, monkeypatch, family, kind, cut, loss, pieces):
+@pytest.mark.parametrize(("family", "kind", "cut"), GRADIENTS)
+def test_gradients(loaded, monkeypatch, family, kind, cut, pieces):
     """Skipped layers, the entry in the middle and the cut at the head leave the gradient alone."""
     model, architecture = loaded(family)
-    spans, config = CUTS[cut], RefineConfig(**LOSSES[loss])
+    spans = CUTS[cut]
     operators = random_repairs(kind, spans, architecture, torch.float64)
     if pieces:
         monkeypatch.setattr(scores, "_LOGITS_AT_ONCE", 5 * VOCAB)
@@ -194,13 +162,13 @@ def test_gradients(loaded, monkeypatch, family, kind, cut, loss, pieces):
     by_hand = {
         span: Repair.from_parts(parts, operators[span].norm_eps) for span, parts in leaves.items()
     }
-    expected = loss_by_hand(model, architecture, spans, by_hand, rows, config)
+    expected = loss_by_hand(model, architecture, spans, by_hand, rows)
     expected.backward()
     student = _Student(LayerwiseModel(model, architecture), Variant(spans, operators))
     numpy_rows = rows.numpy().astype(np.int32)
     # In two parts, as a step of more windows than go through the model at once.
     total = sum(
-        share * student.batch_loss(part, _Loss(config), weight=share)
+        share * student.batch_loss(part, weight=share)
         for share, part in ((2 / 3, numpy_rows[:2]), (1 / 3, numpy_rows[2:]))
     )
     assert total == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -227,9 +195,7 @@ def test_healed_layers_take_part_and_stay(loaded, tmp_path):
     best = min(row["loss"] for row in refined.losses)
     assert best < refined.losses[0]["loss"]
     for found, reported in ((operators, refined.losses[0]["loss"]), (refined.operators, best)):
-        expected = loss_by_hand(
-            by_hand, architecture, spans, found, TOKENS[HELD_OUT], RefineConfig(), model
-        )
+        expected = loss_by_hand(by_hand, architecture, spans, found, TOKENS[HELD_OUT], model)
         assert reported == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -240,7 +206,7 @@ def test_an_exact_closed_form_stays(loaded, tmp_path):
     for layer in model.model.layers[2:4]:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    refined = run(model, architecture, spans, operators, tmp_path, config={"loss": "hidden"})
+    refined = run(model, architecture, spans, operators, tmp_path, config={})
     assert refined.losses[0]["loss"] == pytest.approx(0, abs=1e-9)
     assert len(refined.losses) == 5
     assert not refined.improved
@@ -260,9 +226,7 @@ def test_the_best_look_is_given_back_not_the_last(loaded, tmp_path):
     assert refined.improved
     assert min(losses) < losses[0]
     assert losses.index(min(losses)) not in (0, len(losses) - 1), losses
-    expected = loss_by_hand(
-        model, architecture, spans, refined.operators, TOKENS[HELD_OUT], RefineConfig()
-    )
+    expected = loss_by_hand(model, architecture, spans, refined.operators, TOKENS[HELD_OUT])
     assert min(losses) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -281,9 +245,7 @@ def test_every_form_comes_back_as_it_was_trained(loaded, tmp_path, kind):
         assert repair.norm_eps == 0.5
         shapes = {name: part.shape for name, part in given[span].parts().items()}
         assert {name: part.shape for name, part in repair.parts().items()} == shapes
-    expected = loss_by_hand(
-        model, architecture, spans, refined.operators, TOKENS[HELD_OUT], RefineConfig()
-    )
+    expected = loss_by_hand(model, architecture, spans, refined.operators, TOKENS[HELD_OUT])
     assert refined.losses[-1]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -295,9 +257,9 @@ def test_patience_counts_looks_since_the_best(loaded, tmp_path, monkeypatch, sto
     script = [5.0, 6.0, 4.0, 4.5, 3.0, 3.5, 3.0, 2.0, 1.0]  # as good is not better
     original, looks = _Student.batch_loss, iter(script)
 
-    def scripted(self, rows, loss_of, *, weight=1.0, backward=True):
+    def scripted(self, rows, *, weight=1.0, backward=True):
         if backward:
-            return original(self, rows, loss_of, weight=weight)
+            return original(self, rows, weight=weight)
         return next(looks)
 
     monkeypatch.setattr(_Student, "batch_loss", scripted)
@@ -439,10 +401,10 @@ def test_held_out_windows_are_not_trained_on(loaded, tmp_path, monkeypatch):
     spans, trained = CUTS["middle"], []
     original = _Student.batch_loss
 
-    def noting(self, rows, loss_of, *, weight=1.0, backward=True):
+    def noting(self, rows, *, weight=1.0, backward=True):
         if backward:
             trained.extend(map(tuple, rows.tolist()))
-        return original(self, rows, loss_of, weight=weight, backward=backward)
+        return original(self, rows, weight=weight, backward=backward)
 
     monkeypatch.setattr(_Student, "batch_loss", noting)
     run(model, architecture, spans, identities(spans), tmp_path)
