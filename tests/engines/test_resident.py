@@ -1,5 +1,6 @@
 """The resident engine against transformers' own hidden states, family by family."""
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,14 +8,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, NUM_LAYERS, VOCAB, random_model, save_checkpoint
+from families import CUTS, FAMILIES, NUM_LAYERS, VOCAB, random_model, save_checkpoint
 from recording import Recorder
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.engines.layerwise import adds_mlp_output
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine, auto_batch
+from ghost_dist.evaluation.scores import window_scores
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 5, 20
@@ -136,3 +139,45 @@ def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
         if module.bias is not None:
             expected = expected + module.bias
         torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)
+
+
+class Shelved(LayerwiseModel):
+    """An engine added at run time: only the layer at hand has its numbers."""
+
+    whole = False
+
+    @contextlib.contextmanager
+    def through(self, groups):
+        shelf = {n: [p.clone() for p in layer.parameters()] for n, layer in enumerate(self.layers)}
+        gone = {n: [torch.full_like(p, torch.nan) for p in kept] for n, kept in shelf.items()}
+
+        def fill(layer, values):
+            for parameter, value in zip(self.layers[layer].parameters(), values, strict=True):
+                parameter.data = value
+
+        def steps():
+            for group in groups:
+                if isinstance(group, int):
+                    fill(group, shelf[group])
+                yield group
+                if isinstance(group, int):
+                    fill(group, gone[group])
+
+        with super().through(groups):
+            for layer, values in gone.items():
+                fill(layer, values)
+            yield steps()
+            for layer, values in shelf.items():
+                fill(layer, values)
+
+
+def test_an_engine_is_what_has_a_layer_at_hand_when_its_turn_comes(loaded):
+    model, architecture = loaded("llama")
+    variants = [Variant(), Variant(CUTS["two"])]
+    expected, found = (
+        window_scores(kind(model, architecture), variants, TOKENS, batch=2)
+        for kind in (LayerwiseModel, Shelved)
+    )
+    for one, other in zip(expected, found, strict=True):
+        assert (one.nats == other.nats).all()
+        assert (one.kl == other.kl).all()
