@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
+from ghost_dist.spans import pairs_of
 
 MAY_DIFFER = ("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.")
 """Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
@@ -38,7 +39,7 @@ def config_tree(config: Config) -> dict[str, Any]:
     """Nested plain values of ``config``, ready for YAML or JSON; spans become pairs."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     spans = config.selection.spans
-    tree["selection"]["spans"] = None if spans is None else [[s.start, s.stop] for s in spans]
+    tree["selection"]["spans"] = None if spans is None else pairs_of(spans)
     return tree
 
 

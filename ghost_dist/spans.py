@@ -27,6 +27,11 @@ class Span:
         return f"[{self.start}, {self.stop})"
 
 
+def pairs_of(spans: Iterable[Span]) -> list[list[int]]:
+    """Plain values, as records and results have them."""
+    return [[span.start, span.stop] for span in spans]
+
+
 def parse_spans(text: str) -> tuple[Span, ...]:
     """Read ``"11:18"`` or ``"3:5,11:18"``, Python's half-open slices."""
     spans = []

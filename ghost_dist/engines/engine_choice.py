@@ -114,19 +114,16 @@ def _streaming(
     if held is None or not fits(held):
         least = held or (Residency(1) if count else Residency(prefetch=False))
         stage, peak = _peak(needs.streaming[least])
-        if least.experts is None:
-            message = (
-                f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
-                f"{_gb(peak)} ({stage}; the largest layer alone is {_gb(needs.largest_layer)}), "
-                f"but {has}. "
+        what = "one layer at a time (engine.kind=streaming) needs"
+        if least.experts is not None:
+            what = (
+                f"{least.experts} of {count} routed experts of a layer at a time "
+                "(engine.kind=streaming, engine.experts) need"
             )
-        else:
-            message = (
-                f"The model does not fit: even {least.experts} of {count} routed experts of a "
-                f"layer at a time (engine.kind=streaming, engine.experts) need {_gb(peak)} "
-                f"({stage}; the largest layer alone is {_gb(needs.largest_layer)}), but {has}. "
-            )
-        raise ConfigError(message + _what_would_fit(needs, room))
+        raise ConfigError(
+            f"The model does not fit: even {what} {_gb(peak)} ({stage}; the largest layer alone is "
+            f"{_gb(needs.largest_layer)}), but {has}. {_what_would_fit(needs, room)}"
+        )
     stage, peak = _peak(needs.streaming[held])
     if held.experts is not None:
         what = f"layers with {held.experts} of {count} routed experts at a time need"
@@ -172,8 +169,7 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
 
 
 def _peak(by_stage: Mapping[str, int]) -> tuple[str, int]:
-    stage = max(by_stage, key=lambda name: by_stage[name])
-    return stage, by_stage[stage]
+    return max(by_stage.items(), key=lambda item: item[1], default=("nothing", 0))
 
 
 def _gb(nbytes: int) -> str:

@@ -37,11 +37,6 @@ def run_stage_again(
     Earlier stages are only run where they are missing. The changed configuration becomes the
     run's own, so ``recover`` afterwards redoes what depends on it and nothing else. ``run`` is what
     does it: :func:`recover`, or the same on a cluster.
-
-    Raises
-    ------
-    ConfigError
-        If a change concerns a field that an earlier stage depends on.
     """
     stored = RunFolder.stored_config(path)
     config = _changed(stored, stage, assignments)

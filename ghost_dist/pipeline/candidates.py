@@ -44,26 +44,14 @@ FINE_SHIFTS = (0.5, -0.5)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to repair all spans.
-
-    Attributes
-    ----------
-    operator, features, row_weights, affine, rank
-        As configured, nothing left to ``auto``.
-    ridge
-        ``auto``: that of least held-out residual, times ``10^shift``.
-    shift
-        0 unless ``ridge`` is ``auto``.
-    around
-        Where that ridge is, relative and about, if it is known.
-    """
+    """One way to repair all spans; nothing is left to ``auto`` but a ridge."""
 
     operator: OperatorName
     features: Literal["stream", "stream+norm"] = "stream"
     row_weights: RowWeights = "none"
-    ridge: Ridge = "auto"
+    ridge: Ridge = "auto"  # that of least held-out residual, times 10^shift
     shift: float = 0.0
-    around: float | None = None
+    around: float | None = None  # where that ridge is, relative and about, if it is known
     affine: bool = False
     rank: int | None = None
 
@@ -106,13 +94,7 @@ class Candidate:
 def candidates_of(
     config: OperatorConfig, spans: Sequence[Span], refittable: frozenset[int]
 ) -> list[Candidate]:
-    """What the configuration asks to try, best guess first.
-
-    Raises
-    ------
-    ConfigError
-        If an operator was asked for by name that a span does not allow.
-    """
+    """What the configuration asks to try, best guess first."""
     if config.name != "auto" and refits_down(config.name):
         _check_refittable(config.name, spans, refittable)
     by_kl = config.choose == "kl" and has_ridge(config.name)
@@ -200,29 +182,12 @@ def fit_candidate(
     judge: int | None = None,
     kept: dict[str, Regression] | None = None,
 ) -> tuple[Repair, Fit | None]:
-    """Fit one span.
+    """Fit one span, of a candidate as it is there.
 
-    Parameters
-    ----------
-    candidate
-        As :meth:`Candidate.at` the span.
-    span
-        Half-open.
-    folds
-        Sums by :meth:`SampleKind.key` of disjoint windows, on one device.
-    down_FC
-        The model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums.
-    norm_eps
-        Of the model's norms.
-    judge
-        The fold that alone judges, and that is not fitted on; None: each judges fits on the others.
-    kept
-        Of the candidate at other ridges, as ``fit_least_squares`` says.
-
-    Raises
-    ------
-    SingularGramError, SingularOperatorError, ConfigError
-        As the operator's own function says.
+    ``folds`` are sums by :meth:`SampleKind.key` of disjoint windows, on one device. ``down_FC`` is
+    the model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums. ``judge``
+    is the fold that alone judges, and that is not fitted on; None: each judges fits on the others.
+    ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says.
     """
     options: FitOptions = {"affine": candidate.affine, "judge": judge}
     options |= {"around": candidate.around, "kept": {} if kept is None else kept}

@@ -38,20 +38,8 @@ class Collect(Protocol):
     ) -> None:
         """Run every range that is missing in the store, and commit it.
 
-        With ``to_fit`` the last ones may still be on their way to the disk; ``store.flush`` waits.
-
-        Parameters
-        ----------
-        store
-            Whose plan names windows and sums.
-        tokens
-            All windows of the plan.
-        collectors
-            What the plan counts.
-        stage
-            Name under which progress is shown.
-        to_fit
-            Whether spans will be fitted from this store next.
+        With ``to_fit`` spans are fitted from the store next: the last ranges may still be on their
+        way to the disk; ``store.flush`` waits.
         """
 
     def release(self) -> None:

@@ -45,16 +45,8 @@ class Collectors(Protocol):
     ) -> list[MakeCollector]:
         """A factory per pass over the windows; their sums together are those of the plan.
 
-        More than one pass only where the sums of all do not fit on the device at once.
-
-        Parameters
-        ----------
-        device
-            Of the streams.
-        free_bytes
-            Of that device's memory; the same on all ranks of a replica, so that they agree.
-        block
-            Columns that this rank keeps.
+        More than one pass only where the sums of all do not fit on the device at once: with
+        ``free_bytes``, the same on all ranks of a replica, so that they agree.
         """
 
 

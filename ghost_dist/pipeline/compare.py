@@ -48,7 +48,7 @@ from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.operators import OPERATORS, has_ridge
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, pairs_of
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
 
@@ -346,7 +346,7 @@ class _Table:
             {
                 "selection": cut.selection,
                 "remove": cut.remove,
-                "spans": [[s.start, s.stop] for s in cut.spans],
+                "spans": pairs_of(cut.spans),
                 "operator": row,
                 **self._stored["found"][self._key(cut, row)],
             }

@@ -30,16 +30,14 @@ _PINNED_BYTES = 2 * READERS * BLOCK_BYTES  # offloaded: buffers that layers are 
 class Fits:
     """Some least squares of one kind of regressors."""
 
-    kind: str
-    size: int  # Z
-    count: int
-    steps: int  # ridges times folds and final fits, of all
+    kind: str  # of regressors
+    steps: int  # ridges times folds, and final fits
     flops: int  # of a step
 
     @staticmethod
     def of(kind: str, size: int, targets: int, ridges: int, folds: int) -> Fits:
         """One, with all ridges held out on all folds."""
-        return Fits(kind, size, 1, num_steps(ridges, folds), step_flops(size, targets))
+        return Fits(kind, num_steps(ridges, folds), step_flops(size, targets))
 
 
 @dataclass(kw_only=True)

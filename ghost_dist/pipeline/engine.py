@@ -25,7 +25,7 @@ from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_cost
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solving import solve_cost
+from ghost_dist.pipeline.solve_cost import solve_cost
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 

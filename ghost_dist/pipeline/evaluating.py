@@ -18,6 +18,7 @@ from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
+from ghost_dist.spans import pairs_of
 
 VARIANTS = ("dense", "pruned", "recovered")
 
@@ -25,14 +26,7 @@ VARIANTS = ("dense", "pruned", "recovered")
 class Evaluation:
     """Measures the three variants, on one model in memory or read layer by layer.
 
-    Parameters
-    ----------
-    inputs, run, reporter
-        Of the run.
-    recovered
-        In the dtypes of the checkpoint.
-    decisive
-        What decides the recovered model, as plain values.
+    ``recovered`` is in the dtypes of the checkpoint, ``decisive`` what decides it, as plain values.
     """
 
     def __init__(
@@ -46,7 +40,7 @@ class Evaluation:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._recovered = recovered
         shared = {"model": inputs.model_fingerprint, **inputs.numerics}
-        cut = {**shared, "spans": [[span.start, span.stop] for span in recovered.spans]}
+        cut = {**shared, "spans": pairs_of(recovered.spans)}
         decided = {"dense": shared, "pruned": cut, "recovered": {**cut, **decisive}}
         self._fingerprints = {name: fingerprint(value) for name, value in decided.items()}
 

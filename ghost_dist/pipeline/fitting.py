@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,30 +21,18 @@ from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, free_or_cached_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
-from ghost_dist.pipeline.cost import Fits
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import RIDGE_GRID, Fit, Regression, fit_bytes
+from ghost_dist.solver.least_squares import Fit, Regression, fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
-if TYPE_CHECKING:
-    from ghost_dist.pipeline.run_shape import RunShape
-
 
 @dataclass(frozen=True)
 class Fitted:
-    """One span's repair and what it has seen.
-
-    Attributes
-    ----------
-    repair, fit
-        On the CPU, and how well it fits; None where nothing is fitted.
-    folds
-        Folds that it was fitted on: none of them may judge it.
-    """
+    """One span's repair, on the CPU, and the folds it was fitted on, none of which may judge it."""
 
     repair: Repair
     fit: Fit | None
@@ -57,17 +45,7 @@ Outcome = Fitted | SingularGramError | SingularOperatorError
 
 @dataclass(frozen=True)
 class FitJob:
-    """One fit.
-
-    Attributes
-    ----------
-    candidate
-        As :meth:`Candidate.at` the span.
-    span
-        Half-open.
-    folds
-        Folds of the store that it is fitted on.
-    """
+    """One fit: a candidate as it is at a span, on some folds of the store."""
 
     candidate: Candidate
     span: Span
@@ -80,13 +58,7 @@ class FitSpans(Protocol):
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
     ) -> list[Outcome]:
-        """An outcome for each job, in their order; ``advance`` is told of every one.
-
-        Raises
-        ------
-        CorruptStoreError
-            If the sums cannot be read.
-        """
+        """An outcome for each job, in their order; ``advance`` is told of every one."""
 
 
 class RidgeFits:
@@ -152,49 +124,12 @@ def on_curve(fit: Fit, least: Fit) -> Fit:
     return replace(fit, ridge_curve=tuple(sorted(curve.items())))
 
 
-AROUND = 5
-"""Ridges that a fit looks at, at most as a rule, which is told where the best one is."""
-
-
-def fits_cost(
-    forms: Sequence[Candidate],
-    run: RunShape,
-    span: Span,
-    folds: int,
-) -> list[Fits]:
-    """Of :meth:`RidgeFits.fit` for candidates at a span in turn, at most.
-
-    Errors at ridges of the grid are known when a candidate has one of them.
-    """
-    found: list[Fits] = []
-    known: set[Candidate] = set()
-    width = run.sizes.hidden_size
-    for form in forms:
-        kind, size = form.kind(), form.num_regressors(width, run.inner_size(span))
-        if kind is None or not size:
-            continue
-        of_grid, ridges = replace(form, ridge="auto", shift=0.0), len(RIDGE_GRID)
-        looked_for = form.ridge == "auto" and of_grid not in known
-        known.add(of_grid)
-        grids = [ridges if form.around is None else min(ridges, AROUND)] if looked_for else []
-        own = [1] if not looked_for or form.shift else []
-        found += [Fits.of(kind.regressors, size, width, n, folds) for n in grids + own]
-    return found
-
-
 class FitHere:
     """Fits in this process, one after the other; see :class:`FitSpans`.
 
-    Parameters
-    ----------
-    source, architecture
-        Of the model whose down_proj some operators refit.
-    folds
-        Number of folds that the store's ranges are dealt to.
-    device, room
-        What is computed on where a fit takes at most ``room`` bytes; else the CPU.
-    make_room
-        Called if the device has less than that free.
+    ``folds`` are those that the store's ranges are dealt to. It computes on ``device`` where a fit
+    takes at most ``room`` bytes, else on the CPU; ``make_room`` is called if less than that is
+    free.
     """
 
     def __init__(

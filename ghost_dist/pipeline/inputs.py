@@ -148,13 +148,6 @@ def open_inputs(
     With ``any_operator`` operators other than the configured one are going to be asked for; texts
     and tasks of the evaluation are only opened where it ``evaluates``.
     ``worker_device`` says what other processes compute on; None: this process runs the windows.
-
-    Raises
-    ------
-    CheckpointError, UnsupportedArchitectureError, CalibrationError
-        If the model or a text cannot be used.
-    ConfigError
-        If a task cannot be opened, or a field does not fit the model or the machine.
     """
     source, architecture, remove = open_model(config)
     for note in source.notes:
@@ -163,8 +156,7 @@ def open_inputs(
         device = workers = open_device(config.engine.device)
     else:
         device, workers = open_device("auto"), worker_device()
-    num_ranges = count_ranges(config)
-    dtype = compute_dtype(config, source, workers)
+    count_ranges(config)  # refused before anything is read
     tokenizer = load_tokenizer(source.path, trust_remote_code=config.model.trust_remote_code)
     evaluation = {
         name: _evaluation_windows(config, corpus, tokenizer, architecture.vocab_size)
@@ -186,24 +178,45 @@ def open_inputs(
     refittable = _refittable(config, source, architecture, any_operator=any_operator)
     if not any_operator:
         _say_if_few_tokens(config, architecture, refittable, reporter)
+    return assembled(
+        config,
+        source,
+        architecture,
+        remove,
+        device,
+        workers,
+        tokenizer=tokenizer,
+        model_fingerprint=model_fingerprint(source),
+        refittable=refittable,
+        evaluation=evaluation,
+        tasks=tasks,
+    )
+
+
+def assembled(
+    config: Config,
+    source: Checkpoint,
+    architecture: Architecture,
+    remove: int | None,
+    device: torch.device,
+    workers: torch.device,
+    **opened: Any,
+) -> RunInputs:
+    """The inputs, with what follows from the configuration and the devices; for ``plan`` too."""
     return RunInputs(
         config=config,
         source=source,
         architecture=architecture,
-        tokenizer=tokenizer,
-        model_fingerprint=model_fingerprint(source),
         device=device,
         fit_device=device,
         fit_room=fit_room(device),
         worker_device=workers,
-        dtype=dtype,
+        dtype=compute_dtype(config, source, workers),
         batch=batch_of(config, workers),
-        num_ranges=num_ranges,
+        num_ranges=count_ranges(config),
         remove=remove,
-        refittable=refittable,
-        evaluation=evaluation,
-        tasks=tasks,
         streaming=config.engine.kind == "streaming",
+        **opened,
     )
 
 
@@ -235,17 +248,7 @@ def _evaluation_windows(
 def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
     """Headers and architecture of the model, checked against what is to be removed.
 
-    Returns
-    -------
-    source, architecture, remove
-        ``remove`` is the number of layers to remove, None where spans are given.
-
-    Raises
-    ------
-    CheckpointError, UnsupportedArchitectureError
-        If the model cannot be used.
-    ConfigError
-        If a field does not fit the model.
+    And the number of layers to remove; None where spans are given.
     """
     model = config.model
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
@@ -271,7 +274,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
 
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
     """The run's engine over layers ``0 .. num_layers - 1``, or over all where they are kept."""
-    if not inputs.compiled and _keeps_model(inputs):
+    if not inputs.compiled and keeps_model(inputs):
         decoder = layers_of_causal_lm(open_causal_lm(inputs), inputs.architecture)
         return ResidentEngine(decoder, inputs.batch)
     decoder = load_decoder(
@@ -285,12 +288,12 @@ def open_causal_lm(inputs: RunInputs, *, own: bool = False) -> Any:
     model = inputs.loaded.pop("model", None)
     if model is None:
         model = load_causal_lm(inputs.source.path, dtype=inputs.dtype, device=inputs.device)
-    if not own and _keeps_model(inputs):
+    if not own and keeps_model(inputs):
         inputs.loaded["model"] = model
     return model
 
 
-def _keeps_model(inputs: RunInputs) -> bool:
+def keeps_model(inputs: RunInputs) -> bool:
     """Whether the model stays on the device from stage to stage: it takes a quarter at most."""
     numbers = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     room = total_bytes(inputs.device) or free_bytes(inputs.device)
@@ -298,13 +301,7 @@ def _keeps_model(inputs: RunInputs) -> bool:
 
 
 def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
-    """Windows of every source, one source after the other.
-
-    Raises
-    ------
-    CalibrationError
-        If a source cannot be read or is too short.
-    """
+    """Windows of every source, one source after the other."""
     calibration, found = inputs.config.calibration, []
     for source, count in calibration.windows_of.items():
         done = 0
@@ -365,13 +362,7 @@ def disk_needs(
 
 
 def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
-    """Refuse a run whose files will not fit, before it starts.
-
-    Raises
-    ------
-    RunFolderError
-        With the bytes needed, by what, and the bytes free.
-    """
+    """Refuse a run whose files will not fit, before it starts; ``needs`` by what they are."""
     needed = sum(needs.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -405,13 +396,7 @@ def _number_of_layers(config: Config, source: Checkpoint, architecture: Architec
 
 
 def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None:
-    """Refuse to remove more layers than can go.
-
-    Raises
-    ------
-    ConfigError
-        If no layer, or a protected one, would not be left.
-    """
+    """Refuse to remove more layers than can go."""
     most = num_layers - max(1, len(set(protect)))
     if not 0 < remove <= most:
         raise ConfigError(
@@ -431,11 +416,6 @@ def refittable_layers(
     """Layers whose down_proj can be refitted, found on a small random model of the family.
 
     The classes decide, not the weights: one real layer may be larger than memory.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        If no small model could be built.
     """
     operator = config.operator
     wanted = any_operator or operator.name == "auto" or refits_down(operator.name) or operator.heal

@@ -44,12 +44,7 @@ _SHARE_OF_MEMORY_TO_CACHE = 0.5
 class CollectOffloaded:
     """Fills stores from one sweep over the layers; the ``Collect`` of ``engine.kind=streaming``.
 
-    Parameters
-    ----------
-    inputs, reporter
-        Of the run.
-    folder
-        RUN: streams are saved below it while a stage runs.
+    Streams are saved below ``folder``, RUN, while a stage runs.
     """
 
     def __init__(self, inputs: RunInputs, reporter: Reporter, folder: Path) -> None:
@@ -64,13 +59,7 @@ class CollectOffloaded:
         *,
         to_fit: bool = False,  # noqa: ARG002 - this process fits from the store
     ) -> None:
-        """Run every range that is missing in the store, and commit it; see ``Collect``.
-
-        Raises
-        ------
-        RunFolderError
-            If the disk has no room for the streams.
-        """
+        """Run every range that is missing in the store, and commit it; see ``Collect``."""
         folder, missing = self._folder / f"streams-{stage}", store.missing()
         if not missing:
             shutil.rmtree(folder, ignore_errors=True)  # a kill may have come before this
@@ -205,18 +194,9 @@ def layers_of(
     batch: int | None = None,
     model: Any = None,
 ) -> Iterator[LayerwiseModel]:
-    """The run's whole model, for a sweep with variants.
+    """The run's whole model, for a sweep with variants over windows of that shape.
 
-    Parameters
-    ----------
-    inputs
-        Of the run.
-    shape, num_variants
-        Windows and their length; and of how many variants.
-    batch
-        Windows per forward; None: the run's.
-    model
-        The uncut causal LM, if it is loaded already.
+    ``model``: the uncut causal LM, if it is loaded already. ``batch``: None is the run's.
     """
     if not inputs.streaming:
         yield LayerwiseModel(model or open_causal_lm(inputs), inputs.architecture)

@@ -21,12 +21,13 @@ from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
-from ghost_dist.pipeline.stages import STAGES, Solution, Stages
+from ghost_dist.pipeline.solution import Solution
+from ghost_dist.pipeline.stages import STAGES, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
 from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, pairs_of
 
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
 _LIBRARIES = ("torch", "transformers", "datasets", "zarr", "safetensors", "numpy")
@@ -39,31 +40,12 @@ def recover(
     again: Stage | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
-    """Run every stage that is not done yet and write ``RUN/result.json``.
+    """Run every stage that is not done yet and write ``RUN/result.json``; returns its content.
 
-    Parameters
-    ----------
-    config
-        The whole run.
-    reporter
-        Where progress goes; None is a reporter on standard error.
-    again
-        Do this stage again although it is done, and stop after it; stages before it are done
-        first where they are missing.
-    workers
-        Who runs the windows; None: this process.
-
-    Returns
-    -------
-    dict
-        The content of ``result.json`` (keys in ``docs/configuration.md``); with ``again`` before
-        ``export``, only the outputs of that stage.
-
-    Raises
-    ------
-    GhostDistError
-        Whatever cannot be done, by its own class; what is finished is kept, and the same call
-        continues.
+    ``again``: do this stage again although it is done, and stop after it; stages before it are done
+    first where they are missing. Before ``export`` only the outputs of that stage are returned.
+    ``workers``: who runs the windows; None: this process. What cannot be done is a GhostDistError
+    of a class of its own; what is finished is kept, and the same call continues.
     """
     if config.on_cluster and workers is None:
         raise ConfigError(
@@ -92,7 +74,7 @@ def recover(
         spans = stages.select(tokens)
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":
-            return {"spans": [[s.start, s.stop] for s in spans]}
+            return {"spans": pairs_of(spans)}
         if again not in ("export", "evaluate"):  # they need operators, and those are solved
             stages.calibrate(tokens, spans)
         statistics = stages.statistics(tokens, spans)
@@ -145,7 +127,7 @@ def _result(
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
     return {
-        "spans": [[s.start, s.stop] for s in spans],
+        "spans": pairs_of(spans),
         "num_layers": inputs.architecture.num_layers,
         "operator": solution.operator,
         "ridge": [fit["ridge"] for fit in solution.record["fits"]],

@@ -21,14 +21,7 @@ from ghost_dist.statistics.span_sums import SampleKind
 class RunShape:
     """What stages reckon their costs from.
 
-    Attributes
-    ----------
-    inputs
-        Of the run; of the evaluation's windows only the shape is looked at.
-    sizes
-        Of the model.
-    free_bytes
-        Of the device.
+    Of the evaluation's windows only the shape is looked at; ``free_bytes`` are the device's.
     """
 
     inputs: RunInputs

@@ -50,16 +50,7 @@ _SHARE_FOR_SUMS = 0.7
 class Selector:
     """One selection: its criterion, and how many layers go.
 
-    Attributes
-    ----------
-    config
-        Criterion and its options.
-    remove
-        Number of layers.
-    architecture
-        Of the uncut model.
-    prefix
-        Before the names of its sums in a store that holds those of several selections.
+    ``prefix`` is before the names of its sums in a store that holds those of several selections.
     """
 
     config: SelectionConfig
@@ -77,13 +68,7 @@ class Selector:
         return self.config.max_spans or 1
 
     def candidates(self) -> tuple[Span, ...]:
-        """All spans that `recoverability` may choose from.
-
-        Raises
-        ------
-        ConfigError
-            If there are none.
-        """
+        """All spans that `recoverability` may choose from; ConfigError if there are none."""
         config = self.config
         shortest, longest = self.remove, self.remove
         if self._max_spans > 1:
@@ -184,19 +169,13 @@ class Selector:
             few = min(columns, PROJECTION_COLUMNS)
             for steps, targets in ((len(RIDGE_GRID), few), (3 * (columns > few), columns)):
                 flops = step_flops(width, stops * targets)
-                cost.fits.append(Fits("stream", width, 0, cost.ranges * steps, flops))
+                cost.fits.append(Fits("stream", cost.ranges * steps, flops))
         return cost
 
     def decide(
         self, store: StatisticsStore, folds: int, device: torch.device
     ) -> tuple[tuple[Span, ...], dict[str, Any]]:
-        """The spans that go, and the scores behind the decision as plain values.
-
-        Raises
-        ------
-        ConfigError
-            If no candidate is left.
-        """
+        """The spans that go, and the scores behind the decision as plain values."""
         criterion, protect = self.config.criterion, self.config.protect
         if criterion == "recoverability":
             held_out = self._held_out(store, folds, device)
@@ -248,13 +227,7 @@ class Selector:
 
 
 def rules_of(selection: SelectionConfig, remove: int, num_layers: int) -> Rules:
-    """What may be removed.
-
-    Raises
-    ------
-    ConfigError
-        If that is nothing.
-    """
+    """What may be removed; ConfigError if that is nothing."""
     return Rules(
         num_layers,
         remove,

@@ -15,7 +15,6 @@ from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
-from ghost_dist.engines.sweep import layers_run
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.scores import Scores, window_scores
 from ghost_dist.pipeline.candidates import (
@@ -26,8 +25,6 @@ from ghost_dist.pipeline.candidates import (
     searches_ridge,
     stored_keys,
 )
-from ghost_dist.pipeline.collectors import SpanCollectors
-from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
 from ghost_dist.pipeline.fitting import (
     FitHere,
     FitJob,
@@ -35,23 +32,20 @@ from ghost_dist.pipeline.fitting import (
     Fitted,
     Outcome,
     RidgeFits,
-    fits_cost,
     on_curve,
     read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.offloading import layers_of
-from ghost_dist.pipeline.run_shape import RunShape
-from ghost_dist.pipeline.walking import Refit, Walk, walk_cost
+from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit, fit_bytes
+from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
-from ghost_dist.statistics.sum_costs import moments_bytes
 from ghost_dist.statistics.sums import Sums
 
 HELD_OUT_TOKENS = 16384
@@ -63,30 +57,15 @@ _OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
 
 @dataclass(frozen=True)
 class Solved:
-    """Operators of all spans and how they were found.
-
-    Attributes
-    ----------
-    candidate
-        What was fitted.
-    operators, fits
-        By span; no fit where nothing is fitted.
-    healed
-        New down_proj weights by layer.
-    folds
-        Folds that any of these was fitted on.
-    table, healing
-        Every candidate (residual per span, KL divergence, whether it was chosen) and every healed
-        layer, as plain values.
-    """
+    """Operators of all spans and how they were found."""
 
     candidate: Candidate
     operators: dict[Span, Repair]
-    fits: dict[Span, Fit | None]
-    healed: dict[int, Tensor]
-    folds: tuple[int, ...]
-    table: list[dict[str, Any]]
-    healing: list[dict[str, Any]]
+    fits: dict[Span, Fit | None]  # None where nothing is fitted
+    healed: dict[int, Tensor]  # new down_proj weights by layer
+    folds: tuple[int, ...]  # that any of these was fitted on
+    table: list[dict[str, Any]]  # every candidate: residual per span, KL, whether it was chosen
+    healing: list[dict[str, Any]]  # every healed layer
 
 
 class Solver:
@@ -397,58 +376,6 @@ class Solver:
             for range_id, windows in enumerate(self._store.plan.ranges)
             for window in windows
         ]
-
-
-def solve_cost(run: RunShape) -> Cost:
-    """Of :meth:`Solver.solve`: the choice among candidates, the final fits, and a walk."""
-    inputs, sizes, config = run.inputs, run.sizes, run.inputs.config
-    operator, candidates, folds = config.operator, run.candidates, config.folds
-    cost = Cost(batch=inputs.batch, length=run.window_length, batch_bytes=SMALL_BYTES)
-    sums = [
-        moments_bytes(kind.regressors, sizes.hidden_size, run.inner_size(span))
-        for span, kind in run.samples
-    ]
-    cost.fit_bytes = fit_bytes(folds * max(sums, default=0), folds)
-    several = len(candidates) > 1
-    by_kl, searched = operator.choose == "kl" and several, searches_ridge(operator)
-    left_out = config.left_out if by_kl else ((),) if several else ()
-    near: list[Candidate] = []
-    for span in run.spans:
-        inner = run.inner_size(span)
-        forms = [candidate.at(span, inputs.refittable) for candidate in candidates]
-        # The one that is chosen is not known: the dearest.
-        best = max(forms, key=lambda form: form.num_regressors(sizes.hidden_size, inner))
-        near = [replace(best, shift=best.shift + d) for d in FINE_SHIFTS] if searched else []
-        tried = [*forms, *near]
-        for judges in left_out:
-            cost.fits += fits_cost(tried, run, span, folds - len(judges))
-            tried = [replace(form, ridge=RelativeRidge(relative=1.0)) for form in tried]
-        # Told where the ridge of least residual was found, if it was chosen by fits.
-        final = replace([best, *near][-1], around=1.0 if several else None)
-        last_fit = folds - config.judges_behind_the_fit(len(run.spans))
-        cost.fits += fits_cost([final], run, span, last_fit)
-    if cost.fits:
-        reads = 1 if inputs.device.type == "cpu" else 1 + several + searched
-        samples = SpanCollectors(tuple(run.samples), inputs.architecture)
-        cost.sums_read_bytes = reads * inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
-    if by_kl:
-        windows = run.num_windows / len(left_out)
-        tokens = run.window_length * round(
-            min(windows, held_out_tokens(config) // run.window_length) * len(left_out)
-        )
-        for group in (candidates, near):
-            variants = [Variant(), *map(run.variant, group)] if group else []
-            cost.pass_tokens(layers_run(variants, run.num_layers), tokens)
-            cost.scored += len(variants) * tokens
-        streams = 1 + len(candidates)
-        cost.head, cost.batch_bytes = True, streams * sizes.stream_bytes(run.batch_tokens)
-        cost.running_bytes = streams * sizes.stream_bytes(tokens // len(left_out))
-    sequential = operator.refit == "sequential" and len(run.spans) > 1
-    if sequential or operator.heal:
-        walk_cost(cost, run, run.variant(candidates[0]), sequential=sequential)
-    if cost.layers:
-        cost.below, cost.whole = run.num_layers, True
-    return cost
 
 
 def _fitted(outcome: Outcome) -> Fitted:

@@ -10,27 +10,21 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows, load_windows, save_windows
 from ghost_dist.checkpoint.architecture import check_cut
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, reset_peak
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.export.operator_files import (
-    load_healed,
-    load_operator,
-    save_healed,
-    save_operator,
-)
+from ghost_dist.export.operator_files import save_healed
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
@@ -54,12 +48,13 @@ from ghost_dist.pipeline.inputs import (
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.solution import Solution, load_operators, save_operators
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
-from ghost_dist.spans import Span, check_spans
+from ghost_dist.spans import Span, check_spans, pairs_of
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
@@ -69,44 +64,11 @@ STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluat
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Solution:
-    """What was solved.
-
-    Attributes
-    ----------
-    operator
-        Name of the operator that was chosen.
-    operators
-        By span, float64; a plain cut is a repair without parts.
-    healed
-        New down_proj weights by layer of the uncut model.
-    folds
-        Folds that any of these was fitted on.
-    files, healed_files
-        The sha256 of each file.
-    record
-        Fits, candidates and healing as plain values.
-    """
-
-    operator: str
-    operators: dict[Span, Repair]
-    healed: dict[int, Tensor]
-    folds: tuple[int, ...]
-    files: dict[str, str]
-    healed_files: dict[str, str]
-    record: dict[str, Any]
-
-
 class Stages:
     """The stages of one run, on an opened RUN folder and checked inputs.
 
-    Parameters
-    ----------
-    again
-        Stage that is done again.
-    collect, fit_spans
-        Who fills the stores, and who fits from them; None: this process.
+    ``again``: stage that is done again. ``collect``, ``fit_spans``: who fills the stores, and who
+    fits from them; None: this process.
     """
 
     def __init__(
@@ -149,7 +111,6 @@ class Stages:
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
         """The spans to remove: as given, or as the criterion finds them."""
         inputs, selection = self._inputs, self._inputs.config.selection
-        num_layers = inputs.architecture.num_layers
         path = self._run.path / "selection.zarr"
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
@@ -160,38 +121,44 @@ class Stages:
         }
 
         def work() -> dict[str, Any]:
+            scores: dict[str, Any] = {}
             if selection.spans is not None:
-                spans = check_spans(selection.spans, num_layers)
-                return {"spans": [[s.start, s.stop] for s in spans], "num_layers": num_layers}
-            if selection.searches:
-                spans, searched = search_spans(inputs, tokens, self._run, self._reporter)
-                found = [[s.start, s.stop] for s in spans]
-                return {"spans": found, "num_layers": num_layers, **searched}
-            assert inputs.remove is not None
-            selector = Selector(selection, inputs.remove, inputs.architecture)
-            ranges = calibration_ranges(inputs, tokens, inputs.config.folds)
-            plan = plan_of(inputs, tokens, selector.entries(), ranges)
-            if stored_plan(path) not in (None, plan):
-                remove_store(path)
-            store = StoreAtHand(path, plan)
-            discard_damaged(store, self._reporter)
-            starts = len(selector.entries())
-            if selection.criterion == "recoverability":
-                left = len(store.missing())
-                check_disk_space(
-                    self._run.path,
-                    {"selection": left * starts * selector.start_stored_bytes(plan.blocks)},
-                )
-            self._collect(store, tokens, selector, "select")
-            spans, scores = selector.decide(store, inputs.config.folds, inputs.device)
-            check_cut(inputs.architecture, inputs.source.config, spans)
-            found = [[s.start, s.stop] for s in spans]
-            return {"spans": found, "num_layers": num_layers, **scores}
+                spans = check_spans(selection.spans, inputs.architecture.num_layers)
+            elif selection.searches:
+                spans, scores = search_spans(inputs, tokens, self._run, self._reporter)
+            else:
+                spans, scores = self._by_criterion(tokens, path)
+            return {
+                "spans": pairs_of(spans),
+                "num_layers": inputs.architecture.num_layers,
+                **scores,
+            }
 
         recorded = self._stage("select", wanted, work)
         remove_store(path)  # all is in the record
         self._run.forget(record_of(inputs))
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
+
+    def _by_criterion(
+        self, tokens: TokenWindows, path: Path
+    ) -> tuple[tuple[Span, ...], dict[str, Any]]:
+        """The spans, and the scores behind the choice, from sums in a store of their own."""
+        inputs, folds = self._inputs, self._inputs.config.folds
+        assert inputs.remove is not None
+        selector = Selector(inputs.config.selection, inputs.remove, inputs.architecture)
+        ranges = calibration_ranges(inputs, tokens, folds)
+        plan = plan_of(inputs, tokens, selector.entries(), ranges)
+        if stored_plan(path) not in (None, plan):
+            remove_store(path)
+        store = StoreAtHand(path, plan)
+        discard_damaged(store, self._reporter)
+        if inputs.config.selection.criterion == "recoverability":
+            of_range = len(selector.entries()) * selector.start_stored_bytes(plan.blocks)
+            check_disk_space(self._run.path, {"selection": len(store.missing()) * of_range})
+        self._collect(store, tokens, selector, "select")
+        spans, scores = selector.decide(store, folds, inputs.device)
+        check_cut(inputs.architecture, inputs.source.config, spans)
+        return spans, scores
 
     def statistics(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsPlan:
         """What the run's statistics count: those that are there, if they are of the same inputs.
@@ -251,7 +218,7 @@ class Stages:
         inputs, config = self._inputs, self._inputs.config.operator
         wanted = {
             "plan": self.statistics(tokens, spans).fingerprint,
-            "spans": [[s.start, s.stop] for s in spans],
+            "spans": pairs_of(spans),
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
             "judges_behind_the_fit": inputs.config.judges_behind_the_fit(len(spans)),
             "tokens": tokens.fingerprint,
@@ -262,29 +229,23 @@ class Stages:
             store = self.calibrate(tokens, spans)
             solver = Solver(inputs, spans, store, tokens, self._reporter, fit_spans=self._fit_spans)
             solved = solver.solve()
-            operators, fits = solved.operators, solved.fits
+            fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             for fit in fits.values():
                 self._warn_of_few_tokens(fit)
-            files = {
-                str(span): save_operator(self._run.operators, span, operators[span])
-                for span in spans
-                if operators[span].parts()
-            }
             return {
                 "operator": solved.candidate.operator,
                 "chosen": solved.candidate.described(),
                 "candidates": solved.table,
-                "fits": [fit_row(span, fit) for span, fit in fits.items() if fit is not None],
+                "fits": [fit_row(span, fit) for span, fit in fits.items()],
                 "r2_channels": [
                     {
                         "span": [span.start, span.stop],
                         "r2": [r2 if math.isfinite(r2) else None for r2 in fit.r2_channels],
                     }
                     for span, fit in fits.items()
-                    if fit is not None
                 ],
                 "folds": solved.folds,
-                "files": files,
+                "files": save_operators(self._run.operators, solved.operators),
                 "healing": solved.healing,
                 "healed": {
                     str(layer): save_healed(self._run.operators, layer, down_FC)
@@ -293,7 +254,9 @@ class Stages:
             }
 
         try:
-            return self._loaded("solve", wanted, work, partial(self._load_solution, spans))
+            return self._loaded(
+                "solve", wanted, work, partial(Solution.load, self._run.operators, spans)
+            )
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
             if self._store is not None:
@@ -322,7 +285,7 @@ class Stages:
             "refine": config.model_dump(mode="json"),
             "operators": [solution.files, solution.healed_files],
             "tokens": tokens.fingerprint,
-            "spans": [[s.start, s.stop] for s in spans],
+            "spans": pairs_of(spans),
             **inputs.numerics,
         }
 
@@ -340,12 +303,7 @@ class Stages:
                 fingerprint=fingerprint(wanted),
                 reporter=self._reporter,
             )
-            folder.mkdir(exist_ok=True)
-            files = {
-                str(span): save_operator(folder, span, repair)
-                for span, repair in refined.operators.items()
-                if repair.parts()
-            }
+            files = save_operators(folder, refined.operators)
             losses = [
                 {**look, "loss": look["loss"] if math.isfinite(look["loss"]) else None}
                 for look in refined.losses
@@ -353,14 +311,8 @@ class Stages:
             return {"files": files, "losses": losses, "improved": refined.improved}
 
         def load(recorded: dict[str, Any]) -> Solution:
-            files = recorded["files"]
-            refined = {
-                span: load_operator(folder, span, files[str(span)])
-                if str(span) in files
-                else Repair()
-                for span in spans
-            }
-            return replace(solution, operators=refined, files=files)
+            operators = load_operators(folder, spans, recorded["files"])
+            return replace(solution, operators=operators, files=recorded["files"])
 
         refined = self._loaded("refine", wanted, work, load)
         (self._run.path / "refine.pt").unlink(missing_ok=True)
@@ -371,7 +323,7 @@ class Stages:
         inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
             "model": self._model,
-            "spans": [[s.start, s.stop] for s in spans],
+            "spans": pairs_of(spans),
             "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
             "export": inputs.config.export.model_dump(mode="json"),
@@ -391,7 +343,7 @@ class Stages:
         }
         wanted = {
             "model": self._model,
-            "spans": [[s.start, s.stop] for s in spans],
+            "spans": pairs_of(spans),
             **decisive,
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
             "tasks": [[t.name, t.fingerprint, t.num_fewshot, t.limit] for t in inputs.tasks],
@@ -412,29 +364,8 @@ class Stages:
     def _model(self) -> str:
         return self._inputs.model_fingerprint
 
-    def _load_solution(self, spans: tuple[Span, ...], recorded: dict[str, Any]) -> Solution:
-        folder = self._run.operators
-        files, healed_files = recorded["files"], recorded["healed"]
-        return Solution(
-            operator=recorded["operator"],
-            operators={
-                span: load_operator(folder, span, files[str(span)])
-                if str(span) in files
-                else Repair()
-                for span in spans
-            },
-            folds=tuple(recorded["folds"]),
-            healed={
-                int(layer): load_healed(folder, int(layer), sha256)
-                for layer, sha256 in healed_files.items()
-            },
-            files=files,
-            healed_files=healed_files,
-            record={key: recorded[key] for key in ("chosen", "candidates", "fits", "healing")},
-        )
-
-    def _warn_of_few_tokens(self, fit: Fit | None) -> None:
-        if fit is not None and fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
+    def _warn_of_few_tokens(self, fit: Fit) -> None:
+        if fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
             self._reporter.warn(
                 f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each regressor of "
                 "the least squares; below 4 the operator depends on the ridge. Raise "

@@ -29,15 +29,12 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import RowWeights
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
-from ghost_dist.pipeline.cost import Cost, Fits
-from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.solver.down_proj import refit_down
-from ghost_dist.solver.least_squares import RIDGE_GRID, Fit
+from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
 from ghost_dist.statistics.row_weights import row_weights
 from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
-from ghost_dist.statistics.sum_costs import moments_flops, num_regressors
 from ghost_dist.statistics.sums import Sums
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -45,15 +42,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True)
 class Refit:
-    """One span fitted anew during a walk.
-
-    Attributes
-    ----------
-    kind
-        The sums that are taken.
-    fit
-        Sums of each fold to the new repair and its fit.
-    """
+    """One span fitted anew during a walk: the sums taken, and what fits those of each fold."""
 
     kind: SampleKind
     fit: Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]
@@ -106,71 +95,11 @@ def walk_steps(
     return steps
 
 
-def walk_cost(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> None:
-    """Add what :meth:`Walk.run` does; its streams wait in host memory."""
-    inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
-    operator = inputs.config.operator
-    steps = walk_steps(
-        run.spans,
-        run.num_layers,
-        refits=run.spans[1:] if sequential else (),
-        healable=inputs.refittable if operator.heal else (),
-        new_downs=variant.operators,
-        to_the_end=operator.heal,
-    )
-    for step in steps:
-        if not isinstance(step.group, int):
-            continue
-        cost.pass_tokens([step.group] * step.passes, tokens)
-        cost.moved_bytes += 2 * step.passes * sizes.stream_bytes(tokens)
-        if step.does not in ("refit", "heal"):
-            continue
-        inner = inputs.architecture.inner_sizes.get(step.group, 0)
-        kinds = [("joint", inner)]
-        if step.span is not None:
-            kinds = [
-                (kind.regressors, num_regressors(kind.regressors, width, inner))
-                for span, kind in run.samples
-                if span == step.span and kind.regressors != "absolute"
-            ]
-        for kind, regressors in kinds:
-            cost.sums[kind] += tokens * moments_flops(regressors, width)
-            ridges = len(RIDGE_GRID) if operator.ridge == "auto" else 1
-            cost.fits.append(Fits.of(kind, regressors, width, ridges, folds=1))
-    # Dense, recovered, and one being made.
-    cost.host_bytes += 3 * sizes.stream_bytes(tokens)
-
-
 @dataclass
 class Walk:
     """One walk through the layers.
 
-    Attributes
-    ----------
-    layers
-        Of the uncut model.
-    tokens
-        int32, shape (windows, T).
-    batch
-        Windows per forward.
-    spans
-        What is removed.
-    operators
-        By span; replaced where ``refits`` says so.
-    fold_of_window
-        Fold of each window.
-    judge
-        The fold that nothing is fitted on.
-    refittable
-        Layers whose down_proj can be refitted.
-    norm_eps
-        Of the model's norms.
-    refits
-        By span; none where it starts at layer 0.
-    row_weights
-        Of healing.
-    healed, fits, healing
-        Filled by the walk: new down_proj weights, fits of refitted spans, what healing did.
+    ``judge`` is the fold that nothing is fitted on, ``row_weights`` are those of healing.
     """
 
     layers: LayerwiseModel

@@ -30,12 +30,16 @@ from ghost_dist.errors import (
     ConfigError,
     UnsupportedArchitectureError,
 )
-from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import few_tokens
 from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.engine import choose, costs_of, shape_of
-from ghost_dist.pipeline.fitting import fit_room
-from ghost_dist.pipeline.inputs import RunInputs, disk_needs, open_model, refittable_layers
+from ghost_dist.pipeline.inputs import (
+    RunInputs,
+    assembled,
+    disk_needs,
+    open_model,
+    refittable_layers,
+)
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.planning.probe import circumstances, measure
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
@@ -46,7 +50,7 @@ from ghost_dist.planning.stage_plans import (
     plan_stages,
 )
 from ghost_dist.progress import Reporter
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, pairs_of
 
 TOKENS_PER_BYTE = 0.25
 """Of text whose tokens cannot be counted."""
@@ -76,7 +80,7 @@ class Plan:
     def tree(self) -> dict[str, Any]:
         """Plain values, as ``--json`` prints them."""
         tree = dataclasses.asdict(self)
-        tree["spans"] = [[span.start, span.stop] for span in self.spans]
+        tree["spans"] = pairs_of(self.spans)
         tree["seconds"] = sum(stage.seconds for stage in self.stages)
         tree["flops"] = sum(stage.flops for stage in self.stages)
         return tree
@@ -149,24 +153,18 @@ def _open(config: Config) -> tuple[RunInputs, list[str], float]:
         refittable = frozenset(architecture.down_projections)
         notes.append("no small model of the family could be built; taken to allow ghost-joint")
     tokens_s, evaluation = _texts(config, source, architecture, notes)
-    inputs = RunInputs(
-        config=config,
-        source=source,
-        architecture=architecture,
+    inputs = assembled(
+        config,
+        source,
+        architecture,
+        remove,
+        device,
+        device,
         tokenizer=None,
         model_fingerprint="",
-        device=device,
-        fit_device=device,
-        fit_room=fit_room(device),
-        worker_device=device,
-        dtype=compute_dtype(config, source, device),
-        batch=batch_of(config, device),
-        num_ranges=count_ranges(config),
-        remove=remove,
         refittable=refittable,
         evaluation=evaluation,
         tasks=(),
-        streaming=config.engine.kind == "streaming",
     )
     return inputs, notes, tokens_s
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,16 @@ from ghost_dist.devices import device_name, synchronize
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.model_sizes import LayerSizes
 from ghost_dist.evaluation.scores import window_scores
-from ghost_dist.pipeline.cost import Cost
+from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.planning.probe_files import measure_files
 from ghost_dist.planning.rates import Rates
-from ghost_dist.ridge import RelativeRidge
-from ghost_dist.solver.down_proj import fit_ghost_joint
-from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import cholesky_factor, map_error, num_steps, step_flops
+from ghost_dist.solver.least_squares import RIDGE_GRID, fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import FLUSH_TOKENS, PairCollector
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import Regressors, SampleKind, SpanCollector
 from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors, pair_flops
 
 _LONGEST_S = 1.0
@@ -66,7 +64,7 @@ def circumstances(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> dic
         "model": model,
         "batch": inputs.batch,
         "window_length": run.window_length,
-        "sums": sorted(_kinds(costs)),
+        "sums": _kinds(costs),
         "file_systems": [inputs.source.path.resolve().stat().st_dev, folder.stat().st_dev],
     }
 
@@ -81,17 +79,16 @@ def measure(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> Rates:
         dtypes = dict.fromkeys((inputs.dtype, torch.float64))
         plain = {str(d).removeprefix("torch."): _plain(run, d) for d in dtypes}
         products = plain | _layers(run, plain[str(inputs.dtype).removeprefix("torch.")])
-        factors, fit_steps = {}, {}
-        for kind in sorted({"stream", *_kinds(costs)}):
-            products[kind] = _sums(run, kind, plain["float64"])
-            if kind != "pairs":
-                factors[kind], fit_steps[kind] = _fits(run, kind, plain["float64"])
+        sums, fits = _kinds(costs)
+        factors = {kind: _factors(run, kind) for kind in fits}
+        for kind in sums:
+            measured = _pairs if kind == "pairs" else partial(_sums, kind)
+            products[kind] = measured(run, plain["float64"])
     return Rates(
         device=device_name(inputs.device),
         **files,
         products=products,
         factors=factors,
-        fit_steps=fit_steps,
         process_s=process_s,
         measured_s=time.perf_counter() - began,
     )
@@ -110,9 +107,10 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return max(1e-9, warm[len(warm) // 2])
 
 
-def _kinds(costs: Mapping[str, Cost]) -> set[str]:
-    """Of sums and fits."""
-    return {k for cost in costs.values() for k in (*cost.sums, *(fit.kind for fit in cost.fits))}
+def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
+    """Of sums, and of fits."""
+    sums = {kind for cost in costs.values() for kind in cost.sums}
+    return sorted(sums), sorted({fit.kind for cost in costs.values() for fit in cost.fits})
 
 
 def _process(run: RunShape) -> float:
@@ -187,86 +185,75 @@ def _one_layer(
     return layer_s, max(1e-9, whole_s - layer_s)
 
 
-def _sums(run: RunShape, kind: str, plain: float) -> float:
+def _sums(kind: Regressors, run: RunShape, plain: float) -> float:
     """FLOP/s of a collector, in smaller widths where the model's own take too long or too much."""
-    inputs, tokens, flops, times = run.inputs, run.window_length, math.inf, 1
-    width, inner = run.sizes.hidden_size, max(inputs.architecture.inner_sizes.values(), default=0)
-    room = _SHARE_OF_MEMORY * run.free_bytes
+    inputs, tokens, width, inner = run.inputs, run.window_length, run.sizes.hidden_size, _inner(run)
     while True:
-        if kind == "pairs":
-            assert inputs.remove is not None
-            selector = Selector(inputs.config.selection, inputs.remove, inputs.architecture)
-            times = -(-FLUSH_TOKENS // tokens)  # products are made of as many rows at once
-            flops, nbytes = pair_flops(width, 1, selector.columns), 4 * 8 * width * width
-        else:
-            flops = moments_flops(num_regressors(kind, width, inner), width)  # type: ignore[arg-type]
-            nbytes = 2 * moments_bytes(kind, width, inner)  # type: ignore[arg-type]
-        if times * tokens * flops / plain < _LONGEST_S and nbytes < room:
+        flops = tokens * moments_flops(num_regressors(kind, width, inner), width)
+        nbytes = 2 * moments_bytes(kind, width, inner)
+        if flops / plain < _LONGEST_S and nbytes < _SHARE_OF_MEMORY * run.free_bytes:
             break
         width, inner = width // 2, inner // 2
-    collector: Any
-    if kind == "pairs":
-        collector = PairCollector([Span(1, 2)], width, inputs.device, selector.columns)
-    else:
-        collector = SpanCollector(
-            [(Span(1, 2), SampleKind(kind))],  # type: ignore[arg-type]
-            width,
-            inputs.device,
-            inner_size={0: inner},
-            norm_eps=inputs.architecture.norm_eps,
-        )
+    collector = SpanCollector(
+        [(Span(1, 2), SampleKind(kind))],
+        width,
+        inputs.device,
+        inner_size={0: inner},
+        norm_eps=inputs.architecture.norm_eps,
+    )
     stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=inputs.device)
     inner_TF = torch.ones(tokens, inner, dtype=inputs.dtype, device=inputs.device)
 
-    def windows() -> None:
-        for _ in range(times):
-            if kind == "joint":
-                collector.take_mlp(0, 0, inner_TF, stream_TC)
-            collector(1, 0, stream_TC)
-            collector(2, 0, stream_TC)
+    def window() -> None:
+        if kind == "joint":
+            collector.take_mlp(0, 0, inner_TF, stream_TC)
+        collector(1, 0, stream_TC)
+        collector(2, 0, stream_TC)
 
-    return times * tokens * flops / timed(windows, inputs.device)
+    return flops / timed(window, inputs.device)
 
 
-def _fits(run: RunShape, kind: str, plain: float) -> tuple[float, float]:
-    """FLOP/s of a step, and how many steps a fit takes beside its own, at the largest size tried.
+def _pairs(run: RunShape, plain: float) -> float:
+    """FLOP/s of the collector of a selection, of as many rows as its products have at once."""
+    inputs, width = run.inputs, run.sizes.hidden_size
+    assert inputs.remove is not None
+    columns = Selector(inputs.config.selection, inputs.remove, inputs.architecture).columns
+    tokens = max(FLUSH_TOKENS, run.window_length)
+    while (flops := tokens * pair_flops(width, 1, columns)) / plain > _LONGEST_S:
+        width //= 2
+    collector = PairCollector([Span(1, 2)], width, inputs.device, columns)
+    stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=inputs.device)
+
+    def window() -> None:
+        collector(1, 0, stream_TC)
+        collector(2, 0, stream_TC)
+
+    return flops / timed(window, inputs.device)
+
+
+def _inner(run: RunShape) -> int:
+    return max(run.inputs.architecture.inner_sizes.values(), default=0)
+
+
+def _factors(run: RunShape, kind: Regressors) -> float:
+    """FLOP/s of a fit with all ridges of the grid, at growing sizes until that takes too long.
 
     A larger one is as fast, or faster.
     """
-    inputs, width = run.inputs, run.sizes.hidden_size
-    inner = max(inputs.architecture.inner_sizes.values(), default=0)
-    whole = num_regressors(kind, width, inner)  # type: ignore[arg-type]
-    size = min(whole, 256)
+    width, device = run.sizes.hidden_size, run.inputs.device
+    whole = num_regressors(kind, width, _inner(run))
+    size = min(whole, 128)
     while True:
         targets = max(1, round(size * width / whole))
-        moments = _random_moments(size, targets, inputs.device)
-        folds = [moments] * _FOLDS
-        fit_s = timed(lambda: _fit(kind, folds, targets), inputs.device)  # noqa: B023
-        step_s = timed(lambda: _step(moments), inputs.device)  # noqa: B023
+        fit = Fits.of(kind, size, targets, len(RIDGE_GRID), _FOLDS)
+        folds = [_random_moments(size, targets, device)] * _FOLDS
+        prior_ZC = torch.zeros_like(folds[0].cross_ZC)
+        seconds = timed(lambda: fit_least_squares("probe", folds, prior_ZC, "auto"), device)  # noqa: B023
         larger = min(whole, 2 * size)
-        longest = max(fit_s, step_flops(larger, targets) / plain)
         room = 12 * larger * (larger + targets) * 8 < run.free_bytes
-        if size == whole or longest * 6 > _LONGEST_S or not room:
-            beside = max(0.0, fit_s / step_s - num_steps(1, _FOLDS))
-            return step_flops(size, targets) / step_s, beside
+        if size == whole or 8 * seconds > 3 * _LONGEST_S or not room:
+            return fit.steps * fit.flops / seconds
         size = larger
-
-
-def _fit(kind: str, folds: list[Moments], targets: int) -> None:
-    ridge = RelativeRidge(relative=0.1)
-    if kind == "joint":
-        down_FC = folds[0].cross_ZC[targets:] / folds[0].num_tokens
-        fit_ghost_joint("probe", folds, down_FC, ridge, max_condition=math.inf)
-    elif folds[0].gram_ZZ.shape[0] == targets:
-        fit_ghost("probe", folds, ridge)
-    else:
-        for _ in range(num_steps(1, _FOLDS)):
-            _step(folds[0])
-
-
-def _step(moments: Moments) -> None:
-    factor_ZZ, _ = cholesky_factor(moments.gram_ZZ, moments.gram_ZZ.diagonal())
-    map_error(moments, torch.cholesky_solve(moments.cross_ZC, factor_ZZ))
 
 
 def _random_moments(regressors: int, targets: int, device: torch.device) -> Moments:

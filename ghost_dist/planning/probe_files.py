@@ -1,7 +1,8 @@
-"""How fast files come and go: the checkpoint's file system, the run's, and the statistics store."""
+"""How fast files come and go on the file systems of the checkpoint and of the run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -16,15 +17,9 @@ from safetensors import safe_open
 
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.devices import synchronize
-from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.store import StatisticsStore
-from ghost_dist.statistics.store_plan import StatisticsPlan
-from ghost_dist.statistics.sum_costs import saved_by_strips
 
 _READ_BYTES, _WRITTEN_BYTES, _LOADED_BYTES = 2_000_000_000, 512 << 20, 256 << 20
 _LONGEST_S = 2.0
-_SAMPLES = 64
 _SPARSE = 0.5  # a file of which less than this is on the disk was never written
 
 
@@ -36,49 +31,34 @@ def measure_files(
         scratch = Path(name)
         write = _write(scratch / "probe.bin")
         real = [path for path in _files(checkpoint) if not _is_sparse(path)]
-        commit, commit_s, store_read = _commit(scratch, device)
         return {
             "write": write,
             "read": _read(real or [scratch / "probe.bin"]),
             "read_from": "checkpoint" if real else "a file of the run's file system",
             "load": _load(checkpoint, device, dtype),
-            "commit": commit,
-            "commit_s": commit_s,
-            "store_read": store_read,
         }
 
 
 def cached_share(checkpoint: Checkpoint) -> float:
-    """Share of the checkpoint that is in the page cache, tried at evenly spaced places.
-
-    0 where the file system cannot say.
-    """
-    sizes = {path: path.stat().st_size for path in _files(checkpoint)}
-    total, found = sum(sizes.values()), 0
-    for sample in range(_SAMPLES):
-        offset = total * sample // _SAMPLES
-        for path, size in sizes.items():
-            if offset < size:
-                found += _is_cached(path, offset)
-                break
-            offset -= size
-    return found / _SAMPLES
+    """Share of the checkpoint whose tensors begin in the page cache; 0 where nobody can say."""
+    files = {
+        path: os.open(path, os.O_RDONLY) for path in _files(checkpoint) if not _is_sparse(path)
+    }
+    found = 0
+    try:
+        for tensor in checkpoint.tensors.values():
+            if file := files.get(checkpoint.path / tensor.file):
+                with contextlib.suppress(OSError):  # where it would have to wait for the disk
+                    os.preadv(file, [bytearray(1)], tensor.offset, os.RWF_NOWAIT)
+                    found += tensor.nbytes
+    finally:
+        for file in files.values():
+            os.close(file)
+    return found / checkpoint.nbytes
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.path / file for file in checkpoint.headers]
-
-
-def _is_cached(path: Path, offset: int) -> bool:
-    if _is_sparse(path):
-        return False  # what was never written has no page
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
 
 
 def _is_sparse(path: Path) -> bool:
@@ -142,28 +122,3 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> f
                         bool(torch.isfinite(loaded).all())
         seconds = time.perf_counter() - began
     return total / seconds
-
-
-def _commit(scratch: Path, device: torch.device) -> tuple[float, float, float]:
-    """Bytes/s into the store, seconds of a tiny range, bytes/s out of it onto the device."""
-    spent, nbytes = [], []
-    read = 1.0
-    for size in (8, 4096):
-        plan = StatisticsPlan({}, {"probe": "moments"}, ((0,), (1,)), 1)
-        store = StatisticsStore(scratch / f"{size}.zarr", plan)
-        matrix = torch.rand(size, size, dtype=torch.float64)
-        matrix = matrix + matrix.T
-        row = torch.rand(size, dtype=torch.float64)
-        sums = Moments(1, matrix, matrix.T.contiguous(), row, row, row, row[:1])
-        for range_id in (0, 1):
-            began = time.perf_counter()
-            store.commit(range_id, {"probe": sums})
-            seconds = time.perf_counter() - began
-        spent.append(seconds)
-        in_memory = sum(array.nbytes for array in sums.arrays().values())
-        nbytes.append(in_memory - saved_by_strips(size, 1))
-        began = time.perf_counter()
-        store.read(1, device=device)
-        synchronize(device)
-        read = time.perf_counter() - began
-    return nbytes[1] / max(1e-6, spent[1] - spent[0]), spent[0], nbytes[1] / read

@@ -12,7 +12,7 @@ from typing import Any
 
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,11 @@ class Rates:
     device: str
     read: float  # bytes of the checkpoint past the page cache
     read_from: str
-    load: float  # bytes from the page cache to checked weights
+    load: float  # bytes from the page cache to the device, checked
     write: float  # bytes brought to the disk
-    commit: float  # bytes of a range's sums into the store; and seconds of a range
-    commit_s: float
-    store_read: float  # bytes of sums read back and checked
     # FLOP: by kind of layer, "head" with the scores, by kind of sums, by dtype of plain products
     products: Mapping[str, float]
-    factors: Mapping[str, float]  # FLOP of the steps of fits, by kind of regressors
-    fit_steps: Mapping[str, float]  # what a fit takes beside its steps, in steps
+    factors: Mapping[str, float]  # FLOP of fits, by kind of regressors
     process_s: float  # until a fresh process has imported its libraries
     measured_s: float
 

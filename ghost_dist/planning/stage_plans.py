@@ -9,9 +9,11 @@ from ghost_dist.devices import SHARE_OF_FREE_MEMORY, host_free_bytes
 from ghost_dist.engines.engine_choice import EngineChoice
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.cost import Cost
+from ghost_dist.pipeline.inputs import keeps_model
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.planning.probe_files import cached_share
 from ghost_dist.planning.rates import Rates
+from ghost_dist.statistics.at_hand import SHARE_AT_HAND
 
 KEPT_BY_SHARDING = 0.8
 """Share of the forward's rate that ranks keep that wait for each other; assumed, not measured."""
@@ -37,8 +39,8 @@ def plan_stages(
 ) -> tuple[StagePlan, ...]:
     """Every stage that the run has, in order; refused if one needs more memory than there is.
 
-    A resident engine loads the model anew in each stage that runs it, from the page cache if the
-    checkpoint stays there; an offloaded one sweeps over the layers, and reads past it.
+    A resident engine loads the model for a stage that runs it, if it is not kept from before; from
+    the page cache if the checkpoint stays there. An offloaded one reads past that.
     """
     of_tokens = {"other": tokens_s} if tokens_s else {}
     plans = [StagePlan("tokens", tokens_s, of_tokens, 0, 0, 0, 0, 0, "")]
@@ -47,11 +49,11 @@ def plan_stages(
     if run.inputs.device.type == "cpu":
         held += choice.device_bytes.get("calibrate", 0)
     stays = held < SHARE_OF_FREE_MEMORY * host_free_bytes()
-    cached = 0.0 if streaming else cached_share(run.inputs.source)
+    cached, kept = 0.0 if streaming else cached_share(run.inputs.source), False
     for name, cost in costs.items():
         sweeps = _shared(run, choice, cost)["sweeps"] if streaming else 1
-        read_bytes = int(sweeps * cost.read_bytes(run.sizes))
-        parts = stage_seconds(run, cost, choice, rates, cached)
+        read_bytes = 0 if kept and not cost.written_bytes else cost.read_bytes(run.sizes)
+        parts = stage_seconds(run, cost, choice, rates, cached, kept=kept)
         device_bytes, on_host, streams = _memory(run, name, cost, choice)
         plans.append(
             StagePlan(
@@ -59,24 +61,32 @@ def plan_stages(
                 seconds=sum(parts.values()),
                 parts=parts,
                 flops=cost.flops(run.sizes, choice.experts),
-                read_bytes=read_bytes,
+                read_bytes=int(sweeps * read_bytes),
                 written_bytes=cost.written_bytes + cost.commit_bytes,
                 device_bytes=device_bytes,
                 host_bytes=on_host,
                 streams=streams,
             )
         )
-        if read_bytes and stays and not streaming:
-            cached = 1.0
+        if read_bytes and not streaming:
+            cached = 1.0 if stays else cached
+            kept = not run.inputs.config.on_cluster and keeps_model(run.inputs)
     return tuple(plans)
 
 
 def stage_seconds(
-    run: RunShape, cost: Cost, choice: EngineChoice, rates: Rates, cached: float
+    run: RunShape,
+    cost: Cost,
+    choice: EngineChoice,
+    rates: Rates,
+    cached: float,
+    *,
+    kept: bool = False,
 ) -> dict[str, float]:
     """Seconds by what they go into; their sum is the stage's.
 
-    ``cached`` is the share of the checkpoint that is in the page cache.
+    ``cached`` is the share of the checkpoint that is in the page cache; ``kept``: whether the model
+    is in memory.
     """
     share = _shared(run, choice, cost)
     dtype = str(run.inputs.dtype).removeprefix("torch.")
@@ -87,27 +97,36 @@ def stage_seconds(
     )
     forward *= share["forward"]
     nbytes = share["sweeps"] * cost.read_bytes(run.sizes)
-    read = (1 - cached) * nbytes / rates.read
-    load = (nbytes + cost.written_bytes) / rates.load
+    read = (1 - cached) * nbytes / rates.read if cost.written_bytes or not kept else 0.0
+    load = (nbytes * (not kept) + cost.written_bytes) / rates.load
     if choice.kind == "streaming" and not cost.written_bytes and choice.prefetch:
         read, load = max(0.0, read - forward), 0.0  # by threads of their own, meanwhile
-    store = cost.ranges * rates.commit_s + cost.commit_bytes / rates.commit
+    sums = share["sums"] * sum(n / rates.products[kind] for kind, n in cost.sums.items())
+    stored = share["store"] * cost.commit_bytes / rates.write
+    if run.inputs.config.on_cluster:  # ranks write while they run the next range
+        stored = max(0.0, stored - forward - sums)
+    stored += cost.sums_read_bytes / rates.load
+    if _at_hand(run, cost, choice):
+        stored = 0.0
     parts = {
         "read": read,
         "load": load,
         "forward": forward,
-        "sums": share["sums"] * sum(n / rates.products[kind] for kind, n in cost.sums.items()),
-        "fit": sum(
-            (fit.steps + fit.count * rates.fit_steps[fit.kind])
-            * (fit.flops / rates.factors[fit.kind])
-            for fit in cost.fits
-        ),
-        "store": share["store"] * (store + cost.sums_read_bytes / rates.store_read),
+        "sums": sums,
+        "fit": sum(fit.steps * fit.flops / rates.factors[fit.kind] for fit in cost.fits),
+        "store": stored,
         "write": cost.written_bytes / rates.write,
         "move": cost.moved_bytes / rates.load,
         "processes": rates.process_s if cost.written_bytes else 0.0,
     }
     return {name: seconds for name, seconds in parts.items() if seconds > 0}
+
+
+def _at_hand(run: RunShape, cost: Cost, choice: EngineChoice) -> bool:
+    """Whether sums stay in memory, and are written behind all that comes (``StoreAtHand``)."""
+    nbytes = max(cost.commit_bytes, cost.sums_read_bytes)
+    room = SHARE_AT_HAND * max(run.free_bytes, host_free_bytes())
+    return choice.kind == "resident" and not run.inputs.config.on_cluster and nbytes <= room
 
 
 def _shared(run: RunShape, choice: EngineChoice, cost: Cost) -> dict[str, float]:

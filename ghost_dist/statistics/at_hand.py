@@ -17,7 +17,7 @@ from ghost_dist.statistics.store import CPU, StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 
-_SHARE_OF_FREE_MEMORY = 0.25
+SHARE_AT_HAND = 0.25
 
 
 class StoreAtHand(StatisticsStore):
@@ -118,7 +118,7 @@ class StoreAtHand(StatisticsStore):
 
     def _has_room(self, device: torch.device, nbytes: int) -> bool:
         free = free_or_cached_bytes(device) + self.bytes_at_hand(device)
-        return nbytes <= _SHARE_OF_FREE_MEMORY * free
+        return nbytes <= SHARE_AT_HAND * free
 
 
 def _device_of(sums: Mapping[str, Sums]) -> torch.device:

@@ -114,7 +114,7 @@ def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting
     """Over shapes, settings and memories of a GPU; where one finds no engine, so does the other."""
     for module in (planning, inputs):
         monkeypatch.setattr(module, "open_device", lambda _: torch.device("cuda"))
-        monkeypatch.setattr(module, "fit_room", lambda _: 1 << 40)
+    monkeypatch.setattr(inputs, "fit_room", lambda _: 1 << 40)
     monkeypatch.setattr(engine, "device_name", lambda _: "GPU X")
     chosen = []
 

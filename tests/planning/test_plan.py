@@ -1,5 +1,6 @@
 """The plan of a run, from headers alone: what it prints, and what it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ghost_dist.engines.engine_choice import EngineChoice
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import CheckpointError, ConfigError
-from ghost_dist.pipeline import engine
+from ghost_dist.pipeline import engine, inputs
 from ghost_dist.pipeline.engine import costs_of, shape_of
 from ghost_dist.pipeline.inputs import refittable_layers
 from ghost_dist.planning import plan as planning
@@ -84,12 +85,8 @@ def of_a_gpu(kinds, dtype="bfloat16"):
         read_from="checkpoint",
         load=4e9,
         write=1e9,
-        commit=5e8,
-        commit_s=0.0,
-        store_read=1e9,
         products={dtype: 5e14, **dict.fromkeys((*kinds, "pairs"), 5e13)},
         factors=dict.fromkeys((*kinds, "stream"), 5e13),
-        fit_steps=dict.fromkeys((*kinds, "stream"), 2.0),
         process_s=5.0,
         measured_s=1.0,
     )
@@ -102,10 +99,11 @@ def gpu_of(monkeypatch):
     def have(device_gb, host_gb=500, disk_gb=10_000, kinds=("stream", "joint", "stream+norm")):
         monkeypatch.setattr(engine, "free_bytes", lambda _: int(device_gb * 1e9))
         monkeypatch.setattr(planning, "open_device", lambda _: torch.device("cuda"))
-        monkeypatch.setattr(planning, "fit_room", lambda _: int(device_gb * 1e9))
+        monkeypatch.setattr(inputs, "fit_room", lambda _: int(device_gb * 1e9))
         for module in (planning, engine, probe):
             monkeypatch.setattr(module, "device_name", lambda _: "GPU X")
         monkeypatch.setattr(stage_plans, "cached_share", lambda _: 0.0)
+        monkeypatch.setattr(stage_plans, "keeps_model", lambda _: False)
         for module in (planning, stage_plans):
             monkeypatch.setattr(module, "host_free_bytes", lambda: int(host_gb * 1e9))
         usage = type("usage", (), {"free": int(disk_gb * 1e9)})
@@ -158,9 +156,9 @@ def test_bytes_flops_and_seconds_of_405b_by_hand(llama_405b, tmp_path, gpu_of):
     gram = c * c * (1 + 1 / 16) / 2  # 16 strips
     nbytes = 8 * (gram + c * c + 3 * c + 1)
     assert calibrate.written_bytes == 4 * nbytes  # a range per fold
-    assert calibrate.parts["store"] == pytest.approx(4 * nbytes / 5e8)
-    # 4 folds x 13 ridges and the final fit, and two steps beside them.
-    assert stages["solve"].parts["fit"] == pytest.approx(55 * (c**3 // 3 + 4 * c**3) / 5e13)
+    assert calibrate.parts["store"] == pytest.approx(4 * nbytes / 1e9)
+    # 4 folds x 13 ridges, and the final fit.
+    assert stages["solve"].parts["fit"] == pytest.approx(53 * (c**3 // 3 + 4 * c**3) / 5e13)
     assert stages["export"].parts["processes"] == 5.0
     assert plan.disk_bytes["statistics"] == 4 * nbytes
     assert plan.disk_bytes["checkpoint"] == pytest.approx(
@@ -413,14 +411,32 @@ def test_the_probe_measures_this_machine_and_leaves_nothing(make_config, tmp_pat
     config = make_config(**DEFAULTS, **several, selection__spans=None)
     run = shape_of(planning._open(config)[0])
     rates = measure(run, costs_of(run), tmp_path)
-    kinds = {"joint", "stream", "pairs"}
+    kinds = {"joint", "pairs"}  # the sums of stream follow from those of joint
     assert all(v > 0 for v in vars(rates).values() if isinstance(v, float)), rates
     layers = {layer.kind for layer in run.sizes.layers}
     assert rates.products.keys() == {*layers, "head", "float32", "float64", *kinds}
-    assert rates.factors.keys() == rates.fit_steps.keys() == {"joint", "stream"}
+    assert rates.factors.keys() == {"joint", "stream"}
     assert min(*rates.products.values(), *rates.factors.values()) > 0
     assert rates.read_from == "checkpoint"
     assert not list(tmp_path.glob(".ghost-dist-probe-*"))
+
+
+def test_sums_that_stay_in_memory_take_no_time_to_write_and_read(make_config, gpu_of):
+    config = make_config(operator__features="stream")
+    rates, choice = of_a_gpu(("stream",), "float32"), EngineChoice("resident", "", {})
+    rates = dataclasses.replace(rates, write=1e6, load=2e6)
+    for gigabytes, stored in ((80, False), (1e-6, True)):
+        gpu_of(gigabytes, host_gb=gigabytes)
+        run = shape_of(planning._open(config)[0])
+        costs = costs_of(run)
+        taken, fitted = (
+            stage_plans.stage_seconds(run, costs[name], choice, rates, 0.0)
+            for name in ("calibrate", "solve")
+        )
+        nbytes = costs["calibrate"].commit_bytes
+        assert nbytes == costs["solve"].sums_read_bytes == 4 * 8 * (2 * 48 * 48 + 3 * 48 + 1)
+        assert taken.get("store", 0) == pytest.approx(stored * nbytes / 1e6)
+        assert fitted.get("store", 0) == pytest.approx(stored * nbytes / 2e6)
 
 
 def test_only_an_offloaded_run_reads_while_it_computes_and_past_the_cache(make_config, gpu_of):

@@ -18,12 +18,8 @@ RATES = Rates(
     read_from="checkpoint",
     load=2e9,
     write=5e8,
-    commit=1e8,
-    commit_s=0.01,
-    store_read=3e8,
     products={"bfloat16": 5e14, "float64": 5e13, "kind": 1e14, "stream": 4e13},
     factors={"stream": 1e12},
-    fit_steps={"stream": 2.0},
     process_s=3.0,
     measured_s=8.0,
 )

@@ -1,0 +1,130 @@
+"""What ``solve`` does and holds: candidates and their fits, the choice by KL, and a walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.sweep import layers_run
+from ghost_dist.pipeline.candidates import FINE_SHIFTS, Candidate, searches_ridge
+from ghost_dist.pipeline.collectors import SpanCollectors
+from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
+from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.pipeline.solving import held_out_tokens
+from ghost_dist.pipeline.walking import walk_steps
+from ghost_dist.ridge import RelativeRidge
+from ghost_dist.solver.least_squares import RIDGE_GRID, fit_bytes
+from ghost_dist.spans import Span
+from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors
+
+_AROUND = 5  # ridges that a fit looks at, as a rule, which is told where the best one is
+
+
+def solve_cost(run: RunShape) -> Cost:
+    """Of ``Solver.solve``: the choice among candidates, the final fits, and a walk."""
+    inputs, sizes, config = run.inputs, run.sizes, run.inputs.config
+    operator, candidates, folds = config.operator, run.candidates, config.folds
+    cost = Cost(batch=inputs.batch, length=run.window_length, batch_bytes=SMALL_BYTES)
+    sums = [
+        moments_bytes(kind.regressors, sizes.hidden_size, run.inner_size(span))
+        for span, kind in run.samples
+    ]
+    cost.fit_bytes = fit_bytes(folds * max(sums, default=0), folds)
+    several = len(candidates) > 1
+    by_kl, searched = operator.choose == "kl" and several, searches_ridge(operator)
+    left_out = config.left_out if by_kl else ((),) if several else ()
+    near: list[Candidate] = []
+    for span in run.spans:
+        inner = run.inner_size(span)
+        forms = [candidate.at(span, inputs.refittable) for candidate in candidates]
+        # The one that is chosen is not known: the dearest.
+        best = max(forms, key=lambda form: form.num_regressors(sizes.hidden_size, inner))
+        near = [replace(best, shift=best.shift + d) for d in FINE_SHIFTS] if searched else []
+        tried = [*forms, *near]
+        for judges in left_out:
+            cost.fits += _fits(tried, run, span, folds - len(judges))
+            tried = [replace(form, ridge=RelativeRidge(relative=1.0)) for form in tried]
+        # Told where the ridge of least residual was found, if it was chosen by fits.
+        final = replace([best, *near][-1], around=1.0 if several else None)
+        last_fit = folds - config.judges_behind_the_fit(len(run.spans))
+        cost.fits += _fits([final], run, span, last_fit)
+    if cost.fits:
+        samples = SpanCollectors(tuple(run.samples), inputs.architecture)
+        cost.sums_read_bytes = inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
+    if by_kl:
+        tokens = held_out_tokens(config) * len(left_out)
+        for group in (candidates, near):
+            variants = [Variant(), *map(run.variant, group)] if group else []
+            cost.pass_tokens(layers_run(variants, run.num_layers), tokens)
+            cost.scored += len(variants) * tokens
+        streams = 1 + len(candidates)
+        cost.head, cost.batch_bytes = True, streams * sizes.stream_bytes(run.batch_tokens)
+        cost.running_bytes = streams * sizes.stream_bytes(tokens // len(left_out))
+    sequential = operator.refit == "sequential" and len(run.spans) > 1
+    if sequential or operator.heal:
+        _walk(cost, run, run.variant(candidates[0]), sequential=sequential)
+    if cost.layers:
+        cost.below, cost.whole = run.num_layers, True
+    return cost
+
+
+def _fits(
+    forms: Sequence[Candidate],
+    run: RunShape,
+    span: Span,
+    folds: int,
+) -> list[Fits]:
+    """Of ``RidgeFits.fit`` for candidates at a span in turn, at most.
+
+    Errors at ridges of the grid are known when a candidate has one of them.
+    """
+    found: list[Fits] = []
+    known: set[Candidate] = set()
+    width = run.sizes.hidden_size
+    for form in forms:
+        kind, size = form.kind(), form.num_regressors(width, run.inner_size(span))
+        if kind is None or not size:
+            continue
+        of_grid, ridges = replace(form, ridge="auto", shift=0.0), len(RIDGE_GRID)
+        looked_for = form.ridge == "auto" and of_grid not in known
+        known.add(of_grid)
+        grids = [ridges if form.around is None else min(ridges, _AROUND)] if looked_for else []
+        own = [1] if not looked_for or form.shift else []
+        found += [Fits.of(kind.regressors, size, width, n, folds) for n in grids + own]
+    return found
+
+
+def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> None:
+    """Add what ``Walk.run`` does; its streams wait in host memory."""
+    inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
+    operator = inputs.config.operator
+    steps = walk_steps(
+        run.spans,
+        run.num_layers,
+        refits=run.spans[1:] if sequential else (),
+        healable=inputs.refittable if operator.heal else (),
+        new_downs=variant.operators,
+        to_the_end=operator.heal,
+    )
+    for step in steps:
+        if not isinstance(step.group, int):
+            continue
+        cost.pass_tokens([step.group] * step.passes, tokens)
+        cost.moved_bytes += 2 * step.passes * sizes.stream_bytes(tokens)
+        if step.does not in ("refit", "heal"):
+            continue
+        inner = inputs.architecture.inner_sizes.get(step.group, 0)
+        kinds = [("joint", inner)]
+        if step.span is not None:
+            kinds = [
+                (kind.regressors, num_regressors(kind.regressors, width, inner))
+                for span, kind in run.samples
+                if span == step.span and kind.regressors != "absolute"
+            ]
+        for kind, regressors in kinds:
+            cost.sums[kind] += tokens * moments_flops(regressors, width)
+            ridges = len(RIDGE_GRID) if operator.ridge == "auto" else 1
+            cost.fits.append(Fits.of(kind, regressors, width, ridges, folds=1))
+    # Dense, recovered, and one being made.
+    cost.host_bytes += 3 * sizes.stream_bytes(tokens)
