@@ -14,7 +14,9 @@ import contextlib
 import os
 import platform
 import resource
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ SHARE_OF_FREE_MEMORY = 0.85
 
 Event = torch.cuda.Event
 Stream = torch.cuda.Stream
+
+_ASKED_EVERY_S = 0.005
 
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -142,6 +146,37 @@ def on_stream(stream: Stream) -> Iterator[None]:
     # The guard keeps a thread whose current GPU is another one from beginning that one as well.
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield
+
+
+@contextlib.contextmanager
+def watched_idle(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """Gives the share of the time so far in which a GPU had nothing to do; None for a CPU.
+
+    A thread asks the stream that computes, every few milliseconds, whether everything it was given
+    is done. Nobody waits for that, and copies on other streams are no work.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    stream, ended = torch.cuda.default_stream(device), threading.Event()
+    idle_s = total_s = 0.0
+
+    def watch() -> None:
+        nonlocal idle_s, total_s
+        last = time.monotonic()
+        while not ended.wait(_ASKED_EVERY_S):
+            idle, now = stream.query(), time.monotonic()
+            idle_s += (now - last) * idle
+            total_s += now - last
+            last = now
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: idle_s / total_s if total_s else None
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -150,6 +151,7 @@ def _result(
             "after": _num_parameters(open_checkpoint(run.checkpoint)),
         },
         "timings_s": {stage: record["seconds"] for stage, record in records.items() if record},
+        **_gpu_idle(records),
         "peak_bytes": {
             kind: max(record[f"peak_{kind}_bytes"] for record in records.values() if record)
             for kind in ("device", "host")
@@ -170,6 +172,17 @@ def _result(
             }
         ),
     }
+
+
+def _gpu_idle(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Share of the time without work for the GPU, of each stage and of all; nothing on a CPU."""
+    watched = {name: record for name, record in records.items() if "gpu_idle" in record}
+    if not watched:
+        return {}
+    seconds = sum(record["seconds"] for record in watched.values())
+    idle = sum(record["seconds"] * record["gpu_idle"] for record in watched.values())
+    shares = {name: record["gpu_idle"] for name, record in watched.items()}
+    return {"gpu_idle": {**shares, "all": round(idle / max(seconds, 1e-9), 3)}}
 
 
 def _refinement(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from ghost_dist.calibration.windows import TokenWindows, load_windows, save_wind
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
-from ghost_dist.devices import peak_bytes, reset_peak
+from ghost_dist.devices import peak_bytes, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import save_healed
@@ -406,8 +406,12 @@ class Stages:
             return recorded
         reset_peak(self._inputs.device)
         began = time.monotonic()
-        outputs = work()
+        with watched_idle(self._inputs.device) as idle:
+            outputs = work()
+            share = idle()
         outputs["seconds"] = round(time.monotonic() - began, 3)
+        if share is not None:
+            outputs["gpu_idle"] = round(share, 3)
         outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)

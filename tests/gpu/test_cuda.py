@@ -7,6 +7,7 @@ import torch
 
 from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
+from ghost_dist.devices import watched_idle
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.timing import Stopwatch
 from ghost_dist.statistics import moments as moments_module
@@ -108,3 +109,14 @@ def test_forward_and_sums_are_timed_without_waiting():
     whole = watch.until_now(began)
     assert queued < whole / 3
     assert watch.seconds() == pytest.approx(whole * 2 / 3, rel=0.05)
+
+
+def test_idle_share_of_a_gpu_that_works_half_the_time():
+    torch.cuda.synchronize()
+    with watched_idle(CUDA) as idle:
+        for _ in range(4):
+            began = time.perf_counter()
+            torch.cuda._sleep(200_000_000)
+            torch.cuda.synchronize()
+            time.sleep(time.perf_counter() - began)
+        assert idle() == pytest.approx(0.5, abs=0.1)

@@ -1,6 +1,7 @@
 """Seconds of the forward and of the sums, apart."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from families import save_checkpoint
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.devices import watched_idle
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.pipeline.collectors import sums_of_range
 from ghost_dist.pipeline.timing import Stopwatch
@@ -73,3 +75,15 @@ def test_a_stopwatch_counts_its_laps_only():
         time.sleep(0.05)
     whole = watch.until_now(began)
     assert 0.06 <= watch.seconds() <= whole - 0.1
+
+
+def test_idle_share_is_that_of_the_time_in_which_the_stream_was_done(monkeypatch):
+    """A stand-in for a GPU's stream that works for the first of three parts of the time."""
+    began = time.monotonic()
+    stream = SimpleNamespace(query=lambda: time.monotonic() - began > 0.3)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: stream)
+    with watched_idle(torch.device("cuda:0")) as idle:
+        time.sleep(0.9 - (time.monotonic() - began))
+        assert idle() == pytest.approx(2 / 3, abs=0.1)
+    with watched_idle(CPU) as idle:
+        assert idle() is None
