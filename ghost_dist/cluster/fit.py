@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ghost_dist.cluster.leases import Holders, Lease, LeaseQueue, Worker
-from ghost_dist.cluster.messages import FitWork, receive
+from ghost_dist.cluster.messages import FitWork
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.reduce import LiveReduction
 from ghost_dist.cluster.replica import Replica
@@ -118,7 +118,7 @@ class FitOnCluster:
                     replica=replica.number,
                     rank=rank,
                 )
-                take(lease.item, [receive(outcome) for outcome in sent])
+                take(lease.item, sent)
             for rank in replica.free_ranks:
                 worker = Worker(replica.number, rank)
                 if (found := queue.lease(worker, now)) is not None:

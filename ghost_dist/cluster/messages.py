@@ -1,4 +1,4 @@
-"""What the driver and the ranks of replicas tell each other: plain values and NumPy arrays."""
+"""What the driver and the ranks of replicas tell each other, besides outcomes of fits."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 from ghost_dist import __version__
 from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.engines.tensor_parallel import Backend
 from ghost_dist.pipeline.collectors import Collectors
-from ghost_dist.pipeline.fitting import Fitted, Outcome
-from ghost_dist.solver.least_squares import Fit
 
 COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
 """Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
@@ -90,34 +86,6 @@ class Heartbeat:
 
     attempt: str
     done: int
-
-
-@dataclass(frozen=True)
-class SentOutcome:
-    """A repair, its fit and the folds of it, or the error."""
-
-    parts: dict[str, np.ndarray[Any, np.dtype[Any]]]
-    norm_eps: float
-    fit: Fit | None
-    folds: frozenset[int]
-    error: Any = None
-
-
-def send(outcome: Outcome) -> SentOutcome:
-    """As it travels; the repair is on the CPU."""
-    if isinstance(outcome, Exception):
-        return SentOutcome({}, 0.0, None, frozenset(), outcome)
-    parts = {name: part.numpy() for name, part in outcome.repair.parts().items()}
-    return SentOutcome(parts, outcome.repair.norm_eps, outcome.fit, outcome.folds)
-
-
-def receive(sent: SentOutcome) -> Outcome:
-    """Inverse of :func:`send`, with the same bits and strides."""
-    if sent.error is not None:
-        error: Outcome = sent.error
-        return error
-    parts = {name: torch.from_numpy(part.copy(order="K")) for name, part in sent.parts.items()}
-    return Fitted(Repair.from_parts(parts, sent.norm_eps), sent.fit, sent.folds)
 
 
 def versions() -> dict[str, str]:

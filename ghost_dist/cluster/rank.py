@@ -31,9 +31,7 @@ from ghost_dist.cluster.messages import (
     Heartbeat,
     Loaded,
     Place,
-    SentOutcome,
     Work,
-    send,
     versions,
 )
 from ghost_dist.cluster.running_sums import (
@@ -51,7 +49,7 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
-from ghost_dist.pipeline.fitting import FitHere, FitJob, fit_room
+from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
 from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
@@ -239,11 +237,11 @@ class Rank:
                 fits.hold(keys, whole)
             self._advance(task, 1)
 
-    def fit(self, task: str, work: FitWork, jobs: Sequence[FitJob]) -> list[SentOutcome]:
+    def fit(self, task: str, work: FitWork, jobs: Sequence[FitJob]) -> list[Outcome]:
         """Fit jobs of one span, from what this rank holds or from the store."""
         self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(work)
-        outcomes = [send(found) for found in fits(store, jobs, lambda n: self._advance(task, n))]
+        outcomes = fits(store, jobs, lambda n: self._advance(task, n))
         release_cached(self._device)
         return outcomes
 
