@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.engines.resident import Engine
 from ghost_dist.engines.small_model import small_model
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
-from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.sweep import Tap, sweep
-from ghost_dist.statistics.span_sums import FiniteCheck
+from ghost_dist.statistics.span_sums import FiniteCheck, Sink
 from ghost_dist.statistics.stream_state import StreamState
 
 _WIDTHS_AT_ONCE = 16  # streams' worth of memory that a batch takes inside a layer (attention, MLP)
@@ -82,7 +82,7 @@ class OffloadedEngine:
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """See ``engines.base.Engine``; the sink is fed after the last layer."""
+        """See ``resident.Engine``; the sink is fed after the last layer."""
         rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, lambda _: None)
         rows.feed(windows, sink, self.device)
         advance(len(windows) * tokens.shape[1])

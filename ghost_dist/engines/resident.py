@@ -8,18 +8,32 @@ states is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.load import Decoder
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.engines.base import Sink, Tokens
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
+from ghost_dist.statistics.span_sums import Sink
 
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward when the batch is left to us: enough to fill the device's matrix units."""
+
+
+class Engine(Protocol):
+    """Runs the unpruned model up to its last boundary; no head, no cache, no gradient."""
+
+    hidden_size: int
+    device: torch.device
+
+    def run(
+        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
+    ) -> None:
+        """Push the sink's boundaries for rows of ``tokens``; tells ``advance`` tokens done."""
 
 
 class ResidentEngine:
@@ -36,7 +50,7 @@ class ResidentEngine:
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """See ``engines.base.Engine``."""
+        """See :class:`Engine`."""
         sweep(
             self._layers,
             [Variant()],

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes, synchronize
-from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
 

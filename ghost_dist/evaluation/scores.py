@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.calibration.windows import Tokens, TokenWindows
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import GhostDistError

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.engines.base import Engine
+from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine

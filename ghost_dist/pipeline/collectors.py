@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.devices import free_bytes
-from ghost_dist.engines.base import Engine, Tokens
+from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span

@@ -16,12 +16,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.calibration.windows import Tokens, TokenWindows
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
-from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.offloaded import OffloadedModel

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from ghost_dist.calibration.split import spread
-from ghost_dist.calibration.windows import TokenWindows
+from ghost_dist.calibration.windows import Tokens, TokenWindows
 from ghost_dist.checkpoint.architecture import Architecture, check_cut
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import CalibrationConfig, Config, SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
-from ghost_dist.engines.base import Tokens
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.calibration.split import check_held_out
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import repair_stream
@@ -41,8 +42,6 @@ from ghost_dist.spans import Span
 
 _WARM_UP = 0.03
 _DIGEST_BYTES = 32
-
-Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True)

@@ -28,22 +28,29 @@ from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
 
 
-class Collector(Protocol):
-    """A sink of an engine (``engines/base.py``) that ends as named sums."""
+class Sink(Protocol):
+    """Takes streams of an engine: boundaries of a window ascend, windows come in any order.
+
+    Boundary b is the stream entering layer b; the last one is what the final norm would receive.
+    """
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
+        """Boundaries that must be pushed, ascending."""
 
     @property
     def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj the engine must push, ascending."""
+        """Layers whose down_proj must be pushed, ascending; between their boundary and the next."""
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
+        """Take one window's stream (T, C), on the engine's device; a sink may keep it."""
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
+        """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
+
+
+class Collector(Sink, Protocol):
+    """A sink that ends as named sums."""
 
     def result(self) -> dict[str, Sums]:
         """The sums by name."""

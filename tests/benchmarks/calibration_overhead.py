@@ -57,7 +57,7 @@ def make_tokens(windows: int, length: int) -> np.ndarray:
 
 
 def calibrate(folder: Path, store_folder: Path, tokens: np.ndarray, engine: ResidentEngine) -> None:
-    span = Span(engine.num_layers // 2, engine.num_layers)
+    span = Span(engine.decoder.num_layers // 2, engine.decoder.num_layers)
     windows, length = tokens.shape
     halves = (tuple(range(windows // 2)), tuple(range(windows // 2, windows)))
     plan = StatisticsPlan(
