@@ -1,9 +1,12 @@
 """The store and its ledger: committed once, whole or not at all, and no damage goes unnoticed."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -413,32 +416,37 @@ def test_opening_and_reading_changes_nothing(store):
 def test_killed_writer_leaves_nothing_that_counts(tmp_path):
     """A writer is killed in the middle of commits; whatever is committed is whole."""
     code = f"""
-import sys
+import os, sys
 sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_store import StatisticsStore, PLAN, moments
 from pathlib import Path
-store = StatisticsStore(Path(sys.argv[1]), PLAN)
-print("ready", flush=True)
-while True:
-    for range_id, windows in ((0, 2), (1, 2), (2, 1)):
-        store.commit(range_id, moments(range_id, windows))
-        store._manifest_path(range_id).unlink()
+for _ in sys.stdin:  # a line for each writer
+    if (pid := os.fork()) > 0:
+        os.waitpid(pid, 0)
+        print("ended", flush=True)
+        continue
+    store = StatisticsStore(Path(sys.argv[1]), PLAN)
+    print(os.getpid(), flush=True)
+    while True:
+        for range_id, windows in ((0, 2), (1, 2), (2, 1)):
+            store.commit(range_id, moments(range_id, windows))
+            store._manifest_path(range_id).unlink()
 """
-    for number in range(4):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "s.zarr")], stdout=subprocess.PIPE
-        )
-        with writer:
-            assert writer.stdout.readline() == b"ready\n"
-            try:
-                writer.wait(timeout=0.1 + 0.13 * number)
-            except subprocess.TimeoutExpired:
-                writer.kill()
-        store = StatisticsStore.open(tmp_path / "s.zarr")
-        assert store.damaged() == {}
-        for range_id in store.committed():
-            assert equal(store.read(range_id), moments(range_id, len(PLAN.ranges[range_id])))
-        store.sweep()
+    starter = [sys.executable, "-c", code, str(tmp_path / "s.zarr")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(starter, **pipes) as process:
+        for number in range(4):
+            process.stdin.write("next\n")
+            pid = int(process.stdout.readline())
+            time.sleep(0.1 + 0.13 * number)
+            os.kill(pid, signal.SIGKILL)
+            assert process.stdout.readline() == "ended\n"
+            store = StatisticsStore.open(tmp_path / "s.zarr")
+            assert store.damaged() == {}
+            for range_id in store.committed():
+                assert equal(store.read(range_id), moments(range_id, len(PLAN.ranges[range_id])))
+            store.sweep()
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
