@@ -56,7 +56,7 @@ OVERRIDES = {
     "bamba": {"attn_layer_indices": [1, 4]},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
     "cpmant": {
         "dim_head": 16,
@@ -68,11 +68,7 @@ OVERRIDES = {
     "dbrx": {
         "d_model": 64,
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
-        "ffn_config": {
-            "ffn_hidden_size": 32,
-            "moe_num_experts": 4,
-            "moe_top_k": 2,
-        },
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 128},
     "gemma4_text": {

@@ -52,10 +52,7 @@ def test_tree_round_trips_through_yaml():
         ({"operator.folds": 1}, r"operator\.folds"),
         ({"engine.device": "gpu"}, r"engine\.device"),
         ({"engine.data_parallel": 2}, "shares what kind=streaming reads, and kind is auto"),
-        (
-            {"engine.kind": "tensor_parallel", "engine.data_parallel": 2},
-            "kind is tensor_parallel",
-        ),
+        ({"engine.kind": "tensor_parallel", "engine.data_parallel": 2}, "kind is tensor_parallel"),
         ({"evaluation.corpora": {"a b": "f"}}, "letters, digits"),
         ({"model": "x"}, "model"),
     ],

@@ -7,12 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from ghost_dist.calibration.windows import (
-    TokenWindows,
-    build_windows,
-    load_windows,
-    save_windows,
-)
+from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows, save_windows
 from ghost_dist.errors import CalibrationError, CorruptStoreError
 
 

@@ -163,10 +163,7 @@ def test_ranks_that_share_the_windows_and_the_reading(make, alone, cluster, tmp_
 
 def test_more_ranks_than_windows(make_config, cluster, tmp_path):
     """Five windows in four ranges: in three of them one of the two ranks has no window at all."""
-    few = {
-        "operator__name": "ghost-joint",
-        "calibration__windows": 5,
-    }
+    few = {"operator__name": "ghost-joint", "calibration__windows": 5}
     shared = {
         "cluster__address": cluster.address,
         "engine__kind": "streaming",

@@ -153,11 +153,7 @@ def wrong_names(text, folder):
                     yield match[1]
 
 
-@pytest.mark.parametrize(
-    "path",
-    PAGES,
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_in_pages(path):
     assert sorted(set(wrong_names(path.read_text(encoding="utf-8"), path.parent))) == []
 

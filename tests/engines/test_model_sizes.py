@@ -53,9 +53,7 @@ def test_flops_are_those_that_torch_counts(checkpoint, family, length):
     source, architecture = checkpoint(family)
     sizes = model_sizes(source, architecture, torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        source.path,
-        attn_implementation="eager",
-        experts_implementation="eager",
+        source.path, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     ids = random_tokens(2, length)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

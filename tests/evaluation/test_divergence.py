@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from families import (
-    CUTS,
-    HIDDEN,
-    VOCAB,
-    random_operators,
-    random_repairs,
-    random_tokens,
-)
+from families import CUTS, HIDDEN, VOCAB, random_operators, random_repairs, random_tokens
 
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.repair import Repair

@@ -119,10 +119,7 @@ def test_two_replicas_share_the_ranges(two_replicas, alone):
 def test_the_all_reduce_equals_the_sums_in_order(configure, two_replicas, tmp_path, monkeypatch):
     showing(monkeypatch, tmp_path / "held", ranks=2)
     config = configure(
-        "live",
-        engine__replicas=2,
-        engine__kind="tensor_parallel",
-        engine__reduction="all-reduce",
+        "live", engine__replicas=2, engine__kind="tensor_parallel", engine__reduction="all-reduce"
     )
     recover_on_cluster(config, again="solve")
     store = StatisticsStore.open(Path(config.output.path, "statistics.zarr"))

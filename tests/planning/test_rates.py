@@ -60,11 +60,7 @@ def test_a_ulimit_bounds_what_is_free():
         resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        preexec_fn=limited,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], preexec_fn=limited, capture_output=True, text=True, check=True
     )
     assert 1 << 30 < int(done.stdout) < 3 << 30
 

@@ -9,15 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import (
-    CUTS,
-    HIDDEN,
-    REPAIR_KINDS,
-    VOCAB,
-    oracle_logits,
-    random_repairs,
-    random_tokens,
-)
+from families import CUTS, HIDDEN, REPAIR_KINDS, VOCAB, oracle_logits, random_repairs, random_tokens
 from rich.console import Console
 
 from ghost_dist.calibration.split import NotHeldOutError

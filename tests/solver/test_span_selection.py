@@ -20,12 +20,7 @@ from ghost_dist.solver.span_selection import (
     relative_residual,
 )
 from ghost_dist.spans import Span
-from ghost_dist.statistics.pair_sums import (
-    PairCollector,
-    candidate_spans,
-    projection,
-    start_key,
-)
+from ghost_dist.statistics.pair_sums import PairCollector, candidate_spans, projection, start_key
 
 L, T, C, WINDOWS, FOLDS = 7, 60, 12, 8, 4
 CPU = torch.device("cpu")

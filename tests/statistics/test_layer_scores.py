@@ -8,9 +8,7 @@ import torch
 
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.solver.criteria import paper_candidates
-from ghost_dist.statistics.layer_scores import (
-    ScoreCollector,
-)
+from ghost_dist.statistics.layer_scores import ScoreCollector
 
 L, T, C, WINDOWS, N = 6, 17, 8, 4, 2
 CPU = torch.device("cpu")
