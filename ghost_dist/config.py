@@ -107,11 +107,12 @@ def _as_span(pair: Any) -> Span:
 class SelectionConfig(Section):
     """Which layers are removed."""
 
-    criterion: Criterion = "recoverability"
-    """recoverability: least held-out residual after repair; search: least KL divergence of the
-    recovered model, searched for layer by layer, with operators in place; cosine (LLM-Streamline),
-    angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined),
-    paper (the published code's score, along the sequence, never the first or the last start)."""
+    criterion: Criterion = "search"
+    """search: least KL divergence of the recovered model, searched for layer by layer, with
+    operators in place; recoverability: least held-out residual after repair; cosine
+    (LLM-Streamline), angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers,
+    neighbours joined), paper (the published code's score, along the sequence, never the first or
+    the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     checkpoint (``4GB``, ``512MiB``)."""
@@ -304,9 +305,10 @@ class Config(Section):
     def _sections_fit_together(self) -> Config:
         if self.selection.searches and self.on_cluster:
             raise ValueError(
-                "selection.criterion=search runs in one process for now: leave engine.replicas, "
-                "tensor_parallel, data_parallel and cluster.address out, or find the layers in one "
-                "process (ghost-dist select) and give them as selection.spans"
+                "selection.criterion=search, the default, runs in one process for now: give "
+                "another, such as selection.criterion=recoverability, or selection.spans (found by "
+                "ghost-dist select in one process), or leave engine.replicas, tensor_parallel, "
+                "data_parallel and cluster.address out"
             )
         if self.engine.compile and self.on_cluster:
             raise ValueError(

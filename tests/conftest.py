@@ -182,6 +182,7 @@ def make_config(model_folder, text_file, tmp_path):
                 "calibration.windows": 16,
                 "calibration.window_length": 64,
                 "selection.spans": [[3, 5]],
+                "selection.criterion": "recoverability",
                 "operator.name": "ghost",
                 "operator.features": "stream",
                 "operator.choose": "residual",

@@ -112,13 +112,14 @@ def test_fingerprint_ignores_key_order_only():
 
 
 def test_a_reduction_needs_replicas():
-    alone = {**MINIMAL, "engine.reduction": "all-reduce"}
+    minimal = {**MINIMAL, "selection.criterion": "recoverability"}
+    alone = {**minimal, "engine.reduction": "all-reduce"}
     with pytest.raises(ConfigError, match=r"^engine\.reduction=all-reduce is between.*=ordered\.$"):
         load_config(None, alone)
     config = load_config(None, {**alone, "engine.replicas": 2})
     assert config.on_cluster
     # Which bits come out depends on it, so a run is not continued under the other.
-    ordered = load_config(None, {**MINIMAL, "engine.replicas": 2})
+    ordered = load_config(None, {**minimal, "engine.replicas": 2})
     assert decisive_tree(config) != decisive_tree(ordered)
 
 

@@ -177,14 +177,18 @@ def search_spans(
             return False
         return True
 
-    shown = 0
+    shown, best = 0, math.inf
 
     def told(generation: dict[str, Any]) -> None:
-        nonlocal shown
+        nonlocal shown, best
         run.finish(record, identity, {"table": table_as_plain(search.table)})
         reporter.event("search-generation", **generation)
         advance(search.evaluations - shown)
         shown = search.evaluations
+        removed, kl = generation["removed"], generation["score"]
+        if len(removed) == inputs.remove and kl is not None and kl < best:
+            best = kl
+            reporter.say(f"search: KL {kl:.4f} without {', '.join(map(str, _spans(removed)))}")
 
     with scoring(inputs, tokens, reporter) as score:
         search = Search(

@@ -59,7 +59,7 @@ SHAPES = {
     ),
 }
 SETTINGS = {
-    "default": {"selection.remove": 5},
+    "default": {"selection.remove": 5, "selection.criterion": "recoverability"},
     "spans": {"selection.spans": [[10, 15]], "operator.choose": "residual"},
     "whole": {"selection.spans": [[10, 15], [20, 22]], "operator.refit": "sequential"},
 }

@@ -131,6 +131,7 @@ def test_layers_that_a_criterion_chose_are_judged_as_well(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
     chosen = {"selection.remove": 2, "selection.protect": [4, 5]}
+    chosen |= {"selection.criterion": "recoverability"}
     config = configuration(model, tmp_path / "run", None, "resident", text, **chosen)
     with pytest.raises(UnsupportedArchitectureError, match="diffllama.*lambda_init"):
         plan_run(config)

@@ -12,9 +12,14 @@ from ghost_dist.pipeline.recover import recover
 CORPUS = "text"
 FOLDERS = {"joint": "joint <b>&"}  # a name that is no HTML
 RUNS = {
-    "joint": {"selection.remove": 2, "operator.choose": "kl"},
+    "joint": {
+        "selection.remove": 2,
+        "selection.criterion": "recoverability",
+        "operator.choose": "kl",
+    },
     "map": {
         "selection.remove": 3,
+        "selection.criterion": "recoverability",
         "selection.max_spans": 2,
         "operator.name": "ghost",
         "operator.features": "stream",
