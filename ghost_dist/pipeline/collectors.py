@@ -100,10 +100,9 @@ class SpanCollectors:
             commit_bytes=inputs.num_ranges * self.stored_bytes(inputs.config.engine.ranks),
             batch_bytes=len(run.spans) * sizes.stream_bytes(run.batch_tokens),
             running_bytes=sizes.stream_bytes(tokens),
+            kept_bytes=tokens * kept_numbers(self.architecture, self) * sizes.itemsize,
         )
         cost.pass_tokens(range(self.last_boundary), tokens)
-        rows = width * len({boundary for span in run.spans for boundary in (span.start, span.stop)})
-        layers: set[int] = set()
         for span, kind in self.samples:
             inner = run.inner_size(span)
             cost.sums_bytes += moments_bytes(kind.regressors, width, inner)
@@ -115,9 +114,6 @@ class SpanCollectors:
             cost.product_bytes = max(cost.product_bytes, product)
             if kind.regressors == "joint":
                 cost.batch_bytes += run.batch_tokens * (4 * width + inner * sizes.itemsize)
-                rows += (inner + width) * (span.start not in layers)
-                layers.add(span.start)
-        cost.kept_bytes = tokens * rows * sizes.itemsize
         return cost
 
 
@@ -169,3 +165,19 @@ def sums_of_range(
 def passes_here(collectors: Collectors, engine: Engine) -> list[MakeCollector]:
     """The passes of one process that has the whole model."""
     return collectors.passes(engine.device, free_bytes(engine.device), WHOLE)
+
+
+def wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Boundaries and MLP layers that any pass wants; collectors without storage say so."""
+    sinks = [make() for make in collectors.passes(torch.device("meta"), 1 << 62, WHOLE)]
+    boundaries = sorted({b for sink in sinks for b in sink.boundaries})
+    mlp_layers = sorted({layer for sink in sinks for layer in sink.mlp_layers})
+    return tuple(boundaries), tuple(mlp_layers)
+
+
+def kept_numbers(architecture: Architecture, collectors: Collectors) -> int:
+    """Numbers per token of the rows that are kept until sums are taken (offloaded)."""
+    boundaries, mlp_layers = wanted(collectors)
+    streams = len(boundaries) + len(mlp_layers)
+    inner = sum(architecture.inner_sizes[layer] for layer in mlp_layers)
+    return streams * architecture.hidden_size + inner

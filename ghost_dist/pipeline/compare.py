@@ -31,11 +31,9 @@ from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
     RunInputs,
-    calibration_ranges,
     check_remove,
     open_causal_lm,
     open_inputs,
-    windows_of_folds,
     with_absolute_paths,
 )
 from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
@@ -43,6 +41,7 @@ from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages
+from ghost_dist.pipeline.texts import calibration_ranges, windows_of_folds
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
@@ -117,31 +117,22 @@ def _figures(scores: Mapping[str, list[Scores]]) -> dict[str, Any]:
     by_name = {
         corpus: dict(zip(VARIANTS, of_corpus, strict=True)) for corpus, of_corpus in scores.items()
     }
+
+    def figures(of_one: Callable[[Scores], Any], but: str = "") -> dict[str, dict[str, Any]]:
+        return {
+            corpus: {name: of_one(one) for name, one in of_corpus.items() if name != but}
+            for corpus, of_corpus in by_name.items()
+        }
+
     return {
-        "perplexity": {
-            corpus: {name: one.perplexity for name, one in of_corpus.items()}
-            for corpus, of_corpus in by_name.items()
-        },
-        "agreement": {
-            corpus: {
-                name: {"kl": float(one.kl.mean()), "top1": float(one.top1.mean())}
-                for name, one in of_corpus.items()
-                if name != "dense"
-            }
-            for corpus, of_corpus in by_name.items()
-        },
-        "nats_per_window": {
-            corpus: {n: one.nats.tolist() for n, one in of_corpus.items()}
-            for corpus, of_corpus in by_name.items()
-        },
-        "agreement_per_window": {
-            corpus: {
-                name: {"kl": one.kl.tolist(), "top1": one.top1.tolist()}
-                for name, one in of_corpus.items()
-                if name != "dense"
-            }
-            for corpus, of_corpus in by_name.items()
-        },
+        "perplexity": figures(lambda one: one.perplexity),
+        "agreement": figures(
+            lambda one: {"kl": float(one.kl.mean()), "top1": float(one.top1.mean())}, "dense"
+        ),
+        "nats_per_window": figures(lambda one: one.nats.tolist()),
+        "agreement_per_window": figures(
+            lambda one: {"kl": one.kl.tolist(), "top1": one.top1.tolist()}, "dense"
+        ),
         "tokens_per_window": {
             corpus: of_corpus["dense"].num_tokens // len(of_corpus["dense"].kl)
             for corpus, of_corpus in by_name.items()

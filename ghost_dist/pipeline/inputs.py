@@ -13,8 +13,7 @@ import torch
 
 from ghost_dist.calibration.corpora import absolute_source
 from ghost_dist.calibration.published import PUBLISHED, published_windows
-from ghost_dist.calibration.split import assign_ranges, folds_of_windows
-from ghost_dist.calibration.windows import TokenWindows, build_windows, join_windows
+from ghost_dist.calibration.windows import TokenWindows, build_windows
 from ghost_dist.checkpoint.architecture import (
     Architecture,
     check_cut,
@@ -42,7 +41,6 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.errors import (
-    CalibrationError,
     ConfigError,
     RunFolderError,
     UnsupportedArchitectureError,
@@ -52,7 +50,7 @@ from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_ridge
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
-from ghost_dist.progress import Advance, Reporter
+from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span, check_spans
@@ -298,56 +296,6 @@ def keeps_model(inputs: RunInputs) -> bool:
     numbers = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     room = total_bytes(inputs.device) or free_bytes(inputs.device)
     return 4 * numbers * inputs.dtype.itemsize <= room
-
-
-def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
-    """Windows of every source, one source after the other."""
-    calibration, found = inputs.config.calibration, []
-    for source, count in calibration.windows_of.items():
-        done = 0
-
-        def on_progress(tokens: int, _: int) -> None:
-            nonlocal done
-            advance(tokens - done)
-            done = tokens
-
-        try:
-            windows = build_windows(
-                source,
-                inputs.tokenizer,
-                windows=count,
-                window_length=calibration.window_length,
-                seed=calibration.seed,
-                special_tokens=calibration.special_tokens,
-                window_bos=calibration.window_bos,
-                sampling=calibration.sampling,
-                vocab_size=inputs.architecture.vocab_size,
-                on_progress=on_progress,
-            )
-        except CalibrationError as error:
-            if not calibration.sources:
-                raise
-            raise CalibrationError(
-                f"One of calibration.sources: {error} Or take {source} out of calibration.sources, "
-                "or give it a smaller share."
-            ) from error
-        advance(count * calibration.window_length - done)
-        found.append(windows)
-    return join_windows(found)
-
-
-def calibration_ranges(
-    inputs: RunInputs, tokens: TokenWindows, num_ranges: int | None = None
-) -> list[tuple[int, ...]]:
-    """Windows of every range of calibration, or of so many."""
-    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
-    return assign_ranges(fold_of, num_ranges or inputs.num_ranges)
-
-
-def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
-    """Calibration windows that some folds hold, in order."""
-    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
-    return [window for window, fold in enumerate(fold_of) if fold in folds]
 
 
 def disk_needs(

@@ -29,13 +29,19 @@ from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.collecting import Collect, CollectHere
-from ghost_dist.pipeline.collectors import Collectors, MakeCollector, passes_here
+from ghost_dist.pipeline.collectors import (
+    Collectors,
+    MakeCollector,
+    kept_numbers,
+    passes_here,
+    wanted,
+)
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.pipeline.timing import RangeTimes, Stopwatch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.stream_state import StreamState
-from ghost_dist.statistics.sums import WHOLE, Sums
+from ghost_dist.statistics.sums import Sums
 
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
@@ -65,10 +71,16 @@ class CollectOffloaded:
             return
         inputs, ranges = self._inputs, store.plan.ranges
         windows = [window for range_id in missing for window in ranges[range_id]]
-        boundaries, mlp_layers = _wanted(collectors)
+        boundaries, mlp_layers = wanted(collectors)
         identity = {"plan": store.plan_fingerprint, "boundaries": boundaries, "mlp": mlp_layers}
         state = StreamState(folder, fingerprint(identity), sorted(windows))
-        self._check_disk(len(state.windows) * tokens.window_length, boundaries, mlp_layers)
+        column = len(state.windows) * tokens.window_length * inputs.dtype.itemsize
+        kept = kept_numbers(inputs.architecture, collectors)
+        needs = {
+            "saved streams": 2 * column * inputs.architecture.hidden_size,
+            "kept streams": column * kept,
+        }
+        check_disk_space(self._folder, needs)
         engine = open_offloaded_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
         try:
             total = len(state.windows) * tokens.window_length
@@ -100,15 +112,6 @@ class CollectOffloaded:
     def release(self) -> None:
         """Nothing is kept between stages."""
 
-    def _check_disk(
-        self, num_tokens: int, boundaries: Sequence[int], mlp_layers: Sequence[int]
-    ) -> None:
-        architecture, itemsize = self._inputs.architecture, self._inputs.dtype.itemsize
-        stream = num_tokens * architecture.hidden_size * itemsize
-        inner = sum(architecture.inner_sizes[layer] for layer in mlp_layers)
-        kept = stream * (len(boundaries) + len(mlp_layers)) + num_tokens * inner * itemsize
-        check_disk_space(self._folder, {"saved streams": 2 * stream, "kept streams": kept})
-
 
 def collect_here(inputs: RunInputs, reporter: Reporter, folder: Path) -> Collect:
     """Who fills the stores of a run in one process; ``folder`` is where streams may be saved."""
@@ -136,7 +139,7 @@ def offloaded_range(
     ``make_passes`` is asked once the rows are where they stay, for what memory they leave.
     ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
     """
-    boundaries, mlp_layers = _wanted(collectors)
+    boundaries, mlp_layers = wanted(collectors)
     watch = Stopwatch(engine.device)
     began = watch.now()
     rows = engine.sweep(tokens, windows, boundaries, mlp_layers, advance)
@@ -255,11 +258,3 @@ def fits_page_cache(checkpoint: Checkpoint) -> bool:
     """Whether the page cache can hold the checkpoint, so that the next stage finds it there."""
     free = free_bytes(torch.device("cpu"))
     return checkpoint.nbytes < _SHARE_OF_MEMORY_TO_CACHE * free
-
-
-def _wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Boundaries and MLP layers that any pass wants; collectors without storage say so."""
-    sinks = [make() for make in collectors.passes(torch.device("meta"), 1 << 62, WHOLE)]
-    boundaries = sorted({b for sink in sinks for b in sink.boundaries})
-    mlp_layers = sorted({layer for sink in sinks for layer in sink.mlp_layers})
-    return tuple(boundaries), tuple(mlp_layers)

@@ -32,10 +32,11 @@ from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
-from ghost_dist.pipeline.inputs import RunInputs, windows_of_folds
+from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import rules_of
+from ghost_dist.pipeline.texts import windows_of_folds
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import (
@@ -145,15 +146,7 @@ def search_spans(
 ) -> tuple[tuple[Span, ...], dict[str, Any]]:
     """The spans that go, and what was searched as plain values.
 
-    Parameters
-    ----------
-    inputs, tokens, run, reporter
-        Of the run; a search that was stopped goes on from what RUN holds.
-
-    Raises
-    ------
-    ConfigError
-        If the budget is too small, nothing may go, or the dense streams do not fit in memory.
+    A search that was stopped goes on from what RUN holds.
     """
     selection, architecture = inputs.config.selection, inputs.architecture
     assert inputs.remove is not None
@@ -237,23 +230,11 @@ def scoring(inputs: RunInputs, tokens: TokenWindows, reporter: Reporter) -> Iter
 
 @dataclass(frozen=True)
 class Windows:
-    """What a search fits on and judges by.
+    """What a search fits on and judges by."""
 
-    Attributes
-    ----------
-    fitted
-        int32, shape (windows, T).
-    source_of
-        Of every one of these, the number of its source, or piece of one.
-    judged
-        int32, shape (windows, at most T); their sources are those of ``judges``.
-    judges
-        How they are put together.
-    """
-
-    fitted: Tokens
-    source_of: list[int]
-    judged: Tokens
+    fitted: Tokens  # (windows, T)
+    source_of: list[int]  # of every one of these, the number of its source, or piece of one
+    judged: Tokens  # (windows, at most T); their sources are those of judges
     judges: Judges
 
     @staticmethod
@@ -279,23 +260,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Divergence of recovered models from the dense one; a ``Score`` of a search.
-
-    Attributes
-    ----------
-    model, windows, operators
-        Of the search.
-    at_once
-        Variants of a sweep.
-    batch
-        Judging windows of a forward.
-    """
+    """Divergence of recovered models from the dense one; a ``Score`` of a search."""
 
     model: LayerwiseModel
     windows: Windows
     operators: Operators
-    at_once: int
-    batch: int
+    at_once: int  # variants of a sweep
+    batch: int  # judging windows of a forward
 
     def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         """KL divergence per removal and window, nats a token; inf where it is not finite."""
@@ -320,14 +291,7 @@ class Operators:
     """``ghost`` operators in the model's dtype, by span, each fitted once from dense streams: one
     for each source, without it.
 
-    Parameters
-    ----------
-    streams
-        By boundary, (W, T, C).
-    source_of
-        By window.
-    model
-        Whose they are.
+    ``streams`` are by boundary, (W, T, C), ``source_of`` is by window.
     """
 
     def __init__(
@@ -392,13 +356,7 @@ class _Keep(Tap):
 def dense_streams(
     model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance
 ) -> list[Tensor]:
-    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host.
-
-    Raises
-    ------
-    ConfigError
-        If they fit nowhere.
-    """
+    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host."""
     shape = (*tokens.shape, model.hidden_size)
     nbytes = (model.num_layers + 1) * math.prod(shape) * model.dtype.itemsize
     place = model.device

@@ -11,7 +11,7 @@ import torch
 from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
-from ghost_dist.pipeline.collectors import MakeCollector
+from ghost_dist.pipeline.collectors import MakeCollector, kept_numbers
 from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
@@ -140,8 +140,7 @@ class Selector:
             length=run.window_length,
             ranges=inputs.config.folds,
             running_bytes=sizes.stream_bytes(tokens),
-            # Boundaries from a start to its stop wait; one more is being made.
-            kept_bytes=(longest + 1) * sizes.stream_bytes(tokens),
+            kept_bytes=tokens * kept_numbers(self.architecture, self) * sizes.itemsize,
         )
         layers = range(run.num_layers)
         if self.config.criterion != "recoverability":

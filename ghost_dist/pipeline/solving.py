@@ -69,18 +69,10 @@ class Solved:
 
 
 class Solver:
-    """Fits candidates of one run from its store.
+    """Fits candidates of one run from its store, which holds what the configured operators need.
 
-    Parameters
-    ----------
-    inputs, spans, store, tokens
-        Of the run; the store holds what the configured operators need.
-    reporter
-        Where progress goes.
-    model
-        The uncut causal LM on the run's device, if it is loaded already.
-    fit_spans
-        Who fits from the store; None: this process.
+    ``model``: the uncut causal LM on the run's device, if it is loaded already. ``fit_spans``: who
+    fits from the store; None: this process.
     """
 
     def __init__(
@@ -111,11 +103,6 @@ class Solver:
 
         On all windows; but where something behind the fit is judged by held-out windows (a refit
         on the recovered stream, healing, training), the last fold is left out of it all.
-
-        Raises
-        ------
-        SingularGramError, SingularOperatorError, ConfigError, CorruptStoreError
-            As fitting and reading say.
         """
         config, spans = self._inputs.config.operator, self._spans
         candidates = candidates_of(config, spans, self._inputs.refittable)
@@ -148,13 +135,7 @@ class Solver:
         )
 
     def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
-        """One candidate at one span, on the given folds or on all.
-
-        Raises
-        ------
-        SingularGramError, SingularOperatorError
-            As fitting says.
-        """
+        """One candidate at one span, on the given folds or on all."""
         picked = tuple(range(self._inputs.config.folds) if folds is None else folds)
         return _fitted(self._from_store([(candidate, span)], picked, lambda _: None)[0])
 
@@ -427,13 +408,7 @@ def check_store(
     spans: Sequence[Span],
     inputs: RunInputs,
 ) -> None:
-    """Refuse statistics that lack what the operators need.
-
-    Raises
-    ------
-    ConfigError
-        Saying which stage to run again, with which option.
-    """
+    """Refuse statistics that lack what the operators need; says what to run again, and how."""
     for span, kind in samples_of(candidates, spans, inputs.refittable):
         if not stored_keys(kind, span, plan.entries):
             have = ", ".join(plan.entries) or "nothing"

@@ -36,20 +36,13 @@ from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.exporting import export_recovered, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
-from ghost_dist.pipeline.inputs import (
-    RunInputs,
-    calibration_ranges,
-    calibration_windows,
-    check_disk_space,
-    disk_needs,
-    open_causal_lm,
-    windows_of_folds,
-)
+from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solution import Solution, load_operators, save_operators
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
+from ghost_dist.pipeline.texts import calibration_ranges, calibration_windows, windows_of_folds
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder

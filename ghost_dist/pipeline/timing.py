@@ -70,16 +70,7 @@ class TimedCollector:
 
     def __init__(self, collector: Collector, watch: Stopwatch) -> None:
         self._collector, self._watch = collector, watch
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """As the collector's."""
-        return self._collector.boundaries
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """As the collector's."""
-        return self._collector.mlp_layers
+        self.boundaries, self.mlp_layers = collector.boundaries, collector.mlp_layers
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """As the collector's."""

@@ -28,6 +28,7 @@ from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    RunFolderError,
     UnsupportedArchitectureError,
 )
 from ghost_dist.pipeline.candidates import few_tokens
@@ -36,6 +37,7 @@ from ghost_dist.pipeline.engine import choose, costs_of, shape_of
 from ghost_dist.pipeline.inputs import (
     RunInputs,
     assembled,
+    check_disk_space,
     disk_needs,
     open_model,
     refittable_layers,
@@ -192,17 +194,16 @@ def _texts(
             return None
         return found.num_windows
 
-    began = time.perf_counter()
-    few = max(1, min(calibration.windows, (1 << 16) // calibration.window_length))
-    found = windows_of(
-        calibration.source, few, calibration.window_length, sampling=calibration.sampling
-    )
+    began, length = time.perf_counter(), calibration.window_length
+    few = max(1, min(calibration.windows, (1 << 16) // length))
+    first = next(iter(calibration.windows_of))
+    found = windows_of(first, few, length, sampling=calibration.sampling)
     tokens_s = (time.perf_counter() - began) * calibration.windows / few
     if tokenizer is not None and found is None:
-        notes.append(f"stage tokens is not predicted: {calibration.source} is not a local file")
+        notes.append(f"stage tokens is not predicted: {first} is not a local file")
     corpora: dict[str, TokenWindows] = {}
+    length = evaluation.window_length
     for name, text in evaluation.corpora.items():
-        length = evaluation.window_length
         counted = windows_of(text, evaluation.windows, length) or evaluation.windows
         if counted is None:
             file = Path(text).expanduser()
@@ -231,20 +232,13 @@ def _disk(
         needs["streams"] = max(
             costs[stage].waiting_bytes(run.num_windows, None) for stage in choice.device_bytes
         )
-    free = shutil.disk_usage(folder).free
-    needed, ranges, folds = sum(needs.values()), inputs.num_ranges, inputs.config.folds
-    if needed > free:
-        parts = ", ".join(f"{name} {nbytes / 1e9:.2f}" for name, nbytes in needs.items())
-        fewer = (
-            f"give fewer calibration.ranges (now {ranges}; {folds} are enough), "
-            if ranges > folds
-            else ""
-        )
+    try:
+        check_disk_space(folder, needs)
+    except RunFolderError as error:
+        ranges = f"{inputs.config.folds} ranges are enough (now {inputs.num_ranges})"
         raise ConfigError(
-            f"The run needs about {needed / 1e9:.2f} GB of disk at {folder} ({parts}), but "
-            f"{free / 1e9:.2f} GB are free. Choose another --out, {fewer}or a smaller operator "
-            "(operator.name=ghost)."
-        )
+            f"{error} {ranges}; a smaller operator (operator.name=ghost) has smaller sums."
+        ) from error
     return needs
 
 

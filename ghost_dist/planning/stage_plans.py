@@ -166,22 +166,23 @@ def _memory(run: RunShape, name: str, cost: Cost, choice: EngineChoice) -> tuple
     allowed = (
         f"{free_host / 1e9:.2f} GB are free, of which {SHARE_OF_FREE_MEMORY:.0%} may be filled"
     )
+
+    def place(nbytes: int) -> str:
+        nonlocal on_device, on_host
+        if on_device + nbytes <= room:
+            on_device += nbytes
+            return "device"
+        if on_gpu and on_host + nbytes <= host_room:
+            on_host += nbytes
+            return "host"
+        return "disk"
+
     if choice.kind == "streaming":
         ranks = config.engine.ranks if config.on_cluster else None
-        waiting, asked = cost.waiting_bytes(run.num_windows, ranks), 0
-        if choice.experts is not None and on_gpu:
-            asked = cost.asked_bytes(run.sizes, run.num_windows, ranks)
-        if on_device + waiting <= room:
-            streams, on_device = "device", on_device + waiting
-        elif on_gpu and on_host + waiting <= host_room:
-            streams, on_host = "host", on_host + waiting
-        else:
-            streams = "disk"
-        if on_device + asked <= room:
-            on_device += asked
-        elif on_host + asked <= host_room:
-            on_host += asked
-        else:
+        streams = place(cost.waiting_bytes(run.num_windows, ranks))
+        asked = cost.asked_bytes(run.sizes, run.num_windows, ranks)
+        # On a CPU it was counted where the engine was chosen.
+        if on_gpu and choice.experts is not None and place(asked) == "disk":
             raise ConfigError(
                 f"Stage {name} needs {(on_host + asked) / 1e9:.2f} GB of host memory, "
                 f"{asked / 1e9:.2f} GB of it for what a layer's experts are asked and answer "

@@ -214,7 +214,7 @@ def test_auto_takes_the_engine_that_fits(llama_405b, tmp_path, gpu_of, device_gb
         (
             {"device_gb": 80, "disk_gb": 100},
             {},
-            ["GB of disk", "statistics 13", "100.00 GB are free"],
+            ["disk space", "statistics 13", "100.00 GB free", "4 ranges are enough (now 4)"],
         ),
         (
             {"device_gb": 80},

@@ -1,0 +1,61 @@
+"""Windows of calibration: from the sources of a run, and which of them ranges and folds hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ghost_dist.calibration.split import assign_ranges, folds_of_windows
+from ghost_dist.calibration.windows import TokenWindows, build_windows, join_windows
+from ghost_dist.errors import CalibrationError
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.progress import Advance
+
+
+def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
+    """Windows of every source, one source after the other."""
+    calibration, found = inputs.config.calibration, []
+    for source, count in calibration.windows_of.items():
+        done = 0
+
+        def on_progress(tokens: int, _: int) -> None:
+            nonlocal done
+            advance(tokens - done)
+            done = tokens
+
+        try:
+            windows = build_windows(
+                source,
+                inputs.tokenizer,
+                windows=count,
+                window_length=calibration.window_length,
+                seed=calibration.seed,
+                special_tokens=calibration.special_tokens,
+                window_bos=calibration.window_bos,
+                sampling=calibration.sampling,
+                vocab_size=inputs.architecture.vocab_size,
+                on_progress=on_progress,
+            )
+        except CalibrationError as error:
+            if not calibration.sources:
+                raise
+            raise CalibrationError(
+                f"One of calibration.sources: {error} Or take {source} out of calibration.sources, "
+                "or give it a smaller share."
+            ) from error
+        advance(count * calibration.window_length - done)
+        found.append(windows)
+    return join_windows(found)
+
+
+def calibration_ranges(
+    inputs: RunInputs, tokens: TokenWindows, num_ranges: int | None = None
+) -> list[tuple[int, ...]]:
+    """Windows of every range of calibration, or of so many."""
+    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
+    return assign_ranges(fold_of, num_ranges or inputs.num_ranges)
+
+
+def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
+    """Calibration windows that some folds hold, in order."""
+    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
+    return [window for window, fold in enumerate(fold_of) if fold in folds]
