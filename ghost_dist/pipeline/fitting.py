@@ -250,7 +250,9 @@ class FitHere:
 
     def _clear(self, store: StatisticsStore, keys: tuple[str, ...], device: torch.device) -> None:
         """Have a device free of what could be elsewhere, if that is in the way."""
-        held = store.bytes_at_hand(device) if isinstance(store, StoreAtHand) else 0
+        held = 0
+        if isinstance(store, StoreAtHand) and len(store.plan.ranges) == self._num_folds:
+            held = store.bytes_at_hand(device)  # which are those of the folds
         if self._needed(store, keys) - held > free_or_cached_bytes(device):
             self._make_room()
             if isinstance(store, StoreAtHand):

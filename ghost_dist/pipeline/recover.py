@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ from ghost_dist.pipeline.solution import Solution
 from ghost_dist.pipeline.stages import STAGES, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
+from ghost_dist.report.record import read_run
+from ghost_dist.report.spectrum import spectra
 from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span, pairs_of
@@ -91,7 +94,9 @@ def recover(
             stages.flush()
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
-        stages.export(spans, solution)
+        with ThreadPoolExecutor(1) as beside:  # for the report, which says what goes wrong there
+            beside.submit(lambda: spectra(read_run(run.path), inputs.fit_device))
+            stages.export(spans, solution)
         evaluation = stages.evaluate(spans, solution)
         stages.flush()
         result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)
