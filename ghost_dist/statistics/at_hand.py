@@ -17,7 +17,7 @@ from ghost_dist.statistics.store import CPU, StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 
-SHARE_AT_HAND = 0.25
+SHARE_AT_HAND = 0.4
 
 
 class StoreAtHand(StatisticsStore):

@@ -33,9 +33,9 @@ def totals(store):
     return [array for part in store.total().values() for array in part.arrays().values()]
 
 
-@pytest.mark.parametrize("room", [0.25, 0.0])
+@pytest.mark.parametrize("room", [0.4, 0.0])
 def test_sums_at_hand_are_bitwise_those_on_the_disk(store, monkeypatch, room):
-    monkeypatch.setattr(at_hand, "_SHARE_OF_FREE_MEMORY", room)
+    monkeypatch.setattr(at_hand, "SHARE_AT_HAND", room)
     committed = []
     for range_id in range(3):
         store.keep(range_id, sums(range_id), lambda: committed.append(1))
