@@ -27,7 +27,6 @@ ROWS = [
     {"assets", "real_models"},
     {"cluster", "demo"},
     {"api"},
-    {"cli_jobs"},
     {"cli"},
     {"__main__"},
 ]
