@@ -169,27 +169,31 @@ def text_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def make_config(model_folder, text_file, tmp_path):
-    """Configuration of a small run; overrides as dotted keys."""
+@pytest.fixture(scope="session")
+def config_at(model_folder, text_file):
+    """Configuration of a small run in a folder; overrides as dotted keys."""
 
-    def make(**overrides):
-        return load_config(
-            None,
-            {
-                "model.path": str(model_folder),
-                "calibration.source": str(text_file),
-                "calibration.windows": 16,
-                "calibration.window_length": 64,
-                "selection.spans": [[3, 5]],
-                "selection.criterion": "recoverability",
-                "operator.name": "ghost",
-                "operator.features": "stream",
-                "operator.choose": "residual",
-                "engine.device": "cpu",
-                "output.path": str(tmp_path / "run"),
-                **{key.replace("__", "."): value for key, value in overrides.items()},
-            },
-        )
+    def make(run, **overrides):
+        given = {
+            "model.path": str(model_folder),
+            "calibration.source": str(text_file),
+            "calibration.windows": 16,
+            "calibration.window_length": 64,
+            "selection.spans": [[3, 5]],
+            "selection.criterion": "recoverability",
+            "operator.name": "ghost",
+            "operator.features": "stream",
+            "operator.choose": "residual",
+            "engine.device": "cpu",
+            "output.path": str(run),
+        }
+        given |= {key.replace("__", "."): value for key, value in overrides.items()}
+        return load_config(None, given)
 
     return make
+
+
+@pytest.fixture
+def make_config(config_at, tmp_path):
+    """The same in the test's own folder."""
+    return functools.partial(config_at, tmp_path / "run")

@@ -11,7 +11,6 @@ import torch
 import transformers
 from local_tasks import bos_windows, write_choices, write_rolling
 
-from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.harness import HarnessError, open_tasks
 from ghost_dist.pipeline.again import run_stage_again
@@ -39,31 +38,20 @@ def texts(model_folder, text_file):
 
 
 @pytest.fixture(scope="module")
-def finished(model_folder, text_file, texts, tmp_path_factory):
+def finished(config_at, text_file, texts, tmp_path_factory):
     """RUN folder and result of a run with two local tasks."""
     folder, root = tmp_path_factory.mktemp("tasks"), tmp_path_factory.mktemp("harness")
     write_rolling(folder, texts.values())
     write_choices(folder, QUESTIONS)
     (folder / "_shared.yaml").write_text("metadata: {version: 1}\n")  # included by others, no task
-    config = load_config(
-        None,
-        {
-            "model.path": str(model_folder),
-            "calibration.source": str(text_file),
-            "calibration.windows": 16,
-            "calibration.window_length": LENGTH,
-            "calibration.window_bos": True,
-            "selection.spans": [[3, 5]],
-            "operator.name": "ghost",
-            "operator.features": "stream",
-            "operator.choose": "residual",
-            "evaluation.corpora": {"text": str(text_file)},
-            "evaluation.windows": 24,
-            "evaluation.window_length": LENGTH,
-            "evaluation.tasks": [f"{folder}/"],
-            "engine.device": "cpu",
-            "output.path": str(root / "run"),
-        },
+    config = config_at(
+        root / "run",
+        calibration__window_length=LENGTH,
+        calibration__window_bos=True,
+        evaluation__corpora={"text": str(text_file)},
+        evaluation__windows=24,
+        evaluation__window_length=LENGTH,
+        evaluation__tasks=[f"{folder}/"],
     )
     return root / "run", recover(config)
 

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
-from ghost_dist.config_file import load_config
 from ghost_dist.durable import read_sealed
 from ghost_dist.errors import CalibrationError, RunMismatchError
 from ghost_dist.pipeline.again import run_stage_again
@@ -27,34 +26,26 @@ QUIET = Reporter(console=Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def finished(model_folder, text_file, tmp_path_factory):
+def finished(config_at, model_folder, text_file, tmp_path_factory):
     """A run with refinement and evaluation, and texts of its own that it names from their folder;
     a copy of all, and the original's place."""
     root = tmp_path_factory.mktemp("finished")
     for name in ("calibration.txt", "evaluation.txt"):
         shutil.copy(text_file, root / name)
-    config = load_config(
-        None,
-        {
-            "model.path": os.path.relpath(model_folder, root),
-            "calibration.source": "calibration.txt",
-            "calibration.windows": 9,
-            "calibration.window_length": 32,
-            "selection.spans": [[3, 5]],
-            "operator.name": "ghost",
-            "operator.features": "stream",
-            "operator.choose": "residual",
-            "operator.folds": 3,
-            "refine.steps": 2,
-            "refine.batch": 2,
-            "refine.every": 1,
-            "refine.learning_rate": 0.01,
-            "evaluation.corpora": {"text": "evaluation.txt"},
-            "evaluation.windows": 2,
-            "evaluation.window_length": 32,
-            "engine.device": "cpu",
-            "output.path": str(root / "run"),
-        },
+    config = config_at(
+        root / "run",
+        model__path=os.path.relpath(model_folder, root),
+        calibration__source="calibration.txt",
+        calibration__windows=9,
+        calibration__window_length=32,
+        operator__folds=3,
+        refine__steps=2,
+        refine__batch=2,
+        refine__every=1,
+        refine__learning_rate=0.01,
+        evaluation__corpora={"text": "evaluation.txt"},
+        evaluation__windows=2,
+        evaluation__window_length=32,
     )
     with contextlib.chdir(root):
         recover(config, QUIET)

@@ -11,27 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ghost_dist.config_file import load_config
 from ghost_dist.errors import CheckpointError, ConfigError, RunFolderError
 from ghost_dist.pipeline.push import prepare_upload
 from ghost_dist.pipeline.recover import recover
 
 
 @pytest.fixture(scope="module")
-def run(model_folder, text_file, tmp_path_factory):
+def run(config_at, tmp_path_factory):
     path = tmp_path_factory.mktemp("pushed") / "run"
-    given = {
-        "model.path": str(model_folder),
-        "calibration.source": str(text_file),
-        "calibration.windows": 8,
-        "calibration.window_length": 64,
-        "selection.spans": [[3, 5]],
-        "operator.name": "ghost",
-        "operator.choose": "residual",
-        "engine.device": "cpu",
-        "output.path": str(path),
-    }
-    recover(load_config(None, given))
+    recover(config_at(path, calibration__windows=8))
     return path
 
 
