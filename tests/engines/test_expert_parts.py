@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from block_scaled import save_in_fp8
+from disk_steps import Killed
 from families import _GQA, _HEAD, CUTS, NUM_LAYERS, VOCAB, random_operators, save_checkpoint
 from recording import Recorder, saved_at_once
 from safetensors.torch import load_file, save_file
@@ -198,10 +199,6 @@ def test_block_scaled_fp8_in_parts_is_its_bfloat16_twin_in_parts(tmp_path):
         needed = sum(opened.stored_bytes(n) for n in opened.tensors if "lm_head" not in n)
         assert engine.model.bytes_read == needed - opened.stored_bytes("model.norm.weight")
     assert_same(*found)
-
-
-class Killed(BaseException):
-    """What SIGKILL leaves behind is what this leaves behind."""
 
 
 def test_a_sweep_killed_between_two_parts_repeats_that_layer(checkpoint, tmp_path, monkeypatch):

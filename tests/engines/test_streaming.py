@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from disk_steps import Killed
 from families import CUTS, FAMILIES, NUM_LAYERS, VOCAB, save_checkpoint
 from recording import Recorder, saved_at_once
 from safetensors.torch import load_file, save_file
@@ -156,10 +157,6 @@ def test_variants_give_the_logits_of_the_model_that_is_really_cut(checkpoint, lo
         with torch.inference_mode():
             expected = torch.cat([whole(row[None], use_cache=False).logits for row in ids])
         torch.testing.assert_close(torch.stack(logits), expected, rtol=0, atol=2e-5)
-
-
-class Killed(BaseException):
-    """What SIGKILL leaves behind is what this leaves behind."""
 
 
 def sweep(source, architecture, state, die_after=None):
