@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,14 @@ from ghost_dist.solver.least_squares import RIDGE_GRID, fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import FLUSH_TOKENS, PairCollector
-from ghost_dist.statistics.span_sums import Regressors, SampleKind, SpanCollector
-from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors, pair_flops
+from ghost_dist.statistics.span_sums import Collector, Regressors, SampleKind, SpanCollector
+from ghost_dist.statistics.sum_costs import (
+    moments_bytes,
+    moments_flops,
+    num_regressors,
+    pair_bytes,
+    pair_flops,
+)
 
 _LONGEST_S = 1.0
 _REPEATED_S = 0.2
@@ -81,9 +86,7 @@ def measure(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> Rates:
         products = plain | _layers(run, plain[str(inputs.dtype).removeprefix("torch.")])
         sums, fits = _kinds(costs)
         factors = {kind: _factors(run, kind) for kind in fits}
-        for kind in sums:
-            measured = _pairs if kind == "pairs" else partial(_sums, kind)
-            products[kind] = measured(run, plain["float64"])
+        products |= {kind: _sums(run, kind, plain["float64"]) for kind in sums}
     return Rates(
         device=device_name(inputs.device),
         **files,
@@ -185,24 +188,33 @@ def _one_layer(
     return layer_s, max(1e-9, whole_s - layer_s)
 
 
-def _sums(kind: Regressors, run: RunShape, plain: float) -> float:
+def _sums(run: RunShape, kind: Any, plain: float) -> float:
     """FLOP/s of a collector, in smaller widths where the model's own take too long or too much."""
     inputs, tokens, width, inner = run.inputs, run.window_length, run.sizes.hidden_size, _inner(run)
+    columns: int | None = None
+    if kind == "pairs":
+        assert inputs.remove is not None
+        columns = Selector(inputs.config.selection, inputs.remove, inputs.architecture).columns
+        tokens = max(tokens, FLUSH_TOKENS)  # products are made of as many rows at once
     while True:
-        flops = tokens * moments_flops(num_regressors(kind, width, inner), width)
-        nbytes = 2 * moments_bytes(kind, width, inner)
-        if flops / plain < _LONGEST_S and nbytes < _SHARE_OF_MEMORY * run.free_bytes:
+        if kind == "pairs":
+            flops, nbytes = pair_flops(width, 1, columns), pair_bytes(width, 1, columns)
+        else:
+            flops = moments_flops(num_regressors(kind, width, inner), width)
+            nbytes = moments_bytes(kind, width, inner)
+        fits = 2 * nbytes < _SHARE_OF_MEMORY * run.free_bytes
+        if fits and tokens * flops / plain < _LONGEST_S:
             break
         width, inner = width // 2, inner // 2
-    collector = SpanCollector(
-        [(Span(1, 2), SampleKind(kind))],
-        width,
-        inputs.device,
-        inner_size={0: inner},
-        norm_eps=inputs.architecture.norm_eps,
-    )
-    stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=inputs.device)
-    inner_TF = torch.ones(tokens, inner, dtype=inputs.dtype, device=inputs.device)
+    span, device = Span(1, 2), inputs.device
+    collector: Collector
+    if kind == "pairs":
+        collector = PairCollector([span], width, device, columns)
+    else:
+        sample, eps = (span, SampleKind(kind)), inputs.architecture.norm_eps
+        collector = SpanCollector([sample], width, device, inner_size={0: inner}, norm_eps=eps)
+    stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=device)
+    inner_TF = torch.ones(tokens, inner, dtype=inputs.dtype, device=device)
 
     def window() -> None:
         if kind == "joint":
@@ -210,25 +222,7 @@ def _sums(kind: Regressors, run: RunShape, plain: float) -> float:
         collector(1, 0, stream_TC)
         collector(2, 0, stream_TC)
 
-    return flops / timed(window, inputs.device)
-
-
-def _pairs(run: RunShape, plain: float) -> float:
-    """FLOP/s of the collector of a selection, of as many rows as its products have at once."""
-    inputs, width = run.inputs, run.sizes.hidden_size
-    assert inputs.remove is not None
-    columns = Selector(inputs.config.selection, inputs.remove, inputs.architecture).columns
-    tokens = max(FLUSH_TOKENS, run.window_length)
-    while (flops := tokens * pair_flops(width, 1, columns)) / plain > _LONGEST_S:
-        width //= 2
-    collector = PairCollector([Span(1, 2)], width, inputs.device, columns)
-    stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=inputs.device)
-
-    def window() -> None:
-        collector(1, 0, stream_TC)
-        collector(2, 0, stream_TC)
-
-    return flops / timed(window, inputs.device)
+    return tokens * flops / timed(window, device)
 
 
 def _inner(run: RunShape) -> int:
