@@ -303,13 +303,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        if self.selection.searches and self.on_cluster:
-            raise ValueError(
-                "selection.criterion=search, the default, runs in one process for now: give "
-                "another, such as selection.criterion=recoverability, or selection.spans (found by "
-                "ghost-dist select in one process), or leave engine.replicas, tensor_parallel, "
-                "data_parallel and cluster.address out"
-            )
         if self.engine.compile and self.on_cluster:
             raise ValueError(
                 "engine.compile=true is for models that run in this process (engine.kind=resident "

@@ -47,6 +47,13 @@ def with_engine(
         if inputs.streaming or inputs.device.type == "cpu":
             return inputs
         holds = known["driver"] == "cuda" if known else _driver_holds(inputs, reporter)
+        if not holds and not known and config.selection.searches:
+            raise ConfigError(
+                "selection.criterion=search runs in the driver, whose GPU cannot hold the model, "
+                "and its CPU would take days. Give engine.kind=streaming, which reads it layer by "
+                "layer, selection.criterion=recoverability, which runs on the replicas, or "
+                "selection.spans."
+            )
         return inputs if holds else replace(inputs, device=torch.device("cpu"))
     if config.engine.kind != "auto":
         return inputs

@@ -21,7 +21,7 @@ from ghost_dist.calibration.windows import TokenWindows, load_windows, save_wind
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
-from ghost_dist.devices import peak_bytes, reset_peak, watched_idle
+from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import save_healed
@@ -119,6 +119,7 @@ class Stages:
                 spans = check_spans(selection.spans, inputs.architecture.num_layers)
             elif selection.searches:
                 spans, scores = search_spans(inputs, tokens, self._run, self._reporter)
+                release_cached(inputs.device)  # of a cluster, its ranks begin there now
             else:
                 spans, scores = self._by_criterion(tokens, path)
             return {

@@ -108,9 +108,11 @@ def test_two_replicas_of_two_ranks_equal_one_process(
         recover_on_cluster(make(engine__tensor_parallel=1, output__path=str(again)))
 
 
-def test_selection_by_recoverability_on_a_cluster(make_config, cluster, tmp_path):
+@pytest.mark.parametrize("criterion", ["recoverability", "search"])
+def test_selection_on_a_cluster(make_config, cluster, tmp_path, criterion):
     fields = {
         "selection__spans": None,
+        "selection__criterion": criterion,
         "selection__remove": 3,
         "selection__max_spans": 2,
         "calibration__windows": 8,

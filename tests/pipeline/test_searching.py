@@ -180,7 +180,6 @@ def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
         ({"selection__remove": 8}, "give 1 to 7"),
         ({"selection__remove": 7, "selection__max_length": 2}, "No removal of 7 of 8 layers keeps"),
         ({"selection__effort": "much"}, "selection.effort"),
-        ({"engine__replicas": 2}, "criterion=search runs in one process"),
     ],
 )
 def test_what_cannot_be_searched_is_named(make_config, fields, message):
