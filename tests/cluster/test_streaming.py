@@ -19,6 +19,7 @@ from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.statistics.store import StatisticsStore
 
 FIELDS = {
     "selection__spans": None,
@@ -192,8 +193,10 @@ def test_what_one_of_the_ranks_meets_ends_the_run_by_name(make, cluster, tmp_pat
             return super().run(*arguments)
 
     use_rank(monkeypatch, RankWithBadStream)
-    with pytest.raises(NonFiniteActivationError, match="layer 0 .* window 2"):
+    with pytest.raises(NonFiniteActivationError, match="entering layer 0 ") as met:
         recover_on_cluster(make(engine__replicas=1, engine__data_parallel=2))
+    windows = StatisticsStore.open(tmp_path / "run" / "selection.zarr").plan.ranges[0]
+    assert met.value.window == windows[len(windows) // 2]  # the first one of the second rank
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
