@@ -50,7 +50,7 @@ def run(source, tmp_path_factory):
             "operator.features": "stream",
             "operator.choose": "residual",
             "evaluation.corpora": {"docstrings": str(folder / "docstrings.txt")},
-            "evaluation.windows": 4,
+            "evaluation.windows": 2,
             "evaluation.window_length": 256,
         },
     )
