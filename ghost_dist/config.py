@@ -107,12 +107,11 @@ def _as_span(pair: Any) -> Span:
 class SelectionConfig(Section):
     """Which layers are removed."""
 
-    criterion: Criterion = "search"
-    """search: least KL divergence of the recovered model, searched for layer by layer, with
-    operators in place; recoverability: least held-out residual after repair; cosine
-    (LLM-Streamline), angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers,
-    neighbours joined), paper (the published code's score, along the sequence, never the first or
-    the last start)."""
+    criterion: Criterion = "recoverability"
+    """recoverability: least held-out residual after repair; search: least KL divergence of the
+    recovered model, searched for layer by layer, with operators in place; cosine (LLM-Streamline),
+    angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers, neighbours joined),
+    paper (the published code's score, along the sequence, never the first or the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     checkpoint (``4GB``, ``512MiB``)."""

@@ -31,7 +31,6 @@ class _Texts(NamedTuple):
     windows: int
     window_length: int
     evaluation_windows: int
-    selection: Mapping[str, str]  # how long it may take on two cores
     texts: Mapping[str, str]
 
 
@@ -76,7 +75,6 @@ def _source_code() -> _Texts:
         windows=32,
         window_length=1024,
         evaluation_windows=16,
-        selection={"effort": "quick"},
         texts={
             "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
             "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
@@ -89,7 +87,6 @@ def _english() -> _Texts:
         windows=36,  # more than four tokens for each of the C + F regressors of a joint fit
         window_length=256,
         evaluation_windows=8,
-        selection={"criterion": "recoverability"},
         texts={
             "calibration": natural_text.reference_text(natural_text.CALIBRATION_TOPICS),
             "python-reference": natural_text.reference_text(natural_text.EVALUATION_TOPICS),
