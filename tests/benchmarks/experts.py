@@ -7,7 +7,6 @@ from the page cache, so the table shows what the parts cost beside the computing
 """
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import transformers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
+from ghost_dist.devices import device_name, open_device
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 
@@ -33,13 +33,15 @@ def main():
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
     given = parser.parse_args()
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = open_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     checkpoint = open_checkpoint(write(given, device, dtype))
     architecture = inspect_architecture(checkpoint)
     shape = (given.windows, given.length)
     tokens = np.random.default_rng(0).integers(0, architecture.vocab_size, shape, dtype=np.int32)
-    print(f"{name_of(device)}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     print(f"{checkpoint.nbytes / 1e9:.1f} GB, {given.layers} layers, {tokens.size} tokens\n")
     prove_offloaded(checkpoint.path, device)
     prove_offloaded(checkpoint.path, device, 3)
@@ -109,10 +111,6 @@ def write(given, device, dtype):
         model = transformers.Qwen3MoeForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     return folder
-
-
-def name_of(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The roofline is the larger of bytes / read rate and FLOPs / product rate.
 import argparse
 import contextlib
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.weight_reader import WeightReader
+from ghost_dist.devices import device_name, open_device, peak_bytes, reset_peak, synchronize
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--device-memory", type=float, default=7e9)
     parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = open_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = given.hidden // 128
     folder = write_random_checkpoint(
@@ -66,7 +66,9 @@ def main():
     shape = (given.windows, given.length)
     tokens = rng.integers(0, architecture.vocab_size, shape, dtype=np.int32)
 
-    print(f"{name_of(device)}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     print(
         f"{checkpoint.nbytes / 1e9:.1f} GB in {given.layers} layers, {tokens.size} tokens, "
         f"{str(dtype).removeprefix('torch.')}, batch {given.batch}\n"
@@ -89,10 +91,9 @@ def main():
         )
         engine.sweep(tokens, range(given.batch), (2,), (), lambda _: None)
         engine.model.close()
-    for name in ("streams not saved", "streams saved at every layer"):
+    for name in ("streams not saved", "streams saved"):
         drop_cache(checkpoint)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
         engine = OffloadedEngine(
             OffloadedModel(
                 checkpoint,
@@ -120,7 +121,12 @@ def main():
             kept.feed(range(given.windows), collector, device)
             collector.result()
             synchronize(device)
-            rows[name] = (swept, time.monotonic() - began, engine.model.bytes_read, peak(device))
+            rows[name] = (
+                swept,
+                time.monotonic() - began,
+                engine.model.bytes_read,
+                peak_bytes(device),
+            )
             del kept, collector
     needed = rows["streams not saved"][2]
     limits = {"reading": needed / read_rate, "computing": flops / product_rate}
@@ -225,19 +231,6 @@ def drop_cache(checkpoint):
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak(device):
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def name_of(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 if __name__ == "__main__":
