@@ -114,16 +114,18 @@ def _streaming(
     if held is None or not fits(held):
         least = held or (Residency(1) if count else Residency(prefetch=False))
         stage, peak = _peak(needs.streaming[least])
-        what = "one layer at a time (engine.kind=streaming) needs"
-        if least.experts is not None:
-            what = (
-                f"{least.experts} of {count} routed experts of a layer at a time "
-                "(engine.kind=streaming, engine.experts) need"
-            )
-        raise ConfigError(
-            f"The model does not fit: even {what} {_gb(peak)} ({stage}; the largest layer alone is "
-            f"{_gb(needs.largest_layer)}), but {has}. {_what_would_fit(needs, room)}"
+        largest = _gb(needs.largest_layer)
+        message = (  # whole, as the FAQ quotes it
+            f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
+            f"{_gb(peak)} ({stage}; the largest layer alone is {largest}), but {has}. "
         )
+        if least.experts is not None:
+            message = (
+                f"The model does not fit: even {least.experts} of {count} routed experts of a "
+                f"layer at a time (engine.kind=streaming, engine.experts) need {_gb(peak)} "
+                f"({stage}; the largest layer alone is {largest}), but {has}. "
+            )
+        raise ConfigError(message + _what_would_fit(needs, room))
     stage, peak = _peak(needs.streaming[held])
     if held.experts is not None:
         what = f"layers with {held.experts} of {count} routed experts at a time need"
