@@ -216,7 +216,7 @@ def test_failed_export_leaves_nothing_that_looks_complete(make_config, tmp_path,
     def fails(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ghost_dist.pipeline.stages.verify_reload", fails)
+    monkeypatch.setattr("ghost_dist.pipeline.exporting.verify_reload", fails)
     with pytest.raises(OSError, match="No space left"):
         recover(make_config())
     run = tmp_path / "run"
