@@ -114,7 +114,7 @@ def check(folder, out):
         "engine.device": "cpu",
         "output.path": str(out),
     }
-    with mock.patch("ghost_dist.pipeline.stages.verify_reload", return_value=0.0):
+    with mock.patch("ghost_dist.pipeline.exporting.verify_reload", return_value=0.0):
         recover(load_config(None, settings), Reporter(console=Console(quiet=True)))
     tokens = random_tokens()
     source = open_checkpoint(folder)

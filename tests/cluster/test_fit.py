@@ -189,7 +189,8 @@ def one_lease_each(monkeypatch):
 def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path, monkeypatch):
     """Two replicas of two ranks; then the same from what an earlier run left in the store."""
     showing(monkeypatch, tmp_path / "held", ranks=4)
-    fields = {"engine__kind": "auto", "engine__tensor_parallel": 2, "calibration__ranges": 16}
+    fields = {"engine__kind": "auto", "engine__tensor_parallel": 2, "calibration__windows": 24}
+    fields["calibration__ranges"] = 16
     # Replicas take turns: a fold must have ranges of both, or its sums would be the ordered ones.
     fields["operator__folds"] = 3
     config = make(**ALL_REDUCE, **fields)

@@ -26,7 +26,7 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
         given = {
             "model.path": str(shared / "models" / "wiki-llama-32l"),
             "calibration.source": str(shared / "data" / "calibration.txt"),
-            "calibration.windows": 16,
+            "calibration.windows": 24,
             "calibration.window_length": 512,
             "calibration.ranges": 16,
             "selection.spans": [[11, 18]],
