@@ -1,7 +1,7 @@
 """Seconds of every stage of `ghost-dist recover`, from the shell, for one or several source trees.
 
     python tests/benchmarks/whole_run.py FOLDER [--tree NAME=FOLDER ...]
-        [--settings no-search paper default] [--shape 8b|tiny] [--remove 7] [--gpus 1]
+        [--settings default paper search] [--shape 8b|tiny] [--remove 7] [--gpus 1]
         [--threads N] [--set section.field=value ...]
 
 FOLDER takes a checkpoint of random weights (8b: 16 GB, made if absent) and the RUN folders, which
@@ -36,7 +36,7 @@ from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULE
 
 SETTINGS = {
     "default": [],
-    "no-search": ["--set", "selection.criterion=recoverability"],
+    "search": ["--set", "selection.criterion=search"],
     "paper": [
         *("--operator", "ghost", "--set", "selection.criterion=paper"),
         *("--set", "operator.ridge={absolute: 1e-6}", "--set", "operator.choose=residual"),
@@ -59,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tree", action="append", metavar="NAME=FOLDER")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["no-search", "paper"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
     parser.add_argument("--shape", choices=WINDOWS, default="8b")
     parser.add_argument("--remove", type=int, default=7)
     parser.add_argument("--gpus", type=int, default=min(1, torch.cuda.device_count()))
