@@ -242,8 +242,10 @@ class Rank:
         self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(work)
         outcomes = fits(store, jobs, lambda n: self._advance(task, n))
+        on_host = [one if isinstance(one, Exception) else one.on_host() for one in outcomes]
+        del outcomes
         release_cached(self._device)
-        return outcomes
+        return on_host
 
     @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
     def heartbeat(self) -> Heartbeat:

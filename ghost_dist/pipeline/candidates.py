@@ -20,6 +20,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import (
     FEW_TOKENS_PER_REGRESSOR,
+    Detail,
     Fit,
     FitOptions,
     Regression,
@@ -181,15 +182,16 @@ def fit_candidate(
     norm_eps: float,
     judge: int | None = None,
     kept: dict[str, Regression] | None = None,
+    detail: Detail = "all",
 ) -> tuple[Repair, Fit | None]:
     """Fit one span, of a candidate as it is there.
 
     ``folds`` are sums by :meth:`SampleKind.key` of disjoint windows, on one device. ``down_FC`` is
     the model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums. ``judge``
     is the fold that alone judges, and that is not fitted on; None: each judges fits on the others.
-    ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says.
+    ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says, and ``detail`` too.
     """
-    options: FitOptions = {"affine": candidate.affine, "judge": judge}
+    options: FitOptions = {"affine": candidate.affine, "judge": judge, "detail": detail}
     options |= {"around": candidate.around, "kept": {} if kept is None else kept}
     kind = candidate.kind()
     if kind is None:

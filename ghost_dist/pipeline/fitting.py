@@ -23,7 +23,7 @@ from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit, Regression, fit_bytes
+from ghost_dist.solver.least_squares import Detail, Fit, Regression, fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import StatisticsStore
@@ -32,12 +32,18 @@ from ghost_dist.statistics.sums import Sums
 
 @dataclass(frozen=True)
 class Fitted:
-    """One span's repair, on the CPU, and the folds it was fitted on, none of which may judge it."""
+    """One span's repair, and the folds it was fitted on, none of which may judge it."""
 
     repair: Repair
     fit: Fit | None
     folds: frozenset[int]
 
+    def on_host(self) -> Fitted:
+        """To be sent to another process."""
+        return replace(self, repair=self.repair.to(torch.device("cpu")))
+
+
+_SHARE_FOR_REPAIRS = 1 / 16  # of a GPU's memory
 
 Outcome = Fitted | SingularGramError | SingularOperatorError
 """What a fit gave, or why there is none."""
@@ -50,6 +56,9 @@ class FitJob:
     candidate: Candidate
     span: Span
     folds: tuple[int, ...]
+    detail: Detail = "all"
+    dtype: torch.dtype | None = None
+    """Of the repair, which stays on the device where there is room; None: float64 on the CPU."""
 
 
 class FitSpans(Protocol):
@@ -82,6 +91,7 @@ class RidgeFits:
         down_FC: Tensor | None,
         picked: tuple[int, ...],
         judge: int | None = None,
+        detail: Detail = "all",
     ) -> tuple[Repair, Fit | None]:
         """As :func:`fit_candidate`; ``picked`` names the sums among those of this span."""
         of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
@@ -91,7 +101,7 @@ class RidgeFits:
 
         def fit(candidate: Candidate) -> tuple[Repair, Fit | None]:
             return fit_candidate(
-                candidate, span, folds, down_FC, self._norm_eps, judge, self._shared[1]
+                candidate, span, folds, down_FC, self._norm_eps, judge, self._shared[1], detail
             )
 
         if candidate.ridge != "auto" or candidate.kind() is None:
@@ -150,6 +160,7 @@ class FitHere:
         self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
         self._placed: tuple[tuple[str, ...], torch.device, dict[int, dict[str, Sums]]] | None = None
         self._down: tuple[tuple[Span, torch.device], Tensor] | None = None
+        self._kept_bytes = 0
 
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
@@ -159,6 +170,7 @@ class FitHere:
             self._store, self._read = store, None
             self._ridges.forget()
         outcomes: dict[int, Outcome] = {}
+        self._kept_bytes = 0
         try:
             for number in in_reading_order(jobs):
                 try:
@@ -194,8 +206,15 @@ class FitHere:
                 down_FC = read_down(self._source, self._architecture, layer, device)
                 self._down = (job.span, device), down_FC
             down_FC = self._down[1]
-        repair, fit = self._ridges.fit(job.candidate, job.span, on_device, down_FC, job.folds)
-        return Fitted(repair.to(torch.device("cpu")), fit, frozenset(job.folds))
+        repair, fit = self._ridges.fit(
+            job.candidate, job.span, on_device, down_FC, job.folds, detail=job.detail
+        )
+        if job.dtype is not None:
+            repair = repair.stored(job.dtype, job.dtype)
+            self._kept_bytes += sum(part.nbytes for part in repair.parts().values())
+        if job.dtype is None or self._kept_bytes > _SHARE_FOR_REPAIRS * total_bytes(device):
+            repair = repair.to(torch.device("cpu"))
+        return Fitted(repair, fit, frozenset(job.folds))
 
     def _sums(
         self, store: StatisticsStore, keys: tuple[str, ...], folds: Sequence[int]

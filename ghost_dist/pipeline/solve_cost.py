@@ -42,9 +42,12 @@ def solve_cost(run: RunShape) -> Cost:
         best = max(forms, key=lambda form: form.num_regressors(sizes.hidden_size, inner))
         near = [replace(best, shift=best.shift + d) for d in FINE_SHIFTS] if searched else []
         tried = [*forms, *near]
-        for judges in left_out:
-            cost.fits += _fits(tried, run, span, folds - len(judges))
+        fitted_on = folds - len(left_out[0]) if left_out else 0
+        for _ in left_out:
+            cost.fits += _fits(tried, run, span, fitted_on)
+            # With the same ridges, and nothing held out to say how good they are.
             tried = [replace(form, ridge=RelativeRidge(relative=1.0)) for form in tried]
+            fitted_on = 0
         # Told where the ridge of least residual was found, if it was chosen by fits.
         final = replace([best, *near][-1], around=1.0 if several else None)
         last_fit = folds - config.judges_behind_the_fit(len(run.spans))

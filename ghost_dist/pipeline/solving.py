@@ -41,7 +41,7 @@ from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
@@ -144,9 +144,14 @@ class Solver:
         pairs: Sequence[tuple[Candidate, Span]],
         picked: tuple[int, ...],
         advance: Callable[[int], None],
+        detail: Detail = "all",
+        dtype: torch.dtype | None = None,
     ) -> list[Outcome]:
         refittable = self._inputs.refittable
-        jobs = [FitJob(candidate.at(span, refittable), span, picked) for candidate, span in pairs]
+        jobs = [
+            FitJob(candidate.at(span, refittable), span, picked, detail, dtype)
+            for candidate, span in pairs
+        ]
         return self._fit_spans(self._store, jobs, advance)
 
     def _choose(
@@ -194,12 +199,13 @@ class Solver:
         for judges in config.left_out:
             others = tuple(fold for fold in everything if fold not in judges)
             found = self._fit_all(candidates, others, first)
+            left_out.append(self._scores(found, judges))
+            found = [_without_repairs(one) for one in found]
             first = first or found
             rows = self._rows(candidates, found)
-            left_out.append(self._scores(found, judges))
             table = [
-                {**row, **({"failed": old["failed"]} if "failed" in old else {})}
-                for row, old in zip(rows, table or rows, strict=True)
+                {**row, **({"failed": new["failed"]} if "failed" in new else {})}
+                for row, new in zip(table or rows, rows, strict=True)
             ]
         names = config.left_out_names
         scores = []
@@ -234,8 +240,11 @@ class Solver:
             for candidate, like in zip(candidates, first or [{}] * len(candidates), strict=True)
             for span in self._spans
         ]
+        # Nothing is said of fits on other folds again: their ridges are those of the first.
+        detail: Detail = "residual" if first is None else "map"
+        dtype = self._inputs.dtype  # in which the model that they are judged in computes
         with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
-            outcomes = iter(self._from_store(pairs, picked, advance))
+            outcomes = iter(self._from_store(pairs, picked, advance, detail, dtype))
         fitted: list[_OfCandidate] = []
         for _ in candidates:
             of_span = [next(outcomes) for _ in self._spans]
@@ -379,6 +388,13 @@ def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Cand
     if fit is None or candidate.ridge != "auto":
         return candidate
     return replace(candidate, ridge=RelativeRidge(relative=fit.relative_ridge), shift=0.0)
+
+
+def _without_repairs(found: _OfCandidate) -> _OfCandidate:
+    """Fits alone, whose memory is nothing."""
+    if isinstance(found, Exception):
+        return found
+    return {span: replace(one, repair=Repair()) for span, one in found.items()}
 
 
 def finite(value: float) -> float | None:

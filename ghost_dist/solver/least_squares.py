@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -85,9 +85,14 @@ FEW_TOKENS_PER_REGRESSOR = 4.0
 """With fewer the operator depends on the ridge more than on the text (``docs/theory.md``)."""
 
 
+Detail = Literal["all", "residual", "map"]
+"""What is wanted of a fit beside B: everything; no condition number; nothing but the ridge."""
+
+
 class FitOptions(TypedDict, total=False):
     """What every fit may be told; see :func:`fit_least_squares`."""
 
+    detail: Detail
     affine: bool
     judge: int | None
     around: float | None
@@ -105,6 +110,7 @@ def fit_least_squares(
     judge: int | None = None,
     around: float | None = None,
     kept: dict[str, Regression] | None = None,
+    detail: Detail = "all",
 ) -> tuple[Tensor, Tensor | None, Fit]:
     """Fit B (Z, C) over the folds, with the ridge of least held-out residual or a given one.
 
@@ -115,13 +121,14 @@ def fit_least_squares(
     the fold that alone judges and that B is not fitted on; None: each judges fits on the others,
     and B is fitted on all. ``around``: a relative ridge near which that of least residual is; of
     the grid it looks there, on until both neighbours are worse. ``kept``: empty, or what another
-    fit of the same least squares left there; ``folds`` are not looked at then. All float64, on the
-    moments' device.
+    fit of the same least squares left there; ``folds`` are not looked at then. ``detail``: what the
+    fit tells; the rest is NaN, but a ridge that is not given is looked for all the same. All
+    float64, on the moments' device.
     """
     kept = {} if kept is None else kept
     if not kept:
         kept["least squares"] = Regression(where, folds, prior_ZC, blocks, affine, judge)
-    return kept["least squares"].fit(ridge, around)
+    return kept["least squares"].fit(ridge, around, detail)
 
 
 class Regression:
@@ -148,11 +155,18 @@ class Regression:
         self._variance_C = _target_variance(self._judged, prior_ZC)
         self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
 
-    def fit(self, ridge: Ridge, around: float | None = None) -> tuple[Tensor, Tensor | None, Fit]:
+    def fit(
+        self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
+    ) -> tuple[Tensor, Tensor | None, Fit]:
         """B, the bias, and how well they do; see :func:`fit_least_squares`."""
         seen, scale_Z = self._seen, self._scale_Z
         if isinstance(ridge, AbsoluteRidge):
-            highest, scale_Z = ridge.absolute, torch.ones_like(scale_Z)
+            scale_Z = torch.ones_like(scale_Z)
+        if isinstance(ridge, (AbsoluteRidge, RelativeRidge)) and detail == "map":
+            highest = ridge.absolute if isinstance(ridge, AbsoluteRidge) else ridge.relative
+            errors = {highest: torch.full_like(self._variance_C, math.nan)}
+        elif isinstance(ridge, AbsoluteRidge):
+            highest = ridge.absolute
             errors = held_out_errors(
                 self._judging, self._total, scale_Z, [highest], affine=self._affine
             )
@@ -173,7 +187,10 @@ class Regression:
         sums = (self._judged.sumsq_y_C.sum(), self._variance_C.sum())
         cut, variance, scale, absolute = torch.stack((*sums, self._scale_Z[0], scale_Z[0])).tolist()
         relative = absolute / scale if scale > 0 else 0.0
-        gram_ZZ = about(seen, seen).gram_ZZ if self._affine else seen.gram_ZZ
+        condition = math.nan
+        if detail == "all":
+            gram_ZZ = about(seen, seen).gram_ZZ if self._affine else seen.gram_ZZ
+            condition = condition_number(gram_ZZ, best * scale_Z, factor_ZZ)
         fit = Fit(
             ridge=best * absolute,
             relative_ridge=best * relative,
@@ -181,7 +198,7 @@ class Regression:
             r2=1 - held_out / variance if variance > 0 else 0.0,
             r2_channel_quantiles=tuple(quantiles.tolist()),
             r2_channels=tuple(r2_C.tolist()),
-            condition=condition_number(gram_ZZ, best * scale_Z, factor_ZZ),
+            condition=condition,
             num_tokens=seen.num_tokens,
             tokens_per_channel=seen.num_tokens / seen.gram_ZZ.shape[0],
             ridge_curve=tuple(
