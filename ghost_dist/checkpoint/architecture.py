@@ -7,6 +7,8 @@ handled: the recovered checkpoint must not depend on code that came with the ori
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,7 +205,7 @@ def why_not(
     except Exception as error:
         return f"no model can be built without layers {cut}: {error}"
     difference = cut_difference(
-        empty_model(model_class, before).get_submodule(architecture.layers),
+        _uncut_layers(architecture.layers, model_class, config_class, json.dumps(config)),
         twin.get_submodule(architecture.layers),
         spans,
         descriptions(architecture.fields, before, after),
@@ -211,6 +213,15 @@ def why_not(
     if difference is None:
         return None
     return f"its configuration cannot express the model without layers {cut}: {difference}"
+
+
+@functools.lru_cache(maxsize=1)  # a search asks of hundreds of cuts of one model
+def _uncut_layers(
+    path: str, model_class: type[Any], config_class: type[Any], config_json: str
+) -> nn.ModuleList:
+    model = empty_model(model_class, read_config(config_class, json.loads(config_json)))
+    layers: nn.ModuleList = model.get_submodule(path)
+    return layers
 
 
 def check_some_cut(

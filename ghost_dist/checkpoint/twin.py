@@ -21,7 +21,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def empty_model(model_class: type[Any], config: Any) -> Any:
-    with torch.device("meta"):
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
         return model_class(config).eval()
 
 

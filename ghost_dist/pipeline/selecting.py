@@ -218,9 +218,9 @@ class Selector:
             parts: list[PairMoments] = []
             for fold in range(folds):
                 of_fold = [i for i in ids if fold_of_range(i, folds) == fold]
-                sums = store.total(of_fold, [key])[key]
+                sums = store.total(of_fold, [key], device)[key]
                 assert isinstance(sums, PairMoments)
-                parts.append(sums.to(device))
+                parts.append(sums)
             found |= held_out_of_start(start, stops, parts, projection_Cr)
         return found
 
