@@ -1,24 +1,89 @@
 """What a person sees while a run works, and the same as events for programs.
 
-On a terminal each stage is a live bar; elsewhere (a log file, a job) a plain line every few
-seconds. Events are appended to ``RUN/events.jsonl``, one JSON object a line.
+On a terminal each stage is a live bar; elsewhere (a log file, a job) a line with the time every few
+seconds, also while nothing is finished. Events are appended to ``RUN/events.jsonl``, one JSON
+object a line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
 PLAIN_LINE_EVERY_S = 5.0
+SHORT_S = 2.0  # what takes less is not worth a line
 
 Advance = Callable[[int], None]
+
+
+@dataclass
+class Gauge:
+    """How far a stage is, in words; ``total`` 0: nothing in it can be counted."""
+
+    total: int
+    unit: str  # plural
+    done: int = 0
+    clock: Callable[[], float] = time.monotonic
+    began: float = field(init=False)
+    first: int = field(init=False)
+    latest: float = field(init=False)  # time of the last advance
+
+    def __post_init__(self) -> None:
+        self.began = self.latest = self.clock()
+        self.first = self.done
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        self.latest = self.clock()
+
+    def words(self) -> str:
+        """``8,192 of 32,768 tokens, 909 tokens/s, 27 s left``; an estimate goes on counting."""
+        now = self.clock()
+        so_far = f"{duration(now - self.began)} so far"
+        if not self.total:
+            return so_far
+        counted = f"{self._number(self.done)} of {self._amount(self.total)}"
+        moved, elapsed = self.done - self.first, self.latest - self.began
+        if moved <= 0 or elapsed <= 0:
+            return f"{counted}, {so_far}"
+        left = (self.total - self.done) * elapsed / moved - (now - self.latest)
+        after = f"{duration(left)} left" if left >= 1 else so_far
+        return f"{counted}, {self._rate(moved / elapsed)}, {after}"
+
+    def summary(self) -> str:
+        """``32,768 tokens in 36.0 s``, once it is over."""
+        took = duration(self.clock() - self.began)
+        if not self.total:
+            return f"done in {took}"
+        return f"{self._amount(self.done)} in {took}"
+
+    def _number(self, number: float) -> str:
+        if self.unit != "bytes":
+            return f"{number:,.0f}"
+        return f"{number / 1e6:,.1f} MB" if number < 1e9 else f"{number / 1e9:,.2f} GB"
+
+    def _amount(self, number: float) -> str:
+        unit = "" if self.unit == "bytes" else f" {self._one if number == 1 else self.unit}"
+        return f"{self._number(number)}{unit}"
+
+    def _rate(self, per_s: float) -> str:
+        if per_s < 1:
+            return f"{1 / per_s:,.1f} s/{self._one}"
+        return f"{self._amount(per_s)}/s"
+
+    @property
+    def _one(self) -> str:
+        return self.unit.removesuffix("s")
 
 
 class Reporter:
@@ -30,6 +95,7 @@ class Reporter:
 
     def __init__(self, events_path: Path | None = None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+        self._part = ""
         self._events_path = events_path
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -50,54 +116,87 @@ class Reporter:
         self.event("warning", message=message)
 
     @contextlib.contextmanager
+    def at(self, part: str) -> Iterator[None]:
+        """Put ``part``, which of how many parts of the run it is at, before stages within."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
+
+    @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
         """Show a stage of ``total`` units, ``done`` of them already finished; gives ``advance``."""
         self.event("stage-start", stage=name, total=total, unit=unit, done=done)
-        began = time.monotonic()
-        show = self._bar if self.console.is_terminal else self._lines
+        gauge = Gauge(total, unit, done)
         try:
-            with show(name, total, unit, done) as advance:
-                yield advance
+            with self._shown(name, gauge):
+                yield gauge.advance
         except BaseException as error:
             self.event("stage-failed", stage=name, error=f"{type(error).__name__}: {error}")
             raise
-        self.event("stage-end", stage=name, seconds=round(time.monotonic() - began, 3))
+        self._line(name, gauge.summary())
+        seconds = round(time.monotonic() - gauge.began, 3)
+        self.event("stage-end", stage=name, seconds=seconds)
 
     @contextlib.contextmanager
-    def _bar(self, name: str, total: int, unit: str, done: int) -> Iterator[Advance]:
+    def waiting(self, name: str) -> Iterator[None]:
+        """Show that something works which cannot be counted; nothing if it is soon done."""
+        gauge = Gauge(0, "")
+        with self._shown(name, gauge):
+            yield
+        if time.monotonic() - gauge.began >= SHORT_S:
+            self._line(name, gauge.summary())
+
+    def _shown(self, name: str, gauge: Gauge) -> contextlib.AbstractContextManager[None]:
+        return self._bar(name, gauge) if self.console.is_terminal else self._lines(name, gauge)
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
         columns = (
             progress.TextColumn("{task.description:<24}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[rate]}"),
-            progress.TimeRemainingColumn(),
+            progress.BarColumn(24),
+            _Words(gauge),
         )
-        began, first = time.monotonic(), done
-        with progress.Progress(*columns, console=self.console) as bars:
-            task = bars.add_task(name, total=total, completed=done, rate="")
-
-            def advance(amount: int) -> None:
-                nonlocal done
-                done += amount
-                rate = (done - first) / max(time.monotonic() - began, 1e-9)
-                bars.update(task, completed=done, rate=f"{unit}, {rate:,.0f}/s")
-
-            yield advance
+        with progress.Progress(*columns, console=self.console, transient=True) as bars:
+            bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
+            yield
 
     @contextlib.contextmanager
-    def _lines(self, name: str, total: int, unit: str, done: int) -> Iterator[Advance]:
-        began = printed = time.monotonic()
-        first = done
+    def _lines(self, name: str, gauge: Gauge) -> Iterator[None]:
+        over = threading.Event()
 
-        def advance(amount: int) -> None:
-            nonlocal done, printed
-            done += amount
-            now = time.monotonic()
-            if now - printed >= PLAIN_LINE_EVERY_S:
-                printed = now
-                rate = (done - first) / (now - began)
-                left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-                self.say(f"{name}: {done:,} of {total:,} {unit}, {rate:,.0f}/s{left}")
+        def tell() -> None:
+            while not over.wait(PLAIN_LINE_EVERY_S):
+                self._line(name, gauge.words())
 
-        yield advance
-        self.say(f"{name}: {done:,} {unit} in {time.monotonic() - began:.1f} s")
+        teller = threading.Thread(target=tell, name="progress", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
+
+    def _line(self, name: str, words: str) -> None:
+        self.say(f"{time.strftime('%H:%M:%S')} {self._part}{name}: {words}")
+
+
+class _Words(progress.ProgressColumn):
+    """What the gauge says, and the bar as far as it is."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        super().__init__()
+        self._gauge = gauge
+
+    def render(self, task: progress.Task) -> Text:
+        task.completed = self._gauge.done
+        return Text(self._gauge.words())
+
+
+def duration(seconds: float) -> str:
+    """``3.2 s``, ``45 s``, ``4 min``, ``2 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -32,13 +32,16 @@ from ghost_dist.devices import (
     reset_peak,
     synchronize,
 )
+from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.inputs import open_model
+from ghost_dist.report.page import write_report
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 
+SERVING = "serving"
 VARIANTS = ("dense", "pruned", "recovered")
 
 
@@ -61,7 +64,7 @@ def bench_serving(
     least, are generated for each, in ``rounds`` turns of each model and one before that does not
     count. Under ``variants`` by name: for ``prefill`` and ``decode`` tokens a second (``median``,
     ``low``, ``high``) and ``ratio``, the median over rounds of the dense model's time by this
-    one's.
+    one's. Also kept in ``RUN/result.json``, under ``serving``, and shown in the report.
     """
     config = RunFolder.stored_config(run)
     checkpoint, result = run / "checkpoint", run / "result.json"
@@ -70,7 +73,8 @@ def bench_serving(
             f"{run} has no recovered checkpoint yet. Finish it first: ghost-dist recover "
             f"{run / 'config.yaml'} --out {run}"
         )
-    spans = [Span(*span) for span in json.loads(result.read_bytes())["spans"]]
+    content = json.loads(result.read_bytes())
+    spans = [Span(*span) for span in content["spans"]]
     source, architecture, _ = open_model(config)
     limit = source.config.get("max_position_embeddings")
     if min(batch, prompt, rounds) < 1 or new < 2:
@@ -93,7 +97,7 @@ def bench_serving(
     }
     ids_BT = _prompts(load_windows(run / "tokens.safetensors"), batch, prompt).to(device)
     turns = take_turns(models, ids_BT, new, rounds)
-    return {
+    measured = {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -113,6 +117,11 @@ def bench_serving(
             for name, model in models.items()
         },
     }
+    with RunFolder(config) as folder:
+        folder.finish(SERVING, content["fingerprint"], measured)
+        write_bytes(folder.result, json_bytes({**content, SERVING: measured}))
+    write_report([run])
+    return measured
 
 
 def take_turns(

@@ -1,4 +1,7 @@
-"""What the evaluate stage measures: perplexity, agreement with the dense model, harness tasks."""
+"""What the evaluate stage measures: perplexity, agreement with the dense model, harness tasks;
+
+and a few texts that the three models continue.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
+from ghost_dist.evaluation.samples import continued, prompts
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
@@ -47,11 +53,10 @@ class Evaluation:
     def measure(self) -> dict[str, Any]:
         """All figures, as the record of the stage holds them."""
         inputs = self._inputs
-        if inputs.streaming:
-            return {**_figures(self._scores(None)), "tasks": {}}
-        model = open_causal_lm(inputs, own=bool(inputs.tasks))
-        figures = _figures(self._scores(model))
-        return {**figures, "tasks": self._tasks(model)}  # the model is cut here
+        if inputs.streaming:  # a token generated would be a model read
+            return {**_figures(self._scores(None)), "tasks": {}, "samples": []}
+        model = open_causal_lm(inputs, own=True)
+        return {**_figures(self._scores(model)), **self._used(model)}
 
     def _scores(self, model: Any) -> dict[str, list[Scores]]:
         inputs, corpora = self._inputs, self._inputs.evaluation
@@ -65,31 +70,55 @@ class Evaluation:
         ):
             return corpus_scores(layers, variants, corpora, batch=inputs.batch, advance=advance)
 
-    def _tasks(self, model: Any) -> dict[str, dict[str, Any]]:
-        """Row to variant to its figures; the model is uncut before and the recovered one after.
-
-        What is done is recorded task by task, so that a stage that is stopped goes on there.
-        """
+    def _used(self, model: Any) -> dict[str, Any]:
+        """Tasks and samples; the model is uncut before and the recovered one after."""
         inputs = self._inputs
-        found: dict[str, dict[str, Any]] = {}
-        for variant in VARIANTS if inputs.tasks else ():
+        tasks: dict[str, dict[str, Any]] = {}
+        samples = [
+            {"text": name, "prompt": inputs.tokenizer.decode(ids), "ids": ids}
+            for name, ids in prompts(inputs.evaluation).items()
+        ]
+        for variant in VARIANTS:
             if variant == "pruned":
                 remove_layers(model, inputs.architecture, self._recovered.spans)
             if variant == "recovered":
                 insert_operators(model, inputs.architecture, self._recovered)
-            stage, key = f"tasks-{variant}", self._fingerprints[variant]
-            done = self._run.record(stage, key) or {}
-            for task in inputs.tasks:
-                identity = fingerprint([task.fingerprint, task.num_fewshot, task.limit])
-                if identity not in done:
-                    # No bar of ours: on a terminal the harness has its own.
-                    self._reporter.say(f"{variant} on {task.name}")
-                    self._reporter.event("task-start", variant=variant, task=task.name)
-                    done[identity] = run_task(task, model, inputs.tokenizer, batch=inputs.batch)
-                    self._run.finish(stage, key, done)
-                    self._reporter.event("task-end", variant=variant, task=task.name)
-                for row, figures in done[identity].items():
-                    found.setdefault(row, {})[variant] = figures
+            samples = self._continued(model, variant, samples)
+            for row, figures in self._tasks(model, variant).items():
+                tasks.setdefault(row, {})[variant] = figures
+        return {"tasks": tasks, "samples": [{**one, "ids": one["ids"].tolist()} for one in samples]}
+
+    def _continued(
+        self, model: Any, variant: str, samples: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The samples with what this model says; none where its class cannot generate."""
+        if not samples:
+            return []
+        try:
+            with self._reporter.waiting(f"{variant} model continues texts"):
+                found = continued(model, torch.stack([one["ids"] for one in samples]))
+        except Exception as error:  # an illustration; all that is measured is there
+            self._reporter.warn(f"No text is continued: {type(error).__name__}: {error}")
+            return []
+        said = [self._inputs.tokenizer.decode(ids) for ids in found]
+        return [{**one, variant: text} for one, text in zip(samples, said, strict=True)]
+
+    def _tasks(self, model: Any, variant: str) -> dict[str, dict[str, Any]]:
+        """Row to figures; recorded task by task, so that a stage that is stopped goes on there."""
+        inputs = self._inputs
+        found: dict[str, dict[str, Any]] = {}
+        stage, key = f"tasks-{variant}", self._fingerprints[variant]
+        done = self._run.record(stage, key) or {}
+        for task in inputs.tasks:
+            identity = fingerprint([task.fingerprint, task.num_fewshot, task.limit])
+            if identity not in done:
+                # No bar of ours: on a terminal the harness has its own.
+                self._reporter.say(f"{variant} on {task.name}")
+                self._reporter.event("task-start", variant=variant, task=task.name)
+                done[identity] = run_task(task, model, inputs.tokenizer, batch=inputs.batch)
+                self._run.finish(stage, key, done)
+                self._reporter.event("task-end", variant=variant, task=task.name)
+            found |= done[identity]
         return found
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +22,7 @@ from ghost_dist.devices import gpu_name
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.export.model_card import CARD, model_card
+from ghost_dist.pipeline.bench_serving import SERVING
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT
@@ -59,7 +63,9 @@ def recover(
     config, reporter = with_absolute_paths(config), reporter or Reporter()
     with RunFolder(config) as run:
         reporter = Reporter(run.events, reporter.console)
-        reporter.event("run-start", version=__version__)
+        program, *arguments = sys.argv
+        command = shlex.join([Path(program).name, *arguments])
+        reporter.event("run-start", version=__version__, command=command)
         inputs = open_inputs(
             config,
             reporter,
@@ -132,7 +138,8 @@ def _result(
     statistics: str,
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
-    return {
+    exported = open_checkpoint(run.checkpoint)
+    result = {
         "spans": pairs_of(spans),
         "num_layers": inputs.architecture.num_layers,
         "operator": solution.operator,
@@ -147,14 +154,15 @@ def _result(
             for key in ("scores", "recoverability", "search")
             if key in records["select"]
         },
-        **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks")},
+        **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks", "samples")},
         "no_better_than_cut": no_better_than_cut(
             solution.record["candidates"], evaluation["perplexity"]
         ),
         "parameters": {
             "before": _num_parameters(inputs.source),
-            "after": _num_parameters(open_checkpoint(run.checkpoint)),
+            "after": _num_parameters(exported),
         },
+        "bytes": {"before": inputs.source.nbytes, "after": exported.nbytes},
         "timings_s": {stage: record["seconds"] for stage, record in records.items() if record},
         **_gpu_idle(records),
         "peak_bytes": {
@@ -177,6 +185,8 @@ def _result(
             }
         ),
     }
+    serving = run.record(SERVING, result["fingerprint"])  # measured before, of the same model
+    return result if serving is None else {**result, SERVING: serving}
 
 
 def _gpu_idle(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

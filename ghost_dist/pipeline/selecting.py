@@ -13,6 +13,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector, kept_numbers
 from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
+from ghost_dist.progress import Advance
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
 from ghost_dist.solver.search import Rules
@@ -172,12 +173,19 @@ class Selector:
         return cost
 
     def decide(
-        self, store: StatisticsStore, folds: int, device: torch.device
+        self,
+        store: StatisticsStore,
+        folds: int,
+        device: torch.device,
+        advance: Advance = lambda _: None,
     ) -> tuple[tuple[Span, ...], dict[str, Any]]:
-        """The spans that go, and the scores behind the decision as plain values."""
+        """The spans that go, and the scores behind the decision as plain values.
+
+        ``advance`` is told of every candidate that is scored.
+        """
         criterion, protect = self.config.criterion, self.config.protect
         if criterion == "recoverability":
-            held_out = self._held_out(store, folds, device)
+            held_out = self._held_out(store, folds, device, advance)
             cost_LB = cost_map(self.architecture.num_layers, held_out)
             spans = choose_spans(
                 cost_LB,
@@ -202,7 +210,7 @@ class Selector:
         return spans, {"scores": [None if score != score else score for score in scores]}
 
     def _held_out(
-        self, store: StatisticsStore, folds: int, device: torch.device
+        self, store: StatisticsStore, folds: int, device: torch.device, advance: Advance
     ) -> dict[Span, HeldOut]:
         width = self.architecture.hidden_size
         projection_Cr = None
@@ -222,6 +230,7 @@ class Selector:
                 assert isinstance(sums, PairMoments)
                 parts.append(sums)
             found |= held_out_of_start(start, stops, parts, projection_Cr)
+            advance(len(stops))
         return found
 
 

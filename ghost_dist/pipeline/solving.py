@@ -410,12 +410,18 @@ def held_out_tokens(config: Config) -> int:
 
 
 def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
-    """Index of the least finite mean score among candidates that could be fitted."""
+    """Index of the least finite mean score among candidates that could be fitted.
+
+    Where the plain cut is one of them, what is worse than it on any source is not taken.
+    """
     means = [float(score.mean()) if len(score) else math.inf for score in scores]
-    return min(
-        range(len(table)),
-        key=lambda i: ("failed" in table[i], not math.isfinite(means[i]), means[i], i),
-    )
+    cut = next((s for row, s in zip(table, scores, strict=True) if row["operator"] == "none"), None)
+
+    def rank(i: int) -> tuple[bool, bool, bool, float, int]:
+        harms = cut is not None and len(scores[i]) > 0 and bool((scores[i] > cut).any())
+        return "failed" in table[i], harms, not math.isfinite(means[i]), means[i], i
+
+    return min(range(len(table)), key=rank)
 
 
 def check_store(

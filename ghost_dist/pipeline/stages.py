@@ -150,7 +150,10 @@ class Stages:
             of_range = len(selector.entries()) * selector.start_stored_bytes(plan.blocks)
             check_disk_space(self._run.path, {"selection": len(store.missing()) * of_range})
         self._collect(store, tokens, selector, "select")
-        spans, scores = selector.decide(store, folds, inputs.device)
+        maps = inputs.config.selection.criterion == "recoverability"
+        total = len(selector.candidates()) if maps else 0
+        with self._reporter.stage("score spans", total, "spans") as advance:
+            spans, scores = selector.decide(store, folds, inputs.device, advance)
         check_cut(inputs.architecture, inputs.source.config, spans)
         return spans, scores
 
@@ -344,7 +347,7 @@ class Stages:
             **inputs.numerics,
         }
         if not inputs.evaluation and not inputs.tasks:
-            return {"perplexity": {}, "agreement": {}, "tasks": {}}
+            return {"perplexity": {}, "agreement": {}, "tasks": {}, "samples": []}
         recovered = self.as_exported(spans, solution)
         evaluation = Evaluation(inputs, self._run, self._reporter, recovered, decisive)
         return self._stage("evaluate", wanted, evaluation.measure)
@@ -365,6 +368,16 @@ class Stages:
                 "the least squares; below 4 the operator depends on the ridge. Raise "
                 "calibration.windows."
             )
+
+    @property
+    def _parts(self) -> list[str]:
+        """The stages that this run has."""
+        inputs = self._inputs
+        absent = {
+            "refine": inputs.config.refine.steps == 0,
+            "evaluate": not inputs.evaluation and not inputs.tasks,
+        }
+        return [stage for stage in STAGES if not absent.get(stage)]
 
     @property
     def _operator_dtype(self) -> torch.dtype:
@@ -400,7 +413,8 @@ class Stages:
             return recorded
         reset_peak(self._inputs.device)
         began = time.monotonic()
-        with watched_idle(self._inputs.device) as idle:
+        part = f"{self._parts.index(name) + 1}/{len(self._parts)} "
+        with self._reporter.at(part), watched_idle(self._inputs.device) as idle:
             outputs = work()
             share = idle()
         outputs["seconds"] = round(time.monotonic() - began, 3)

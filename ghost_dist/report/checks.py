@@ -28,13 +28,7 @@ def remarks(run: RunRecord) -> list[str]:
 
 def _no_better(run: RunRecord) -> list[str]:
     found = verdict.no_better_than_cut(run.candidates, run.perplexity)
-    if not found:
-        return []
-    remedies = verdict.remedies(run.config, run.path)
-    return [
-        *verdict.sentences(found, run.operator),
-        "What to change: " + "; ".join(f"{what}: {command}" for what, command in remedies) + ".",
-    ]
+    return verdict.sentences(found, run.operator)
 
 
 def _unfinished(run: RunRecord) -> list[str]:

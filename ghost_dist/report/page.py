@@ -18,7 +18,7 @@ from ghost_dist import __version__
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation import task_rows
-from ghost_dist.report import bars, figures, plot, text
+from ghost_dist.report import bars, figures, plot, text, verdict
 from ghost_dist.report.checks import remarks
 from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord, read_run
@@ -44,6 +44,12 @@ def write_report(
             run=first,
             headline=headline(first),
             remarks=remarks(first),
+            remedies=verdict.remedies(
+                first.config,
+                first.path,
+                helps=not verdict.no_better_than_cut(first.candidates, first.perplexity),
+            ),
+            load=text.load_words(first.path / "checkpoint"),
             spectra={
                 f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
                 for span, matrices in spectra(first, device).items()
@@ -76,7 +82,8 @@ def headline(run: RunRecord) -> str:
         return f"{removed}; the repair did not help"
     low, high = text.percent(min(shares)), text.percent(max(shares))
     number = low if low == high else f"{100 * min(shares):.0f} to {high}".replace("-", text.MINUS)
-    return f"{removed}, {number} of the lost perplexity won back"
+    texts = text.join_words(list(run.perplexity))
+    return f"{removed}, {number} of the lost perplexity won back on {texts}"
 
 
 def _filled(template: str, **content: Any) -> str:

@@ -52,6 +52,7 @@ class RunRecord:
     agreement: dict[str, dict[str, dict[str, float]]]
     """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
     tasks: dict[str, dict[str, Any]]  # task of the harness to variant to its metrics
+    samples: list[dict[str, Any]]  # a text, its beginning, and how each model continues it
 
     @property
     def name(self) -> str:
@@ -172,9 +173,9 @@ class RunRecord:
         return list(dict.fromkeys(found))
 
     @property
-    def sessions(self) -> int:
-        """How often the command was started."""
-        return sum(event.get("event") == "run-start" for event in self.events)
+    def starts(self) -> list[dict[str, Any]]:
+        """An event for each time that the run was started or continued."""
+        return [event for event in self.events if event.get("event") == "run-start"]
 
     @property
     def stale(self) -> list[str]:
@@ -235,6 +236,7 @@ def read_run(path: Path) -> RunRecord:
         perplexity=figures("perplexity", evaluated, "perplexity", {}),
         agreement=(result or evaluated).get("agreement", {}),
         tasks=(result or evaluated).get("tasks", {}),
+        samples=(result or evaluated).get("samples", []),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,8 @@ console = Console()  # where everything is printed
 
 
 def print_result(result: Mapping[str, Any], run: Path) -> None:
-    """Print perplexities, fits and where the checkpoint lies, from the content of result.json."""
-    before, after = result["parameters"]["before"], result["parameters"]["after"]
-    _say(
-        f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
-        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
-    )
+    """Print what a run gave, from the content of result.json: what counts most stands last."""
+    _print_samples(result["samples"][:1])
     if result["perplexity"]:
         _print_perplexity(result)
     if result["tasks"]:
@@ -40,39 +37,46 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         for name, metric, cells in task_rows(result["tasks"]):
             table.add_row(name, metric, *cells)
         console.print(table)
-    if len(result["candidates"]) > 1:
-        _print_candidates(result["candidates"])
-    if result["fit"]:
-        table = Table(
-            "span", "ridge / median", "held-out residual", "R2", "condition", "tokens / regressor"
-        )
-        for fit in result["fit"]:
-            table.add_row(
-                escape(_spans([fit["span"]])),
-                f"{fit['relative_ridge']:.1e}",
-                f"{fit['residual']:.3f}",
-                f"{fit['r2']:.3f}",
-                f"{fit['condition']:.1e}",
-                f"{fit['tokens_per_channel']:.0f}",
-            )
-        console.print(table)
-    _say(f"checkpoint: {run / 'checkpoint'}")
+    before, after = result["parameters"]["before"], result["parameters"]["after"]
+    _say(
+        f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
+        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
+        f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
+    )
+    checkpoint = run / "checkpoint"
+    _say(f"checkpoint: {checkpoint}")
+    _say(f"load it: {text.load_words(checkpoint)}")
+    config = config_tree(load_config(run / "config.yaml", {}))
+    remedies = verdict.remedies(config, run, helps=not result["no_better_than_cut"])
     if not result["no_better_than_cut"]:
+        quoted = shlex.quote(str(run))
+        _say(f"how it came about: {run / 'report.html'}, or ghost-dist report {quoted}")
+        _say(f"how fast it is: ghost-dist bench-serving {quoted}")
+        _say("closer to the dense model, perhaps: {}: {}".format(*remedies[0]))
         return
     # Nobody should take a model for repaired that is not: in a frame, and what to change.
     said = verdict.sentences(result["no_better_than_cut"], result["operator"])
     console.print(
         Panel(Text("\n".join(said)), title="NO BETTER THAN THE PLAIN CUT", style="bold red")
     )
-    for what, command in verdict.remedies(config_tree(load_config(run / "config.yaml", {})), run):
+    for what, command in remedies:
         _say(f"{what}:\n    {command}")
+
+
+def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
+    """How the three models continue texts."""
+    for one in samples:
+        table = Table(escape(f"{one['text']} continued"), Column(Text(_line(one["prompt"]))))
+        for variant in VARIANTS:
+            table.add_row(Text(variant, style=_STYLES[variant]), Text(_line(one[variant])))
+        console.print(table)
 
 
 def _print_perplexity(result: Mapping[str, Any]) -> None:
     table = Table("perplexity", *VARIANTS, "gap closed")
     for name, value in result["perplexity"].items():
-        cost = value["pruned"] - value["dense"]
-        closed = f"{(value['pruned'] - value['recovered']) / cost:.0%}" if cost > 0 else "-"
+        cost, won = value["pruned"] - value["dense"], value["pruned"] - value["recovered"]
+        closed = Text(f"{won / cost:.0%}" if cost > 0 else "-", style="" if won > 0 else "red")
         table.add_row(name, *(f"{value[variant]:.2f}" for variant in VARIANTS), closed)
     console.print(table)
     titles = ("KL, nats: pruned", "recovered", "same token: pruned", "recovered")
@@ -100,16 +104,44 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
+    titles = (
+        "span",
+        "ridge / median",
+        "held-out residual",
+        "R2",
+        "condition",
+        "tokens / regressor",
+    )
+    table = Table(*titles)
+    for fit in fits:
+        table.add_row(
+            escape(_spans([fit["span"]])),
+            f"{fit['relative_ridge']:.1e}",
+            f"{fit['residual']:.3f}",
+            f"{fit['r2']:.3f}",
+            f"{fit['condition']:.1e}",
+            f"{fit['tokens_per_channel']:.0f}",
+        )
+    console.print(table)
+
+
 def print_run(path: Path) -> None:
-    """Print a run with charts: perplexities, recoverability, ridge curves, what to beware of."""
+    """Print a run with charts: recoverability, what was tried, fits, what to beware of, result."""
     run = read_run(path)
-    if run.result is not None:
-        print_result(run.result, path)
-    for chart in (_perplexity_bars, _recoverability, _ridge_curves):
+    for chart in (_recoverability, _ridge_curves, _perplexity_bars):
         if (drawn := chart(run)) is not None:
             console.print(drawn)
+    if len(run.candidates) > 1:
+        _print_candidates(run.candidates)
+    if run.fits:
+        _print_fits(run.fits)
     for remark in remarks(run):
         _say(f"note: {remark}")
+    if run.result is not None:
+        if "serving" in run.result:
+            print_serving(run.result["serving"])
+        print_result(run.result, path)
 
 
 def print_comparison(result: Mapping[str, Any], folder: Path) -> None:
@@ -295,6 +327,11 @@ def _bar(share: float) -> str:
 def _say(words: str) -> None:
     """Print text as it is, in one line however long."""
     console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(words: str) -> str:
+    """A text in one line."""
+    return words.replace("\n", "⏎").strip()
 
 
 def _spans(pairs: Iterable[Sequence[int]]) -> str:

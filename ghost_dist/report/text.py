@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from ghost_dist.export.verify import has_our_code
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -54,6 +58,17 @@ def _scaled(value: float, prefixes: str) -> str:
         if value >= 10**power:
             return f"{value / 10**power:.3g}{NARROW}{prefix}"
     return ""
+
+
+def date(seconds: float) -> str:
+    """Of a time since 1970, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def load_words(checkpoint: Path) -> str:
+    """The call of transformers that loads a checkpoint."""
+    trusted = ", trust_remote_code=True" if has_our_code(checkpoint) else ""
+    return f'AutoModelForCausalLM.from_pretrained("{checkpoint}"{trusted})'
 
 
 def duration(seconds: float) -> str:

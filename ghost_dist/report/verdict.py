@@ -62,8 +62,11 @@ def sources_apart(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     return [said]
 
 
-def remedies(config: Mapping[str, Any], run: Path) -> list[tuple[str, str]]:
-    """What to change, most promising first, and the command that does."""
+def remedies(config: Mapping[str, Any], run: Path, *, helps: bool) -> list[tuple[str, str]]:
+    """What to change, most promising first, and the command that does.
+
+    ``helps``: whether the repair is better than the plain cut.
+    """
     calibration, selection = config["calibration"], config["selection"]
     again = f"ghost-dist recover {shlex.quote(str(run / 'config.yaml'))} --out NEW "
     found = []
@@ -77,5 +80,6 @@ def remedies(config: Mapping[str, Any], run: Path) -> list[tuple[str, str]]:
         found.append(("fewer layers", f"--remove {(3 * layers) // 4}"))
     if config["operator"]["name"] not in ("none", "fold"):
         found.append(("a repair without new parameters", "--operator fold"))
-    found.append(("no repair, a plain checkpoint", "--operator none"))
+    if not helps:
+        found.append(("no repair, a plain checkpoint", "--operator none"))
     return [(what, again + arguments) for what, arguments in found]

@@ -36,6 +36,12 @@ def test_measured(make_config, model_folder, tmp_path, capsys):
             assert 0 < rates["low"] <= rates["median"] <= rates["high"]
     assert variants["dense"]["prefill"]["ratio"] == variants["dense"]["decode"]["ratio"] == 1.0
 
+    kept = json.loads((run / "result.json").read_text())
+    assert kept == {**result, "serving": json.loads(json.dumps(measured))}
+    assert "times dense" in (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    assert recover(make_config())["serving"] == kept["serving"]  # nothing else was done
+
     print_serving(measured)
     assert f"{variants['recovered']['decode']['median']:,.1f}" in capsys.readouterr().out
 

@@ -7,12 +7,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 from rich.console import Console
 
 from ghost_dist.config_file import config_tree, differing_fields, load_config, parse_set
 from ghost_dist.demo import PICO
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.solving import _least
 from ghost_dist.progress import Reporter
 from ghost_dist.report import terminal, text
 from ghost_dist.report.page import write_report
@@ -62,6 +65,8 @@ def test_a_repair_that_cannot_help(make_config, noise, text_file, tmp_path, monk
         monkeypatch.setattr(terminal, "console", console)
         show()
         printed = console.file.getvalue()
+        rows = printed[printed.index("text continued") :]
+        assert all(name in rows for name in ("dense", "pruned", "recovered"))
         assert "NO BETTER THAN THE PLAIN CUT" in printed
         words = [text.perplexity(value[variant]) for variant in ("recovered", "pruned")]
         assert f"on text the recovered model has a perplexity of {words[0]}" in printed
@@ -115,7 +120,7 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(config_tree(config)))
     changed = set()
-    for _, command in remedies(config_tree(config), run):
+    for _, command in remedies(config_tree(config), run, helps=False):
         program, job, file, *options = shlex.split(command)
         assert (program, job, options[:2]) == ("ghost-dist", "recover", ["--out", "NEW"])
         flags = dict(zip(options[::2], options[1::2], strict=True))
@@ -138,6 +143,37 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
         "operator.name: 'ghost' 'fold' now",
         "operator.name: 'ghost' 'none' now",
     }
+
+
+def test_a_repair_that_harms_one_source_is_not_taken_for_the_plain_cut():
+    """Better in the mean is not enough: nobody knows which source is like the user's text."""
+    table = [{"operator": "ghost"}, {"operator": "fold"}, {"operator": "none"}]
+    scores = [torch.tensor(s) for s in ([0.1, 0.6], [0.45, 0.45], [0.5, 0.5])]
+    assert _least(table, scores) == 1
+    assert _least([table[0], table[2]], [scores[0], scores[2]]) == 1
+    assert _least(table[:2], scores[:2]) == 0  # asked for by name: the plain cut is no candidate
+    failed = {"operator": "fold", "failed": "singular"}
+    assert _least([failed, table[2]], [torch.tensor([]), torch.ones(3)]) == 1
+
+
+def test_the_result_stands_last(make_config, tmp_path, monkeypatch):
+    """Behind the tables: what went, what it saves, where it lies, how to load it, what next."""
+    result, run = recover(make_config()), tmp_path / "run"
+    result = {**result, "no_better_than_cut": []}
+    console = Console(file=io.StringIO(), width=300)
+    monkeypatch.setattr(terminal, "console", console)
+    print_result(result, run)
+    *_, removed, checkpoint, load, _, speed, better = console.file.getvalue().splitlines()
+    for when, folder in (("before", make_config().model.path), ("after", run / "checkpoint")):
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        assert result["bytes"][when] == pytest.approx(size, rel=0.1)  # but for headers
+    assert all(f"{n / 1e6:.1f} MB" in removed for n in result["bytes"].values())
+    assert checkpoint == f"checkpoint: {run / 'checkpoint'}"
+    call = load.partition(": ")[2]
+    model = eval(call, {"AutoModelForCausalLM": transformers.AutoModelForCausalLM})
+    assert model.config.num_hidden_layers == 6
+    assert speed.endswith(f"ghost-dist bench-serving {run}")
+    assert f"ghost-dist recover {run / 'config.yaml'} --out NEW" in better
 
 
 # Tokens for each regressor

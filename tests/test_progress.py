@@ -1,0 +1,72 @@
+"""What is said while work goes on: units, rates, and estimates that do not stand still."""
+
+import io
+import json
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from ghost_dist import progress
+from ghost_dist.progress import Gauge, Reporter
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def gauge_after(total, unit, done, seconds, waited=0.0):
+    clock = Clock()
+    gauge = Gauge(total, unit, clock=clock)
+    clock.now += seconds
+    gauge.advance(done)
+    clock.now += waited
+    return gauge
+
+
+@pytest.mark.parametrize(
+    ("total", "unit", "done", "seconds", "waited", "words"),
+    [
+        (32768, "tokens", 8192, 9.0, 0.0, "8,192 of 32,768 tokens, 910 tokens/s, 27 s left"),
+        # No step for 20 s: the estimate is older, and says so.
+        (32768, "tokens", 8192, 9.0, 20.0, "8,192 of 32,768 tokens, 910 tokens/s, 7.0 s left"),
+        (32768, "tokens", 8192, 9.0, 60.0, "8,192 of 32,768 tokens, 910 tokens/s, 69 s so far"),
+        (9, "fits", 2, 7.0, 0.0, "2 of 9 fits, 3.5 s/fit, 24 s left"),
+        (9, "fits", 0, 0.0, 12.0, "0 of 9 fits, 12 s so far"),
+        (4 * 10**9, "bytes", 10**9, 2.0, 0.0, "1.00 GB of 4.00 GB, 500.0 MB/s, 6.0 s left"),
+        (40000, "tokens", 10, 10.0, 0.0, "10 of 40,000 tokens, 1 token/s, 11 h 06 min left"),
+        (0, "", 0, 0.0, 250.0, "4 min so far"),
+    ],
+)
+def test_words(total, unit, done, seconds, waited, words):
+    assert gauge_after(total, unit, done, seconds, waited).words() == words
+
+
+def test_a_continued_stage_does_not_count_what_was_there():
+    clock = Clock()
+    gauge = Gauge(100, "tokens", 80, clock=clock)
+    clock.now += 5
+    gauge.advance(10)
+    assert gauge.words() == "90 of 100 tokens, 2 tokens/s, 5.0 s left"
+
+
+def test_a_log_has_a_line_with_the_time_while_nothing_is_finished(monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.01)
+    console = Console(file=io.StringIO(), width=200)
+    reporter = Reporter(tmp_path / "events.jsonl", console)
+    with reporter.at("2/6 "), reporter.stage("solve", 4, "fits") as advance:
+        while "solve: 0 of 4 fits" not in console.file.getvalue():
+            time.sleep(0.001)
+        advance(4)
+    with reporter.waiting("soon done"):
+        pass
+    lines = console.file.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d (2/6 )?(solve|soon)", line) for line in lines)
+    assert re.search(r"2/6 solve: 4 fits in \d\.\d s$", lines[-1])  # what was soon done has none
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["stage-start", "stage-end"]
+    assert events[0]["stage"] == "solve"
