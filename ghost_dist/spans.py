@@ -1,4 +1,6 @@
-"""Half-open spans of decoder layers and the renumbering that follows from removing them.
+"""What can go: half-open spans of decoder layers, and the attention or the MLP of one.
+
+Layers are renumbered when spans go; a layer that only loses a half stays where it is.
 
 Boundary ``b`` is the residual stream entering layer ``b``; boundary ``L`` is what the final norm
 receives. Removing ``[start, stop)`` hands boundary ``start`` to whatever read boundary ``stop``.
@@ -9,8 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ghost_dist.errors import ConfigError
+
+Part = Literal["attention", "mlp"]
+PARTS: tuple[Part, ...] = ("attention", "mlp")  # in the order in which they add to the stream
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -25,6 +31,17 @@ class Span:
 
     def __str__(self) -> str:
         return f"[{self.start}, {self.stop})"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Sublayer:
+    """The attention (whatever mixes tokens) or the MLP of a layer, which is numbered from 0."""
+
+    layer: int
+    part: Part
+
+    def __str__(self) -> str:
+        return f"{self.part}:{self.layer}"
 
 
 def pairs_of(spans: Iterable[Span]) -> list[list[int]]:
@@ -44,6 +61,43 @@ def parse_spans(text: str) -> tuple[Span, ...]:
             )
         spans.append(Span(int(match[1]), int(match[2])))
     return tuple(spans)
+
+
+def parse_sublayers(text: str) -> tuple[Sublayer, ...]:
+    """Read ``"attention:5,mlp:7"``."""
+    found = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(attention|mlp)\s*:\s*(\d+)\s*", item)
+        if match is None:
+            raise ConfigError(
+                f"Sublayer {item.strip()!r} is not of the form attention:LAYER or mlp:LAYER "
+                "(counted from 0), for example attention:5,mlp:7."
+            )
+        found.append(Sublayer(int(match[2]), match[1]))  # type: ignore[arg-type]
+    return tuple(found)
+
+
+def check_units(
+    spans: Iterable[Span], sublayers: Iterable[Sublayer], num_layers: int
+) -> tuple[tuple[Span, ...], tuple[Sublayer, ...]]:
+    """Spans as :func:`check_spans` gives them, of both halves of a layer too, and other halves."""
+    halves = sorted(sublayers)
+    for sublayer in halves:
+        if sublayer.layer >= num_layers:
+            raise ConfigError(
+                f"{sublayer} is out of range: the model has layers 0 to {num_layers - 1}."
+            )
+        if halves.count(sublayer) > 1:
+            raise ConfigError(f"{sublayer} is given twice; give each once.")
+    layers = [sublayer.layer for sublayer in halves]
+    whole = {layer for layer in layers if layers.count(layer) == 2}
+    both = [Span(layer, layer + 1) for layer in sorted(whole)]
+    found = check_spans([*spans, *both], num_layers)
+    left = tuple(sublayer for sublayer in halves if sublayer.layer not in whole)
+    for sublayer in left:
+        if any(span.start <= sublayer.layer < span.stop for span in found):
+            raise ConfigError(f"{sublayer} is of a layer that goes as a whole; give it once.")
+    return found, left
 
 
 def check_spans(spans: Iterable[Span], num_layers: int) -> tuple[Span, ...]:

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, parse_sublayers
 
 NUM_LAYERS = 6
 HIDDEN = 64
@@ -131,6 +131,22 @@ CUTS = {
 """Spans at every kind of place; odd and even shifts of the layers behind them."""
 
 
+HALVES = {
+    "attention": ((), parse_sublayers("attention:0,attention:3,attention:5")),
+    "mlp": ((), parse_sublayers("mlp:0,mlp:2,mlp:5")),
+    "mixed": ((Span(2, 4),), parse_sublayers("attention:0,mlp:1,mlp:4,attention:5")),
+}
+"""Spans, and attentions and MLPs of layers that stay, at the start, in the middle, at the end."""
+
+HALVED = ("llama", "gemma3", "gpt_neox", "mixtral", "gpt_oss", "opt", "deepseek_v3")
+"""Families that these are tried with in the suite; all: ``tests/benchmarks/families.py``."""
+
+_ROOTS = {
+    "attention": ("self_attn", "attention", "attn", "mamba"),
+    "mlp": ("mlp", "feed_forward", "fc2"),
+}
+
+
 def random_model(family, dtype=torch.float32, seed=0):
     """A causal LM with random weights, in evaluation mode."""
     config = FAMILIES[family]()
@@ -214,11 +230,11 @@ def _normal(seed):
 
 
 @contextlib.contextmanager
-def oracle(model, layers, spans, operators, healed=None):
+def oracle(model, layers, spans, operators, healed=None, sublayers=()):
     """Let an uncut model compute as the recovered one, by none of the code under test.
 
     Every removed layer is told to give back its input, the first of a span to give what the
-    operator makes of it; a replaced down_proj is told its new product.
+    operator makes of it; a replaced down_proj is told its new product, a removed half zero.
     """
     replaced = {s.start - 1: one.down_FC for s, one in operators.items()} | (healed or {})
     stack = model.get_submodule(layers)
@@ -241,6 +257,10 @@ def oracle(model, layers, spans, operators, healed=None):
                 return new if module.bias is None else new + module.bias
 
             handles.append(_down(stack[layer]).register_forward_hook(product))
+    for sublayer in sublayers:
+        children = dict(stack[sublayer.layer].named_children())
+        root = next(children[name] for name in _ROOTS[sublayer.part] if name in children)
+        handles.append(root.register_forward_hook(_zeroed))
     try:
         yield
     finally:
@@ -248,10 +268,14 @@ def oracle(model, layers, spans, operators, healed=None):
             handle.remove()
 
 
+def _zeroed(module, args, output):
+    return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+
 @torch.inference_mode()
-def oracle_logits(model, layers, spans, operators, tokens, healed=None):
+def oracle_logits(model, layers, spans, operators, tokens, healed=None, sublayers=()):
     """Logits of the recovered model; see :func:`oracle`."""
-    with oracle(model, layers, spans, operators, healed):
+    with oracle(model, layers, spans, operators, healed, sublayers):
         return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
 
 

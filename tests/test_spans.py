@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.spans import Span, check_spans, kept_layers, operator_positions, parse_spans
+from ghost_dist.spans import (
+    Span,
+    check_spans,
+    check_units,
+    kept_layers,
+    operator_positions,
+    parse_spans,
+    parse_sublayers,
+)
 
 
 def test_parse_is_half_open_and_takes_several():
@@ -51,3 +59,23 @@ def test_positions_agree_with_the_layers_that_stay(removed):
     for span, position in operator_positions(spans).items():
         # The new layer at that position is the one whose input the span produced.
         assert (kept[position] if position < len(kept) else 12) == span.stop
+
+
+def test_halves_of_layers():
+    found = check_units([Span(3, 4)], parse_sublayers("mlp:4, attention:6,attention:4,mlp:1"), 8)
+    assert found == ((Span(3, 5),), parse_sublayers("mlp:1,attention:6"))
+    assert [str(one) for one in found[1]] == ["mlp:1", "attention:6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mlp:8", "mlp:8 is out of range: the model has layers 0 to 7"),
+        ("mlp:1,mlp:1", "mlp:1 is given twice"),
+        ("attention:3", "attention:3 is of a layer that goes as a whole"),
+        ("norm:1", "'norm:1' is not of the form attention:LAYER"),
+    ],
+)
+def test_wrong_halves(text, message):
+    with pytest.raises(ConfigError, match=message):
+        check_units([Span(3, 4)], parse_sublayers(text), 8)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
@@ -34,7 +34,33 @@ from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.tensor_check import check_tensors
 from ghost_dist.checkpoint.twin import cut_difference, empty_model
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
-from ghost_dist.spans import Span
+from ghost_dist.spans import Part, Span
+
+
+@dataclass(frozen=True)
+class Half:
+    """The attention or the MLP of a layer, found by ``engines/find_halves.py``.
+
+    Attributes
+    ----------
+    root
+        Name in the layer of the module that adds zero to the stream where the half is removed.
+    outputs
+        Length of the tuple that it returns, what is added first; 0: that alone.
+    idle
+        Names in the layer of what only the half needs, such as a norm.
+    tensors
+        Their names in the files.
+    numbers
+        Parameters.
+    """
+
+    root: str
+    outputs: int
+    idle: tuple[str, ...]
+    tensors: tuple[str, ...]
+    numbers: int
+
 
 _FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")
 """Names that say it where the norm is not declared behind the layers."""
@@ -70,6 +96,7 @@ class Architecture:
     down_projections: Mapping[int, str]  # layer -> path in it, such as "mlp.down_proj"
     inner_sizes: Mapping[int, int]  # layer -> width F that its down_proj reads
     fields: LayerFields
+    halves: Mapping[int, Mapping[Part, Half]] = field(default_factory=dict)  # empty: not looked for
 
     @property
     def per_layer_fields(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.halves import remove_halves
 from ghost_dist.checkpoint.layer_fields import descriptions
 from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
@@ -61,10 +62,12 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
 def insert_operators(model: Any, architecture: Architecture, variant: Variant) -> None:
     """Let each operator act on the stream entering its boundary of a cut causal LM.
 
+    Halves of layers that stay are removed here too.
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
     computed in the dtype of the model. New down_proj weights take the model's dtype.
     """
     layers, spans = model.get_submodule(architecture.layers), variant.spans
+    remove_halves(model, architecture, spans, variant.sublayers)
     kept = kept_layers(spans, len(layers) + sum(map(len, spans)))
     positions = operator_positions(spans)
     for span, repair in variant.at_boundary.items():

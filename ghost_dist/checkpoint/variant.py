@@ -1,4 +1,4 @@
-"""What a model becomes: which layers go, what is put at the gaps, which matrices are replaced."""
+"""What a model becomes: which layers and halves go, what is put at gaps, which matrices change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, Sublayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +23,21 @@ class Variant:
     spans: tuple[Span, ...] = ()  # removed; sorted and joined, as ``check_spans`` gives them
     operators: Mapping[Span, Repair] = field(default_factory=dict)  # none: the span is cut only
     healed: Mapping[int, Tensor] = field(default_factory=dict)  # more down_projs (F, C), by layer
+    sublayers: tuple[Sublayer, ...] = ()  # removed of layers that stay; sorted
 
     @property
     def removed(self) -> frozenset[int]:
         return frozenset(layer for span in self.spans for layer in range(span.start, span.stop))
+
+    @property
+    def cut(self) -> Variant:
+        """What goes, and nothing in its place."""
+        return Variant(self.spans, sublayers=self.sublayers)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether an export needs a modeling file: transformers' own cannot compute it."""
+        return bool(self.at_boundary or self.sublayers)
 
     @property
     def downs(self) -> dict[int, Tensor]:
@@ -51,7 +62,8 @@ class Variant:
     @property
     def first_changed(self) -> int | None:
         """The first layer whose input is the dense model's but whose output is not."""
-        return min([*(span.start for span in self.spans), *self.downs], default=None)
+        halves = (sublayer.layer for sublayer in self.sublayers)
+        return min([*(span.start for span in self.spans), *self.downs, *halves], default=None)
 
     def stored(self, dtype: torch.dtype, operator_dtype: torch.dtype) -> Variant:
         """As a checkpoint holds it: down_proj weights in its dtype, operators in theirs."""
@@ -59,4 +71,5 @@ class Variant:
             self.spans,
             {span: one.stored(operator_dtype, dtype) for span, one in self.operators.items()},
             {layer: down_FC.to(dtype) for layer, down_FC in self.healed.items()},
+            self.sublayers,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.halves import zeros
 from ghost_dist.checkpoint.surgery import handing_on, learn_return_types
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
+from ghost_dist.spans import Sublayer
 
 Group = int | Literal["embeddings", "head"]
 """What is at hand at a time: the embeddings, a layer, or the final norm with the head."""
@@ -47,6 +49,7 @@ class LayerwiseModel:
         self.final_norm = model.get_submodule(architecture.final_norm)
         self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
         self._own: list[tuple[Any, ...]] = []
+        self._off: frozenset[Sublayer] = frozenset()
         self._body_output: Any = None
         self._head_by_itself: bool | None = None
 
@@ -151,6 +154,19 @@ class LayerwiseModel:
             yield
         finally:
             module.weight = own
+
+    @contextlib.contextmanager
+    def without(self, sublayers: Collection[Sublayer]) -> Iterator[None]:
+        """Layers without these halves, for what is ``running`` tapped: compiled ones have them."""
+        with contextlib.ExitStack() as stack:
+            for sublayer in sublayers:
+                half = self.architecture.halves[sublayer.layer][sublayer.part]
+                root = self.layers[sublayer.layer].get_submodule(half.root)
+                nothing = zeros(self.hidden_size, half.outputs)
+                stack.enter_context(forward_of(root, nothing))
+            self._off = frozenset(sublayers)
+            stack.callback(setattr, self, "_off", frozenset())
+            yield
 
     def logits(self, stream_NC: Tensor) -> Tensor:
         """Logits (N, V) of streams that the final norm would get; its group must be at hand."""

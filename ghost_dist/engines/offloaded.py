@@ -48,6 +48,7 @@ from ghost_dist.engines.layer_memory import (
 )
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
 from ghost_dist.errors import ConfigError
+from ghost_dist.spans import Sublayer
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
 
 
@@ -232,7 +233,8 @@ class OffloadedModel(LayerwiseModel):
                 module = self.layers[layer]
                 forward = torch.compile(module.forward, dynamic=False)
                 stack.enter_context(forward_of(module, forward))
-            if (parts := self._split.get(layer)) is not None:
+            parts = self._split.get(layer)
+            if parts is not None and Sublayer(layer, "mlp") not in self._off:
                 assert inputs is not None, "experts in parts are run for all inputs beforehand"
                 assert self._held.experts is not None
                 split = SplitLayer(

@@ -20,8 +20,9 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes, synchronize
-from ghost_dist.engines.expert_parts import Inputs
+from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.spans import Sublayer
 
 _SHARE_FOR_STREAMS = 0.5  # of free memory; layers, logits and a batch's own memory have the rest
 
@@ -158,25 +159,41 @@ class _Streams:
             if self._own[number] is None and variant.first_changed == layer:
                 self._own[number] = self._dense if self._model.whole else self._copy()
         running = [
-            (number, own)
+            number
             for number, own in enumerate(self._own)
             if own is not None and layer not in self._variants[number].removed
         ]
+        by_halves: dict[tuple[Sublayer, ...], list[int]] = {(): []}
+        for number in running:
+            gone = tuple(one for one in self._variants[number].sublayers if one.layer == layer)
+            by_halves.setdefault(gone, []).append(number)
         streams = [self._dense] if any(own is None for own in self._own) else []
-        inputs = Inputs([*streams, *(own for _, own in running)], self._batch, self._device)
         taps = [tap for tap in self._taps if layer in tap.mlp_layers]
-        with self._model.running(layer, inputs, tapped=bool(taps)) as run:
-            if streams:
-                with self._mlp_tapped(layer, taps):
-                    for part in self._parts():
-                        self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
-            for number, own in running:
-                with self._model.with_down(layer, self._variants[number].downs.get(layer)):
-                    for part in self._parts():
-                        own = self._put(own, part, run(self._batch_of(own, part)))
-                self._own[number] = own
+        for gone, numbers in by_halves.items():
+            inputs = self._inputs([*([] if gone else streams), *(self._own[n] for n in numbers)])
+            with (
+                self._model.without(gone),
+                self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
+            ):
+                if streams and not gone:
+                    with self._mlp_tapped(layer, taps):
+                        for part in self._parts():
+                            self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
+                for number in numbers:
+                    self._run_own(layer, number, run)
         self._repair(layer + 1)
         self._pass(layer + 1)
+
+    def _run_own(self, layer: int, number: int, run: RunLayer) -> None:
+        own = self._own[number]
+        assert own is not None, "it differs from the dense model by now"
+        with self._model.with_down(layer, self._variants[number].downs.get(layer)):
+            for part in self._parts():
+                own = self._put(own, part, run(self._batch_of(own, part)))
+        self._own[number] = own
+
+    def _inputs(self, streams: Sequence[Tensor | None]) -> Inputs:
+        return Inputs([s for s in streams if s is not None], self._batch, self._device)
 
     def end(self) -> None:
         for part in self._parts():

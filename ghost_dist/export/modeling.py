@@ -15,7 +15,7 @@ from ghost_dist import __version__
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.spans import operator_positions
+from ghost_dist.spans import kept_layers, operator_positions
 
 TEMPLATE = "modeling_template.py.txt"
 
@@ -58,6 +58,7 @@ def ghost_config(
             "AutoModel": f"{module}.Ghost{architecture.base_class}",
             "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
         },
+        **_sublayers(architecture, variant),
         "ghost_operators": [
             _entry(position, variant.operators[span])
             for span, position in operator_positions(variant.spans).items()
@@ -65,6 +66,23 @@ def ghost_config(
         ],
         "model_type": f"ghost_{architecture.model_type}",
     }
+
+
+def _sublayers(architecture: Architecture, variant: Variant) -> dict[str, Any]:
+    """Which modules do nothing; without any, nothing is said."""
+    kept = kept_layers(variant.spans, architecture.num_layers)
+    halves = [(one, architecture.halves[one.layer][one.part]) for one in variant.sublayers]
+    entries = [
+        {
+            "layer": kept.index(one.layer),
+            "part": one.part,
+            "module": half.root,
+            "outputs": half.outputs,
+            "idle": list(half.idle),
+        }
+        for one, half in halves
+    ]
+    return {"ghost_sublayers": entries} if entries else {}
 
 
 def _entry(boundary: int, operator: Repair) -> dict[str, Any]:

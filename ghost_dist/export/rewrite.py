@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
+from ghost_dist.checkpoint.halves import check_halves
 from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
@@ -56,15 +57,16 @@ def export_checkpoint(
     """Write a Hugging Face checkpoint folder of the recovered model; nothing is left if that fails.
 
     An operator that is float32 at its boundary is stored and computed in float32, any other in the
-    dtype of the checkpoint, as is a new down_proj. If none acts at its boundary the result is a
-    plain checkpoint of the family and needs no code. ``out``: a new folder or an empty one.
-    ``tokenizer``: the original's, None if it has none. ``extra_files``: by name, their content or a
-    file to copy. ``advance``: called with the number of bytes just written.
+    dtype of the checkpoint, as is a new down_proj. If none acts at its boundary and only whole
+    layers go, the result is a plain checkpoint of the family and needs no code. ``out``: a new
+    folder or an empty one. ``tokenizer``: the original's, None if it has none. ``extra_files``: by
+    name, their content or a file to copy. ``advance``: called with the bytes just written.
     ``sync``: wait until all is on the disk; else that is left to the caller.
     """
     out = Path(out)
     extra_files = extra_files or {}
     check_cut(architecture, source.config, variant.spans)
+    check_halves(architecture, source.config, variant.spans, variant.sublayers)
     tensors = _new_tensors(source, architecture, variant)
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)  # of a killed export: it takes the space
@@ -76,7 +78,7 @@ def export_checkpoint(
             copy_side_files(source, partial_out)
             _write_config(partial_out, source, architecture, variant)
             if tokenizer is not None:
-                other = source.taken_out or bool(variant.at_boundary)
+                other = source.taken_out or variant.has_code
                 keep_tokenizer(tokenizer, partial_out, new_model_type=other)
             for name, content in extra_files.items():
                 if isinstance(content, Path):
@@ -112,9 +114,14 @@ def _new_tensors(
         f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
         for layer, down_FC in variant.downs.items()
     }
+    gone = {
+        name
+        for one in variant.sublayers
+        for name in architecture.halves[one.layer][one.part].tensors
+    }
     tensors = []
     for old, tensor in sorted(source.tensors.items(), key=lambda t: (t[1].file, t[1].offset)):
-        if old in architecture.unused:
+        if old in architecture.unused or old in gone:
             continue
         name, down_FC = old, replaced.get(old)
         match = layer_name.fullmatch(old)
@@ -223,7 +230,7 @@ def _write_config(
 ) -> None:
     config = cut_config(source.config, variant.spans, architecture)
     config.pop("auto_map", None)
-    if variant.at_boundary:
+    if variant.has_code:
         config = ghost_config(config, architecture, variant)
         text = modeling_source(architecture, variant)
         (folder / modeling_file_name(architecture)).write_text(text, encoding="utf-8")

@@ -13,6 +13,8 @@ import torch
 from families import (
     CUTS,
     FAMILIES,
+    HALVED,
+    HALVES,
     VOCAB,
     oracle_logits,
     random_operators,
@@ -28,9 +30,13 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.errors import ExportError
+from ghost_dist.engines.find_halves import with_halves
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.errors import ExportError, UnsupportedArchitectureError
+from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.export.verify import greedy_tokens, reload, verify_reload
+from ghost_dist.spans import parse_sublayers
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
@@ -42,6 +48,7 @@ NOT_REFITTED = {
     *((family, cut) for family in ("mixtral", "gpt_oss", "gpt2") for cut in MATRIX_CUTS),
     ("qwen3_moe", "middle"),
 }
+HALF_GRID = [(family, cut) for family in HALVED for cut in HALVES]
 REPAIRS = [
     *(
         (family, kind, cut)
@@ -75,11 +82,21 @@ def reloaded(checkpoint, use_exported, tmp_path_factory):
         names.append(f"{family}-{kind}-{cut}")
         repairs = random_repairs(kind, CUTS[cut], architecture)
         export_checkpoint(source, architecture, Variant(CUTS[cut], repairs), root / names[-1])
+    for family, cut in HALF_GRID:
+        source, architecture = checkpoint(family)
+        names.append(f"{family}-halves-{cut}")
+        architecture = with_halves(source, architecture)
+        export_checkpoint(source, architecture, halved(cut), root / names[-1])
     results = use_exported(root, {name: ["reloaded"] for name in names})
     return {
         name: (torch.from_numpy(np.load(root / name / "logits.npy")), results[name]["reloaded"])
         for name in names
     }
+
+
+def halved(cut):
+    spans, sublayers = HALVES[cut]
+    return Variant(spans, random_operators(spans), sublayers=sublayers)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +158,69 @@ def test_reloaded_with_every_form_of_repair(checkpoint, uncut, reloaded, family,
     expected = oracle_logits(uncut(family), architecture.layers, CUTS[cut], repairs, TOKENS)
     assert (found - expected).abs().max() <= rounding(expected)
     assert generates_the_same is True
+
+
+@pytest.mark.parametrize(("family", "cut"), HALF_GRID)
+def test_layers_without_attention_or_mlp(checkpoint, uncut, reloaded, family, cut):
+    """Exported, in memory and in a sweep against the uncut model whose halves give zeros."""
+    source, architecture = checkpoint(family)
+    architecture, variant = with_halves(source, architecture), halved(cut)
+    found, generates_the_same = reloaded[f"{family}-halves-{cut}"]
+    expected = oracle_logits(
+        uncut(family),
+        architecture.layers,
+        variant.spans,
+        variant.operators,
+        TOKENS,
+        sublayers=variant.sublayers,
+    )
+    assert (found - expected).abs().max() <= rounding(expected)
+    assert generates_the_same is True
+    tokens = TOKENS.numpy().astype(np.int32)
+    layers = LayerwiseModel(uncut(family), architecture)
+    swept = last_logits(layers, variant, tokens, lambda _: None)
+    assert (swept - expected).abs().max() <= rounding(expected)
+    model = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    remove_layers(model, architecture, variant.spans)
+    insert_operators(model, architecture, variant)
+    with torch.inference_mode():
+        in_memory = torch.cat([model(row[None], use_cache=False).logits for row in TOKENS])
+    assert (found - in_memory).abs().max() <= rounding(in_memory, factor=4)
+    greedy_tokens(model, TOKENS)
+
+
+def test_removed_halves_are_not_in_the_files(checkpoint, tmp_path):
+    source, architecture = checkpoint("gemma3")
+    architecture, variant = with_halves(source, architecture), halved("mixed")
+    export_checkpoint(source, architecture, variant, tmp_path / "out")
+    names = [n for n in open_checkpoint(tmp_path / "out").tensors if ".layers.1." in n]
+    assert sorted({name.split(".")[3] for name in names}) == [
+        *("input_layernorm", "post_attention_layernorm", "self_attn")
+    ]
+    model = load_causal_lm(source.path, dtype=torch.float32, device=CPU)
+    remove_layers(model, architecture, variant.spans)
+    insert_operators(model, architecture, variant)
+    cache = model(TOKENS, use_cache=True).past_key_values
+    assert [layer.keys is None for layer in cache.layers] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "bamba"])
+def test_families_without_halves_are_refused(checkpoint, tmp_path, family):
+    """Attention beside a state space; a configuration that cannot say what has no cache."""
+    source, architecture = checkpoint(family)
+    message = "modules of a layer mix its tokens" if family == "falcon_h1" else "keeps no cache"
+    variant = halved("attention")
+    with pytest.raises(UnsupportedArchitectureError, match=message):
+        export_checkpoint(source, with_halves(source, architecture), variant, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_some_attention_stays(checkpoint, tmp_path):
+    source, architecture = checkpoint("llama")
+    sublayers = parse_sublayers(",".join(f"attention:{layer}" for layer in range(6)))
+    architecture = with_halves(source, architecture)
+    with pytest.raises(UnsupportedArchitectureError, match="Keep an attention"):
+        export_checkpoint(source, architecture, Variant(sublayers=sublayers), tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

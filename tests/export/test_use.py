@@ -5,11 +5,12 @@ import json
 
 import pytest
 import transformers
-from families import CUTS, FAMILIES, random_operators
+from families import CUTS, FAMILIES, HALVES, random_operators
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.find_halves import with_halves
 from ghost_dist.export.rewrite import export_checkpoint
 
 EVERYWHERE = ("saved_again", "without_trust")
@@ -18,6 +19,10 @@ IN_DEPTH = (
     *("tokenizer", "left_padded", "as_a_backend"),
 )
 ONCE = ("static_cache", "assisted", "placed", "lora", "text_pipeline", "quantised")
+WITH_HALVES = (
+    *("saved_again", "base_model", "compiled", "split", "left_padded", "static_cache", "placed"),
+    "gradient_checkpointing",
+)
 DEEP_FAMILIES = ("llama", "gemma3", "gpt_neox", "mixtral", "gpt_oss")
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 
@@ -47,6 +52,15 @@ def results(checkpoint, use_exported, tmp_path_factory):
             source, architecture, Variant(CUTS["last"], operators), out, tokenizer=words
         )
         wanted[family] = [*EVERYWHERE, *(IN_DEPTH if family in DEEP_FAMILIES else ())]
+    spans, sublayers = HALVES["mixed"]
+    for family in ("llama", "gemma3"):  # layers without attention or MLP
+        source, architecture = checkpoint(family)
+        variant = Variant(spans, random_operators(spans), sublayers=sublayers)
+        architecture = with_halves(source, architecture)
+        export_checkpoint(source, architecture, variant, root / f"{family}-halves")
+        wanted[f"{family}-halves"] = list(WITH_HALVES)
+        if HAS_PEFT:
+            wanted[f"{family}-halves"].append("lora")
     wanted["llama"] += [check for check in ONCE if HAS_PEFT or check != "lora"]
     return use_exported(root, wanted)
 
@@ -106,6 +120,21 @@ def test_attention_backend_such_as_vllm(results, family):
     calls, difference = results[family]["as_a_backend"]
     assert calls == [0, 1, 2]
     assert difference < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_without_attention_or_mlp(results, family):
+    found = results[f"{family}-halves"]
+    if HAS_PEFT:
+        changed, lost = found.pop("lora")
+        assert changed > 0.01
+        assert lost < 1e-5 + 1e-4 * changed
+    assert found.pop("compiled") < 1e-5
+    assert found.pop("gradient_checkpointing") < 1e-7
+    assert found == {
+        **dict.fromkeys(("saved_again", "base_model", "split", "placed"), 0.0),
+        **dict.fromkeys(("left_padded", "static_cache"), True),
+    }
 
 
 def test_static_cache(results):

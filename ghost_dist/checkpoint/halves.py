@@ -1,0 +1,119 @@
+"""A layer without its attention or its MLP, in memory: modules that add nothing to the stream.
+
+The exported modeling file does the same by its own code (``export/modeling_template.py.txt``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.errors import UnsupportedArchitectureError
+from ghost_dist.spans import Span, Sublayer, kept_layers
+
+NO_CACHE = "mlp"  # transformers' type of a layer that has nothing to cache
+
+
+class Nothing(nn.Module):
+    """What takes the place of a half: zeros of the stream's width, in the form of its output."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self._forward = zeros(width, outputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like the stream that is given first."""
+        return self._forward(*args, **kwargs)
+
+
+def zeros(width: int, outputs: int) -> Callable[..., Any]:
+    """A forward that adds nothing to a stream of that width; see ``Half.outputs``."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        zero = x.new_zeros(*x.shape[:-1], width)
+        return (zero, *(None,) * (outputs - 1)) if outputs else zero
+
+    return forward
+
+
+def remove_halves(
+    model: Any, architecture: Architecture, spans: Sequence[Span], sublayers: Collection[Sublayer]
+) -> None:
+    """Take halves out of a causal LM, in place, whose ``spans`` were removed before."""
+    layers = model.get_submodule(architecture.layers)
+    kept = kept_layers(spans, architecture.num_layers)
+    for sublayer in sublayers:
+        layer = layers[kept.index(sublayer.layer)]
+        half = architecture.halves[sublayer.layer][sublayer.part]
+        layer.set_submodule(half.root, Nothing(architecture.hidden_size, half.outputs))
+        for name in half.idle:
+            layer.set_submodule(name, nn.Identity())
+    gone = {kept.index(one.layer) for one in sublayers if one.part == "attention"}
+    if gone:
+        config_class = type(model.config)
+        uncached = _uncached(config_class, gone)
+        for module in model.modules():
+            if type(config := getattr(module, "config", None)) is config_class:
+                config.__class__ = uncached
+
+
+def check_halves(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    spans: Sequence[Span],
+    sublayers: Collection[Sublayer],
+) -> None:
+    """Refuse to remove halves of layers that were found to have none, or every attention."""
+    for sublayer in sublayers:
+        if sublayer.part not in architecture.halves.get(sublayer.layer, {}):
+            raise UnsupportedArchitectureError(
+                f"{sublayer} of the family {architecture.model_type} cannot be removed by itself: "
+                f"layer {sublayer.layer} is not an attention and an MLP that are added to the "
+                "stream. Remove the whole layer (selection.spans)."
+            )
+    kept = kept_layers(spans, architecture.num_layers)
+    gone = {kept.index(one.layer) for one in sublayers if one.part == "attention"}
+    if gone:
+        config_class = getattr(transformers, architecture.config_class)
+        cut = read_config(config_class, cut_config(config, spans, architecture))
+        cut.__class__ = _uncached(config_class, gone)
+        try:
+            transformers.DynamicCache(config=cut).get_seq_length()
+        except Exception as error:
+            listed = ", ".join(map(str, sublayers))
+            raise UnsupportedArchitectureError(
+                f"Without {listed} transformers keeps no cache for {architecture.model_type} "
+                f"models ({type(error).__name__}: {error}). Keep an attention, or remove MLPs "
+                "and whole layers."
+            ) from error
+
+
+def _uncached(config_class: type[Any], layers: Collection[int]) -> type[Any]:
+    """The class of a configuration of which no cache is made for some layers."""
+
+    def get_text_config(self: Any, decoder: Any = None, encoder: Any = None) -> Any:
+        config = config_class.get_text_config(self, decoder=decoder, encoder=encoder)
+        if not decoder:
+            return config
+        return without_cache(config, layers)
+
+    return type(config_class.__name__, (config_class,), {"get_text_config": get_text_config})
+
+
+def without_cache(config: Any, layers: Collection[int]) -> Any:
+    """A copy of a configuration that tells transformers' caches which layers have nothing."""
+    slides = getattr(config, "sliding_window", None) is not None
+    plain = "sliding_attention" if slides else "full_attention"
+    types = list(getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers)
+    for layer in layers:
+        types[layer] = NO_CACHE
+    cached = copy.copy(config)
+    cached.layer_types = types
+    return cached
