@@ -24,7 +24,10 @@ def main(argument: str) -> None:
     import torch
     import transformers
 
-    # All that takes long before the request comes.
+    # All that takes long before the request comes; these two are half of it.
+    import transformers.generation
+    import transformers.modeling_utils
+
     _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     torch.set_num_threads(start["num_threads"])
     if start["device"] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,18 @@ _VERIFIED = (2, 256)  # windows, and tokens of each
 
 
 def export_recovered(
-    inputs: RunInputs, recovered: Variant, run: RunFolder, reporter: Reporter
+    inputs: RunInputs,
+    recovered: Variant,
+    run: RunFolder,
+    reporter: Reporter,
+    fresh: FreshProcess | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint; a fresh process reloads it before it gets its name."""
+    """Write the checkpoint; ``fresh`` (None: started now) reloads it before it gets its name."""
     unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
     shutil.rmtree(unverified, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
-        with fresh_process(None if inputs.streaming else inputs.device) as fresh:
+        with nullcontext(fresh) if fresh else process_for_check(inputs) as process:
             with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
                 export_checkpoint(
                     inputs.source,
@@ -64,7 +69,7 @@ def export_recovered(
                 )
             with ThreadPoolExecutor(1) as beside:
                 synced = beside.submit(fsync_tree, unverified)
-                difference = _verify(inputs, unverified, recovered, run, reporter, fresh)
+                difference = _verify(inputs, unverified, recovered, run, reporter, process)
                 try:
                     synced.result()
                 except OSError as error:
@@ -79,6 +84,11 @@ def export_recovered(
         shutil.rmtree(unverified, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     return {"reload_max_abs_difference": difference, "files": file_sizes(run.checkpoint)}
+
+
+def process_for_check(inputs: RunInputs) -> AbstractContextManager[FreshProcess]:
+    """What will check the checkpoint; it takes seconds to start, so it is started early."""
+    return fresh_process(None if inputs.streaming else inputs.device)
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:

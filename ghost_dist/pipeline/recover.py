@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.pipeline.bench_serving import SERVING
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
-from ghost_dist.pipeline.exporting import RESULT
+from ghost_dist.pipeline.exporting import RESULT, process_for_check
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.solution import Solution
 from ghost_dist.pipeline.stages import STAGES, Stages
@@ -61,7 +62,7 @@ def recover(
             "cluster.address): call ghost_dist.cluster.session.recover_on_cluster."
         )
     config, reporter = with_absolute_paths(config), reporter or Reporter()
-    with RunFolder(config) as run:
+    with RunFolder(config) as run, ExitStack() as beside:
         reporter = Reporter(run.events, reporter.console)
         program, *arguments = sys.argv
         command = shlex.join([Path(program).name, *arguments])
@@ -81,6 +82,9 @@ def recover(
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)
+        fresh = None
+        if again in (None, "export") and not run.outputs("export"):
+            fresh = beside.enter_context(process_for_check(inputs))
         spans = stages.select(tokens)
         reporter.say(f"removing layers {', '.join(map(str, spans))}")
         if again == "select":
@@ -100,9 +104,9 @@ def recover(
             stages.flush()
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
-        with ThreadPoolExecutor(1) as beside:  # for the report, which says what goes wrong there
-            beside.submit(lambda: spectra(read_run(run.path), inputs.fit_device))
-            stages.export(spans, solution)
+        with ThreadPoolExecutor(1) as thread:  # for the report, which says what goes wrong there
+            thread.submit(lambda: spectra(read_run(run.path), inputs.fit_device))
+            stages.export(spans, solution, fresh)
         evaluation = stages.evaluate(spans, solution)
         stages.flush()
         result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)

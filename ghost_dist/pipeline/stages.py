@@ -25,6 +25,7 @@ from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_i
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import save_healed
+from ghost_dist.export.verify import FreshProcess
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
@@ -315,7 +316,9 @@ class Stages:
         (self._run.path / "refine.pt").unlink(missing_ok=True)
         return refined
 
-    def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
+    def export(
+        self, spans: tuple[Span, ...], solution: Solution, fresh: FreshProcess | None = None
+    ) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
         inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
@@ -328,7 +331,7 @@ class Stages:
         }
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
-        work = partial(export_recovered, inputs, recovered, self._run, self._reporter)
+        work = partial(export_recovered, inputs, recovered, self._run, self._reporter, fresh)
         self._stage("export", wanted, work)
 
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
