@@ -205,7 +205,7 @@ def compare(
     ] = "all",
     selection: Annotated[
         str, typer.Option("--selection", help="Criteria, comma-separated; or all.")
-    ] = "recoverability",
+    ] = "search",
     assignments: Set = None,
 ) -> None:
     """One table of perplexities: selections by operators, from one set of statistics."""

@@ -1,6 +1,7 @@
 """Carries windows through the layers of a model, for several variants of it at once.
 
-All variants share the dense streams up to the first layer that differs; behind it each has its own.
+Variants share the dense streams, and those of one another, up to the first layer or operator in
+which they differ.
 Of a model whose layers are read one by one, all windows go through a layer before the next one is
 read; of a model that is at hand as a whole, a batch goes through all layers before the next batch.
 What is wanted of the streams on the way is taken by taps.
@@ -9,21 +10,24 @@ What is wanted of the streams on the way is taken by taps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
+from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes, synchronize
-from ghost_dist.engines.expert_parts import Inputs, RunLayer
+from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.spans import Sublayer
 
+_GONE = ("gone",)  # what acts on the stream of a variant without the layer: nothing
 _SHARE_FOR_STREAMS = 0.5  # of free memory; layers, logits and a batch's own memory have the rest
 
 
@@ -78,9 +82,13 @@ def sweep(
     head: list[Group] = ["head"] if stop is None else []
     groups: list[Group] = ["embeddings", *range(done or 0, last), *head]
     chunk = batch if model.whole else max(1, len(tokens))
+    lineage = _Lineage.of(variants, model.num_layers)
+    operators = _operators(model, variants)
     for first in range(0, max(1, len(tokens)), chunk):
         part = tokens[first : first + chunk]
-        streams = _Streams(model, variants, part.shape, batch, first, taps, streams_WTC)
+        streams = _Streams(
+            model, variants, lineage, operators, part.shape, batch, first, taps, streams_WTC
+        )
         told = 0
         with model.through(groups) as at_hand:
             for group in at_hand:
@@ -101,27 +109,90 @@ def sweep(
 
 
 def layers_run(variants: Sequence[Variant], num_layers: int) -> list[int]:
-    """Layers as often as a sweep runs them: once for all variants that are the dense model yet."""
-    firsts = [
-        num_layers if variant.first_changed is None else variant.first_changed
+    """Layers as often as a sweep runs them: once for all variants that are the same there yet."""
+    layers = _Lineage.of(variants, num_layers).layers
+    return [layer for layer, act in enumerate(layers) for _ in act.on]
+
+
+class _Act(NamedTuple):
+    """What becomes of streams at a layer, or at a boundary; they have numbers, the dense one 0."""
+
+    copies: list[tuple[int, int]]  # new ones, and what each is a copy of at first
+    on: list[tuple[int, int]]  # those that something acts on, and a variant of each
+
+
+class _Lineage(NamedTuple):
+    """Which streams there are where, so that variants that are equal up to there share one."""
+
+    layers: list[_Act]
+    boundaries: list[_Act]
+    last: list[int]  # of every variant, its stream in the end
+
+    @staticmethod
+    def of(variants: Sequence[Variant], num_layers: int) -> _Lineage:
+        stream_of, count = [0] * len(variants), 1
+
+        def act(actions: Sequence[Hashable], nothing: Hashable) -> _Act:
+            """Streams split by what acts on a variant: None is as in the dense model."""
+            nonlocal count
+            became: dict[tuple[int, Hashable], int] = {}
+            found, kept = _Act([], []), set()
+            for number, (of, action) in enumerate(zip(stream_of, actions, strict=True)):
+                if (of, action) not in became:
+                    # The dense stream goes on as such; of others the first goes on in its place.
+                    stays = action is None if of == 0 else of not in kept
+                    kept.add(of)
+                    became[of, action] = of if stays else count
+                    if not stays:
+                        found.copies.append((count, of))
+                        count += 1
+                    if action != nothing:
+                        found.on.append((became[of, action], number))
+                stream_of[number] = became[of, action]
+            return found
+
+        behind = [{s.stop: id(one) for s, one in v.at_boundary.items()} for v in variants]
+        layers, boundaries = [], [_Act([], [])]
+        for layer in range(num_layers):
+            layers.append(act([_act_of(variant, layer) for variant in variants], _GONE))
+            boundaries.append(act([of.get(layer + 1) for of in behind], None))
+        return _Lineage(layers, boundaries, stream_of)
+
+
+def _act_of(variant: Variant, layer: int) -> Hashable:
+    """What a layer does in a variant; None: as in the dense model."""
+    if layer in variant.removed:
+        return _GONE
+    down_FC, halves = variant.downs.get(layer), _halves_gone(variant, layer)
+    return (halves, id(down_FC)) if halves or down_FC is not None else None
+
+
+def _halves_gone(variant: Variant, layer: int) -> tuple[Sublayer, ...]:
+    return tuple(one for one in variant.sublayers if one.layer == layer)
+
+
+def _operators(model: LayerwiseModel, variants: Sequence[Variant]) -> list[dict[int, Repair]]:
+    """Of every variant by boundary, as computed with; one that several have exists once."""
+    computed: dict[int, Repair] = {}
+    for variant in variants:
+        for repair in variant.at_boundary.values():
+            if id(repair) not in computed:
+                computed[id(repair)] = operator_as_computed(repair, model.dtype, model.device)
+    return [
+        {span.stop: computed[id(repair)] for span, repair in variant.at_boundary.items()}
         for variant in variants
     ]
-    own = [
-        layer
-        for variant, first in zip(variants, firsts, strict=True)
-        for layer in range(first, num_layers)
-        if layer not in variant.removed
-    ]
-    return [*range(max(firsts, default=0)), *own]
 
 
 class _Streams:
-    """The streams of all variants; those that are still the dense ones exist once."""
+    """The streams of all variants, each once for all that share it."""
 
     def __init__(
         self,
         model: LayerwiseModel,
         variants: Sequence[Variant],
+        lineage: _Lineage,
+        operators: list[dict[int, Repair]],
         shape: tuple[int, int],
         batch: int,
         first: int,
@@ -130,13 +201,7 @@ class _Streams:
     ) -> None:
         self._model, self._variants, self._batch = model, variants, batch
         self._first, self._taps, self._device = first, taps, model.device
-        self._operators = [
-            {
-                span.stop: operator_as_computed(repair, model.dtype, model.device)
-                for span, repair in variant.at_boundary.items()
-            }
-            for variant in variants
-        ]
+        self._lineage, self._operators = lineage, operators
         self._shape = (*shape, model.hidden_size)
         self._place = model.device if dense_WTC is None else dense_WTC.device
         if dense_WTC is None and not model.whole:
@@ -145,7 +210,7 @@ class _Streams:
             if (len(variants) + 1) * stream_bytes > left:
                 self._place = torch.device("cpu")
         self._dense = self._empty() if dense_WTC is None else dense_WTC
-        self._own: list[Tensor | None] = [None] * len(variants)
+        self._own: dict[int, Tensor] = {}  # but the dense one
 
     def embed(self, tokens: Tokens) -> None:
         for part in self._parts():
@@ -155,50 +220,38 @@ class _Streams:
 
     def run_layer(self, layer: int) -> None:
         """Let one layer act on every variant that has it, then the operators behind it."""
-        for number, variant in enumerate(self._variants):
-            if self._own[number] is None and variant.first_changed == layer:
-                self._own[number] = self._dense if self._model.whole else self._copy()
-        running = [
-            number
-            for number, own in enumerate(self._own)
-            if own is not None and layer not in self._variants[number].removed
-        ]
-        by_halves: dict[tuple[Sublayer, ...], list[int]] = {(): []}
-        for number in running:
-            gone = tuple(one for one in self._variants[number].sublayers if one.layer == layer)
-            by_halves.setdefault(gone, []).append(number)
-        streams = [self._dense] if any(own is None for own in self._own) else []
+        act = self._lineage.layers[layer]
+        self._copy(act)
         taps = [tap for tap in self._taps if layer in tap.mlp_layers]
-        for gone, numbers in by_halves.items():
-            inputs = self._inputs([*([] if gone else streams), *(self._own[n] for n in numbers)])
+        by_halves: dict[tuple[Sublayer, ...], list[tuple[int, int]]] = {(): []}
+        for stream, number in act.on:
+            by_halves.setdefault(_halves_gone(self._variants[number], layer), []).append(
+                (stream, number)
+            )
+        for gone, on in by_halves.items():
+            streams = [self._own.get(stream, self._dense) for stream, _ in on]
+            inputs = Inputs(streams, self._batch, self._device)
             with (
                 self._model.without(gone),
                 self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
             ):
-                if streams and not gone:
-                    with self._mlp_tapped(layer, taps):
-                        for part in self._parts():
-                            self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
-                for number in numbers:
-                    self._run_own(layer, number, run)
+                for stream, number in on:
+                    if stream == 0:
+                        with self._mlp_tapped(layer, taps):
+                            for part in self._parts():
+                                self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
+                    else:
+                        down_FC = self._variants[number].downs.get(layer)
+                        with self._model.with_down(layer, down_FC):
+                            self._change(stream, run)
         self._repair(layer + 1)
         self._pass(layer + 1)
-
-    def _run_own(self, layer: int, number: int, run: RunLayer) -> None:
-        own = self._own[number]
-        assert own is not None, "it differs from the dense model by now"
-        with self._model.with_down(layer, self._variants[number].downs.get(layer)):
-            for part in self._parts():
-                own = self._put(own, part, run(self._batch_of(own, part)))
-        self._own[number] = own
-
-    def _inputs(self, streams: Sequence[Tensor | None]) -> Inputs:
-        return Inputs([s for s in streams if s is not None], self._batch, self._device)
 
     def end(self) -> None:
         for part in self._parts():
             dense = self._batch_of(self._dense, part)
-            streams = [dense if own is None else self._batch_of(own, part) for own in self._own]
+            own = {stream: self._batch_of(of, part) for stream, of in self._own.items()}
+            streams = [own.get(stream, dense) for stream in self._lineage.last]
             for tap in self._taps:
                 tap.last(self._rows(part), streams)
 
@@ -248,21 +301,25 @@ class _Streams:
         finally:
             handle.remove()
 
-    def _copy(self) -> Tensor:
-        if self._place != self._device:
+    def _copy(self, act: _Act) -> None:
+        """Begin the new streams of a layer or a boundary."""
+        if act.copies and self._place != self._device:
             synchronize(self._device)  # the host reads what the device writes
-        return self._empty().copy_(self._dense)
+        for stream, of in act.copies:
+            old = self._own.get(of, self._dense)
+            self._own[stream] = old if self._model.whole else self._empty().copy_(old)
+
+    def _change(self, stream: int, run: Callable[[Tensor], Tensor]) -> None:
+        own = self._own[stream]
+        for part in self._parts():
+            own = self._put(own, part, run(self._batch_of(own, part)))
+        self._own[stream] = own
 
     def _repair(self, boundary: int) -> None:
-        for number, operators in enumerate(self._operators):
-            own = self._own[number]
-            if boundary not in operators:
-                continue
-            assert own is not None, "the span below has made this variant another"
-            for part in self._parts():
-                y_BTC = repair_stream(operators[boundary], self._batch_of(own, part))
-                own = self._put(own, part, y_BTC)
-            self._own[number] = own
+        act = self._lineage.boundaries[boundary]
+        self._copy(act)
+        for stream, number in act.on:
+            self._change(stream, partial(repair_stream, self._operators[number][boundary]))
 
     def _empty(self) -> Tensor:
         pinned = self._device.type == "cuda" and self._place.type == "cpu"

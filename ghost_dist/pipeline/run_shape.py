@@ -12,7 +12,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.model_sizes import ModelSizes
 from ghost_dist.pipeline.candidates import Candidate, candidates_of, samples_of
 from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.solver.operators import refits_down
+from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SampleKind
 
@@ -55,11 +55,13 @@ class RunShape:
 
     def variant(self, candidate: Candidate) -> Variant:
         """The model with a candidate, as far as it decides which layers run."""
-        operators = {
-            span: Repair(down_FC=torch.empty(0))
-            for span in self.spans
-            if refits_down(candidate.at(span, self.inputs.refittable).operator)
-        }
+        operators = {}
+        for span in self.spans:
+            operator = OPERATORS[candidate.at(span, self.inputs.refittable).operator]
+            operators[span] = Repair(
+                weight_CC=torch.empty(0) if operator.acts else None,
+                down_FC=torch.empty(0) if operator.refits else None,
+            )
         return Variant(self.spans, operators)
 
     @property

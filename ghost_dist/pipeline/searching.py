@@ -52,7 +52,9 @@ from ghost_dist.spans import Span, check_spans
 from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
 
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative; of operators within the search
-_JUDGED_LENGTH = 512  # tokens of a judging window; those of calibration are cut into such pieces
+_LONGEST, _SHORTEST = 512, 128  # tokens of a judging window
+_PIECES = 4  # of these that every source should give
+_FEWEST_TOKENS, _MOST_TOKENS = 1024, 65536  # to judge by; of calibration, that a share is judged by
 _SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 _MOST_VARIANTS = 64  # of a sweep
 _OPERATORS_OF_LAYER = 8  # that should have room on the device
@@ -63,22 +65,37 @@ class Effort:
     """How much a search does."""
 
     rounds: float  # budget, in evaluations of its greedy part
-    judged_tokens: int
+    judged: float  # share of the calibration tokens
     fitted_per_channel: int  # tokens
+    width: int | None  # removals of a generation; None: all
 
     def fit_windows(self, width: int, length: int) -> int:
         """Windows of a length that operators of a width are fitted on."""
         return -(-self.fitted_per_channel * width // length)
 
-    def judges(self, sources: int, of_source: int, length: int) -> Judges:
-        """Windows of a length that removals are scored on, of so many that there are."""
-        return Judges(sources, max(1, min(of_source, self.judged_tokens // (sources * length))))
+    def length(self, calibration: CalibrationConfig, sources: int) -> int:
+        """Tokens of a judging window; those of calibration are cut into such pieces."""
+        length = _LONGEST
+        while length > _SHORTEST and length * sources * _PIECES > self.tokens(calibration):
+            length //= 2
+        return min(length, calibration.window_length)
+
+    def judges(self, calibration: CalibrationConfig, sources: int, of_source: int) -> Judges:
+        """Judging windows, of so many calibration windows of every source."""
+        length = self.length(calibration, sources)
+        most = max(1, self.tokens(calibration) // (sources * length))
+        return Judges(sources, min(of_source * _pieces(calibration, length), most))
+
+    def tokens(self, calibration: CalibrationConfig) -> int:
+        """Most tokens of all judging windows."""
+        there = calibration.windows * calibration.window_length
+        return max(_FEWEST_TOKENS, int(self.judged * min(there, _MOST_TOKENS)))
 
 
 EFFORTS = {
-    "quick": Effort(1.0, 8192, 16),
-    "normal": Effort(2.0, 16384, 32),
-    "thorough": Effort(4.0, 32768, 64),
+    "quick": Effort(1.0, 1 / 16, 8, 8),
+    "normal": Effort(1.0, 1 / 8, 16, 12),
+    "thorough": Effort(2.0, 1 / 4, 32, None),
 }
 
 
@@ -87,25 +104,26 @@ class SearchShape:
     """What a search takes at most."""
 
     fitted_tokens: int  # whose dense streams are kept
-    judged_tokens: int  # all evaluations together
+    evaluations: int
+    length: int  # tokens of each
     sweeps: int
 
 
 def search_shape(config: Config, remove: int, architecture: Architecture) -> SearchShape:
     """Of a search for so many layers."""
     selection, calibration = config.selection, config.calibration
-    effort, length = _effort(selection), min(_JUDGED_LENGTH, calibration.window_length)
-    sources = len(config.left_out)
+    effort, sources = _effort(selection), len(config.left_out)
     each = calibration.windows // sources
     fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
-    judges = effort.judges(sources, each * _pieces(calibration), length)
+    judges = effort.judges(calibration, sources, each)
     rules = rules_of(selection, remove, architecture.num_layers)
-    budget = math.ceil(effort.rounds * greedy_evaluations(rules, judges))
+    budget = math.ceil(effort.rounds * greedy_evaluations(rules, judges, effort.width))
     if isinstance(selection.effort, int):
         budget = selection.effort
     return SearchShape(
         fitted_tokens=min(-(-fitted // sources), each) * sources * calibration.window_length,
-        judged_tokens=budget * length,
+        evaluations=budget,
+        length=effort.length(calibration, sources),
         sweeps=math.ceil(2 * sources * effort.rounds * remove),
     )
 
@@ -119,6 +137,7 @@ def search_cost(run: RunShape) -> Cost:
     inputs, sizes, layers = run.inputs, run.sizes, range(run.num_layers)
     assert inputs.remove is not None
     search = search_shape(inputs.config, inputs.remove, inputs.architecture)
+    judged_tokens = search.evaluations * search.length
     cost = Cost(
         below=run.num_layers,
         whole=True,
@@ -126,7 +145,7 @@ def search_cost(run: RunShape) -> Cost:
         reads=1 + search.sweeps,
         batch=inputs.batch,
         length=run.window_length,
-        scored=search.judged_tokens,
+        scored=judged_tokens,
         # The dense model's stream and a variant's.
         batch_bytes=2 * sizes.stream_bytes(run.batch_tokens),
         sums_bytes=SMALL_BYTES,
@@ -134,7 +153,7 @@ def search_cost(run: RunShape) -> Cost:
         running_bytes=sizes.stream_bytes(run.num_tokens),
     )
     cost.pass_tokens(layers, search.fitted_tokens)
-    cost.pass_tokens(layers[inputs.remove // 2 :], search.judged_tokens)
+    cost.pass_tokens(layers[inputs.remove // 2 :], judged_tokens)
     return cost
 
 
@@ -154,6 +173,7 @@ def search_spans(
     identity = fingerprint(
         {
             "selection": selection.model_dump(mode="json", exclude={"criterion", "spans"}),
+            "effort": str(_effort(selection)),
             "remove": inputs.remove,
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
@@ -190,6 +210,7 @@ def search_spans(
             score.windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
             effort=_effort(selection).rounds,
+            width=_effort(selection).width,
             seed=inputs.config.calibration.seed,
             table=table_from_plain(kept["table"]),
             possible=possible,
@@ -241,13 +262,13 @@ class Windows:
     def of(inputs: RunInputs, tokens: TokenWindows) -> Windows:
         """Some of the calibration windows of every source, spread over it."""
         config, effort = inputs.config, _effort(inputs.config.selection)
-        length = min(_JUDGED_LENGTH, tokens.window_length)
-        used = length * _pieces(config.calibration)
         of_source = [windows_of_folds(inputs, tokens, folds) for folds in config.left_out]
         sources, fewest = len(of_source), min(map(len, of_source))
+        length = effort.length(config.calibration, sources)
+        used = length * _pieces(config.calibration, length)
         most = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
         fitted = [spread(windows, -(-most // sources)) for windows in of_source]
-        judges = effort.judges(sources, fewest * (used // length), length)
+        judges = effort.judges(config.calibration, sources, fewest)
         pieces = [tokens.tokens[windows, :used].reshape(-1, length) for windows in of_source]
         judged = [part[spread(range(len(part)), judges.pieces)] for part in pieces]
         return Windows(
@@ -384,9 +405,9 @@ def dense_streams(
     return kept
 
 
-def _pieces(calibration: CalibrationConfig) -> int:
+def _pieces(calibration: CalibrationConfig, length: int) -> int:
     """Judging windows that one of calibration gives; a piece inside it has no BOS."""
-    return 1 if calibration.window_bos else max(1, calibration.window_length // _JUDGED_LENGTH)
+    return 1 if calibration.window_bos else max(1, calibration.window_length // length)
 
 
 def _spans(removal: Removal) -> tuple[Span, ...]:

@@ -107,7 +107,7 @@ def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> N
         run.num_layers,
         refits=run.spans[1:] if sequential else (),
         healable=inputs.refittable if operator.heal else (),
-        new_downs=variant.operators,
+        new_downs=[span for span, one in variant.operators.items() if one.down_FC is not None],
         to_the_end=operator.heal,
     )
     for step in steps:

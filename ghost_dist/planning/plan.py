@@ -43,6 +43,7 @@ from ghost_dist.pipeline.inputs import (
     refittable_layers,
 )
 from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.planning.probe import circumstances, measure
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
 from ghost_dist.planning.stage_plans import (
@@ -96,14 +97,20 @@ def plan_run(
     inputs, notes, tokens_s = _open(config)
     run = shape_of(inputs)
     costs = costs_of(run)
+    architecture = inputs.architecture
     if config.selection.spans is None:
         notes.append(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
         )
     if config.selection.searches:
-        notes.append("select is reckoned with all of its budget; a search may end before")
-    calibration, architecture = config.calibration, inputs.architecture
+        shape = search_shape(config, inputs.remove or 0, architecture)
+        notes.append(
+            f"select is reckoned with all of its budget, {shape.evaluations:,} evaluations on "
+            f"{shape.length} tokens each in about {shape.sweeps} sweeps over the layers; a search "
+            "may end before. Less: --set selection.effort=quick"
+        )
+    calibration = config.calibration
     few = few_tokens(calibration, run.candidates, run.spans, architecture, inputs.refittable)
     notes += [few] if few else []
     whole = config.needs_whole_model

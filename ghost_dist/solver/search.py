@@ -3,10 +3,12 @@
 Units (layers) are numbered; a removal is the sorted tuple of those that go. Its score is the mean
 of one number per judging window, as many of every source of text. Many removals are scored on a
 part of the windows, another one in every generation, so that none is learned, and only the best of
-them on all. Units go one at a time from the dense model, and if that is no better, the best single
-span goes; then one comes back and another goes, as long as that improves; then several do at
-random, and again one at a time from there, until the budget ends or nothing improves. One removal
-is better than another if it is so by more than the standard error over the sources.
+them on all. Where only some removals can be looked at, it is those of the units that cost least
+when they were last looked at. Units go one at a time from the dense model, and if that is no
+better, the best single span goes; then one comes back and another goes, as long as that improves;
+then several do at random, and again one at a time from there, until the budget ends or nothing
+improves. One removal is better than another if it is so by more than the standard error over the
+sources.
 
 The table of scores is all the state there is: the same search with the table of a stopped one makes
 the same decisions without scoring again what it holds, and goes on where that one ended.
@@ -18,7 +20,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +159,8 @@ class Search:
         ``effort`` times.
     effort
         See ``budget``.
+    width
+        Most removals of a generation but the first; None: all that there are.
     seed
         Of the mutations.
     table
@@ -180,6 +184,7 @@ class Search:
         *,
         budget: int | None = None,
         effort: float = 2.0,
+        width: int | None = None,
         seed: int = 0,
         table: Mapping[Removal, Mapping[int, float]] | None = None,
         possible: Callable[[Removal], bool] = lambda _: True,
@@ -190,7 +195,9 @@ class Search:
         self._random, self._told = random.Random(seed), after_generation
         self._asked: dict[Removal, set[int]] = {}
         self._generations: list[dict[str, Any]] = []
-        least = greedy_evaluations(rules, judges)
+        self._width = width
+        self._cost: dict[int, float] = {}  # of units, when they were last looked at
+        least = greedy_evaluations(rules, judges, width)
         self.budget = budget if budget is not None else math.ceil(effort * least)
         if self.budget < least:
             raise ConfigError(
@@ -233,20 +240,36 @@ class Search:
     def _greedy(self) -> Removal:
         removal: Removal = ()
         while len(removal) < self.rules.remove:
-            candidates = [c for c in self._one_more(removal) if self._counts(c)]
+            candidates = self._likely(removal, self._one_more(removal))
             if not candidates:
                 raise ConfigError(
                     f"The search came to {removal}, and none of the removals of "
                     f"{self.rules.remove} layers that contain it can be cut out of this model. "
                     "Give selection.spans, or selection.criterion=recoverability."
                 )
+            part, before = self._part, removal
             removal = self._generation("greedy", candidates)
+            base = self._mean(before, part) if before else 0.0
+            for candidate in candidates:
+                [unit] = set(candidate) - set(before)
+                self._cost[unit] = self._mean(candidate, part) - base
         return removal
+
+    def _likely(self, base: Removal, removals: Iterable[Removal]) -> list[Removal]:
+        """Those that can be, or as many as ``width`` of what they add to a removal costs least."""
+        possible = [removal for removal in removals if self._counts(removal)]
+        if self._width is None or not self._cost:
+            return possible
+
+        def cost(removal: Removal) -> float:
+            return sum(self._cost.get(unit, math.inf) for unit in set(removal) - set(base))
+
+        return sorted(sorted(possible, key=lambda r: (cost(r), r))[: self._width])
 
     def _best_span(self) -> Removal | None:
         """The best of those whose units are neighbours; None: there are none."""
         spans = single_spans(self.rules)
-        allowed = [span for span in spans if self.rules.allow(span) and self._counts(span)]
+        allowed = self._likely((), filter(self.rules.allow, spans))
         return self._generation("span", allowed) if allowed else None
 
     def _climbed(self, removal: Removal) -> Removal:
@@ -265,7 +288,7 @@ class Search:
         part = self._part  # of which all of them will have scores
         self._generation("return", fewer)
         for base in sorted(fewer, key=lambda removal: (self._mean(removal, part), removal)):
-            swaps = [c for c in self._one_more(base) if c != removal and self._counts(c)]
+            swaps = self._likely(base, (c for c in self._one_more(base) if c != removal))
             if not self._affords(swaps):
                 return None
             if swaps and self._better(found := self._generation("swap", swaps), removal):
@@ -371,15 +394,13 @@ def single_spans(rules: Rules) -> list[Removal]:
     return [tuple(range(start, start + rules.remove)) for start in starts]
 
 
-def greedy_evaluations(rules: Rules, judges: Judges) -> int:
+def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -> int:
     """What it takes at most until the units have gone one at a time, and as one span."""
     free = rules.num_units - len(set(rules.protect))
-    generations = [free - gone for gone in range(rules.remove)]
+    later = [*(free - gone for gone in range(1, rules.remove)), len(single_spans(rules))]
+    counts = [free, *(min(count, width or count) for count in later)]
     part, windows = len(judges.part(0)), len(judges.windows)
-    return sum(
-        count * part + _num_kept(count) * (windows - part)
-        for count in (*generations, len(single_spans(rules)))
-    )
+    return sum(count * part + _num_kept(count) * (windows - part) for count in counts)
 
 
 def exhaustive(rules: Rules, score: Score, windows: Sequence[int]) -> list[tuple[float, Removal]]:

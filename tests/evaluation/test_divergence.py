@@ -10,6 +10,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation import scores
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.spans import Span
@@ -86,6 +87,29 @@ def test_candidates_do_not_disturb_each_other(checkpoint):
     assert together == pytest.approx(alone, rel=1e-6)
     backwards = measure(model, architecture, spans, candidates[::-1], 2)
     assert backwards[::-1] == pytest.approx(together, rel=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_variants_that_are_equal_up_to_a_layer_run_it_once(checkpoint, monkeypatch, whole):
+    """Removals that grow layer by layer, with the operators that they have in common."""
+    source, architecture = checkpoint("llama")
+    first, last = Span(1, 2), Span(4, 5)
+    operators = random_operators((first, last))
+    early = {first: operators[first]}
+    variants = [Variant(), Variant((first,), early), Variant((first, last), operators)]
+    variants += [Variant((first, last), early), Variant((first, last), operators)]
+    layers, ran = LayerwiseModel(load(source), architecture), []
+    monkeypatch.setattr(layers, "whole", whole)
+    tokens, batch = TOKENS.numpy().astype(np.int32), len(TOKENS)
+    alone = [window_scores(layers, [Variant(), one], tokens, batch=batch)[1].kl for one in variants]
+    for layer, module in enumerate(layers.layers):
+        module.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    found = window_scores(layers, variants, tokens, batch=batch)
+    assert sorted(ran) == sorted(layers_run(variants, architecture.num_layers))
+    assert ran.count(3) == 2
+    assert ran.count(5) == 4
+    np.testing.assert_allclose([one.kl for one in found], alone, rtol=1e-4, atol=1e-8)
+    assert len({float(one.kl.mean()) for one in found}) == 4
 
 
 def test_a_candidate_that_is_the_dense_model(checkpoint):

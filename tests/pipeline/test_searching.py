@@ -146,17 +146,18 @@ def test_the_result_says_what_was_searched(make_config, tmp_path):
 
 
 def test_what_is_planned_is_the_most_that_is_done(searched, make_config, monkeypatch):
-    monkeypatch.setattr(searching, "_JUDGED_LENGTH", 32)  # two pieces of a window
+    monkeypatch.setattr(searching, "_LONGEST", 32)  # two pieces of a window
     _, found = searched("a")
     planned = plan_run(make_config(**SEARCH), QUIET)
     inputs = open_inputs(make_config(**SEARCH), QUIET)
     search = searching.search_shape(inputs.config, 2, inputs.architecture)
+    assert search.length == 32
     assert search.fitted_tokens == found["fitted_tokens"]
     assert found["judged_tokens"] == 16 * 64
-    assert 0.5 < found["evaluations"] * 32 / search.judged_tokens <= 1
+    assert 0.5 < found["evaluations"] / search.evaluations <= 1
     [select] = [stage for stage in planned.stages if stage.name == "select"]
     layer = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 96)
-    assert select.flops > search.judged_tokens * 7 * layer
+    assert select.flops > search.evaluations * 32 * 7 * layer
     assert any("all of its budget" in note for note in planned.notes)
 
 

@@ -129,6 +129,23 @@ def test_the_budget_is_kept_and_may_be_too_small():
         Search(Rules(12, 5), scorer(12), Judges(1, 4), budget=least - 1)
 
 
+def test_a_width_is_of_the_units_that_cost_least():
+    """Units cost 1 to 12 and nothing together, but what is asked of them tells where to look."""
+    asked = []
+
+    def score(removals, windows):
+        asked.extend(removals)
+        return [[float(sum(u + 1 for u in removal)) for _ in windows] for removal in removals]
+
+    found = Search(Rules(12, 3), score, Judges(1, 2), effort=1, width=4).run()
+    assert found.removal == (0, 1, 2)
+    by_length = {n: {r for r in asked if len(r) == n} for n in (1, 2, 3)}
+    assert len(by_length[1]) == 12
+    assert by_length[2] == {(0, u) for u in (1, 2, 3, 4)}
+    spans = {(u, u + 1, u + 2) for u in range(4)}
+    assert by_length[3] == {(0, 1, u) for u in (2, 3, 4, 5)} | spans
+
+
 def test_what_the_model_cannot_be_cut_at_is_left_out():
     found = Search(Rules(8, 1), scorer(8), Judges(1, 1), possible=lambda r: r[0] % 2 == 0).run()
     assert found.removal[0] % 2 == 0
