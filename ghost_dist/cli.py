@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from ghost_dist import __version__
-from ghost_dist.errors import ConfigError, GhostDistError
+from ghost_dist.errors import ConfigError, GhostDistError, RunMismatchError
 
 app = typer.Typer(
     name="ghost-dist",
@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if stopped.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             _fail("stopped. The same command continues.", int(stopped.code))
         raise
-    except ConfigError as error:
+    except (ConfigError, RunMismatchError) as error:
         _fail(str(error), 2)
     except GhostDistError as error:
         _fail(str(error), 1)

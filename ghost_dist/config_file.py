@@ -181,12 +181,15 @@ def _describe(error: ValidationError) -> str:
             hint = _ARGUMENTS.get(where, "")
             lines.append(f"Configuration field {where} is missing{hint}.")
         elif not where:  # of several sections
-            lines.append(f"{message}.")
+            lines.append(f"{message.rstrip('.')}.")
         elif message.startswith("Input should be "):
             words = expected.setdefault(where, (item["input"], []))[1]
-            words.append(_PYDANTICS.sub("", message).replace("valid tuple", "list"))
+            kind = _PYDANTICS.sub("", message)
+            words.append(_PLAIN.get(kind, kind))
         else:
-            lines.append(f"{where}: {message} (got {item['input']!r}).")
+            # Of a whole section what was given is no help.
+            got = "" if where.count(".") == 0 else f" (got {item['input']!r})"
+            lines.append(f"{where}: {message.rstrip('.')}{got}.")
     for where, (got, words) in expected.items():
         allowed = " or ".join(words)
         near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
@@ -201,6 +204,16 @@ _ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto
 
 _PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
 """Words of its messages that say nothing to a user."""
+
+
+_PLAIN = {
+    "a valid tuple": "a list",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid dictionary": "names and values, such as {name: FILE}",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+}
 
 
 def _nearest(word: str, known: Sequence[str]) -> str | None:

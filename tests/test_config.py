@@ -152,13 +152,27 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
             {"operator.ridge": 0.1},
             "operator.ridge: expected auto, {relative: 0.1} or {absolute: 1e-6} (got 0.1).",
         ),
-        ({"engine.batch": "x"}, "engine.batch: got 'x', expected 'auto' or a valid integer."),
-        ({"model.path.x": 1}, "model.path: got {'x': 1}, expected a valid string."),
+        ({"engine.batch": "x"}, "engine.batch: got 'x', expected 'auto' or a whole number."),
+        ({"model.path.x": 1}, "model.path: got {'x': 1}, expected text."),
         (
             {"model": "x", "model.path": "y"},
             "model.path: model holds 'x', expected fields, such as path.",
         ),
         ({"evaluation.tasks": "arc"}, "evaluation.tasks: got 'arc', expected a list."),
+        (
+            {"evaluation.corpora": "a.txt"},
+            "evaluation.corpora: got 'a.txt', expected names and values, such as {name: FILE}.",
+        ),
+        (
+            {"selection.spans": "10:5"},
+            "selection: Span [10, 5) is empty: its stop must be greater than its start.",
+        ),
+        (
+            {"selection.spans": "x"},
+            "selection.spans: Span 'x' is not of the form start:stop (half "
+            "open, counted from 0), for example 11:18 for layers 11 to 17, or 3:5,11:18 for two "
+            "spans (got 'x').",
+        ),
     ],
 )
 def test_a_mistake_is_told_once_and_without_words_of_pydantic(changes, said):

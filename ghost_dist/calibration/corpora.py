@@ -26,6 +26,7 @@ from ghost_dist.calibration.files import (
     read_rows,
     read_text,
 )
+from ghost_dist.checkpoint.reader import cache_only_without_hub
 from ghost_dist.errors import CalibrationError
 
 ALIASES = {"c4": "allenai/c4:en", "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
@@ -129,6 +130,7 @@ def _dataset(
         if folder is not None and _is_saved(folder):
             rows, files = _load_saved(folder, config, named_split, split), None
         else:
+            cache_only_without_hub()
             import datasets
 
             rows = datasets.load_dataset(name, config, split=named_split or split, streaming=True)

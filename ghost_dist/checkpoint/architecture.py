@@ -283,10 +283,10 @@ def _read_config(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{where} has no model_type, so the model's family is unknown.")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise _refused(
-            family,
-            f"the checkpoint is quantised ({method}); give the checkpoint in bfloat16, float16, "
-            "float32, or FP8 with scales of tensors, rows or blocks",
+        raise UnsupportedArchitectureError(
+            f"{checkpoint.path} is quantised ({method}), and so cannot be cut and repaired. Give "
+            "the checkpoint that it was made from, in bfloat16, float16 or float32, or one in FP8 "
+            "with scales of tensors, rows or blocks. The result may be quantised afterwards."
         )
     if family not in CONFIG_MAPPING:
         code = " (its code comes with the checkpoint and is never run)" if "auto_map" in raw else ""

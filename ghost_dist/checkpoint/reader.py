@@ -13,6 +13,9 @@ import hashlib
 import json
 import math
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -243,6 +246,8 @@ def resolve_checkpoint(
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf":
+        raise _gguf(folder)
     if folder.is_absolute() or folder.exists() or str(path_or_id).startswith((".", "~")):
         raise CheckpointError(
             f"{path_or_id} is not a folder. Give a Hugging Face checkpoint folder or a hub id."
@@ -250,6 +255,7 @@ def resolve_checkpoint(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    cache_only_without_hub()
     name = str(path_or_id)
     beside = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
@@ -269,8 +275,28 @@ def resolve_checkpoint(
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
             f"{path_or_id}{at} is not a local folder and could not be fetched from the hub: "
-            f"{error} Check the name, your access and the connection, or give a folder."
+            f"{_sentence(error)} Check the name, your access and the connection, or give a folder."
         ) from error
+
+
+def cache_only_without_hub() -> None:
+    """Where the hub's host has no address, let its libraries look into their cache and no further.
+
+    They would try for half a minute. Where a proxy may know the address, nothing is changed.
+    """
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _sentence(error: Exception) -> str:
+    """What an error of a library says, its first sentence."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") + "."
 
 
 def _own_code(config: Mapping[str, Any]) -> list[str]:
@@ -323,6 +349,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if any(path.parent.glob("*.gguf")):
+            raise _gguf(path.parent) from error
         raise CheckpointError(
             f"{path} is missing, so {path.parent} is not a Hugging Face checkpoint folder."
         ) from error
@@ -333,6 +361,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
     return content
+
+
+def _gguf(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds a model in GGUF, which is quantised and made for llama.cpp. Give the "
+        "checkpoint that it was made from (safetensors), or convert it once: AutoModelForCausalLM."
+        "from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW_FOLDER), and the same with "
+        "AutoTokenizer."
+    )
 
 
 def _no_safetensors(path: Path) -> CheckpointError:

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import socket
 import struct
+import urllib.request
 
 import pytest
 import torch
 from families import save_checkpoint
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from ghost_dist.checkpoint.reader import (
     INDEX,
+    cache_only_without_hub,
     model_fingerprint,
     open_checkpoint,
     resolve_checkpoint,
@@ -199,3 +203,29 @@ def test_resolve(folder, tmp_path):
         resolve_checkpoint("ghost-dist-tests/no-such-model", "main")
     with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
         resolve_checkpoint("a/b/c")
+
+
+def test_gguf_is_named_as_what_it_is(tmp_path):
+    file = tmp_path / "model-Q4.gguf"
+    file.touch()
+    for place in (lambda: resolve_checkpoint(file), lambda: open_checkpoint(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"GGUF, which is quantised.*gguf_file=FILE"):
+            place()
+
+
+def test_a_hub_without_an_address_is_not_asked_again_and_again(monkeypatch):
+    """Its libraries try five times, for half a minute; a proxy may know what this host does not."""
+
+    def no_address(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
+    cache_only_without_hub()
+    assert not constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    cache_only_without_hub()
+    assert constants.HF_HUB_OFFLINE
+    with pytest.raises(CheckpointError, match=r"from the hub: [^.]+\. Check the name"):
+        resolve_checkpoint("ghost-dist-tests/no-such-model")
