@@ -36,7 +36,7 @@ TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
 MODEL_FIXTURES = {"checkpoint", "cluster", "loaded", "make_config", "model_folder", "shared"}
-ALL_NEED_A_MODEL = re.compile(r"^from (all_)?families import|^pytestmark = .*mark\.model", re.M)
+ALL_NEED_A_MODEL = re.compile(r"(?m)^from (all_)?families import|^pytestmark = .*mark\.model")
 
 
 @functools.cache
