@@ -17,8 +17,7 @@ from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.rank import Work
 from ghost_dist.cluster.replica import Replica
-from ghost_dist.pipeline.collectors import Collectors
-from ghost_dist.pipeline.timing import RangeTimes
+from ghost_dist.pipeline.collectors import Collectors, RangeTimes
 from ghost_dist.progress import Advance
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 

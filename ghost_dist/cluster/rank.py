@@ -46,10 +46,9 @@ from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
-from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, MakeCollector, RangeTimes, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
-from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 

@@ -23,7 +23,7 @@ from ghost_dist.cluster.leases import Lease
 from ghost_dist.cluster.placement import Failure, Shape
 from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Loaded, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
-from ghost_dist.pipeline.timing import RangeTimes
+from ghost_dist.pipeline.collectors import RangeTimes
 from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import WrittenBlock
 

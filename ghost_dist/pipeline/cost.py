@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.engine_choice import DeviceNeeds
-from ghost_dist.engines.layer_memory import Residency, activation_bytes, logits_bytes
+from ghost_dist.engines.memory import DeviceNeeds, Residency, activation_bytes, logits_bytes
 from ghost_dist.engines.model_sizes import ModelSizes
 from ghost_dist.solver.least_squares import num_steps, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS

@@ -24,7 +24,7 @@ from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.export.operator_files import save_healed
+from ghost_dist.export.operator_files import Solution, load_operators, save_healed, save_operators
 from ghost_dist.export.verify import FreshProcess
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
@@ -41,7 +41,6 @@ from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, 
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solution import Solution, load_operators, save_operators
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.pipeline.texts import calibration_ranges, calibration_windows, windows_of_folds
 from ghost_dist.progress import Reporter

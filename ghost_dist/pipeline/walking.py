@@ -33,8 +33,7 @@ from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
-from ghost_dist.statistics.row_weights import row_weights
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, row_weights
 from ghost_dist.statistics.sums import Sums
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]

@@ -23,7 +23,7 @@ from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.devices import device_name, host_free_bytes, open_device
-from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,

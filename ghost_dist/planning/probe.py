@@ -33,8 +33,7 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.planning.probe_files import measure_files
-from ghost_dist.planning.rates import Rates
+from ghost_dist.planning.rates import Rates, measure_files
 from ghost_dist.solver.least_squares import RIDGE_GRID, fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments

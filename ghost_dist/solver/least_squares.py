@@ -35,8 +35,7 @@ from torch import Tensor
 
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
-from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.transforms import retarget
+from ghost_dist.statistics.moments import Moments, retarget
 
 RIDGE_GRID: tuple[float, ...] = (
     1e-8,

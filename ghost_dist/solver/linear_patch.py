@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
-from ghost_dist.statistics.absolute import AbsoluteSums, rotate
+from ghost_dist.statistics.span_sums import AbsoluteSums, rotate
 
 
 def fit_linear_patch(span: str, sums: AbsoluteSums, *, hadamard: bool = False) -> Repair:

@@ -31,8 +31,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import add_product, has_full_rate_float64
 from ghost_dist.statistics.span_sums import FiniteCheck
-from ghost_dist.statistics.strips import mirror_
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, mirror_
 
 FLUSH_TOKENS = 8192
 """Rows summed in float32 at a time, where products are not float64; windows are put together until

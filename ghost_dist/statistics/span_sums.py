@@ -9,20 +9,19 @@ for once, at the end.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ghost_dist.config import RowWeights
 from ghost_dist.devices import arrived, mark
-from ghost_dist.errors import NonFiniteActivationError
+from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums
 from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
-from ghost_dist.statistics.row_weights import row_weights
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
@@ -266,3 +265,86 @@ class FlagsOnTheWay:
         arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags
+
+
+CLIP_MULTIPLE = 2.0
+"""`clip` bounds the norm of a row to this multiple of its window's median norm."""
+
+
+def row_weights(treatment: RowWeights, y_TC: Tensor) -> Tensor | None:
+    """Factors (T,) float64 of the rows of one window, whole and position 0 first; None: all alike.
+
+    A factor w is on a whole row: ``w x`` is fitted to ``w y``, so its squared error counts ``w^2``
+    times. Treatments look at one window only, so the sums do not depend on the order of windows.
+
+    - ``drop-first``: the first position of the window has weight 0. In models without a BOS token
+      it is the sink that attention parks on, with a norm of its own.
+    - ``inverse-norm``: ``sqrt(C) / ||y||``, so that every row of ``w y`` has RMS 1, as the RMSNorm
+      that reads y makes it. The residual is then the mean relative error per token. A row of zeros
+      has weight 0.
+    - ``clip``: ``min(1, CLIP_MULTIPLE m / ||y||)`` with m the median norm of the window's rows, the
+      lower of the two middle ones. Rows below the bound keep their weight.
+    """
+    if treatment == "none":
+        return None
+    if treatment == "drop-first":
+        weights_T = torch.ones(y_TC.shape[0], dtype=torch.float64, device=y_TC.device)
+        weights_T[0] = 0
+        return weights_T
+    norm_T = torch.linalg.vector_norm(y_TC, dim=1, dtype=torch.float64)
+    inverse_T = torch.where(norm_T > 0, 1 / norm_T, 0.0)
+    if treatment == "inverse-norm":
+        return inverse_T * math.sqrt(y_TC.shape[1])
+    if treatment == "clip":
+        bound = CLIP_MULTIPLE * norm_T.median()
+        return torch.where(norm_T > bound, bound * inverse_T, 1.0)
+    raise ConfigError(
+        f"operator.row_weights={treatment!r} is unknown; give one of "
+        f"{', '.join(get_args(RowWeights))}."
+    )
+
+
+@dataclass(frozen=True)
+class AbsoluteSums(Sums):
+    """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64."""
+
+    sum_abs_x_C: Tensor
+    sum_abs_y_C: Tensor
+    sum_abs_rotated_x_C: Tensor  # of rotate(x)
+    sum_abs_rotated_y_C: Tensor
+
+
+def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
+    """The sums over the rows of one window; both streams of shape (T, C)."""
+
+    def column_sums(stream_TC: Tensor) -> Tensor:
+        return stream_TC.abs().sum(0, dtype=torch.float64)
+
+    return AbsoluteSums(
+        x_TC.shape[0],
+        column_sums(x_TC),
+        column_sums(y_TC),
+        column_sums(rotate(x_TC.float())),
+        column_sums(rotate(y_TC.float())),
+    )
+
+
+def rotate(rows_TC: Tensor) -> Tensor:
+    """``rows @ H`` with the orthonormal, symmetric block Hadamard matrix of width C.
+
+    H is block diagonal with Sylvester-Hadamard blocks of width B, the largest power of two that
+    divides C: one block where C is a power of two, the identity where C is odd. Applying it twice
+    gives the rows back. Cost T C log2(B) additions.
+    """
+    num_rows, width = rows_TC.shape
+    block = width & -width
+    # Axes: rows, blocks, then one of length 2 per bit of the index within the block; the
+    # transform is (a, b) -> (a + b, a - b) along each of these bits.
+    rotated = rows_TC
+    half = 1
+    while half < block:
+        pairs = rotated.reshape(num_rows, width // (2 * half), 2, half)
+        low, high = pairs.unbind(2)
+        rotated = torch.stack((low + high, low - high), dim=2)
+        half *= 2
+    return rotated.reshape(num_rows, width) / math.sqrt(block)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
 from ghost_dist.statistics.span_sums import Regressors
-from ghost_dist.statistics.strips import num_numbers
+from ghost_dist.statistics.sums import num_numbers
 
 _FLOAT64_BYTES = 8
 
