@@ -36,8 +36,6 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint."""
-
     name: str
     dtype: str  # safetensors' name, such as "BF16"
     shape: tuple[int, ...]  # empty for a scalar

@@ -91,7 +91,6 @@ class _Filling:
         self._committed = self._shown = done
 
     def lease(self, replica: Replica) -> None:
-        """Give a replica something to do if it is idle."""
         if replica.state != "idle":
             return
         lease = self._queue.lease(Worker(replica.number), time.monotonic())

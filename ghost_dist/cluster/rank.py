@@ -58,8 +58,6 @@ COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What every rank of every replica loads."""
-
     config: Config
     path: Path
     model_fingerprint: str
@@ -320,7 +318,6 @@ class Rank:
 
     @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
     def heartbeat(self) -> Heartbeat:
-        """What this rank is at; answers while it computes."""
         return self._heartbeat
 
     @property

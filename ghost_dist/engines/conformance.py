@@ -88,8 +88,6 @@ Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary o
 
 @dataclass
 class _Recorder:
-    """A sink that keeps everything."""
-
     boundaries: tuple[int, ...]
     mlp_layers: tuple[int, ...]
     seen: Seen = field(default_factory=dict)

@@ -150,8 +150,6 @@ class DeviceNeeds:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What runs, and why."""
-
     kind: EngineKind
     reason: str  # with the bytes that decided
     device_bytes: Mapping[str, int]
@@ -261,7 +259,6 @@ def _streaming(
 
 
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
-    """Advice with numbers."""
     fitting = []
     held = choose_residency(lambda held: _peak(needs.streaming[held])[1] <= room, needs.experts)
     if held is not None and held.experts is not None:

@@ -38,8 +38,6 @@ _GATES = ("gate", "router", "shared_expert_gate")
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer."""
-
     loaded_bytes: int  # in the compute dtype
     sharded_bytes: int  # the part that tensor-parallel ranks share
     matmul_flops: int
@@ -63,8 +61,6 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A whole causal LM."""
-
     layers: tuple[LayerSizes, ...]
     hidden_size: int
     vocab_size: int
@@ -83,7 +79,6 @@ class ModelSizes:
 
     @property
     def head_flops(self) -> int:
-        """Per token."""
         return 2 * self.hidden_size * self.vocab_size
 
     @property
@@ -122,12 +117,10 @@ class ModelSizes:
 
     @property
     def causal_lm_bytes(self) -> int:
-        """The whole model in memory."""
         return self.decoder_bytes(len(self.layers)) + self.above_bytes
 
     @property
     def largest_layer_bytes(self) -> int:
-        """In memory."""
         return max(layer.loaded_bytes for layer in self.layers)
 
     def rest_flops(self, layer: LayerSizes, window_length: int) -> int:
@@ -143,7 +136,6 @@ class ModelSizes:
         return self.below_bytes + whole + -(-shared // tensor_parallel)
 
     def decoder_stored_bytes(self, num_layers: int) -> int:
-        """The same in the files."""
         return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
 
     def stream_bytes(self, tokens: int) -> int:

@@ -51,14 +51,12 @@ class Stopwatch:
         self._laps: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """A point in the device's time."""
         if self._cuda is None:
             return time.perf_counter()
         return mark(self._cuda, timing=True)
 
     @contextlib.contextmanager
     def lap(self) -> Iterator[None]:
-        """An interval that counts."""
         began = self.now()
         yield
         self._laps.append((began, self.now()))
@@ -80,25 +78,20 @@ class Stopwatch:
         return float(began.elapsed_time(ended)) / 1000
 
 
-class TimedCollector:
-    """A collector, each call of which is an interval of a stopwatch."""
-
+class TimedCollector(Collector):
     def __init__(self, collector: Collector, watch: Stopwatch) -> None:
         self._collector, self._watch = collector, watch
         self.boundaries, self.mlp_layers = collector.boundaries, collector.mlp_layers
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """As the collector's."""
         with self._watch.lap():
             self._collector(boundary, window, stream_TC)
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """As the collector's."""
         with self._watch.lap():
             self._collector.take_mlp(layer, window, input_TF, product_TC)
 
     def result(self) -> dict[str, Sums]:
-        """As the collector's."""
         with self._watch.lap():
             return self._collector.result()
 
@@ -135,7 +128,6 @@ class SpanCollectors:
 
     @property
     def last_boundary(self) -> int:
-        """Layers that the engine must have."""
         return max(span.stop for span, _ in self.samples)
 
     def passes(
@@ -144,7 +136,6 @@ class SpanCollectors:
         free_bytes: int,  # noqa: ARG002 - the sums of a chosen span must fit
         block: ColumnBlock,
     ) -> list[MakeCollector]:
-        """One pass; see :class:`Collectors`."""
         return [
             lambda: SpanCollector(
                 self.samples,
@@ -157,7 +148,6 @@ class SpanCollectors:
         ]
 
     def stored_bytes(self, blocks: int) -> int:
-        """Of one range in the store, where ranks keep so many blocks of columns."""
         width, inner_sizes = self.architecture.hidden_size, self.architecture.inner_sizes
         return sum(
             stored_bytes(kind.regressors, width, inner_sizes.get(span.start - 1, 0), blocks)
@@ -165,7 +155,6 @@ class SpanCollectors:
         )
 
     def cost(self, run: RunShape) -> Cost:
-        """Of all windows."""
         sizes, inputs, tokens, width = run.sizes, run.inputs, run.num_tokens, run.sizes.hidden_size
         cost = Cost(
             below=self.last_boundary,
@@ -200,7 +189,6 @@ class CollectorsTogether:
 
     @property
     def last_boundary(self) -> int:
-        """Layers that the engine must have."""
         return max(part.last_boundary for part in self.parts.values())
 
     def passes(

@@ -27,8 +27,6 @@ _PINNED_BYTES = 2 * READERS * BLOCK_BYTES  # offloaded: buffers that layers are 
 
 @dataclass(frozen=True)
 class Fits:
-    """Some least squares of one kind of regressors."""
-
     kind: str  # of regressors
     steps: int  # ridges times folds, and final fits
     flops: int  # of a step
@@ -77,7 +75,6 @@ class Cost:
             self.layers[layer] += tokens
 
     def read_bytes(self, sizes: ModelSizes) -> int:
-        """Of the checkpoint, in one sweep."""
         if self.whole:
             return sizes.stored_bytes
         return sizes.decoder_stored_bytes(self.below) if self.below else 0
@@ -94,7 +91,6 @@ class Cost:
         return flops
 
     def flops(self, sizes: ModelSizes, experts: int | None = None) -> int:
-        """Of the model, the sums and the fits."""
         fits = sum(fit.steps * fit.flops for fit in self.fits)
         return sum(self.model_flops(sizes, experts).values()) + sum(self.sums.values()) + fits
 

@@ -150,6 +150,10 @@ def _result(
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
     exported = open_checkpoint(run.checkpoint)
+    trained, device = records["refine"], f"{platform.machine()} CPU, "
+    device += f"{torch.get_num_threads()} threads"
+    if inputs.device.type == "cuda":
+        device = gpu_name(inputs.device)
     result = {
         "spans": pairs_of(spans),
         "num_layers": inputs.architecture.num_layers,
@@ -159,7 +163,8 @@ def _result(
         "chosen": solution.record["chosen"],
         "candidates": solution.record["candidates"],
         "healing": solution.record["healing"],
-        "refine": _refinement(records["refine"]),
+        # Held-out losses of a refinement, None where there was none.
+        "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
             key: records["select"][key]
             for key in ("scores", "recoverability", "search")
@@ -187,7 +192,7 @@ def _result(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
-        "device": _device_name(inputs.device),
+        "device": device,
         "fingerprint": fingerprint(
             {
                 "statistics": statistics,
@@ -211,20 +216,9 @@ def _gpu_idle(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
     return {"gpu_idle": {**shares, "all": round(idle / max(seconds, 1e-9), 3)}}
 
 
-def _refinement(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Held-out losses of a refinement, None where there was none."""
-    return {key: record[key] for key in ("losses", "improved")} if record else None
-
-
 def _num_parameters(checkpoint: Checkpoint) -> int:
     """Numbers stored in a checkpoint; tied weights are stored, and counted, once."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return gpu_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {

@@ -57,7 +57,6 @@ _FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay differ
 
 
 def circumstances(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> dict[str, Any]:
-    """What the rates depend on."""
     inputs = run.inputs
     model = {k: v for k, v in inputs.source.config.items() if k != "_name_or_path"}
     return {
@@ -110,7 +109,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
-    """Of sums, and of fits."""
     sums = {kind for cost in costs.values() for kind in cost.sums}
     return sorted(sums), sorted({fit.kind for cost in costs.values() for fit in cost.fits})
 

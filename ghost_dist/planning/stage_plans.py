@@ -20,8 +20,6 @@ KEPT_BY_SHARDING = 0.8
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage."""
-
     name: str  # as in result.json
     seconds: float
     parts: Mapping[str, float]  # the seconds, by what they go into

@@ -48,11 +48,21 @@ class Sink(Protocol):
         """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
 
 
-class Collector(Sink, Protocol):
-    """A sink that ends as named sums."""
+class Collector:
+    """A sink that ends as named sums; most take no down_proj."""
+
+    boundaries: tuple[int, ...]
+    mlp_layers: tuple[int, ...] = ()
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        raise NotImplementedError
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        raise NotImplementedError
 
     def result(self) -> dict[str, Sums]:
         """The sums by name."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +83,7 @@ class SampleKind:
         return f"{span.start}-{span.stop}/{self.regressors}{suffix}"
 
 
-class SpanCollector:
+class SpanCollector(Collector):
     """Sums of several spans from one pass; call it with each boundary stream.
 
     Holds a stream only from a span's start to its stop: per window in flight and span T x C numbers
@@ -114,23 +124,13 @@ class SpanCollector:
         self._mlp: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pending: dict[tuple[Span, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
         self._finite = FiniteCheck()
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
-        return tuple(sorted({b for span in self._kinds for b in (span.start, span.stop)}))
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj the engine must push, ascending."""
-        return tuple(sorted({span.start - 1 for span in self._mlp_spans}))
+        self.boundaries = tuple(sorted({b for s in self._kinds for b in (s.start, s.stop)}))
+        self.mlp_layers = tuple(sorted({span.start - 1 for span in self._mlp_spans}))
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
         self._mlp[layer, window] = (input_TF, product_TC)
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
         for span, kinds in self._kinds.items():
             if boundary == span.stop:
@@ -179,37 +179,26 @@ class SpanCollector:
         return {**moments, **self._absolute}
 
 
-class Together:
+class Together(Collector):
     """Several collectors fed by one pass; their sums get the name of theirs before them."""
 
     def __init__(self, parts: Mapping[str, Collector]) -> None:
         self._parts = dict(parts)
         self._wanted = {name: frozenset(part.boundaries) for name, part in parts.items()}
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
-        return tuple(sorted({b for part in self._parts.values() for b in part.boundaries}))
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj the engine must push, ascending."""
-        return tuple(sorted({la for part in self._parts.values() for la in part.mlp_layers}))
+        self.boundaries = tuple(sorted({b for part in parts.values() for b in part.boundaries}))
+        self.mlp_layers = tuple(sorted({la for part in parts.values() for la in part.mlp_layers}))
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         for name, part in self._parts.items():
             if boundary in self._wanted[name]:
                 part(boundary, window, stream_TC)
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
         for part in self._parts.values():
             if layer in part.mlp_layers:
                 part.take_mlp(layer, window, input_TF, product_TC)
 
     def result(self) -> dict[str, Sums]:
-        """All sums, as ``name/theirs``."""
         return {
             f"{name}/{key}": sums
             for name, part in self._parts.items()
@@ -226,7 +215,6 @@ class FiniteCheck:
         self._on_the_way: FlagsOnTheWay | None = None
 
     def note(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Remember one stream."""
         self._seen.append((boundary, window))
         # |x| sums to Inf or NaN exactly if an entry is, unless 3.4e38 / T is reached by right
         # numbers, which no model survives; far cheaper than a mask of T x C flags.
@@ -261,7 +249,6 @@ class FlagsOnTheWay:
         self._copied = mark(finite.device)
 
     def arrived(self) -> list[bool]:
-        """One flag for each number."""
         arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags

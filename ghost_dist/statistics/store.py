@@ -220,7 +220,6 @@ class StatisticsStore:
         shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
     def committed_attempt(self, range_id: int) -> str:
-        """The attempt that counts for a range."""
         attempt: str = self._read_manifest(range_id)["attempt"]
         return attempt
 

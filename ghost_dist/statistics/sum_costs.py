@@ -20,7 +20,6 @@ def num_regressors(regressors: Regressors, hidden_size: int, inner_size: int) ->
 
 
 def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
-    """Bytes of one span's sums of one kind."""
     c = hidden_size
     if regressors == "absolute":
         return 4 * c * _FLOAT64_BYTES

@@ -65,14 +65,12 @@ class Sums:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
 
     def to(self, device: torch.device) -> Self:
-        """The same sums on another device."""
         return type(self).from_arrays(
             self.num_tokens, {name: array.to(device) for name, array in self.arrays().items()}
         )
 
     @classmethod
     def from_arrays(cls, num_tokens: int, arrays: Mapping[str, Tensor]) -> Self:
-        """Inverse of :meth:`arrays`."""
         return cls(num_tokens, **arrays)
 
     @classmethod
