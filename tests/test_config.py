@@ -169,9 +169,10 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
         ),
         (
             {"selection.spans": "x"},
-            "selection.spans: Span 'x' is not of the form start:stop (half "
-            "open, counted from 0), for example 11:18 for layers 11 to 17, or 3:5,11:18 for two "
-            "spans (got 'x').",
+            (
+                "selection.spans: Span 'x' is not of the form start:stop (half open, counted from "
+                "0), for example 11:18 for layers 11 to 17, or 3:5,11:18 for two spans (got 'x')."
+            ),
         ),
     ],
 )

@@ -15,18 +15,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.memory import DeviceNeeds, Residency, activation_bytes, logits_bytes
+from ghost_dist.engines.engine_choice import DeviceNeeds
+from ghost_dist.engines.layer_memory import Residency, activation_bytes, logits_bytes
 from ghost_dist.engines.model_sizes import ModelSizes
-from ghost_dist.solver.least_squares import num_steps, step_flops
+from ghost_dist.solver.least_squares import RIDGE_GRID, num_steps, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
+from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS
 
 SMALL_BYTES = 64 << 20
 """For what is not counted one by one: scores of layers, masks, positions, a fit's small parts."""
+AROUND = 5  # ridges that a fit looks at, as a rule, which is told where the best one is
 _PINNED_BYTES = 2 * READERS * BLOCK_BYTES  # offloaded: buffers that layers are read into
 
 
 @dataclass(frozen=True)
 class Fits:
+    """Some least squares of one kind of regressors."""
+
     kind: str  # of regressors
     steps: int  # ridges times folds, and final fits
     flops: int  # of a step
@@ -35,6 +40,14 @@ class Fits:
     def of(kind: str, size: int, targets: int, ridges: int, folds: int) -> Fits:
         """One, with all ridges held out on all folds."""
         return Fits(kind, num_steps(ridges, folds), step_flops(size, targets))
+
+    @staticmethod
+    def of_grid(kind: str, size: int, targets: int, folds: int) -> list[Fits]:
+        """One that looks for its ridge; of many targets the grid is tried with few."""
+        if targets <= PROJECTION_COLUMNS:
+            return [Fits.of(kind, size, targets, len(RIDGE_GRID), folds)]
+        grid = Fits(kind, len(RIDGE_GRID) * folds, step_flops(size, PROJECTION_COLUMNS))
+        return [grid, Fits.of(kind, size, targets, AROUND, folds)]
 
 
 @dataclass(kw_only=True)
@@ -75,6 +88,7 @@ class Cost:
             self.layers[layer] += tokens
 
     def read_bytes(self, sizes: ModelSizes) -> int:
+        """Of the checkpoint, in one sweep."""
         if self.whole:
             return sizes.stored_bytes
         return sizes.decoder_stored_bytes(self.below) if self.below else 0
@@ -91,6 +105,7 @@ class Cost:
         return flops
 
     def flops(self, sizes: ModelSizes, experts: int | None = None) -> int:
+        """Of the model, the sums and the fits."""
         fits = sum(fit.steps * fit.flops for fit in self.fits)
         return sum(self.model_flops(sizes, experts).values()) + sum(self.sums.values()) + fits
 

@@ -23,7 +23,7 @@ from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Detail, Fit, Regression, fit_bytes
+from ghost_dist.solver.least_squares import Detail, Fit, Regression, fit_bytes, on_grid
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import StatisticsStore
@@ -113,7 +113,7 @@ class RidgeFits:
                 self._least_residual[of_grid] = least
             if least is None or candidate.shift == 0:
                 return repair, least
-        ridge = RelativeRidge(relative=least.relative_ridge * 10**candidate.shift)
+        ridge = RelativeRidge(relative=on_grid(least.relative_ridge * 10**candidate.shift))
         repair, found = fit(replace(candidate, shift=0.0, ridge=ridge))
         assert found is not None
         return repair, on_curve(found, least)

@@ -9,16 +9,14 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.pipeline.candidates import FINE_SHIFTS, Candidate, searches_ridge
 from ghost_dist.pipeline.collectors import SpanCollectors
-from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
+from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.solving import held_out_tokens
 from ghost_dist.pipeline.walking import walk_steps
 from ghost_dist.ridge import RelativeRidge
-from ghost_dist.solver.least_squares import RIDGE_GRID, fit_bytes
+from ghost_dist.solver.least_squares import fit_bytes
 from ghost_dist.spans import Span
 from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors
-
-_AROUND = 5  # ridges that a fit looks at, as a rule, which is told where the best one is
 
 
 def solve_cost(run: RunShape) -> Cost:
@@ -89,12 +87,15 @@ def _fits(
         kind, size = form.kind(), form.num_regressors(width, run.inner_size(span))
         if kind is None or not size:
             continue
-        of_grid, ridges = replace(form, ridge="auto", shift=0.0), len(RIDGE_GRID)
+        of_grid = replace(form, ridge="auto", shift=0.0)
         looked_for = form.ridge == "auto" and of_grid not in known
         known.add(of_grid)
-        grids = [ridges if form.around is None else min(ridges, _AROUND)] if looked_for else []
-        own = [1] if not looked_for or form.shift else []
-        found += [Fits.of(kind.regressors, size, width, n, folds) for n in grids + own]
+        if looked_for and form.around is None:
+            found += Fits.of_grid(kind.regressors, size, width, folds)
+        elif looked_for:
+            found.append(Fits.of(kind.regressors, size, width, AROUND, folds))
+        if not looked_for or form.shift:
+            found.append(Fits.of(kind.regressors, size, width, 1, folds))
     return found
 
 
@@ -127,7 +128,9 @@ def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> N
             ]
         for kind, regressors in kinds:
             cost.sums[kind] += tokens * moments_flops(regressors, width)
-            ridges = len(RIDGE_GRID) if operator.ridge == "auto" else 1
-            cost.fits.append(Fits.of(kind, regressors, width, ridges, folds=1))
+            if operator.ridge == "auto":
+                cost.fits += Fits.of_grid(kind, regressors, width, folds=1)
+            else:
+                cost.fits.append(Fits.of(kind, regressors, width, 1, folds=1))
     # Dense, recovered, and one being made.
     cost.host_bytes += 3 * sizes.stream_bytes(tokens)

@@ -33,8 +33,9 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.planning.rates import Rates, measure_files
-from ghost_dist.solver.least_squares import RIDGE_GRID, fit_least_squares
+from ghost_dist.planning.probe_files import measure_files
+from ghost_dist.planning.rates import Rates
+from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import FLUSH_TOKENS, PairCollector
@@ -57,6 +58,7 @@ _FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay differ
 
 
 def circumstances(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> dict[str, Any]:
+    """What the rates depend on."""
     inputs = run.inputs
     model = {k: v for k, v in inputs.source.config.items() if k != "_name_or_path"}
     return {
@@ -109,6 +111,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
+    """Of sums, and of fits."""
     sums = {kind for cost in costs.values() for kind in cost.sums}
     return sorted(sums), sorted({fit.kind for cost in costs.values() for fit in cost.fits})
 
@@ -236,14 +239,14 @@ def _factors(run: RunShape, kind: Regressors) -> float:
     size = min(whole, 128)
     while True:
         targets = max(1, round(size * width / whole))
-        fit = Fits.of(kind, size, targets, len(RIDGE_GRID), _FOLDS)
+        fits = Fits.of_grid(kind, size, targets, _FOLDS)
         folds = [_random_moments(size, targets, device)] * _FOLDS
         prior_ZC = torch.zeros_like(folds[0].cross_ZC)
         seconds = timed(lambda: fit_least_squares("probe", folds, prior_ZC, "auto"), device)  # noqa: B023
         larger = min(whole, 2 * size)
         room = 12 * larger * (larger + targets) * 8 < run.free_bytes
         if size == whole or 8 * seconds > 3 * _LONGEST_S or not room:
-            return fit.steps * fit.flops / seconds
+            return sum(fit.steps * fit.flops for fit in fits) / seconds
         size = larger
 
 

@@ -19,14 +19,15 @@ total - fold. An affine term enters by centring the moments of the training rows
 ``mean(y) - M' mean(z)`` and is not penalised.
 
 Cost: R x K + 1 Cholesky factors and solves for R ridges on K folds, Z^3 / 3 + 2 Z^2 C FLOP each,
-and for another ridge K + 1; memory beside the folds: total, training sum and damped factor, 3 Z^2
-float64 (32.6 GB at Z = 8192 + 28672).
+and for another ridge K + 1. Of more than 64 targets the whole grid is tried with 64 mixtures of
+them, and with all only the ridges around the least of these. Memory beside the folds: total,
+training sum and damped factor, 3 Z^2 float64 (32.6 GB at Z = 8192 + 28672).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -35,7 +36,10 @@ from torch import Tensor
 
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
-from ghost_dist.statistics.moments import Moments, retarget
+from ghost_dist.solver.condition import condition_number
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, projection
+from ghost_dist.statistics.transforms import retarget
 
 RIDGE_GRID: tuple[float, ...] = (
     1e-8,
@@ -56,6 +60,12 @@ RIDGE_GRID: tuple[float, ...] = (
 
 The median, because a few massive channels move the mean by orders of magnitude."""
 
+
+def on_grid(ridge: float) -> float:
+    """The ridge of the grid that this one is but for rounding, or itself."""
+    return next((one for one in RIDGE_GRID if math.isclose(one, ridge)), ridge)
+
+
 _DENSE_COPIES_OF_SUMS = 3  # beside the folds: total, training sum, damped factor
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -75,8 +85,8 @@ class Fit:
     num_tokens: int
     # Over the number of regressors: C, C + F of joint, 2 C of stream+norm
     tokens_per_channel: float
-    # (relative ridge, residual) of every ridge with a Cholesky factor; far from the least one of a
-    # final fit that of the fit by which it was chosen
+    # (relative ridge, residual) of every ridge with a Cholesky factor. Far from the least one it is
+    # estimated from mixtures of the targets, or that of the fit by which the ridge was chosen
     ridge_curve: tuple[tuple[float, float], ...]
 
 
@@ -153,6 +163,9 @@ class Regression:
         self._scale_Z = ridge_scale(self._seen.gram_ZZ, blocks)
         self._variance_C = _target_variance(self._judged, prior_ZC)
         self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
+        # Of mixtures of the targets, summed; and what they are less than those of the targets.
+        self._mixed: dict[float, float] = {}
+        self._less: float | None = None
 
     def fit(
         self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
@@ -161,27 +174,15 @@ class Regression:
         seen, scale_Z = self._seen, self._scale_Z
         if isinstance(ridge, AbsoluteRidge):
             scale_Z = torch.ones_like(scale_Z)
-        if isinstance(ridge, (AbsoluteRidge, RelativeRidge)) and detail == "map":
-            highest = ridge.absolute if isinstance(ridge, AbsoluteRidge) else ridge.relative
-            errors = {highest: torch.full_like(self._variance_C, math.nan)}
-        elif isinstance(ridge, AbsoluteRidge):
-            highest = ridge.absolute
-            errors = held_out_errors(
-                self._judging, self._total, scale_Z, [highest], affine=self._affine
-            )
-        elif isinstance(ridge, RelativeRidge):
-            errors = self._held_out([highest := ridge.relative])
-        else:
-            highest = RIDGE_GRID[-1]
-            errors = self._held_out(RIDGE_GRID) if around is None else self._downhill(around)
-        if not errors:
-            raise singular(self._where, seen, highest * float(scale_Z[0]))
-        error_of = _totals(errors)
-        best = min(error_of, key=error_of.__getitem__)
+        error_of, errors = self._judged_by(ridge, around, detail)
+        if not error_of:
+            raise singular(self._where, seen, _highest(ridge) * float(scale_Z[0]))
+        best = min(errors or error_of, key=error_of.__getitem__)
         held_out = error_of[best]
         change_ZC, bias_C, factor_ZZ = solve(self._where, seen, best * scale_Z, affine=self._affine)
         tiny = torch.finfo(torch.float64).tiny
-        r2_C = 1 - errors[best] / self._variance_C.clamp_min(tiny)
+        errors_C = errors.get(best, torch.full_like(self._variance_C, math.nan))
+        r2_C = 1 - errors_C / self._variance_C.clamp_min(tiny)
         quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
         sums = (self._judged.sumsq_y_C.sum(), self._variance_C.sum())
         cut, variance, scale, absolute = torch.stack((*sums, self._scale_Z[0], scale_Z[0])).tolist()
@@ -207,6 +208,37 @@ class Regression:
         )
         return self._prior_ZC + change_ZC, bias_C, fit
 
+    def _judged_by(
+        self, ridge: Ridge, around: float | None, detail: Detail
+    ) -> tuple[dict[float, float], dict[float, Tensor]]:
+        """Held-out errors by ridge, those with a factor: estimated or not, and those of targets."""
+        if ridge == "auto":
+            around = self._about_least() if around is None else around
+            errors = self._held_out(RIDGE_GRID) if around is None else self._downhill(around)
+            error_of = _totals(errors)
+            if not (error_of and self._mixed):
+                return error_of, errors
+            least = min(error_of, key=error_of.__getitem__)
+            self._less = error_of[least] - self._mixed[least]
+            return {r: e + self._less for r, e in self._mixed.items()} | error_of, errors
+        given = _highest(ridge)
+        if detail == "map":
+            return {given: math.nan}, {}
+        if isinstance(ridge, RelativeRidge):
+            estimated = given in self._mixed and given not in self._errors_C
+            if detail == "residual" and estimated and self._less is not None:
+                return {given: self._mixed[given] + self._less}, {}
+            errors = self._held_out([given])
+        else:
+            errors = held_out_errors(
+                self._judging,
+                self._total,
+                torch.ones_like(self._scale_Z),
+                [given],
+                affine=self._affine,
+            )
+        return _totals(errors), errors
+
     def _held_out(self, ridges: Sequence[float]) -> dict[float, Tensor]:
         """Errors by relative ridge, those with a factor; computed once."""
         unknown = [ridge for ridge in ridges if ridge not in self._errors_C]
@@ -214,6 +246,35 @@ class Regression:
             self._judging, self._total, self._scale_Z, unknown, affine=self._affine
         )
         return {ridge: self._errors_C[ridge] for ridge in ridges if ridge in self._errors_C}
+
+    def _about_least(self) -> float | None:
+        """The ridge of the grid of least error of some mixtures of the targets; None: of few.
+
+        Their errors are much less work, and have the same expectation, less the same for all
+        ridges. All ridges see the same mixtures, so where the least is hardly depends on them.
+        """
+        if len(self._variance_C) <= PROJECTION_COLUMNS:
+            return None
+        mix_Cr = projection(len(self._variance_C)).to(self._variance_C.device)
+        none_r = torch.zeros_like(mix_Cr[0])
+
+        def mixed(moments: Moments) -> Moments:
+            return replace(
+                moments,
+                cross_ZC=moments.cross_ZC @ mix_Cr,
+                sum_y_C=moments.sum_y_C @ mix_Cr,
+                sumsq_y_C=none_r,
+            )
+
+        errors = held_out_errors(
+            [mixed(fold) for fold in self._judging],
+            mixed(self._total),
+            self._scale_Z,
+            RIDGE_GRID,
+            affine=self._affine,
+        )
+        self._mixed = _totals(errors)
+        return min(self._mixed, key=self._mixed.__getitem__, default=None)
 
     def _downhill(self, around: float) -> dict[float, Tensor]:
         """Errors at ridges of the grid around one, on to where both neighbours are worse."""
@@ -330,30 +391,6 @@ def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> tuple[Tensor, Tensor]
     return tuple(torch.linalg.cholesky_ex(damped_ZZ))
 
 
-def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tensor) -> float:
-    """Estimate of the 2-norm condition number of ``G + diag(penalty)`` by subspace iteration.
-
-    8 steps of 16 vectors towards the largest eigenvalues and, through the Cholesky factor, towards
-    the smallest: O(16 Z^2) each, against O(Z^3) for all eigenvalues. Both converge from inside, so
-    the estimate is a lower bound, in practice within a few per cent.
-    """
-    size = gram_ZZ.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    start_Zv = torch.randn(size, min(size, 16), generator=generator, dtype=torch.float64)
-    penalty_Z1 = torch.as_tensor(penalty_Z, device=gram_ZZ.device).reshape(-1, 1)
-
-    def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
-        basis_Zv = start_Zv.to(gram_ZZ.device)
-        for _ in range(8):
-            basis_Zv = torch.linalg.qr(apply(basis_Zv))[0]
-        norm: Tensor = torch.linalg.matrix_norm(apply(basis_Zv), 2)
-        return norm
-
-    of_matrix = largest(lambda v_Zv: gram_ZZ @ v_Zv + penalty_Z1 * v_Zv)
-    of_inverse = largest(lambda v_Zv: torch.cholesky_solve(v_Zv, factor_ZZ))
-    return float(of_matrix * of_inverse)
-
-
 def add_all(folds: Sequence[Moments]) -> Moments:
     """Sum of the folds, in order."""
     total = folds[0]
@@ -368,6 +405,13 @@ def singular(where: str, moments: Moments, ridge: float) -> SingularGramError:
     smallest = float(eigenvalues_Z[0])
     condition = float(eigenvalues_Z[-1]) / smallest if smallest > 0 else float("inf")
     return SingularGramError(where, ridge, condition, moments.num_tokens)
+
+
+def _highest(ridge: Ridge) -> float:
+    """The largest that is tried."""
+    if isinstance(ridge, AbsoluteRidge):
+        return ridge.absolute
+    return ridge.relative if isinstance(ridge, RelativeRidge) else RIDGE_GRID[-1]
 
 
 def _totals(errors: Mapping[float, Tensor]) -> dict[float, float]:

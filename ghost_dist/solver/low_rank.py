@@ -35,7 +35,8 @@ from ghost_dist.solver.least_squares import (
     ridge_scale,
     solve,
 )
-from ghost_dist.statistics.moments import Moments, retarget
+from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.transforms import retarget
 
 RANK_TOLERANCE = 0.01
 """A rank is good enough if its held-out residual is within this fraction of the best rank's."""

@@ -134,10 +134,11 @@ def cross_fit_start(
     of_ridges = [
         [cholesky_factor(one.gram_ZZ, ridge * scale_C) for one in others] for ridge in ridges
     ]
+    failed = torch.stack([torch.stack([info for _, info in one]).sum() for one in of_ridges])
     factors = [
         [factor_CC for factor_CC, _ in of_ridge]
-        for of_ridge in of_ridges
-        if not any(int(info) for _, info in of_ridge)
+        for of_ridge, failures in zip(of_ridges, failed.tolist(), strict=True)
+        if not failures
     ]
     if not factors:
         raise singular(f"[{start}, {stops[-1]})", others[0], ridges[-1])
@@ -146,17 +147,20 @@ def cross_fit_start(
     found = {}
     for number, stop in enumerate(stops):
         columns = slice(number * width, (number + 1) * width)
-        least, maps = float(total.sumsq_y_C[columns].sum()), [torch.zeros_like(eye_CC)] * len(parts)
+        # The plain cut, and the maps of each ridge; a device is waited for once.
+        tried = [[torch.zeros_like(eye_CC)] * len(parts)]
+        residuals = [total.sumsq_y_C[columns].sum()]
         for factored in factors:
-            residual, tried = 0.0, []
+            maps, of_parts = [], []
             for change, other, factor_CC in zip(changes, others, factored, strict=True):
                 map_CC = torch.cholesky_solve(other.cross_ZC[:, columns], factor_CC)
-                tried.append(map_CC)
+                maps.append(map_CC)
                 product_CC = change.gram_ZZ @ map_CC - 2 * change.cross_ZC[:, columns]
-                residual += float(change.sumsq_y_C[columns].sum() + (map_CC * product_CC).sum())
-            if residual < least:
-                least, maps = residual, tried
-        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in maps]
+                of_parts.append(change.sumsq_y_C[columns].sum() + (map_CC * product_CC).sum())
+            tried.append(maps)
+            residuals.append(torch.stack(of_parts).sum())
+        least = torch.stack(residuals).tolist()
+        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in tried[least.index(min(least))]]
     return found
 
 

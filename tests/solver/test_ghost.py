@@ -8,8 +8,10 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
+from ghost_dist.solver import least_squares
+from ghost_dist.solver.condition import condition_number
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import RIDGE_GRID, about, condition_number, map_error
+from ghost_dist.solver.least_squares import RIDGE_GRID, about, map_error
 
 SPAN = "[3, 5)"
 T, C, FOLDS = 120, 10, 4
@@ -122,6 +124,34 @@ def test_ridge_looked_for_from_anywhere_is_that_of_the_whole_grid(rows, noise, a
     assert refit.relative_ridge == fit.relative_ridge
     assert torch.equal(found.weight_CC, whole.weight_CC)
     assert set(refit.ridge_curve) <= set(fit.ridge_curve)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("judge", [None, 1])
+@pytest.mark.parametrize("noise", [0.01, 3.0, 100.0])
+def test_the_ridge_of_many_targets_is_that_of_the_whole_grid(
+    rows, monkeypatch, noise, judge, affine
+):
+    """Tried first with mixtures of them, of which estimates of the residuals are left."""
+    x, _, y = planted(rows, noise=noise)
+    folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
+    options = {"judge": judge, "affine": affine}
+    whole, expected = fit_ghost(SPAN, folds, "auto", **options)
+    monkeypatch.setattr(least_squares, "PROJECTION_COLUMNS", C - 1)
+    kept, projection = {}, least_squares.projection
+    monkeypatch.setattr(least_squares, "projection", lambda width: projection(width, 400))
+    found, fit = fit_ghost(SPAN, folds, "auto", kept=kept, **options)
+    assert torch.equal(found.weight_CC, whole.weight_CC)
+    assert (fit.relative_ridge, fit.residual) == (expected.relative_ridge, expected.residual)
+    exact, estimated = dict(expected.ridge_curve), dict(fit.ridge_curve)
+    assert exact.keys() == estimated.keys()
+    assert estimated == pytest.approx(exact, rel=0.3)
+    assert 1 < sum(exact[ridge] == estimated[ridge] for ridge in exact) < 7
+    # A residual that is known well enough is not computed, one that is asked for is.
+    given = RelativeRidge(relative=RIDGE_GRID[0])
+    least_squares_of = kept["least squares"]
+    assert least_squares_of.fit(given, detail="residual")[2].residual == estimated[RIDGE_GRID[0]]
+    assert least_squares_of.fit(given)[2].residual == pytest.approx(exact[RIDGE_GRID[0]])
 
 
 def test_fits_that_share_are_bitwise_those_that_do_not(rows):
