@@ -327,7 +327,7 @@ def _add_stage(stage: Stage) -> None:
 
     def command(run: Run, assignments: Set = None) -> None:
         from ghost_dist.api import run_config
-        from ghost_dist.pipeline.recover import run_stage_again
+        from ghost_dist.pipeline.again import run_stage_again
 
         Console().print_json(data=run_stage_again(run, stage, assignments or (), run=run_config))
 

@@ -1,7 +1,6 @@
 """Imports go down the table of docs/design.md; heavy libraries and CUDA have one place each."""
 
 import ast
-import functools
 import re
 from pathlib import Path
 
@@ -47,13 +46,8 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@functools.cache
-def nodes_of(path):
-    return tuple(ast.walk(ast.parse(path.read_text())))
-
-
 def imports_of(path):
-    for node in nodes_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,9 +85,9 @@ def test_heavy_libraries_have_one_place(library, place):
     assert all(name.startswith(place) for name in importers), importers
 
 
-def uses_of_cuda(nodes):
+def uses_of_cuda(source):
     """Lines that ask torch for a GPU's streams, events, memory or present number."""
-    for node in nodes:
+    for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Attribute(attr="cuda" | "accelerator"):
                 yield node.lineno  # torch.cuda, torch.backends.cuda, tensor.cuda()
@@ -114,7 +108,7 @@ def uses_of_cuda(nodes):
 def test_only_one_module_talks_to_cuda(path):
     """The others would have to name the device each time, and one day one does not."""
     if path.name != "devices.py":
-        assert not list(uses_of_cuda(nodes_of(path)))
+        assert not list(uses_of_cuda(path.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -131,4 +125,4 @@ def test_only_one_module_talks_to_cuda(path):
     ],
 )
 def test_talking_to_cuda_is_noticed(line):
-    assert list(uses_of_cuda(ast.walk(ast.parse(line)))) == [1]
+    assert list(uses_of_cuda(line)) == [1]

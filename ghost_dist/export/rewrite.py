@@ -15,11 +15,12 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.durable import fsync_folder, fsync_tree, json_bytes
+from ghost_dist.durable import fsync_file, fsync_folder, fsync_tree, json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
-from ghost_dist.export.shards import NewTensor, plan_shards, write_shard
+from ghost_dist.export.shards import NewTensor, plan_shards, put_values, write_shard
 from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
@@ -53,6 +54,7 @@ def export_checkpoint(
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Callable[[int], None] | None = None,
     sync: bool = True,
+    copied: Copied | None = None,
 ) -> None:
     """Write a Hugging Face checkpoint folder of the recovered model; nothing is left if that fails.
 
@@ -61,7 +63,8 @@ def export_checkpoint(
     layers go, the result is a plain checkpoint of the family and needs no code. ``out``: a new
     folder or an empty one. ``tokenizer``: the original's, None if it has none. ``extra_files``: by
     name, their content or a file to copy. ``advance``: called with the bytes just written.
-    ``sync``: wait until all is on the disk; else that is left to the caller.
+    ``sync``: wait until all is on the disk; else that is left to the caller. ``copied``: shards of
+    this cut that are there already; they are taken from their folder.
     """
     out = Path(out)
     extra_files = extra_files or {}
@@ -71,10 +74,12 @@ def export_checkpoint(
     partial_out = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)  # of a killed export: it takes the space
     try:
-        _check_target(out, sum(tensor.nbytes for tensor in tensors))
+        shards = plan_shards(tensors, max_shard_bytes)
+        there = {} if copied is None else copied.of(shards)
+        _check_target(out, sum(t.nbytes for file in shards.keys() - there for t in shards[file]))
         try:
             partial_out.mkdir(parents=True)
-            _write_weights(partial_out, tensors, max_shard_bytes, advance or (lambda _: None))
+            _write_weights(partial_out, shards, there, advance or (lambda _: None))
             copy_side_files(source, partial_out)
             _write_config(partial_out, source, architecture, variant)
             if tokenizer is not None:
@@ -133,7 +138,7 @@ def _new_tensors(
             where = f"The new down_proj {old}"
             shape = (tensor.shape[1], tensor.shape[0])
             stored = source.dtype if old in source.scales else FLOATS[tensor.dtype]
-            tensors.append(_tensor(where, name, down_FC, shape, stored))
+            tensors.append(_tensor(where, name, down_FC, shape, stored, "values"))
             continue
         if old in source.scales:
             read = partial(_dequantised_bytes, source, old)
@@ -170,12 +175,17 @@ def _operator_tensors(
     for part, value in operator.boundary_parts().items():
         name = f"{path}.ghost.{part}" + ("" if part == "bias" else ".weight")
         where = f"The part {part} of the operator of span {span}"
-        tensors.append(_tensor(where, name, value, shapes[part], dtype))
+        tensors.append(_tensor(where, name, value, shapes[part], dtype, "yes"))
     return tensors
 
 
 def _tensor(
-    where: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    where: str,
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    new: Literal["values", "yes"],
 ) -> NewTensor:
     """A tensor in our layout (in, out) as one of ``nn.Linear``'s (out, in)."""
     if tuple(value.shape) != shape:
@@ -187,7 +197,7 @@ def _tensor(
         )
     nbytes = stored.numel() * stored.element_size()
     return NewTensor(
-        name, _DTYPE_NAMES[dtype], shape[::-1], nbytes, partial(_transposed_bytes, stored)
+        name, _DTYPE_NAMES[dtype], shape[::-1], nbytes, partial(_transposed_bytes, stored), new
     )
 
 
@@ -201,10 +211,45 @@ def _dequantised_bytes(source: Checkpoint, name: str) -> bytes:
     return read_tensor(source, name).view(torch.uint8).numpy().tobytes()
 
 
+@dataclass(frozen=True)
+class Copied:
+    """Shards of a cut, with nothing in the place of what goes: most bytes of any export of it."""
+
+    folder: Path
+    shards: Mapping[str, tuple[NewTensor, ...]]
+
+    @staticmethod
+    def plan(
+        source: Checkpoint, architecture: Architecture, cut: Variant, folder: Path, max_bytes: int
+    ) -> Copied:
+        """What may be copied to a folder ahead; a single file is not, as its header may change."""
+        shards = plan_shards(_new_tensors(source, architecture, cut), max_bytes)
+        return Copied(folder, shards if len(shards) > 1 else {})
+
+    def write(self, advance: Callable[[int], None]) -> None:
+        """Copy them, and bring them to the disk; what ``advance`` raises stops it."""
+        for file, tensors in self.shards.items():
+            self.folder.mkdir(exist_ok=True)
+            write_shard(self.folder / file, tensors, advance)
+            fsync_file(self.folder / file)
+
+    def of(self, shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, Path]:
+        """The files that shards with the same tensors may be made of, by their names."""
+        mine = {_described(tensors): self.folder / file for file, tensors in self.shards.items()}
+        described = {file: _described(tensors) for file, tensors in shards.items()}
+        return {file: mine[one] for file, one in described.items() if one in mine}
+
+
+def _described(tensors: Sequence[NewTensor]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    return tuple(tensor.described for tensor in tensors)
+
+
 def _write_weights(
-    folder: Path, tensors: list[NewTensor], max_shard_bytes: int, advance: Callable[[int], None]
+    folder: Path,
+    shards: Mapping[str, Sequence[NewTensor]],
+    there: Mapping[str, Path],
+    advance: Callable[[int], None],
 ) -> None:
-    shards = plan_shards(tensors, max_shard_bytes)
     lock = threading.Lock()
 
     def written(nbytes: int) -> None:
@@ -212,14 +257,19 @@ def _write_weights(
             advance(nbytes)
 
     def write(file: str) -> None:
-        write_shard(folder / file, shards[file], written)
+        if file not in there:
+            write_shard(folder / file, shards[file], written)
+            return
+        there[file].rename(folder / file)
+        put_values(folder / file, shards[file])
+        written(sum(tensor.nbytes for tensor in shards[file]))
 
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         for _ in pool.map(write, shards):
             pass
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "metadata": {"total_size": sum(t.nbytes for of in shards.values() for t in of)},
             "weight_map": {t.name: file for file, content in shards.items() for t in content},
         }
         (folder / INDEX).write_bytes(json_bytes(index))

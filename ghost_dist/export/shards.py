@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from ghost_dist.checkpoint.reader import DTYPES
 from ghost_dist.errors import ExportError
@@ -30,16 +30,28 @@ class NewTensor:
     shape: tuple[int, ...]
     nbytes: int
     source: tuple[Path, int] | Callable[[], bytes]  # file and first byte, or what gives the bytes
+    new: Literal["no", "values", "yes"] = "no"
+    """Whether the model has no such tensor (yes), or has it with other values."""
+
+    @property
+    def described(self) -> tuple[str, str, tuple[int, ...]]:
+        """What a header says of it."""
+        return self.name, self.dtype, self.shape
 
 
 def plan_shards(
     tensors: Sequence[NewTensor], max_shard_bytes: int
 ) -> dict[str, tuple[NewTensor, ...]]:
-    """Deal tensors, in order, to files of so many bytes, or of one tensor; transformers' names."""
+    """Deal tensors, in order, to files of so many bytes, or of one tensor; transformers' names.
+
+    New ones come last; if there are several files, in files of their own, so that the others are
+    the same whatever is new.
+    """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+        apart = len(shards) > 1 and tensor.new == "yes" != shards[-1][0].new
+        if shards[-1] and (apart or filled + tensor.nbytes > max_shard_bytes):
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
@@ -54,8 +66,7 @@ def plan_shards(
 
 def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int], None]) -> None:
     """Write one safetensors file; ``advance`` is called with the bytes just written."""
-    # Wide numbers first: that keeps all aligned.
-    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    tensors = _in_order(tensors)
     with path.open("xb") as target:
         target.write(_header(tensors))
         for tensor in tensors:
@@ -68,6 +79,24 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int
                 file, offset = tensor.source
                 with file.open("rb", buffering=0) as source:
                     _copy(source.fileno(), target, offset, tensor.nbytes, file, advance)
+
+
+def put_values(path: Path, tensors: Sequence[NewTensor]) -> None:
+    """Write what is new into a file that was written for these tensors with the model's values."""
+    tensors = _in_order(tensors)
+    offset = len(_header(tensors))
+    with path.open("r+b") as target:
+        for tensor in tensors:
+            if tensor.new == "values":
+                assert callable(tensor.source), "it is in no file"
+                target.seek(offset)
+                target.write(tensor.source())
+            offset += tensor.nbytes
+
+
+def _in_order(tensors: Sequence[NewTensor]) -> list[NewTensor]:
+    """As they stand in a file: wide numbers first, which keeps all aligned."""
+    return sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
 
 
 def _header(tensors: Sequence[NewTensor]) -> bytes:

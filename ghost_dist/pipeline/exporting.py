@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import release_cached
 from ghost_dist.durable import fsync_folder, fsync_tree
+from ghost_dist.errors import GhostDistError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.model_card import CARD, model_card
-from ghost_dist.export.rewrite import export_checkpoint, not_written
+from ghost_dist.export.rewrite import Copied, export_checkpoint, not_written
 from ghost_dist.export.verify import (
     FreshProcess,
     check_same_logits,
@@ -34,6 +36,7 @@ from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.operators import operator_of
+from ghost_dist.spans import Span
 
 RESULT = "result.json"
 _VERIFIED = (2, 256)  # windows, and tokens of each
@@ -44,14 +47,17 @@ def export_recovered(
     recovered: Variant,
     run: RunFolder,
     reporter: Reporter,
-    fresh: FreshProcess | None = None,
+    ahead: ExportAhead | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint; ``fresh`` (None: started now) reloads it before it gets its name."""
+    """Write the checkpoint; a fresh process reloads it before it gets its name.
+
+    ``ahead``: what was begun before; None: nothing.
+    """
     unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
     shutil.rmtree(unverified, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     try:
-        with nullcontext(fresh) if fresh else process_for_check(inputs) as process:
+        with nullcontext(ahead) if ahead else ExportAhead(inputs, run) as begun:
             with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
                 export_checkpoint(
                     inputs.source,
@@ -66,10 +72,11 @@ def export_recovered(
                     },
                     advance=advance,
                     sync=False,
+                    copied=begun.copied(),
                 )
             with ThreadPoolExecutor(1) as beside:
                 synced = beside.submit(fsync_tree, unverified)
-                difference = _verify(inputs, unverified, recovered, run, reporter, process)
+                difference = _verify(inputs, unverified, recovered, run, reporter, begun.process)
                 try:
                     synced.result()
                 except OSError as error:
@@ -86,9 +93,60 @@ def export_recovered(
     return {"reload_max_abs_difference": difference, "files": file_sizes(run.checkpoint)}
 
 
-def process_for_check(inputs: RunInputs) -> AbstractContextManager[FreshProcess]:
-    """What will check the checkpoint; it takes seconds to start, so it is started early."""
-    return fresh_process(None if inputs.streaming else inputs.device)
+class _Stopped(Exception):  # noqa: N818 - no error: nobody wants it any more
+    """Ends a copy."""
+
+
+class ExportAhead:
+    """What an export needs and can have before its operators are known; a context.
+
+    The process that will check it takes seconds to start, and most of its bytes depend on nothing
+    but what is cut.
+    """
+
+    def __init__(self, inputs: RunInputs, run: RunFolder) -> None:
+        self._inputs, self._folder = inputs, run.path / "checkpoint.ahead"
+        self._stack, self._ended = ExitStack(), threading.Event()
+        self._copying: Future[Copied] | None = None
+
+    def __enter__(self) -> ExportAhead:
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a killed run
+        device = None if self._inputs.streaming else self._inputs.device
+        self.process = self._stack.enter_context(fresh_process(device))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._stack.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def copy(self, spans: tuple[Span, ...]) -> None:
+        """Begin to copy the weights that stay, in a thread; not from a disk that others read."""
+        inputs = self._inputs
+        if inputs.streaming or inputs.config.on_cluster or self._copying is not None:
+            return
+
+        def work() -> Copied:
+            cut, most = Variant(spans), inputs.config.export.max_shard_bytes
+            plan = Copied.plan(inputs.source, inputs.architecture, cut, self._folder, most)
+            plan.write(self._check)
+            return plan
+
+        self._copying = self._stack.enter_context(ThreadPoolExecutor(1)).submit(work)
+
+    def copied(self) -> Copied | None:
+        """What was copied, once that is done; None if it could not be: the export will say why."""
+        if self._copying is None:
+            return None
+        try:
+            return self._copying.result()
+        except (OSError, GhostDistError):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return None
+
+    def _check(self, _: int) -> None:
+        if self._ended.is_set():
+            raise _Stopped
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:

@@ -73,9 +73,12 @@ def test_items_stay_where_what_they_need_is():
     holders = Holders()
 
     def lease(worker):
-        return queue.lease(worker, 0.0)
+        found = queue.lease(worker, 0.0)
+        if found is not None:
+            holders.read(worker, found.item)
+        return found
 
-    queue = LeaseQueue("xyz", holders)
+    queue = LeaseQueue("xyz", holders, twice=False)
     first, second = lease(a), lease(b)
     assert (first.item, second.item) == ("x", "y")
     queue.finished(first, 1.0)
@@ -86,7 +89,7 @@ def test_items_stay_where_what_they_need_is():
     queue.finished(second, 1.0)
     queue.finished(third, 1.0)
     assert queue.done
-    queue = LeaseQueue("xyz", holders)
+    queue = LeaseQueue("xyz", holders, twice=False)
     assert (lease(b).item, lease(a).item) == ("y", "z")
     queue.lost(0)
     holders.lost(0)
@@ -98,7 +101,7 @@ def test_items_stay_where_what_they_need_is():
 
     holders.lost(1)
     holders.give({"x": a, "y": a})
-    queue = LeaseQueue("xyz", holders)
+    queue = LeaseQueue("xyz", holders, twice=False)
     found = lease(b)
     assert found.item == "z"
     queue.finished(found, 1.0)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ghost_dist.checkpoint.reader import INDEX, open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ExportError
-from ghost_dist.export.rewrite import export_checkpoint
+from ghost_dist.export.rewrite import Copied, export_checkpoint
 from ghost_dist.spans import kept_layers
 
 SPANS = CUTS["last"]  # [2, 3) and [4, 6): one operator before layer 2, one before the norm
@@ -109,6 +110,25 @@ def test_shards(source, tmp_path):
     assert {n: content(single, n) for n in single.tensors} == {
         n: content(exported, n) for n in exported.tensors
     }
+
+
+@pytest.mark.parametrize("spans", [SPANS, CUTS["first"]])
+def test_what_was_copied_ahead_is_taken_where_it_is_of_the_same_cut(source, tmp_path, spans):
+    down_FC = source[1].inner_sizes[1], HIDDEN
+    new = {SPANS[0]: replace(OPERATORS[SPANS[0]], down_FC=torch.rand(*down_FC))}
+    whole = export(source, tmp_path / "whole", OPERATORS | new)
+    copied = Copied.plan(*source, Variant(spans), tmp_path / "ahead", 70_000)
+    copied.write(lambda _: None)
+    inodes = {path.stat().st_ino for path in (tmp_path / "ahead").iterdir()}
+    written = []
+    export(source, tmp_path / "out", OPERATORS | new, copied=copied, advance=written.append)
+    assert sum(written) == whole.nbytes
+    files = {path.name: path for path in (tmp_path / "out").iterdir() if path.is_file()}
+    for name, path in files.items():
+        assert path.read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    taken = [path for path in files.values() if path.stat().st_ino in inodes]
+    assert len(taken) == (len(copied.shards) if spans == SPANS else 0)
+    assert not Copied.plan(*source, Variant(spans), tmp_path / "none", 1 << 30).shards
 
 
 def test_config(source, tmp_path):
