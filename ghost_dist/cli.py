@@ -303,33 +303,33 @@ def demo(
 
 @app.command()
 def verify(run: Run) -> None:
-    """Check every hash of a run's statistics; says what is damaged and what to re-run."""
-    from ghost_dist.run_folder import RunFolder
-    from ghost_dist.statistics.store import StatisticsStore
+    """Check a run's statistics, operators and checkpoint; says what is damaged or out of date."""
+    from ghost_dist.pipeline.verifying import verify_run
 
-    RunFolder.stored_config(run)
-    store = StatisticsStore.open(run / "statistics.zarr")
-    damaged, missing = store.damaged(), store.missing()
-    for range_id, reason in damaged.items():
-        typer.echo(f"range {range_id}: DAMAGED. {reason}")
-    if missing:
-        typer.echo(f"not yet run: ranges {', '.join(map(str, missing))}")
-    sound = len(store.committed()) - len(damaged)
-    typer.echo(f"{sound} of {len(store.plan.ranges)} ranges are sound.")
-    if damaged or missing:
-        typer.echo(f"To run just the others: ghost-dist recover {run / 'config.yaml'} --out {run}")
-    if damaged:
+    found = verify_run(run)
+    for line in found.lines:
+        typer.echo(line)
+    if found.damaged:
         raise typer.Exit(1)
 
 
 def _add_stage(stage: Stage) -> None:
     """Define the command that does one stage of a finished or stopped run again."""
 
-    def command(run: Run, assignments: Set = None) -> None:
+    def command(
+        run: Run,
+        assignments: Set = None,
+        as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    ) -> None:
         from ghost_dist.api import run_config
         from ghost_dist.pipeline.again import run_stage_again
+        from ghost_dist.report.terminal import print_stage
 
-        Console().print_json(data=run_stage_again(run, stage, assignments or (), run=run_config))
+        done = run_stage_again(run, stage, assignments or (), run=run_config)
+        if as_json:
+            Console(soft_wrap=True).print_json(data=done)
+        else:
+            print_stage(run, stage)
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
     app.command(name=stage)(command)

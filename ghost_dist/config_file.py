@@ -19,8 +19,11 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.spans import pairs_of
 
-MAY_DIFFER = ("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.")
-"""Fields, or beginnings of their names, that may differ when a run is continued: where it runs, on
+MAY_DIFFER = (
+    *("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.", "evaluation."),
+)
+"""Fields, or beginnings of their names, that may differ when a run is continued: what the finished
+model is measured on, since nothing before depends on it; where it runs, on
 how many copies of the model, and how much of it is at hand does not change its sums, but for last
 bits where experts are in parts on a CPU with several threads. (Sums of ranks that share layers are
 others, and are told apart by the statistics.)"""

@@ -22,7 +22,13 @@ from ghost_dist.config_file import (
     differing_fields,
     load_config,
 )
-from ghost_dist.durable import create_bytes, read_sealed, sweep_partial, write_sealed
+from ghost_dist.durable import (
+    create_bytes,
+    read_sealed,
+    sweep_partial,
+    write_bytes,
+    write_sealed,
+)
 from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
 
@@ -84,7 +90,13 @@ class RunFolder:
 
         Before that nothing is bound, so a mistake can be corrected under the same ``--out``.
         """
-        create_bytes(self.path / "config.yaml", config_yaml(self.config))
+        path = self.path / "config.yaml"
+        if not create_bytes(path, config_yaml(self.config)):
+            stored = self.stored_config(self.path)
+            if stored.evaluation != self.config.evaluation:
+                # No earlier stage depends on it, so it may change from one call to the next.
+                changed = stored.model_copy(update={"evaluation": self.config.evaluation})
+                write_bytes(path, config_yaml(changed))
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""

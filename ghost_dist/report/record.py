@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,6 +192,15 @@ class RunRecord:
             ),
         }
         return [name for name, current in stages.items() if not current]
+
+    @property
+    def out_of_date(self) -> list[str]:
+        """What is not of the newest stages, or not there yet, and the command that renews it."""
+        again = f"ghost-dist recover {shlex.quote(str(self.path / 'config.yaml'))}"
+        if self.stale:
+            what = "The result is" if self.stale == ["evaluate"] else "Checkpoint and result are"
+            return [f"{what} older than {', '.join(self.stale)}. To renew: {again}"]
+        return [f"Not done yet: {', '.join(self.missing)}. To go on: {again}"] * bool(self.missing)
 
     @property
     def missing(self) -> list[str]:

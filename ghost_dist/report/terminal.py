@@ -144,6 +144,26 @@ def print_run(path: Path) -> None:
         print_result(run.result, path)
 
 
+def print_stage(path: Path, stage: str) -> None:
+    """Print what a stage that was done by itself gave, and what is out of date now."""
+    run = read_run(path)
+    record = run.stages[stage]
+    if stage == "select":
+        _say(f"chosen: layers {_spans(record['spans'])} of {record['num_layers']}")
+    if stage == "calibrate":
+        _say(f"sums of {record['ranges']} ranges are there")
+    if stage == "solve":
+        if len(record["candidates"]) > 1:
+            _print_candidates(record["candidates"])
+        if record["fits"]:
+            _print_fits(record["fits"])
+        _say(f"solved: {record['operator']}, in {path / 'operators'}")
+    if stage in ("export", "evaluate") and run.result is not None:
+        print_result(run.result, path)
+    for said in run.out_of_date:
+        _say(said)
+
+
 def print_comparison(result: Mapping[str, Any], folder: Path) -> None:
     """Print the rows of a comparison and where its files lie."""
     corpora = list(result["dense"])

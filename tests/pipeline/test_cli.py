@@ -24,7 +24,13 @@ def solved(make_config, tmp_path):
 
 
 def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
-    assert run(capsys, "verify", solved)[:2] == (0, "8 of 8 ranges are sound.\n")
+    code, out, _ = run(capsys, "verify", solved)
+    assert code == 0
+    assert out.splitlines() == [
+        "8 of 8 ranges are sound.",
+        "1 of 1 operators are sound.",
+        f"Not done yet: export. To go on: ghost-dist recover {solved / 'config.yaml'}",
+    ]
     [chunk] = (solved / "statistics.zarr" / "ranges" / "00003").glob("*/0/packed/c/0")
     chunk.unlink()
     (solved / "statistics.zarr" / "ledger" / "00005.json").unlink()
@@ -48,10 +54,54 @@ def test_the_command_that_verify_prints_repairs(solved, capsys):
     assert run(capsys, "verify", solved)[0] == 0
 
 
+def test_verify_looks_at_operators_and_checkpoint(make_config, tmp_path, capsys):
+    recover(make_config())
+    folder = tmp_path / "run"
+    code, out, _ = run(capsys, "verify", folder)
+    assert code == 0
+    assert "files of the checkpoint are there as written." in out
+    (folder / "checkpoint" / "model.safetensors").write_bytes(b"x")
+    (folder / "operators" / "3-5.safetensors").write_bytes(b"x")
+    code, out, _ = run(capsys, "verify", folder)
+    assert code == 1
+    assert "checkpoint/model.safetensors: DAMAGED" in out
+    assert "operator [3, 5): DAMAGED" in out
+    assert "0 of 1 operators are sound." in out
+    assert run(capsys, "recover", folder / "config.yaml")[0] == 0
+    assert run(capsys, "verify", folder)[0] == 0
+
+
 def test_solve_again_prints_the_fit(solved, capsys):
-    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge.relative=0.7")
+    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge.relative=0.7", "--json")
     assert code == 0
     assert json.loads(out)["fit"][0]["relative_ridge"] == pytest.approx(0.7)
+    assert run(capsys, "recover", solved / "config.yaml")[0] == 0
+    code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge.relative=0.5")
+    assert code == 0
+    assert "7.0e-01" not in out
+    assert "5.0e-01" in out
+    *_, last = out.splitlines()
+    again = f"ghost-dist recover {solved / 'config.yaml'}"
+    assert last == f"Checkpoint and result are older than solve. To renew: {again}"
+    assert run(capsys, "recover", solved / "config.yaml")[0] == 0
+    assert "older" not in run(capsys, "verify", solved)[1]
+
+
+def test_evaluation_may_change_from_one_call_to_the_next(make_config, text_file, tmp_path, capsys):
+    """What measures the finished model is no reason to refuse the command that made it."""
+    settings = {"evaluation__corpora": {"a": str(text_file)}, "evaluation__window_length": 64}
+    config = make_config(**settings, evaluation__windows=2)
+    first = recover(config)
+    folder = tmp_path / "run"
+    code, out, _ = run(capsys, "evaluate", folder, "--set", "evaluation.windows=3")
+    assert code == 0
+    assert "gap closed" in out
+    changed = json.loads((folder / "result.json").read_text())["perplexity"]
+    assert changed != first["perplexity"]
+    assert recover(config)["perplexity"] == first["perplexity"]
+    assert RunFolder.stored_config(folder).evaluation.windows == 2
+    other = make_config(**settings, evaluation__windows=3)
+    assert recover(other)["perplexity"] == changed
 
 
 @pytest.mark.parametrize(
