@@ -1,7 +1,7 @@
 """Seconds of every stage of `ghost-dist recover`, from the shell, for one or several source trees.
 
     python tests/benchmarks/whole_run.py FOLDER [--tree NAME=FOLDER ...]
-        [--settings default paper search] [--shape 8b|tiny] [--remove 7] [--gpus 1]
+        [--settings default paper recoverability] [--shape 8b|tiny] [--remove 7] [--gpus 1]
         [--threads N] [--set section.field=value ...]
 
 FOLDER takes a checkpoint of random weights (8b: 16 GB, made if absent) and the RUN folders, which
@@ -36,7 +36,7 @@ from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULE
 
 SETTINGS = {
     "default": [],
-    "search": ["--set", "selection.criterion=search"],
+    "recoverability": ["--set", "selection.criterion=recoverability"],
     "paper": [
         *("--operator", "ghost", "--set", "selection.criterion=paper"),
         *("--set", "operator.ridge={absolute: 1e-6}", "--set", "operator.choose=residual"),
@@ -136,6 +136,8 @@ def one_run(given, model, name, tree, settings, gpu):
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     seconds |= {stage: result["timings_s"][stage] for stage in STAGES}
     seconds["outside stages"] = seconds["whole"] - sum(seconds[stage] for stage in STAGES)
+    seconds["- start, imports"] = events[0]["time"] - wall
+    seconds["- report, end"] = wall + seconds["whole"] - events[-1]["time"]
     shown = defaultdict(float)
     for event in events:
         if event["event"] == "stage-end":
