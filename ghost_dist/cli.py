@@ -322,7 +322,7 @@ def _add_stage(stage: Stage) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     ) -> None:
         from ghost_dist.api import run_config
-        from ghost_dist.pipeline.again import run_stage_again
+        from ghost_dist.pipeline.recover import run_stage_again
         from ghost_dist.report.terminal import print_stage
 
         done = run_stage_again(run, stage, assignments or (), run=run_config)

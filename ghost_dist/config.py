@@ -338,7 +338,6 @@ class Config(Section):
 
     @property
     def folds(self) -> int:
-        """Folds of cross-validation."""
         sources = len(self.calibration.sources)
         return {0: self.operator.folds, 1: self.operator.folds, 2: 4}.get(sources, sources)
 
@@ -351,7 +350,6 @@ class Config(Section):
 
     @property
     def left_out_names(self) -> tuple[str, ...]:
-        """What is left out, in words."""
         sources = self.calibration.sources
         return (
             tuple(sources)

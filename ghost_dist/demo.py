@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ghost_dist.assets import natural_text, stdlib_text
+from ghost_dist.assets import stdlib_text
 from ghost_dist.config_file import config_from_tree
 from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
@@ -88,8 +88,8 @@ def _english() -> _Texts:
         window_length=256,
         evaluation_windows=8,
         texts={
-            "calibration": natural_text.reference_text(natural_text.CALIBRATION_TOPICS),
-            "python-reference": natural_text.reference_text(natural_text.EVALUATION_TOPICS),
-            "docstrings": natural_text.docstring_text(natural_text.DOCSTRING_MODULES),
+            "calibration": stdlib_text.reference_text(stdlib_text.CALIBRATION_TOPICS),
+            "python-reference": stdlib_text.reference_text(stdlib_text.EVALUATION_TOPICS),
+            "docstrings": stdlib_text.docstring_text(stdlib_text.DOCSTRING_MODULES),
         },
     )

@@ -61,7 +61,6 @@ def open_device(name: str) -> torch.device:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees a GPU."""
     return torch.cuda.is_available()
 
 

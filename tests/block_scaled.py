@@ -83,28 +83,33 @@ def weights(folder):
 
 
 def recover_both(make_config, folder, family, form=None, **fields):
-    """Recover a family's FP8 form and its bfloat16 twin, and compare; the first's checkpoint."""
+    """Recover a family's FP8 form with both engines, and its bfloat16 twin, and compare; the
+    checkpoint of the first."""
     source = save_checkpoint(family, folder / "source", torch.bfloat16)
     save_tokenizer(source)
     text = folder / "text.txt"
     text.write_text(TEXT)
-    assert save_in_fp8(source, folder / "stored", folder / "twin", (40, 28), form) > 10
-    for name in ("stored", "twin"):
+    assert save_in_fp8(source, folder / "stored", folder / "plain", (40, 28), form) > 10
+    runs = {"twin": ("plain", "resident")}
+    runs |= {kind: ("stored", kind) for kind in ("resident", "streaming")}
+    for run, (model, kind) in runs.items():
         recover(
             make_config(
-                model__path=str(folder / name),
+                model__path=str(folder / model),
                 calibration__source=str(text),
                 calibration__windows=8,
                 calibration__window_length=32,
                 selection__spans=[[2, 4]],
-                output__path=str(folder / f"run-{name}"),
+                engine__kind=kind,
+                output__path=str(folder / run),
                 **fields,
             )
         )
-    stored, twin = (folder / f"run-{name}" / "checkpoint" for name in ("stored", "twin"))
-    found, expected = weights(stored), weights(twin)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
-    return stored
+    expected = weights(folder / "twin" / "checkpoint")
+    for kind in ("resident", "streaming"):
+        found = weights(folder / kind / "checkpoint")
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), (kind, name)
+    return folder / "resident" / "checkpoint"

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,18 @@ TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
 MODEL_FIXTURES = {"checkpoint", "cluster", "loaded", "make_config", "model_folder", "shared"}
+ALL_NEED_A_MODEL = re.compile(r"(?m)^from (all_)?families import|^pytestmark = .*mark\.model")
+
+
+@functools.cache
+def all_need_a_model(path):
+    return ALL_NEED_A_MODEL.search(path.read_text(encoding="utf-8")) is not None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With ``-m 'not model'``, files that have no other tests: reading them takes seconds."""
+    leaves_out = "not model" in config.option.markexpr and collection_path.suffix == ".py"
+    return True if leaves_out and all_need_a_model(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at, by -m and by xdist
@@ -46,11 +59,7 @@ def pytest_collection_modifyitems(config, items):
     them in the end.
     """
     for item in items:
-        of_families = any(
-            getattr(value, "__module__", "") in ("families", "all_families")
-            for value in vars(item.module).values()
-        )
-        if of_families or not MODEL_FIXTURES.isdisjoint(item.fixturenames):
+        if all_need_a_model(item.path) or not MODEL_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker("model")
     if not config.pluginmanager.hasplugin("xdist"):
         return

@@ -15,7 +15,9 @@ EPS = torch.finfo(torch.float64).eps
 
 def use_rank(monkeypatch, kind):
     """Replicas are made of another kind of ranks."""
-    monkeypatch.setattr(replica, "remote_rank", lambda **options: remote_rank(kind, **options))
+    monkeypatch.setattr(
+        replica, "remote_rank", lambda rank, **options: remote_rank(rank, kind, **options)
+    )
 
 
 def waiting(folder, ranks):

@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ghost_dist import cli
-from ghost_dist.assets.natural_text import (
+from ghost_dist.assets.stdlib_text import (
     CALIBRATION_TOPICS,
     DOCSTRING_MODULES,
     EVALUATION_TOPICS,

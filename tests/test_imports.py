@@ -1,6 +1,7 @@
 """Imports go down the table of docs/design.md; heavy libraries and CUDA have one place each."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -46,8 +47,13 @@ def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes_of(path):
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,9 +91,9 @@ def test_heavy_libraries_have_one_place(library, place):
     assert all(name.startswith(place) for name in importers), importers
 
 
-def uses_of_cuda(source):
+def uses_of_cuda(nodes):
     """Lines that ask torch for a GPU's streams, events, memory or present number."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         match node:
             case ast.Attribute(attr="cuda" | "accelerator"):
                 yield node.lineno  # torch.cuda, torch.backends.cuda, tensor.cuda()
@@ -108,7 +114,7 @@ def uses_of_cuda(source):
 def test_only_one_module_talks_to_cuda(path):
     """The others would have to name the device each time, and one day one does not."""
     if path.name != "devices.py":
-        assert not list(uses_of_cuda(path.read_text()))
+        assert not list(uses_of_cuda(nodes_of(path)))
 
 
 @pytest.mark.parametrize(
@@ -125,4 +131,4 @@ def test_only_one_module_talks_to_cuda(path):
     ],
 )
 def test_talking_to_cuda_is_noticed(line):
-    assert list(uses_of_cuda(line)) == [1]
+    assert list(uses_of_cuda(ast.walk(ast.parse(line)))) == [1]

@@ -1,4 +1,4 @@
-"""Text for the pico model: the source of fixed modules of the user's own Python.
+"""Text that every Python carries: the source of fixed modules for the pico model, prose for LLMs.
 
 Every Python installation carries its standard library as source, so the demo needs no data file
 and no network. The two lists below are disjoint and fixed: calibration text may have been seen by
@@ -6,10 +6,15 @@ the pico model in training, evaluation text (and what repeats it, such as its te
 `launch/train_pico.py` imports both lists. All modules exist in Python 3.11 to 3.13, also in
 distributions that leave out `test` and `tkinter`. Their text differs a little between Python
 versions, so a perplexity is compared only with figures of the same Python.
+
+For real language models: the chapters of the language reference that ``help()`` prints, and
+docstrings of the standard library. It is prose about one subject, so figures on it show that an
+operator works, not what it is worth elsewhere.
 """
 
 from __future__ import annotations
 
+import ast
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,3 +69,49 @@ def stdlib_text(modules: Sequence[str], *, root: Path | None = None) -> str:
             )
         texts.append(path.read_text(encoding="utf-8"))
     return "".join(texts)
+
+
+CALIBRATION_TOPICS: tuple[str, ...] = (
+    "specialnames",
+    "compound",
+    "types",
+    "formatstrings",
+    "string-methods",
+    "typesseq",
+    "typesmapping",
+)
+
+EVALUATION_TOPICS: tuple[str, ...] = (
+    "execmodel",
+    "comparisons",
+    "import",
+    "strings",
+    "objects",
+    "operator-summary",
+)
+
+DOCSTRING_MODULES: tuple[str, ...] = (
+    "threading",
+    "smtplib",
+    "email.message",
+    "random",
+    "socketserver",
+    "os",
+    "optparse",
+    "ssl",
+)
+
+
+def reference_text(topics: Sequence[str]) -> str:
+    """Chapters of the language reference, by the names that ``help()`` knows, in this order."""
+    from pydoc_data.topics import topics as chapters
+
+    return "\n\n".join(chapters[topic].strip() for topic in topics) + "\n"
+
+
+def docstring_text(modules: Sequence[str]) -> str:
+    """Docstrings of the modules, classes and functions of standard library modules."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for name in modules for node in ast.walk(ast.parse(stdlib_text([name]))))
+    found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
+    return "\n\n".join(text for text in found if text) + "\n"

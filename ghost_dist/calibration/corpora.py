@@ -40,8 +40,6 @@ _DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """An opened source."""
-
     name: str
     """The source as the user wrote it, for messages."""
     documents: Generator[Document]

@@ -98,7 +98,6 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _joined_parts(parts: list[Any], where: str) -> str:
-    """The text of ``{"type": "text", "text": ...}`` parts."""
     texts = []
     for part in parts:
         text = (

@@ -134,8 +134,6 @@ def _encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
 
 
 class _Prefix:
-    """The beginning of a text that comes in pieces."""
-
     def __init__(self, pieces: Iterator[str]) -> None:
         self._pieces = pieces
         self._text = ""

@@ -96,7 +96,6 @@ def published_windows(
 
 
 def _cut(rows: Iterable[str], tokenizer: Any, window_length: int) -> list[TokenArray]:
-    """Whole windows of all rows joined."""
     stream = _encode(tokenizer, SEPARATOR.join(rows))
     count = len(stream) // window_length
     return list(stream[: count * window_length].reshape(count, window_length))

@@ -87,13 +87,11 @@ class Text:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[Corpus, Iterator[Piece]]]:
-        """The source from its beginning."""
         corpus = open_corpus(self.source, seed=self.seed, split=self.split, files=self.files)
         with contextlib.closing(corpus.documents):
             yield corpus, read_pieces(corpus, self.tokenizer, special_tokens=self.special_tokens)
 
     def pack(self, corpus: Corpus, pieces: Iterator[Piece], **options: Any) -> TokenArray:
-        """Tokens of some of its pieces."""
         return pack_tokens(
             corpus, self.tokenizer, special_tokens=self.special_tokens, pieces=pieces, **options
         )

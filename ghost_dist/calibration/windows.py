@@ -47,12 +47,10 @@ class TokenWindows:
 
     @property
     def num_windows(self) -> int:
-        """Number of windows."""
         return int(self.tokens.shape[0])
 
     @property
     def window_length(self) -> int:
-        """Tokens per window."""
         return int(self.tokens.shape[1])
 
     @functools.cached_property
@@ -140,7 +138,6 @@ def save_windows(path: Path, windows: TokenWindows) -> None:
 
 
 def load_windows(path: Path) -> TokenWindows:
-    """Read what :func:`save_windows` wrote."""
     remedy = "recover builds it anew from the source."
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

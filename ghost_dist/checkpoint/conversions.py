@@ -128,7 +128,6 @@ def quiet_loading() -> Iterator[list[str]]:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """``save_pretrained``, quietly."""
     # It imports DeepSpeed where that is installed, which warns if it has to find out by itself
     # that there is no GPU.
     tell = not has_gpu() and "DS_ACCELERATOR" not in os.environ

@@ -26,15 +26,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ghost_dist.checkpoint.block_scales import (
+from ghost_dist.checkpoint.language_model import language_model
+from ghost_dist.checkpoint.tensor_files import (
     Scales,
+    TensorInfo,
     dequantised,
     of_activations,
+    read_header,
     scales_of,
     weight_block,
 )
-from ghost_dist.checkpoint.language_model import language_model
-from ghost_dist.checkpoint.safetensors_header import TensorInfo, read_header
 from ghost_dist.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -38,7 +38,6 @@ def shapes_only(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def restore_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put buffers by name on a device, in their own dtype."""
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from ghost_dist import devices
-from ghost_dist.checkpoint.block_scales import dequantised
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import DTYPES, Checkpoint
-from ghost_dist.checkpoint.safetensors_header import TensorInfo
+from ghost_dist.checkpoint.tensor_files import TensorInfo, dequantised
 from ghost_dist.errors import CheckpointError
 
 READERS = 8

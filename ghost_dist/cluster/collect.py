@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any
 
 import ray
 
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
-from ghost_dist.cluster.messages import Work
 from ghost_dist.cluster.pool import Pool
+from ghost_dist.cluster.rank import Work
 from ghost_dist.cluster.replica import Replica
-from ghost_dist.pipeline.collectors import Collectors
-from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.pipeline.timing import RangeTimes
-from ghost_dist.progress import Advance, Reporter
+from ghost_dist.pipeline.collectors import Collectors, RangeTimes
+from ghost_dist.progress import Advance
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 
 
@@ -31,8 +28,8 @@ class CollectOnCluster:
     Replicas stay between stages that need the same layers or fewer, until :meth:`release`.
     """
 
-    def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
-        self._inputs, self._reporter, self._pool = inputs, reporter, pool
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._num_layers = 0
 
     def __call__(
@@ -45,132 +42,122 @@ class CollectOnCluster:
         to_fit: bool = False,
     ) -> None:
         """Run and commit every range that is missing; what is finished survives any error."""
-        missing = store.missing()
+        pool, config, missing = self._pool, self._pool.inputs.config, store.missing()
         if not missing:
             return
         if collectors.last_boundary > self._num_layers:
-            self._pool.release()  # what is loaded ends too early
+            self.release()  # what is loaded ends too early
             self._num_layers = collectors.last_boundary
-        config = self._inputs.config
-        wanted = config.engine.replicas
-        self._pool.begin(1 if wanted == "auto" else wanted)
+        pool.num_layers = self._num_layers
+        pool.begin(1 if config.engine.replicas == "auto" else config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
-        work_id = uuid.uuid4().hex
-        work = ray.put(
-            Work(
-                store.path.resolve(),
-                store.plan_fingerprint,
-                tokens.tokens,
-                collectors,
-                config.folds if keep else None,
-            )
-        )
+        folds = config.folds if keep else None
+        path, fingerprint = store.path.resolve(), store.plan_fingerprint
+        work = ray.put(Work(path, fingerprint, tokens.tokens, collectors, folds))
         queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)
-
-        def tokens_of(range_id: int) -> int:
-            return len(store.plan.ranges[range_id]) * tokens.window_length
-
-        committed = int(tokens.tokens.size) - sum(map(tokens_of, missing))
-        with self._reporter.stage(stage, int(tokens.tokens.size), "tokens", committed) as advance:
-            progress = _Progress(committed, advance, tokens_of)
-            filling = _Filling(store, stage, queue, progress, work_id, work, keep)
-            self._pool.work_off(
-                queue,
-                lambda replica: self._step(replica, filling),
-                num_layers=self._num_layers,
-                show=lambda: progress.show(self._pool.replicas.values(), queue),
-            )
+        total = int(tokens.tokens.size)
+        done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
+        with pool.reporter.stage(stage, total, "tokens", done) as advance:
+            filling = _Filling(pool, store, stage, queue, work, keep=keep, done=done)
+            pool.work_off(queue, filling.lease, show=lambda: filling.show(advance))
         # Those that still run a range which another has committed would write into a store that
         # the next stage may have removed.
-        for replica in list(self._pool.replicas.values()):
+        for replica in list(pool.replicas.values()):
             if replica.under_way:
-                self._pool.drop(replica)
+                pool.drop(replica)
 
     def release(self) -> None:
         self._pool.release()
         self._num_layers = 0
 
-    def _step(self, replica: Replica, filling: _Filling) -> None:
-        """Take what a replica has finished, and give it something to do."""
-        written, now = self._pool.poll(replica), time.monotonic()
-        if written is not None:
-            won = self._commit(replica, filling, *written)
-            if filling.keep:
-                replica.acknowledge(written[0], committed=won)
-        if replica.state == "idle":
-            lease = filling.queue.lease(Worker(replica.number), now)
-            if lease is not None:
-                replica.run(filling.work_id, filling.work, lease, now)
-                self._reporter.event(
-                    "range-leased",
-                    stage=filling.stage,
-                    range=lease.item,
-                    attempt=lease.attempt,
-                    replica=replica.number,
-                )
+
+class _Filling:
+    """A store that is being filled, of which ``done`` tokens count already."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        store: StatisticsStore,
+        stage: str,
+        queue: LeaseQueue[int],
+        work: Any,
+        *,
+        keep: bool,
+        done: int,
+    ) -> None:
+        self._pool, self._store, self._stage = pool, store, stage
+        self._queue, self._work, self._keep = queue, work, keep
+        self._id = uuid.uuid4().hex
+        self._committed = self._shown = done
+
+    def lease(self, replica: Replica) -> None:
+        if replica.state != "idle":
+            return
+        lease = self._queue.lease(Worker(replica.number), time.monotonic())
+        if lease is not None:
+
+            def written(
+                of: Lease[int], blocks: list[WrittenBlock], times: list[RangeTimes]
+            ) -> None:
+                counts = self._commit(replica, of, blocks, times)
+                if self._keep:
+                    replica.acknowledge(of, committed=counts)
+
+            replica.run(self._id, self._work, lease, written)
+            self._event("range-leased", replica, lease)
+
+    def show(self, advance: Advance) -> int:
+        """Tell the tokens that count or are under way; those of a lost replica are taken back."""
+        running = {lease.attempt for lease in self._queue.leases}
+        best: dict[int, int] = {}
+        for replica in self._pool.replicas.values():
+            for lease, tokens in replica.under_way:
+                if lease.attempt in running:
+                    of_range = self._tokens_of(lease) if tokens is None else tokens
+                    best[lease.item] = max(best.get(lease.item, 0), of_range)
+        now = self._committed + sum(best.values())
+        if now != self._shown:
+            advance(now - self._shown)
+            self._shown = now
+        return self._committed
 
     def _commit(
         self,
         replica: Replica,
-        filling: _Filling,
         lease: Lease[int],
         blocks: list[WrittenBlock],
         times: list[RangeTimes],
     ) -> bool:
         """Whether the attempt counts from now on."""
-        store, queue = filling.store, filling.queue
-        if lease not in queue.leases:
+        if lease not in self._queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
-            store.discard_attempt(lease.item, lease.attempt)
+            self._store.discard_attempt(lease.item, lease.attempt)
             return False
         now = time.monotonic()
-        won = store.commit_attempt(lease.item, lease.attempt, blocks)
-        queue.finished(lease, now)
+        won = self._store.commit_attempt(lease.item, lease.attempt, blocks)
+        self._queue.finished(lease, now)
         self._pool.progressed()
-        filling.progress.committed += len(store.plan.ranges[lease.item]) * store.plan.window_length
-        self._reporter.event(
+        self._committed += self._tokens_of(lease)
+        self._event(
             "range-committed",
-            stage=filling.stage,
-            range=lease.item,
-            attempt=lease.attempt,
-            replica=replica.number,
+            replica,
+            lease,
             seconds=round(now - lease.since, 3),
             forward_s=[round(of_rank.forward_s, 3) for of_rank in times],
             sums_s=[round(of_rank.sums_s, 3) for of_rank in times],
         )
         return won
 
+    def _tokens_of(self, lease: Lease[int]) -> int:
+        plan = self._store.plan
+        return len(plan.ranges[lease.item]) * plan.window_length
 
-class _Filling(NamedTuple):
-    """A store that is being filled, and what for."""
-
-    store: StatisticsStore
-    stage: str
-    queue: LeaseQueue[int]
-    progress: _Progress
-    work_id: str
-    work: object
-    keep: bool
-
-
-class _Progress:
-    """Tokens that count and tokens under way, as one number that a person sees."""
-
-    def __init__(self, committed: int, advance: Advance, tokens_of: Callable[[int], int]) -> None:
-        self.committed = self._shown = committed
-        self._advance, self._tokens_of = advance, tokens_of
-
-    def show(self, replicas: Iterable[Replica], queue: LeaseQueue[int]) -> int:
-        """Tell what has changed; what a lost replica had not committed is taken back."""
-        running = {lease.attempt for lease in queue.leases}
-        best: dict[int, int] = {}
-        for replica in replicas:
-            for lease, tokens in replica.under_way:
-                if lease.attempt in running:
-                    of_range = self._tokens_of(lease.item) if tokens is None else tokens
-                    best[lease.item] = max(best.get(lease.item, 0), of_range)
-        now = self.committed + sum(best.values())
-        if now != self._shown:
-            self._advance(now - self._shown)
-            self._shown = now
-        return self.committed
+    def _event(self, name: str, replica: Replica, lease: Lease[int], **more: Any) -> None:
+        self._pool.reporter.event(
+            name,
+            stage=self._stage,
+            range=lease.item,
+            attempt=lease.attempt,
+            replica=replica.number,
+            **more,
+        )

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from ghost_dist.cluster.leases import Holders, Lease, LeaseQueue, Worker
-from ghost_dist.cluster.messages import FitWork
+from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
-from ghost_dist.cluster.reduce import LiveReduction
+from ghost_dist.cluster.rank import FitWork
+from ghost_dist.cluster.reduce import reduce_live
 from ghost_dist.cluster.replica import Replica
 from ghost_dist.pipeline.candidates import stored_keys
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome
-from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
 
@@ -31,13 +30,13 @@ class FitOnCluster:
     Replicas drop their model before; lost ones are replaced by ones that never load it.
     """
 
-    def __init__(self, inputs: RunInputs, reporter: Reporter, pool: Pool) -> None:
-        self._inputs, self._reporter, self._pool = inputs, reporter, pool
-        folds = inputs.config.folds
+    def __init__(self, pool: Pool) -> None:
+        inputs, self._pool = pool.inputs, pool
+        self._config, self._room = inputs.config, inputs.fit_room
+        self._driver, self._ranks = inputs.fit_device.type, inputs.worker_device.type
         self._here = FitHere(
-            inputs.source, inputs.architecture, folds, inputs.fit_device, inputs.fit_room
+            inputs.source, inputs.architecture, self._config.folds, inputs.fit_device, self._room
         )
-        self._holders: Holders[Span] = Holders()  # ranks that have the sums of a span
         self._reduced = False
 
     def __call__(
@@ -46,19 +45,19 @@ class FitOnCluster:
         of_span: dict[Span, list[int]] = {}
         for number, job in enumerate(jobs):
             of_span.setdefault(job.span, []).append(number)
-        fitted = any(job.candidate.kind() is not None for job in jobs)
-        if not fitted or not self._on_ranks(len(of_span)):
+        reduces = self._config.engine.reduction == "all-reduce"
+        if self._driver != self._ranks:
+            on_ranks = reduces or self._ranks == "cuda"
+        else:
+            on_ranks = reduces or len(of_span) > 1
+        if not on_ranks or all(job.candidate.kind() is None for job in jobs):
             self._pool.release()
             return self._here(store, jobs, advance)
         self._pool.begin(1)
         self._unload()
-        work = FitWork(
-            store.path.resolve(),
-            store.plan_fingerprint,
-            self._inputs.config.folds,
-            self._inputs.fit_room,
-        )
-        if self._inputs.config.engine.reduction == "all-reduce" and not self._reduced:
+        path, fingerprint = store.path.resolve(), store.plan_fingerprint
+        work = FitWork(path, fingerprint, self._config.folds, self._room)
+        if reduces and not self._reduced:
             self._reduced = True
             keys: dict[Span, list[tuple[str, ...]]] = {}
             for job in jobs:
@@ -66,72 +65,39 @@ class FitOnCluster:
                 names = stored_keys(kind, job.span, store.plan.entries) if kind else ()
                 if names and names not in of_span_keys:
                     of_span_keys.append(names)
-            reduction = LiveReduction(self._pool, self._reporter)
-            self._holders.give(reduction.run(store, work, keys))
+            reduce_live(self._pool, store, work, keys)
         outcomes: dict[int, Outcome] = {}
+        queue = LeaseQueue(of_span, self._pool.holders)
 
-        def take(span: Span, found: Sequence[Outcome]) -> None:
-            outcomes.update(zip(of_span[span], found, strict=True))
+        def take(lease: Lease[Span], found: list[Outcome]) -> None:
+            queue.finished(lease, time.monotonic())
+            self._pool.progressed()
+            self._event("span-fitted", lease, fits=len(found))
+            outcomes.update(zip(of_span[lease.item], found, strict=True))
             advance(len(found))
 
-        by_span = {span: [jobs[i] for i in numbers] for span, numbers in of_span.items()}
-        self._fit(work, by_span, take)
-        return [outcomes[number] for number in range(len(jobs))]
+        def fit(replica: Replica) -> None:
+            """Give a span to every rank of a replica that has none."""
+            for rank in replica.free_ranks:
+                lease = queue.lease(Worker(replica.number, rank), time.monotonic())
+                if lease is not None:
+                    of_lease = [jobs[number] for number in of_span[lease.item]]
+                    then = partial(take, lease)
+                    replica.ask(rank, "fit", lease.attempt, work, of_lease, then=then)
+                    self._event("span-leased", lease)
 
-    def _on_ranks(self, num_spans: int) -> bool:
-        driver, ranks = self._inputs.fit_device.type, self._inputs.worker_device.type
-        if self._inputs.config.engine.reduction == "all-reduce":
-            return True
-        if driver != ranks:
-            return ranks == "cuda"
-        return num_spans > 1
+        self._pool.work_off(queue, fit, ranks=self._pool.shape.ranks)
+        return [outcomes[number] for number in range(len(jobs))]
 
     def _unload(self) -> None:
         """Replicas with the model drop it; those that were still coming are not waited for."""
+        self._pool.num_layers = 0
         for replica in list(self._pool.replicas.values()):
             if replica.state == "idle":
-                replica.unload(time.monotonic())
-            elif replica.has_model:
+                replica.unload()
+            elif replica.spec.num_layers and replica.state not in ("unloading", "unloaded"):
                 self._pool.drop(replica)
 
-    def _fit(
-        self,
-        work: FitWork,
-        by_span: dict[Span, list[FitJob]],
-        take: Callable[[Span, Sequence[Outcome]], None],
-    ) -> None:
-        queue = LeaseQueue(by_span, self._holders, twice=False)
-        leases: dict[Worker, Lease[Span]] = {}
-
-        def step(replica: Replica) -> None:
-            """Take what a replica's ranks have fitted, and give them something to do."""
-            self._pool.poll(replica)
-            now = time.monotonic()
-            for rank, _, sent in replica.answers():
-                lease = leases.pop(Worker(replica.number, rank))
-                queue.finished(lease, now)
-                self._pool.progressed()
-                self._reporter.event(
-                    "span-fitted",
-                    span=str(lease.item),
-                    fits=len(sent),
-                    replica=replica.number,
-                    rank=rank,
-                )
-                take(lease.item, sent)
-            for rank in replica.free_ranks:
-                worker = Worker(replica.number, rank)
-                if (found := queue.lease(worker, now)) is not None:
-                    leases[worker] = found
-                    self._holders.read(worker, found.item)
-                    replica.ask(rank, "fit", found.attempt, work, by_span[found.item], now=now)
-                    self._reporter.event(
-                        "span-leased", span=str(found.item), replica=replica.number, rank=rank
-                    )
-
-        def lost(replica: int) -> None:
-            self._holders.lost(replica)
-            for worker in [worker for worker in leases if worker.replica == replica]:
-                del leases[worker]
-
-        self._pool.work_off(queue, step, num_layers=0, ranks=self._pool.shape.ranks, lost=lost)
+    def _event(self, name: str, lease: Lease[Span], **more: int) -> None:
+        worker = lease.worker._asdict()
+        self._pool.reporter.event(name, span=str(lease.item), **worker, **more)

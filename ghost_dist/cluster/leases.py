@@ -69,11 +69,11 @@ class LeaseQueue(Generic[Item]):
     """Leases of items in order; ``holders``: an item's only worker; ``twice``: stragglers again."""
 
     def __init__(
-        self, items: Iterable[Item], holders: Mapping[Item, Worker] | None = None, *, twice: bool
+        self, items: Iterable[Item], holders: Holders[Item] | None = None, *, twice: bool = False
     ) -> None:
         self._pending = list(items)
         self._left = set(self._pending)
-        self._holders = {} if holders is None else holders
+        self._holders = holders
         self._twice = twice
         self._leases: dict[str, Lease[Item]] = {}
         self._durations: list[float] = []
@@ -93,8 +93,9 @@ class LeaseQueue(Generic[Item]):
 
     def lease(self, worker: Worker, now: float) -> Lease[Item] | None:
         """The next item for an idle worker: one that it holds, else the first that nobody holds."""
-        own = [item for item in self._pending if self._holders.get(item) == worker]
-        free = [item for item in self._pending if item not in self._holders]
+        held: Mapping[Item, Worker] = self._holders or {}
+        own = [item for item in self._pending if held.get(item) == worker]
+        free = [item for item in self._pending if item not in held]
         item = next(iter((*own, *free)), None)
         if item is not None:
             self._pending.remove(item)
@@ -102,6 +103,8 @@ class LeaseQueue(Generic[Item]):
             item = self._straggler(worker, now)
         if item is None:
             return None
+        if self._holders is not None:
+            self._holders.read(worker, item)
         lease = Lease(item, uuid.uuid4().hex, worker, now)
         self._leases[lease.attempt] = lease
         return lease

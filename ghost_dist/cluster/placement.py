@@ -28,8 +28,6 @@ class Node:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one replica needs."""
-
     ranks: int
     cpus_per_rank: int
     gpus_per_rank: int  # 0 or 1

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import ray
+from ray.util import metrics
 
-from ghost_dist.cluster.leases import Lease, LeaseQueue
-from ghost_dist.cluster.messages import EngineSpec
-from ghost_dist.cluster.metrics import Metrics
+from ghost_dist.cluster.leases import Holders, LeaseQueue
 from ghost_dist.cluster.placement import (
     Failure,
     Node,
@@ -22,77 +22,79 @@ from ghost_dist.cluster.placement import (
     num_fitting,
     strategy,
 )
-from ghost_dist.cluster.replica import Replica, ReplicaLost
+from ghost_dist.cluster.rank import EngineSpec
+from ghost_dist.cluster.replica import Replica, ReplicaLost, State
 from ghost_dist.errors import ClusterError
 from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.progress import Reporter
-from ghost_dist.statistics.store import WrittenBlock
 
-Written = tuple[Lease[int], list[WrittenBlock], list[RangeTimes]]
 POLL_S = 0.5  # longest that the driver sleeps while nothing comes back
 LOOK_FOR_ROOM_S = 5.0  # how often it looks for nodes that have joined
+METRICS_S = 2.0
 
 
 class Pool:
-    """All replicas, those that load and that wait for room included; ``nodes``: living ones."""
+    """All replicas, those that load and that wait for room included; ``nodes``: living ones.
+
+    ``num_layers`` is what new replicas load; 0: nothing, they only fit.
+    """
 
     def __init__(
         self, inputs: RunInputs, reporter: Reporter, shape: Shape, nodes: Callable[[], list[Node]]
     ) -> None:
-        self._inputs, self._reporter, self._nodes = inputs, reporter, nodes
-        self._config = inputs.config.cluster
-        self.shape = shape
+        self.inputs, self.reporter, self.shape, self._nodes = inputs, reporter, shape, nodes
         self.replicas: dict[int, Replica] = {}
-        self.metrics = Metrics()
+        self.num_layers = 0
+        self.holders: Holders[Any] = Holders()  # ranks that have the sums of a span
+        self._queue: LeaseQueue[Any] = LeaseQueue(())
+        self._metrics = _Metrics()
         self._numbers = itertools.count()
-        self._announced: set[int] = set()
         self._failures: Counter[Failure] = Counter()
         self._last_loss = ""
-        self._looked = 0.0
-        self._room = 0
+        self._looked, self._room = -math.inf, 0
 
     def begin(self, needed: int) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
         check_room(self._nodes(), self.shape, needed)
         self._failures.clear()
         for replica in self.replicas.values():
-            replica.restart_timeouts(time.monotonic())
+            replica.restart_timeouts()
 
     def work_off(
         self,
         queue: LeaseQueue[Any],
-        step: Callable[[Replica], None],
+        lease: Callable[[Replica], None],
         *,
-        num_layers: int,
         ranks: int = 1,
         show: Callable[[], int | None] = lambda: None,
-        lost: Callable[[int], None] = lambda _: None,
     ) -> None:
         """The driver's loop: take what replicas have finished, give them more, until all is done.
 
-        ``step`` looks at one replica and gives it something to do; ``num_layers`` are what new
-        replicas load; ``ranks``: items that a replica does at a time. ``show`` tells what is done:
-        tokens that count, or None while spans are fitted. ``lost`` is told the number of a lost
-        replica, whose items go back to the queue.
+        ``lease`` gives one replica something to do; ``ranks``: items that a replica does at a time.
+        ``show`` tells what is done: tokens that count, or None while spans are fitted. What a lost
+        replica was at goes back to the queue.
         """
+        self._queue = queue
         while not queue.done:
             # More replicas than there is to do would be idle.
-            self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks), num_layers)
-            for replica in list(self.replicas.values()):
-                try:
-                    step(replica)
-                except ReplicaLost as error:
-                    queue.lost(replica.number)
-                    lost(replica.number)
-                    self.lose(replica, error)
-            self.metrics.show(queue, self.replicas.values(), show())
+            self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks))
+            self.poll(lease)
+            self._metrics.show(queue, self.replicas, show())
             if not queue.done:
-                self.wait(self.replicas.values())
+                self.wait()
 
-    def wait(self, replicas: Iterable[Replica]) -> None:
-        """Until something comes back from one of these, or for a while."""
-        refs = [ref for replica in replicas for ref in replica.refs]
+    def poll(self, then: Callable[[Replica], None] = lambda _: None) -> None:
+        """Look what has come back from every replica; the lost ones go."""
+        for replica in list(self.replicas.values()):
+            try:
+                replica.poll()
+                then(replica)
+            except ReplicaLost as error:
+                self.lose(replica, error)
+
+    def wait(self) -> None:
+        """Until something comes back, or for a while."""
+        refs = [ref for replica in self.replicas.values() for ref in replica.refs]
         if refs:
             ray.wait(refs, timeout=POLL_S)
         else:
@@ -102,63 +104,40 @@ class Pool:
         """Something was finished: what was lost before it does not count."""
         self._failures.clear()
 
-    def poll(self, replica: Replica) -> Written | None:
-        """As :meth:`Replica.poll`; says when a replica has become ready."""
-        written = replica.poll(time.monotonic())
-        if (replica.ready or replica.state == "unloaded") and replica.number not in self._announced:
-            self._announced.add(replica.number)
-            self._reporter.event(
-                "replica-ready",
-                replica=replica.number,
-                seconds=round(time.monotonic() - replica.began, 3),
-                nodes=[place.node for place in replica.places],
-                pids=[place.pid for place in replica.places],
-                parameter_bytes=[loaded.parameter_bytes for loaded in replica.loaded],
-                conformance=[loaded.conformance for loaded in replica.loaded],
-            )
-        return written
-
-    def grow(self, useful: int, num_layers: int) -> None:
+    def grow(self, useful: int) -> None:
         """Add replicas where there is room, up to what is useful and wanted."""
-        now = time.monotonic()
-        wanted = self._inputs.config.engine.replicas
+        now, config = time.monotonic(), self.inputs.config
+        wanted, wait_s = config.engine.replicas, config.cluster.wait_s
         if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
             self._looked, self._room = now, num_fitting(self._nodes(), self.shape)
         target = min(self._room if wanted == "auto" else wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]
-        if len(placing) == len(self.replicas) and any(
-            now - replica.began > self._config.wait_s for replica in placing
-        ):
+        if len(placing) == len(self.replicas) and any(now - r.began > wait_s for r in placing):
             check_room(self._nodes(), self.shape, 1)
             raise ClusterError(
-                f"No replica could be placed within cluster.wait_s={self._config.wait_s:g} s: the "
-                "cluster has the resources but others hold them, or its nodes are going. Wait for "
-                f"them, or add nodes. {self._last_loss}"
+                f"No replica could be placed within cluster.wait_s={wait_s:g} s: the cluster has "
+                "the resources but others hold them, or its nodes are going. Wait for them, or add "
+                f"nodes. {self._last_loss}"
             )
         while len(self.replicas) < max(1, target):
             number = next(self._numbers)
-            self.replicas[number] = Replica(
-                number,
-                self._spec(num_layers),
-                self.shape,
-                strategy(self._nodes(), self.shape),
-                self._config,
-                now,
-            )
-            self._reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
+            how = strategy(self._nodes(), self.shape)
+            replica = Replica(number, self._spec(), self.shape, how, self.reporter)
+            self.replicas[number] = replica
+            self.reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
 
     def lose(self, replica: Replica, lost: ReplicaLost) -> None:
         """Close a lost replica, and stop the run if a budget of losses is spent."""
         self._failures[lost.failure] += 1
-        self.metrics.lost(lost.failure)
+        self._metrics.lost.inc(1, {"failure": lost.failure})
         nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"
         self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
-        self._reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
-        self._reporter.event(
+        self.reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
+        self.reporter.event(
             "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail
         )
         self.drop(replica)
-        if not may_go_on(self._failures, self._config):
+        if not may_go_on(self._failures, self.inputs.config.cluster):
             counts = ", ".join(f"{count} x {kind}" for kind, count in self._failures.items())
             raise ClusterError(
                 "Replicas were lost without a range or a span being finished in between: "
@@ -169,32 +148,72 @@ class Pool:
             )
 
     def drop(self, replica: Replica) -> None:
+        """Close a replica; what it was at is done by others."""
         replica.close()
         del self.replicas[replica.number]
+        self._queue.lost(replica.number)
+        self.holders.lost(replica.number)
 
     def release(self) -> None:
         for replica in list(self.replicas.values()):
             self.drop(replica)
 
-    def _spec(self, num_layers: int) -> EngineSpec:
-        inputs, engine = self._inputs, self._inputs.config.engine
+    def _spec(self) -> EngineSpec:
+        inputs, config = self.inputs, self.inputs.config
         # A selection has a range for each fold, calibration as many or more.
-        selects = inputs.config.selection.spans is None
-        ranges = inputs.config.folds if selects else inputs.num_ranges
+        ranges = config.folds if config.selection.spans is None else inputs.num_ranges
         return EngineSpec(
+            config=config,
             path=inputs.source.path.resolve(),
             model_fingerprint=inputs.model_fingerprint,
             architecture=inputs.architecture,
-            num_layers=num_layers,
+            num_layers=self.num_layers,
             dtype=inputs.dtype,
             device=inputs.worker_device.type,
             batch=inputs.batch,
-            degree=engine.ranks,
-            kind="tensor_parallel" if engine.kind == "auto" else engine.kind,
-            experts=engine.experts,
-            window_length=inputs.config.calibration.window_length,
-            range_windows=-(-inputs.config.calibration.windows // ranges),
-            backend=engine.backend,
-            threads=self._config.cpus_per_rank,
-            timeout_s=self._config.progress_timeout_s,
+            range_windows=-(-config.calibration.windows // ranges),
         )
+
+
+class _Metrics:
+    """What a run shows in Ray's metrics (Prometheus, on every node's metrics port).
+
+    The names are in ``docs/cluster.md``.
+    """
+
+    def __init__(self) -> None:
+        def gauge(name: str, what: str, *keys: str) -> metrics.Gauge:
+            return metrics.Gauge(f"ghost_dist_{name}", what, tag_keys=keys)
+
+        self._ranges = gauge("ranges", "Window ranges of the stage, by state.", "state")
+        self._spans = gauge("spans", "Spans to fit, by state.", "state")
+        self._replicas = gauge("replicas", "Copies of the model, by state.", "state")
+        self._tokens = gauge("tokens", "Tokens of the stage that are committed.")
+        per_second = "Tokens per second of a replica over its range at hand."
+        self._rate = gauge("tokens_per_second", per_second, "replica")
+        self.lost = metrics.Counter(
+            "ghost_dist_replicas_lost_total", "Replicas lost, by failure.", tag_keys=("failure",)
+        )
+        self._shown = 0.0
+
+    def show(
+        self, queue: LeaseQueue[Any], replicas: dict[int, Replica], committed: int | None
+    ) -> None:
+        """Set the gauges, every METRICS_S seconds at most; of spans where no tokens are given."""
+        now = time.monotonic()
+        if now - self._shown < METRICS_S:
+            return
+        self._shown = now
+        for replica in replicas.values():
+            for lease, tokens in replica.under_way:
+                if tokens is not None:
+                    rate = tokens / max(now - lease.since, 1e-9)
+                    self._rate.set(rate, {"replica": str(replica.number)})
+        states = Counter(replica.state for replica in replicas.values())
+        for state in get_args(State):
+            self._replicas.set(states[state], {"state": state})
+        items = self._spans if committed is None else self._ranges
+        items.set(queue.num_pending, {"state": "pending"})
+        items.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
+        if committed is not None:
+            self._tokens.set(committed)

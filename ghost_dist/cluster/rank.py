@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import datetime as dt
 import gc
+import importlib.metadata
 import os
+import platform
 import signal
 import socket
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,12 @@ import ray
 import torch
 import torch.distributed as dist
 
+from ghost_dist import __version__
+from ghost_dist.calibration.windows import Tokens
+from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
-from ghost_dist.cluster.messages import (
-    EngineSpec,
-    FitWork,
-    Heartbeat,
-    Loaded,
-    Place,
-    Work,
-    versions,
-)
 from ghost_dist.cluster.running_sums import (
     ReduceSpec,
     RunningSums,
@@ -42,24 +39,93 @@ from ghost_dist.cluster.running_sums import (
     join_group,
     reduce_folds,
 )
+from ghost_dist.config import Config
 from ghost_dist.devices import begin, free_bytes, release_cached
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
-from ghost_dist.pipeline.collectors import Collectors, MakeCollector, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, MakeCollector, RangeTimes, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
-from ghost_dist.pipeline.timing import RangeTimes
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
+
+COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
+"""Libraries whose versions must be the same on all nodes, besides ghost_dist and Python."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    config: Config
+    path: Path
+    model_fingerprint: str
+    architecture: Architecture
+    num_layers: int  # layers to load; 0: none, the rank only fits
+    dtype: torch.dtype
+    device: str
+    batch: int
+    range_windows: int  # of the largest range
+
+
+@dataclass(frozen=True)
+class Work:
+    """One store to fill; the same for all leases of a stage."""
+
+    store: Path
+    plan_fingerprint: str
+    tokens: Tokens
+    collectors: Collectors
+    keep: int | None
+    """Folds of which the rank keeps the running sums of committed ranges; None: it keeps none."""
+
+
+@dataclass(frozen=True)
+class FitWork:
+    """One store to fit spans from."""
+
+    store: Path
+    plan_fingerprint: str
+    folds: int
+    room: int  # bytes of the largest fit on a GPU; 0: the driver has none, so a rank sees itself
+
+
+@dataclass(frozen=True)
+class Place:
+    node: str
+    address: str
+    port: int  # free when it was asked for
+    pid: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    parameter_bytes: int
+    conformance: float | None
+    """Largest relative difference of the small random model, sharded against unsharded."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The attempt or task at hand, and how much of it (tokens, fits, ranges, arrays) is done."""
+
+    attempt: str
+    done: int
+
+
+def versions() -> dict[str, str]:
+    """What must be the same wherever a run computes."""
+    found = {"python": platform.python_version().rpartition(".")[0], "ghost_dist": __version__}
+    return {**found, **{name: importlib.metadata.version(name) for name in COMPARED}}
 
 
 class Rank:
     """One rank. Writing and heartbeats have threads of their own, the rest take turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
         self._heartbeat = Heartbeat("", 0)
         self._engine: ResidentEngine | OffloadedEngine | None = None
         self._spec: EngineSpec | None = None
@@ -84,19 +150,21 @@ class Rank:
             socket.gethostname(), ray.util.get_node_ip_address(), port, os.getpid(), versions()
         )
 
-    def load(self, rank: int, address: str, port: int, spec: EngineSpec) -> Loaded:
+    def load(self, address: str, port: int, spec: EngineSpec) -> Loaded:
         """Join the replica's torch.distributed world and load this rank's part of the model."""
-        torch.set_num_threads(spec.threads)
-        self._block, self._spec = ColumnBlock(rank, spec.degree), spec
+        engine, device = spec.config.engine, torch.device("cpu")
+        torch.set_num_threads(spec.config.cluster.cpus_per_rank)
+        self._spec, self._block = spec, ColumnBlock(self._rank, engine.ranks)
         self._check_checkpoint(spec)
-        device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
+        if spec.device == "cuda":
+            device = torch.device("cuda", 0)
         self._device = device
         begin(device)
-        if spec.kind == "tensor_parallel" or spec.degree > 1:
-            self._join(rank, address, port, spec)
+        if engine.kind in ("auto", "tensor_parallel") or engine.ranks > 1:
+            self._join(address, port)
         if not spec.num_layers:
             return Loaded(0, None)
-        if spec.kind == "streaming":
+        if engine.kind == "streaming":
             checkpoint = open_checkpoint(spec.path)
             model = OffloadedModel(
                 checkpoint,
@@ -105,51 +173,52 @@ class Rank:
                 spec.dtype,
                 device,
                 keep_cached=fits_page_cache(checkpoint),
-                peers=Peers(rank, spec.degree),
+                peers=Peers(self._rank, engine.ranks),
             )
             self._engine = OffloadedEngine(model, spec.batch)
+            length = spec.config.calibration.window_length
             held = model.hold(
-                spec.experts,
-                batch_tokens=spec.batch * spec.window_length,
-                tokens=-(-spec.range_windows // spec.degree) * spec.window_length,
+                engine.experts,
+                batch_tokens=spec.batch * length,
+                tokens=-(-spec.range_windows // engine.ranks) * length,
                 head=False,
                 free=self._free_everywhere(),
             )
             return Loaded(0, prove_offloaded(spec.path, device, held.experts))
-        if spec.kind == "resident":
+        if engine.kind == "resident":
             decoder = load_decoder(
                 spec.path, spec.architecture, spec.num_layers, spec.dtype, device
             )
             self._engine = ResidentEngine(decoder, spec.batch)
             return Loaded(0, None)
-        engine = open_tensor_parallel(
+        shared = open_tensor_parallel(
             spec.path,
             spec.architecture,
             num_layers=spec.num_layers,
             dtype=spec.dtype,
             device=device,
-            degree=spec.degree,
+            degree=engine.ranks,
             batch=spec.batch,
-            backend=spec.backend,
+            backend=engine.backend,
         )
-        self._engine = engine
-        return Loaded(engine.parameter_bytes, engine.conformance)
+        self._engine = shared
+        return Loaded(shared.parameter_bytes, shared.conformance)
 
-    def _join(self, rank: int, address: str, port: int, spec: EngineSpec) -> None:
+    def _join(self, address: str, port: int) -> None:
         os.environ.update(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
-            RANK=str(rank),
-            WORLD_SIZE=str(spec.degree),
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._block.count),
             # Ray gives an actor one GPU, which is number 0 to it whatever its number on the node.
             LOCAL_RANK="0",
         )
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}:{port}",
-            rank=rank,
-            world_size=spec.degree,
-            timeout=dt.timedelta(seconds=spec.timeout_s),
+            rank=self._rank,
+            world_size=self._block.count,
+            timeout=dt.timedelta(seconds=self._timeout_s),
         )
 
     def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
@@ -249,13 +318,12 @@ class Rank:
 
     @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
     def heartbeat(self) -> Heartbeat:
-        """What this rank is at; answers while it computes."""
         return self._heartbeat
 
     @property
     def _timeout_s(self) -> float:
         assert self._spec is not None, "comes after load"
-        return self._spec.timeout_s
+        return self._spec.config.cluster.progress_timeout_s
 
     def _advance(self, task: str, amount: int) -> None:
         self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)
@@ -310,7 +378,7 @@ class Rank:
         return store
 
 
-def remote_rank(kind: type[Rank] = Rank, **options: Any) -> Any:
+def remote_rank(rank: int, kind: type[Rank] = Rank, **options: Any) -> Any:
     """An actor handle of a new :class:`Rank`; options as of ``ray.remote``."""
     actor = ray.remote(
         max_restarts=0,
@@ -318,4 +386,4 @@ def remote_rank(kind: type[Rank] = Rank, **options: Any) -> Any:
         max_concurrency=1,
         concurrency_groups={"heartbeat": 1, "write": 1},
     )(kind)
-    return actor.options(**options).remote()
+    return actor.options(**options).remote(rank)

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ghost_dist.cluster.leases import Worker
-from ghost_dist.cluster.messages import FitWork
 from ghost_dist.cluster.pool import Pool
+from ghost_dist.cluster.rank import FitWork
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.cluster.running_sums import ReduceSpec
 from ghost_dist.errors import ReductionError
-from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
+
+Keys = dict[Span, list[tuple[str, ...]]]
+"""Names of the sums that the fits of each span need, as ``FitHere.hold`` takes them."""
 
 
 @dataclass
@@ -59,121 +61,104 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
     return {replica: part for replica, part in parts.items() if part.kept or part.read}
 
 
-class LiveReduction:
-    """One reduction over the replicas of a pool, which hold no model any more."""
+def reduce_live(pool: Pool, store: StatisticsStore, work: FitWork, keys: Keys) -> None:
+    """Reduce over replicas that hold no model any more; the pool's holders are who got what.
 
-    def __init__(self, pool: Pool, reporter: Reporter) -> None:
-        self._pool, self._reporter = pool, reporter
-
-    def run(
-        self, store: StatisticsStore, work: FitWork, keys: dict[Span, list[tuple[str, ...]]]
-    ) -> dict[Span, Worker]:
-        """Reduce, and say which rank has been given the sums of which span.
-
-        ``keys``: names of the sums that the fits of each span need, as ``FitHere.hold`` takes them.
-        If the reduction breaks off, nobody has any, and the replicas that took part are closed.
-        """
-        began = time.monotonic()
-        ranks = self._pool.shape.ranks
-        replicas = self._unloaded(useful=-(-len(keys) // ranks))
-        ids = range(len(store.plan.ranges))
-        committed = {range_id: store.committed_attempt(range_id) for range_id in ids}
-        parts = divide(committed, {replica.number: replica.live for replica in replicas})
-        members = [replica for replica in replicas if replica.number in parts]
-        # Spans go round the replicas first, so that few spans are spread over the nodes.
-        workers = [Worker(replica.number, rank) for rank in range(ranks) for replica in members]
-        holders = {span: workers[i % len(workers)] for i, span in enumerate(keys)}
-        try:
-            self._reduce(members, parts, work, keys, holders)
-        except _Broken as broken:
-            self._break_off(members, broken)
-            return {}
-        self._reporter.event(
-            "reduced",
-            seconds=round(time.monotonic() - began, 3),
-            kept={str(number): sorted(part.kept) for number, part in parts.items()},
-            read={str(number): part.read for number, part in parts.items()},
-        )
-        return holders
-
-    def _unloaded(self, useful: int) -> list[Replica]:
-        """The placed replicas, once each has dropped its model and added what it kept."""
-        while True:
-            # More replicas than there are would only read what others could; but one there must be.
-            self._pool.grow(0 if self._pool.replicas else useful, num_layers=0)
-            for replica in list(self._pool.replicas.values()):
-                try:
-                    self._pool.poll(replica)
-                except ReplicaLost as lost:
-                    self._pool.lose(replica, lost)
-            replicas = list(self._pool.replicas.values())
-            placed = [replica for replica in replicas if replica.state != "placing"]
-            if placed and all(r.state == "unloaded" and r.acknowledged for r in placed):
-                return placed
-            self._pool.wait(replicas)
-
-    def _reduce(
-        self,
-        members: Sequence[Replica],
-        parts: dict[int, Part],
-        work: FitWork,
-        keys: dict[Span, list[tuple[str, ...]]],
-        holders: dict[Span, Worker],
-    ) -> None:
-        first, port = members[0], 0
-        if len(members) > 1:
-            self._begin(first, 0, "host")
-            [port] = self._answers([first], 1)
-        for index, replica in enumerate(members):
-            part = parts[replica.number]
-            spec = ReduceSpec(
-                kept=part.kept,
-                read=tuple(part.read),
-                address=first.places[0].address,
-                port=port,
-                index=index,
-                count=len(members),
-                gather=tuple(
-                    (of_span, worker.rank)
-                    for span, worker in holders.items()
-                    if worker.replica == replica.number
-                    for of_span in keys[span]
-                ),
-            )
-            for rank in range(self._pool.shape.ranks):
-                self._begin(replica, rank, "reduce", work, spec)
-        self._answers(members, len(members) * self._pool.shape.ranks)
-
-    def _begin(self, replica: Replica, rank: int, method: str, *arguments: Any) -> None:
-        replica.ask(rank, method, uuid.uuid4().hex, *arguments, now=time.monotonic())
-
-    def _answers(self, replicas: Sequence[Replica], number: int) -> list[Any]:
-        found: list[Any] = []
-        while True:
-            for replica in replicas:
-                try:
-                    self._pool.poll(replica)
-                    found += [result for _, _, result in replica.answers()]
-                except ReplicaLost as lost:
-                    raise _Broken(replica, lost) from lost
-            if len(found) == number:
-                return found
-            self._pool.wait(replicas)
-
-    def _break_off(self, members: Sequence[Replica], broken: _Broken) -> None:
+    If it breaks off, nobody has any, and the replicas that took part are closed.
+    """
+    began, ranks = time.monotonic(), pool.shape.ranks
+    replicas = _unloaded(pool, useful=-(-len(keys) // ranks))
+    ids = range(len(store.plan.ranges))
+    committed = {range_id: store.committed_attempt(range_id) for range_id in ids}
+    parts = divide(committed, {replica.number: replica.live for replica in replicas})
+    members = [replica for replica in replicas if replica.number in parts]
+    # Spans go round the replicas first, so that few spans are spread over the nodes.
+    workers = [Worker(replica.number, rank) for rank in range(ranks) for replica in members]
+    holders = {span: workers[i % len(workers)] for i, span in enumerate(keys)}
+    try:
+        _reduce(pool, members, parts, work, keys, holders)
+    except _Broken as broken:
         lost = broken.lost
-        self._reporter.warn(
+        pool.reporter.warn(
             f"the all-reduce over {len(members)} replicas broke off ({lost.failure}, "
             f"{lost.detail}): the sums are read from the store instead, and added in order."
         )
-        self._reporter.event("reduction-failed", failure=lost.failure, detail=lost.detail)
+        pool.reporter.event("reduction-failed", failure=lost.failure, detail=lost.detail)
         for replica in members:
             if replica is not broken.replica:
-                self._pool.drop(replica)
-        self._pool.lose(broken.replica, lost)
+                pool.drop(replica)
+        pool.lose(broken.replica, lost)
+        return
+    pool.reporter.event(
+        "reduced",
+        seconds=round(time.monotonic() - began, 3),
+        kept={str(number): sorted(part.kept) for number, part in parts.items()},
+        read={str(number): part.read for number, part in parts.items()},
+    )
+    pool.holders.give(holders)
 
 
 class _Broken(Exception):  # noqa: N818 - an event: the reduction is given up
     def __init__(self, replica: Replica, lost: ReplicaLost) -> None:
         super().__init__(lost.detail)
         self.replica, self.lost = replica, lost
+
+
+def _unloaded(pool: Pool, useful: int) -> list[Replica]:
+    """The placed replicas, once each has dropped its model and added what it kept."""
+    while True:
+        # More replicas than there are would only read what others could; but one there must be.
+        pool.grow(0 if pool.replicas else useful)
+        pool.poll()
+        placed = [replica for replica in pool.replicas.values() if replica.state != "placing"]
+        if placed and all(r.state == "unloaded" and r.acknowledged for r in placed):
+            return placed
+        pool.wait()
+
+
+def _reduce(
+    pool: Pool,
+    members: Sequence[Replica],
+    parts: dict[int, Part],
+    work: FitWork,
+    keys: Keys,
+    holders: dict[Span, Worker],
+) -> None:
+    found: list[Any] = []
+
+    def ask(replica: Replica, rank: int, method: str, *arguments: Any) -> None:
+        replica.ask(rank, method, uuid.uuid4().hex, *arguments, then=found.append)
+
+    def answers(number: int) -> list[Any]:
+        while len(found) < number:
+            pool.wait()
+            for replica in members:
+                try:
+                    replica.poll()
+                except ReplicaLost as lost:
+                    raise _Broken(replica, lost) from lost
+        return found
+
+    port = 0
+    if len(members) > 1:
+        ask(members[0], 0, "host")
+        port = answers(1).pop()
+    for index, replica in enumerate(members):
+        part = parts[replica.number]
+        spec = ReduceSpec(
+            kept=part.kept,
+            read=tuple(part.read),
+            address=members[0].places[0].address,
+            port=port,
+            index=index,
+            count=len(members),
+            gather=tuple(
+                (of_span, worker.rank)
+                for span, worker in holders.items()
+                if worker.replica == replica.number
+                for of_span in keys[span]
+            ),
+        )
+        for rank in range(pool.shape.ranks):
+            ask(replica, rank, "reduce", work, spec)
+    answers(len(members) * pool.shape.ranks)

@@ -1,6 +1,6 @@
-"""The driver's side of one replica: placed, joined, loaded, then leased one range after another.
+"""The driver's side of one replica: placed, joined, loaded, then given one range after another.
 
-Nothing here waits: :meth:`Replica.poll` looks at what has come back and says so, or raises
+Nothing here waits: :meth:`Replica.poll` looks at what has come back and hands it on, or raises
 :class:`ReplicaLost`. A replica with a lost rank is closed as a whole and another one takes its
 place, in a placement group of its own: one that lost a node cannot be used again reliably.
 """
@@ -8,7 +8,9 @@ place, in a placement group of its own: one that lost a node cannot be used agai
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +20,18 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.leases import Lease
-from ghost_dist.cluster.messages import EngineSpec, Heartbeat, Loaded, Place, versions
 from ghost_dist.cluster.placement import Failure, Shape
-from ghost_dist.cluster.rank import remote_rank
-from ghost_dist.engine_config import ClusterConfig
+from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Loaded, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
-from ghost_dist.pipeline.timing import RangeTimes
+from ghost_dist.pipeline.collectors import RangeTimes
+from ghost_dist.progress import Reporter
 from ghost_dist.statistics.store import WrittenBlock
 
 State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unloading", "unloaded"]
 """full: a range is run, but the one before it is still being written. unloaded: without the model;
 each rank takes tasks of its own."""
+
+Written = Callable[[Lease[int], list[WrittenBlock], list[RangeTimes]], None]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of the store that another replica would meet too."""
@@ -44,187 +47,164 @@ class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
 
 
 @dataclass
-class _Task:
-    """Something that one rank does without the model; ``done`` as its heartbeats say."""
+class _Call:
+    """What all ranks, or one, were asked; it is over when all of them have answered."""
 
-    name: str
-    ref: Any
+    refs: list[Any]
+    then: Callable[[list[Any]], None]
+    limit_s: float  # without progress
+    doing: str
     moved: float
-    done: int = 0
+    method: str = ""
+    rank: int | None = None
+    task: str = ""  # name of the attempt, or of the task, in heartbeats
+    done: int = 0  # as they say
 
 
 class Replica:
-    """One copy of the model on ``shape.ranks`` actors; ``now``: seconds of the driver's clock."""
+    """One copy of the model on ``shape.ranks`` actors."""
 
     def __init__(
-        self,
-        number: int,
-        spec: EngineSpec,
-        shape: Shape,
-        strategy: str,
-        config: ClusterConfig,
-        now: float,
+        self, number: int, spec: EngineSpec, shape: Shape, strategy: str, reporter: Reporter
     ) -> None:
-        self.number = number
+        self.number, self.spec = number, spec
         self.state: State = "placing"
         self.live: dict[int, str] = {}
         """Committed attempt of each range that its ranks have in their running sums."""
-        self._running: Lease[int] | None = None
-        self._times: list[RangeTimes] = []
-        self._writing: tuple[Lease[int], list[RangeTimes]] | None = None
-        self._writes: list[Any] = []
-        self._acknowledging: list[Any] = []
-        self._tasks: dict[int, _Task] = {}
         self.places: list[Place] = []
-        self.loaded: list[Loaded] = []
-        self.tokens = 0
-        self.began = now
-        self._spec, self._shape, self._config = spec, shape, config
-        self._group = placement_group([shape.bundle] * shape.ranks, strategy=strategy)
-        self._refs: list[Any] = [self._group.ready()]
+        self.began = self._asked = time.monotonic()
+        self._shape, self._config, self._reporter = shape, spec.config.cluster, reporter
+        self._running: Lease[int] | None = None
+        self._unwritten: tuple[Lease[int], list[RangeTimes], Written] | None = None
+        self._writing: Lease[int] | None = None
         self._ranks: list[Any] = []
         self._heartbeats: dict[int, Any] = {}
         self._answered: dict[int, float] = {}
-        self._asked = self._moved = now
-
-    @property
-    def ready(self) -> bool:
-        return self.state in ("idle", "busy", "full")
-
-    @property
-    def has_model(self) -> bool:
-        """Whether it has loaded the model, or is going to."""
-        return bool(self._spec.num_layers) and self.state not in ("unloading", "unloaded")
+        self._group = placement_group([shape.bundle] * shape.ranks, strategy=strategy)
+        # How long it waits for resources is the pool's to judge.
+        ready = _Call([self._group.ready()], self._start_ranks, math.inf, "", self.began)
+        self._calls = [ready]
 
     @property
     def acknowledged(self) -> bool:
         """Whether the ranks' running sums are those of :attr:`live`."""
-        return not self._acknowledging
+        return all(call.method != "acknowledge" for call in self._calls)
 
     @property
-    def refs(self) -> Sequence[Any]:
-        tasks = [task.ref for task in self._tasks.values()]
-        return [*self._refs, *self._writes, *self._acknowledging, *tasks]
+    def refs(self) -> list[Any]:
+        return [ref for call in self._calls for ref in call.refs]
 
     @property
     def under_way(self) -> list[tuple[Lease[int], int | None]]:
         """Leases that are not handed back, with the tokens run so far; None: all of them."""
-        found: list[tuple[Lease[int], int | None]] = []
-        if self._writing is not None:
-            found.append((self._writing[0], None))
-        if self._running is not None:
-            found.append((self._running, self.tokens if self.state == "busy" else None))
-        return found
-
-    def poll(self, now: float) -> tuple[Lease[int], list[WrittenBlock], list[RangeTimes]] | None:
-        """What is written: a lease, blocks, times. Raises ReplicaLost, or what all would meet."""
-        self._check_alive(now)
-        written = None
-        if self._writing is not None and (blocks := self._all_of(self._writes)) is not None:
-            written = (self._writing[0], blocks, self._writing[1])
-            self._writing, self._writes, self._moved = None, [], now
-        for ref in list(self._acknowledging):
-            if ray.wait([ref], timeout=0)[0]:
-                self._get(ref)
-                self._acknowledging.remove(ref)
-        results = self._all_of(self._refs)
-        if results is not None:
-            match self.state:
-                case "placing":
-                    self._start_ranks(now)
-                case "joining":
-                    self._join(results, now)
-                case "loading":
-                    self.loaded, self._refs = results, []
-                    self.state = "idle" if self._spec.num_layers else "unloaded"
-                case "busy":
-                    self.state, self._refs, self._moved = "full", [], now
-                    self._times = results
-                case "unloading":
-                    self.state, self._refs = "unloaded", []
-        if self.state == "full" and self._writing is None:
-            lease = self._running
-            assert lease is not None
-            self._writes = [rank.write.remote(lease.item, lease.attempt) for rank in self._ranks]
-            self._running, self._writing, self.state = None, (lease, self._times), "idle"
-        return written
-
-    def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
-        """Tell the ranks whether an attempt that they have written is to be in their sums."""
-        if committed:
-            self.live[lease.item] = lease.attempt
-        self._acknowledging += [
-            rank.acknowledge.remote(lease.item, lease.attempt, committed) for rank in self._ranks
-        ]
-
-    def restart_timeouts(self, now: float) -> None:
-        """Nobody has polled for a while: the ranks' silence until now is not theirs."""
-        self._answered = dict.fromkeys(self._answered, now)
-        self._moved = now
-
-    def unload(self, now: float) -> None:
-        assert self.state == "idle"
-        assert not self.under_way
-        self._refs = [rank.unload.remote() for rank in self._ranks]
-        self.state, self._moved = "unloading", now
+        tokens = {call.task: call.done for call in self._calls if call.method == "run"}
+        leases = [lease for lease in (self._writing, self._running) if lease is not None]
+        return [(lease, tokens.get(lease.attempt)) for lease in leases]
 
     @property
     def free_ranks(self) -> list[int]:
         if self.state != "unloaded":
             return []
-        return [number for number in range(len(self._ranks)) if number not in self._tasks]
+        taken = {call.rank for call in self._calls}
+        return [number for number in range(len(self._ranks)) if number not in taken]
 
-    def ask(self, rank: int, method: str, task: str, *arguments: Any, now: float) -> None:
+    def poll(self) -> None:
+        """Hand on what has come back. Raises ReplicaLost, or what every replica would meet."""
+        for call in list(self._calls):
+            done, waiting = ray.wait(call.refs, num_returns=len(call.refs), timeout=0)
+            values = {ref: self._get(ref) for ref in done}  # an error of one counts at once
+            if not waiting:
+                self._calls.remove(call)
+                call.then([values[ref] for ref in call.refs])
+        self._check_alive()
+
+    def run(self, work_id: str, work: Any, lease: Lease[int], written: Written) -> None:
+        """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`.
+
+        ``written`` is told its blocks and times once they are on the disk.
+        """
+        assert self.state == "idle"
+        self._running, self.state = lease, "busy"
+
+        def ran(times: list[RangeTimes]) -> None:
+            self.state, self._unwritten = "full", (lease, times, written)
+            self._write()
+
+        arguments = (work_id, work, lease.item, lease.attempt)
+        self._ask("run", *arguments, then=ran, task=lease.attempt)
+
+    def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
+        """Tell the ranks whether an attempt that they have written is to be in their sums."""
+        if committed:
+            self.live[lease.item] = lease.attempt
+        self._ask("acknowledge", lease.item, lease.attempt, committed)
+
+    def unload(self) -> None:
+        assert self.state == "idle"
+        assert not self.under_way
+        self._ask("unload", then=lambda _: self._become("unloaded"))
+        self.state = "unloading"
+
+    def ask(
+        self, rank: int, method: str, task: str, *arguments: Any, then: Callable[[Any], None]
+    ) -> None:
         """Begin a task of one rank: a method that takes the task's name, then the arguments."""
         assert rank in self.free_ranks
-        ref = getattr(self._ranks[rank], method).remote(task, *arguments)
-        self._tasks[rank] = _Task(task, ref, now)
+        self._ask(method, task, *arguments, then=lambda got: then(got[0]), task=task, rank=rank)
 
-    def answers(self) -> list[tuple[int, str, Any]]:
-        """Rank, task and result of every task that has come back; raises as :meth:`poll`."""
-        found = []
-        for number, task in list(self._tasks.items()):
-            if ray.wait([task.ref], timeout=0)[0]:
-                result = self._get(task.ref)
-                del self._tasks[number]
-                found.append((number, task.name, result))
-        return found
-
-    def run(self, work_id: str, work: Any, lease: Lease[int], now: float) -> None:
-        """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`."""
-        assert self.state == "idle"
-        self._running, self.state, self.tokens, self._moved = lease, "busy", 0, now
-        self._refs = [
-            rank.run.remote(work_id, work, lease.item, lease.attempt) for rank in self._ranks
-        ]
-
-    def _all_of(self, refs: Sequence[Any]) -> list[Any] | None:
-        """The values of all calls, None while one is out; an error of one counts at once."""
-        done, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=0) if refs else ([], [])
-        values = {ref: self._get(ref) for ref in done}
-        return None if waiting else [values[ref] for ref in refs]
+    def restart_timeouts(self) -> None:
+        """Nobody has polled for a while: the ranks' silence until now is not theirs."""
+        now = time.monotonic()
+        self._answered = dict.fromkeys(self._answered, now)
+        for call in self._calls:
+            call.moved = now
 
     def close(self) -> None:
         """End every actor and give the resources back; may be called at any time."""
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
-        self._ranks, self._refs, self._writes, self._acknowledging = [], [], [], []
-        self._tasks.clear()
+        self._ranks, self._calls = [], []
 
-    def _start_ranks(self, now: float) -> None:
+    def _become(self, state: State) -> None:
+        self.state = state
+
+    def _ask(
+        self,
+        method: str,
+        *arguments: Any,
+        then: Callable[[list[Any]], None] = lambda _: None,
+        task: str = "",
+        rank: int | None = None,
+    ) -> None:
+        config = self._config
+        limit_s, doing = {
+            "place": (config.wait_s, "start its actors"),
+            "load": (config.load_timeout_s, "load the model"),
+            "unload": (config.progress_timeout_s, "unload the model"),
+            "run": (config.progress_timeout_s, "finish a batch"),
+            "write": (config.progress_timeout_s, "write a range"),
+            "acknowledge": (config.progress_timeout_s, "add the sums of a range"),
+        }.get(method, (config.fit_timeout_s, "get the sums of a span, or to fit it once"))
+        ranks = self._ranks if rank is None else [self._ranks[rank]]
+        refs = [getattr(actor, method).remote(*arguments) for actor in ranks]
+        now = time.monotonic()
+        self._calls.append(_Call(refs, then, limit_s, doing, now, method, rank, task))
+
+    def _start_ranks(self, _: list[Any]) -> None:
         self._ranks = [
             remote_rank(
+                index,
                 num_cpus=self._shape.cpus_per_rank,
                 num_gpus=self._shape.gpus_per_rank,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             )
             for index in range(self._shape.ranks)
         ]
-        self._refs = [rank.place.remote() for rank in self._ranks]
-        self.state, self._moved = "joining", now
+        self._ask("place", then=self._join)
+        self.state = "joining"
 
-    def _join(self, places: list[Place], now: float) -> None:
+    def _join(self, places: list[Place]) -> None:
         self.places = places
         own = versions()
         for place in places:
@@ -238,59 +218,62 @@ class Replica:
                     f"Node {place.node} has other versions than the driver: {', '.join(differing)}."
                     " Sums of different versions must not be mixed: install the same on all nodes."
                 )
-        first = places[0]
-        self._refs = [
-            rank.load.remote(number, first.address, first.port, self._spec)
-            for number, rank in enumerate(self._ranks)
-        ]
-        self.state, self._moved = "loading", now
-        self._answered = dict.fromkeys(range(len(self._ranks)), now)
+        self._ask("load", places[0].address, places[0].port, self.spec, then=self._loaded)
+        self._answered = dict.fromkeys(range(len(self._ranks)), time.monotonic())
+        self.state = "loading"
 
-    def _check_alive(self, now: float) -> None:
-        """Raise ReplicaLost for what takes too long or does not answer."""
-        config = self._config
-        if self.state == "placing":
-            return  # waiting for resources; the driver says when that is too long
-        if self.state == "unloaded" or (self.state == "idle" and self._writing is None):
-            self._moved = now  # nothing to do together
-        limit, doing = {
-            "joining": (config.wait_s, "start its actors"),
-            "loading": (config.load_timeout_s, "load the model"),
-            "unloading": (config.progress_timeout_s, "unload the model"),
-        }.get(self.state, (config.progress_timeout_s, "finish a batch or to write a range"))
-        if now - self._moved > limit:
-            raise ReplicaLost("hang", f"it took more than {limit:g} s to {doing}")
-        if self.state == "joining":
+    def _loaded(self, loaded: list[Loaded]) -> None:
+        self.state = "idle" if self.spec.num_layers else "unloaded"
+        self._reporter.event(
+            "replica-ready",
+            replica=self.number,
+            seconds=round(time.monotonic() - self.began, 3),
+            nodes=[place.node for place in self.places],
+            pids=[place.pid for place in self.places],
+            parameter_bytes=[one.parameter_bytes for one in loaded],
+            conformance=[one.conformance for one in loaded],
+        )
+
+    def _write(self) -> None:
+        """Let the ranks write the range that they have run, once the one before it is written."""
+        if self._unwritten is None or self._writing is not None:
             return
+        lease, times, written = self._unwritten
+
+        def wrote(blocks: list[WrittenBlock]) -> None:
+            self._writing = None
+            self._write()
+            written(lease, blocks, times)
+
+        self._running = self._unwritten = None
+        self._writing, self.state = lease, "idle"
+        self._ask("write", lease.item, lease.attempt, then=wrote)
+
+    def _check_alive(self) -> None:
+        """Raise ReplicaLost for what takes too long or does not answer."""
+        now, patience_s = time.monotonic(), self._config.heartbeat_timeout_s
         for number, ref in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
                 found: Heartbeat = self._get(ref)
                 del self._heartbeats[number]
                 self._answered[number] = now
-                running, task = self._running, self._tasks.get(number)
-                if running is not None and found.attempt == running.attempt and number == 0:
-                    if found.done != self.tokens:
-                        self._moved = now
-                    self.tokens = found.done
-                if task is not None and found.attempt == task.name and found.done != task.done:
-                    task.done, task.moved = found.done, now
-        for number, task in self._tasks.items():
-            if now - task.moved > config.fit_timeout_s:
+                for call in self._calls:
+                    told = call.task == found.attempt and number == (call.rank or 0)
+                    if told and call.done != found.done:
+                        call.done, call.moved = found.done, now
+        for call in self._calls:
+            if now - call.moved > call.limit_s:
+                who = "it" if call.rank is None else f"rank {call.rank}"
                 raise ReplicaLost(
-                    "hang",
-                    f"rank {number} took more than {config.fit_timeout_s:g} s for the sums or one "
-                    "fit of a span",
+                    "hang", f"{who} took more than {call.limit_s:g} s to {call.doing}"
                 )
-        silent = min(self._answered, key=self._answered.__getitem__)
-        if now - self._answered[silent] > config.heartbeat_timeout_s:
-            raise ReplicaLost(
-                "hang", f"rank {silent} has not answered for {config.heartbeat_timeout_s:g} s"
-            )
-        if now - self._asked > min(1.0, config.heartbeat_timeout_s / 4):
+        for number, since in self._answered.items():
+            if now - since > patience_s:
+                raise ReplicaLost("hang", f"rank {number} has not answered for {patience_s:g} s")
+        if now - self._asked > min(1.0, patience_s / 4):
             self._asked = now
-            for number, rank in enumerate(self._ranks):
-                if number not in self._heartbeats:
-                    self._heartbeats[number] = rank.heartbeat.remote()
+            for number in self._answered.keys() - self._heartbeats.keys():
+                self._heartbeats[number] = self._ranks[number].heartbeat.remote()
 
     def _get(self, ref: Any) -> Any:
         """The value of a finished call, or what its failure means."""

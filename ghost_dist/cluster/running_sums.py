@@ -30,8 +30,6 @@ Folds = list[dict[str, Sums]]
 
 @dataclass(frozen=True)
 class ReduceSpec:
-    """What one rank does in a reduction."""
-
     kept: Mapping[int, str]  # ranges it must have kept, with the attempt that was committed
     read: tuple[int, ...]  # ranges that no living replica has: read from the store
     address: str  # with port: where the replicas' ranks meet

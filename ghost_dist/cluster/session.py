@@ -54,11 +54,11 @@ class Session:
 
     def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
         """What fills the stores of the run, on replicas of this cluster."""
-        return CollectOnCluster(inputs, reporter, self._pool_of(inputs, reporter))
+        return CollectOnCluster(self._pool_of(inputs, reporter))
 
     def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitOnCluster:
         """What fits spans from the run's store, on the same replicas or in the driver."""
-        return FitOnCluster(inputs, reporter, self._pool_of(inputs, reporter))
+        return FitOnCluster(self._pool_of(inputs, reporter))
 
     def _pool_of(self, inputs: RunInputs, reporter: Reporter) -> Pool:
         if self._pool is not None:

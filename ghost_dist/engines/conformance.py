@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
-from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
+from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
+from ghost_dist.checkpoint.conversions import save_model
+from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.resident import Engine
-from ghost_dist.engines.small_model import small_model
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
+from ghost_dist.spans import Span
 
 TOLERANCE = 1e-4
 """Largest difference in float32, relative to the largest entry. Sums in another order give 1e-6;
@@ -85,8 +88,6 @@ Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary o
 
 @dataclass
 class _Recorder:
-    """A sink that keeps everything."""
-
     boundaries: tuple[int, ...]
     mlp_layers: tuple[int, ...]
     seen: Seen = field(default_factory=dict)
@@ -152,3 +153,139 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
             problem = f"{what} {index}, window {window}, differs by {difference:.1e} of its scale"
         worst = max(worst, difference)
     return worst, problem
+
+
+Used = TypeVar("Used")
+
+_LENGTH = 16
+_VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
+_INNER = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("ffn_dim", "n_inner"),
+)
+_HEADS = (
+    *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("q_lora_rank", "kv_lora_rank", "mamba_d_state", "mamba_chunk_size"),
+)
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def small_model(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int = 1
+) -> dict[str, bytes]:
+    """Files of a random model with the code paths of a real one; no tensor of that is read.
+
+    It can be shared over ``degree`` ranks.
+    """
+
+    def saved(model: Any) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, Path(folder))
+            inspect_architecture(open_checkpoint(Path(folder)))
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    return with_small_model(checkpoint, architecture, degree, saved)
+
+
+def with_small_model(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int, use: Callable[[Any], Used]
+) -> Used:
+    """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved."""
+    reasons = []
+    for small_heads in (True, False):
+        try:
+            config = _small_config(checkpoint, architecture, degree, small_heads)
+            model = getattr(transformers, architecture.causal_lm_class)(config).eval()
+            _draw_weights(model)
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
+            return use(model)
+        except Exception as error:  # a size that the family cannot have
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise UnsupportedArchitectureError(
+        f"Family {architecture.model_type} can only be run whole on one device: no small model of "
+        f"it could be built to prove another engine right ({'; '.join(reasons)}). Set "
+        "engine.kind=resident."
+    )
+
+
+def _small_config(
+    checkpoint: Checkpoint, architecture: Architecture, degree: int, small_heads: bool
+) -> Any:
+    """One layer of each kind, everything narrow; where a family allows it, the heads too."""
+    config_class = getattr(transformers, architecture.config_class)
+    kept = _one_layer_of_each_kind(checkpoint.config, architecture)
+    gone = [Span(la, la + 1) for la in range(architecture.num_layers) if la not in kept]
+    config = read_config(config_class, cut_config(checkpoint.config, gone, architecture))
+    sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
+    for name in sizes.keys() & set(_INNER):
+        # What the degree leaves over is kept: an uneven split is one more case.
+        size = min(sizes[name], _INNER_PER_RANK * degree + sizes[name] % degree)
+        setattr(config, name, size)
+    for name in sizes.keys() & set(_EXPERT_COUNTS):
+        if sizes[name] > _EXPERTS:
+            setattr(config, name, _EXPERTS)
+            config.num_experts_per_tok = min(config.num_experts_per_tok, _EXPERTS // 2)
+            for group in sizes.keys() & {"n_group", "topk_group"}:
+                setattr(config, group, 1)
+    if small_heads:
+        _shrink_heads(config, sizes)
+    config.vocab_size = min(config.vocab_size, _VOCABULARY)
+    for name in _TOKEN_IDS:
+        setattr(config, name, None)
+    return config
+
+
+def _shrink_heads(config: Any, sizes: Mapping[str, int]) -> None:
+    """Fewer numbers per head; the numbers of heads stay, they are what is dealt out."""
+    heads, width = getattr(config, "num_attention_heads", None), config.hidden_size
+    mamba = ("mamba_expand", "mamba_n_heads", "mamba_d_head")
+    mamba_heads_span_stream = (
+        sizes.keys() >= set(mamba) and sizes[mamba[0]] * width == sizes[mamba[1]] * sizes[mamba[2]]
+    )
+    for name in sizes.keys() & set(_HEADS):
+        setattr(config, name, min(sizes[name], _HEAD))
+    if heads and width % heads == 0:
+        config.hidden_size = heads * min(width // heads, _HEAD)
+    if mamba_heads_span_stream:
+        config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
+    if "word_embed_proj_dim" in sizes:
+        config.word_embed_proj_dim = config.hidden_size
+
+
+def _one_layer_of_each_kind(raw: Mapping[str, Any], architecture: Architecture) -> list[int]:
+    """The first layer of every kind that the configuration tells apart; two layers at least."""
+    fields = architecture.fields
+    kinds: dict[Any, int] = {}
+    for layer in range(architecture.num_layers):
+        kind = (
+            *(values[layer] for values in fields.lists.values()),
+            *(layer in layers for layers in fields.indices.values()),
+            *(layer < count for count in fields.counts.values()),
+            layer in architecture.down_projections,
+        )
+        kinds.setdefault(repr(kind), layer)
+    kept = set(kinds.values())
+    # A list as long as there are layers would be taken for one entry per layer.
+    config = getattr(transformers, architecture.config_class)
+    others = {
+        len(value)
+        for name, value in read_config(config, raw).to_dict().items()
+        if isinstance(value, (list, tuple)) and name not in fields.lists
+    }
+    for layer in range(architecture.num_layers):
+        if len(kept) > 1 and len(kept) not in others:
+            break
+        kept.add(layer)
+    return sorted(kept)
+
+
+@torch.no_grad()
+def _draw_weights(model: torch.nn.Module) -> None:
+    """N(0, 0.08^2) around what the family initialises norms with: no layer is near the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.08
+        is_scale = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
+        parameter.copy_(noise + parameter.mean() if is_scale else noise)

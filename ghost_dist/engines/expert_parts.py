@@ -62,8 +62,6 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The routed experts of one layer."""
-
     path: str  # of their module in the layer
     count: int
     parameters: tuple[str, ...]  # names in the module; each has a row per expert

@@ -24,9 +24,9 @@ from ghost_dist.checkpoint.halves import Nothing
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
+from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.expert_parts import RunLayer
 from ghost_dist.engines.layerwise import LayerwiseModel
-from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import PARTS, Part
 

@@ -25,7 +25,7 @@ from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
 from ghost_dist.engines.expert_parts import experts_per_token, routed_experts
-from ghost_dist.engines.layer_memory import (
+from ghost_dist.engines.memory import (
     LayerBytes,
     batch_bytes,
     logits_bytes,
@@ -38,18 +38,16 @@ _GATES = ("gate", "router", "shared_expert_gate")
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer."""
-
-    stored_bytes: int
     loaded_bytes: int  # in the compute dtype
     sharded_bytes: int  # the part that tensor-parallel ranks share
-    exported_bytes: int  # what was FP8 is bfloat16 there
     matmul_flops: int
     attention_flops: int  # per token and key
     widest: int  # numbers per token of the widest activation inside
     kind: str  # equal for layers that cost the same
-    experts: int = 0  # routed ones that can be held in parts
-    expert_bytes: int = 0
+    experts: int  # routed ones that can be held in parts
+    expert_bytes: int
+    stored_bytes: int = 0
+    exported_bytes: int = 0  # what was FP8 is bfloat16 there
 
     @property
     def rest_bytes(self) -> int:
@@ -63,18 +61,16 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A whole causal LM."""
-
     layers: tuple[LayerSizes, ...]
     hidden_size: int
     vocab_size: int
     itemsize: int  # of the compute dtype
-    stored_bytes: int  # of the checkpoint, as it is and as it would be written
-    exported_bytes: int
     below_bytes: int  # what comes before the layers
-    below_stored_bytes: int
     above_bytes: int  # final norm and head; 0 for a head that is the embeddings
-    experts_per_token: int = 0  # routed ones
+    experts_per_token: int  # routed ones
+    stored_bytes: int = 0  # of the checkpoint, as it is and as it would be written
+    exported_bytes: int = 0
+    below_stored_bytes: int = 0
 
     @property
     def experts(self) -> int:
@@ -83,7 +79,6 @@ class ModelSizes:
 
     @property
     def head_flops(self) -> int:
-        """Per token."""
         return 2 * self.hidden_size * self.vocab_size
 
     @property
@@ -122,12 +117,10 @@ class ModelSizes:
 
     @property
     def causal_lm_bytes(self) -> int:
-        """The whole model in memory."""
         return self.decoder_bytes(len(self.layers)) + self.above_bytes
 
     @property
     def largest_layer_bytes(self) -> int:
-        """In memory."""
         return max(layer.loaded_bytes for layer in self.layers)
 
     def rest_flops(self, layer: LayerSizes, window_length: int) -> int:
@@ -143,7 +136,6 @@ class ModelSizes:
         return self.below_bytes + whole + -(-shared // tensor_parallel)
 
     def decoder_stored_bytes(self, num_layers: int) -> int:
-        """The same in the files."""
         return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
 
     def stream_bytes(self, tokens: int) -> int:
@@ -154,26 +146,44 @@ class ModelSizes:
 def model_sizes(
     checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype
 ) -> ModelSizes:
-    """Sizes of a model in a compute dtype; no tensor is read."""
+    """Sizes of a model in a compute dtype, and in its files; no tensor is read."""
     config_class = getattr(transformers, architecture.config_class)
     config = read_config(config_class, checkpoint.config)
     model = empty_model(getattr(transformers, architecture.causal_lm_class), config)
-    itemsize = dtype.itemsize
-    wide = _kept_in_float32(model, dtype)
-    loaded: dict[int, int] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        own = tensor.dtype.itemsize if not tensor.is_floating_point() else itemsize
-        loaded[id(tensor)] = tensor.numel() * (4 if name in wide else own)
+    loaded = loaded_sizes(model, architecture, dtype)
     numbers, stored = layer_sizes(checkpoint, architecture)
     exported = stored
     if checkpoint.scales:
         exported = tuple(torch.bfloat16.itemsize * count for count in numbers)
-    listed = model.get_submodule(architecture.layers)
+    above_stored = sum(map(checkpoint.stored_bytes, architecture.above_in_files))
+    unused = sum(map(checkpoint.stored_bytes, architecture.unused))
+    return replace(
+        loaded,
+        layers=tuple(
+            replace(layer, stored_bytes=as_it_is, exported_bytes=as_written)
+            for layer, as_it_is, as_written in zip(loaded.layers, stored, exported, strict=True)
+        ),
+        stored_bytes=checkpoint.nbytes,
+        exported_bytes=checkpoint.bytes_once_read,
+        below_stored_bytes=checkpoint.nbytes - sum(stored) - above_stored - unused,
+    )
+
+
+def loaded_sizes(model: Any, architecture: Architecture, dtype: torch.dtype) -> ModelSizes:
+    """Sizes of a causal LM on the meta device in a compute dtype, its files left out."""
+    wide = _kept_in_float32(model, dtype)
+    head, loaded = f"{architecture.head}.weight", dict[int, int]()
+    tied = [head] if head in model.all_tied_weights_keys else []  # it is the embeddings
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied:
+            continue
+        own = tensor.dtype.itemsize if not tensor.is_floating_point() else dtype.itemsize
+        loaded[id(tensor)] = tensor.numel() * (4 if name in wide else own)
+    listed, config = model.get_submodule(architecture.layers), model.config
     layers = tuple(
         _layer(
             layer,
             config,
-            (stored[number], exported[number]),
             loaded,
             # What the configuration calls the layer, such as sliding_attention.
             " ".join(str(values[number]) for values in architecture.fields.lists.values()),
@@ -181,33 +191,26 @@ def model_sizes(
         for number, layer in enumerate(listed)
     )
     routed = [found.count for layer in listed if (found := routed_experts(layer)) is not None]
-    in_layers = sum(layer.loaded_bytes for layer in layers)
     above = {
         id(tensor)
         for path in (architecture.final_norm, architecture.head)
-        for tensor in model.get_submodule(path).state_dict(keep_vars=True).values()
-    } - {id(t) for t in model.get_submodule(architecture.embeddings).parameters()}
+        for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items()
+        if f"{path}.{name}" not in tied
+    }
     above_bytes = sum(loaded[tensor] for tensor in above)
-    above_stored = sum(map(checkpoint.stored_bytes, architecture.above_in_files))
-    unused = sum(map(checkpoint.stored_bytes, architecture.unused))
-    outside = checkpoint.nbytes - sum(stored) - above_stored - unused
+    in_layers = sum(layer.loaded_bytes for layer in layers)
     return ModelSizes(
         layers=layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
-        itemsize=itemsize,
-        stored_bytes=checkpoint.nbytes,
-        exported_bytes=checkpoint.bytes_once_read,
+        itemsize=dtype.itemsize,
         below_bytes=sum(loaded.values()) - in_layers - above_bytes,
-        below_stored_bytes=outside,
         above_bytes=above_bytes,
         experts_per_token=(experts_per_token(config) or max(routed)) if routed else 0,
     )
 
 
-def _layer(
-    layer: nn.Module, config: Any, in_files: tuple[int, int], loaded: Mapping[int, int], named: str
-) -> LayerSizes:
+def _layer(layer: nn.Module, config: Any, loaded: Mapping[int, int], named: str) -> LayerSizes:
     matmul, attention, sharded = 0, 0, 0
     for path, module in layer.named_modules():
         weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
@@ -228,8 +231,6 @@ def _layer(
         count = found.count
         expert_bytes = sum(loaded[id(p)] for p in routed.parameters(recurse=False)) // count
     return LayerSizes(
-        stored_bytes=in_files[0],
-        exported_bytes=in_files[1],
         loaded_bytes=loaded_bytes,
         sharded_bytes=sharded,
         matmul_flops=matmul,

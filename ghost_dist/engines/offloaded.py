@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -34,19 +33,14 @@ from ghost_dist.engines.expert_parts import (
     SplitLayer,
     cannot_be_split,
     expert_tensors,
-    experts_per_token,
     routed_experts,
 )
-from ghost_dist.engines.layer_memory import (
-    LayerBytes,
-    Residency,
-    batch_bytes,
-    choose_residency,
-    logits_bytes,
-    pair_bytes,
-    widest_activation,
-)
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
+from ghost_dist.engines.memory import (
+    Residency,
+    choose_residency,
+)
+from ghost_dist.engines.model_sizes import loaded_sizes
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Sublayer
 from ghost_dist.statistics.span_sums import FlagsOnTheWay
@@ -88,6 +82,7 @@ class OffloadedModel(LayerwiseModel):
         self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
+        self.sizes = loaded_sizes(model, architecture, dtype)
         self._experts = {
             number: found
             for number, layer in enumerate(self.layers)
@@ -134,13 +129,13 @@ class OffloadedModel(LayerwiseModel):
         """
         self._split, self._held = {}, Residency()
         stream_bytes = self.hidden_size * self.dtype.itemsize
-        layers = self._layer_bytes(batch_tokens, head=head)
+        layers = self.sizes.layer_bytes(batch_tokens, head=head)
         free = free_bytes(self.device) if free is None else free
         room = int(SHARE_OF_FREE_MEMORY * free)
         asked = 0  # on a GPU it goes where there is room for it
         if self.device.type != "cuda":
             room -= tokens * stream_bytes * (kept + 1)  # one more is being saved
-            asked = (1 + self._experts_per_token()) * tokens * stream_bytes
+            asked = (1 + self.sizes.experts_per_token) * tokens * stream_bytes
 
         def fits(held: Residency) -> bool:
             return layers.at_once(held) + asked * (held.experts is not None) <= room
@@ -187,7 +182,7 @@ class OffloadedModel(LayerwiseModel):
 
     def bytes_at_once(self) -> int:
         """What weights take on the device at most."""
-        return self._layer_bytes(0, head=True).weights(self._held)
+        return self.sizes.layer_bytes(0, head=True).weights(self._held)
 
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
@@ -283,44 +278,6 @@ class OffloadedModel(LayerwiseModel):
         found = self._experts[layer]
         path = f"{self.architecture.layers}.{layer}.{found.path}"
         return [f"{path}.{name}" for name in found.parameters]
-
-    def _experts_per_token(self) -> int:
-        counts = [one.count for one in self._experts.values()]
-        return (experts_per_token(self._model.config) or max(counts)) if counts else 0
-
-    def _layer_bytes(self, batch_tokens: int, *, head: bool) -> LayerBytes:
-        width, itemsize, config = self.hidden_size, self.dtype.itemsize, self._model.config
-        embeddings = self._loaded_bytes("embeddings")
-        loaded = [self._loaded_bytes(layer) for layer in range(self.num_layers)]
-        head_bytes = self._loaded_bytes("head") + (embeddings if self._tied else 0)
-        widest = max(widest_activation(layer, config) for layer in self.layers)
-        whole = LayerBytes(
-            layer=max(loaded),
-            embeddings=embeddings,
-            head=head_bytes + logits_bytes(batch_tokens, config.vocab_size) if head else 0,
-            batch=batch_bytes(batch_tokens, width, widest, itemsize),
-        )
-        if not self._experts or any(one.problem for one in self._experts.values()):
-            return whole
-        routed = {la: self._loaded_bytes(la, self._expert_targets(la)) for la in self._experts}
-        rests = [nbytes - routed.get(layer, 0) for layer, nbytes in enumerate(loaded)]
-        expert = max(routed[layer] // one.count for layer, one in self._experts.items())
-        pairs = batch_tokens * self._experts_per_token()
-        return replace(
-            whole,
-            rest=max(rests[layer] for layer in routed),
-            beside=max(rests),
-            expert=expert,
-            count=max(one.count for one in self._experts.values()),
-            pairs=pairs * pair_bytes(width, expert // itemsize, itemsize),
-        )
-
-    def _loaded_bytes(self, group: Group, targets: Sequence[str] | None = None) -> int:
-        return sum(
-            self._empty[name].numel() * self._empty[name].itemsize
-            for name in (self._targets[group] if targets is None else targets)
-            if name in self._empty
-        )
 
     def _start(self, group: Group) -> Reading:
         """Begin to read a group; of a split layer all but its routed experts."""

@@ -1,7 +1,7 @@
 """One replica of a model over several devices: a torch.distributed world shares every layer.
 
 DeepSpeed's AutoTP (``deepspeed.init_inference``) splits the linear layers; ``sharding.py`` splits
-what it leaves whole, ``sharded_loading.py`` reads each rank's slices, and ``conformance.py`` proves
+what it leaves whole and reads each rank's slices, and ``conformance.py`` proves
 on a small random model that the family computes the same as unsharded. transformers' own plan is
 the second backend behind the same class.
 
@@ -36,13 +36,13 @@ from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.engines.sharded_loading import load_shards
 from ghost_dist.engines.sharding import (
     Shard,
     Sharding,
     check_degree,
     gather_width,
     kept_whole,
+    load_shards,
     local_bytes,
     local_tensor,
     narrow_fused_attention,

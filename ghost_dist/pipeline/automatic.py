@@ -44,7 +44,6 @@ def count_ranges(config: Config) -> int:
 
 
 def batch_of(config: Config, device: torch.device) -> int:
-    """Windows per forward."""
     if config.engine.batch != "auto":
         return config.engine.batch
     calibration = config.calibration

@@ -47,8 +47,6 @@ VARIANTS = ("dense", "pruned", "recovered")
 
 @dataclass(frozen=True)
 class Turn:
-    """One generation."""
-
     prefill_s: float  # until the logits of the first new token
     decode_s: float  # from there to those of the last
     tokens: Tensor  # generated, int64, (batch, new)

@@ -27,11 +27,10 @@ from ghost_dist.solver.least_squares import (
 )
 from ghost_dist.solver.operators import OPERATORS, FitInput, has_ridge, refits_down
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.moments import Moments, stream_moments
 from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.sum_costs import num_regressors
 from ghost_dist.statistics.sums import Sums
-from ghost_dist.statistics.transforms import stream_moments
 
 Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
 

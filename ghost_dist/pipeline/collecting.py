@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,7 +18,6 @@ from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
-from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 
 WRITTEN_PER_S = 1e9  # bytes, of a disk of today and its checksums
@@ -119,12 +119,14 @@ class CollectHere:
         """Nothing is kept between stages."""
 
 
-def discard_damaged(store: StatisticsStore, reporter: Reporter) -> None:
-    """Remove what killed writers left, and discard damaged ranges, so that they are run again."""
+def open_store(path: Path, plan: StatisticsPlan, reporter: Reporter) -> StoreAtHand:
+    """What killed writers left is removed; damaged ranges are discarded, to be run again."""
+    store = StoreAtHand(path, plan)
     store.sweep()
     for range_id, reason in store.damaged().items():
         reporter.warn(f"{reason} It is discarded and run again.")
         store.discard(range_id)
+    return store
 
 
 def plan_of(
@@ -133,7 +135,6 @@ def plan_of(
     entries: dict[str, str],
     ranges: Sequence[tuple[int, ...]],
 ) -> StatisticsPlan:
-    """What a store of a run's windows counts."""
     return StatisticsPlan(
         inputs={
             "model": inputs.model_fingerprint,

@@ -6,18 +6,20 @@ of which keeps its block of columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.devices import free_bytes
+from ghost_dist.devices import free_bytes, mark
 from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
-from ghost_dist.pipeline.timing import RangeTimes, Stopwatch, TimedCollector
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Collector, SampleKind, SpanCollector, Together
 from ghost_dist.statistics.sum_costs import (
@@ -27,6 +29,72 @@ from ghost_dist.statistics.sum_costs import (
     stored_bytes,
 )
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+
+
+@dataclass(frozen=True)
+class RangeTimes:
+    """Seconds of the device: running the model, and making sums of what it pushes.
+
+    On a CUDA device both are of its stream: work that the host queued later than the device could
+    have begun it counts for whichever it belongs to.
+    """
+
+    forward_s: float
+    sums_s: float
+
+
+class Stopwatch:
+    """Adds up intervals of a device's time; on CUDA by events, so that nothing is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._laps: list[tuple[Any, Any]] = []
+
+    def now(self) -> Any:
+        if self._cuda is None:
+            return time.perf_counter()
+        return mark(self._cuda, timing=True)
+
+    @contextlib.contextmanager
+    def lap(self) -> Iterator[None]:
+        began = self.now()
+        yield
+        self._laps.append((began, self.now()))
+
+    def until_now(self, began: Any) -> float:
+        """Seconds since a point; waits for the device."""
+        ended = self.now()
+        if self._cuda is not None:
+            ended.synchronize()
+        return self._between(began, ended)
+
+    def seconds(self) -> float:
+        """Sum of the intervals, once :meth:`until_now` has waited for them."""
+        return sum(self._between(*lap) for lap in self._laps)
+
+    def _between(self, began: Any, ended: Any) -> float:
+        if self._cuda is None:
+            return float(ended - began)
+        return float(began.elapsed_time(ended)) / 1000
+
+
+class TimedCollector(Collector):
+    def __init__(self, collector: Collector, watch: Stopwatch) -> None:
+        self._collector, self._watch = collector, watch
+        self.boundaries, self.mlp_layers = collector.boundaries, collector.mlp_layers
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        with self._watch.lap():
+            self._collector(boundary, window, stream_TC)
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        with self._watch.lap():
+            self._collector.take_mlp(layer, window, input_TF, product_TC)
+
+    def result(self) -> dict[str, Sums]:
+        with self._watch.lap():
+            return self._collector.result()
+
 
 if TYPE_CHECKING:
     from ghost_dist.pipeline.run_shape import RunShape
@@ -60,7 +128,6 @@ class SpanCollectors:
 
     @property
     def last_boundary(self) -> int:
-        """Layers that the engine must have."""
         return max(span.stop for span, _ in self.samples)
 
     def passes(
@@ -69,7 +136,6 @@ class SpanCollectors:
         free_bytes: int,  # noqa: ARG002 - the sums of a chosen span must fit
         block: ColumnBlock,
     ) -> list[MakeCollector]:
-        """One pass; see :class:`Collectors`."""
         return [
             lambda: SpanCollector(
                 self.samples,
@@ -82,7 +148,6 @@ class SpanCollectors:
         ]
 
     def stored_bytes(self, blocks: int) -> int:
-        """Of one range in the store, where ranks keep so many blocks of columns."""
         width, inner_sizes = self.architecture.hidden_size, self.architecture.inner_sizes
         return sum(
             stored_bytes(kind.regressors, width, inner_sizes.get(span.start - 1, 0), blocks)
@@ -90,7 +155,6 @@ class SpanCollectors:
         )
 
     def cost(self, run: RunShape) -> Cost:
-        """Of all windows."""
         sizes, inputs, tokens, width = run.sizes, run.inputs, run.num_tokens, run.sizes.hidden_size
         cost = Cost(
             below=self.last_boundary,
@@ -125,7 +189,6 @@ class CollectorsTogether:
 
     @property
     def last_boundary(self) -> int:
-        """Layers that the engine must have."""
         return max(part.last_boundary for part in self.parts.values())
 
     def passes(

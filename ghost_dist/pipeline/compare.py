@@ -8,7 +8,6 @@ what is new.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ghost_dist.durable import fingerprint, write_bytes, write_json
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import discard_damaged, entries_of, plan_of
+from ghost_dist.pipeline.collecting import entries_of, open_store, plan_of
 from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
@@ -40,15 +39,13 @@ from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layer
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
-from ghost_dist.pipeline.stages import Stages
-from ghost_dist.pipeline.texts import calibration_ranges, windows_of_folds
+from ghost_dist.pipeline.stages import Stages, train
+from ghost_dist.pipeline.texts import calibration_ranges
 from ghost_dist.progress import Reporter
-from ghost_dist.refine.distill import distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.operators import OPERATORS, has_ridge
 from ghost_dist.spans import Span, pairs_of
-from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import SampleKind
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
@@ -103,9 +100,9 @@ def compare(
         inputs = with_engine(inputs, run, reporter, whole=whole)
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
-        table = _Table(run.path, inputs, tokens)
+        table = _Table(run, inputs, tokens)
         cuts = _select(inputs, run, tokens, removes, selections, reporter)
-        missing = [(cut, row) for cut in cuts for row in rows if not table.has(cut, row)]
+        missing = [(cut, row) for cut in cuts for row in rows if table.find(cut, row) is None]
         if missing:
             _fill(inputs, run.path, tokens, missing, table, reporter)
         return table.write([(cut, row) for cut in cuts for row in rows])
@@ -140,8 +137,8 @@ def _select(
         for selector in selectors.values():
             entries |= selector.entries()
         plan = plan_of(inputs, tokens, entries, calibration_ranges(inputs, tokens, folds))
-        store = StoreAtHand(run.path / f"selection-{fingerprint(entries)[:12]}.zarr", plan)
-        discard_damaged(store, reporter)
+        name = f"selection-{fingerprint(entries)[:12]}.zarr"
+        store = open_store(run.path / name, plan, reporter)
         collect = collect_here(inputs, reporter, run.path)
         collect(store, tokens, CollectorsTogether(selectors), "select")
         for name, selector in selectors.items():
@@ -182,8 +179,8 @@ def _fill(
     entries = entries_of(ordered)
     ranges = calibration_ranges(inputs, tokens)
     plan = plan_of(inputs, tokens, entries, ranges)
-    store = StoreAtHand(folder / f"statistics-{fingerprint(entries)[:12]}.zarr", plan)
-    discard_damaged(store, reporter)
+    name = f"statistics-{fingerprint(entries)[:12]}.zarr"
+    store = open_store(folder / name, plan, reporter)
     if ordered:
         collectors = SpanCollectors(tuple(ordered), inputs.architecture)
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
@@ -193,7 +190,7 @@ def _fill(
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
-            if not table.has(cut, row):  # another criterion may have found the same spans
+            if table.find(cut, row) is None:  # another criterion may have found the same spans
                 of_row = replace(inputs, config=_config(inputs, row))
                 try:
                     solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
@@ -202,7 +199,22 @@ def _fill(
                 else:
                     operators = solved.operators
                     if row == "refine" and any(r.parts() for r in operators.values()):
-                        operators = _refined(of_row, folder, cut, solved, model, tokens, quiet)
+                        name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
+                        state = folder / f"refine-{name}.pt"
+                        identity = {
+                            "refine": of_row.config.refine.model_dump(mode="json"),
+                            "operator": solved.candidate.described(),
+                            "tokens": tokens.fingerprint,
+                            "model": inputs.model_fingerprint,
+                            "spans": name,
+                            **inputs.numerics,
+                        }
+                        variant = Variant(cut.spans, operators, solved.healed)
+                        refined = train(
+                            of_row, model, variant, tokens, solved.folds, state, identity, quiet
+                        )
+                        operators = refined.operators
+                        state.unlink(missing_ok=True)
                     table.add(cut, row, _outcome(of_row, cut, solved, operators, model))
             advance(1)
 
@@ -232,44 +244,6 @@ def _outcome(
     }
 
 
-def _refined(
-    inputs: RunInputs,
-    folder: Path,
-    cut: _Cut,
-    solved: Solved,
-    model: Any,
-    tokens: TokenWindows,
-    reporter: Reporter,
-) -> dict[Span, Repair]:
-    config = inputs.config.refine
-    name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
-    state = folder / f"refine-{name}.pt"
-    refined = distill(
-        model,
-        inputs.architecture,
-        Variant(cut.spans, solved.operators, solved.healed),
-        tokens.tokens,
-        windows_of_folds(inputs, tokens, solved.folds),
-        windows_of_folds(inputs, tokens, [inputs.config.folds - 1]),
-        config,
-        batch=inputs.batch,
-        state=state,
-        fingerprint=fingerprint(
-            {
-                "refine": config.model_dump(mode="json"),
-                "operator": solved.candidate.described(),
-                "tokens": tokens.fingerprint,
-                "model": inputs.model_fingerprint,
-                "spans": name,
-                **inputs.numerics,
-            }
-        ),
-        reporter=reporter,
-    )
-    state.unlink(missing_ok=True)
-    return refined.operators
-
-
 def _perplexities(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, float]:
     with layers_of(inputs, evaluation_shape(inputs), 1, model=model) as layers:
         found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
@@ -289,7 +263,6 @@ def _config(inputs: RunInputs, row: Row) -> Config:
 
 
 def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
-    """The operator section of a row."""
     update: dict[str, Any] = {}
     if row == "heal":
         update = {"heal": True}
@@ -305,9 +278,8 @@ def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
 class _Table:
     """Rows by what they are of; every row is on the disk once it is added."""
 
-    def __init__(self, folder: Path, inputs: RunInputs, tokens: TokenWindows) -> None:
-        self._path, self._markdown = folder / "compare.json", folder / "compare.md"
-        self._inputs = inputs
+    def __init__(self, run: RunFolder, inputs: RunInputs, tokens: TokenWindows) -> None:
+        self._run, self._inputs = run, inputs
         self._of = fingerprint(
             {
                 "model": inputs.model_fingerprint,
@@ -316,58 +288,42 @@ class _Table:
                 **inputs.numerics,
             }
         )
-        try:
-            stored: dict[str, Any] = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            stored = {}
-        if stored.get("of") != self._of:
-            stored = {"of": self._of, "dense": None, "found": {}}
-        self._stored = stored
 
     def dense(self, measure: Callable[[], dict[str, float]]) -> None:
-        """Perplexity of the dense model, measured once."""
-        if self._stored["dense"] is None:
-            self._stored["dense"] = measure()
-            self._save()
+        if self._run.record("compare-dense", self._of) is None:
+            self._run.finish("compare-dense", self._of, measure())
 
-    def has(self, cut: _Cut, row: Row) -> bool:
-        """Whether the row is there already."""
-        return self._key(cut, row) in self._stored["found"]
+    def find(self, cut: _Cut, row: Row) -> dict[str, Any] | None:
+        return self._run.record(self._key(cut, row), self._of)
 
     def add(self, cut: _Cut, row: Row, outcome: dict[str, Any]) -> None:
         """Keep a row, or under ``refused`` the reason why there is none."""
-        self._stored["found"][self._key(cut, row)] = outcome
-        self._save()
+        self._run.finish(self._key(cut, row), self._of, outcome)
 
     def write(self, wanted: Sequence[tuple[_Cut, Row]]) -> dict[str, Any]:
-        """Write the table that was asked for and return it."""
+        """Write and return what was asked for."""
         rows = [
             {
                 "selection": cut.selection,
                 "remove": cut.remove,
                 "spans": pairs_of(cut.spans),
                 "operator": row,
-                **self._stored["found"][self._key(cut, row)],
+                **(self.find(cut, row) or {}),
             }
             for cut, row in wanted
         ]
-        self._stored["rows"] = rows
-        self._save()
-        write_bytes(self._markdown, markdown(self._stored["dense"], rows).encode())
-        return {"dense": self._stored["dense"], "rows": rows}
+        table: dict[str, Any] = {"dense": self._run.outputs("compare-dense"), "rows": rows}
+        write_json(self._run.path / "compare.json", table)
+        write_bytes(self._run.path / "compare.md", markdown(**table).encode())
+        return table
 
     def _key(self, cut: _Cut, row: Row) -> str:
-        spans = ",".join(map(str, cut.spans))
         config = _operator(self._inputs, row).model_dump(mode="json")
         refine = self._inputs.config.refine.model_dump(mode="json") if row == "refine" else None
-        return f"{spans} {row} {fingerprint([config, refine])[:16]}"
-
-    def _save(self) -> None:
-        write_json(self._path, self._stored)
+        return f"compare-{fingerprint([pairs_of(cut.spans), row, config, refine])[:24]}"
 
 
 def markdown(dense: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as markdown."""
     corpora = list(dense)
     titles = [
         *("layers", "selection", "spans", "operator"),

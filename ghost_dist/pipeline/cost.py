@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.engine_choice import DeviceNeeds
-from ghost_dist.engines.layer_memory import Residency, activation_bytes, logits_bytes
+from ghost_dist.engines.memory import DeviceNeeds, Residency, activation_bytes, logits_bytes
 from ghost_dist.engines.model_sizes import ModelSizes
 from ghost_dist.solver.least_squares import RIDGE_GRID, num_steps, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
@@ -30,8 +29,6 @@ _PINNED_BYTES = 2 * READERS * BLOCK_BYTES  # offloaded: buffers that layers are 
 
 @dataclass(frozen=True)
 class Fits:
-    """Some least squares of one kind of regressors."""
-
     kind: str  # of regressors
     steps: int  # ridges times folds, and final fits
     flops: int  # of a step
@@ -88,7 +85,6 @@ class Cost:
             self.layers[layer] += tokens
 
     def read_bytes(self, sizes: ModelSizes) -> int:
-        """Of the checkpoint, in one sweep."""
         if self.whole:
             return sizes.stored_bytes
         return sizes.decoder_stored_bytes(self.below) if self.below else 0
@@ -105,7 +101,6 @@ class Cost:
         return flops
 
     def flops(self, sizes: ModelSizes, experts: int | None = None) -> int:
-        """Of the model, the sums and the fits."""
         fits = sum(fit.steps * fit.flops for fit in self.fits)
         return sum(self.model_flops(sizes, experts).values()) + sum(self.sums.values()) + fits
 

@@ -13,7 +13,7 @@ import torch
 
 from ghost_dist.checkpoint.load import truncated_config
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, device_name, free_bytes
-from ghost_dist.engines.engine_choice import EngineChoice, choose_engine
+from ghost_dist.engines.memory import EngineChoice, choose_engine
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.errors import ConfigError

@@ -36,10 +36,10 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config, parse_size
 from ghost_dist.devices import free_bytes, open_device, total_bytes
+from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
-from ghost_dist.engines.small_model import with_small_model
 from ghost_dist.errors import (
     ConfigError,
     RunFolderError,

@@ -21,8 +21,8 @@ from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
-from ghost_dist.engines.layer_memory import Residency
 from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.memory import Residency
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, Rows, prove_offloaded
 from ghost_dist.errors import CorruptStoreError
@@ -32,12 +32,13 @@ from ghost_dist.pipeline.collecting import Collect, CollectHere
 from ghost_dist.pipeline.collectors import (
     Collectors,
     MakeCollector,
+    RangeTimes,
+    Stopwatch,
     kept_numbers,
     passes_here,
     wanted,
 )
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
-from ghost_dist.pipeline.timing import RangeTimes, Stopwatch
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.stream_state import StreamState

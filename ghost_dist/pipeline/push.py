@@ -23,8 +23,6 @@ _FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Upload:
-    """What would be sent."""
-
     repo_id: str  # owner/name
     folder: Path
     files: Mapping[str, int]  # name to bytes, all of the folder

@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,17 +18,24 @@ import torch
 from ghost_dist import __version__
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.config import Config
-from ghost_dist.config_file import decisive_tree
+from ghost_dist.config_file import (
+    config_from_tree,
+    config_tree,
+    config_yaml,
+    decisive_tree,
+    parse_set,
+    set_field,
+)
 from ghost_dist.devices import gpu_name
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
-from ghost_dist.errors import ConfigError
+from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.export.model_card import CARD, model_card
+from ghost_dist.export.operator_files import Solution
 from ghost_dist.pipeline.bench_serving import SERVING
 from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT, ExportAhead
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
-from ghost_dist.pipeline.solution import Solution
 from ghost_dist.pipeline.stages import STAGES, Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
@@ -143,6 +150,10 @@ def _result(
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
     exported = open_checkpoint(run.checkpoint)
+    trained, device = records["refine"], f"{platform.machine()} CPU, "
+    device += f"{torch.get_num_threads()} threads"
+    if inputs.device.type == "cuda":
+        device = gpu_name(inputs.device)
     result = {
         "spans": pairs_of(spans),
         "num_layers": inputs.architecture.num_layers,
@@ -152,7 +163,8 @@ def _result(
         "chosen": solution.record["chosen"],
         "candidates": solution.record["candidates"],
         "healing": solution.record["healing"],
-        "refine": _refinement(records["refine"]),
+        # Held-out losses of a refinement, None where there was none.
+        "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
             key: records["select"][key]
             for key in ("scores", "recoverability", "search")
@@ -180,7 +192,7 @@ def _result(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
-        "device": _device_name(inputs.device),
+        "device": device,
         "fingerprint": fingerprint(
             {
                 "statistics": statistics,
@@ -204,17 +216,63 @@ def _gpu_idle(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
     return {"gpu_idle": {**shares, "all": round(idle / max(seconds, 1e-9), 3)}}
 
 
-def _refinement(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Held-out losses of a refinement, None where there was none."""
-    return {key: record[key] for key in ("losses", "improved")} if record else None
-
-
 def _num_parameters(checkpoint: Checkpoint) -> int:
     """Numbers stored in a checkpoint; tied weights are stored, and counted, once."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return gpu_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {
+    "select": ("selection",),
+    "calibrate": ("operator", "refine"),
+    "solve": ("operator", "refine"),
+    "export": ("operator.dtype", "export"),
+    "evaluate": ("evaluation",),
+}
+"""What may be changed with a stage: fields that no earlier stage depends on."""
+
+
+def run_stage_again(
+    path: Path,
+    stage: Stage,
+    assignments: Sequence[str],
+    reporter: Reporter | None = None,
+    run: Callable[..., dict[str, Any]] = recover,
+) -> dict[str, Any]:
+    """Do a stage again, with changes to the fields in :data:`OPEN_FIELDS`.
+
+    Earlier stages are only run where they are missing. The changed configuration becomes the
+    run's own, so ``recover`` afterwards redoes what depends on it and nothing else. ``run`` is what
+    does it: :func:`recover`, or the same on a cluster.
+    """
+    stored = RunFolder.stored_config(path)
+    config = _changed(stored, stage, assignments)
+    if config == stored:
+        return run(config, reporter, again=stage)
+    _store(path, stored, config)
+    try:
+        return run(config, reporter, again=stage)
+    except GhostDistError:
+        _store(path, config, stored)  # what cannot be done does not stay in the run
+        raise
+
+
+def _store(path: Path, old: Config, new: Config) -> None:
+    with RunFolder(old):  # nobody else works on it while its configuration is replaced
+        write_bytes(path / "config.yaml", config_yaml(new))
+
+
+def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config:
+    tree, keys = config_tree(stored), []
+    for assignment in assignments:
+        key, value = parse_set(assignment)
+        set_field(tree, key, value)
+        keys.append(key)
+    config = with_absolute_paths(config_from_tree(tree))
+    for key in keys:
+        if not any(f"{key}.".startswith(f"{field}.") for field in OPEN_FIELDS[stage]):
+            allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage])
+            raise ConfigError(
+                f"--set {key} cannot be changed with {stage}: earlier stages depend on it "
+                f"({allowed} can). Start another RUN with recover."
+            )
+    return config

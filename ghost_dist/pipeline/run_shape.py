@@ -45,12 +45,10 @@ class RunShape:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """That ``solve`` tries first."""
         return candidates_of(self.inputs.config.operator, self.spans, self.inputs.refittable)
 
     @cached_property
     def samples(self) -> list[tuple[Span, SampleKind]]:
-        """Sums that they need."""
         return samples_of(self.candidates, self.spans, self.inputs.refittable)
 
     def variant(self, candidate: Candidate) -> Variant:
@@ -66,32 +64,26 @@ class RunShape:
 
     @property
     def num_layers(self) -> int:
-        """Of the uncut model."""
         return self.inputs.architecture.num_layers
 
     @property
     def removed(self) -> frozenset[int]:
-        """Layers that go."""
         return Variant(self.spans).removed
 
     @property
     def num_windows(self) -> int:
-        """Of calibration."""
         return self.inputs.config.calibration.windows
 
     @property
     def window_length(self) -> int:
-        """Of calibration."""
         return self.inputs.config.calibration.window_length
 
     @property
     def num_tokens(self) -> int:
-        """Of calibration."""
         return self.num_windows * self.window_length
 
     @property
     def batch_tokens(self) -> int:
-        """Of calibration, in one forward."""
         return self.inputs.batch * self.window_length
 
     def inner_size(self, span: Span) -> int:

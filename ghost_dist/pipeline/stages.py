@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,12 @@ from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.export.operator_files import save_healed
+from ghost_dist.export.operator_files import Solution, load_operators, save_healed, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import (
     Collect,
-    discard_damaged,
     entries_of,
+    open_store,
     plan_of,
 )
 from ghost_dist.pipeline.collectors import SpanCollectors
@@ -40,13 +40,12 @@ from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, 
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solution import Solution, load_operators, save_operators
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
 from ghost_dist.pipeline.texts import calibration_ranges, calibration_windows, windows_of_folds
 from ghost_dist.progress import Reporter
-from ghost_dist.refine.distill import distill
+from ghost_dist.refine.distill import Refined, distill
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 from ghost_dist.spans import Span, check_spans, pairs_of
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
@@ -83,7 +82,10 @@ class Stages:
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
         inputs, calibration = self._inputs, self._inputs.config.calibration
-        wanted = {"calibration": calibration.model_dump(mode="json"), "model": self._model}
+        wanted = {
+            "calibration": calibration.model_dump(mode="json"),
+            "model": inputs.model_fingerprint,
+        }
 
         def work() -> dict[str, Any]:
             needed = calibration.windows * calibration.window_length
@@ -108,7 +110,7 @@ class Stages:
         path = self._run.path / "selection.zarr"
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
-            "model": self._model,
+            "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
             "folds": inputs.config.folds,
             **inputs.numerics,
@@ -145,8 +147,7 @@ class Stages:
         plan = plan_of(inputs, tokens, selector.entries(), ranges)
         if stored_plan(path) not in (None, plan):
             remove_store(path)
-        store = StoreAtHand(path, plan)
-        discard_damaged(store, self._reporter)
+        store = open_store(path, plan, self._reporter)
         if inputs.config.selection.criterion == "recoverability":
             of_range = len(selector.entries()) * selector.start_stored_bytes(plan.blocks)
             check_disk_space(self._run.path, {"selection": len(store.missing()) * of_range})
@@ -184,8 +185,7 @@ class Stages:
         plan = self.statistics(tokens, spans)
         if self._again == "calibrate" and stored_plan(path) not in (None, plan):
             remove_store(path)
-        store = StoreAtHand(path, plan)
-        discard_damaged(store, self._reporter)
+        store = open_store(path, plan, self._reporter)
         missing = store.missing() if samples else ()
 
         def work() -> dict[str, Any]:
@@ -231,7 +231,12 @@ class Stages:
             solved = solver.solve()
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             for fit in fits.values():
-                self._warn_of_few_tokens(fit)
+                if fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
+                    self._reporter.warn(
+                        f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each "
+                        "regressor of the least squares; below 4 the operator depends on the "
+                        "ridge. Raise calibration.windows."
+                    )
             return {
                 "operator": solved.candidate.operator,
                 "chosen": solved.candidate.described(),
@@ -290,18 +295,10 @@ class Stages:
         }
 
         def work() -> dict[str, Any]:
-            refined = distill(
-                open_causal_lm(inputs, own=True),
-                inputs.architecture,
-                Variant(spans, solution.operators, solution.healed),
-                tokens.tokens,
-                windows_of_folds(inputs, tokens, solution.folds),
-                windows_of_folds(inputs, tokens, [inputs.config.folds - 1]),
-                config,
-                batch=inputs.batch,
-                state=self._run.path / "refine.pt",
-                fingerprint=fingerprint(wanted),
-                reporter=self._reporter,
+            model, state = open_causal_lm(inputs, own=True), self._run.path / "refine.pt"
+            recovered = Variant(spans, solution.operators, solution.healed)
+            refined = train(
+                inputs, model, recovered, tokens, solution.folds, state, wanted, self._reporter
             )
             files = save_operators(folder, refined.operators)
             losses = [
@@ -322,7 +319,7 @@ class Stages:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
         inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
-            "model": self._model,
+            "model": inputs.model_fingerprint,
             "spans": pairs_of(spans),
             "operators": [solution.files, solution.healed_files],
             "operator_dtype": str(self._operator_dtype),
@@ -337,12 +334,10 @@ class Stages:
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
-        decisive = {
-            "operators": [solution.files, solution.healed_files],
-            "operator_dtype": str(self._operator_dtype),
-        }
+        files = [solution.files, solution.healed_files]
+        decisive = {"operators": files, "operator_dtype": str(self._operator_dtype)}
         wanted = {
-            "model": self._model,
+            "model": inputs.model_fingerprint,
             "spans": pairs_of(spans),
             **decisive,
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
@@ -359,18 +354,6 @@ class Stages:
         """The recovered model in the dtypes of the checkpoint."""
         recovered = Variant(spans, solution.operators, solution.healed)
         return recovered.stored(self._inputs.source.dtype, self._operator_dtype)
-
-    @property
-    def _model(self) -> str:
-        return self._inputs.model_fingerprint
-
-    def _warn_of_few_tokens(self, fit: Fit) -> None:
-        if fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
-            self._reporter.warn(
-                f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each regressor of "
-                "the least squares; below 4 the operator depends on the ridge. Raise "
-                "calibration.windows."
-            )
 
     @property
     def _parts(self) -> list[str]:
@@ -427,3 +410,29 @@ class Stages:
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)
         return self._run.outputs(name)  # as a later process will read it
+
+
+def train(
+    inputs: RunInputs,
+    model: Any,
+    recovered: Variant,
+    tokens: TokenWindows,
+    folds: Collection[int],
+    state: Path,
+    identity: dict[str, Any],
+    reporter: Reporter,
+) -> Refined:
+    """Train the operators of a variant on some folds; the last one says what is best."""
+    return distill(
+        model,
+        inputs.architecture,
+        recovered,
+        tokens.tokens,
+        windows_of_folds(inputs, tokens, folds),
+        windows_of_folds(inputs, tokens, [inputs.config.folds - 1]),
+        inputs.config.refine,
+        batch=inputs.batch,
+        state=state,
+        fingerprint=fingerprint(identity),
+        reporter=reporter,
+    )

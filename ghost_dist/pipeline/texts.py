@@ -12,7 +12,6 @@ from ghost_dist.progress import Advance
 
 
 def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
-    """Windows of every source, one source after the other."""
     calibration, found = inputs.config.calibration, []
     for source, count in calibration.windows_of.items():
         done = 0

@@ -33,8 +33,7 @@ from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
-from ghost_dist.statistics.row_weights import row_weights
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, row_weights
 from ghost_dist.statistics.sums import Sums
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -49,8 +48,6 @@ class Refit:
 
 
 class Step(NamedTuple):
-    """What is done at one layer."""
-
     group: Group
     does: Literal["embed", "shared", "dense", "both", "refit", "heal"]
     span: Span | None = None  # that is refitted, or of which the layer is
@@ -118,7 +115,6 @@ class Walk:
     healing: list[dict[str, Any]] = field(default_factory=list)
 
     def steps(self, *, heal: bool) -> list[Step]:
-        """What is done at which layer, in order."""
         new_downs = [span for span, one in self.operators.items() if one.down_FC is not None]
         return walk_steps(
             self.spans,
@@ -141,7 +137,10 @@ class Walk:
     def _do(self, step: Step) -> None:
         match step:
             case Step("embeddings"):
-                self._embed()
+                ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
+                parts = torch.split(ids_WT, self.batch)
+                self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
+                self._recovered = self._dense
             case Step(int(layer), "shared"):
                 self._dense_only(layer)
                 self._recovered = self._dense
@@ -155,12 +154,6 @@ class Walk:
                 self._heal(layer)
             case Step(int(layer)):
                 self._both(layer)
-
-    def _embed(self) -> None:
-        ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
-        parts = torch.split(ids_WT, self.batch)
-        self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
-        self._recovered = self._dense
 
     def _dense_only(self, layer: int) -> None:
         with self.layers.running(layer, self._inputs(self._dense)) as run:
@@ -242,7 +235,7 @@ class Walk:
 
     def _heal(self, layer: int) -> None:
         """Refit one down_proj towards the dense stream entering the next layer."""
-        down_FC = self._down(layer)
+        down_FC: Tensor = self.layers.down_projection(layer).weight.T.double()
         accumulators = [
             MomentsAccumulator(down_FC.shape[0], down_FC.shape[1], self.layers.device)
             for _ in range(max(self.fold_of_window) + 1)
@@ -302,7 +295,3 @@ class Walk:
                 shape = (*x_BTC.shape[:2], -1)
                 h_BTF, product_BTC = seen or (x_BTC, x_BTC)
                 yield x_BTC, h_BTF.reshape(shape), product_BTC.reshape(shape)
-
-    def _down(self, layer: int) -> Tensor:
-        weight_CF: Tensor = self.layers.down_projection(layer).weight
-        return weight_CF.T.double()

@@ -23,7 +23,7 @@ from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.devices import device_name, host_free_bytes, open_device
-from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,
@@ -62,8 +62,6 @@ _COUNTED_BYTES = 64 << 20  # texts up to here are cut into tokens to know their 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``ghost-dist plan`` says."""
-
     model: str
     num_layers: int
     spans: tuple[Span, ...]
@@ -81,7 +79,6 @@ class Plan:
     rates: Rates  # what the seconds come from
 
     def tree(self) -> dict[str, Any]:
-        """Plain values, as ``--json`` prints them."""
         tree = dataclasses.asdict(self)
         tree["spans"] = pairs_of(self.spans)
         tree["seconds"] = sum(stage.seconds for stage in self.stages)
@@ -250,7 +247,6 @@ def _disk(
 
 
 def _cluster_note(run: RunShape, choice: EngineChoice) -> str:
-    """What is assumed of a cluster."""
     ranks = run.inputs.config.engine.ranks
     share = (
         f"{ranks} ranks, which share the windows and one reading"

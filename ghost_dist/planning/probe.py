@@ -33,8 +33,7 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.planning.probe_files import measure_files
-from ghost_dist.planning.rates import Rates
+from ghost_dist.planning.rates import Rates, measure_files
 from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
@@ -58,7 +57,6 @@ _FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay differ
 
 
 def circumstances(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> dict[str, Any]:
-    """What the rates depend on."""
     inputs = run.inputs
     model = {k: v for k, v in inputs.source.config.items() if k != "_name_or_path"}
     return {
@@ -111,7 +109,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
-    """Of sums, and of fits."""
     sums = {kind for cost in costs.values() for kind in cost.sums}
     return sorted(sums), sorted({fit.kind for cost in costs.values() for fit in cost.fits})
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ghost_dist.checkpoint.reader import Checkpoint
+from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
 
 FORMAT = 4
@@ -50,3 +60,109 @@ def store_rates(key: Mapping[str, Any], rates: Rates) -> None:
     path = cache_file(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, json_bytes({"key": dict(key), "rates": dataclasses.asdict(rates)}))
+
+
+_READ_BYTES, _WRITTEN_BYTES, _LOADED_BYTES = 2_000_000_000, 512 << 20, 256 << 20
+_LONGEST_S = 2.0
+_SPARSE = 0.5  # a file of which less than this is on the disk was never written
+
+
+def measure_files(
+    checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Rates of files as ``Rates`` names them; with a temporary folder below ``folder``."""
+    with tempfile.TemporaryDirectory(prefix=".ghost-dist-probe-", dir=folder) as name:
+        scratch = Path(name)
+        write = _write(scratch / "probe.bin")
+        real = [path for path in _files(checkpoint) if not _is_sparse(path)]
+        return {
+            "write": write,
+            "read": _read(real or [scratch / "probe.bin"]),
+            "read_from": "checkpoint" if real else "a file of the run's file system",
+            "load": _load(checkpoint, device, dtype),
+        }
+
+
+def cached_share(checkpoint: Checkpoint) -> float:
+    """Share of the checkpoint whose tensors begin in the page cache; 0 where nobody can say."""
+    files = {
+        path: os.open(path, os.O_RDONLY) for path in _files(checkpoint) if not _is_sparse(path)
+    }
+    found = 0
+    try:
+        for tensor in checkpoint.tensors.values():
+            if file := files.get(checkpoint.path / tensor.file):
+                with contextlib.suppress(OSError):  # where it would have to wait for the disk
+                    os.preadv(file, [bytearray(1)], tensor.offset, os.RWF_NOWAIT)
+                    found += tensor.nbytes
+    finally:
+        for file in files.values():
+            os.close(file)
+    return found / checkpoint.nbytes
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    return [checkpoint.path / file for file in checkpoint.headers]
+
+
+def _is_sparse(path: Path) -> bool:
+    status = path.stat()
+    return status.st_blocks * 512 < _SPARSE * status.st_size
+
+
+def _write(path: Path) -> float:
+    """Blocks of numbers that no file system can shrink, brought to the disk."""
+    block = np.random.default_rng(0).bytes(BLOCK_BYTES)
+    began, written = time.perf_counter(), 0
+    with path.open("wb", buffering=0) as file:
+        while written < _WRITTEN_BYTES and time.perf_counter() - began < _LONGEST_S / 2:
+            written += file.write(block)
+        os.fsync(file.fileno())
+    return written / (time.perf_counter() - began)
+
+
+def _read(paths: Sequence[Path]) -> float:
+    """Blocks by as many threads as an offloaded run has, none of them from the page cache."""
+    files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    blocks = [
+        (file, offset)
+        for path, file in files.items()
+        for offset in range(0, path.stat().st_size, BLOCK_BYTES)
+    ][: _READ_BYTES // BLOCK_BYTES]
+    for file, offset in blocks:
+        os.posix_fadvise(file, offset, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+    buffers = [bytearray(b"x") * BLOCK_BYTES for _ in range(READERS)]  # no page is met here first
+    began = time.perf_counter()
+
+    def reader(number: int) -> int:
+        total = 0
+        for file, offset in blocks[number::READERS]:
+            if time.perf_counter() - began < _LONGEST_S:
+                total += os.preadv(file, [buffers[number]], offset)
+        return total
+
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            return sum(pool.map(reader, range(READERS))) / (time.perf_counter() - began)
+    finally:
+        for file in files.values():
+            os.close(file)
+
+
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of tensors of the checkpoint to the device and checked, from the page cache."""
+    some, total = [], 0
+    for tensor in checkpoint.tensors.values():
+        if total + tensor.nbytes <= _LOADED_BYTES:
+            some.append(tensor)
+            total += tensor.nbytes
+    for _ in range(2):  # once to bring the pages into the cache
+        began = time.perf_counter()
+        for file in {tensor.file for tensor in some}:
+            with safe_open(checkpoint.path / file, framework="pt") as opened:
+                for tensor in some:
+                    if tensor.file == file:
+                        loaded = opened.get_tensor(tensor.name).to(device, dtype, copy=True)
+                        bool(torch.isfinite(loaded).all())
+        seconds = time.perf_counter() - began
+    return total / seconds

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, host_free_bytes
-from ghost_dist.engines.engine_choice import EngineChoice
+from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.inputs import keeps_model
 from ghost_dist.pipeline.run_shape import RunShape
-from ghost_dist.planning.probe_files import cached_share
-from ghost_dist.planning.rates import Rates
+from ghost_dist.planning.rates import Rates, cached_share
 from ghost_dist.statistics.at_hand import SHARE_AT_HAND
 
 KEPT_BY_SHARDING = 0.8
@@ -21,8 +20,6 @@ KEPT_BY_SHARDING = 0.8
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage."""
-
     name: str  # as in result.json
     seconds: float
     parts: Mapping[str, float]  # the seconds, by what they go into

@@ -31,8 +31,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
 from ghost_dist.ridge import Ridge
 from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
-from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.transforms import combine, retarget, take
+from ghost_dist.statistics.moments import Moments, combine, retarget, take
 
 MAX_CONDITION = 1e6
 """Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new

@@ -37,9 +37,8 @@ from torch import Tensor
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
 from ghost_dist.solver.condition import condition_number
-from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.moments import Moments, retarget
 from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, projection
-from ghost_dist.statistics.transforms import retarget
 
 RIDGE_GRID: tuple[float, ...] = (
     1e-8,

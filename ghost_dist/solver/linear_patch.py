@@ -1,7 +1,7 @@
 """LinearPatch (arXiv 2505.24680): a diagonal, in the stream's own or in the Hadamard basis.
 
 Legend: C hidden width. ``x -> x W`` with ``W = diag(d)`` or ``W = H diag(d) H``, H the symmetric
-orthonormal block Hadamard matrix of ``statistics.absolute.rotate``, and
+orthonormal block Hadamard matrix of ``statistics.span_sums.rotate``, and
 
     d_j = sum_t |y_tj| / sum_t |x_tj|
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
-from ghost_dist.statistics.absolute import AbsoluteSums, rotate
+from ghost_dist.statistics.span_sums import AbsoluteSums, rotate
 
 
 def fit_linear_patch(span: str, sums: AbsoluteSums, *, hadamard: bool = False) -> Repair:

@@ -35,8 +35,7 @@ from ghost_dist.solver.least_squares import (
     ridge_scale,
     solve,
 )
-from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.transforms import retarget
+from ghost_dist.statistics.moments import Moments, retarget
 
 RANK_TOLERANCE = 0.01
 """A rank is good enough if its held-out residual is within this fraction of the best rank's."""

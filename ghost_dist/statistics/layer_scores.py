@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ghost_dist.statistics.span_sums import FiniteCheck
+from ghost_dist.statistics.span_sums import Collector, FiniteCheck
 from ghost_dist.statistics.sums import Sums
 
 
@@ -27,7 +26,6 @@ class ScoreSums(Sums):
     count_1: Tensor  # tokens or windows, whichever the score is of
 
     def mean(self) -> tuple[float, ...]:
-        """Mean score of every start."""
         return tuple((self.sums_S / self.count_1).tolist())
 
 
@@ -69,14 +67,12 @@ SCORES = {
 }
 
 
-class ScoreCollector:
+class ScoreCollector(Collector):
     """Sums a score of (stream at b, stream at b + n) over windows, for every start b.
 
     Means are over tokens for ``cosine`` and ``block-influence``, whose n is 1, else over windows.
     Holds the last n + 1 streams of each window in flight, of ``angular`` their last token.
     """
-
-    mlp_layers: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, criterion: str, num_layers: int, remove: int, device: torch.device) -> None:
         self._criterion, self._score = criterion, SCORES[criterion]
@@ -87,18 +83,9 @@ class ScoreCollector:
         self._streams: dict[tuple[int, int], Tensor] = {}
         self._finite = FiniteCheck()
         self._num_tokens = self._count = 0
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Every boundary, 0 to L."""
-        return tuple(range(self._num_layers + 1))
-
-    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Never called: ``mlp_layers`` is empty."""
-        raise NotImplementedError
+        self.boundaries = tuple(range(num_layers + 1))
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
         kept = stream_TC[-1:].double() if self._criterion == "angular" else stream_TC.float()
         start = boundary - self._remove
@@ -111,7 +98,6 @@ class ScoreCollector:
             self._count += kept.shape[0] if self._of_tokens else 1
 
     def result(self) -> dict[str, Sums]:
-        """``{"scores": ScoreSums}``."""
         self._finite.check()
         count_1 = torch.full((1,), float(self._count), dtype=torch.float64)
         return {"scores": ScoreSums(self._num_tokens, self._sums, count_1.to(self._sums.device))}

@@ -19,15 +19,14 @@ State: Z^2 + Z C float64. At C = 4096 the stream's is 256 MiB, at 8192 1 GiB, at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ghost_dist.devices import capability, without_tf32
-from ghost_dist.statistics.strips import mirror_
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, mirror_
 
 FLUSH_TOKENS = 512
 """Rows summed in float32 before they are added to the float64 sum, where float64 is slow.
@@ -172,3 +171,44 @@ def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32_TC = x_TC.float()
     scale_T1 = torch.rsqrt(x32_TC.square().mean(1, keepdim=True) + eps)
     return x_TC, (x32_TC * scale_T1).to(x_TC.dtype)
+
+
+def combine(moments: Moments, mix_ZV: Tensor) -> Moments:
+    """Moments of the regressors ``Z @ mix`` (T, V) against the same targets."""
+    return replace(
+        moments,
+        gram_ZZ=mix_ZV.T @ moments.gram_ZZ @ mix_ZV,
+        cross_ZC=mix_ZV.T @ moments.cross_ZC,
+        sum_z_Z=mix_ZV.T @ moments.sum_z_Z,
+    )
+
+
+def take(moments: Moments, columns: slice) -> Moments:
+    """Moments of some of the regressors against the same targets; views, no copy."""
+    return replace(
+        moments,
+        gram_ZZ=moments.gram_ZZ[columns, columns],
+        cross_ZC=moments.cross_ZC[columns],
+        sum_z_Z=moments.sum_z_Z[columns],
+    )
+
+
+def retarget(moments: Moments, map_ZC: Tensor) -> Moments:
+    """Moments of the same regressors against the targets ``Y - Z @ map``."""
+    product_ZC = moments.gram_ZZ @ map_ZC
+    change_C = (map_ZC * (product_ZC - 2 * moments.cross_ZC)).sum(0)
+    return replace(
+        moments,
+        cross_ZC=moments.cross_ZC - product_ZC,
+        sum_y_C=moments.sum_y_C - map_ZC.T @ moments.sum_z_Z,
+        sumsq_y_C=moments.sumsq_y_C + change_C,
+    )
+
+
+def stream_moments(joint: Moments, down_FC: Tensor) -> Moments:
+    """Moments of one span's stream ``x = A + H @ down`` from those of ``[A, H]``.
+
+    Equal to accumulating x itself but for the rounding of x in the model's compute dtype.
+    """
+    eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
+    return combine(joint, torch.cat((eye_CC, down_FC)))

@@ -19,6 +19,7 @@ some of the starts only, so that the starts are split over ranks or passes. Stre
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -30,9 +31,8 @@ from torch import Tensor
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import add_product, has_full_rate_float64
-from ghost_dist.statistics.span_sums import FiniteCheck
-from ghost_dist.statistics.strips import mirror_
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.span_sums import Collector, FiniteCheck
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, mirror_
 
 FLUSH_TOKENS = 8192
 """Rows summed in float32 at a time, where products are not float64; windows are put together until
@@ -83,7 +83,7 @@ class PairMoments(Sums):
     SYMMETRIC: ClassVar[frozenset[str]] = frozenset({"gram_CC"})
 
 
-class PairCollector:
+class PairCollector(Collector):
     """:class:`PairMoments` of every start from one pass; call it with each boundary stream.
 
     ``columns`` is r, None: no projection, r = C, exact. The seed of R is fixed: ranges, replicas
@@ -129,21 +129,9 @@ class PairCollector:
         self._pending: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
         self._waiting: dict[int, list[tuple[Tensor, list[Tensor]]]] = {s: [] for s in self.stops}
         self._finite = FiniteCheck()
-
-    mlp_layers: ClassVar[tuple[int, ...]] = ()
-
-    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Never called: ``mlp_layers`` is empty."""
-        raise NotImplementedError
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
-        stops = {stop for stops in self.stops.values() for stop in stops}
-        return tuple(sorted(stops | set(self.stops)))
+        self.boundaries = tuple(sorted({*self.stops, *itertools.chain(*self.stops.values())}))
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
         starts = [start for start, stops in self.stops.items() if boundary in stops]
         if starts:
@@ -226,7 +214,6 @@ def has_float64_pairs(device: torch.device, projected: bool) -> bool:
 
 
 def start_key(start: int) -> str:
-    """Name of the sums of a start in a store."""
     return f"start-{start}"
 
 

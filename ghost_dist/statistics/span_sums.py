@@ -9,20 +9,19 @@ for once, at the end.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ghost_dist.config import RowWeights
 from ghost_dist.devices import arrived, mark
-from ghost_dist.errors import NonFiniteActivationError
+from ghost_dist.errors import ConfigError, NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums
 from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
-from ghost_dist.statistics.row_weights import row_weights
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
@@ -49,11 +48,21 @@ class Sink(Protocol):
         """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
 
 
-class Collector(Sink, Protocol):
-    """A sink that ends as named sums."""
+class Collector:
+    """A sink that ends as named sums; most take no down_proj."""
+
+    boundaries: tuple[int, ...]
+    mlp_layers: tuple[int, ...] = ()
+
+    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
+        raise NotImplementedError
+
+    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
+        raise NotImplementedError
 
     def result(self) -> dict[str, Sums]:
         """The sums by name."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, order=True)
@@ -74,7 +83,7 @@ class SampleKind:
         return f"{span.start}-{span.stop}/{self.regressors}{suffix}"
 
 
-class SpanCollector:
+class SpanCollector(Collector):
     """Sums of several spans from one pass; call it with each boundary stream.
 
     Holds a stream only from a span's start to its stop: per window in flight and span T x C numbers
@@ -115,23 +124,13 @@ class SpanCollector:
         self._mlp: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pending: dict[tuple[Span, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
         self._finite = FiniteCheck()
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
-        return tuple(sorted({b for span in self._kinds for b in (span.start, span.stop)}))
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj the engine must push, ascending."""
-        return tuple(sorted({span.start - 1 for span in self._mlp_spans}))
+        self.boundaries = tuple(sorted({b for s in self._kinds for b in (s.start, s.stop)}))
+        self.mlp_layers = tuple(sorted({span.start - 1 for span in self._mlp_spans}))
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
         self._mlp[layer, window] = (input_TF, product_TC)
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         self._finite.note(boundary, window, stream_TC)
         for span, kinds in self._kinds.items():
             if boundary == span.stop:
@@ -180,37 +179,26 @@ class SpanCollector:
         return {**moments, **self._absolute}
 
 
-class Together:
+class Together(Collector):
     """Several collectors fed by one pass; their sums get the name of theirs before them."""
 
     def __init__(self, parts: Mapping[str, Collector]) -> None:
         self._parts = dict(parts)
         self._wanted = {name: frozenset(part.boundaries) for name, part in parts.items()}
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that the engine must push, ascending."""
-        return tuple(sorted({b for part in self._parts.values() for b in part.boundaries}))
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj the engine must push, ascending."""
-        return tuple(sorted({la for part in self._parts.values() for la in part.mlp_layers}))
+        self.boundaries = tuple(sorted({b for part in parts.values() for b in part.boundaries}))
+        self.mlp_layers = tuple(sorted({la for part in parts.values() for la in part.mlp_layers}))
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take the stream of one window at one boundary, shape (T, C)."""
         for name, part in self._parts.items():
             if boundary in self._wanted[name]:
                 part(boundary, window, stream_TC)
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        """Take the input H of a layer's down_proj and ``H @ down``, its bias left out."""
         for part in self._parts.values():
             if layer in part.mlp_layers:
                 part.take_mlp(layer, window, input_TF, product_TC)
 
     def result(self) -> dict[str, Sums]:
-        """All sums, as ``name/theirs``."""
         return {
             f"{name}/{key}": sums
             for name, part in self._parts.items()
@@ -227,7 +215,6 @@ class FiniteCheck:
         self._on_the_way: FlagsOnTheWay | None = None
 
     def note(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Remember one stream."""
         self._seen.append((boundary, window))
         # |x| sums to Inf or NaN exactly if an entry is, unless 3.4e38 / T is reached by right
         # numbers, which no model survives; far cheaper than a mask of T x C flags.
@@ -262,7 +249,89 @@ class FlagsOnTheWay:
         self._copied = mark(finite.device)
 
     def arrived(self) -> list[bool]:
-        """One flag for each number."""
         arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags
+
+
+CLIP_MULTIPLE = 2.0
+"""`clip` bounds the norm of a row to this multiple of its window's median norm."""
+
+
+def row_weights(treatment: RowWeights, y_TC: Tensor) -> Tensor | None:
+    """Factors (T,) float64 of the rows of one window, whole and position 0 first; None: all alike.
+
+    A factor w is on a whole row: ``w x`` is fitted to ``w y``, so its squared error counts ``w^2``
+    times. Treatments look at one window only, so the sums do not depend on the order of windows.
+
+    - ``drop-first``: the first position of the window has weight 0. In models without a BOS token
+      it is the sink that attention parks on, with a norm of its own.
+    - ``inverse-norm``: ``sqrt(C) / ||y||``, so that every row of ``w y`` has RMS 1, as the RMSNorm
+      that reads y makes it. The residual is then the mean relative error per token. A row of zeros
+      has weight 0.
+    - ``clip``: ``min(1, CLIP_MULTIPLE m / ||y||)`` with m the median norm of the window's rows, the
+      lower of the two middle ones. Rows below the bound keep their weight.
+    """
+    if treatment == "none":
+        return None
+    if treatment == "drop-first":
+        weights_T = torch.ones(y_TC.shape[0], dtype=torch.float64, device=y_TC.device)
+        weights_T[0] = 0
+        return weights_T
+    norm_T = torch.linalg.vector_norm(y_TC, dim=1, dtype=torch.float64)
+    inverse_T = torch.where(norm_T > 0, 1 / norm_T, 0.0)
+    if treatment == "inverse-norm":
+        return inverse_T * math.sqrt(y_TC.shape[1])
+    if treatment == "clip":
+        bound = CLIP_MULTIPLE * norm_T.median()
+        return torch.where(norm_T > bound, bound * inverse_T, 1.0)
+    raise ConfigError(
+        f"operator.row_weights={treatment!r} is unknown; give one of "
+        f"{', '.join(get_args(RowWeights))}."
+    )
+
+
+@dataclass(frozen=True)
+class AbsoluteSums(Sums):
+    """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64."""
+
+    sum_abs_x_C: Tensor
+    sum_abs_y_C: Tensor
+    sum_abs_rotated_x_C: Tensor  # of rotate(x)
+    sum_abs_rotated_y_C: Tensor
+
+
+def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
+    """The sums over the rows of one window; both streams of shape (T, C)."""
+
+    def column_sums(stream_TC: Tensor) -> Tensor:
+        return stream_TC.abs().sum(0, dtype=torch.float64)
+
+    return AbsoluteSums(
+        x_TC.shape[0],
+        column_sums(x_TC),
+        column_sums(y_TC),
+        column_sums(rotate(x_TC.float())),
+        column_sums(rotate(y_TC.float())),
+    )
+
+
+def rotate(rows_TC: Tensor) -> Tensor:
+    """``rows @ H`` with the orthonormal, symmetric block Hadamard matrix of width C.
+
+    H is block diagonal with Sylvester-Hadamard blocks of width B, the largest power of two that
+    divides C: one block where C is a power of two, the identity where C is odd. Applying it twice
+    gives the rows back. Cost T C log2(B) additions.
+    """
+    num_rows, width = rows_TC.shape
+    block = width & -width
+    # Axes: rows, blocks, then one of length 2 per bit of the index within the block; the
+    # transform is (a, b) -> (a + b, a - b) along each of these bits.
+    rotated = rows_TC
+    half = 1
+    while half < block:
+        pairs = rotated.reshape(num_rows, width // (2 * half), 2, half)
+        low, high = pairs.unbind(2)
+        rotated = torch.stack((low + high, low - high), dim=2)
+        half *= 2
+    return rotated.reshape(num_rows, width) / math.sqrt(block)

@@ -18,7 +18,7 @@ Where the ranks of a tensor-parallel replica share a range, each writes its bloc
 blocks of the attempt (:meth:`StatisticsStore.commit_attempt`). Blocks of two attempts never mix.
 
 How an array is written so that damage shows is in ``statistics/arrays.py``; a symmetric matrix of
-which no rank keeps columns of its own is written as its lower half (``statistics/strips.py``).
+which no rank keeps columns of its own is written as its lower half (``statistics/sums.py``).
 """
 
 from __future__ import annotations
@@ -46,19 +46,18 @@ from ghost_dist.durable import (
     write_sealed,
 )
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import PairMoments
+from ghost_dist.statistics.span_sums import AbsoluteSums
 from ghost_dist.statistics.store_plan import (
     StatisticsPlan,
     check_same_plan,
     plan_path,
     stored_plan,
 )
-from ghost_dist.statistics.strips import from_strips, to_strips
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, from_strips, to_strips
 
 CPU = torch.device("cpu")
 _THREADS = 8
@@ -221,7 +220,6 @@ class StatisticsStore:
         shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
     def committed_attempt(self, range_id: int) -> str:
-        """The attempt that counts for a range."""
         attempt: str = self._read_manifest(range_id)["attempt"]
         return attempt
 

@@ -25,13 +25,11 @@ class StatisticsPlan:
     blocks: int = 1  # of columns, one for each rank of a replica
 
     def tree(self) -> dict[str, Any]:
-        """Plain values, as written to ``plan.json``."""
         tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {"format": FORMAT, **tree}
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that is counted."""
         return fingerprint(self.tree())
 
 
@@ -45,7 +43,6 @@ def stored_plan(path: Path) -> StatisticsPlan | None:
 
 
 def plan_path(path: Path) -> Path:
-    """Of the store in a folder."""
     return path / "ledger" / "plan.json"
 
 

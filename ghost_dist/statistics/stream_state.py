@@ -39,8 +39,6 @@ _REST = 9
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was found."""
-
     boundary: int  # the layer that the streams enter
     streams_WTC: Tensor  # on the CPU
     rows: Mapping[str, Tensor]  # kept streams by name, on the CPU
@@ -141,7 +139,6 @@ class StreamState:
         self._parts.shutdown(cancel_futures=True)
 
     def remove(self) -> None:
-        """Everything was used: remove the folder."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
 from ghost_dist.statistics.span_sums import Regressors
-from ghost_dist.statistics.strips import num_numbers
+from ghost_dist.statistics.sums import num_numbers
 
 _FLOAT64_BYTES = 8
 
@@ -20,7 +20,6 @@ def num_regressors(regressors: Regressors, hidden_size: int, inner_size: int) ->
 
 
 def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
-    """Bytes of one span's sums of one kind."""
     c = hidden_size
     if regressors == "absolute":
         return 4 * c * _FLOAT64_BYTES

@@ -5,8 +5,9 @@
 
 MODEL is a checkpoint folder, or a name of ghost_dist.real_models. A quarter and a third of the
 layers go. float32; 64 x 1024 calibration tokens; perplexity over the first 32 windows of 1024. The
-paper's settings are its selection, its operator and its absolute ridge of 1e-6. Rows are on the
-disk as they are done: the same command continues a stopped one.
+paper's settings are its selection, its operator and its absolute ridge of 1e-6, a row where its
+selection is asked for. Rows are on the disk as they are done: the same command continues a stopped
+one.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ import transformers
 from rich.console import Console
 
 from ghost_dist.config import Criterion
-from ghost_dist.config_file import config_from_tree
-from ghost_dist.pipeline.compare import TRAINING_FREE, compare
+from ghost_dist.config_file import config_from_tree, parse_set, set_field
+from ghost_dist.pipeline.compare import ROWS, TRAINING_FREE, compare
 from ghost_dist.progress import Reporter
 from ghost_dist.real_models import REAL_MODELS, real_model
 
-ROWS = (*TRAINING_FREE, "heal")
 SELECTIONS = get_args(Criterion)
 PAPER = "the paper's"
 
@@ -39,8 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", type=int, default=[4, 3], help="4: a quarter goes")
-    parser.add_argument("--operators", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--operators", nargs="+", default=(*TRAINING_FREE, "heal"), choices=ROWS)
     parser.add_argument("--selections", nargs="+", default=SELECTIONS, choices=SELECTIONS)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--evaluation-windows", type=int, default=32)
     parser.add_argument("--window-length", type=int, default=1024)
@@ -77,6 +78,8 @@ def measured(folder: Path, out: Path, given: argparse.Namespace) -> dict[str, ob
         ({**paper, "choose": "residual"}, ["ghost"], ["paper"], f"{out}-paper", PAPER),
         ({}, given.operators, given.selections, str(out), None),
     ):
+        if label == PAPER and "paper" not in given.selections:
+            continue
         config = configuration(folder, removes[0], operator, path, given)
         for result in as_far_as_it_goes(config, removes, rows, selections):
             found["dense"] = found["dense"] or result.get("dense")
@@ -89,26 +92,27 @@ def measured(folder: Path, out: Path, given: argparse.Namespace) -> dict[str, ob
 def configuration(folder, remove, operator, out, given):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     needs_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
-    return config_from_tree(
-        {
-            "model": {"path": str(folder), "dtype": "float32"},
-            "calibration": {
-                "source": given.calibration,
-                "windows": given.windows,
-                "window_length": given.window_length,
-                "window_bos": needs_bos,
-            },
-            "selection": {"remove": remove},
-            "operator": operator,
-            "engine": {"device": given.device},
-            "evaluation": {
-                "corpora": dict(text.split("=", 1) for text in given.text),
-                "windows": given.evaluation_windows,
-                "window_length": given.window_length,
-            },
-            "output": {"path": out},
-        }
-    )
+    tree = {
+        "model": {"path": str(folder), "dtype": "float32"},
+        "calibration": {
+            "source": given.calibration,
+            "windows": given.windows,
+            "window_length": given.window_length,
+            "window_bos": needs_bos,
+        },
+        "selection": {"remove": remove},
+        "operator": operator,
+        "engine": {"device": given.device},
+        "evaluation": {
+            "corpora": dict(text.split("=", 1) for text in given.text),
+            "windows": given.evaluation_windows,
+            "window_length": given.window_length,
+        },
+        "output": {"path": out},
+    }
+    for field, value in map(parse_set, given.set):
+        set_field(tree, field, value)
+    return config_from_tree(tree)
 
 
 def as_far_as_it_goes(config, removes, rows, selections):

@@ -2,51 +2,29 @@
 
 Each fault hits whatever is there at that moment: ranks that load, compute or write, the driver, a
 whole node. A driver that was killed is started again by the same call; a node that was killed is
-replaced by a new one. Runs follow each other until enough faults were injected.
+replaced by a new one. Runs follow each other until all faults were injected.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 from collections import Counter
 
 import pytest
+from children import child
 from ray_processes import NODE, nothing_leaked, rank_pids
 
-from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
 
 RANGES = 24
 
 
-def run_in_child(tree, log):
-    import torch
-
-    from ghost_dist.cluster.session import recover_on_cluster
-    from ghost_dist.config_file import config_from_tree
-
-    torch.set_num_threads(1)
-    # A file, not the terminal: a killed writer must not garble what pytest prints.
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    recover_on_cluster(config_from_tree(tree), again="solve")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Drivers fork from a server that has imported everything but a running Ray."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghost_dist.pipeline.recover"])
-    return context
-
-
 class Chaos:
     """Runs of one configuration, and the faults that hit them."""
 
-    def __init__(self, cluster, processes, make_config, root, seed):
-        self.cluster, self.processes, self.root = cluster, processes, root
-        self.make_config = make_config
+    def __init__(self, cluster, make_config, root, seed):
+        self.cluster, self.make_config, self.root = cluster, make_config, root
         self.random = random.Random(seed)
         self.injected = Counter()
         self.runs = 0
@@ -63,11 +41,10 @@ class Chaos:
             "selection__spans": [[2, 4], [5, 6]],  # two: fitted on the ranks
             "engine__replicas": 2,
         }
-        return config_tree(self.make_config(**{**fields, **overrides}))
+        return self.make_config(**{**fields, **overrides})
 
-    def start(self, tree):
-        log = self.root / "driver.log"
-        driver = self.processes.Process(target=run_in_child, args=(tree, str(log)))
+    def start(self, config):
+        driver = child(config, self.root / "driver.log", "solve", on_cluster=True)
         driver.start()
         return driver
 
@@ -77,22 +54,23 @@ class Chaos:
         assert driver.exitcode == 0, (self.root / "driver.log").read_text()[-3000:]
         return operators(self.root / name)
 
-    def disturbed(self, name, faults, kinds, **overrides):
-        """A run that is hit until ``faults`` were injected or it has ended."""
+    def disturbed(self, name, faults, **overrides):
+        """A run that is hit until all faults were injected, which takes them from the list, or it
+        has ended."""
         self.runs += 1
-        tree = self.config(name, **overrides)
-        driver = self.start(tree)
-        left = faults
+        config = self.config(name, **overrides)
+        driver = self.start(config)
         while True:
-            driver.join(self.random.uniform(0.2, 3.0) if left else 300)
+            driver.join(self.random.uniform(0.2, 3.0) if faults else 300)
             if driver.exitcode == 0:
-                return operators(self.root / name), faults - left
+                return operators(self.root / name)
             if driver.exitcode is not None:
                 assert driver.exitcode < 0, (self.root / "driver.log").read_text()[-3000:]
-                driver = self.start(tree)
-            elif left and self.hit(self.random.choice(kinds), driver):
-                left -= 1
-            elif not left:
+                driver = self.start(config)
+            elif faults:
+                if self.hit(faults[-1], driver):
+                    faults.pop()
+            else:
                 pytest.fail("the run hangs: " + (self.root / "driver.log").read_text()[-3000:])
 
     def hit(self, kind, driver):
@@ -134,16 +112,14 @@ def check_counted_once(run):
     assert all(sums.num_tokens == 96 * 64 for sums in store.total().values())
 
 
-def storm(chaos, faults, kinds, **overrides):
+def storm(chaos, kinds, **overrides):
     expected = chaos.calm("calm", **overrides)
-    number = 0
+    faults = chaos.random.sample(kinds, len(kinds))
     while faults:
-        name = f"run{number}"
-        found, injected = chaos.disturbed(name, faults, kinds, **overrides)
+        name = f"run{chaos.runs}"
+        found = chaos.disturbed(name, faults, **overrides)
         assert found == expected, f"{name} after {dict(chaos.injected)}"
         check_counted_once(chaos.root / name)
-        faults -= injected
-        number += 1
     clean, left = nothing_leaked(chaos.cluster)
     assert clean, left
     print(f"\n{sum(chaos.injected.values())} faults {dict(chaos.injected)} in {chaos.runs} runs")
@@ -153,23 +129,23 @@ ALL = ("kill", "kill", "kill", "stop", "term", "driver", "node")
 
 
 @pytest.mark.timeout(900)
-def test_twenty_faults(cluster, processes, make_config, tmp_path):
+def test_every_kind_of_fault(cluster, make_config, tmp_path):
     """Replicas of one rank, which load fast: more faults hit work."""
-    chaos = Chaos(cluster, processes, make_config, tmp_path, seed=0)
-    storm(chaos, 14, ALL, engine__kind="resident")
-    shared = Chaos(cluster, processes, make_config, tmp_path / "shared", seed=1)
+    chaos = Chaos(cluster, make_config, tmp_path, seed=0)
+    storm(chaos, ALL, engine__kind="resident")
+    shared = Chaos(cluster, make_config, tmp_path / "shared", seed=1)
     shared.root.mkdir()
-    storm(shared, 6, ("kill", "stop", "driver"), engine__tensor_parallel=2)
+    storm(shared, ("kill", "stop", "driver"), engine__tensor_parallel=2)
 
 
 @pytest.mark.chaos_nightly
 @pytest.mark.timeout(7200)
-def test_two_hundred_faults(cluster, processes, make_config, tmp_path):
+def test_two_hundred_faults(cluster, make_config, tmp_path):
     """Replicas of one rank and of two, a hundred faults each."""
     for number, overrides in enumerate(
         ({"engine__kind": "resident"}, {"engine__tensor_parallel": 2})
     ):
         root = tmp_path / str(number)
         root.mkdir()
-        chaos = Chaos(cluster, processes, make_config, root, seed=2 + number)
-        storm(chaos, 100, ALL, **overrides)
+        chaos = Chaos(cluster, make_config, root, seed=2 + number)
+        storm(chaos, chaos.random.choices(ALL, k=100), **overrides)

@@ -98,10 +98,10 @@ def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkey
             return super().fit(*arguments)
 
     class Unheard(replica_module.Replica):
-        def restart_timeouts(self, now):
-            self._answered = dict.fromkeys(self._answered, now - 1000)
+        def restart_timeouts(self):
+            self._answered = dict.fromkeys(self._answered, time.monotonic() - 1000)
             self._heartbeats.clear()
-            super().restart_timeouts(now)
+            super().restart_timeouts()
 
     use_rank(monkeypatch, RankThatWaits)
     monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Unheard)
@@ -129,8 +129,8 @@ def test_a_solving_rank_is_killed(make, alone, cluster, tmp_path, monkeypatch):
     killed = []
 
     class Dying(replica_module.Replica):
-        def ask(self, rank, method, *arguments, now):
-            super().ask(rank, method, *arguments, now=now)
+        def ask(self, rank, method, *arguments, then):
+            super().ask(rank, method, *arguments, then=then)
             if method == "fit" and len(killed) < 2:
                 killed.append(self.places[rank].pid)
                 os.kill(killed[-1], signal.SIGKILL)

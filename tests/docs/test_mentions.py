@@ -50,7 +50,7 @@ def texts_of_code(path):
                 yield str(inner.value.value), inside  # behind an attribute
             yield from walk(inner, inside)
 
-    tree = ast.parse(source)
+    tree = parsed(path)
     yield ast.get_docstring(tree) or "", []
     yield from walk(tree, [])
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -61,7 +61,7 @@ def texts_of_code(path):
 @functools.cache
 def members(path, name=None):
     """Names that a module, or a class in it, defines or imports."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = parsed(path).body
     if name is not None:
         body = next((n.body for n in body if isinstance(n, ast.ClassDef) and n.name == name), [])
     found = set()
@@ -76,6 +76,12 @@ def members(path, name=None):
     return found
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def module_file(parts):
     """File of a module, or folder of a package; None if there is none."""
     path = PACKAGE.joinpath(*parts)
@@ -84,6 +90,7 @@ def module_file(parts):
     )
 
 
+@functools.cache
 def names_something(parts):
     """Whether ``part.module.Class.name``, without the package's name, is there."""
     for length in range(len(parts), -1, -1):
@@ -115,7 +122,7 @@ def attributes():
     """Names in all classes of the package."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ClassDef):
                 found |= members(path, node.name)
     return found
@@ -129,13 +136,13 @@ def is_file(name, folder):
 def wrong_names(text, folder):
     """Mentions in a text, which stands in a folder, of what is not there."""
     for match in PYTHON_NAME.finditer(text):
-        if not names_something(match[0].split(".")[1:]):
+        if not names_something(tuple(match[0].split(".")[1:])):
             yield match[0]
     for match in FILE.finditer(text):
         if match[0] not in ELSEWHERE and not is_file(match[0], folder):
             yield match[0]
     for match in QUOTED.finditer(text):
-        parts = match[1].split(".")
+        parts = tuple(match[1].split("."))
         if "/" in match[1]:
             path = Path(match[1])
             if path.parts[0] in PARTS and not path.suffix and module_file(path.parts) is None:
@@ -171,7 +178,7 @@ def test_names_in_the_code():
                 here = first in known | inside
                 if here and first in {*classes} and rest:
                     here = rest[0] in members(path, first)
-                if not here and not names_something([first, *rest]):
+                if not here and not names_something((first, *rest)):
                     wrong.add((where, role[0]))
     assert sorted(wrong) == []
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ghost_dist.engines.engine_choice import SHARE_OF_FREE_MEMORY, DeviceNeeds, choose_engine
-from ghost_dist.engines.layer_memory import Residency
+from ghost_dist.engines.memory import SHARE_OF_FREE_MEMORY, DeviceNeeds, Residency, choose_engine
 from ghost_dist.errors import ConfigError
 
 GB = 1_000_000_000

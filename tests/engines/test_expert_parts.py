@@ -21,7 +21,7 @@ from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines import offloaded
 from ghost_dist.engines.expert_parts import Inputs, SplitLayer, routed_experts
 from ghost_dist.engines.find_halves import with_halves
-from ghost_dist.engines.layer_memory import even_part
+from ghost_dist.engines.memory import even_part
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
@@ -153,15 +153,12 @@ def test_every_tensor_is_read_once_and_few_experts_are_at_hand(checkpoint, famil
         assert engine.model.bytes_read == needed
         assert not any(p.device.type != "meta" for p in engine.model.layers.parameters())
         found[at_once] = max(at_hand)
-    mixture = next(iter(engine.model._experts))
-    experts = engine.model._loaded_bytes(mixture, engine.model._expert_targets(mixture))
-    largest = max(engine.model._loaded_bytes(layer) for layer in range(3))
-    assert found[4] == largest
-    dense = [la for la in range(3) if la not in engine.model._experts]
-    whole = engine.model._loaded_bytes(mixture)
-    expected = [whole - 3 * experts // 4, *map(engine.model._loaded_bytes, dense)]
-    assert found[1] == max(expected)
-    assert found[1] < whole
+    layers, buffers = engine.model.sizes.layers, 16  # of a router, in float32
+    whole = max(layer.loaded_bytes for layer in layers)
+    in_parts_of_one = max(layer.rest_bytes + layer.expert_bytes for layer in layers)
+    assert whole - buffers <= found[4] <= whole
+    assert in_parts_of_one - buffers <= found[1] <= in_parts_of_one
+    assert found[1] < next(layer.loaded_bytes for layer in layers if layer.experts)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -286,10 +283,10 @@ def test_as_many_experts_as_fit(checkpoint, free):
     source, architecture = checkpoint("mixtral")
     engine = in_parts(source, architecture, 4)
     model = engine.model
-    layer = model._loaded_bytes(0)
+    layer = model.sizes.largest_layer_bytes
     expert = 3 * 64 * 96 * 4
     rest = layer - 4 * expert
-    beside = max(rest, model._loaded_bytes("head"))
+    beside = max(rest, model.sizes.head_bytes)
     batch = 2 * 40 * 3 * (2 * 2 * 96) * 4  # twice 40 tokens, each in two experts; more than pairs
     streams = TOKENS.size * 64 * 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ghost_dist.engines import offloaded
-from ghost_dist.engines.layer_memory import LayerBytes, Residency, choose_residency
+from ghost_dist.engines.memory import LayerBytes, Residency, choose_residency
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
@@ -64,7 +64,7 @@ def test_plan_and_engine_count_the_same(checkpoint, family, dtype, head):
     with OffloadedModel(
         source, architecture, num_layers=architecture.num_layers, dtype=dtype, device=CPU
     ) as model:
-        assert model._layer_bytes(32, head=head) == planned
+        assert model.sizes.layer_bytes(32, head=head) == planned
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_layers_read_one_at_a_time_give_the_same_bits(checkpoint, family, watche
             OffloadedModel(source, architecture, num_layers=5, dtype=torch.float32, device=CPU), 2
         )
         model = engine.model
-        sizes = model._layer_bytes(32, head=True)
+        sizes = model.sizes.layer_bytes(32, head=True)
         waiting = 2 * TOKENS.size * model.hidden_size * 4
         needed = sizes.at_once(Residency()) if prefetch else sizes.at_once(Residency()) - 1000
         free = int((needed + waiting) / 0.85) + 4
@@ -132,6 +132,5 @@ def test_a_tied_head_counts_as_the_embeddings(checkpoint):
         source, architecture, num_layers=2, dtype=torch.float32, device=CPU
     ) as model:
         assert model._tied
-        embeddings = model._loaded_bytes("embeddings")
-        layer = model._loaded_bytes(1)
-        assert model._layer_bytes(0, head=True).weights(Residency()) >= layer + embeddings
+        held = model.sizes.layer_bytes(0, head=True).weights(Residency())
+        assert held >= model.sizes.largest_layer_bytes + model.sizes.below_bytes

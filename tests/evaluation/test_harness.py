@@ -13,8 +13,7 @@ from local_tasks import bos_windows, write_choices, write_rolling
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.harness import HarnessError, open_tasks
-from ghost_dist.pipeline.again import run_stage_again
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

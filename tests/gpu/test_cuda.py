@@ -8,8 +8,8 @@ import torch
 from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import watched_idle
+from ghost_dist.pipeline.collectors import Stopwatch
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.pipeline.timing import Stopwatch
 from ghost_dist.statistics import moments as moments_module
 from ghost_dist.statistics.moments import MomentsAccumulator
 

@@ -10,7 +10,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["resident", "streaming"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_the_bits_of_the_twin(make_config, tmp_path, family, kind):
-    recover_both(make_config, tmp_path, family, engine__kind=kind, engine__device="cuda")
+def test_the_bits_of_the_twin(make_config, tmp_path, family):
+    recover_both(make_config, tmp_path, family, engine__device="cuda")

@@ -11,7 +11,7 @@ from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, offloaded_rows
-from ghost_dist.engines.layer_memory import Residency
+from ghost_dist.engines.memory import Residency
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine

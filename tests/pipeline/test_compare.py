@@ -33,7 +33,8 @@ def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
     result = compare(make_shared(), [2, 3], rows, ["recoverability", "block-influence"])
     assert len(result["rows"]) == 2 * 2 * 4
     for row in result["rows"]:
-        if row["selection"] == "block-influence" and row["operator"] != "ghost":
+        plain = row["selection"] == "recoverability" and row["remove"] == 2
+        if not plain and row["operator"] != "ghost":
             continue
         single = recover(
             make_shared(

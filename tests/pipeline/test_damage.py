@@ -14,9 +14,8 @@ from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
 from ghost_dist.durable import read_sealed
 from ghost_dist.errors import CalibrationError, RunMismatchError
-from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.inputs import open_inputs
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder

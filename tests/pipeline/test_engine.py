@@ -110,11 +110,14 @@ def outcome(work):
         return str(error)
 
 
+@pytest.mark.model  # tens of billions of parameters, on the meta device
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting):
     """Over shapes, settings and memories of a GPU; where one finds no engine, so does the other."""
+    opened = once(inputs.open_model)
     for module in (planning, inputs):
         monkeypatch.setattr(module, "open_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr(module, "open_model", opened)
     monkeypatch.setattr(inputs, "fit_room", lambda _: 1 << 40)
     monkeypatch.setattr(engine, "device_name", lambda _: "GPU X")
     chosen = []
@@ -124,7 +127,7 @@ def test_plan_and_recover_choose_alike(big, tmp_path, have, monkeypatch, setting
         raise StopIteration
 
     monkeypatch.setattr(planning, "_disk", stop)  # what comes after the choice
-    for name in ("open_model", "refittable_layers", "_texts"):
+    for name in ("refittable_layers", "_texts"):
         # Once for all memories: none of them asks for it.
         monkeypatch.setattr(planning, name, once(getattr(planning, name)))
     monkeypatch.setattr(engine, "model_sizes", once(engine.model_sizes))

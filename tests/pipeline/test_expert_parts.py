@@ -1,13 +1,12 @@
 """``engine.experts`` through the whole run: the bits of a run that holds whole layers."""
 
 import json
-import multiprocessing
-import os
 
 import pytest
+from children import child
 from families import TEXT, save_checkpoint, save_tokenizer
 
-from ghost_dist.config_file import config_tree, decisive_tree
+from ghost_dist.config_file import decisive_tree
 from ghost_dist.engines.expert_parts import SplitLayer
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.errors import UnsupportedArchitectureError
@@ -116,22 +115,12 @@ def test_every_stage_holds_few_experts(of_mixture, tmp_path, monkeypatch, stage,
     assert layers[-len(last) :] == last
 
 
-def run_in_child(tree, log):
-    from ghost_dist.config_file import config_from_tree
-    from ghost_dist.pipeline.recover import recover
-
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    recover(config_from_tree(tree), again="calibrate")
-
-
 @pytest.mark.parametrize("experts", ["auto", 3])
 def test_a_process_that_knows_nothing_of_the_family(of_mixture, tmp_path, experts):
     """Here other tests have run its layers; a user's process begins with the streaming engine."""
     config = of_mixture("run", engine__kind="streaming", engine__experts=experts)
     log = tmp_path / "log.txt"
-    process = multiprocessing.get_context("spawn").Process(
-        target=run_in_child, args=(config_tree(config), str(log))
-    )
+    process = child(config, log, "calibrate")
     process.start()
     process.join()
     assert process.exitcode == 0, log.read_text()

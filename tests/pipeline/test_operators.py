@@ -15,10 +15,9 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import Config, OperatorConfig, OperatorName
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline.again import run_stage_again
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.compare import compare
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.report.terminal import print_run
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.operators import OPERATORS, Operator

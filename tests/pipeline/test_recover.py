@@ -17,8 +17,7 @@ from ghost_dist.errors import (
     RunFolderError,
     RunMismatchError,
 )
-from ghost_dist.pipeline.again import run_stage_again
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.run_folder import RunFolder
 
 

@@ -6,8 +6,7 @@ import pytest
 from disk_steps import stop_at_every_kind
 from rich.console import Console
 
-from ghost_dist.pipeline.again import run_stage_again
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.progress import Reporter
 
 QUIET = Reporter(console=Console(quiet=True))

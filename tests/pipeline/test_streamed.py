@@ -1,25 +1,17 @@
 """``engine.kind=streaming`` through the whole run: the same result as with the model in memory."""
 
 import json
-import multiprocessing
-import os
-import random
-import signal
-import time
 
 import pytest
 import torch
 
-from ghost_dist.config_file import config_tree, load_config
+from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
 from ghost_dist.pipeline.collectors import passes_here
 from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.statistics.store import StatisticsStore
-
-KILLS = 8
 
 
 def operators(run):
@@ -109,62 +101,6 @@ def test_every_stage_reads_the_layers_it_needs_once(make_config, tmp_path, model
         )
 
     assert read == {"select": below(8), "calibrate": below(spans[0][1])}
-
-
-def run_in_child(tree, log):
-    import torch
-
-    from ghost_dist.config_file import config_from_tree
-    from ghost_dist.pipeline.recover import recover
-
-    torch.set_num_threads(1)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    recover(config_from_tree(tree), again="solve")
-
-
-@pytest.mark.timeout(600)
-def test_killed_streamed_runs_end_in_bitwise_equal_operators(make_config, tmp_path):
-    """SIGKILL at random moments of sweeps and of sums."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ghost_dist.pipeline.recover"])
-
-    def start(run):
-        config = make_config(
-            engine__kind="streaming",
-            operator__name="ghost-joint",
-            output__path=str(tmp_path / run),
-            calibration__windows=64,
-            calibration__ranges=16,
-            selection__spans=[[5, 7]],
-        )
-        arguments = (config_tree(config), str(tmp_path / "log.txt"))
-        return context.Process(target=run_in_child, args=arguments)
-
-    for run in ("warm-up", "calm"):
-        began = time.monotonic()
-        process = start(run)
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-        duration_s = time.monotonic() - began
-    chance = random.Random(0)
-    kills = runs = 0
-    while kills < KILLS:
-        run, interrupted = f"disturbed-{runs}", True
-        runs += 1
-        while interrupted:
-            process = start(run)
-            process.start()
-            process.join(chance.uniform(0.2, 0.95) * duration_s)
-            interrupted = process.exitcode is None
-            if interrupted:
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-            kills += interrupted
-        assert operators(tmp_path / run) == operators(tmp_path / "calm")
-        store = StatisticsStore.open(tmp_path / run / "statistics.zarr")
-        assert (store.damaged(), store.missing()) == ({}, ())
-        assert not list((tmp_path / run).glob("streams-*"))
 
 
 def test_streams_that_a_kill_left_behind_the_last_range_go(make_config, tmp_path):

@@ -12,8 +12,7 @@ from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.devices import watched_idle
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.pipeline.collectors import sums_of_range
-from ghost_dist.pipeline.timing import Stopwatch
+from ghost_dist.pipeline.collectors import Stopwatch, sums_of_range
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cli import main
 from ghost_dist.config_file import load_config
-from ghost_dist.engines.engine_choice import EngineChoice
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
+from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import CheckpointError, ConfigError
 from ghost_dist.pipeline import engine, inputs

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import ghost_dist
-from ghost_dist.assets.natural_text import (
+from ghost_dist.assets.stdlib_text import (
     CALIBRATION_TOPICS,
     DOCSTRING_MODULES,
     docstring_text,

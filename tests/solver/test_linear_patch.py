@@ -6,7 +6,7 @@ import torch
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.linear_patch import fit_linear_patch
-from ghost_dist.statistics.absolute import absolute_sums
+from ghost_dist.statistics.span_sums import absolute_sums
 
 
 def test_diagonal_by_hand():

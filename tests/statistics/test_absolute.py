@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ghost_dist.statistics.absolute import AbsoluteSums, absolute_sums, rotate
+from ghost_dist.statistics.span_sums import AbsoluteSums, absolute_sums, rotate
 
 
 def hadamard(width):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.statistics.row_weights import CLIP_MULTIPLE, row_weights
+from ghost_dist.statistics.span_sums import CLIP_MULTIPLE, row_weights
 
 T, C = 9, 4
 

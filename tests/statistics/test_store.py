@@ -17,12 +17,11 @@ from disk_steps import Killed, each_kind, watched
 
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
-from ghost_dist.statistics.absolute import AbsoluteSums
 from ghost_dist.statistics.moments import Moments
+from ghost_dist.statistics.span_sums import AbsoluteSums
 from ghost_dist.statistics.store import StatisticsStore, remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
-from ghost_dist.statistics.strips import LEAST_ROWS, num_numbers
-from ghost_dist.statistics.sums import ColumnBlock
+from ghost_dist.statistics.sums import LEAST_ROWS, ColumnBlock, num_numbers
 
 C, LENGTH = 8, 16
 PLAN = StatisticsPlan(

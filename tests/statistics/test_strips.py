@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ghost_dist.statistics.strips import from_strips, mirror_, num_numbers, to_strips
+from ghost_dist.statistics.sums import from_strips, mirror_, num_numbers, to_strips
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000, 5000])
@@ -37,7 +37,7 @@ def test_strips_of_another_matrix_are_refused():
 
 @pytest.mark.parametrize("block_rows", [1, 7, 64])
 def test_the_lower_half_is_mirrored(block_rows, monkeypatch):
-    monkeypatch.setattr("ghost_dist.statistics.strips._BLOCK_ROWS", block_rows)
+    monkeypatch.setattr("ghost_dist.statistics.sums._BLOCK_ROWS", block_rows)
     matrix = torch.randn(50, 50)
     lower = matrix.clone()
     mirror_(matrix)

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from ghost_dist.statistics import moments as moments_module
-from ghost_dist.statistics.moments import Moments, MomentsAccumulator, norm_features
+from ghost_dist.statistics.moments import (
+    Moments,
+    MomentsAccumulator,
+    combine,
+    norm_features,
+    retarget,
+    stream_moments,
+    take,
+)
 from ghost_dist.statistics.sums import ColumnBlock
-from ghost_dist.statistics.transforms import combine, retarget, stream_moments, take
 
 C, F, T, WINDOWS = 12, 31, 40, 5
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ from block_scaled import FORMS, quantise, save_in_fp8
 from families import random_tokens, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from ghost_dist.checkpoint import block_scales
+from ghost_dist.checkpoint import tensor_files
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.block_scales import dequantised, weight_block
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint, read_tensor
+from ghost_dist.checkpoint.tensor_files import dequantised, weight_block
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import CheckpointError
@@ -28,7 +28,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     "shape", [(160, 129), (129, 160), (256, 384), (1, 1), (128, 300), (127, 1)]
 )
 def test_each_number_times_the_scale_of_its_block(shape, block, at_once, monkeypatch):
-    monkeypatch.setattr(block_scales, "_NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr(tensor_files, "_NUMBERS_AT_ONCE", at_once)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 3, shape[0])[:, None]  # scales of neighbours differ
     numbers, scales, twin = quantise(weight, block)
