@@ -12,7 +12,7 @@ from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector, kept_numbers
-from ghost_dist.pipeline.cost import SMALL_BYTES, Cost, Fits
+from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.progress import Advance
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
@@ -165,11 +165,10 @@ class Selector:
         columns = self.columns or width
         for stops in stops_of.values():
             cost.sums["pairs"] += tokens * pair_flops(width, stops, self.columns)
-            # The best ridge by a projection, and of the whole cross those beside it.
-            few = min(columns, PROJECTION_COLUMNS)
-            for steps, targets in ((len(RIDGE_GRID), few), (3 * (columns > few), columns)):
-                flops = step_flops(width, stops * targets)
-                cost.fits.append(Fits("stream", cost.ranges * steps, flops))
+            # The best ridge by a projection; of the whole cross those about the one before.
+            steps = len(RIDGE_GRID) if columns <= PROJECTION_COLUMNS else AROUND
+            flops = step_flops(width, stops * columns)
+            cost.fits.append(Fits("stream", cost.ranges * steps, flops))
         return cost
 
     def decide(
@@ -221,6 +220,7 @@ class Selector:
             stops_of.setdefault(span.start, []).append(span.stop)
         ids = range(len(store.plan.ranges))
         found: dict[Span, HeldOut] = {}
+        around = None  # of the start before: neighbours have about the same
         for start, stops in stops_of.items():
             key = f"{self.prefix}{start_key(start)}"
             parts: list[PairMoments] = []
@@ -229,7 +229,8 @@ class Selector:
                 sums = store.total(of_fold, [key], device)[key]
                 assert isinstance(sums, PairMoments)
                 parts.append(sums)
-            found |= held_out_of_start(start, stops, parts, projection_Cr)
+            found |= held_out_of_start(start, stops, parts, projection_Cr, around)
+            around = found[Span(start, stops[0])].relative_ridge
             advance(len(stops))
         return found
 

@@ -27,7 +27,7 @@ training sum and damped factor, 3 Z^2 float64 (32.6 GB at Z = 8192 + 28672).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -213,7 +213,9 @@ class Regression:
         """Held-out errors by ridge, those with a factor: estimated or not, and those of targets."""
         if ridge == "auto":
             around = self._about_least() if around is None else around
-            errors = self._held_out(RIDGE_GRID) if around is None else self._downhill(around)
+            errors = (
+                self._held_out(RIDGE_GRID) if around is None else downhill(self._held_out, around)
+            )
             error_of = _totals(errors)
             if not (error_of and self._mixed):
                 return error_of, errors
@@ -229,13 +231,8 @@ class Regression:
                 return {given: self._mixed[given] + self._less}, {}
             errors = self._held_out([given])
         else:
-            errors = held_out_errors(
-                self._judging,
-                self._total,
-                torch.ones_like(self._scale_Z),
-                [given],
-                affine=self._affine,
-            )
+            ones_Z, affine = torch.ones_like(self._scale_Z), self._affine
+            errors = held_out_errors(self._judging, self._total, ones_Z, [given], affine=affine)
         return _totals(errors), errors
 
     def _held_out(self, ridges: Sequence[float]) -> dict[float, Tensor]:
@@ -275,20 +272,27 @@ class Regression:
         self._mixed = _totals(errors)
         return min(self._mixed, key=self._mixed.__getitem__, default=None)
 
-    def _downhill(self, around: float) -> dict[float, Tensor]:
-        """Errors at ridges of the grid around one, on to where both neighbours are worse."""
-        first = min(range(len(RIDGE_GRID)), key=lambda i: abs(math.log(RIDGE_GRID[i] / around)))
-        low, high, last = max(first - 1, 0), first + 1, len(RIDGE_GRID) - 1
-        while True:
-            errors = self._held_out(RIDGE_GRID[low : high + 1])
-            error_of = _totals(errors)
-            best = min(error_of, key=error_of.__getitem__, default=RIDGE_GRID[min(high, last)])
-            if best == RIDGE_GRID[low] and low > 0:
-                low -= 1
-            elif high < last and best == RIDGE_GRID[high]:
-                high += 1
-            else:
-                return errors
+
+def downhill(
+    errors_at: Callable[[Sequence[float]], dict[float, Tensor]], around: float
+) -> dict[float, Tensor]:
+    """Errors at ridges of the grid around one, on to where both neighbours are worse."""
+    first = min(range(len(RIDGE_GRID)), key=lambda i: abs(math.log(RIDGE_GRID[i] / around)))
+    low, high, last = max(first - 1, 0), first + 1, len(RIDGE_GRID) - 1
+    known: dict[float, Tensor] = {}
+    asked: set[float] = set()
+    while True:
+        ridges = RIDGE_GRID[low : high + 1]
+        known |= errors_at([ridge for ridge in ridges if ridge not in asked])
+        asked.update(ridges)
+        error_of = _totals(known)
+        best = min(error_of, key=error_of.__getitem__, default=RIDGE_GRID[min(high, last)])
+        if best == RIDGE_GRID[low] and low > 0:
+            low -= 1
+        elif high < last and best == RIDGE_GRID[high]:
+            high += 1
+        else:
+            return known
 
 
 def held_out_errors(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ghost_dist.solver.least_squares import (
     RIDGE_GRID,
     add_all,
     cholesky_factor,
+    downhill,
     held_out_errors,
     ridge_scale,
     singular,
@@ -47,6 +49,7 @@ def held_out_of_start(
     stops: Sequence[int],
     folds: Sequence[PairMoments],
     projection_Cr: Tensor | None,
+    around: float | None = None,
 ) -> dict[Span, HeldOut]:
     """Held-out energies of all spans of one start, from the (projected) targets ``(Y - X) R``.
 
@@ -58,15 +61,20 @@ def held_out_of_start(
 
     One Cholesky factor per ridge and fold serves all stops; each span has a ridge of its own. Exact
     errors of more than 64 columns are computed near that ridge only; see :func:`_ridges_near_best`.
+    Of one stop they are followed downhill from the ridge ``around``, if one is given.
     Memory beside the folds: about 3 C^2 + 3 C P r float64 (2 GiB at C = 8192, P = 40, r = 64).
     """
     changes = [_projected_change(fold, projection_Cr) for fold in folds]
     total = add_all(changes)
     shape = (len(stops), folds[0].sumsq_target_Pr.shape[1])
-    scale_C, ridges = ridge_scale(total.gram_ZZ), RIDGE_GRID
-    if shape[1] > PROJECTION_COLUMNS:
-        ridges = _ridges_near_best(changes, total, scale_C, shape)
-    errors = held_out_errors(changes, total, scale_C, ridges)
+    scale_C = ridge_scale(total.gram_ZZ)
+    errors_at = partial(held_out_errors, changes, total, scale_C)
+    if shape[1] <= PROJECTION_COLUMNS:
+        errors = errors_at(RIDGE_GRID)
+    elif around is None or len(stops) > 1:
+        errors = errors_at(_ridges_near_best(changes, total, scale_C, shape))
+    else:
+        errors = downhill(errors_at, around)
     if not errors:
         raise singular(f"[{start}, {stops[-1]})", total, RIDGE_GRID[-1])
     ridge_R = tuple(errors)

@@ -89,15 +89,16 @@ def test_exact_is_the_residual_of_rows_never_fitted_on(rows):
     assert found.standard_error == 0
 
 
+@pytest.mark.parametrize("around", [None, 1e-7, 1.0])
 @pytest.mark.parametrize("noise", [0.01, 1.0, 30.0])
-def test_of_many_columns_the_least_residual_of_all_ridges_is_found(rows, noise):
+def test_of_many_columns_the_least_residual_of_all_ridges_is_found(rows, noise, around):
     width, tokens = 96, 70
     x = rows.normal(WINDOWS, tokens, width, seed=0) * torch.logspace(0, 2, width)
     w = torch.eye(width, dtype=torch.float64) + 0.05 * rows.normal(width, width, seed=1)
     hidden = torch.stack((x, x @ w + noise * rows.normal(WINDOWS, tokens, width, seed=2)))
     folds = collect_folds(lambda: PairCollector([Span(0, 1)], width, CPU, None), hidden)
     pairs = [fold["start-0"] for fold in folds]
-    found = held_out_of_start(0, (1,), pairs, None)[Span(0, 1)]
+    found = held_out_of_start(0, (1,), pairs, None, around)[Span(0, 1)]
     changes = [_projected_change(pair, None) for pair in pairs]
     total = add_all(changes)
     errors = held_out_errors(changes, total, ridge_scale(total.gram_ZZ), RIDGE_GRID)
