@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ghost_dist.engine_config import ClusterConfig, EngineConfig, Section
 from ghost_dist.ridge import Ridge
-from ghost_dist.spans import Span, check_spans, parse_spans
+from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Criterion = Literal["search", "recoverability", "cosine", "angular", "block-influence", "paper"]
@@ -119,6 +119,9 @@ class SelectionConfig(Section):
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
     last layer; overrides criterion and remove."""
+    sublayers: tuple[str, ...] = ()
+    """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
+    alone; overrides criterion and remove."""
     max_spans: int | None = Field(default=None, ge=1)
     """Most separate spans to remove; null: 1 of recoverability, any number of search. The other
     criteria decide it themselves."""
@@ -148,10 +151,35 @@ class SelectionConfig(Section):
             raise ValueError("expected a list of [start, stop] pairs, or 11:18")
         return parse_spans(value) if isinstance(value, str) else value
 
+    @field_validator("sublayers", mode="before")
+    @classmethod
+    def _read_sublayers(cls, value: Any) -> Any:
+        text = value if isinstance(value, str) else ",".join(map(str, value or ()))
+        return tuple(map(str, parse_sublayers(text)))
+
+    @property
+    def halves(self) -> tuple[Sublayer, ...]:
+        """``sublayers``, as they are given."""
+        return parse_sublayers(",".join(self.sublayers))
+
+    def removal(self, num_layers: int) -> tuple[tuple[Span, ...], tuple[Sublayer, ...]]:
+        """What is said to go, checked against a model of so many layers."""
+        return check_units(self.spans or (), self.halves, num_layers)
+
+    @property
+    def given(self) -> bool:
+        """Whether what goes is said, and not chosen."""
+        return self.spans is not None or bool(self.sublayers)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether attentions and MLPs may go by themselves."""
+        return bool(self.sublayers)
+
     @property
     def searches(self) -> bool:
         """Whether layers are searched for."""
-        return self.spans is None and self.criterion == "search"
+        return not self.given and self.criterion == "search"
 
     @property
     def most_spans(self) -> int | None:
@@ -160,14 +188,13 @@ class SelectionConfig(Section):
 
     @model_validator(mode="after")
     def _spans_or_number(self) -> SelectionConfig:
-        if self.spans is None and self.remove is None:
+        if not self.given and self.remove is None:
             raise ValueError(
                 "say which layers go: spans (--spans 11:18) or their number (--remove 7)"
             )
-        if self.spans is not None:
-            if not self.spans:
-                raise ValueError("spans is empty; give at least one [start, stop]")
-            check_spans(self.spans, num_layers=1 << 30)  # against the model once it is known
+        if self.spans is not None and not self.spans:
+            raise ValueError("spans is empty; give at least one [start, stop]")
+        self.removal(1 << 30)  # the model is not known yet
         if (self.max_spans or 1) > 1 and self.criterion not in ("recoverability", "search"):
             raise ValueError(
                 f"max_spans={self.max_spans} needs criterion=recoverability or search; "
@@ -328,6 +355,11 @@ class Config(Section):
                     f"{self.calibration.windows} windows, and it needs {pieces}: raise it, or "
                     "calibration.windows"
                 )
+        if self.selection.has_halves and self.refine.steps > 0:
+            raise ValueError(
+                "refine.steps trains the operators of whole layers, and attentions and MLPs are "
+                "removed by themselves: give refine.steps=0"
+            )
         if self.judges_behind_the_fit(num_spans=2) and self.folds < 3:
             raise ValueError(
                 "operator.heal, operator.refit=sequential and refine.steps hold out one of "
@@ -372,7 +404,7 @@ class Config(Section):
         """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""
         operator = self.operator
         sequential = operator.refit == "sequential" and num_spans > 1
-        return sequential or operator.heal or self.refine.steps > 0
+        return sequential or operator.heal or self.refine.steps > 0 or self.selection.has_halves
 
     @property
     def on_cluster(self) -> bool:

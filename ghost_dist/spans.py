@@ -66,7 +66,7 @@ def parse_spans(text: str) -> tuple[Span, ...]:
 def parse_sublayers(text: str) -> tuple[Sublayer, ...]:
     """Read ``"attention:5,mlp:7"``."""
     found = []
-    for item in text.split(","):
+    for item in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(attention|mlp)\s*:\s*(\d+)\s*", item)
         if match is None:
             raise ConfigError(

@@ -53,13 +53,19 @@ class Half:
         Their names in the files.
     numbers
         Parameters.
+    writer
+        Name in the layer of the linear module whose output is added to the stream as it is, and ...
+    writer_tensor
+        ... of its weight in the files; empty: there is none that can be replaced.
     """
 
     root: str
     outputs: int
     idle: tuple[str, ...]
-    tensors: tuple[str, ...]
-    numbers: int
+    tensors: tuple[str, ...] = ()
+    numbers: int = 0
+    writer: str = ""
+    writer_tensor: str = ""
 
 
 _FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")

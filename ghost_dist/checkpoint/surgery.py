@@ -78,9 +78,16 @@ def insert_operators(model: Any, architecture: Architecture, variant: Variant) -
         hook = _repair_hook(operator_as_computed(repair, parameter.dtype, parameter.device))
         module.register_forward_pre_hook(hook, with_kwargs=True)
     for layer, down_FC in variant.downs.items():
-        module = layers[kept.index(layer)].get_submodule(down_path(architecture))
-        weight_CF = down_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
-        module.weight = nn.Parameter(weight_CF, requires_grad=False)
+        set_weight(layers[kept.index(layer)].get_submodule(down_path(architecture)), down_FC)
+    for one, weight_FC in variant.outputs.items():
+        writer = architecture.halves[one.layer][one.part].writer
+        set_weight(layers[kept.index(one.layer)].get_submodule(writer), weight_FC)
+
+
+def set_weight(module: Any, weight_FC: Tensor) -> None:
+    """Give a linear module another weight, (in, out), in its own dtype."""
+    weight_CF = weight_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
+    module.weight = nn.Parameter(weight_CF, requires_grad=False)
 
 
 _TUPLE_LENGTH: dict[type, int] = {}

@@ -24,10 +24,15 @@ class Variant:
     operators: Mapping[Span, Repair] = field(default_factory=dict)  # none: the span is cut only
     healed: Mapping[int, Tensor] = field(default_factory=dict)  # more down_projs (F, C), by layer
     sublayers: tuple[Sublayer, ...] = ()  # removed of layers that stay; sorted
+    outputs: Mapping[Sublayer, Tensor] = field(default_factory=dict)  # new weights (in, C)
 
     @property
     def removed(self) -> frozenset[int]:
         return frozenset(layer for span in self.spans for layer in range(span.start, span.stop))
+
+    def outputs_of(self, layer: int) -> dict[Sublayer, Tensor]:
+        """What ends the halves of a layer now; of MLPs see ``downs`` too."""
+        return {one: weight_FC for one, weight_FC in self.outputs.items() if one.layer == layer}
 
     @property
     def cut(self) -> Variant:
@@ -62,7 +67,7 @@ class Variant:
     @property
     def first_changed(self) -> int | None:
         """The first layer whose input is the dense model's but whose output is not."""
-        halves = (sublayer.layer for sublayer in self.sublayers)
+        halves = (one.layer for one in (*self.sublayers, *self.outputs))
         return min([*(span.start for span in self.spans), *self.downs, *halves], default=None)
 
     def stored(self, dtype: torch.dtype, operator_dtype: torch.dtype) -> Variant:
@@ -72,4 +77,5 @@ class Variant:
             {span: one.stored(operator_dtype, dtype) for span, one in self.operators.items()},
             {layer: down_FC.to(dtype) for layer, down_FC in self.healed.items()},
             self.sublayers,
+            {one: weight_FC.to(dtype) for one, weight_FC in self.outputs.items()},
         )

@@ -161,7 +161,7 @@ class Pool:
     def _spec(self) -> EngineSpec:
         inputs, config = self.inputs, self.inputs.config
         # A selection has a range for each fold, calibration as many or more.
-        ranges = config.folds if config.selection.spans is None else inputs.num_ranges
+        ranges = inputs.num_ranges if config.selection.given else config.folds
         return EngineSpec(
             config=config,
             path=inputs.source.path.resolve(),

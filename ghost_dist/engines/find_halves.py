@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
         if isinstance(of_this, str):
             continue
         halves[number] = {
-            part: _with_tensors(half, of_layer.get(number, {}), source)
+            part: _with_tensors(half, of_layer.get(number, {}), source, architecture.hidden_size)
             for part, half in of_this.items()
         }
     if not halves:
@@ -88,11 +88,22 @@ def _tensors_of_layers(
     return found
 
 
-def _with_tensors(half: Half, paths: dict[str, str], source: Checkpoint) -> Half:
+def _with_tensors(half: Half, paths: dict[str, str], source: Checkpoint, width: int) -> Half:
     owners = tuple(f"{owner}." for owner in (half.root, *half.idle))
     names = tuple(name for name, path in paths.items() if path.startswith(owners))
-    numbers = sum(math.prod(source.tensors[name].shape) for name in names)
-    return replace(half, tensors=names, numbers=numbers)
+    shapes = {name: source.tensors[name].shape for name in names}
+    weights = [
+        name
+        for name, path in paths.items()
+        if path == f"{half.writer}.weight" and shapes[name][0] == width
+    ]
+    return replace(
+        half,
+        tensors=names,
+        numbers=sum(map(math.prod, shapes.values())),
+        writer=half.writer if weights else "",
+        writer_tensor=weights[0] if weights else "",
+    )
 
 
 @dataclass
@@ -128,12 +139,18 @@ class _Trial:
         if not ends:
             return "without its attention and one more module a layer still changes the stream"
         mlp = ends[-1]
+        self._roots = (attention, mlp)
         after = self._without(self._without(x_BTC, [mlp]), [attention])
         beside = self._without(x_BTC, [mlp]) + self._without(x_BTC, [attention]) - x_BTC
         if not any(_close(both_BTC, whole_BTC) for both_BTC in (after, beside)):
             return "a layer is not what its attention and its MLP add to the stream"
         return {
-            part: Half(root, self._outputs[root], self._idle(x_BTC, root, children), (), 0)
+            part: Half(
+                root,
+                self._outputs[root],
+                self._idle(x_BTC, root, children),
+                writer=self._writer(x_BTC, root),
+            )
             for part, root in zip(PARTS, (attention, mlp), strict=True)
         }
 
@@ -146,8 +163,7 @@ class _Trial:
 
         with contextlib.ExitStack() as hooks:
             for name in roots:
-                module = self.layer.get_submodule(name)
-                hooks.callback(module.register_forward_hook(note(name)).remove)
+                hooks.enter_context(_hooked(self.layer.get_submodule(name), note(name)))
             return self.run(x_BTC)
 
     def _mixes_tokens(self, name: str, x_BTC: Tensor) -> bool:
@@ -169,6 +185,26 @@ class _Trial:
                 idle.append(name)
         return tuple(idle)
 
+    def _writer(self, x_BTC: Tensor, root: str) -> str:
+        """The linear module whose output a half adds to the stream as it is; empty: none."""
+        whole_BTC = self._of_half(x_BTC, root)
+        for path, module in self.layer.get_submodule(root).named_modules(prefix=root):
+            if not isinstance(module, nn.Linear) or module.out_features != self.width:
+                continue
+            product: list[Tensor] = []
+            with _hooked(module, lambda _m, _a, output, kept=product: kept.append(output)):
+                self._of_half(x_BTC, root)
+            with _hooked(module, lambda _m, _a, output: output * 0):
+                change_BTC = whole_BTC - self._of_half(x_BTC, root)
+            fits = bool(product) and product[0].numel() == change_BTC.numel()
+            if fits and _close(change_BTC, product[0].reshape(change_BTC.shape)):
+                return str(path)
+        return ""
+
+    def _of_half(self, x_BTC: Tensor, root: str) -> Tensor:
+        """The stream where only this half is there."""
+        return self._without(x_BTC, [other for other in self._roots if other != root])
+
     def _gives(
         self, expected_BTC: Tensor, x_BTC: Tensor, names: Sequence[str], idle: Sequence[str] = ()
     ) -> bool:
@@ -183,6 +219,15 @@ class _Trial:
         }
         with _replaced(self.layer, instead | {name: nn.Identity() for name in idle}):
             return self.run(x_BTC)
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

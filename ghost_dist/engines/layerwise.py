@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.halves import zeros
-from ghost_dist.checkpoint.surgery import handing_on, learn_return_types
+from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.spans import Sublayer
 
@@ -146,14 +146,21 @@ class LayerwiseModel:
         if down_FC is None:
             yield
             return
-        module = self.down_projection(layer)
-        own = module.weight
-        weight_CF = down_FC.T.to(own.device, own.dtype).contiguous()
-        module.weight = nn.Parameter(weight_CF, requires_grad=False)
-        try:
+        with _with_weight(self.down_projection(layer), down_FC):
             yield
-        finally:
-            module.weight = own
+
+    @contextlib.contextmanager
+    def with_outputs(self, outputs: Mapping[Sublayer, Tensor]) -> Iterator[None]:
+        """Halves of a layer, which must be at hand, that end in other matrices (in, C)."""
+        with contextlib.ExitStack() as stack:
+            for one, weight_FC in outputs.items():
+                stack.enter_context(_with_weight(self.writer(one), weight_FC))
+            yield
+
+    def writer(self, sublayer: Sublayer) -> Any:
+        """The linear module that ends a half."""
+        half = self.architecture.halves[sublayer.layer][sublayer.part]
+        return self.layers[sublayer.layer].get_submodule(half.writer)
 
     @contextlib.contextmanager
     def without(self, sublayers: Collection[Sublayer]) -> Iterator[None]:
@@ -305,6 +312,16 @@ def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
     product = kept[0].double().reshape(change.shape)  # some families flatten it
     slack = 1e-3 * product.norm() + 8 * torch.finfo(layers.dtype).eps * whole_BTC.norm()
     return bool((change - product).norm() <= slack)
+
+
+@contextlib.contextmanager
+def _with_weight(module: Any, weight_FC: Tensor) -> Iterator[None]:
+    own = module.weight
+    set_weight(module, weight_FC)
+    try:
+        yield
+    finally:
+        module.weight = own
 
 
 def _let_hand_on(layer: Any) -> None:

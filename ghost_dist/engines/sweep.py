@@ -164,7 +164,9 @@ def _act_of(variant: Variant, layer: int) -> Hashable:
     if layer in variant.removed:
         return _GONE
     down_FC, halves = variant.downs.get(layer), _halves_gone(variant, layer)
-    return (halves, id(down_FC)) if halves or down_FC is not None else None
+    outputs = tuple((one, id(weight)) for one, weight in variant.outputs_of(layer).items())
+    changed = halves or outputs or down_FC is not None
+    return (halves, outputs, id(down_FC)) if changed else None
 
 
 def _halves_gone(variant: Variant, layer: int) -> tuple[Sublayer, ...]:
@@ -241,8 +243,11 @@ class _Streams:
                             for part in self._parts():
                                 self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
                     else:
-                        down_FC = self._variants[number].downs.get(layer)
-                        with self._model.with_down(layer, down_FC):
+                        variant = self._variants[number]
+                        with (
+                            self._model.with_down(layer, variant.downs.get(layer)),
+                            self._model.with_outputs(variant.outputs_of(layer)),
+                        ):
                             self._change(stream, run)
         self._repair(layer + 1)
         self._pass(layer + 1)

@@ -37,7 +37,7 @@ def model_card(
 ) -> str:
     """Markdown with YAML front matter; without figures where there is no ``result.json`` yet."""
     base = _base_model(source, config)
-    metadata = _metadata(source, config, base, bool(variant.at_boundary))
+    metadata = _metadata(source, config, base, variant.has_code)
     dataset = _dataset(config.calibration.source)
     template = (importlib.resources.files(__package__) / "model_card.md.j2").read_text("utf-8")
     cards = jinja2.Environment(
@@ -55,7 +55,10 @@ def model_card(
         text=f"`{dataset}`" if dataset else f"the local `{Path(config.calibration.source).name}`",
         spans=variant.spans,
         num_removed=len(variant.removed),
+        sublayers=variant.sublayers,
         acting=variant.at_boundary,
+        has_code=variant.has_code,
+        outputs=list(variant.outputs),
         refitted=[s.start - 1 for s, one in variant.operators.items() if one.down_FC is not None],
         result=result,
         calibration=config.calibration,

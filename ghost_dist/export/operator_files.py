@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, Sublayer, parse_sublayers
 
+_RECORDED = ("chosen", "candidates", "fits", "healing", "gaps")
 _ADVICE = "ghost-dist recover RUN/config.yaml makes it again from what is stored."
 
 
@@ -48,6 +50,23 @@ def load_healed(folder: Path, layer: int, sha256: str | None = None) -> Tensor:
     """As :func:`load_operator`, of what :func:`save_healed` wrote."""
     parts, _ = read_parts(healed_path(folder, layer), sha256)
     return parts["down"]
+
+
+def save_output(folder: Path, sublayer: Sublayer, weight_FC: Tensor) -> str:
+    """Write ``folder/PART-LAYER.safetensors``, a new weight (in, C); returns its sha256."""
+    form = "what ends the attention or MLP of this layer of the uncut model, in by out"
+    description: dict[str, object] = {"layer": sublayer.layer, "part": sublayer.part, "form": form}
+    return _save(output_path(folder, sublayer), {"output": weight_FC}, description)
+
+
+def load_output(folder: Path, sublayer: Sublayer, sha256: str | None = None) -> Tensor:
+    """As :func:`load_operator`, of what :func:`save_output` wrote."""
+    parts, _ = read_parts(output_path(folder, sublayer), sha256)
+    return parts["output"]
+
+
+def output_path(folder: Path, sublayer: Sublayer) -> Path:
+    return folder / f"{sublayer.part}-{sublayer.layer}.safetensors"
 
 
 def operator_path(folder: Path, span: Span) -> Path:
@@ -90,7 +109,19 @@ class Solution:
     folds: tuple[int, ...]  # that any of these was fitted on
     files: dict[str, str]  # the sha256 of each
     healed_files: dict[str, str]
-    record: dict[str, Any]  # fits, candidates and healing as plain values
+    record: dict[str, Any]  # fits, candidates, healing and gaps as plain values
+    outputs: dict[Sublayer, Tensor]  # what ends a half before a gap, anew
+    output_files: dict[str, str]
+
+    def variant(self, spans: tuple[Span, ...], sublayers: tuple[Sublayer, ...]) -> Variant:
+        """The recovered model."""
+        return Variant(spans, self.operators, self.healed, sublayers, self.outputs)
+
+    @property
+    def all_files(self) -> list[dict[str, str]]:
+        """What it consists of, for fingerprints."""
+        outputs = [self.output_files] if self.output_files else []
+        return [self.files, self.healed_files, *outputs]
 
     @staticmethod
     def load(folder: Path, spans: Sequence[Span], recorded: Mapping[str, Any]) -> Solution:
@@ -103,7 +134,13 @@ class Solution:
             folds=tuple(recorded["folds"]),
             files=files,
             healed_files=healed_files,
-            record={key: recorded[key] for key in ("chosen", "candidates", "fits", "healing")},
+            record={key: recorded[key] for key in _RECORDED},
+            outputs={
+                one: load_output(folder, one, sha)
+                for text, sha in recorded["outputs"].items()
+                for one in parse_sublayers(text)
+            },
+            output_files=recorded["outputs"],
         )
 
 

@@ -118,6 +118,9 @@ def _new_tensors(
     replaced = {
         f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
         for layer, down_FC in variant.downs.items()
+    } | {
+        architecture.halves[one.layer][one.part].writer_tensor: weight_FC
+        for one, weight_FC in variant.outputs.items()
     }
     gone = {
         name
@@ -128,17 +131,17 @@ def _new_tensors(
     for old, tensor in sorted(source.tensors.items(), key=lambda t: (t[1].file, t[1].offset)):
         if old in architecture.unused or old in gone:
             continue
-        name, down_FC = old, replaced.get(old)
+        name, weight_FC = old, replaced.get(old)
         match = layer_name.fullmatch(old)
         if match is not None:
             if int(match[1]) not in position:
                 continue
             name = f"{architecture.tensor_prefix}.{position[int(match[1])]}.{match[2]}"
-        if down_FC is not None:
-            where = f"The new down_proj {old}"
+        if weight_FC is not None:
+            where = f"The new weight {old}"
             shape = (tensor.shape[1], tensor.shape[0])
             stored = source.dtype if old in source.scales else FLOATS[tensor.dtype]
-            tensors.append(_tensor(where, name, down_FC, shape, stored, "values"))
+            tensors.append(_tensor(where, name, weight_FC, shape, stored, "values"))
             continue
         if old in source.scales:
             read = partial(_dequantised_bytes, source, old)

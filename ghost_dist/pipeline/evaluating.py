@@ -46,7 +46,8 @@ class Evaluation:
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._recovered = recovered
         shared = {"model": inputs.model_fingerprint, **inputs.numerics}
-        cut = {**shared, "spans": pairs_of(recovered.spans)}
+        halves = {"sublayers": list(map(str, recovered.sublayers))} if recovered.sublayers else {}
+        cut = {**shared, "spans": pairs_of(recovered.spans), **halves}
         decided = {"dense": shared, "pruned": cut, "recovered": {**cut, **decisive}}
         self._fingerprints = {name: fingerprint(value) for name, value in decided.items()}
 
@@ -62,7 +63,7 @@ class Evaluation:
         inputs, corpora = self._inputs, self._inputs.evaluation
         if not corpora:
             return {}
-        variants = [Variant(), Variant(self._recovered.spans), self._recovered]
+        variants = [Variant(), self._recovered.cut, self._recovered]
         shape = evaluation_shape(inputs)
         with (
             layers_of(inputs, shape, len(variants), model=model) as layers,
@@ -81,6 +82,7 @@ class Evaluation:
         for variant in VARIANTS:
             if variant == "pruned":
                 remove_layers(model, inputs.architecture, self._recovered.spans)
+                insert_operators(model, inputs.architecture, self._recovered.cut)
             if variant == "recovered":
                 insert_operators(model, inputs.architecture, self._recovered)
             samples = self._continued(model, variant, samples)

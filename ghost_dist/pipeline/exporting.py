@@ -36,7 +36,6 @@ from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.operators import operator_of
-from ghost_dist.spans import Span
 
 RESULT = "result.json"
 _VERIFIED = (2, 256)  # windows, and tokens of each
@@ -120,14 +119,14 @@ class ExportAhead:
         self._stack.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def copy(self, spans: tuple[Span, ...]) -> None:
+    def copy(self, cut: Variant) -> None:
         """Begin to copy the weights that stay, in a thread; not from a disk that others read."""
         inputs = self._inputs
         if inputs.streaming or inputs.config.on_cluster or self._copying is not None:
             return
 
         def work() -> Copied:
-            cut, most = Variant(spans), inputs.config.export.max_shard_bytes
+            most = inputs.config.export.max_shard_bytes
             plan = Copied.plan(inputs.source, inputs.architecture, cut, self._folder, most)
             plan.write(self._check)
             return plan

@@ -21,6 +21,7 @@ from ghost_dist.checkpoint.architecture import (
     inspect_architecture,
     layer_sizes,
 )
+from ghost_dist.checkpoint.halves import check_halves
 from ghost_dist.checkpoint.load import (
     layers_of_causal_lm,
     load_causal_lm,
@@ -37,6 +38,7 @@ from ghost_dist.checkpoint.reader import (
 from ghost_dist.config import Config, parse_size
 from ghost_dist.devices import free_bytes, open_device, total_bytes
 from ghost_dist.engines.conformance import with_small_model
+from ghost_dist.engines.find_halves import with_halves
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
@@ -53,7 +55,7 @@ from ghost_dist.pipeline.selecting import Selector, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.solver.operators import refits_down
-from ghost_dist.spans import Span, check_spans
+from ghost_dist.spans import Span
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,13 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     source = open_checkpoint(path)
     architecture = inspect_architecture(source)
-    remove = None
-    if config.selection.spans is not None:
-        spans = check_spans(config.selection.spans, architecture.num_layers)
+    selection, remove = config.selection, None
+    if selection.has_halves:
+        architecture = with_halves(source, architecture)
+    if selection.given:
+        spans, halves = selection.removal(architecture.num_layers)
         check_cut(architecture, source.config, spans)
+        check_halves(architecture, source.config, spans, halves)
     else:
         remove = _number_of_layers(config, source, architecture)
         if config.selection.criterion == "search":

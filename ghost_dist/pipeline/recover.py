@@ -93,7 +93,10 @@ def recover(
         run.begin()
         record_engine(inputs, run)
         spans = stages.select(tokens)
-        reporter.say(f"removing layers {', '.join(map(str, spans))}")
+        if spans:
+            reporter.say(f"removing layers {', '.join(map(str, spans))}")
+        if stages.sublayers:
+            reporter.say(f"removing {', '.join(map(str, stages.sublayers))}")
         if again == "select":
             return {"spans": pairs_of(spans)}
         if again not in ("export", "evaluate"):  # they need operators, and those are solved
@@ -156,6 +159,7 @@ def _result(
         device = gpu_name(inputs.device)
     result = {
         "spans": pairs_of(spans),
+        "sublayers": records["select"]["sublayers"],
         "num_layers": inputs.architecture.num_layers,
         "operator": solution.operator,
         "ridge": [fit["ridge"] for fit in solution.record["fits"]],
@@ -163,6 +167,7 @@ def _result(
         "chosen": solution.record["chosen"],
         "candidates": solution.record["candidates"],
         "healing": solution.record["healing"],
+        "gaps": solution.record["gaps"],
         # Held-out losses of a refinement, None where there was none.
         "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
@@ -196,7 +201,7 @@ def _result(
         "fingerprint": fingerprint(
             {
                 "statistics": statistics,
-                "operators": [solution.files, solution.healed_files],
+                "operators": solution.all_files,
                 "config": decisive_tree(inputs.config),
             }
         ),

@@ -32,8 +32,8 @@ class RunShape:
     def spans(self) -> tuple[Span, ...]:
         """As given; where they are not known yet, those that cost most: they end the model."""
         inputs, selection = self.inputs, self.inputs.config.selection
-        if selection.spans is not None:
-            return tuple(selection.spans)
+        if selection.given:
+            return selection.removal(self.num_layers)[0]
         assert inputs.remove is not None
         stop, left, spans = self.num_layers, inputs.remove, []
         most = max(1, min(selection.most_spans or left, left, stop - left))

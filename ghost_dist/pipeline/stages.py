@@ -36,6 +36,7 @@ from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.exporting import ExportAhead, export_recovered, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
+from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
@@ -46,7 +47,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
-from ghost_dist.spans import Span, check_spans, pairs_of
+from ghost_dist.spans import Span, Sublayer, pairs_of, parse_sublayers
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
@@ -78,6 +79,7 @@ class Stages:
         self._collect = collect or collect_here(inputs, reporter, run.path)
         self._fit_spans = fit_spans
         self._store: StoreAtHand | None = None
+        self.sublayers: tuple[Sublayer, ...] = ()  # that go; known behind select
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -118,8 +120,9 @@ class Stages:
 
         def work() -> dict[str, Any]:
             scores: dict[str, Any] = {}
-            if selection.spans is not None:
-                spans = check_spans(selection.spans, inputs.architecture.num_layers)
+            halves: tuple[Sublayer, ...] = ()
+            if selection.given:
+                spans, halves = selection.removal(inputs.architecture.num_layers)
             elif selection.searches:
                 spans, scores = search_spans(inputs, tokens, self._run, self._reporter)
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now
@@ -127,6 +130,7 @@ class Stages:
                 spans, scores = self._by_criterion(tokens, path)
             return {
                 "spans": pairs_of(spans),
+                "sublayers": list(map(str, halves)),
                 "num_layers": inputs.architecture.num_layers,
                 **scores,
             }
@@ -134,6 +138,9 @@ class Stages:
         recorded = self._stage("select", wanted, work)
         remove_store(path)  # all is in the record
         self._run.forget(record_of(inputs))
+        self.sublayers = parse_sublayers(",".join(recorded["sublayers"]))
+        without = {one.layer for one in self.sublayers if one.part == "mlp"}
+        self._inputs = replace(inputs, refittable=inputs.refittable - without)
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
     def _by_criterion(
@@ -201,7 +208,7 @@ class Stages:
                 ),
             )
             if self._ahead is not None:
-                self._ahead.copy(spans)
+                self._ahead.copy(Variant(spans, sublayers=self.sublayers))
             if not samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
             self._collect(store, tokens, collectors, "calibrate", to_fit=True)
@@ -218,7 +225,7 @@ class Stages:
         inputs, config = self._inputs, self._inputs.config.operator
         wanted = {
             "plan": self.statistics(tokens, spans).fingerprint,
-            "spans": pairs_of(spans),
+            **self._removed(spans),
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
             "judges_behind_the_fit": inputs.config.judges_behind_the_fit(len(spans)),
             "tokens": tokens.fingerprint,
@@ -228,7 +235,9 @@ class Stages:
         def work() -> dict[str, Any]:
             store = self.calibrate(tokens, spans)
             solver = Solver(inputs, spans, store, tokens, self._reporter, fit_spans=self._fit_spans)
-            solved = solver.solve()
+            solved = solver.solve() if spans else nothing_solved(inputs.config.folds)
+            variant = Variant(spans, solved.operators, solved.healed, self.sublayers)
+            folds, folder = solver.windows_by_fold(), self._run.operators
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             for fit in fits.values():
                 if fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
@@ -250,12 +259,13 @@ class Stages:
                     for span, fit in fits.items()
                 ],
                 "folds": solved.folds,
-                "files": save_operators(self._run.operators, solved.operators),
+                "files": save_operators(folder, solved.operators),
                 "healing": solved.healing,
                 "healed": {
-                    str(layer): save_healed(self._run.operators, layer, down_FC)
+                    str(layer): save_healed(folder, layer, down_FC)
                     for layer, down_FC in solved.healed.items()
                 },
+                **close_gaps(inputs, variant, tokens, folds, folder, self._reporter),
             }
 
         try:
@@ -288,7 +298,7 @@ class Stages:
         folder = self._run.operators / "refined"
         wanted = {
             "refine": config.model_dump(mode="json"),
-            "operators": [solution.files, solution.healed_files],
+            "operators": solution.all_files,
             "tokens": tokens.fingerprint,
             "spans": pairs_of(spans),
             **inputs.numerics,
@@ -320,8 +330,8 @@ class Stages:
         inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
             "model": inputs.model_fingerprint,
-            "spans": pairs_of(spans),
-            "operators": [solution.files, solution.healed_files],
+            **self._removed(spans),
+            "operators": solution.all_files,
             "operator_dtype": str(self._operator_dtype),
             "export": inputs.config.export.model_dump(mode="json"),
             **inputs.numerics,
@@ -334,11 +344,11 @@ class Stages:
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
-        files = [solution.files, solution.healed_files]
-        decisive = {"operators": files, "operator_dtype": str(self._operator_dtype)}
+        files, dtype = solution.all_files, str(self._operator_dtype)
+        decisive = {"operators": files, "operator_dtype": dtype}
         wanted = {
             "model": inputs.model_fingerprint,
-            "spans": pairs_of(spans),
+            **self._removed(spans),
             **decisive,
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
             "tasks": [[t.name, t.fingerprint, t.num_fewshot, t.limit] for t in inputs.tasks],
@@ -352,8 +362,12 @@ class Stages:
 
     def as_exported(self, spans: tuple[Span, ...], solution: Solution) -> Variant:
         """The recovered model in the dtypes of the checkpoint."""
-        recovered = Variant(spans, solution.operators, solution.healed)
+        recovered = solution.variant(spans, self.sublayers)
         return recovered.stored(self._inputs.source.dtype, self._operator_dtype)
+
+    def _removed(self, spans: tuple[Span, ...]) -> dict[str, Any]:
+        """What goes, in what is wanted of a stage."""
+        return {"spans": pairs_of(spans), "sublayers": list(map(str, self.sublayers))}
 
     @property
     def _parts(self) -> list[str]:

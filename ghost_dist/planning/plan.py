@@ -95,7 +95,7 @@ def plan_run(
     run = shape_of(inputs)
     costs = costs_of(run)
     architecture = inputs.architecture
-    if config.selection.spans is None:
+    if not config.selection.given:
         notes.append(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
@@ -133,7 +133,7 @@ def plan_run(
         model=config.model.path,
         num_layers=run.num_layers,
         spans=run.spans,
-        spans_known=config.selection.spans is not None,
+        spans_known=config.selection.given,
         dtype=str(inputs.dtype).removeprefix("torch."),
         batch=inputs.batch,
         device=device_name(inputs.device),

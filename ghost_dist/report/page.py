@@ -65,15 +65,16 @@ def write_report(
 
 def headline(run: RunRecord) -> str:
     """The answer to "did it work?" in one sentence."""
-    if not run.spans:
+    if not run.spans and not run.sublayers:
         return "No layer has been chosen yet"
     of = f" of {run.num_layers}" if run.num_layers else ""
-    removed = f"{len(run.removed)}{of} layers removed"
+    halves = f" and {len(run.sublayers)} attentions or MLPs" if run.sublayers else ""
+    removed = f"{len(run.removed)}{of} layers{halves} removed"
     if run.missing:
         return f"{removed}; not finished"
     if not run.perplexity:
         return f"{removed}; perplexity not measured"
-    if run.operator == "none":
+    if run.operator == "none" and not run.sublayers:
         return f"{removed}, nothing repaired"
     shares = [found[0] for name in run.perplexity if (found := run.gap_closed(name)) is not None]
     if not shares:

@@ -43,6 +43,7 @@ class RunRecord:
     stages: dict[str, dict[str, Any]]  # outputs of every stage; empty of one that is not done
     events: list[dict[str, Any]]
     spans: list[list[int]]  # removed; empty before they are chosen
+    sublayers: list[str]  # attentions and MLPs removed by themselves, such as mlp:7
     num_layers: int | None  # of the uncut model
     operator: str | None  # what was fitted; None before
     fits: list[dict[str, Any]]  # a row per fitted span
@@ -235,6 +236,7 @@ def read_run(path: Path) -> RunRecord:
         stages=stages,
         events=_events(path / "events.jsonl"),
         spans=figures("spans", selected, "spans", []),
+        sublayers=(result or selected).get("sublayers", []),
         num_layers=(result or {}).get("num_layers", selected.get("num_layers")),
         operator=figures("operator", solved, "operator", None),
         fits=figures("fit", solved, "fits", []),

@@ -39,7 +39,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         console.print(table)
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     _say(
-        f"removed layers {_spans(result['spans'])}; operator {result['operator']}; "
+        f"removed {_removed(result)}; operator {result['operator']}; "
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
         f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
     )
@@ -356,6 +356,11 @@ def _line(words: str) -> str:
 
 def _spans(pairs: Iterable[Sequence[int]]) -> str:
     return ", ".join(f"[{start}, {stop})" for start, stop in pairs)
+
+
+def _removed(result: Mapping[str, Any]) -> str:
+    layers = f"layers {_spans(result['spans'])}" if result["spans"] else ""
+    return ", ".join(filter(None, (layers, *result["sublayers"])))
 
 
 def _gb(nbytes: int) -> str:

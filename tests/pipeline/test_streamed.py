@@ -44,8 +44,13 @@ def events(run, name):
             "operator__heal": True,
             "selection__spans": [[1, 2], [4, 6]],
         },
+        {
+            "operator__name": "ghost",
+            "selection__spans": [[4, 5]],
+            "selection__sublayers": "attention:1,mlp:2,mlp:6",
+        },
     ],
-    ids=lambda fields: fields["operator__name"],
+    ids=lambda fields: fields.get("selection__sublayers", fields["operator__name"]),
 )
 def test_a_streamed_run_ends_as_a_resident_one(make_config, text_file, tmp_path, fields):
     results = {}

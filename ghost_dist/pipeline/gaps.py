@@ -1,0 +1,247 @@
+"""What an attention or an MLP left is closed by the matrix that wrote to the stream before it.
+
+    x  = A + H W            the recovered stream behind the half before the gap
+    y                       the dense stream behind the gap
+    W' = argmin ||H W' - (y - A)||^2, shrunk to W
+
+so no parameter is added. Gaps are fitted in order, each on the recovered stream with those before
+it closed. The dense and the recovered stream of all windows wait in host memory, as in
+``walking.py``; one fold, the judge, is left out of every fit, and a matrix that is no better on it
+stays. Where nothing writes to the stream before a gap (the model's beginning, an operator, a norm
+behind the matrix) it stays open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.windows import Tokens, TokenWindows
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines.expert_parts import Inputs, RunLayer
+from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.export.operator_files import save_output
+from ghost_dist.pipeline.candidates import Candidate
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.offloading import layers_of
+from ghost_dist.pipeline.solving import Solved
+from ghost_dist.progress import Reporter
+from ghost_dist.solver.down_proj import refit_down
+from ghost_dist.spans import PARTS, Sublayer
+from ghost_dist.statistics.moments import MomentsAccumulator
+
+
+def gaps(variant: Variant, architecture: Architecture) -> dict[Sublayer, tuple[int, bool]]:
+    """What is before each gap that can be closed, to where the gap ends.
+
+    That is the stream entering a layer, or, where the flag is set, the one behind its attention.
+    """
+    halves = [Sublayer(la, part) for la in range(architecture.num_layers) for part in PARTS]
+    gone = frozenset(variant.sublayers)
+    found = {}
+    for number, before in enumerate(halves):
+        if before in gone or before.layer in variant.removed:
+            continue
+        end = number + 1
+        while end < len(halves) and halves[end] in gone:
+            end += 1
+        half = architecture.halves.get(before.layer, {}).get(before.part)
+        if end > number + 1 and half is not None and half.writer_tensor:
+            found[before] = (end // 2, bool(end % 2))
+    return found
+
+
+class Step(NamedTuple):
+    """What is done while a layer is at hand."""
+
+    group: Group
+    does: Literal["embed", "shared", "dense", "look", "fit", "own"]
+
+
+def gap_steps(variant: Variant, architecture: Architecture) -> list[Step]:
+    """All steps in order; the dense stream goes ahead to the end of a gap before it is closed."""
+    ends = {before.layer: end for before, end in gaps(variant, architecture).items()}
+    if not ends:
+        return []
+    first = variant.first_changed
+    assert first is not None, "there is a gap"
+    start = min(first, *ends)
+    steps = [Step("embeddings", "embed"), *(Step(layer, "shared") for layer in range(start))]
+    dense = start
+    for layer in range(start, max(ends) + 1):
+        if layer in ends:
+            stop, inside = ends[layer]
+            steps += [Step(ahead, "dense") for ahead in range(dense, stop)]
+            dense = max(dense, stop)
+            steps += [Step(stop, "look")] if inside else []
+            steps.append(Step(layer, "fit"))
+        if layer not in variant.removed:
+            steps.append(Step(layer, "own"))
+        elif layer in {span.stop - 1 for span in variant.spans}:
+            steps.append(Step(layer, "own"))  # the operator
+    return steps
+
+
+@dataclass
+class CloseGaps:
+    """Fits the matrices before all gaps of a variant.
+
+    ``outputs`` and ``rows`` are there behind :meth:`run`: the new matrices (in, C), float64, and
+    how each did on the judge.
+    """
+
+    layers: LayerwiseModel
+    tokens: Tokens
+    batch: int
+    variant: Variant
+    fold_of_window: Sequence[int]
+    judge: int
+    outputs: dict[Sublayer, Tensor] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Close them; ``advance`` is called after each of ``gap_steps``."""
+        steps = gap_steps(self.variant, self.layers.architecture)
+        self._before = {one.layer: one for one in gaps(self.variant, self.layers.architecture)}
+        self._operators = {
+            span.stop - 1: operator_as_computed(one, self.layers.dtype, self.layers.device)
+            for span, one in self.variant.at_boundary.items()
+        }
+        with self.layers.through([step.group for step in steps]) as at_hand:
+            for _, step in zip(at_hand, steps, strict=True):
+                self._do(step)
+                self.layers.check_weights()
+                advance(1)
+
+    def _do(self, step: Step) -> None:
+        layer = step.group
+        if not isinstance(layer, int):
+            ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
+            parts = torch.split(ids_WT, self.batch)
+            self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
+            self._own = self._dense
+        elif step.does == "shared":
+            self._own = self._target = self._dense = self._through(layer, self._dense, Variant())
+        elif step.does == "dense":
+            self._target = self._dense = self._through(layer, self._dense, Variant())
+        elif step.does == "look":
+            half = Variant(sublayers=(Sublayer(layer, "mlp"),))
+            self._target = self._through(layer, self._dense, half)
+        elif step.does == "fit":
+            self._fit(layer)
+        elif layer in self.variant.removed:
+            if layer in self._operators:
+                acting, device = self._operators[layer], self.layers.device
+                self._own = [repair_stream(acting, x.to(device)).cpu() for x in self._own]
+        else:
+            self._own = self._through(layer, self._own, self._now)
+
+    @property
+    def _now(self) -> Variant:
+        variant = self.variant
+        return Variant(
+            variant.spans, variant.operators, variant.healed, variant.sublayers, self.outputs
+        )
+
+    def _through(self, layer: int, streams: list[Tensor], variant: Variant) -> list[Tensor]:
+        with self._running(layer, streams, variant) as run:
+            return [run(stream.to(self.layers.device)).cpu() for stream in streams]
+
+    @contextlib.contextmanager
+    def _running(self, layer: int, streams: list[Tensor], variant: Variant) -> Iterator[RunLayer]:
+        gone = [one for one in variant.sublayers if one.layer == layer]
+        inputs = Inputs(streams, self.batch, self.layers.device)
+        with (
+            self.layers.without(gone),
+            self.layers.running(layer, inputs, tapped=True) as run,
+            self.layers.with_down(layer, variant.downs.get(layer)),
+            self.layers.with_outputs(variant.outputs_of(layer)),
+        ):
+            yield run
+
+    def _fit(self, layer: int) -> None:
+        before = self._before[layer]
+        module = self.layers.writer(before)
+        seen: list[Tensor] = []
+
+        def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            seen[:] = [args[0], output if module.bias is None else output - module.bias]
+
+        with self._running(layer, self._own, self._now) as run:
+            weight_FC = module.weight.T.double()
+            accumulators = [
+                MomentsAccumulator(weight_FC.shape[0], weight_FC.shape[1], self.layers.device)
+                for _ in range(max(self.fold_of_window) + 1)
+            ]
+            handle, window = module.register_forward_hook(hook), 0
+            try:
+                for stream, target in zip(self._own, self._target, strict=True):
+                    x_BTC = run(stream.to(self.layers.device))
+                    h_BTF, product_BTC = (t.reshape(*x_BTC.shape[:2], -1) for t in seen)
+                    wide = torch.promote_types(x_BTC.dtype, torch.float32)
+                    y_BTC = target.to(x_BTC.device, wide)
+                    left_BTC = y_BTC - (x_BTC.to(wide) - product_BTC.to(wide))
+                    for h_TF, left_TC in zip(h_BTF, left_BTC, strict=True):
+                        accumulators[self.fold_of_window[window]].add((h_TF,), left_TC)
+                        window += 1
+            finally:
+                handle.remove()
+        folds = [accumulator.result() for accumulator in accumulators]
+        repair, fit = refit_down(str(before), folds, weight_FC, "auto", judge=self.judge)
+        if fit.residual < 1:
+            assert repair.down_FC is not None
+            self.outputs[before] = repair.down_FC.cpu()
+        self.rows.append(
+            {
+                "before": str(before),
+                "residual": fit.residual,
+                "relative_ridge": fit.relative_ridge,
+                "kept": fit.residual < 1,
+            }
+        )
+
+
+def nothing_solved(folds: int) -> Solved:
+    """Where only halves of layers go: no operator."""
+    cut = Candidate("none")
+    table = [{**cut.described(), "chosen": True}]
+    return Solved(cut, {}, {}, {}, tuple(range(folds - 1)), table, [])
+
+
+def close_gaps(
+    inputs: RunInputs,
+    variant: Variant,
+    tokens: TokenWindows,
+    windows_by_fold: Sequence[tuple[int, int]],
+    folder: Path,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """New matrices before the gaps of a run's model, in files of a folder: what is recorded."""
+    steps = len(gap_steps(variant, inputs.architecture))
+    if not steps:
+        return {"gaps": [], "outputs": {}}
+    fold_of = {window: fold for fold, window in windows_by_fold}
+    with (
+        layers_of(inputs, tokens.tokens.shape, 2) as layers,
+        reporter.stage("close gaps", steps, "layers") as advance,
+    ):
+        closing = CloseGaps(
+            layers,
+            tokens.tokens,
+            inputs.batch,
+            variant,
+            [fold_of[window] for window in range(tokens.num_windows)],
+            inputs.config.folds - 1,
+        )
+        closing.run(advance)
+    files = {str(one): save_output(folder, one, new) for one, new in closing.outputs.items()}
+    return {"gaps": closing.rows, "outputs": files}
