@@ -236,8 +236,10 @@ class OperatorConfig(Section):
     choose: Literal["kl", "residual"] = "kl"
     """How settings that are auto are chosen: kl, by the divergence from the dense model on held-out
     windows; residual, by the held-out residual at the boundary (row weights: none)."""
-    refit: Literal["parallel", "sequential"] = "parallel"
-    """sequential: each later span is fitted on the stream of the already recovered model."""
+    refit: Literal["auto", "parallel", "sequential"] = "auto"
+    """sequential: each later span is fitted on the stream of the already recovered model; auto:
+    where it lowers the KL divergence on held-out windows (``choose: kl``, and at least 8 tokens for
+    each regressor)."""
     heal: bool = False
     """After the operators, refit every later down_proj towards the dense model's stream."""
     dtype: Literal["model", "float32"] = "model"

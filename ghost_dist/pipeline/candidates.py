@@ -40,6 +40,7 @@ tokens the logits ask for a stronger ridge than the squared error of the stream 
 a weaker one (``docs/choices.md``)."""
 FINE_SHIFTS = (0.5, -0.5)
 """Tried then around the best one."""
+_REFIT_TOKENS = 8  # for each regressor
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,29 @@ def candidates_of(
         for shift in shifts
     ]
     return [*fitted, Candidate("none")] if config.name == "auto" else fitted
+
+
+def tries_refit(
+    config: OperatorConfig,
+    chosen: Candidate,
+    spans: Sequence[Span],
+    num_tokens: int,
+    architecture: Architecture,
+    refittable: frozenset[int],
+) -> bool:
+    """Whether fits on the recovered stream are compared with those on the dense one.
+
+    They harm where there are few tokens for them (``docs/log.md``), so there it is not tried.
+    """
+    if config.refit != "auto" or config.choose != "kl" or len(spans) < 2:
+        return False
+    sizes = [
+        chosen.at(span, refittable).num_regressors(
+            architecture.hidden_size, architecture.inner_sizes.get(span.start - 1, 0)
+        )
+        for span in spans[1:]
+    ]
+    return min(sizes) > 0 and num_tokens >= _REFIT_TOKENS * max(sizes)
 
 
 def few_tokens(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.sweep import layers_run
-from ghost_dist.pipeline.candidates import FINE_SHIFTS, Candidate, searches_ridge
+from ghost_dist.pipeline.candidates import FINE_SHIFTS, Candidate, searches_ridge, tries_refit
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
@@ -62,9 +62,19 @@ def solve_cost(run: RunShape) -> Cost:
         streams = 1 + len(candidates)
         cost.head, cost.batch_bytes = True, streams * sizes.stream_bytes(run.batch_tokens)
         cost.running_bytes = streams * sizes.stream_bytes(tokens // len(left_out))
-    sequential = operator.refit == "sequential" and len(run.spans) > 1
-    if sequential or operator.heal:
-        _walk(cost, run, run.variant(candidates[0]), sequential=sequential)
+    sequential, heal = operator.refit == "sequential" and len(run.spans) > 1, operator.heal
+    parts = (inputs.architecture, inputs.refittable)
+    if tries_refit(operator, candidates[0], run.spans, run.num_tokens, *parts):
+        once, again = run.variant(candidates[0]), run.variant(candidates[0]).operators
+        first = {run.spans[0]: once.operators[run.spans[0]]}  # is not fitted again
+        variants = [Variant(), once, Variant(run.spans, {**again, **first})]
+        judged = run.window_length * (run.num_windows // folds)
+        _walk(cost, run, variants[1], sequential=True, heal=False)
+        cost.pass_tokens(layers_run(variants, run.num_layers), judged)
+        cost.scored += len(variants) * judged
+        sequential = True
+    if (operator.refit == "sequential" and sequential) or heal:
+        _walk(cost, run, run.variant(candidates[0]), sequential=sequential, heal=heal)
     if cost.layers:
         cost.below, cost.whole = run.num_layers, True
     return cost
@@ -99,7 +109,7 @@ def _fits(
     return found
 
 
-def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> None:
+def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool, heal: bool) -> None:
     """Add what ``Walk.run`` does; its streams wait in host memory."""
     inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
     operator = inputs.config.operator
@@ -107,9 +117,9 @@ def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool) -> N
         run.spans,
         run.num_layers,
         refits=run.spans[1:] if sequential else (),
-        healable=inputs.refittable if operator.heal else (),
+        healable=inputs.refittable if heal else (),
         new_downs=[span for span, one in variant.operators.items() if one.down_FC is not None],
-        to_the_end=operator.heal,
+        to_the_end=heal,
     )
     for step in steps:
         if not isinstance(step.group, int):

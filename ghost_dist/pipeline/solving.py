@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ghost_dist.pipeline.candidates import (
     samples_of,
     searches_ridge,
     stored_keys,
+    tries_refit,
 )
 from ghost_dist.pipeline.fitting import (
     FitHere,
@@ -31,25 +33,24 @@ from ghost_dist.pipeline.fitting import (
     FitSpans,
     Fitted,
     Outcome,
-    RidgeFits,
     on_curve,
-    read_down,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.offloading import layers_of
-from ghost_dist.pipeline.walking import Refit, Walk
+from ghost_dist.pipeline.refitting import walk_behind
+from ghost_dist.pipeline.walking import Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
-from ghost_dist.statistics.sums import Sums
 
 HELD_OUT_TOKENS = 16384
 """Tokens that a choice by KL is judged by, where there are as many."""
+REFIT_ERRORS = 1.0
+"""Standard errors by which fits on the recovered stream must be better to be taken."""
 
 _OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
 """What a candidate became at every span, or why it cannot be fitted."""
@@ -66,6 +67,9 @@ class Solved:
     folds: tuple[int, ...]  # that any of these was fitted on
     table: list[dict[str, Any]]  # every candidate: residual per span, KL, whether it was chosen
     healing: list[dict[str, Any]]  # every healed layer
+    refit: dict[str, Any] | None = (
+        None  # fits on the recovered stream against those on the dense one
+    )
 
 
 class Solver:
@@ -87,7 +91,6 @@ class Solver:
     ) -> None:
         self._inputs, self._spans, self._store = inputs, spans, store
         self._tokens, self._reporter = tokens, reporter
-        self._ridges = RidgeFits(inputs.architecture.norm_eps)
         self._fit_spans = fit_spans or FitHere(
             inputs.source,
             inputs.architecture,
@@ -104,25 +107,30 @@ class Solver:
         On all windows; but where something behind the fit is judged by held-out windows (a refit
         on the recovered stream, healing, training), the last fold is left out of it all.
         """
-        config, spans = self._inputs.config.operator, self._spans
-        candidates = candidates_of(config, spans, self._inputs.refittable)
+        inputs, spans = self._inputs, self._spans
+        config = inputs.config.operator
+        candidates = candidates_of(config, spans, inputs.refittable)
         chosen, table, seen = self._choose(candidates)
-        folds = tuple(range(self._inputs.config.folds))
-        if self._inputs.config.judges_behind_the_fit(len(spans)):
+        folds = tuple(range(inputs.config.folds))
+        sequential, refit, walk = config.refit == "sequential" and len(spans) > 1, None, None
+        parts = (inputs.architecture, inputs.refittable)
+        if tries_refit(config, chosen, spans, int(self._tokens.tokens.size), *parts):
+            fitted = self._final(chosen, seen, folds[:-1])
+            walk = self._walk(fitted, chosen, sequential=True)
+            refit = self._compared(fitted, walk)
+            sequential = refit["taken"]
+        if sequential or inputs.config.judges_behind_the_fit(len(spans)):
             folds = folds[:-1]
-        with self._reporter.stage("solve", len(spans), "spans") as advance:
-            pairs = [(_around(chosen, seen.get(span)), span) for span in spans]
-            outcomes = self._from_store(pairs, folds, advance)
-            fitted = dict(zip(spans, map(_fitted, outcomes), strict=True))
+        if walk is None or not sequential or config.heal:
+            fitted, walk = self._final(chosen, seen, folds), None
+            if sequential or config.heal:
+                walk = self._walk(fitted, chosen, sequential=sequential, heal=config.heal)
         operators = {span: one.repair for span, one in fitted.items()}
         fits = {span: one.fit for span, one in fitted.items()}
         fits |= {
             span: on_curve(fit, seen[span]) for span, fit in fits.items() if fit and span in seen
         }
-        sequential = config.refit == "sequential" and len(spans) > 1
-        walk = None
-        if sequential or config.heal:
-            walk = self._walk(fitted, chosen, sequential=sequential)
+        if walk is not None:
             operators, fits = walk.operators, {**fits, **walk.fits}
         return Solved(
             candidate=chosen,
@@ -131,8 +139,41 @@ class Solver:
             healed=walk.healed if walk else {},
             folds=folds,
             table=table,
+            refit=refit,
             healing=walk.healing if walk else [],
         )
+
+    def _final(
+        self, chosen: Candidate, seen: Mapping[Span, Fit], folds: tuple[int, ...]
+    ) -> dict[Span, Fitted]:
+        """The chosen candidate on some folds."""
+        with self._reporter.stage("solve", len(self._spans), "spans") as advance:
+            pairs = [(_around(chosen, seen.get(span)), span) for span in self._spans]
+            outcomes = self._from_store(pairs, folds, advance)
+            return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
+
+    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, **wanted: bool) -> Walk:
+        model = None if self._inputs.streaming else self._causal_lm()
+        folds = [fold for _, fold in sorted((w, fold) for fold, w in self.windows_by_fold())]
+        behind = partial(walk_behind, self._inputs, self._tokens.tokens, folds, model)
+        return behind(self._reporter, fitted, chosen, **wanted)
+
+    def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
+        """Fits on the dense and on the recovered stream, on windows that none of them has seen."""
+        judge = self._inputs.config.folds - 1
+        again = {s: replace(one, repair=walk.operators[s]) for s, one in fitted.items()}
+        _, parallel, sequential = self._scores([dict(fitted), again], [judge], all_windows=True)
+        gains = parallel.kl - sequential.kl
+        error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+        found = {
+            "kl_parallel": finite(float(parallel.kl.mean())),
+            "kl_sequential": finite(float(sequential.kl.mean())),
+            "standard_error": finite(float(error)),
+            "taken": bool(gains.mean() > REFIT_ERRORS * error),
+        }
+        text = "refit on the recovered stream: KL {:.4f}, without {:.4f}"
+        self._reporter.say(text.format(sequential.kl.mean(), parallel.kl.mean()))
+        return found
 
     def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
         """One candidate at one span, on the given folds or on all."""
@@ -275,59 +316,16 @@ class Solver:
             table.append(row)
         return table
 
-    def _refits(self, chosen: Candidate, judge: int) -> dict[Span, Refit]:
-        """How every span but the first is fitted on the recovered stream."""
-        refits: dict[Span, Refit] = {}
-        inputs = self._inputs
-
-        def refit(span: Span, here: Candidate, kind: SampleKind) -> Refit:
-            def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
-                down_FC = None
-                if kind.regressors == "joint":
-                    down_FC = read_down(
-                        inputs.source, inputs.architecture, span.start - 1, inputs.device
-                    )
-                self._ridges.forget()  # of other sums
-                picked = tuple(range(len(folds)))
-                repair, found = self._ridges.fit(here, span, folds, down_FC, picked, judge)
-                return repair.to(torch.device("cpu")), found
-
-            return Refit(kind, fit)
-
-        for span in self._spans[1:]:
-            here = chosen.at(span, inputs.refittable)
-            if (kind := here.kind()) is not None:
-                refits[span] = refit(span, here, kind)
-        return refits
-
-    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, *, sequential: bool) -> Walk:
-        inputs = self._inputs
-        judge, heal = inputs.config.folds - 1, inputs.config.operator.heal
-        for span, one in fitted.items():
-            check_held_out(one.folds, [judge], f"The stream behind {span}")
-        fold_of = {window: fold for fold, window in self.windows_by_fold()}
-        model = None if inputs.streaming else self._causal_lm()
-        with layers_of(inputs, self._tokens.tokens.shape, 2, model=model) as layers:
-            walk = Walk(
-                layers=layers,
-                tokens=self._tokens.tokens,
-                batch=inputs.batch,
-                spans=self._spans,
-                operators={span: one.repair for span, one in fitted.items()},
-                fold_of_window=[fold_of[window] for window in range(self._tokens.num_windows)],
-                judge=judge,
-                refittable=inputs.refittable,
-                norm_eps=inputs.architecture.norm_eps,
-                refits=self._refits(chosen, judge) if sequential else {},
-                row_weights=chosen.row_weights,
-            )
-            steps = len(walk.steps(heal=heal))
-            with self._reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
-                walk.run(heal=heal, advance=advance)
-        return walk
-
-    def _scores(self, tried: Sequence[_OfCandidate], judges: Sequence[int]) -> list[Scores]:
+    def _scores(
+        self,
+        tried: Sequence[_OfCandidate],
+        judges: Sequence[int],
+        *,
+        all_windows: bool = False,
+    ) -> list[Scores]:
         """Scores of the dense model and of each candidate on windows of some folds.
+
+        On some of these windows, or on all.
 
         Those that could not be fitted are the plain cut.
 
@@ -345,8 +343,9 @@ class Solver:
             variants.append(Variant(self._spans, repairs))
         inputs = self._inputs
         windows = sorted(window for fold, window in self.windows_by_fold() if fold in judges)
-        count = held_out_tokens(inputs.config) // self._tokens.window_length
-        tokens = self._tokens.tokens[spread(windows, count)]
+        if not all_windows:
+            windows = spread(windows, held_out_tokens(inputs.config) // self._tokens.window_length)
+        tokens = self._tokens.tokens[windows]
         model = None if inputs.streaming else self._causal_lm()
         with (
             layers_of(inputs, tokens.shape, len(variants), model=model) as layers,

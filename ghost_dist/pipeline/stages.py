@@ -260,6 +260,7 @@ class Stages:
                 ],
                 "folds": solved.folds,
                 "files": save_operators(folder, solved.operators),
+                "refit": solved.refit,
                 "healing": solved.healing,
                 "healed": {
                     str(layer): save_healed(folder, layer, down_FC)

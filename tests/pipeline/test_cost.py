@@ -81,6 +81,10 @@ RUNS = {
     "joint by kl, weights": {**DEFAULTS, "operator__row_weights": "auto"},
     "two spans": {**DEFAULTS, "selection__spans": [[2, 3], [5, 7]]},
     "cut only": {"operator__name": "none"},
+    "two spans of ghost by kl": {
+        "operator__choose": "kl",
+        "selection__spans": [[2, 3], [5, 7]],
+    },
     "sequential": {"selection__spans": [[2, 3], [5, 7]], "operator__refit": "sequential"},
     "heal": {"operator__name": "ghost-joint", "operator__heal": True},
     "all": {

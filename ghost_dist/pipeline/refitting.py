@@ -1,0 +1,94 @@
+"""Fits on the recovered model's own stream, of one run: a walk with what its operators need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ghost_dist.calibration.split import check_held_out
+from ghost_dist.calibration.windows import Tokens
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.pipeline.candidates import Candidate
+from ghost_dist.pipeline.fitting import Fitted, RidgeFits, read_down
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.offloading import layers_of
+from ghost_dist.pipeline.walking import Refit, Walk
+from ghost_dist.progress import Reporter
+from ghost_dist.solver.least_squares import Fit
+from ghost_dist.spans import Span
+from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.sums import Sums
+
+
+def walk_behind(
+    inputs: RunInputs,
+    tokens: Tokens,
+    fold_of_window: Sequence[int],
+    model: Any,
+    reporter: Reporter,
+    fitted: Mapping[Span, Fitted],
+    chosen: Candidate,
+    *,
+    sequential: bool,
+    heal: bool = False,
+) -> Walk:
+    """Fit every span but the first once more, and heal, behind fits without the last fold.
+
+    ``model`` is the uncut causal LM, None where layers are read one by one.
+
+    Raises
+    ------
+    NotHeldOutError
+        If a fit has seen the last fold.
+    """
+    judge = inputs.config.folds - 1
+    for span, one in fitted.items():
+        check_held_out(one.folds, [judge], f"The stream behind {span}")
+    with layers_of(inputs, tokens.shape, 2, model=model) as layers:
+        walk = Walk(
+            layers=layers,
+            tokens=tokens,
+            batch=inputs.batch,
+            spans=tuple(fitted),
+            operators={span: one.repair for span, one in fitted.items()},
+            fold_of_window=fold_of_window,
+            judge=judge,
+            refittable=inputs.refittable,
+            norm_eps=inputs.architecture.norm_eps,
+            refits=_refits(inputs, tuple(fitted), chosen, judge) if sequential else {},
+            row_weights=chosen.row_weights,
+        )
+        steps = len(walk.steps(heal=heal))
+        with reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
+            walk.run(heal=heal, advance=advance)
+    return walk
+
+
+def _refits(
+    inputs: RunInputs, spans: Sequence[Span], chosen: Candidate, judge: int
+) -> dict[Span, Refit]:
+    """How every span but the first is fitted on the recovered stream."""
+    refits: dict[Span, Refit] = {}
+    ridges = RidgeFits(inputs.architecture.norm_eps)
+
+    def refit(span: Span, here: Candidate, kind: SampleKind) -> Refit:
+        def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
+            down_FC = None
+            if kind.regressors == "joint":
+                down_FC = read_down(
+                    inputs.source, inputs.architecture, span.start - 1, inputs.device
+                )
+            ridges.forget()  # of other sums
+            picked = tuple(range(len(folds)))
+            repair, found = ridges.fit(here, span, folds, down_FC, picked, judge)
+            return repair.to(torch.device("cpu")), found
+
+        return Refit(kind, fit)
+
+    for span in spans[1:]:
+        here = chosen.at(span, inputs.refittable)
+        if (kind := here.kind()) is not None:
+            refits[span] = refit(span, here, kind)
+    return refits
