@@ -249,6 +249,11 @@ def free_or_cached_bytes(device: torch.device) -> int:
     return free
 
 
+def host_load() -> float:
+    """Programs that wanted a CPU core in the last minute, for each core; 1: all were busy."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
 def host_free_bytes() -> int:
     """Host memory that can be had below all limits set; pages of files count as free."""
     return max(0, min([_available(), *_left_in_cgroups(), *_left_below_ulimits()]))

@@ -74,12 +74,13 @@ def recover(
         program, *arguments = sys.argv
         command = shlex.join([Path(program).name, *arguments])
         reporter.event("run-start", version=__version__, command=command)
-        inputs = open_inputs(
-            config,
-            reporter,
-            evaluates=again not in ("select", "calibrate", "solve") or not has_engine(run),
-            worker_device=None if workers is None else workers.device,
-        )
+        with reporter.waiting("opening the model and the texts"):
+            inputs = open_inputs(
+                config,
+                reporter,
+                evaluates=again not in ("select", "calibrate", "solve") or not has_engine(run),
+                worker_device=None if workers is None else workers.device,
+            )
         inputs = with_engine(inputs, run, reporter)
         if again is not None:
             run.forget(again)

@@ -42,7 +42,12 @@ from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, fit_row
-from ghost_dist.pipeline.texts import calibration_ranges, calibration_windows, windows_of_folds
+from ghost_dist.pipeline.texts import (
+    calibration_ranges,
+    calibration_windows,
+    unlike,
+    windows_of_folds,
+)
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
 from ghost_dist.run_folder import RunFolder
@@ -93,6 +98,8 @@ class Stages:
             needed = calibration.windows * calibration.window_length
             with self._reporter.stage("calibration text", needed, "tokens") as advance:
                 windows = calibration_windows(inputs, advance)
+            for said in unlike(windows, inputs.evaluation):
+                self._reporter.warn(said)
             save_windows(self._run.tokens, windows)
             return {"fingerprint": windows.fingerprint, "num_tokens": int(windows.tokens.size)}
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+import numpy as np
 
 from ghost_dist.calibration.split import assign_ranges, folds_of_windows
 from ghost_dist.calibration.windows import TokenWindows, build_windows, join_windows
 from ghost_dist.errors import CalibrationError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.progress import Advance
+
+MOST_UNSEEN = 1 / 3
+"""Share of a text's tokens, as they occur, that may be unseen without a word; measured in
+docs/guides/calibration_text.md."""
 
 
 def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
@@ -44,6 +50,22 @@ def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
         advance(count * calibration.window_length - done)
         found.append(windows)
     return join_windows(found)
+
+
+def unlike(tokens: TokenWindows, evaluation: Mapping[str, TokenWindows]) -> list[str]:
+    """What to say before the work of texts of whose tokens the calibration text lacks many."""
+    seen, found = np.unique(tokens.tokens), []
+    for name, corpus in evaluation.items():
+        lacking = 1 - float(np.isin(corpus.tokens, seen).mean())
+        if lacking > MOST_UNSEEN:
+            found.append(
+                f"{lacking:.0%} of the tokens of {name} are of kinds that never occur in the "
+                "calibration text: it is too little, or text of another sort, and the repair may "
+                f"not hold there. More of it: --set calibration.windows={4 * tokens.num_windows}; "
+                "text like yours: --set calibration.source=FILE, or several with their shares in "
+                "calibration.sources."
+            )
+    return found
 
 
 def calibration_ranges(

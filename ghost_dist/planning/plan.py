@@ -22,7 +22,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import load_tokenizer
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
-from ghost_dist.devices import device_name, host_free_bytes, open_device
+from ghost_dist.devices import device_name, host_free_bytes, host_load, open_device
 from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.errors import (
     CalibrationError,
@@ -60,6 +60,12 @@ TOKENS_PER_BYTE = 0.25
 _COUNTED_BYTES = 64 << 20  # texts up to here are cut into tokens to know their number
 
 
+_BUSY = 0.25  # of the cores
+_OFF_BY, _OFF_BY_BUSY = 1.5, 4.0
+"""Runs took 0.9 to 1.4 times the seconds of a plan (docs/planning.md); beside other programs one
+took a seventh."""
+
+
 @dataclass(frozen=True)
 class Plan:
     model: str
@@ -76,6 +82,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     disk_bytes: Mapping[str, int]  # of RUN when it is largest, by what they are
     notes: tuple[str, ...]  # what was assumed
+    off_by: float  # a run may take so many times the seconds planned, or a part of them
     rates: Rates  # what the seconds come from
 
     def tree(self) -> dict[str, Any]:
@@ -119,10 +126,19 @@ def plan_run(
     disk = _disk(run, costs, choice, folder)
     key = circumstances(run, costs, folder)
     rates = None if measure_again else stored_rates(key)
+    load = host_load()
     if rates is None:
         reporter.say("measuring this machine (once; plan --measure does it again) ...")
         rates = measure(run, costs, folder)
-        store_rates(key, rates)
+        if load <= _BUSY:
+            store_rates(key, rates)
+        else:
+            notes.append("the rates were measured beside other programs, and are not remembered")
+    if load > _BUSY:
+        notes.append(
+            f"other programs use {min(load, 1):.0%} of this machine's cores now; while they do, a "
+            "run may take several times as long"
+        )
     if config.on_cluster:
         notes.append(_cluster_note(run, choice))
     if rates.read_from != "checkpoint":
@@ -142,6 +158,7 @@ def plan_run(
         free_disk_bytes=shutil.disk_usage(folder).free,
         engine=choice,
         stages=plan_stages(run, costs, choice, rates, tokens_s),
+        off_by=_OFF_BY_BUSY if load > _BUSY else _OFF_BY,
         disk_bytes=disk,
         notes=tuple(notes),
         rates=rates,

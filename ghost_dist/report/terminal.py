@@ -245,8 +245,10 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             *([stage["streams"] or "-"] if streams else []),
         )
     table.add_section()
-    table.add_row("all", _duration(plan["seconds"]), "", f"{plan['flops'] / 1e12:,.0f}")
+    seconds, off_by = plan["seconds"], plan["off_by"]
+    table.add_row("all", _duration(seconds), "", f"{plan['flops'] / 1e12:,.0f}")
     console.print(table)
+    _say(f"likely between {_duration(seconds / off_by)} and {_duration(seconds * off_by)}")
     parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
     _say(f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
     for note in plan["notes"]:

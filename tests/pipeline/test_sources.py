@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from ghost_dist.calibration.split import spread
-from ghost_dist.calibration.windows import build_windows, load_windows
+from ghost_dist.calibration.windows import TokenWindows, build_windows, load_windows
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import CalibrationError, ConfigError
@@ -19,6 +19,7 @@ from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.pipeline.stages import Stages
+from ghost_dist.pipeline.texts import unlike
 from ghost_dist.progress import Reporter
 from ghost_dist.report.verdict import sources_apart
 from ghost_dist.ridge import RelativeRidge
@@ -137,3 +138,31 @@ def test_what_cannot_be_mixed_is_named(make_config, text_file, other, sources, e
     shares = {names.get(name, name): share for name, share in sources.items()}
     with pytest.raises(error, match=message):
         recover(make_config(calibration__sources=shares), QUIET)
+
+
+def test_text_that_lacks_the_tokens_of_the_evaluation_is_told_before_the_work():
+    def windows(*ids):
+        return TokenWindows(np.array([ids], dtype=np.int32), "a")
+
+    calibration = windows(1, 2, 2, 5)
+    evaluation = {"like it": windows(2, 5, 1, 9), "other": windows(1, 7, 8, 8)}
+    (said,) = unlike(calibration, evaluation)
+    assert said.startswith("75% of the tokens of other are of kinds that never occur")
+    assert "calibration.windows=4;" in said
+    assert unlike(windows(1, 7, 8, 9), evaluation)[0].startswith("50% of the tokens of like it")
+
+
+def test_the_word_about_other_text_stands_before_any_pass(make_config, tmp_path):
+    """Text of letters the model has never seen in calibration; said once, not when continued."""
+    strange = tmp_path / "strange.txt"
+    strange.write_text("ÄÖÜ 漢字かな ß€ " * 200)
+    config = make_config(
+        evaluation__corpora={"strange": str(strange)},
+        evaluation__windows=1,
+        evaluation__window_length=64,
+    )
+    recover(config, QUIET, again="select")
+    recover(config, QUIET, again="select")
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert sum("never occur" in event.get("message", "") for event in events) == 1

@@ -469,9 +469,17 @@ def test_the_command_measures_once_and_prints_json(
         *("--set", f"calibration.source={text_file}", "--set", "engine.device=cpu"),
         *("--set", "calibration.window_length=64"),
     ]
-    code, out, err = run(capsys, *arguments)
+    monkeypatch.setattr(planning, "host_load", lambda: 1.2)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert json.loads(out)["off_by"] > 3
+    assert "other programs use 100% of this machine's cores" in json.loads(out)["notes"][-1]
+    monkeypatch.setattr(planning, "host_load", lambda: 0.0)
+    code, out, err = run(capsys, *arguments)  # what was measured beside others was not kept
     assert code == 0
     tree = json.loads(out)
+    assert tree["off_by"] < 2
+    assert not any("programs" in note for note in tree["notes"])
     assert [stage["name"] for stage in tree["stages"]] == ["tokens", "calibrate", "solve", "export"]
     assert tree["engine"]["kind"] == "resident"
     assert tree["seconds"] == pytest.approx(sum(stage["seconds"] for stage in tree["stages"]))
