@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import ray
@@ -162,17 +163,9 @@ class Pool:
         inputs, config = self.inputs, self.inputs.config
         # A selection has a range for each fold, calibration as many or more.
         ranges = inputs.num_ranges if config.selection.given else config.folds
-        return EngineSpec(
-            config=config,
-            path=inputs.source.path.resolve(),
-            model_fingerprint=inputs.model_fingerprint,
-            architecture=inputs.architecture,
-            num_layers=self.num_layers,
-            dtype=inputs.dtype,
-            device=inputs.worker_device.type,
-            batch=inputs.batch,
-            range_windows=-(-config.calibration.windows // ranges),
-        )
+        files = replace(inputs.source, path=inputs.source.path.resolve(), tensors={}, headers={})
+        bare = replace(inputs, source=files, tokenizer=None, evaluation={}, tasks=(), loaded={})
+        return EngineSpec(bare, self.num_layers, -(-config.calibration.windows // ranges))
 
 
 class _Metrics:

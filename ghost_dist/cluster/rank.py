@@ -17,7 +17,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ import torch.distributed as dist
 
 from ghost_dist import __version__
 from ghost_dist.calibration.windows import Tokens
-from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.peers import Peers
-from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, model_fingerprint, open_checkpoint
 from ghost_dist.cluster.running_sums import (
     ReduceSpec,
     RunningSums,
@@ -39,16 +38,15 @@ from ghost_dist.cluster.running_sums import (
     join_group,
     reduce_folds,
 )
-from ghost_dist.config import Config
 from ghost_dist.devices import begin, free_bytes, release_cached
-from ghost_dist.engines.offloaded import OffloadedModel
-from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
+from ghost_dist.engines.offloaded_rows import OffloadedEngine
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, RangeTimes, sums_of_range
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
-from ghost_dist.pipeline.offloading import fits_page_cache, offloaded_range
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 
@@ -58,14 +56,8 @@ COMPARED = ("torch", "transformers", "zarr", "numpy", "ray")
 
 @dataclass(frozen=True)
 class EngineSpec:
-    config: Config
-    path: Path
-    model_fingerprint: str
-    architecture: Architecture
+    inputs: RunInputs  # without what a rank reads by itself, and what it does not need
     num_layers: int  # layers to load; 0: none, the rank only fits
-    dtype: torch.dtype
-    device: str
-    batch: int
     range_windows: int  # of the largest range
 
 
@@ -128,7 +120,7 @@ class Rank:
         self._rank = rank
         self._heartbeat = Heartbeat("", 0)
         self._engine: ResidentEngine | OffloadedEngine | None = None
-        self._spec: EngineSpec | None = None
+        self._inputs: RunInputs | None = None
         self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
@@ -152,57 +144,43 @@ class Rank:
 
     def load(self, address: str, port: int, spec: EngineSpec) -> Loaded:
         """Join the replica's torch.distributed world and load this rank's part of the model."""
-        engine, device = spec.config.engine, torch.device("cpu")
-        torch.set_num_threads(spec.config.cluster.cpus_per_rank)
-        self._spec, self._block = spec, ColumnBlock(self._rank, engine.ranks)
-        self._check_checkpoint(spec)
-        if spec.device == "cuda":
-            device = torch.device("cuda", 0)
-        self._device = device
+        inputs, engine = spec.inputs, spec.inputs.config.engine
+        torch.set_num_threads(inputs.config.cluster.cpus_per_rank)
+        self._block = ColumnBlock(self._rank, engine.ranks)
+        if inputs.worker_device.type == "cuda":
+            self._device = torch.device("cuda", 0)
+        device = self._device
         begin(device)
+        inputs = replace(inputs, source=_open_checkpoint(inputs), device=device)
+        self._inputs = inputs
         if engine.kind in ("auto", "tensor_parallel") or engine.ranks > 1:
             self._join(address, port)
-        if not spec.num_layers:
+        path, architecture, num_layers = inputs.source.path, inputs.architecture, spec.num_layers
+        if not num_layers:
             return Loaded(0, None)
         if engine.kind == "streaming":
-            checkpoint = open_checkpoint(spec.path)
-            model = OffloadedModel(
-                checkpoint,
-                spec.architecture,
-                spec.num_layers,
-                spec.dtype,
-                device,
-                keep_cached=fits_page_cache(checkpoint),
+            self._engine = open_offloaded_engine(
+                inputs,
+                num_layers,
+                windows=-(-spec.range_windows // engine.ranks),
                 peers=Peers(self._rank, engine.ranks),
-            )
-            self._engine = OffloadedEngine(model, spec.batch)
-            length = spec.config.calibration.window_length
-            held = model.hold(
-                engine.experts,
-                batch_tokens=spec.batch * length,
-                tokens=-(-spec.range_windows // engine.ranks) * length,
-                head=False,
                 free=self._free_everywhere(),
             )
-            return Loaded(0, prove_offloaded(spec.path, device, held.experts))
-        if engine.kind == "resident":
-            decoder = load_decoder(
-                spec.path, spec.architecture, spec.num_layers, spec.dtype, device
+        elif engine.kind == "resident":
+            decoder = load_decoder(path, architecture, num_layers, inputs.dtype, device)
+            self._engine = ResidentEngine(decoder, inputs.batch)
+        else:
+            self._engine = open_tensor_parallel(
+                path,
+                architecture,
+                num_layers=num_layers,
+                dtype=inputs.dtype,
+                device=device,
+                degree=engine.ranks,
+                batch=inputs.batch,
+                backend=engine.backend,
             )
-            self._engine = ResidentEngine(decoder, spec.batch)
-            return Loaded(0, None)
-        shared = open_tensor_parallel(
-            spec.path,
-            spec.architecture,
-            num_layers=spec.num_layers,
-            dtype=spec.dtype,
-            device=device,
-            degree=engine.ranks,
-            batch=spec.batch,
-            backend=engine.backend,
-        )
-        self._engine = shared
-        return Loaded(shared.parameter_bytes, shared.conformance)
+        return Loaded(self._engine.parameter_bytes, self._engine.conformance)
 
     def _join(self, address: str, port: int) -> None:
         os.environ.update(
@@ -322,16 +300,16 @@ class Rank:
 
     @property
     def _timeout_s(self) -> float:
-        assert self._spec is not None, "comes after load"
-        return self._spec.config.cluster.progress_timeout_s
+        assert self._inputs is not None, "comes after load"
+        return self._inputs.config.cluster.progress_timeout_s
 
     def _advance(self, task: str, amount: int) -> None:
         self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)
 
     def _fits_of(self, work: FitWork) -> tuple[StatisticsStore, FitHere]:
         if self._fits is None or self._fits[0] != work:
-            assert self._spec is not None, "fit comes after load"
-            source, architecture = open_checkpoint(self._spec.path), self._spec.architecture
+            assert self._inputs is not None, "fit comes after load"
+            source, architecture = self._inputs.source, self._inputs.architecture
             store = self._open_store(work.store, work.plan_fingerprint)
             room = work.room or fit_room(self._device)
             fits = FitHere(source, architecture, work.folds, self._device, room)
@@ -349,19 +327,6 @@ class Rank:
             dist.all_reduce(free, dist.ReduceOp.MIN)
         return int(free)
 
-    def _check_checkpoint(self, spec: EngineSpec) -> None:
-        where = f"on node {socket.gethostname()}"
-        if not spec.path.exists():
-            raise CheckpointError(
-                f"{spec.path} does not exist {where}. Every node must have the checkpoint at this "
-                "path: put it on a file system that all of them share, or copy it there."
-            )
-        if model_fingerprint(open_checkpoint(spec.path)) != spec.model_fingerprint:
-            raise CheckpointError(
-                f"{spec.path} {where} is another checkpoint than the driver has there. Copy the "
-                "same one to every node."
-            )
-
     def _open_store(self, path: Path, plan_fingerprint: str) -> StatisticsStore:
         try:
             store = StatisticsStore.open(path)
@@ -376,6 +341,23 @@ class Rank:
                 "file system that all nodes share: choose such an --out."
             )
         return store
+
+
+def _open_checkpoint(inputs: RunInputs) -> Checkpoint:
+    """What the driver has opened, as this node sees it."""
+    path, where = inputs.source.path, f"on node {socket.gethostname()}"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist {where}. Every node must have the checkpoint at this path: put "
+            "it on a file system that all of them share, or copy it there."
+        )
+    found = open_checkpoint(path)
+    if model_fingerprint(found) != inputs.model_fingerprint:
+        raise CheckpointError(
+            f"{path} {where} is another checkpoint than the driver has there. Copy the same one to "
+            "every node."
+        )
+    return found
 
 
 def remote_rank(rank: int, kind: type[Rank] = Rank, **options: Any) -> Any:

@@ -73,7 +73,7 @@ class Replica:
         """Committed attempt of each range that its ranks have in their running sums."""
         self.places: list[Place] = []
         self.began = self._asked = time.monotonic()
-        self._shape, self._config, self._reporter = shape, spec.config.cluster, reporter
+        self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
         self._running: Lease[int] | None = None
         self._unwritten: tuple[Lease[int], list[RangeTimes], Written] | None = None
         self._writing: Lease[int] | None = None

@@ -75,6 +75,9 @@ class OffloadedEngine:
     share the windows as well as the reading, so they make the same calls at the same time.
     """
 
+    parameter_bytes = 0
+    conformance: float | None = None
+
     def __init__(self, model: OffloadedModel, batch: int) -> None:
         self.model, self._batch, self._peers = model, batch, model.peers
         self.hidden_size, self.device = model.hidden_size, model.device

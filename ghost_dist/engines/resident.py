@@ -29,6 +29,10 @@ class Engine(Protocol):
 
     hidden_size: int
     device: torch.device
+    parameter_bytes: int
+    """Of a rank's share; 0 where nothing is shared."""
+    conformance: float | None
+    """Largest relative difference of the small random model by this engine and as a whole."""
 
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
@@ -38,6 +42,9 @@ class Engine(Protocol):
 
 class ResidentEngine:
     """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``."""
+
+    parameter_bytes = 0
+    conformance: float | None = None
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
         self.decoder, self._batch = decoder, batch

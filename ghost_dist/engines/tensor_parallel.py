@@ -70,15 +70,13 @@ class _ShardedLayers(LayerwiseModel):
 class TensorParallelEngine(ResidentEngine):
     """Runs a decoder that the ranks of a torch.distributed world share; batches are alike on all.
 
-    ``read_bytes``: that this rank read; None if transformers did. ``conformance``: largest relative
-    difference that the small random model had here, sharded against unsharded.
+    ``read_bytes``: that this rank read; None if transformers did.
     """
 
     def __init__(self, decoder: Decoder, read_bytes: int | None, batch: int) -> None:
         super().__init__(decoder, batch)
         self._layers = _ShardedLayers(decoder.model, decoder.architecture)
         self.read_bytes, self.parameter_bytes = read_bytes, local_bytes(decoder.model)
-        self.conformance: float | None = None
 
 
 def open_tensor_parallel(

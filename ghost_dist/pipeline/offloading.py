@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens, TokenWindows
+from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import free_bytes
@@ -162,10 +163,19 @@ def _sums_of_rows(
     return sums
 
 
-def open_offloaded_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> OffloadedEngine:
+def open_offloaded_engine(
+    inputs: RunInputs,
+    num_layers: int,
+    kept: int = 1,
+    *,
+    windows: int | None = None,
+    peers: Peers = ALONE,
+    free: int | None = None,
+) -> OffloadedEngine:
     """The run's engine over layers ``0 .. num_layers - 1``, proven right on a small model.
 
-    It will keep so many streams of each token.
+    It will keep so many streams of each token, of ``windows`` at a time (None: of all); ``free`` as
+    ``OffloadedModel.hold`` takes it.
     """
     model = OffloadedModel(
         inputs.source,
@@ -175,17 +185,19 @@ def open_offloaded_engine(inputs: RunInputs, num_layers: int, kept: int = 1) -> 
         inputs.device,
         keep_cached=fits_page_cache(inputs.source),
         compiled=inputs.compiled,
+        peers=peers,
     )
-    calibration = inputs.config.calibration
+    calibration, engine = inputs.config.calibration, OffloadedEngine(model, inputs.batch)
     held = model.hold(
         inputs.config.engine.experts,
         batch_tokens=inputs.batch * calibration.window_length,
-        tokens=calibration.windows * calibration.window_length,
+        tokens=(windows or calibration.windows) * calibration.window_length,
         kept=kept,
         head=False,
+        free=free,
     )
-    prove_offloaded(inputs.source.path, inputs.device, held.experts)
-    return OffloadedEngine(model, inputs.batch)
+    engine.conformance = prove_offloaded(inputs.source.path, inputs.device, held.experts)
+    return engine
 
 
 @contextlib.contextmanager

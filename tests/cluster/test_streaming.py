@@ -268,13 +268,13 @@ def test_ranks_that_share_the_reading_hold_the_same_experts(run_mixture, mixture
     little, plenty = ends[2], ends[None]
 
     class RankWithLittle(Rank):
-        def load(self, rank, *rest):
+        def load(self, *arguments):
             import ghost_dist.cluster.rank as module
 
             measured = module.free_bytes
-            module.free_bytes = lambda _: little if rank else plenty
+            module.free_bytes = lambda _: little if self._rank else plenty
             try:
-                return super().load(rank, *rest)
+                return super().load(*arguments)
             finally:
                 module.free_bytes = measured
 
