@@ -2,7 +2,7 @@
 
 A source is written as one of::
 
-    FILE[:COLUMN]                          .txt, .jsonl, .json or .parquet (see files.py)
+    FILE[:COLUMN]                          .txt, .jsonl, .json or .parquet (see documents.py)
     FOLDER[:CONFIG[:SPLIT[:COLUMN]]]       Dataset.save_to_disk, or a folder of data files
     NAME[:CONFIG[:SPLIT[:COLUMN]]]         a name for datasets.load_dataset, streamed
 
@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.calibration.documents import Document, as_document, pick_column
-from ghost_dist.calibration.files import (
+from ghost_dist.calibration.documents import (
     JSON_SUFFIXES,
     PARQUET_SUFFIXES,
     TEXT_SUFFIXES,
+    Document,
+    as_document,
+    pick_column,
     read_rows,
     read_text,
 )
@@ -36,6 +38,7 @@ _SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
 _SHUFFLE_BUFFER = 10_000  # documents; of C4 that is about 20 MB
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _DEFAULT_SPLIT = "train"
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes into a folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +127,9 @@ def _dataset(
         )
     tried = f"dataset {name}, config {config or '(default)'}, split {named_split or split}"
     complete = True
+    saved = folder is not None and any((folder / name).is_file() for name in _SAVED)
     try:
-        if folder is not None and _is_saved(folder):
+        if folder is not None and saved:
             rows, files = _load_saved(folder, config, named_split, split), None
         else:
             cache_only_without_hub()
@@ -136,7 +140,9 @@ def _dataset(
             complete = rows.num_shards <= files
             rows = rows if complete else _evenly_spaced(rows, files)
         elif seed is not None:
-            rows = _shuffle(rows, seed)
+            # Of a saved one in memory: its indices would else be cached in the user's folder.
+            how = {"keep_in_memory": True} if saved else {"buffer_size": _SHUFFLE_BUFFER}
+            rows = rows.shuffle(seed=seed, **how)
     except CalibrationError:
         raise
     except Exception as error:  # hub, network, file formats: each library has its own exceptions
@@ -163,11 +169,6 @@ def _evenly_spaced(rows: Any, files: int) -> Any:
     return datasets.concatenate_datasets([rows.shard(count, index) for index in picked])
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of a Dataset or a DatasetDict wrote this folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
 def _load_saved(folder: Path, config: str | None, named_split: str | None, split: str) -> Any:
     import datasets
 
@@ -191,15 +192,6 @@ def _load_saved(folder: Path, config: str | None, named_split: str | None, split
             f"{named_split!r}; leave the split away."
         )
     return saved
-
-
-def _shuffle(rows: Any, seed: int) -> Any:
-    import datasets
-
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    # In memory: the indices of a saved dataset would otherwise be cached in the user's folder.
-    return rows.shuffle(seed=seed, keep_in_memory=True)
 
 
 def _documents(rows: Any, column: str | None, tried: str) -> Generator[Document]:

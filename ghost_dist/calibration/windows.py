@@ -3,15 +3,22 @@
 source -> ``corpora`` (documents) -> ``packing`` (one stream of tokens) -> rows of equal length; or
 by ``sampling``, tokens of places that are spread over the source.
 No window holds padding; what does not fill a whole window is left out.
+
+WikiText-2, PTB and C4 are also cut as the published code of arXiv 2605.15491 does, from the hub.
+WikiText-2 and PTB: all rows of one split joined by a blank line and tokenised as one text, with
+whatever special tokens the tokenizer adds to a text. C4: one window from a random place of each of
+256 long documents, which are drawn by shuffling the validation split as it streams in.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ghost_dist.calibration.packing import OnProgress, TokenArray
+from ghost_dist.calibration.packing import SEPARATOR, OnProgress, TokenArray
 from ghost_dist.calibration.sampling import Text, spread_tokens
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import CalibrationError, CorruptStoreError
@@ -83,7 +90,12 @@ def build_windows(
     window is BOS and ``window_length - 1`` tokens of text. ``split`` is for a dataset whose source
     names none.
     """
-    bos = _bos(tokenizer) if window_bos else None
+    bos: int | None = tokenizer.bos_token_id if window_bos else None
+    if window_bos and bos is None:
+        raise CalibrationError(
+            "Each window is to begin with BOS (window_bos), but the tokenizer has no BOS token. "
+            "Set calibration.window_bos=false."
+        )
     text_length = window_length - (0 if bos is None else 1)
     if text_length < 1 or (windows is not None and windows < 1):
         raise CalibrationError(
@@ -164,16 +176,6 @@ def load_windows(path: Path) -> TokenWindows:
     return windows
 
 
-def _bos(tokenizer: Any) -> int:
-    bos: int | None = tokenizer.bos_token_id
-    if bos is None:
-        raise CalibrationError(
-            "Each window is to begin with BOS (window_bos), but the tokenizer has no BOS token. "
-            "Set calibration.window_bos=false."
-        )
-    return bos
-
-
 def check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> None:
     """Raise CalibrationError if a token id has no row in the model's embedding."""
     outside = tokens[(tokens >= vocab_size) | (tokens < 0)]
@@ -183,3 +185,94 @@ def check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> Non
             f"model has {vocab_size} embeddings (ids 0 to {vocab_size - 1}); the tokenizer has "
             f"{len(tokenizer)} tokens. Use the tokenizer that belongs to the model."
         )
+
+
+_C4_WINDOWS = 256
+_SHUFFLE_BUFFER = 10_000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class PublishedText:
+    """Where a text is, as ``datasets.load_dataset`` takes it."""
+
+    name: str
+    config: str | None
+    split: str
+    column: str
+    sampled: bool = False
+    """Whether windows are drawn from long documents, rather than cut from all of the text."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+PUBLISHED = {
+    "wikitext2": PublishedText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    # The published code runs the data set's own script, which datasets 4 refuses; these are the
+    # hub's files made from it.
+    "ptb": PublishedText(
+        "parquet",
+        None,
+        "validation",
+        "sentence",
+        options={
+            "data_files": {
+                "validation": "hf://datasets/ptb-text-only/ptb_text_only@~parquet/"
+                "penn_treebank/validation/*.parquet"
+            }
+        },
+    ),
+    "c4": PublishedText("allenai/c4", "en", "validation", "text", sampled=True),
+}
+
+
+def published_windows(
+    text: PublishedText, tokenizer: Any, *, windows: int | None, window_length: int, vocab_size: int
+) -> TokenWindows:
+    """The first windows of one of :data:`PUBLISHED`; None: all of them, of C4 256."""
+    tried = f"dataset {text.name}, config {text.config or '(default)'}, split {text.split}"
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(
+            text.name, text.config, split=text.split, streaming=text.sampled, **text.options
+        )
+        if text.sampled:
+            rows = rows.shuffle(seed=_SEED, buffer_size=_SHUFFLE_BUFFER)
+            found = list(
+                itertools.islice(
+                    _sampled((row[text.column] for row in rows), tokenizer, window_length),
+                    min(windows or _C4_WINDOWS, _C4_WINDOWS),
+                )
+            )
+        else:
+            stream = _encode(tokenizer, SEPARATOR.join(rows[text.column]))
+            whole = len(stream) // window_length * window_length
+            found = list(stream[:whole].reshape(-1, window_length))[:windows]
+    except Exception as error:  # hub, network, file formats: each library has its own exceptions
+        raise CalibrationError(
+            f"Cannot read {tried}: {type(error).__name__}: {str(error).rstrip('.')}. Without "
+            "network, give a local file in evaluation.corpora instead."
+        ) from error
+    wanted = windows or (_C4_WINDOWS if text.sampled else 1)
+    if len(found) < wanted:
+        raise CalibrationError(
+            f"The {tried} gives {len(found)} windows of {window_length} tokens, {wanted} are "
+            "wanted. Set evaluation.windows or evaluation.window_length lower."
+        )
+    tokens_WT = np.stack(found)
+    check_vocabulary(tokens_WT, tokenizer, vocab_size)
+    return TokenWindows(tokens_WT.astype(np.int32), tried)
+
+
+def _sampled(rows: Iterable[str], tokenizer: Any, window_length: int) -> Iterator[TokenArray]:
+    """A window from a random place of each document that is longer than one."""
+    generator = random.Random(_SEED)
+    for row in rows:
+        tokens = _encode(tokenizer, row)
+        if len(tokens) > window_length:
+            start = generator.randint(0, len(tokens) - window_length - 1)
+            yield tokens[start : start + window_length]
+
+
+def _encode(tokenizer: Any, text: str) -> TokenArray:
+    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)

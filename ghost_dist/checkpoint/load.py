@@ -180,7 +180,10 @@ def _load(
 def check_finite(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if not _all_finite(local.detach()):
+        rows = local.detach() if local.ndim else local.detach()[None]
+        # Piece by piece: isfinite makes two copies, which for embeddings are gigabytes.
+        pieces = rows.chunk(1 + rows.numel() // _CHECKED_AT_ONCE)
+        if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
             raise non_finite_weight(path, name, dtype)
 
 
@@ -191,13 +194,6 @@ def non_finite_weight(path: Path, name: str, dtype: torch.dtype) -> CheckpointEr
         "If the checkpoint has a wider dtype its numbers may overflow: try "
         "model.dtype=bfloat16 or float32. Else download or copy it again."
     )
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Piece by piece: isfinite makes two copies, which for embeddings are gigabytes."""
-    rows = tensor if tensor.ndim else tensor[None]
-    pieces = rows.chunk(1 + tensor.numel() // _CHECKED_AT_ONCE)
-    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
 @torch.inference_mode()

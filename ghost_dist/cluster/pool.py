@@ -13,9 +13,10 @@ from typing import Any, get_args
 import ray
 from ray.util import metrics
 
-from ghost_dist.cluster.leases import Holders, LeaseQueue
-from ghost_dist.cluster.placement import (
+from ghost_dist.cluster.leases import (
     Failure,
+    Holders,
+    LeaseQueue,
     Node,
     Shape,
     check_room,

@@ -19,8 +19,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ghost_dist.cluster.leases import Lease
-from ghost_dist.cluster.placement import Failure, Shape
+from ghost_dist.cluster.leases import Failure, Lease, Shape
 from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Loaded, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.collectors import RangeTimes

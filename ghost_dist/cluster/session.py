@@ -11,7 +11,7 @@ import torch
 
 from ghost_dist.cluster.collect import CollectOnCluster
 from ghost_dist.cluster.fit import FitOnCluster
-from ghost_dist.cluster.placement import Node, Shape
+from ghost_dist.cluster.leases import Node, Shape
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError

@@ -179,7 +179,10 @@ class SplitLayer:
         self._device, self._reserve = device, reserve
         self._ranges = [range(a, min(a + at_once, count)) for a in range(0, count, at_once)]
         self._signature = _signature(experts)
-        self._one_after_the_other = _adds_expert_by_expert(experts)
+        # Whether products are added expert by expert, rounded each time ("eager"), or at once; a
+        # class without has_gate knows only its own forward.
+        how = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+        self._one_after_the_other = not hasattr(experts, "has_gate") or how in (None, "eager")
         self._batches: deque[_Batch] = deque()
         self._place: torch.device | None = None
 
@@ -215,9 +218,10 @@ class SplitLayer:
                 for x in (hidden_NC, index_NK, weights_NK)
             ]
             if [len(shape or ()) for shape in shapes] != [2, 2, 2] or shapes[1] != shapes[2]:
-                raise self._unsupported(
+                raise cannot_be_split(
+                    self._family,
                     f"hidden states, indices and weights have shapes {shapes}, expected "
-                    "(tokens, width), (tokens, experts of a token) and the same again"
+                    "(tokens, width), (tokens, experts of a token) and the same again",
                 )
             self._batches.append(self._keep(hidden_NC, index_NK, weights_NK, inputs.num_tokens))
             raise _Asked
@@ -228,7 +232,7 @@ class SplitLayer:
                 with contextlib.suppress(_Asked):
                     run(x_BTC)
                 if len(self._batches) != count:
-                    raise self._unsupported("a layer did not call them")
+                    raise cannot_be_split(self._family, "a layer did not call them")
         finally:
             del self._experts.__dict__["forward"]
 
@@ -275,7 +279,7 @@ class SplitLayer:
         """The weighted sums (N, C) of the next batch, as the experts' own forward makes them."""
         _, index_NK, _ = self._arguments(args, kwargs)
         if not self._batches or self._batches[0].index_NK.shape != index_NK.shape:
-            raise self._unsupported("a layer called them more than once for a batch")
+            raise cannot_be_split(self._family, "a layer called them more than once for a batch")
         batch = self._batches.popleft()
         n, k = index_NK.shape
         pairs_S = torch.cat(batch.pairs) if batch.pairs else batch.index_NK.new_empty(0)
@@ -301,9 +305,6 @@ class SplitLayer:
         _, hidden_NC, index_NK, weights_NK = given.arguments.values()
         return hidden_NC, index_NK, weights_NK
 
-    def _unsupported(self, what: str) -> UnsupportedArchitectureError:
-        return cannot_be_split(self._family, what)
-
 
 class _Asked(Exception):  # noqa: N818 - no error: it ends a forward early
     """The experts were called, and are not there yet."""
@@ -320,10 +321,3 @@ def cannot_be_split(family: str, why: str) -> UnsupportedArchitectureError:
 
 def _signature(experts: nn.Module) -> inspect.Signature:
     return inspect.signature(type(experts).forward)
-
-
-def _adds_expert_by_expert(experts: nn.Module) -> bool:
-    """Whether products are added expert by expert, rounded each time (``eager``), or at once."""
-    if not hasattr(experts, "has_gate"):
-        return True  # a class that knows only its own forward
-    return getattr(experts.config, "_experts_implementation", None) in (None, "eager")

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ghost_dist.calibration.corpora import absolute_source
-from ghost_dist.calibration.published import PUBLISHED, published_windows
-from ghost_dist.calibration.windows import TokenWindows, build_windows
+from ghost_dist.calibration.windows import PUBLISHED, TokenWindows, build_windows, published_windows
 from ghost_dist.checkpoint.architecture import (
     Architecture,
     check_cut,
@@ -169,7 +168,8 @@ def open_inputs(
         limit=config.evaluation.limit,
     )
     _warn_without_bos(config, architecture, tokenizer, reporter)
-    if len(config.calibration.sources) < 2 and not any_operator and _chooses(config):
+    chooses = config.selection.searches or searches_ridge(config.operator)
+    if len(config.calibration.sources) < 2 and not any_operator and chooses:
         reporter.warn(
             "There is one source of calibration text, so what is chosen is judged on pieces of it, "
             "each left out of the fit, and on no other text. Give several, of the kinds in use: "
@@ -419,11 +419,6 @@ def _say_if_few_tokens(
     candidates = candidates_of(config.operator, spans, refittable)
     if few := few_tokens(config.calibration, candidates, spans, architecture, refittable):
         reporter.say(f"note: {few}")
-
-
-def _chooses(config: Config) -> bool:
-    """Whether anything is chosen by how close the recovered model comes to the dense one."""
-    return config.selection.searches or searches_ridge(config.operator)
 
 
 def _warn_without_bos(

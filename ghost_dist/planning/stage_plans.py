@@ -103,8 +103,10 @@ def stage_seconds(
     if run.inputs.config.on_cluster:  # ranks write while they run the next range
         stored = max(0.0, stored - forward - sums)
     stored += cost.sums_read_bytes / rates.load
-    if _at_hand(run, cost, choice):
-        stored = 0.0
+    room = SHARE_AT_HAND * max(run.free_bytes, host_free_bytes())
+    alone = choice.kind == "resident" and not run.inputs.config.on_cluster
+    if alone and max(cost.commit_bytes, cost.sums_read_bytes) <= room:
+        stored = 0.0  # sums stay in memory, and are written behind all that comes (StoreAtHand)
     parts = {
         "read": read,
         "load": load,
@@ -117,13 +119,6 @@ def stage_seconds(
         "processes": rates.process_s if cost.written_bytes else 0.0,
     }
     return {name: seconds for name, seconds in parts.items() if seconds > 0}
-
-
-def _at_hand(run: RunShape, cost: Cost, choice: EngineChoice) -> bool:
-    """Whether sums stay in memory, and are written behind all that comes (``StoreAtHand``)."""
-    nbytes = max(cost.commit_bytes, cost.sums_read_bytes)
-    room = SHARE_AT_HAND * max(run.free_bytes, host_free_bytes())
-    return choice.kind == "resident" and not run.inputs.config.on_cluster and nbytes <= room
 
 
 def _shared(run: RunShape, choice: EngineChoice, cost: Cost) -> dict[str, float]:

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ghost_dist.calibration import files
-from ghost_dist.calibration.files import read_rows, read_text
+from ghost_dist.calibration import documents
+from ghost_dist.calibration.documents import read_rows, read_text
 from ghost_dist.errors import CalibrationError
 
 
@@ -20,7 +20,7 @@ def write_jsonl(path, rows):
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 1 << 16])
 def test_pieces_join_to_what_python_reads(tmp_path, piece_bytes, monkeypatch):
-    monkeypatch.setattr(files, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", piece_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes("é\r\n漢字 🙂\r\rend\r".encode() * 20)
     assert "".join(read_text(path)) == path.read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def test_gzipped_text(tmp_path, text):
     ("content", "byte"), [("aé漢".encode() + b"\xff b", 6), (b"abc\xe6\xbc", 3)]
 )
 def test_bytes_that_are_not_utf8_are_located(tmp_path, content, byte, piece_bytes, monkeypatch):
-    monkeypatch.setattr(files, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", piece_bytes)
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
     with pytest.raises(CalibrationError, match=rf"latin\.txt is not UTF-8 text: byte {byte} is 0x"):

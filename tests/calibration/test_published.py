@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ghost_dist.calibration.published import PUBLISHED, published_windows
+from ghost_dist.calibration.windows import PUBLISHED, published_windows
 from ghost_dist.errors import CalibrationError
 
 LENGTH = 16

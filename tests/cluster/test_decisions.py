@@ -2,7 +2,7 @@
 
 import pytest
 
-from ghost_dist.cluster.placement import Node, Shape, check_room, may_go_on, num_fitting, strategy
+from ghost_dist.cluster.leases import Node, Shape, check_room, may_go_on, num_fitting, strategy
 from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
