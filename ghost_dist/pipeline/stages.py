@@ -26,12 +26,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import Solution, load_operators, save_healed, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import (
-    Collect,
-    entries_of,
-    open_store,
-    plan_of,
-)
+from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.exporting import ExportAhead, export_recovered, file_sizes

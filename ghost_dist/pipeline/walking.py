@@ -142,10 +142,10 @@ class Walk:
                 self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
                 self._recovered = self._dense
             case Step(int(layer), "shared"):
-                self._dense_only(layer)
+                self._run(layer, recovered=False)
                 self._recovered = self._dense
             case Step(int(layer), "dense", span):
-                self._dense_only(layer)
+                self._run(layer, recovered=False)
                 if span is not None and layer == span.stop - 1:
                     self._apply(span)
             case Step(_, "refit", Span() as span):
@@ -153,25 +153,17 @@ class Walk:
             case Step(int(layer), "heal"):
                 self._heal(layer)
             case Step(int(layer)):
-                self._both(layer)
+                self._run(layer)
 
-    def _dense_only(self, layer: int) -> None:
-        with self.layers.running(layer, self._inputs(self._dense)) as run:
-            self._dense = self._through(run, self._dense)
-
-    def _both(self, layer: int) -> None:
-        inputs = self._inputs([*self._dense, *self._recovered])
-        with self.layers.running(layer, inputs) as run:
-            self._dense = self._through(run, self._dense)
-            with self.layers.with_down(layer, self._downs.get(layer)):
-                self._recovered = self._through(run, self._recovered)
-
-    def _recovered_only(self, layer: int) -> None:
-        with (
-            self.layers.running(layer, self._inputs(self._recovered)) as run,
-            self.layers.with_down(layer, self._downs.get(layer)),
-        ):
-            self._recovered = self._through(run, self._recovered)
+    def _run(self, layer: int, *, dense: bool = True, recovered: bool = True) -> None:
+        """Let a layer act on the streams."""
+        streams = [*(self._dense if dense else ()), *(self._recovered if recovered else ())]
+        with self.layers.running(layer, self._inputs(streams)) as run:
+            if dense:
+                self._dense = self._through(run, self._dense)
+            if recovered:
+                with self.layers.with_down(layer, self._downs.get(layer)):
+                    self._recovered = self._through(run, self._recovered)
 
     def _through(self, run: RunLayer, streams: list[Tensor]) -> list[Tensor]:
         return [run(stream.to(self.layers.device)).cpu() for stream in streams]
@@ -201,7 +193,7 @@ class Walk:
         refit = self.refits[span]
         folds = self._sums(span, refit.kind, self._recovered, self._dense)
         self.operators[span], self.fits[span] = refit.fit(folds)
-        self._recovered_only(span.start - 1)
+        self._run(span.start - 1, dense=False)
         self._apply(span)
 
     def _sums(
@@ -222,15 +214,12 @@ class Walk:
             )
             for _ in range(max(self.fold_of_window) + 1)
         ]
-        window = 0
-        for number, (x_BTC, h_BTF, product_BTC) in enumerate(self._taken_apart(layer, streams)):
-            for row in range(len(x_BTC)):
-                collector = collectors[self.fold_of_window[window]]
-                if kind.regressors == "joint":
-                    collector.take_mlp(layer, window, h_BTF[row], product_BTC[row])
-                collector(span.start, window, x_BTC[row])
-                collector(span.stop, window, targets[number][row].to(x_BTC.device))
-                window += 1
+        for window, y_TC, x_TC, h_TF, product_TC in self._taken_apart(layer, streams, targets):
+            collector = collectors[self.fold_of_window[window]]
+            if kind.regressors == "joint":
+                collector.take_mlp(layer, window, h_TF, product_TC)
+            collector(span.start, window, x_TC)
+            collector(span.stop, window, y_TC)
         return [collector.result() for collector in collectors]
 
     def _heal(self, layer: int) -> None:
@@ -240,21 +229,14 @@ class Walk:
             MomentsAccumulator(down_FC.shape[0], down_FC.shape[1], self.layers.device)
             for _ in range(max(self.fold_of_window) + 1)
         ]
-        self._dense_only(layer)
-        window = 0
-        taken = self._taken_apart(layer, self._recovered)
-        for number, (x_BTC, h_BTF, product_BTC) in enumerate(taken):
-            for row in range(len(x_BTC)):
-                y_TC = self._dense[number][row].to(x_BTC.device)
-                wide = torch.promote_types(y_TC.dtype, torch.float32)
-                # A: the recovered stream without that product; what is left for it is Y - A.
-                a_TC = x_BTC[row].to(wide) - product_BTC[row].to(wide)
-                accumulators[self.fold_of_window[window]].add(
-                    (h_BTF[row],),
-                    y_TC.to(wide) - a_TC,
-                    row_weights(self.row_weights, y_TC),
-                )
-                window += 1
+        self._run(layer, recovered=False)
+        taken = self._taken_apart(layer, self._recovered, self._dense)
+        for window, y_TC, x_TC, h_TF, product_TC in taken:
+            wide = torch.promote_types(y_TC.dtype, torch.float32)
+            # A: the recovered stream without that product; what is left for it is Y - A.
+            a_TC = x_TC.to(wide) - product_TC.to(wide)
+            weights_T = row_weights(self.row_weights, y_TC)
+            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC, weights_T)
         folds: list[Moments] = [accumulator.result() for accumulator in accumulators]
         repair, fit = refit_down(f"layer {layer}", folds, down_FC, "auto", judge=self.judge)
         better = fit.residual < 1
@@ -269,12 +251,12 @@ class Walk:
                 "kept": better,
             }
         )
-        self._recovered_only(layer)
+        self._run(layer, dense=False)
 
     def _taken_apart(
-        self, layer: int, streams: list[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Streams through a layer: the stream behind it, H, and ``H @ down``.
+        self, layer: int, streams: list[Tensor], targets: list[Tensor]
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """By window its target, and of its stream through a layer: that behind it, H, ``H @ down``.
 
         Without a down_proj H means nothing.
         """
@@ -290,8 +272,11 @@ class Walk:
             if layer in self.refittable:
                 module = self.layers.down_projection(layer)
                 stack.callback(module.register_forward_hook(hook).remove)
-            for stream in streams:
+            window = 0
+            for stream, target in zip(streams, targets, strict=True):
                 x_BTC = run(stream.to(self.layers.device))
                 shape = (*x_BTC.shape[:2], -1)
-                h_BTF, product_BTC = seen or (x_BTC, x_BTC)
-                yield x_BTC, h_BTF.reshape(shape), product_BTC.reshape(shape)
+                inner = [part.reshape(shape) for part in seen or (x_BTC, x_BTC)]
+                for rows in zip(target.to(x_BTC.device), x_BTC, *inner, strict=True):
+                    yield window, *rows
+                    window += 1

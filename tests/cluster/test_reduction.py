@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 import torch
 
-from ghost_dist.cluster.reduce import divide
+from ghost_dist.cluster.fit import divide
 from ghost_dist.cluster.running_sums import (
     ReduceSpec,
     ReplicaGroup,
