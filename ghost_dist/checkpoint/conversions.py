@@ -131,14 +131,9 @@ def save_model(model: Any, folder: Path) -> None:
     # It imports DeepSpeed where that is installed, which warns if it has to find out by itself
     # that there is no GPU.
     tell = not has_gpu() and "DS_ACCELERATOR" not in os.environ
-    if tell:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        with quiet_loading():
-            model.save_pretrained(folder)
-    finally:
-        if tell:
-            del os.environ["DS_ACCELERATOR"]
+    told = environment("DS_ACCELERATOR", "cpu") if tell else contextlib.nullcontext()
+    with told, quiet_loading():
+        model.save_pretrained(folder)
 
 
 def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:

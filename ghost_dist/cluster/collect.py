@@ -15,7 +15,7 @@ import ray
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
-from ghost_dist.cluster.rank import Work
+from ghost_dist.cluster.rank import StoreOfRun, Work
 from ghost_dist.cluster.replica import Replica
 from ghost_dist.pipeline.collectors import Collectors, RangeTimes
 from ghost_dist.progress import Advance
@@ -51,9 +51,8 @@ class CollectOnCluster:
         pool.num_layers = self._num_layers
         pool.begin(1 if config.engine.replicas == "auto" else config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
-        folds = config.folds if keep else None
-        path, fingerprint = store.path.resolve(), store.plan_fingerprint
-        work = ray.put(Work(path, fingerprint, tokens.tokens, collectors, folds))
+        place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
+        work = ray.put(Work(place, tokens.tokens, collectors, keep))
         queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)
         total = int(tokens.tokens.size)
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
-from ghost_dist.cluster.rank import FitWork
+from ghost_dist.cluster.rank import StoreOfRun
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.cluster.running_sums import ReduceSpec
 from ghost_dist.errors import ReductionError
@@ -70,7 +70,7 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
     return {replica: part for replica, part in parts.items() if part.kept or part.read}
 
 
-def reduce_live(pool: Pool, store: StatisticsStore, work: FitWork, keys: Keys) -> None:
+def reduce_live(pool: Pool, store: StatisticsStore, place: StoreOfRun, keys: Keys) -> None:
     """Reduce over replicas that hold no model any more; the pool's holders are who got what.
 
     If it breaks off, nobody has any, and the replicas that took part are closed.
@@ -85,7 +85,7 @@ def reduce_live(pool: Pool, store: StatisticsStore, work: FitWork, keys: Keys) -
     workers = [Worker(replica.number, rank) for rank in range(ranks) for replica in members]
     holders = {span: workers[i % len(workers)] for i, span in enumerate(keys)}
     try:
-        _reduce(pool, members, parts, work, keys, holders)
+        _reduce(pool, members, parts, place, keys, holders)
     except _Broken as broken:
         lost = broken.lost
         pool.reporter.warn(
@@ -129,7 +129,7 @@ def _reduce(
     pool: Pool,
     members: Sequence[Replica],
     parts: dict[int, Part],
-    work: FitWork,
+    place: StoreOfRun,
     keys: Keys,
     holders: dict[Span, Worker],
 ) -> None:
@@ -169,7 +169,7 @@ def _reduce(
             ),
         )
         for rank in range(pool.shape.ranks):
-            ask(replica, rank, "reduce", work, spec)
+            ask(replica, rank, "reduce", place, spec)
     answers(len(members) * pool.shape.ranks)
 
 
@@ -181,10 +181,14 @@ class FitOnCluster:
 
     def __init__(self, pool: Pool) -> None:
         inputs, self._pool = pool.inputs, pool
-        self._config, self._room = inputs.config, inputs.fit_room
+        self._config = inputs.config
         self._driver, self._ranks = inputs.fit_device.type, inputs.worker_device.type
         self._here = FitHere(
-            inputs.source, inputs.architecture, self._config.folds, inputs.fit_device, self._room
+            inputs.source,
+            inputs.architecture,
+            self._config.folds,
+            inputs.fit_device,
+            inputs.fit_room,
         )
         self._reduced = False
 
@@ -204,8 +208,7 @@ class FitOnCluster:
             return self._here(store, jobs, advance)
         self._pool.begin(1)
         self._unload()
-        path, fingerprint = store.path.resolve(), store.plan_fingerprint
-        work = FitWork(path, fingerprint, self._config.folds, self._room)
+        place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
         if reduces and not self._reduced:
             self._reduced = True
             keys: dict[Span, list[tuple[str, ...]]] = {}
@@ -214,7 +217,7 @@ class FitOnCluster:
                 names = stored_keys(kind, job.span, store.plan.entries) if kind else ()
                 if names and names not in of_span_keys:
                     of_span_keys.append(names)
-            reduce_live(self._pool, store, work, keys)
+            reduce_live(self._pool, store, place, keys)
         outcomes: dict[int, Outcome] = {}
         queue = LeaseQueue(of_span, self._pool.holders)
 
@@ -232,7 +235,7 @@ class FitOnCluster:
                 if lease is not None:
                     of_lease = [jobs[number] for number in of_span[lease.item]]
                     then = partial(take, lease)
-                    replica.ask(rank, "fit", lease.attempt, work, of_lease, then=then)
+                    replica.ask(rank, "fit", lease.attempt, place, of_lease, then=then)
                     self._event("span-leased", lease)
 
         self._pool.work_off(queue, fit, ranks=self._pool.shape.ranks)

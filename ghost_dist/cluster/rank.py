@@ -62,25 +62,34 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One store to fill; the same for all leases of a stage."""
+class StoreOfRun:
+    """The driver's store, as the ranks find it."""
 
-    store: Path
+    path: Path
     plan_fingerprint: str
-    tokens: Tokens
-    collectors: Collectors
-    keep: int | None
-    """Folds of which the rank keeps the running sums of committed ranges; None: it keeps none."""
+
+    def open(self) -> StatisticsStore:
+        where = f"node {socket.gethostname()}"
+        advice = "RUN must lie on a file system that all nodes share: choose such an --out."
+        try:
+            store = StatisticsStore.open(self.path)
+        except CorruptStoreError as error:
+            raise RunFolderError(
+                f"{self.path} is not seen from {where} ({error}) {advice}"
+            ) from error
+        if store.plan_fingerprint != self.plan_fingerprint:
+            raise RunFolderError(f"{self.path} is of another run on {where}. {advice}")
+        return store
 
 
 @dataclass(frozen=True)
-class FitWork:
-    """One store to fit spans from."""
+class Work:
+    """One store to fill; the same for all leases of a stage."""
 
-    store: Path
-    plan_fingerprint: str
-    folds: int
-    room: int  # bytes of the largest fit on a GPU; 0: the driver has none, so a rank sees itself
+    store: StoreOfRun
+    tokens: Tokens
+    collectors: Collectors
+    keep: bool  # the running sums of committed ranges, by fold
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ class Rank:
         self._running: RunningSums | None = None
         self._unacknowledged: dict[str, dict[str, Sums]] = {}
         self._meeting: Any = None
-        self._fits: tuple[FitWork, StatisticsStore, FitHere] | None = None
+        self._fits: tuple[StoreOfRun, StatisticsStore, FitHere] | None = None
         self._block = ColumnBlock()
         if threading.current_thread() is threading.main_thread():
             # A notice of preemption: nothing here is worth saving, and nothing half is committed.
@@ -204,11 +213,11 @@ class Rank:
         assert self._engine is not None, "run comes after load"
         self._heartbeat = Heartbeat(attempt, 0)
         if self._work is None or self._work[0] != work_id:
-            store = self._open_store(work.store, work.plan_fingerprint)
+            store = work.store.open()
             # An offloaded engine says how many passes fit once the rows are where they stay.
             streams = isinstance(self._engine, OffloadedEngine)
             self._work = (work_id, store, [] if streams else self._passes(work.collectors))
-            self._running = None if work.keep is None else RunningSums(work.keep)
+            self._running = RunningSums(self._of_run.config.folds) if work.keep else None
         _, store, passes = self._work
         windows = store.plan.ranges[range_id]
 
@@ -259,17 +268,17 @@ class Rank:
         port: int = self._meeting.port
         return port
 
-    def reduce(self, task: str, work: FitWork, spec: ReduceSpec) -> None:
+    def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""
         self._heartbeat = Heartbeat(task, 0)
         running, self._running = self._running, None
-        running = running or RunningSums(work.folds)
+        running = running or RunningSums(self._of_run.config.folds)
         if running.kept != dict(spec.kept):
             raise ReductionError(
                 f"This rank has kept ranges {sorted(running.kept.items())}, but the driver counts "
                 f"on {sorted(spec.kept.items())}."
             )
-        store, fits = self._fits_of(work)
+        store, fits = self._fits_of(place)
         for range_id in spec.read:
             attempt = store.committed_attempt(range_id)
             running.add(range_id, attempt, store.read(range_id, block=self._block))
@@ -284,10 +293,10 @@ class Rank:
                 fits.hold(keys, whole)
             self._advance(task, 1)
 
-    def fit(self, task: str, work: FitWork, jobs: Sequence[FitJob]) -> list[Outcome]:
+    def fit(self, task: str, place: StoreOfRun, jobs: Sequence[FitJob]) -> list[Outcome]:
         """Fit jobs of one span, from what this rank holds or from the store."""
         self._heartbeat = Heartbeat(task, 0)
-        store, fits = self._fits_of(work)
+        store, fits = self._fits_of(place)
         outcomes = fits(store, jobs, lambda n: self._advance(task, n))
         on_host = [one if isinstance(one, Exception) else one.on_host() for one in outcomes]
         del outcomes
@@ -299,21 +308,24 @@ class Rank:
         return self._heartbeat
 
     @property
-    def _timeout_s(self) -> float:
+    def _of_run(self) -> RunInputs:
         assert self._inputs is not None, "comes after load"
-        return self._inputs.config.cluster.progress_timeout_s
+        return self._inputs
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._of_run.config.cluster.progress_timeout_s
 
     def _advance(self, task: str, amount: int) -> None:
         self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)
 
-    def _fits_of(self, work: FitWork) -> tuple[StatisticsStore, FitHere]:
-        if self._fits is None or self._fits[0] != work:
-            assert self._inputs is not None, "fit comes after load"
-            source, architecture = self._inputs.source, self._inputs.architecture
-            store = self._open_store(work.store, work.plan_fingerprint)
-            room = work.room or fit_room(self._device)
-            fits = FitHere(source, architecture, work.folds, self._device, room)
-            self._fits = (work, store, fits)
+    def _fits_of(self, place: StoreOfRun) -> tuple[StatisticsStore, FitHere]:
+        if self._fits is None or self._fits[0] != place:
+            inputs = self._of_run
+            room = inputs.fit_room or fit_room(self._device)  # 0: the driver has no GPU
+            folds, architecture = inputs.config.folds, inputs.architecture
+            fits = FitHere(inputs.source, architecture, folds, self._device, room)
+            self._fits = (place, place.open(), fits)
         return self._fits[1:]
 
     def _passes(self, collectors: Collectors) -> list[MakeCollector]:
@@ -326,21 +338,6 @@ class Rank:
         if self._block.count > 1:
             dist.all_reduce(free, dist.ReduceOp.MIN)
         return int(free)
-
-    def _open_store(self, path: Path, plan_fingerprint: str) -> StatisticsStore:
-        try:
-            store = StatisticsStore.open(path)
-        except CorruptStoreError as error:
-            raise RunFolderError(
-                f"{path} is not seen from node {socket.gethostname()} ({error}) RUN must lie "
-                "on a file system that all nodes share: choose such an --out."
-            ) from error
-        if store.plan_fingerprint != plan_fingerprint:
-            raise RunFolderError(
-                f"{path} is of another run on node {socket.gethostname()}. RUN must lie on a "
-                "file system that all nodes share: choose such an --out."
-            )
-        return store
 
 
 def _open_checkpoint(inputs: RunInputs) -> Checkpoint:

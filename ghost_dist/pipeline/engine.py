@@ -29,7 +29,7 @@ from ghost_dist.pipeline.solve_cost import solve_cost
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 
-_RECORD = "engine"
+ENGINE = "engine"
 Kind = Literal["resident", "streaming"]
 
 
@@ -40,7 +40,7 @@ def with_engine(
 
     ``whole``: what needs the whole model beside the configuration.
     """
-    config, known = inputs.config, run.outputs(_RECORD)
+    config, known = inputs.config, run.outputs(ENGINE)
     if known and inputs.fit_room:
         inputs = replace(inputs, fit_room=known.get("fit_room", inputs.fit_room))
     if config.on_cluster:
@@ -67,16 +67,11 @@ def with_engine(
     return replace(inputs, streaming=choice.kind == "streaming")
 
 
-def has_engine(run: RunFolder) -> bool:
-    """Whether the run has an engine, so that texts it will evaluate are not asked for theirs."""
-    return bool(run.outputs(_RECORD))
-
-
 def record_engine(inputs: RunInputs, run: RunFolder) -> None:
     """Note what :func:`with_engine` decided, once the folder is bound to the run."""
     kind = "streaming" if inputs.streaming else "resident"
     run.finish(
-        _RECORD, "", {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}
+        ENGINE, "", {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}
     )
 
 

@@ -33,7 +33,7 @@ from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import Solution
 from ghost_dist.pipeline.bench_serving import SERVING
 from ghost_dist.pipeline.collecting import Workers
-from ghost_dist.pipeline.engine import has_engine, record_engine, with_engine
+from ghost_dist.pipeline.engine import ENGINE, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT, ExportAhead
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.stages import STAGES, Stages
@@ -78,7 +78,7 @@ def recover(
             inputs = open_inputs(
                 config,
                 reporter,
-                evaluates=again not in ("select", "calibrate", "solve") or not has_engine(run),
+                evaluates=again not in ("select", "calibrate", "solve") or not run.outputs(ENGINE),
                 worker_device=None if workers is None else workers.device,
             )
         inputs = with_engine(inputs, run, reporter)
