@@ -48,7 +48,7 @@ class LayerwiseModel:
         self._embeddings = model.get_submodule(architecture.embeddings)
         self.final_norm = model.get_submodule(architecture.final_norm)
         self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
-        self._own: list[tuple[Any, ...]] = []
+        self._take_up: list[Callable[[], None]] = []  # lets a layer be itself again
         self._off: frozenset[Sublayer] = frozenset()
         self._body_output: Any = None
         self._head_by_itself: bool | None = None
@@ -76,8 +76,8 @@ class LayerwiseModel:
         try:
             yield
         finally:
-            for number in range(self.num_layers):
-                self._take_up(number)
+            for take_up in self._take_up:
+                take_up()
             self._model.train(training)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class LayerwiseModel:
             return left
 
         with contextlib.ExitStack() as stack:
-            self._take_up(layer)
+            self._take_up[layer]()
             stack.callback(self._hand_on, layer)
             if tapped:
                 stack.enter_context(forward_of(module, MethodType(type(module).forward, module)))
@@ -251,7 +251,7 @@ class LayerwiseModel:
                 hooks.enter_context(self._without_tokens())
                 hooks.callback(self.final_norm.register_forward_pre_hook(stop, prepend=True).remove)
                 for layer in self.layers:  # the current one too
-                    hooks.enter_context(_handing_on(layer))
+                    hooks.callback(_hand_on(layer))
                     layer.register_forward_pre_hook(note, with_kwargs=True)
                 self._model(
                     input_ids=torch.zeros(*shape, dtype=torch.int64, device=self.device),
@@ -272,25 +272,10 @@ class LayerwiseModel:
             yield
 
     def _hand_on(self, only: int | None = None) -> None:
-        """Let layers hand their input on; what hangs on them (operators) does not run then."""
         if only is None:
-            self._own = [
-                (
-                    la.__dict__.get("forward"),
-                    la._forward_pre_hooks,
-                    la._forward_pre_hooks_with_kwargs,
-                )
-                for la in self.layers
-            ]
-        for layer in self.layers if only is None else [self.layers[only]]:
-            _let_hand_on(layer)
-
-    def _take_up(self, number: int) -> None:
-        layer, (forward, hooks, with_kwargs) = self.layers[number], self._own[number]
-        del layer.__dict__["forward"]
-        if forward is not None:
-            layer.__dict__["forward"] = forward
-        layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks, with_kwargs
+            self._take_up = [_hand_on(layer) for layer in self.layers]
+        else:
+            self._take_up[only] = _hand_on(self.layers[only])
 
 
 def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
@@ -324,21 +309,21 @@ def _with_weight(module: Any, weight_FC: Tensor) -> Iterator[None]:
         module.weight = own
 
 
-def _let_hand_on(layer: Any) -> None:
+def _hand_on(layer: Any) -> Callable[[], None]:
+    """Let a layer hand its input on, without what hangs on it (operators); gives the way back."""
+    forward = layer.__dict__.get("forward")
+    hooks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
     layer.__dict__["forward"] = handing_on(type(layer))
     layer._forward_pre_hooks = OrderedDict()
     layer._forward_pre_hooks_with_kwargs = OrderedDict()
 
+    def take_up() -> None:
+        del layer.__dict__["forward"]
+        if forward is not None:
+            layer.__dict__["forward"] = forward
+        layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks
 
-@contextlib.contextmanager
-def _handing_on(layer: Any) -> Iterator[None]:
-    hooks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
-    with forward_of(layer, None):
-        _let_hand_on(layer)
-        try:
-            yield
-        finally:
-            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks
+    return take_up
 
 
 @contextlib.contextmanager

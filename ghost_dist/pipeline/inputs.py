@@ -175,7 +175,7 @@ def open_inputs(
             "each left out of the fit, and on no other text. Give several, of the kinds in use: "
             "--set calibration.sources={FILE: 0.5, OTHER: 0.5}."
         )
-    refittable = _refittable(config, source, architecture, any_operator=any_operator)
+    refittable = refittable_layers(config, source, architecture, any_operator=any_operator)
     if not any_operator:
         _say_if_few_tokens(config, architecture, refittable, reporter)
     return assembled(
@@ -365,43 +365,36 @@ def refittable_layers(
     architecture: Architecture,
     *,
     any_operator: bool = False,
+    reads: bool = True,
 ) -> frozenset[int]:
     """Layers whose down_proj can be refitted, found on a small random model of the family.
 
-    The classes decide, not the weights: one real layer may be larger than memory.
+    The classes decide, not the weights: one real layer may be larger than memory. Where no small
+    model can be built the first real layer that has one is looked at, or nothing if not ``reads``.
     """
-    operator = config.operator
+    operator, downs = config.operator, architecture.down_projections
     wanted = any_operator or operator.name == "auto" or refits_down(operator.name) or operator.heal
-    if not wanted or not architecture.down_projections:
+    if not wanted or not downs:
         return frozenset()
 
     def added(model: Any) -> bool:
-        paths = set(architecture.down_projections.values())
         small = {
             number: path
             for number, layer in enumerate(model.get_submodule(architecture.layers))
-            for path in paths & {path for path, _ in layer.named_modules()}
+            for path in set(downs.values()) & {path for path, _ in layer.named_modules()}
         }
         layers = LayerwiseModel(model, replace(architecture, down_projections=small))
         return adds_mlp_output(layers, min(small))
 
-    added_by_small = with_small_model(source, architecture, 1, added)
-    return frozenset(architecture.down_projections) if added_by_small else frozenset()
-
-
-def _refittable(
-    config: Config, source: Checkpoint, architecture: Architecture, *, any_operator: bool
-) -> frozenset[int]:
-    """The same; where no small model can be built, found on the first real layer that has one."""
     try:
-        return refittable_layers(config, source, architecture, any_operator=any_operator)
+        found = with_small_model(source, architecture, 1, added)
     except UnsupportedArchitectureError:
-        first = min(architecture.down_projections)
-        decoder = load_decoder(
-            source.path, architecture, first + 1, torch.float32, torch.device("cpu")
-        )
-        added = adds_mlp_output(LayerwiseModel(decoder.model, decoder.architecture), first)
-        return frozenset(architecture.down_projections) if added else frozenset()
+        if not reads:
+            raise
+        cpu, first = torch.device("cpu"), min(downs)
+        decoder = load_decoder(source.path, architecture, first + 1, torch.float32, cpu)
+        found = adds_mlp_output(LayerwiseModel(decoder.model, decoder.architecture), first)
+    return frozenset(downs) if found else frozenset()
 
 
 def _say_if_few_tokens(

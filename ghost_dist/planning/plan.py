@@ -171,7 +171,7 @@ def _open(config: Config) -> tuple[RunInputs, list[str], float]:
     notes = [*source.notes]
     device = open_device(config.engine.device)
     try:
-        refittable = refittable_layers(config, source, architecture)
+        refittable = refittable_layers(config, source, architecture, reads=False)
     except UnsupportedArchitectureError:
         refittable = frozenset(architecture.down_projections)
         notes.append("no small model of the family could be built; taken to allow ghost-joint")
