@@ -198,17 +198,10 @@ class Stages:
         missing = store.missing() if samples else ()
 
         def work() -> dict[str, Any]:
-            architecture = inputs.architecture
-            collectors = SpanCollectors(tuple(samples), architecture)
-            check_disk_space(
-                self._run.path,
-                disk_needs(
-                    len(missing) * collectors.stored_bytes(plan.blocks),
-                    len(spans),
-                    architecture.hidden_size,
-                    inputs.source.bytes_once_read,
-                ),
-            )
+            collectors = SpanCollectors(tuple(samples), inputs.architecture)
+            nbytes = len(missing) * collectors.stored_bytes(plan.blocks)
+            width, exported = inputs.architecture.hidden_size, inputs.source.bytes_once_read
+            check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, exported))
             if self._ahead is not None:
                 self._ahead.copy(Variant(spans, sublayers=self.sublayers))
             if not samples:
