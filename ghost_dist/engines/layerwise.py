@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.halves import zeros
 from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
-from ghost_dist.engines.expert_parts import Inputs, RunLayer
+from ghost_dist.engines.expert_parts import Inputs, RunLayer, routed_experts
 from ghost_dist.spans import Sublayer
 
 Group = int | Literal["embeddings", "head"]
@@ -49,6 +49,7 @@ class LayerwiseModel:
         self.final_norm = model.get_submodule(architecture.final_norm)
         self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
         self._take_up: list[Callable[[], None]] = []  # lets a layer be itself again
+        self.routes = any(routed_experts(layer) is not None for layer in self.layers)
         self._off: frozenset[Sublayer] = frozenset()
         self._body_output: Any = None
         self._head_by_itself: bool | None = None

@@ -28,6 +28,7 @@ from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.spans import Sublayer
 
 _GONE = ("gone",)  # what acts on the stream of a variant without the layer: nothing
+_ENOUGH_TOKENS = {"cuda": 2048}  # for a layer to take longer than its start
 _SHARE_FOR_STREAMS = 0.5  # of free memory; layers, logits and a batch's own memory have the rest
 
 
@@ -89,6 +90,7 @@ def sweep(
         streams = _Streams(
             model, variants, lineage, operators, part.shape, batch, first, taps, streams_WTC
         )
+        streams.together = _together(model, batch, tokens.shape)
         told = 0
         with model.through(groups) as at_hand:
             for group in at_hand:
@@ -106,6 +108,16 @@ def sweep(
                 advance(now - told)
                 told = now
             model.check_weights()
+
+
+def _together(model: LayerwiseModel, batch: int, shape: tuple[int, ...]) -> int:
+    """Streams of so many windows that go through a layer side by side, always as many.
+
+    A GPU waits for its host where a layer is given few tokens. What routes tokens to experts
+    would let the streams of others decide how it rounds.
+    """
+    enough = 0 if model.routes else _ENOUGH_TOKENS.get(model.device.type, 0)
+    return max(1, min(batch, enough // max(1, shape[1])) // max(1, shape[0]))
 
 
 def layers_run(variants: Sequence[Variant], num_layers: int) -> list[int]:
@@ -213,6 +225,7 @@ class _Streams:
                 self._place = torch.device("cpu")
         self._dense = self._empty() if dense_WTC is None else dense_WTC
         self._own: dict[int, Tensor] = {}  # but the dense one
+        self.together = 1
 
     def embed(self, tokens: Tokens) -> None:
         for part in self._parts():
@@ -231,13 +244,15 @@ class _Streams:
                 (stream, number)
             )
         for gone, on in by_halves.items():
+            on.sort(key=lambda pair: self._of_model(layer, pair))  # stable: the others first
             streams = [self._own.get(stream, self._dense) for stream, _ in on]
             inputs = Inputs(streams, self._batch, self._device)
             with (
                 self._model.without(gone),
                 self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
             ):
-                for stream, number in on:
+                alike = [stream for stream, number in on if self._of_model(layer, (stream, number))]
+                for stream, number in on[: len(on) - len(alike)]:
                     if stream == 0:
                         with self._mlp_tapped(layer, taps):
                             for part in self._parts():
@@ -249,6 +264,8 @@ class _Streams:
                             self._model.with_outputs(variant.outputs_of(layer)),
                         ):
                             self._change(stream, run)
+                for first in range(0, len(alike), self.together):
+                    self._change_together(alike[first : first + self.together], run)
         self._repair(layer + 1)
         self._pass(layer + 1)
 
@@ -319,6 +336,23 @@ class _Streams:
         for part in self._parts():
             own = self._put(own, part, run(self._batch_of(own, part)))
         self._own[stream] = own
+
+    def _of_model(self, layer: int, pair: tuple[int, int]) -> bool:
+        """Whether a stream, not the dense one, goes through a layer with the model's weights."""
+        variant = self._variants[pair[1]]
+        return pair[0] != 0 and not (layer in variant.downs or variant.outputs_of(layer))
+
+    def _change_together(self, streams: Sequence[int], run: Callable[[Tensor], Tensor]) -> None:
+        if self.together == 1:
+            self._change(streams[0], run)
+            return
+        every = slice(0, self._shape[0])
+        given = [self._batch_of(self._own[stream], every) for stream in streams]
+        # Of the same shape whatever others there are, so that each is rounded in the same way.
+        given += given[-1:] * (self.together - len(streams))
+        made = torch.split(run(torch.cat(given)), self._shape[0])
+        for stream, y_BTC in zip(streams, made, strict=False):
+            self._own[stream] = self._put(self._own[stream], every, y_BTC)
 
     def _repair(self, boundary: int) -> None:
         act = self._lineage.boundaries[boundary]

@@ -9,6 +9,7 @@ from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.engines import sweep
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation import scores
@@ -61,15 +62,16 @@ def measure(model, architecture, spans, candidates, batch, **arguments):
 
 @pytest.mark.parametrize("cut", ["two", "first", "last"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_against_a_second_model_that_is_cut(checkpoint, family, cut):
+def test_against_a_second_model_that_is_cut(checkpoint, monkeypatch, family, cut):
     """All candidates at once, in every batch size, are what two models side by side give."""
+    monkeypatch.setitem(sweep._ENOUGH_TOKENS, "cpu", 1 << 20)
     source, architecture = checkpoint(family)
     spans, model = CUTS[cut], load(source)
     candidates, before = candidates_of(spans, architecture), logits(model)
     expected = [by_hand(source, architecture, spans, c, before) for c in candidates]
     assert min(expected) > 1e-3
     assert len({round(value, 3) for value in expected}) >= 3, "they could be mixed up unseen"
-    for batch in (1, 2, 3):
+    for batch in (1, 2, 3, 2 * len(TOKENS)):  # in the last one two candidates go side by side
         done = []
         got = measure(model, architecture, spans, candidates, batch, advance=done.append)
         assert got == pytest.approx(expected, rel=ROUNDING)
@@ -77,15 +79,21 @@ def test_against_a_second_model_that_is_cut(checkpoint, family, cut):
     assert torch.equal(logits(model), before)
 
 
-def test_candidates_do_not_disturb_each_other(checkpoint):
+@pytest.mark.parametrize("batch", [2, 2 * len(TOKENS)])
+def test_candidates_do_not_disturb_each_other(checkpoint, monkeypatch, batch):
     """A candidate that changes an early layer moves where all others enter, and nothing else."""
+    monkeypatch.setitem(sweep._ENOUGH_TOKENS, "cpu", 1 << 20)
     source, architecture = checkpoint("llama")
     spans, model = CUTS["two"], load(source)
+    rows = set()
+    for layer in model.model.layers[spans[-1].stop :]:
+        layer.register_forward_hook(lambda _m, args, _o: rows.add(len(args[0])))
     candidates = candidates_of(spans, architecture)
-    together = measure(model, architecture, spans, candidates, 2)
-    alone = [measure(model, architecture, spans, [c], 2)[0] for c in candidates]
+    together = measure(model, architecture, spans, candidates, batch)
+    assert max(rows) == batch
+    alone = [measure(model, architecture, spans, [c], batch)[0] for c in candidates]
     assert together == pytest.approx(alone, rel=1e-6)
-    backwards = measure(model, architecture, spans, candidates[::-1], 2)
+    backwards = measure(model, architecture, spans, candidates[::-1], batch)
     assert backwards[::-1] == pytest.approx(together, rel=1e-6)
 
 
