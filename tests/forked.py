@@ -64,19 +64,31 @@ class Changed:
 def forked_python():
     """Run the server."""
     with tempfile.TemporaryDirectory() as folder:  # a short path: the socket lies there
-        socket_path, program = Path(folder, "socket"), Path(folder, "python")
-        asking = [sys.executable, "-I", "-S", __file__, "ask", str(socket_path)]
-        program.write_text(f'#!/bin/sh\nexec {shlex.join(asking)} "$@"\n')
-        program.chmod(0o755)
-        command = [sys.executable, __file__, "serve", str(socket_path)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
-            while not socket_path.exists():
-                assert server.poll() is None, "the server of forked processes has ended"
-                time.sleep(0.05)
-            try:
-                yield Forked(program, server.pid)
-            finally:
-                server.stdin.close()
+        socket_path = Path(folder, "socket")
+        with started_server(socket_path) as pid:
+            yield Forked(asking_program(socket_path, Path(folder, "python")), pid)
+
+
+def asking_program(socket_path, program):
+    """Write the executable."""
+    asking = [sys.executable, "-I", "-S", __file__, "ask", str(socket_path)]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(asking)} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@contextlib.contextmanager
+def started_server(socket_path, prefix=()):
+    """The server's process id; ``prefix``: a command that runs it elsewhere, by exec."""
+    command = [*prefix, sys.executable, __file__, "serve", str(socket_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
+        while not socket_path.exists():
+            assert server.poll() is None, "the server of forked processes has ended"
+            time.sleep(0.05)
+        try:
+            yield server.pid
+        finally:
+            server.stdin.close()
 
 
 def ask(path, arguments):

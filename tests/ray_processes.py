@@ -38,6 +38,7 @@ esac
         for _ in range(2):
             cluster.add_node(**NODE)
         cluster.forked = forked
+        cluster.servers = {forked.pid}
         try:
             yield cluster
         finally:
@@ -54,7 +55,7 @@ def rank_pids(cluster):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue
-        if name.startswith(b"ray::Rank") and parent == cluster.forked.pid:
+        if name.startswith(b"ray::Rank") and parent in cluster.servers:
             found.append(int(folder.name))
     return sorted(found)
 
@@ -64,10 +65,13 @@ def nothing_leaked(cluster, seconds=30.0):
     deadline = time.monotonic() + seconds
     while (left := rank_pids(cluster)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-    try:
-        groups = ray.util.placement_group_table().values()
-        held = [group["state"] for group in groups if group["state"] != "REMOVED"]
-    finally:
-        ray.shutdown()
+    if hasattr(cluster, "held_groups"):
+        held = cluster.held_groups()
+    else:
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        try:
+            groups = ray.util.placement_group_table().values()
+            held = [group["state"] for group in groups if group["state"] != "REMOVED"]
+        finally:
+            ray.shutdown()
     return left == [] and held == [], (left, held)

@@ -5,16 +5,21 @@ whole node. A driver that was killed is started again by the same call; a node t
 replaced by a new one. Runs follow each other until all faults were injected.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
+import subprocess
+import threading
 from collections import Counter
 
 import pytest
 from children import child
+from ray_hosts import three_hosts
 from ray_processes import NODE, nothing_leaked, rank_pids
 
+from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
 
 RANGES = 24
@@ -95,6 +100,70 @@ class Chaos:
         return True
 
 
+DRIVE = """
+import json, sys
+import torch
+from ghost_dist.cluster.session import recover_on_cluster
+from ghost_dist.config_file import config_from_tree
+torch.set_num_threads(1)
+recover_on_cluster(config_from_tree(json.load(open(sys.argv[1]))), again="solve")
+"""
+
+
+class HostChaos(Chaos):
+    """The driver is a process of the head's host; faults are also those of a network."""
+
+    def __init__(self, hosts, make_config, root, seed):
+        super().__init__(hosts, make_config, root, seed)
+        self.timers, self.numbers = [], iter(range(20, 250))
+
+    def start(self, config):
+        given = self.root / "config.json"
+        given.write_text(json.dumps(config_tree(config)))
+        with (self.root / "driver.log").open("ab") as log:
+            driver = self.cluster.python(0, "-c", DRIVE, str(given), stdout=log, stderr=log)
+        return Driver(driver)
+
+    def hit(self, kind, driver):
+        if kind not in ("partition", "partition of the head", "move"):
+            return super().hit(kind, driver)
+        host = 0 if kind == "partition of the head" else self.random.choice((1, 2))
+        if not rank_pids(self.cluster) or any(timer.is_alive() for timer in self.timers):
+            return False  # one at a time: with both workers gone there is nothing to hit
+        if kind == "move":
+            self.cluster.move(host, next(self.numbers))
+        else:
+            self.cluster.cut(host)
+            seconds = 90 ** self.random.random()  # 1 to 90 s, short ones as often as long ones
+            timer = threading.Timer(seconds, self.come_back, (host,))
+            timer.start()
+            self.timers.append(timer)
+        self.injected[kind] += 1
+        return True
+
+    def come_back(self, host):
+        """The link works again; a node that Ray has given up in between ends, and is replaced."""
+        self.cluster.mend(host)
+        if host and not self.cluster.survives(host):
+            self.cluster.kill_node(host)
+            self.cluster.start_node(host)
+
+
+class Driver:
+    """A process as :mod:`multiprocessing` has them."""
+
+    def __init__(self, process):
+        self.process, self.pid = process, process.pid
+
+    def join(self, seconds=None):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    @property
+    def exitcode(self):
+        return self.process.poll()
+
+
 def operators(run):
     return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
 
@@ -129,13 +198,29 @@ ALL = ("kill", "kill", "kill", "stop", "term", "driver", "node")
 
 
 @pytest.mark.timeout(900)
-def test_every_kind_of_fault(cluster, make_config, tmp_path):
+def test_twenty_faults(cluster, make_config, tmp_path):
     """Replicas of one rank, which load fast: more faults hit work."""
     chaos = Chaos(cluster, make_config, tmp_path, seed=0)
-    storm(chaos, ALL, engine__kind="resident")
+    storm(chaos, 2 * ALL, engine__kind="resident")
     shared = Chaos(cluster, make_config, tmp_path / "shared", seed=1)
     shared.root.mkdir()
-    storm(shared, ("kill", "stop", "driver"), engine__tensor_parallel=2)
+    storm(shared, 2 * ("kill", "stop", "driver"), engine__tensor_parallel=2)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with three_hosts() as hosts:
+        yield hosts
+
+
+NETWORK = ("partition", "partition", "partition of the head", "move", "kill", "kill", "driver")
+
+
+@pytest.mark.chaos_nightly
+@pytest.mark.timeout(3600)
+def test_faults_of_hosts(hosts, make_config, tmp_path):
+    chaos = HostChaos(hosts, make_config, tmp_path, seed=0)
+    storm(chaos, 3 * NETWORK, engine__kind="resident")
 
 
 @pytest.mark.chaos_nightly

@@ -1,0 +1,195 @@
+"""Hosts with addresses of their own on one kernel: network namespaces on a bridge, Ray in each.
+
+A link can be cut, which is a partition: both sides live and neither hears of the other. For root.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from forked import asking_program, started_server
+
+# Ray finds a silent node after 30 s by default, most of which a test would wait.
+NODE_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
+# As `ray start`, whose workers are forked processes: a rank would import torch for seconds.
+START = """
+import sys
+import ray._private.services
+from forked import Changed
+ray._private.services.sys = Changed(sys, executable=sys.argv.pop(1))
+from ray.scripts.scripts import cli
+cli(["start", "--block", "--object-store-memory=83886080", "--disable-usage-stats", *sys.argv[1:]])
+"""
+PROBE = "import socket, sys; socket.create_connection((f'{sys.argv[1]}.10', 6379), 2)"
+LEFT = """
+import json, ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+groups = ray.util.placement_group_table().values()
+print(json.dumps([group["state"] for group in groups if group["state"] != "REMOVED"]))
+"""
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def three_hosts():
+    """A head without ranks and two workers of one rank each; skipped where none can be made."""
+    name = f"gd{os.getpid() % 100000}"
+    try:
+        ip("link", "add", name, "type", "bridge")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here (root and iproute2 needed): {error}")
+    with tempfile.TemporaryDirectory() as folder:  # a short path: Ray's sockets lie below it
+        hosts = Hosts(name, Path(folder))
+        try:
+            hosts.begin()
+            yield hosts
+        finally:
+            hosts.end()
+
+
+class Hosts:
+    """The cluster that :class:`test_chaos.Chaos` hits, with links that can be cut."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder = name, folder
+        self.net = f"10.{os.getpid() % 200 + 20}.77"
+        self.address = f"{self.net}.10:6379"
+        self._stack = contextlib.ExitStack()
+        self._nodes, self._forked, self._numbers = {}, {}, {}
+
+    def begin(self):
+        ip("addr", "add", f"{self.net}.1/24", "dev", self.name)
+        ip("link", "set", self.name, "up")
+        for host in range(3):
+            space = self.space(host)
+            ip("netns", "add", space)
+            self._stack.callback(ip, "netns", "del", space)
+            ip("-n", space, "link", "set", "lo", "up")
+            self.plug_in(host, 10 + host)
+            socket = self.folder / f"socket{host}"
+            server = started_server(socket, prefix=("ip", "netns", "exec", space))
+            pid = self._stack.enter_context(server)
+            self._forked[host] = asking_program(socket, self.folder / f"python{host}"), pid
+        for host in range(3):
+            self.start_node(host)
+
+    def end(self):
+        for host in list(self._nodes):
+            self.kill_node(host)
+        self._stack.close()
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("link", "del", self.name)
+
+    def space(self, host):
+        return f"{self.name}-{host}"
+
+    def plug_in(self, host, number):
+        """Give the host a link, and the address that ends with ``number``."""
+        link, space = f"{self.name}h{host}", self.space(host)
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("link", "set", link, "master", self.name, "up")
+        ip("-n", space, "addr", "add", f"{self.net}.{number}/24", "dev", "eth0")
+        ip("-n", space, "link", "set", "eth0", "up")
+        # Without a route to elsewhere Ray takes its own address for 127.0.0.1.
+        ip("-n", space, "route", "add", "default", "via", f"{self.net}.1")
+        self._numbers[host] = number
+
+    def cut(self, host):
+        ip("link", "set", f"{self.name}h{host}", "down")
+
+    def mend(self, host):
+        ip("link", "set", f"{self.name}h{host}", "up")
+
+    def move(self, host, number):
+        """The host comes back with another address, and a node of its own."""
+        self.kill_node(host)
+        ip("link", "del", f"{self.name}h{host}")
+        self.plug_in(host, number)
+        self.start_node(host)
+
+    def start_node(self, host):
+        role = (
+            ["--head", "--port=6379", "--include-dashboard=false"]
+            if host == 0
+            else [f"--address={self.address}"]
+        )
+        log = self._stack.enter_context((self.folder / f"node{host}.log").open("ab"))
+        self._nodes[host] = subprocess.Popen(
+            [
+                *("ip", "netns", "exec", self.space(host), sys.executable, "-c", START),
+                str(self._forked[host][0]),
+                f"--node-ip-address={self.net}.{self._numbers[host]}",
+                *role,
+            ],
+            env={**os.environ, **NODE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        if host == 0:
+            self.wait_for_head()
+
+    def wait_for_head(self):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            probe = subprocess.run(
+                [*("ip", "netns", "exec", self.space(0), sys.executable, "-c"), PROBE, self.net],
+                check=False,
+                capture_output=True,
+            )
+            if probe.returncode == 0:
+                return
+            assert self._nodes[0].poll() is None, (self.folder / "node0.log").read_text()[-2000:]
+            time.sleep(0.3)
+        raise AssertionError((self.folder / "node0.log").read_text()[-2000:])
+
+    def kill_node(self, host):
+        """Everything on the host: its Ray processes and the ranks that they started."""
+        node = self._nodes.pop(host)
+        space = subprocess.run(
+            ["ip", "netns", "pids", self.space(host)], check=True, capture_output=True, text=True
+        )
+        server = self._forked[host][1]
+        for pid in map(int, space.stdout.split()):
+            if pid != server:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        node.wait()
+
+    def python(self, host, *arguments, **options):
+        """A process on a host, forked from its server."""
+        return subprocess.Popen([str(self._forked[host][0]), *arguments], **options)
+
+    @property
+    def servers(self):
+        """Processes that those of Ray's workers are children of."""
+        return {pid for _, pid in self._forked.values()}
+
+    def held_groups(self):
+        """States of placement groups that are not removed."""
+        asked = self.python(0, "-c", LEFT, self.address, stdout=subprocess.PIPE, text=True)
+        return json.loads(asked.communicate(timeout=60)[0].splitlines()[-1])
+
+    def survives(self, host, seconds=20):
+        """Whether the node is still up some time after its link was."""
+        try:
+            self._nodes[host].wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
