@@ -15,6 +15,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import Config, OperatorConfig, OperatorName
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import solving
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.recover import recover, run_stage_again
@@ -223,6 +224,26 @@ def test_sequential_refit_changes_the_later_span_only(make_config, tmp_path):
     assert not torch.allclose(
         operator_file(one, "4-6")["linear"], operator_file(two, "4-6")["linear"], rtol=1e-3
     )
+
+
+def test_a_refit_is_taken_where_windows_that_no_fit_saw_say_so(make_config, tmp_path, monkeypatch):
+    common = {"selection__spans": [[2, 3], [5, 6]], "operator__choose": "kl"}
+
+    def solved(name, **fields):
+        config = make_config(**common, **fields, output__path=str(tmp_path / name))
+        recover(config, again="solve")
+        record = json.loads((tmp_path / name / "stages" / "solve.json").read_text())["outputs"]
+        return record["files"], record["refit"], record["folds"]
+
+    explicit, parallel = (solved(n, operator__refit=n) for n in ("sequential", "parallel"))
+    files, refit, folds = solved("auto")
+    assert refit["kl_sequential"] + refit["standard_error"] < refit["kl_parallel"]
+    assert (refit["taken"], files, folds) == (True, explicit[0], [0, 1, 2])
+    monkeypatch.setattr(solving, "REFIT_ERRORS", 1e6)
+    files, refit, folds = solved("harder")
+    assert (refit["taken"], files, folds) == (False, parallel[0], [0, 1, 2, 3])
+    files, refit, _ = solved("few", calibration__windows=5)  # 6.7 tokens for each regressor
+    assert refit is None
 
 
 def test_healed_layers_are_exported_under_their_new_numbers(make_config, tmp_path):
