@@ -53,7 +53,7 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
                 "window_length": texts.window_length,
                 "window_bos": model != "pico" and REAL_MODELS[model].window_bos,
             },
-            "selection": {"remove": shape["num_hidden_layers"] // 4},
+            "selection": {"remove": shape["num_hidden_layers"] // 4, "effort": "quick"},
             "evaluation": {
                 "corpora": {name: str(paths[name]) for name in evaluation},
                 "windows": texts.evaluation_windows,

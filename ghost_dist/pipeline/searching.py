@@ -93,9 +93,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(1.0, 1 / 16, 8, 8),
-    "normal": Effort(1.0, 1 / 8, 16, 12),
-    "thorough": Effort(2.0, 1 / 4, 32, None),
+    "quick": Effort(2.0, 1 / 8, 16, 12),
+    "normal": Effort(2.0, 1 / 4, 32, None),
+    "thorough": Effort(4.0, 1 / 2, 64, None),
 }
 
 

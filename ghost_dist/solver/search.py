@@ -160,7 +160,7 @@ class Search:
     effort
         See ``budget``.
     width
-        Most removals of a generation but the first; None: all that there are.
+        Most removals of a generation but the first and the spans; None: all that there are.
     seed
         Of the mutations.
     table
@@ -269,7 +269,7 @@ class Search:
     def _best_span(self) -> Removal | None:
         """The best of those whose units are neighbours; None: there are none."""
         spans = single_spans(self.rules)
-        allowed = self._likely((), filter(self.rules.allow, spans))
+        allowed = [span for span in spans if self.rules.allow(span) and self._counts(span)]
         return self._generation("span", allowed) if allowed else None
 
     def _climbed(self, removal: Removal) -> Removal:
@@ -397,8 +397,8 @@ def single_spans(rules: Rules) -> list[Removal]:
 def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -> int:
     """What it takes at most until the units have gone one at a time, and as one span."""
     free = rules.num_units - len(set(rules.protect))
-    later = [*(free - gone for gone in range(1, rules.remove)), len(single_spans(rules))]
-    counts = [free, *(min(count, width or count) for count in later)]
+    later = [min(free - gone, width or free) for gone in range(1, rules.remove)]
+    counts = [free, *later, len(single_spans(rules))]
     part, windows = len(judges.part(0)), len(judges.windows)
     return sum(count * part + _num_kept(count) * (windows - part) for count in counts)
 

@@ -142,7 +142,7 @@ def test_a_width_is_of_the_units_that_cost_least():
     by_length = {n: {r for r in asked if len(r) == n} for n in (1, 2, 3)}
     assert len(by_length[1]) == 12
     assert by_length[2] == {(0, u) for u in (1, 2, 3, 4)}
-    spans = {(u, u + 1, u + 2) for u in range(4)}
+    spans = {(u, u + 1, u + 2) for u in range(10)}
     assert by_length[3] == {(0, 1, u) for u in (2, 3, 4, 5)} | spans
 
 
