@@ -165,6 +165,14 @@ jobs_app = typer.Typer(help="Look at the Ray jobs of ghost-dist submit, or stop 
 app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
 
 
+@jobs_app.command(name="list")
+def list_jobs(address: Address = None, unauthenticated: Unauthenticated = False) -> None:
+    """The jobs of ghost-dist on a cluster, oldest first."""
+    from ghost_dist.report.terminal import print_jobs
+
+    print_jobs(_jobs(address, unauthenticated).listed())
+
+
 @jobs_app.command()
 def status(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
     """What a job is doing, as JSON."""

@@ -94,16 +94,17 @@ class Jobs:
         known = ", ".join(sorted(name for name in ids if name.startswith(_PREFIX))) or "none"
         raise ConfigError(f"There is no job {job} at {self.address}. Jobs of ghost-dist: {known}.")
 
+    def listed(self) -> list[dict[str, Any]]:
+        """Jobs of ghost-dist, oldest first, each as :meth:`status` begins."""
+        ours = [j for j in self._client.list_jobs() if (j.submission_id or "").startswith(_PREFIX)]
+        return [_described(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
+
     def status(self, job: str) -> dict[str, Any]:
         info = self._client.get_job_info(job)
         lines = [line for line in self._client.get_job_logs(job).splitlines() if line.strip()]
         return {
-            "job": job,
-            "run": (info.metadata or {}).get("run"),
-            "status": str(info.status),
+            **_described(info),
             "message": info.message,
-            "started": info.start_time and info.start_time / 1000,
-            "ended": info.end_time and info.end_time / 1000,
             "last_line": lines[-1] if lines else "",
         }
 
@@ -170,6 +171,17 @@ class Jobs:
                 "RAY_AUTH_MODE=token (docs/launching.md), or pass --allow-unauthenticated if the "
                 "network is private."
             )
+
+
+def _described(job: JobDetails) -> dict[str, Any]:
+    """Times in seconds since 1970."""
+    return {
+        "job": job.submission_id,
+        "status": str(job.status),
+        "run": (job.metadata or {}).get("run"),
+        "started": job.start_time and job.start_time / 1000,
+        "ended": job.end_time and job.end_time / 1000,
+    }
 
 
 def _name(run: str) -> str:

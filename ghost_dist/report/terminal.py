@@ -205,6 +205,15 @@ def print_serving(measured: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Print jobs of a cluster, times in UTC."""
+    table = Table("job", "status", "began", "ended", Column("RUN", overflow="fold"))
+    for job in jobs:
+        times = [text.date(job[when]) if job[when] else "-" for when in ("started", "ended")]
+        table.add_row(job["job"], job["status"], *times, job["run"])
+    console.print(table)
+
+
 def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -> None:
     """Print what would be sent to the Hub, and what to look at before."""
     table = Table(Column("file", overflow="fold"), Column("size", justify="right"), title=repo_id)

@@ -108,6 +108,9 @@ def test_a_job_fails_is_looked_at_and_continues_by_the_same_command(
     assert found["status"] == "SUCCEEDED"
     assert found["job"].endswith("-2")
     assert found["run"] == str(run)
+    listed = command(environment, "jobs", "list", "--address", address).stdout
+    assert listed.index("FAILED") < listed.index("SUCCEEDED")
+    assert found["job"][:12] in listed
     logs = command(environment, "jobs", "logs", found["job"], "--address", address)
     assert "checkpoint:" in logs.stdout
 
