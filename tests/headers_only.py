@@ -18,6 +18,8 @@ def write_headers(folder, config, dtype=torch.bfloat16, name="LlamaForCausalLM")
     model = empty_model(getattr(transformers, name), config)
     shards = {}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         number = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(f"model-{number}.safetensors", {})[name] = tuple(tensor.shape)
     weight_map = {}
