@@ -122,6 +122,9 @@ class SelectionConfig(Section):
     sublayers: tuple[str, ...] = ()
     """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
     alone; overrides criterion and remove."""
+    units: Literal["layers", "sublayers", "auto"] = "layers"
+    """search: what goes at a time: whole layers, attentions and MLPs by themselves, or both, by the
+    score per parameter. Other than layers ``remove`` is met in parameters."""
     max_spans: int | None = Field(default=None, ge=1)
     """Most separate spans to remove; null: 1 of recoverability, any number of search. The other
     criteria decide it themselves."""
@@ -174,7 +177,7 @@ class SelectionConfig(Section):
     @property
     def has_halves(self) -> bool:
         """Whether attentions and MLPs may go by themselves."""
-        return bool(self.sublayers)
+        return bool(self.sublayers) or (self.searches and self.units != "layers")
 
     @property
     def searches(self) -> bool:

@@ -318,7 +318,8 @@ class Operators:
     def __init__(
         self, streams: Sequence[Tensor], source_of: Sequence[int], model: LayerwiseModel
     ) -> None:
-        self._streams, self._source_of, self._model = streams, source_of, model
+        self.streams = self._streams = streams
+        self._source_of, self._model = source_of, model
         self._weights: OrderedDict[Span, list[Repair]] = OrderedDict()
         one = len(set(source_of)) * model.hidden_size**2 * model.dtype.itemsize
         self._place, self._most = model.device, 0
