@@ -11,8 +11,12 @@ extras=dev
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# Two processes, since most tests use one thread; how they share the files is in tests/conftest.py.
-two=(-n 2 --dist loadgroup --no-loadscope-reorder)
+# Hundreds of processes are started: what one has compiled the next one has.
+unset PYTHONDONTWRITEBYTECODE
+
+# Most tests use one thread. One more process than two cores have: that of the Ray cluster waits for
+# half of its time. How they share the files is in tests/conftest.py.
+shared=(--dist loadgroup --no-loadscope-reorder)
 often="not gpu and not chaos_nightly"
 
 if [ "${1:-}" = --quick ]; then
@@ -24,7 +28,7 @@ if [ "${1:-}" = --quick ]; then
   mypy >"$types" 2>&1 & # beside the tests: without its cache it takes a quarter of a minute
   mypy=$!
   tests=0
-  python -m pytest "${two[@]}" -m "$often and not model" --durations=5 "$@" || tests=$?
+  python -m pytest -n 2 "${shared[@]}" -m "$often and not model" --durations=5 "$@" || tests=$?
   wait "$mypy" || tests=1
   cat "$types"
   exit "$tests"
@@ -39,6 +43,6 @@ if [ $# -eq 0 ]; then
   ruff check .
   ruff format --check .
   mypy
-  set -- "${two[@]}" -m "$often"
+  set -- -n 3 "${shared[@]}" -m "$often"
 fi
 exec python -m pytest "$@"

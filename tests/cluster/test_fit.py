@@ -11,7 +11,7 @@ import pytest
 import torch
 from live_sums import showing, use_rank, within_rounding
 from ray_processes import nothing_leaked
-from safetensors.torch import load_file
+from run_files import events, operator_tensors, worst_difference
 
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster.rank import Rank
@@ -21,24 +21,6 @@ from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore
 
 SPANS = [[1, 3], [4, 5], [6, 7]]
-
-
-def operators(run):
-    return {
-        f"{path.name}/{name}": tensor
-        for path in sorted((run / "operators").glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def events(run, kind):
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def worst_difference(got, expected):
-    assert got.keys() == expected.keys()
-    return max(float((got[n] - t).norm() / t.norm()) for n, t in expected.items())
 
 
 @pytest.fixture
@@ -65,7 +47,7 @@ def alone(make_config, tmp_path_factory):
             make_config(selection__spans=SPANS, output__path=str(folder / "run"), **overrides),
             again="solve",
         )
-        return operators(folder / "run"), solve_record(folder / "run")
+        return operator_tensors(folder / "run"), solve_record(folder / "run")
 
     return run
 
@@ -108,7 +90,7 @@ def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkey
     expected, record = alone(**CHOOSING)
     recover_on_cluster(make(**CHOOSING), again="solve")
     run = tmp_path / "run"
-    found = operators(run)
+    found = operator_tensors(run)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -147,7 +129,7 @@ def test_a_solving_rank_is_killed(make, alone, cluster, tmp_path, monkeypatch):
     ranges, losses = len(events(run, "range-leased")), len(events(run, "replica-lost"))
     leases = len(events(run, "span-leased"))
     recover_on_cluster(make(operator__name="ghost-joint"), again="solve")
-    assert worst_difference(operators(run), expected) == 0
+    assert worst_difference(operator_tensors(run), expected) == 0
     assert len(events(run, "range-leased")) == ranges
     assert events(run, "replica-ready")[-1]["parameter_bytes"] == [0]  # it has never had a model
     assert len(killed) == 2
@@ -203,7 +185,7 @@ def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path,
     store = StatisticsStore.open(run / "statistics.zarr")
     differing, _ = within_rounding(tmp_path / "held", store, 3)
     assert differing > 0  # else nothing was tried
-    live = operators(run)
+    live = operator_tensors(run)
     for path in (tmp_path / "held").glob("*.pt"):
         path.unlink()
     recover_on_cluster(config, again="solve")
@@ -211,7 +193,7 @@ def test_live_sums_are_the_ordered_ones_within_rounding(make, cluster, tmp_path,
     assert list(chain(*reduced["kept"].values())) == []
     assert sorted(map(len, reduced["read"].values())) == [8, 8]
     within_rounding(tmp_path / "held", store, 3)
-    assert worst_difference(operators(run), live) < 1e-9
+    assert worst_difference(operator_tensors(run), live) < 1e-9
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
@@ -255,7 +237,7 @@ def test_a_rank_dies_in_the_all_reduce(make, alone, cluster, tmp_path, monkeypat
     assert failed["failure"] == "crash"
     assert any("broke off" in event["message"] for event in events(run, "warning"))
     assert events(run, "reduced") == []
-    assert worst_difference(operators(run), expected) == 0
+    assert worst_difference(operator_tensors(run), expected) == 0
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
@@ -283,6 +265,6 @@ def test_a_replica_dies_with_its_running_sums(make, alone, cluster, tmp_path, mo
     assert str(dead.number) not in reduced["kept"]
     store = StatisticsStore.open(run / "statistics.zarr")
     within_rounding(tmp_path / "held", store, 4)
-    assert worst_difference(operators(run), expected) < 1e-9
+    assert worst_difference(operator_tensors(run), expected) < 1e-9
     clean, left = nothing_leaked(cluster)
     assert clean, left

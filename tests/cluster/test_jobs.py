@@ -25,8 +25,9 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def dashboard():
-    """Address of a cluster of two nodes, and the environment of a user who has its token."""
+def dashboard(forked):
+    """Address of a cluster of two nodes, the environment of a user who has its token, and what
+    the user's commands run in."""
     pytest.importorskip("aiohttp", reason="jobs need ray[default]")
     folder = f"/tmp/ghost-dist-test-{os.getpid()}"  # short: sockets lie below it
     port = free_port()
@@ -44,7 +45,7 @@ def dashboard():
     assert started.returncode == 0, started.stdout + started.stderr
     try:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/.ray/auth_token"}
-        yield f"http://127.0.0.1:{port}", {**own, **token}
+        yield f"http://127.0.0.1:{port}", {**own, **token}, forked.program
     finally:
         stopped = subprocess.run(
             ["bash", str(SCRIPT), "stop"], check=False, env=own, capture_output=True
@@ -52,9 +53,10 @@ def dashboard():
     assert stopped.returncode == 0
 
 
-def command(environment, *arguments):
+def command(dashboard, *arguments):
+    address, environment, program = dashboard
     return subprocess.run(
-        [sys.executable, "-m", "ghost_dist", *arguments],
+        [program, "-m", "ghost_dist", *arguments, "--address", address],
         check=False,
         env=environment,
         capture_output=True,
@@ -77,15 +79,13 @@ def config_file(make_config, tmp_path, request):
 
 
 def submit(dashboard, config_file, *options):
-    address, environment = dashboard
-    arguments = ("submit", str(config_file), "--address", address, "--python", sys.executable)
-    return command(environment, *arguments, *options)
+    arguments = ("submit", str(config_file), "--python", sys.executable)
+    return command(dashboard, *arguments, *options)
 
 
 def test_a_job_fails_is_looked_at_and_continues_by_the_same_command(
     dashboard, config_file, tmp_path
 ):
-    address, environment = dashboard
     run = tmp_path / "run"
     # Another run's lock on RUN: the job cannot start.
     run.mkdir()
@@ -103,15 +103,15 @@ def test_a_job_fails_is_looked_at_and_continues_by_the_same_command(
     assert result["spans"] == [[3, 5]]
     assert StatisticsStore.open(run / "statistics.zarr").missing() == ()
 
-    status = command(environment, "jobs", "status", str(run), "--address", address)
+    status = command(dashboard, "jobs", "status", str(run))
     found = json.loads(status.stdout)
     assert found["status"] == "SUCCEEDED"
     assert found["job"].endswith("-2")
     assert found["run"] == str(run)
-    listed = command(environment, "jobs", "list", "--address", address).stdout
+    listed = command(dashboard, "jobs", "list").stdout
     assert listed.index("FAILED") < listed.index("SUCCEEDED")
     assert found["job"][:12] in listed
-    logs = command(environment, "jobs", "logs", found["job"], "--address", address)
+    logs = command(dashboard, "jobs", "logs", found["job"])
     assert "checkpoint:" in logs.stdout
 
 
@@ -121,13 +121,12 @@ LONG = {"calibration__windows": 400, "calibration__ranges": 200}
 
 @pytest.mark.parametrize("config_file", [LONG], indirect=True, ids=["long"])
 def test_a_job_is_not_waited_for_and_stopped(dashboard, config_file, tmp_path):
-    address, environment = dashboard
     submitted = submit(dashboard, config_file, "--no-wait")
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
     again = submit(dashboard, config_file, "--no-wait")
     assert again.stdout.strip() == job  # it is under way: no second one
-    stopped = command(environment, "jobs", "stop", job, "--address", address)
+    stopped = command(dashboard, "jobs", "stop", job)
     assert stopped.stdout.strip() == "STOPPED"
     done = submit(dashboard, config_file)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,9 +140,9 @@ def test_a_job_is_not_waited_for_and_stopped(dashboard, config_file, tmp_path):
     ],
 )
 def test_a_wrong_token_is_refused(dashboard, config_file, change, message):
-    address, environment = dashboard
+    address, environment, program = dashboard
     changed = {k: v for k, v in {**environment, **change}.items() if v}
-    refused = submit((address, changed), config_file)
+    refused = submit((address, changed, program), config_file)
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "RAY_AUTH_TOKEN_PATH" in refused.stderr

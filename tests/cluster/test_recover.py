@@ -1,7 +1,6 @@
 """A run on three nodes against the same run in one process, and what it refuses."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ import pytest
 import torch
 from live_sums import use_rank, waiting
 from ray_processes import NODE, nothing_leaked, rank_pids
+from run_files import events, operator_tensors, worst_difference
 from safetensors.torch import load_file
 
 from ghost_dist.cluster import replica as replica_module
@@ -28,26 +28,6 @@ from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics.store import StatisticsStore
 
 SPANS = [[1, 3], [5, 6]]
-
-
-def operators(run):
-    return {
-        path.name: load_file(path) for path in sorted((run / "operators").glob("*.safetensors"))
-    }
-
-
-def worst_difference(got, expected):
-    assert got.keys() == expected.keys()
-    return max(
-        float((got[file][name] - tensor).norm() / tensor.norm())
-        for file, tensors in expected.items()
-        for name, tensor in tensors.items()
-    )
-
-
-def events(run, kind):
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 @pytest.fixture
@@ -76,7 +56,7 @@ def test_two_replicas_of_two_ranks_equal_one_process(
         recover_on_cluster(make(engine__replicas=2), again="solve")
     run = tmp_path / "run"
     # float32: the halves of a row-parallel product are added in another order.
-    difference = worst_difference(operators(run), operators(tmp_path / "alone"))
+    difference = worst_difference(operator_tensors(run), operator_tensors(tmp_path / "alone"))
     assert 0 < difference < 1e-5
     store = StatisticsStore.open(run / "statistics.zarr")
     assert store.plan.blocks == 2
@@ -103,7 +83,7 @@ def test_two_replicas_of_two_ranks_equal_one_process(
         StatisticsStore.open(again / "statistics.zarr").discard(range_id)
     config = make(engine__replicas="auto", output__path=str(again))
     recover_on_cluster(config, again="solve")
-    assert worst_difference(operators(again), operators(run)) == 0
+    assert worst_difference(operator_tensors(again), operator_tensors(run)) == 0
     with pytest.raises(RunMismatchError, match=r"engine\.tensor_parallel: 2 in RUN, 1 now"):
         recover_on_cluster(make(engine__tensor_parallel=1, output__path=str(again)))
 
@@ -135,7 +115,10 @@ def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tm
     result = recover_on_cluster(config)
     alone = make_config(output__path=str(tmp_path / "alone"))
     recover(alone)
-    assert worst_difference(operators(tmp_path / "run"), operators(tmp_path / "alone")) == 0
+    assert (
+        worst_difference(operator_tensors(tmp_path / "run"), operator_tensors(tmp_path / "alone"))
+        == 0
+    )
     assert result["reload_max_abs_difference"] < 1e-4
     assert events(tmp_path / "run", "span-leased") == []  # one span, and the driver's device is one
     clean, left = nothing_leaked(cluster)

@@ -10,6 +10,7 @@ import torch
 from families import TEXT, save_checkpoint, save_tokenizer
 from live_sums import use_rank, waiting
 from ray_processes import nothing_leaked
+from run_files import events, operators
 from safetensors.torch import load, load_file
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
@@ -28,15 +29,6 @@ FIELDS = {
     "operator__name": "ghost-joint",
     "operator__choose": "kl",
 }
-
-
-def operators(run):
-    return {path.name: path.read_bytes() for path in (run / "operators").iterdir()}
-
-
-def events(run, kind):
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")

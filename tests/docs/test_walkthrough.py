@@ -4,7 +4,6 @@ import doctest
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from markdown_blocks import ROOT
@@ -21,7 +20,7 @@ sys.exit(bool(failures))
 
 @pytest.mark.model
 @pytest.mark.timeout(300)
-def test_every_line_prints_what_the_page_says(tmp_path):
+def test_every_line_prints_what_the_page_says(forked, tmp_path):
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -30,7 +29,7 @@ def test_every_line_prints_what_the_page_says(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(PAGE)],
+        [forked.program, "-c", SCRIPT, str(PAGE)],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

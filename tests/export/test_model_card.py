@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -49,7 +48,7 @@ def metadata(card):
 
 
 def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
-    make_config, text_file, tmp_path
+    make_config, text_file, forked, tmp_path
 ):
     result = recover(
         make_config(
@@ -75,9 +74,7 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
     assert "datasets" not in data
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace("PATH_OR_ID", str(folder)).replace("max_new_tokens=40", "max_new_tokens=4")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([forked.program, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once")
 

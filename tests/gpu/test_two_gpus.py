@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_files import worst_difference
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -64,11 +65,6 @@ def alone(configure):
 
 def operators(config):
     return load_file(Path(config.output.path, FILE))
-
-
-def worst_difference(got, expected):
-    assert got.keys() == expected.keys()
-    return max(float((got[n] - t).norm() / t.norm()) for n, t in expected.items())
 
 
 def test_two_ranks_of_one_replica(configure, alone):

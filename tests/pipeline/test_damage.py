@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from disk_steps import watched
 from rich.console import Console
+from run_files import flip
 
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
@@ -62,12 +63,6 @@ def run(finished):
 
 def continued(run):
     return recover(RunFolder.stored_config(run), QUIET)
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-20] ^= 1
-    path.write_bytes(content)
 
 
 def one(run, pattern):

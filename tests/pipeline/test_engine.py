@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from headers_only import write_headers
+from run_files import operators
 
 from ghost_dist.config_file import load_config
 from ghost_dist.demo import PICO
@@ -166,10 +167,6 @@ def little_for_resident(config):
 
 def streamed(run):
     return "layers-read" in (run / "events.jsonl").read_text()
-
-
-def operators(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
 
 
 def test_a_streamed_run_goes_on_streaming_whatever_is_free(make_config, tmp_path, have):

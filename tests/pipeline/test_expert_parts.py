@@ -1,20 +1,15 @@
 """``engine.experts`` through the whole run: the bits of a run that holds whole layers."""
 
-import json
-
 import pytest
 from children import child
 from families import TEXT, save_checkpoint, save_tokenizer
+from run_files import events, operators
 
 from ghost_dist.config_file import decisive_tree
 from ghost_dist.engines.expert_parts import SplitLayer
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.pipeline.recover import recover
-
-
-def operators(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
 
 
 @pytest.fixture
@@ -81,9 +76,8 @@ def test_a_run_in_parts_ends_as_a_resident_one(of_mixture, tmp_path, parts):
     assert got["reload_max_abs_difference"] == whole["reload_max_abs_difference"]
     read = {}
     for name in ("whole", "parts"):
-        lines = (tmp_path / name / "events.jsonl").read_text().splitlines()
-        rows = [json.loads(row) for row in lines]
-        read[name] = {row["stage"]: row["bytes"] for row in rows if row["event"] == "layers-read"}
+        rows = events(tmp_path / name, "layers-read")
+        read[name] = {row["stage"]: row["bytes"] for row in rows}
     assert read["parts"] == read["whole"]
     assert read["parts"].keys() == {"select", "calibrate"}
 

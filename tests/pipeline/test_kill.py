@@ -4,12 +4,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 from children import child
+from run_files import operators
 
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config_file import config_tree
@@ -31,10 +31,6 @@ RUNS = {
         "calibration__windows": 64,
     },
 }
-
-
-def outputs(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
 
 
 def wait_and_kill(process, delay_s):
@@ -77,7 +73,7 @@ def test_killed_runs_end_in_bitwise_equal_operators(make_config, tmp_path, name,
         while interrupted:
             interrupted = wait_and_kill(start(run), chance.uniform(0.1, 0.95) * duration_s)
             kills += interrupted
-        assert outputs(run) == outputs(calm)
+        assert operators(run) == operators(calm)
         store = StatisticsStore.open(run / "statistics.zarr")
         assert (store.damaged(), store.missing()) == ({}, ())
         counted = [w for i in store.committed() for w in store.plan.ranges[i]]
@@ -107,12 +103,12 @@ def test_kill_during_export_leaves_no_checkpoint_that_looks_complete(make_config
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signals_are_told_and_continue(make_config, tmp_path, number):
-    """The real command, in a process of its own."""
+def test_stop_signals_are_told_and_continue(make_config, forked, tmp_path, number):
+    """The command, in a process of its own."""
     config = make_config(calibration__windows=24, calibration__ranges=24)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config_tree(config)))
-    command = [sys.executable, "-m", "ghost_dist", "recover", str(path)]
+    command = [forked.program, "-m", "ghost_dist", "recover", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     ledger = tmp_path / "run" / "statistics.zarr" / "ledger"
     with process:
@@ -130,4 +126,4 @@ def test_stop_signals_are_told_and_continue(make_config, tmp_path, number):
     )
     recover(calm, again="solve")
     recover(config, again="solve")
-    assert outputs(tmp_path / "run") == outputs(tmp_path / "calm")
+    assert operators(tmp_path / "run") == operators(tmp_path / "calm")

@@ -1,9 +1,8 @@
 """``engine.kind=streaming`` through the whole run: the same result as with the model in memory."""
 
-import json
-
 import pytest
 import torch
+from run_files import events, operators
 
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
@@ -12,15 +11,6 @@ from ghost_dist.pipeline.collectors import passes_here
 from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-
-
-def operators(run):
-    return {path.name: path.read_bytes() for path in sorted((run / "operators").iterdir())}
-
-
-def events(run, name):
-    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == name]
 
 
 @pytest.mark.parametrize(

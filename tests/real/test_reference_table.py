@@ -1,4 +1,6 @@
-"""The design's reference table on a trained 32-layer model: one span on one corpus.
+"""The design's reference table on a trained 32-layer model: one span, 8 windows of one corpus.
+
+The figures are of a run whose 32 windows gave the table's 34.25, 59.14 and 43.50.
 
 All spans and both corpora: ``python tests/benchmarks/reference_table.py``, about ten minutes on 2
 cores.
@@ -16,7 +18,8 @@ import transformers
 from ghost_dist.config_file import load_config
 from ghost_dist.pipeline.recover import recover
 
-TABLE = {"dense": 34.25, "pruned": 59.14, "recovered": 43.50}
+WINDOWS = 8
+TABLE = {"dense": 35.68, "pruned": 59.72, "recovered": 43.99}
 
 
 def plain_nats(folder, text, windows):
@@ -69,7 +72,7 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
             "operator.choose": "residual",
             "engine.device": "cpu",
             "evaluation.corpora": {"wikitext2": str(data / "wikitext2-test.txt")},
-            "evaluation.windows": 32,
+            "evaluation.windows": WINDOWS,
             "evaluation.window_length": 1024,
             "output.path": str(tmp_path / "run"),
         },
@@ -80,7 +83,7 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
         assert found[variant] == pytest.approx(value, rel=5e-3)
     stage = json.loads((tmp_path / "run" / "stages" / "evaluate.json").read_text())
     nats = stage["outputs"]["nats_per_window"]["wikitext2"]["recovered"]
-    assert math.exp(sum(nats) / (32 * 1023)) == pytest.approx(found["recovered"])
+    assert math.exp(sum(nats) / (WINDOWS * 1023)) == pytest.approx(found["recovered"])
     plain = plain_nats(tmp_path / "run" / "checkpoint", data / "wikitext2-test.txt", 4)
     assert plain == pytest.approx(nats[:4], rel=1e-3)
     assert math.isfinite(result["fit"][0]["condition"])
