@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -31,7 +32,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
 from ghost_dist.ridge import Ridge
 from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
-from ghost_dist.statistics.moments import Moments, combine, retarget, take
+from ghost_dist.statistics.moments import Moments, combine, take
 
 MAX_CONDITION = 1e6
 """Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new
@@ -146,8 +147,15 @@ def refit_down(
 
 def fold_targets(folds: Iterable[Moments], down_FC: Tensor) -> Iterator[Moments]:
     """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y."""
-    inner, width = down_FC.shape
-    keep_a_ZC = torch.zeros(width + inner, width, dtype=down_FC.dtype, device=down_FC.device)
-    keep_a_ZC[:width].fill_diagonal_(1)
+    width = down_FC.shape[1]
+    a = slice(0, width)
     for fold in folds:
-        yield take(retarget(fold, keep_a_ZC), slice(width, None))
+        # ``retarget`` to Y - A, whose product with Z is there already.
+        change_C = fold.gram_ZZ[a, a].diagonal() - 2 * fold.cross_ZC[a].diagonal()
+        left = replace(
+            fold,
+            cross_ZC=fold.cross_ZC - fold.gram_ZZ[:, a],
+            sum_y_C=fold.sum_y_C - fold.sum_z_Z[a],
+            sumsq_y_C=fold.sumsq_y_C + change_C,
+        )
+        yield take(left, slice(width, None))

@@ -151,7 +151,8 @@ class Regression:
         affine: bool = False,
         judge: int | None = None,
     ) -> None:
-        parts = [retarget(fold, prior_ZC) for fold in folds]
+        originals = list(folds)
+        parts = [retarget(fold, prior_ZC) for fold in originals]
         if len(parts) < 2:
             raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(parts)}.")
         self._where, self._prior_ZC, self._affine = where, prior_ZC, affine
@@ -160,7 +161,7 @@ class Regression:
         self._judged = self._total if judge is None else parts[judge]
         self._seen = self._total if judge is None else self._total - parts[judge]
         self._scale_Z = ridge_scale(self._seen.gram_ZZ, blocks)
-        self._variance_C = _target_variance(self._judged, prior_ZC)
+        self._variance_C = _target_variance(originals if judge is None else [originals[judge]])
         self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
         # Of mixtures of the targets, summed; and what they are less than those of the targets.
         self._mixed: dict[float, float] = {}
@@ -425,10 +426,11 @@ def _totals(errors: Mapping[float, Tensor]) -> dict[float, float]:
     return dict(zip(errors, sums, strict=True))
 
 
-def _target_variance(total: Moments, prior_ZC: Tensor) -> Tensor:
-    """``||Y - mean(Y)||^2`` per target, from moments whose targets are ``Y - Z B0``."""
-    original = retarget(total, -prior_ZC)
-    return original.sumsq_y_C - original.sum_y_C.square() / original.sum_weights_1
+def _target_variance(folds: Sequence[Moments]) -> Tensor:
+    """``||Y - mean(Y)||^2`` per target."""
+    names = ("sumsq_y_C", "sum_y_C", "sum_weights_1")
+    sums = [torch.stack([getattr(fold, name) for fold in folds]).sum(0) for name in names]
+    return sums[0] - sums[1].square() / sums[2]
 
 
 def fit_bytes(sums_bytes: int, num_folds: int) -> int:
