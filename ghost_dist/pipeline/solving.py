@@ -376,9 +376,8 @@ def _fitted(outcome: Outcome) -> Fitted:
 
 def _around(chosen: Candidate, fit: Fit | None) -> Candidate:
     """The candidate, told where its fit on fewer folds found the ridge of least residual."""
-    if fit is None or chosen.ridge != "auto" or not fit.relative_ridge:
-        return chosen
-    return replace(chosen, around=fit.relative_ridge / 10**chosen.shift)
+    found = fit.relative_ridge if fit is not None and chosen.ridge == "auto" else None
+    return replace(chosen, around=found / 10**chosen.shift) if found else chosen
 
 
 def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Candidate:

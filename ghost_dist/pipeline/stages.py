@@ -381,11 +381,8 @@ class Stages:
 
     @property
     def _operator_dtype(self) -> torch.dtype:
-        return (
-            torch.float32
-            if self._inputs.config.operator.dtype == "float32"
-            else self._inputs.source.dtype
-        )
+        wide = self._inputs.config.operator.dtype == "float32"
+        return torch.float32 if wide else self._inputs.source.dtype
 
     def _loaded(
         self,
