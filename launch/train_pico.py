@@ -484,7 +484,7 @@ def save(model: Any, corpus: Path, out: Path) -> None:
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
-    shell.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
+    shell.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     shell.save_pretrained(out, state_dict=weights)
     (out / "model.safetensors").chmod(0o644)  # some versions write it for the owner only
     # Written here: what transformers writes by itself names its own version's classes.
