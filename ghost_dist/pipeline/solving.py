@@ -36,6 +36,7 @@ from ghost_dist.pipeline.fitting import (
     on_curve,
 )
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
+from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.refitting import walk_behind
 from ghost_dist.pipeline.walking import Walk
@@ -67,16 +68,14 @@ class Solved:
     folds: tuple[int, ...]  # that any of these was fitted on
     table: list[dict[str, Any]]  # every candidate: residual per span, KL, whether it was chosen
     healing: list[dict[str, Any]]  # every healed layer
-    refit: dict[str, Any] | None = (
-        None  # fits on the recovered stream against those on the dense one
-    )
+    refit: dict[str, Any] | None = None  # fits on the recovered stream against those on the dense
 
 
 class Solver:
     """Fits candidates of one run from its store, which holds what the configured operators need.
 
     ``model``: the uncut causal LM on the run's device, if it is loaded already. ``fit_spans``: who
-    fits from the store; None: this process.
+    fits from the store; None: this process. ``kept``: where scores outlive a stop; None: nowhere.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class Solver:
         reporter: Reporter,
         model: Any = None,
         fit_spans: FitSpans | None = None,
+        kept: KeptScores | None = None,
     ) -> None:
         self._inputs, self._spans, self._store = inputs, spans, store
         self._tokens, self._reporter = tokens, reporter
@@ -99,7 +99,7 @@ class Solver:
             inputs.fit_room,
             inputs.loaded.clear,
         )
-        self._model = model
+        self._model, self._kept = model, kept
 
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice once more.
@@ -240,7 +240,8 @@ class Solver:
         for judges in config.left_out:
             others = tuple(fold for fold in everything if fold not in judges)
             found = self._fit_all(candidates, others, first)
-            left_out.append(self._scores(found, judges))
+            judged = partial(self._scores, found, judges)
+            left_out.append(self._kept.of(candidates, judges, judged) if self._kept else judged())
             found = [_without_repairs(one) for one in found]
             first = first or found
             rows = self._rows(candidates, found)
@@ -323,9 +324,7 @@ class Solver:
         *,
         all_windows: bool = False,
     ) -> list[Scores]:
-        """Scores of the dense model and of each candidate on windows of some folds.
-
-        On some of these windows, or on all.
+        """Scores of the dense model and of each candidate on windows of some folds, some or all.
 
         Those that could not be fitted are the plain cut.
 

@@ -33,6 +33,7 @@ from ghost_dist.pipeline.exporting import ExportAhead, export_recovered, file_si
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
+from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.searching_units import search_units
@@ -230,10 +231,12 @@ class Stages:
             "tokens": tokens.fingerprint,
             "reduction": inputs.config.engine.reduction,
         }
+        kept = KeptScores(self._run, fingerprint(wanted))
 
         def work() -> dict[str, Any]:
             store = self.calibrate(tokens, spans)
-            solver = Solver(inputs, spans, store, tokens, self._reporter, fit_spans=self._fit_spans)
+            who = (self._reporter, None, self._fit_spans, kept)
+            solver = Solver(inputs, spans, store, tokens, *who)
             solved = solver.solve() if spans else nothing_solved(inputs.config.folds)
             variant = Variant(spans, solved.operators, solved.healed, self.sublayers)
             folds, folder = solver.windows_by_fold(), self._run.operators
@@ -268,10 +271,11 @@ class Stages:
                 **close_gaps(inputs, variant, tokens, folds, folder, self._reporter),
             }
 
+        load = partial(Solution.load, self._run.operators, spans)
         try:
-            return self._loaded(
-                "solve", wanted, work, partial(Solution.load, self._run.operators, spans)
-            )
+            solution = self._loaded("solve", wanted, work, load)
+            kept.forget()
+            return solution
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
             if self._store is not None:
@@ -372,12 +376,9 @@ class Stages:
     @property
     def _parts(self) -> list[str]:
         """The stages that this run has."""
-        inputs = self._inputs
-        absent = {
-            "refine": inputs.config.refine.steps == 0,
-            "evaluate": not inputs.evaluation and not inputs.tasks,
-        }
-        return [stage for stage in STAGES if not absent.get(stage)]
+        texts = self._inputs.evaluation or self._inputs.tasks
+        wanted = {"refine": self._inputs.config.refine.steps, "evaluate": texts}
+        return [stage for stage in STAGES if wanted.get(stage, True)]
 
     @property
     def _operator_dtype(self) -> torch.dtype:

@@ -6,8 +6,10 @@ import pytest
 from disk_steps import stop_at_every_kind
 from rich.console import Console
 
+from ghost_dist.pipeline import solving
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.progress import Reporter
+from ghost_dist.run_folder import read_record
 
 QUIET = Reporter(console=Console(quiet=True))
 
@@ -61,3 +63,31 @@ def test_a_stage_done_again_goes_on_from_every_step(small, tmp_path, full):
     assert len(stop_at_every_kind(run, lambda: other_statistics(run), full=full)) > 15
     run_stage_again(run, "solve", [], QUIET)
     assert operators(run) == operators(calm)
+
+
+def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkeypatch):
+    """The same operators as without the stop, bit by bit, and no comparison made twice."""
+    settings = {"operator__choose": "kl", "operator__name": "auto"}
+    calm = make_config(**settings, output__path=str(tmp_path / "calm"))
+    recover(calm, QUIET, again="solve")
+    scores, made = solving.window_scores, []
+
+    def stopped_at_the_third(*arguments, **named):
+        if len(made) == 2:
+            made.append("stop")
+            raise KeyboardInterrupt
+        made.append(1)
+        return scores(*arguments, **named)
+
+    monkeypatch.setattr(solving, "window_scores", stopped_at_the_third)
+    config = make_config(**settings)
+    with pytest.raises(KeyboardInterrupt):
+        recover(config, QUIET, again="solve")
+    made.clear()
+    monkeypatch.setattr(solving, "window_scores", lambda *a, **k: made.append(1) or scores(*a, **k))
+    recover(config, QUIET, again="solve")
+    assert len(made) == 2 * config.folds - 2  # candidates, and the ridges around the best
+    assert operators(tmp_path / "calm") == operators(tmp_path / "run") != {}
+    rows = [read_record(tmp_path / n, "solve")["outputs"]["candidates"] for n in ("calm", "run")]
+    assert rows[0] == rows[1]
+    assert not read_record(tmp_path / "run", "solve-scores")

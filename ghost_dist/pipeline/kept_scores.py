@@ -1,0 +1,50 @@
+"""Scores of candidates on the disk while ``solve`` works: a stop loses one comparison at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ghost_dist.durable import fingerprint
+from ghost_dist.evaluation.scores import FloatArray, Scores
+from ghost_dist.run_folder import RunFolder
+
+_RECORD = "solve-scores"
+
+
+@dataclass(frozen=True)
+class KeptScores:
+    """Of the solve with these ``inputs`` (a fingerprint); scores of another one do not count."""
+
+    run: RunFolder
+    inputs: str
+
+    def of(
+        self, tried: Sequence[object], judges: Sequence[int], score: Callable[[], list[Scores]]
+    ) -> list[Scores]:
+        """What ``score`` gives for the candidates that were ``tried``, or gave before."""
+        kept = self.run.record(_RECORD, self.inputs) or {}
+        key = fingerprint([repr(list(tried)), list(judges)])
+        if key in kept:
+            return [
+                Scores(_array(nats), _array(kl), _array(top1), count)
+                for nats, kl, top1, count in kept[key]
+            ]
+        scores = score()
+        plain = [[*map(_bits, (s.nats, s.kl, s.top1)), s.num_tokens] for s in scores]
+        self.run.finish(_RECORD, self.inputs, {**kept, key: plain})
+        return scores
+
+    def forget(self) -> None:
+        """Once it is solved."""
+        self.run.forget(_RECORD)
+
+
+def _bits(array: FloatArray) -> str:
+    return array.tobytes().hex()
+
+
+def _array(bits: str) -> FloatArray:
+    return np.frombuffer(bytes.fromhex(bits), dtype=np.float64)
