@@ -25,8 +25,15 @@ LLAMA_8B = {
 }
 
 
-def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", **sizes):
-    """Write a Llama of the given sizes with N(0, 0.02^2) weights, if absent; its folder."""
+FP8_BLOCK = 128
+FP8_SCALE = 0.1 / 448  # 5 standard deviations of 0.02 are the largest number
+
+
+def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", *, fp8=False, **sizes):
+    """Write a Llama of the given sizes with N(0, 0.02^2) weights, if absent; its folder.
+
+    ``fp8``: projections of layers in block-scaled FP8, as DeepSeek's checkpoints have them.
+    """
     folder = Path(folder)
     if (folder / "model.safetensors.index.json").exists():
         return folder
@@ -49,13 +56,22 @@ def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", **sizes)
                 drawn[name].fill_(1)
             else:
                 drawn[name].normal_(0, 0.02, generator=generator)
-            drawn[name] = drawn[name].cpu()
+            if fp8 and name.endswith("_proj.weight"):
+                numbers = (drawn[name].float() / FP8_SCALE).clamp_(-448, 448)
+                drawn[name] = numbers.to(torch.float8_e4m3fn)
+                blocks = [-(-size // FP8_BLOCK) for size in shape]
+                drawn[f"{name}_scale_inv"] = torch.full(blocks, FP8_SCALE)
+        for name, tensor in drawn.items():
+            drawn[name] = tensor.cpu()
             weight_map[name] = file
-            total += drawn[name].nbytes
+            total += tensor.nbytes
         save_file(drawn, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
+    if fp8:
+        method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        config.quantization_config = {**method, "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
     config.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(PICO).save_pretrained(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -3,6 +3,10 @@
     python tests/benchmarks/whole_run.py FOLDER [--tree NAME=FOLDER ...]
         [--settings default paper recoverability] [--shape 8b|tiny] [--remove 7] [--gpus 1]
         [--threads N] [--set section.field=value ...]
+    python tests/benchmarks/whole_run.py FOLDER --shape 70b --fp8 --layers 48 --gpus 2 \
+        --gpus-each 2 --settings paper --remove 8 --set engine.tensor_parallel=2
+    python tests/benchmarks/whole_run.py FOLDER --shape 405b --fp8 --layers 12 --remove 2 \
+        --settings paper --set engine.kind=streaming
 
 FOLDER takes a checkpoint of random weights (8b: 16 GB, made if absent) and the RUN folders, which
 are removed again. Each run is a fresh process with PYTHONPATH=FOLDER of its tree. With several GPUs
@@ -51,7 +55,23 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 4096,
 }
-WINDOWS = {"8b": (32, 2048), "tiny": (8, 128)}
+SHAPES = {
+    "8b": {},
+    "tiny": TINY,
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+}
+WINDOWS = {"8b": (32, 2048), "tiny": (8, 128), "70b": (32, 2048), "405b": (32, 2048)}
 STAGES = ("tokens", "select", "calibrate", "solve", "export", "evaluate")
 
 
@@ -61,16 +81,22 @@ def main():
     parser.add_argument("--tree", action="append", metavar="NAME=FOLDER")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
     parser.add_argument("--shape", choices=WINDOWS, default="8b")
+    parser.add_argument("--layers", type=int, help="where the disk is too small for all")
+    parser.add_argument("--fp8", action="store_true", help="block-scaled, half the bytes")
+    parser.add_argument("--gpus-each", type=int, default=1, help="GPUs of one run")
     parser.add_argument("--remove", type=int, default=7)
     parser.add_argument("--gpus", type=int, default=min(1, torch.cuda.device_count()))
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of each run")
     parser.add_argument("--set", action="append", default=[], help="for all runs")
     given = parser.parse_args()
     trees = dict(tree.split("=", 1) for tree in given.tree or [f"this={Path(__file__).parents[2]}"])
-    sizes = TINY if given.shape == "tiny" else {}
+    sizes = SHAPES[given.shape] | ({"num_hidden_layers": given.layers} if given.layers else {})
     began = time.monotonic()
     model = write_random_checkpoint(
-        given.folder / f"random-{given.shape}", device="cuda:0" if given.gpus else "cpu", **sizes
+        given.folder / f"random-{given.shape}-{given.layers or 'all'}{'-fp8' * given.fp8}",
+        device="cuda:0" if given.gpus else "cpu",
+        fp8=given.fp8,
+        **sizes,
     )
     if given.gpus:
         torch.cuda.empty_cache()
@@ -78,8 +104,10 @@ def main():
     for name, modules in (("calibration", CALIBRATION_MODULES), ("evaluation", EVALUATION_MODULES)):
         (given.folder / f"{name}.txt").write_text(stdlib_text(modules))
     free, rows = queue.SimpleQueue(), {}
-    for gpu in range(given.gpus) if given.gpus else [None]:
-        free.put(gpu)
+    for first in range(0, given.gpus, given.gpus_each):
+        free.put(",".join(map(str, range(first, first + given.gpus_each))))
+    if not given.gpus:
+        free.put(None)
     threads = []
     for settings, tree in itertools.product(given.settings, trees):
         gpu = free.get()  # waits for a run to end
@@ -158,6 +186,8 @@ def one_run(given, model, name, tree, settings, gpu):
         f"{value:.4g}" for value in result["perplexity"]["text"].values()
     )
     seconds["removed"] = str(result["spans"])
+    for what, nbytes in result["peak_bytes"].items():
+        seconds[f"most memory, {what}, GB"] = nbytes / 1e9
     shutil.rmtree(out)
     print(f"{name}, {settings}: {seconds['whole']:.1f} s", flush=True)
     return seconds
@@ -190,9 +220,11 @@ def print_table(given, trees, rows):
     """One column for each run."""
     device = torch.cuda.get_device_name() if given.gpus else f"{platform.machine()} CPU"
     windows, length = WINDOWS[given.shape]
+    layers = f" with {given.layers} layers" if given.layers else ""
     print(
         f"\n{device}, torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{given.shape}, {windows} x {length} tokens, {given.remove} layers removed; seconds\n"
+        f"{given.shape}{layers}, {windows} x {length} tokens, {given.remove} layers removed; "
+        "seconds\n"
     )
     columns = [(t, s) for s in given.settings for t in trees if (t, s) in rows]
     print("| | " + " | ".join(f"{tree}, {settings}" for tree, settings in columns) + " |")

@@ -18,6 +18,7 @@ from ghost_dist.errors import (
     RunFolderError,
     RunMismatchError,
 )
+from ghost_dist.export import rewrite
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.run_folder import RunFolder
 
@@ -214,15 +215,19 @@ def test_failed_export_leaves_nothing_that_looks_complete(make_config, tmp_path,
     def fails(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
+    config, taken = make_config(export__max_shard_bytes=50_000), []
+    monkeypatch.setattr(rewrite, "put_values", lambda path, _: taken.append(path.name))
     monkeypatch.setattr("ghost_dist.pipeline.exporting.verify_reload", fails)
     with pytest.raises(OSError, match="No space left"):
-        recover(make_config())
+        recover(config)
+    assert len(taken) > 1, "shards were copied ahead"
     run = tmp_path / "run"
     assert not (run / "checkpoint").exists()
     assert not list(run.glob("checkpoint*"))
     assert not (run / "result.json").exists()
     monkeypatch.undo()
-    assert recover(make_config())["spans"] == [[3, 5]]
+    assert recover(config)["spans"] == [[3, 5]]
+    assert {path.name for path in (run / "checkpoint").glob("*.safetensors")} > set(taken)
 
 
 def test_stage_again_with_another_ridge(finished, tmp_path):
