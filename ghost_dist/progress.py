@@ -47,7 +47,7 @@ class Gauge:
         self.latest = self.clock()
 
     def words(self) -> str:
-        """``8,192 of 32,768 tokens, 909 tokens/s, 27 s left``; an estimate goes on counting."""
+        """``8,192 of 32,768 tokens, 909/s, 27 s left``; an estimate goes on counting."""
         now = self.clock()
         so_far = f"{duration(now - self.began)} so far"
         if not self.total:
@@ -79,7 +79,7 @@ class Gauge:
     def _rate(self, per_s: float) -> str:
         if per_s < 1:
             return f"{1 / per_s:,.1f} s/{self._one}"
-        return f"{self._amount(per_s)}/s"
+        return f"{self._number(per_s)}/s"
 
     @property
     def _one(self) -> str:
@@ -154,8 +154,8 @@ class Reporter:
     @contextlib.contextmanager
     def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
         columns = (
-            progress.TextColumn("{task.description:<24}"),
-            progress.BarColumn(24),
+            progress.TextColumn("{task.description:<18}"),
+            progress.BarColumn(5),
             _Words(gauge),
         )
         with progress.Progress(*columns, console=self.console, transient=True) as bars:

@@ -31,14 +31,14 @@ def gauge_after(total, unit, done, seconds, waited=0.0):
 @pytest.mark.parametrize(
     ("total", "unit", "done", "seconds", "waited", "words"),
     [
-        (32768, "tokens", 8192, 9.0, 0.0, "8,192 of 32,768 tokens, 910 tokens/s, 27 s left"),
+        (32768, "tokens", 8192, 9.0, 0.0, "8,192 of 32,768 tokens, 910/s, 27 s left"),
         # No step for 20 s: the estimate is older, and says so.
-        (32768, "tokens", 8192, 9.0, 20.0, "8,192 of 32,768 tokens, 910 tokens/s, 7.0 s left"),
-        (32768, "tokens", 8192, 9.0, 60.0, "8,192 of 32,768 tokens, 910 tokens/s, 69 s so far"),
+        (32768, "tokens", 8192, 9.0, 20.0, "8,192 of 32,768 tokens, 910/s, 7.0 s left"),
+        (32768, "tokens", 8192, 9.0, 60.0, "8,192 of 32,768 tokens, 910/s, 69 s so far"),
         (9, "fits", 2, 7.0, 0.0, "2 of 9 fits, 3.5 s/fit, 24 s left"),
         (9, "fits", 0, 0.0, 12.0, "0 of 9 fits, 12 s so far"),
         (4 * 10**9, "bytes", 10**9, 2.0, 0.0, "1.00 GB of 4.00 GB, 500.0 MB/s, 6.0 s left"),
-        (40000, "tokens", 10, 10.0, 0.0, "10 of 40,000 tokens, 1 token/s, 11 h 06 min left"),
+        (40000, "tokens", 10, 10.0, 0.0, "10 of 40,000 tokens, 1/s, 11 h 06 min left"),
         (0, "", 0, 0.0, 250.0, "4 min so far"),
     ],
 )
@@ -51,7 +51,7 @@ def test_a_continued_stage_does_not_count_what_was_there():
     gauge = Gauge(100, "tokens", 80, clock=clock)
     clock.now += 5
     gauge.advance(10)
-    assert gauge.words() == "90 of 100 tokens, 2 tokens/s, 5.0 s left"
+    assert gauge.words() == "90 of 100 tokens, 2/s, 5.0 s left"
 
 
 def test_a_log_has_a_line_with_the_time_while_nothing_is_finished(monkeypatch, tmp_path):
@@ -70,3 +70,13 @@ def test_a_log_has_a_line_with_the_time_while_nothing_is_finished(monkeypatch, t
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["stage-start", "stage-end"]
     assert events[0]["stage"] == "solve"
+
+
+def test_all_that_is_said_fits_a_terminal_of_80_columns():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    reporter = Reporter(console=console)
+    with reporter.at("2/6 "), reporter.stage("compare with dense", 32768, "tokens") as advance:
+        advance(8192)
+        time.sleep(0.01)
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert re.search(r"8,192 of 32,768 tokens, [\d,]+/s, \d[\d.]* s (left|so far)", printed)
