@@ -23,7 +23,7 @@ PAGES = [
     *sorted((ROOT / "launch").glob("*.sh")),
 ]
 PARTS = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
-SUFFIXES = ("html", "j2", "json", "unverified", "yaml")
+SUFFIXES = ("ahead", "html", "j2", "json", "unverified", "yaml")
 """Of files and folders: `report.html`, `checkpoint.unverified`."""
 
 PYTHON_NAME = re.compile(r"\bghost_dist(?:\.[A-Za-z_]\w*)+")
