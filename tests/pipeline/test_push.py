@@ -137,6 +137,9 @@ def test_what_is_not_whole_is_not_sent(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert prepare_upload(copy, "me/model").files["config.json"] > 0
+    result = json.loads((copy / "result.json").read_bytes())
+    (copy / "result.json").write_text(json.dumps({**result, "serving": {"batch": 1}}))
+    prepare_upload(copy, "me/model")  # its speed was measured after the export
     with pytest.raises(ConfigError, match="no name on the Hub"):
         prepare_upload(copy, "me/model/too")
     weights = copy / "checkpoint" / "model.safetensors"
