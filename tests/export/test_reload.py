@@ -163,7 +163,7 @@ def test_reloaded(checkpoint, uncut, reloaded, family, cut):
     assert generates_the_same is True
 
 
-@pytest.mark.parametrize(("family", "kind", "cut"), map(with_night, REPAIRS))
+@pytest.mark.parametrize(("family", "kind", "cut"), [*map(with_night, REPAIRS)])
 def test_reloaded_with_every_form_of_repair(checkpoint, uncut, reloaded, family, kind, cut):
     _, architecture = checkpoint(family)
     name = f"{family}-{kind}-{cut}"
