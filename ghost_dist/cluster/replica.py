@@ -280,7 +280,7 @@ class Replica:
             return ray.get(ref)
         except RayActorError as error:
             preempted = isinstance(error, ActorDiedError) and error.preempted
-            raise ReplicaLost("preemption" if preempted else "crash", _first_line(error)) from error
+            raise ReplicaLost("preemption" if preempted else "crash", self._death(error)) from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, GhostDistError):
@@ -291,7 +291,21 @@ class Replica:
         except RayError as error:
             raise ReplicaLost("crash", _first_line(error)) from error
 
+    def _death(self, error: RayActorError) -> str:
+        """Which rank has died, as what process, and why as far as Ray knows."""
+        lines = [line.strip() for line in str(error).splitlines()]
+        known = dict(line.split(": ", 1) for line in lines if line.startswith(("pid: ", "ip: ")))
+        why = next((line for line in lines if "is dead because" in line), _first_line(error))
+        why = why.partition("because ")[2].partition(". ")[0].partition(" Worker exit")[0] or why
+        if "pid" not in known:
+            return why.rstrip(".")
+        pid, ip = known["pid"], known.get("ip", "?")
+        ranks = [n for n, place in enumerate(self.places) if str(place.pid) == pid]
+        rank = f"rank {ranks[0]}" if ranks else "a rank"
+        log = f"what it said last is in worker-*-{pid}.err of Ray's logs there"
+        return f"{rank} (process {pid} on {ip}) died: {why.rstrip('.')}; {log}"
+
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__

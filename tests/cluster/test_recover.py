@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -287,7 +288,12 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
     )
     with pytest.raises(ClusterError, match=r"2 x crash.*same command continues"):
         recover_on_cluster(config)
-    assert len(events(tmp_path / "run", "replica-lost")) == 2
+    lost = events(tmp_path / "run", "replica-lost")
+    assert len(lost) == 2
+    said = (
+        r"(rank 0|a rank) \(process \d+ on [\d.]+\) died: its worker process has died; .*-\d+\.err"
+    )
+    assert all(re.match(said, one["detail"]) for one in lost), lost
     monkeypatch.undo()
     assert recover_on_cluster(config)["tokens"] == 16 * 64
 
