@@ -322,7 +322,7 @@ def test_what_a_killed_export_left_is_removed_before_space_is_asked_for(
         (Repair(torch.eye(HIDDEN + 1)), r"shape \(65, 65\), expected \(64, 64\)"),
         (
             Repair(down_FC=torch.zeros(64, 96)),
-            r"down_proj .* has shape \(64, 96\), expected \(96, 64\)",
+            r"down_proj\.weight has shape \(64, 96\), expected \(96, 64\)",
         ),
         (Repair(torch.eye(HIDDEN), bias_C=torch.zeros(3)), "bias of the operator"),
         (Repair(torch.full((HIDDEN, HIDDEN), float("nan"))), "NaN or Inf"),
