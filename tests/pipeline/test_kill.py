@@ -31,6 +31,7 @@ RUNS = {
         "calibration__windows": 64,
     },
 }
+KILLS = (24, 20, 20)  # of each of them
 
 
 def wait_and_kill(process, delay_s):
@@ -46,8 +47,13 @@ def wait_and_kill(process, delay_s):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("least", [8, pytest.param(24, marks=pytest.mark.chaos_nightly)])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        *zip(RUNS, KILLS, strict=True),
+        *(pytest.param(name, 60, marks=pytest.mark.chaos_nightly) for name in RUNS),
+    ],
+)
 def test_killed_runs_end_in_bitwise_equal_operators(make_config, tmp_path, name, least):
     fields = {"calibration__windows": 32, "calibration__ranges": 16, **RUNS[name]}
 
