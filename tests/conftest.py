@@ -4,6 +4,7 @@ a tokenizer of its own and texts: everything a run needs, in seconds."""
 import argparse
 import contextlib
 import functools
+import gc
 import inspect
 import json
 import os
@@ -73,6 +74,12 @@ def _turn(item):
     if item.get_closest_marker("xdist_group").args == ("ray",):
         return 0
     return 1 if item.path.stem == "test_reference_table" else 2
+
+
+def pytest_collection_finish():
+    """Runs collect garbage, which need not look through everything that was imported each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ and it has no threads.
     python forked.py ask SOCKET ...        # what the executable does
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +120,8 @@ def serve(path):
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    # A table of a thousand patterns, which loading the first model makes.
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(path + ".new")
@@ -208,7 +212,18 @@ def run(request):
     os.chdir(request["folder"])
     _change_what_was_read_at_import()
     sys.path.pop(0)  # the folder of this file
-    _interpret(request["arguments"])
+    try:
+        _interpret(request["arguments"])
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    # What follows in Python, too; but not clearing away what was imported, which takes longer than
+    # most of what is run.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _interpret(arguments):

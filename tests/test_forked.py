@@ -52,6 +52,17 @@ def test_code_modules_and_exceptions(program, tmp_path):
     assert "ValueError: own" in run(program, "-c", "import own", env=elsewhere).stderr
 
 
+def test_threads_end_and_what_waits_for_the_end_is_run(program):
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(print, 'last')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "print('first')\n"
+        "sys.exit(0)"
+    )
+    assert run(program, "-c", code).stdout == "first\nthread\nlast\n"
+
+
 def test_signals_end_it(program):
     assert run(program, "-c", "import os; os.kill(os.getpid(), 9)").returncode == -signal.SIGKILL
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"

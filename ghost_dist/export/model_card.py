@@ -6,7 +6,7 @@ are carried over, because they hold for what is made from it.
 
 from __future__ import annotations
 
-import importlib.resources
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,16 +39,7 @@ def model_card(
     base = _base_model(source, config)
     metadata = _metadata(source, config, base, variant.has_code)
     dataset = _dataset(config.calibration.source)
-    template = (importlib.resources.files(__package__) / "model_card.md.j2").read_text("utf-8")
-    cards = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    cards.filters["cell"] = lambda text: text.replace("|", r"\|").replace("\n", " ")
-    cards.filters["perplexity"] = lambda x: f"{x:.2f}" if x < 1000 else f"{x:.4g}"
-    return cards.from_string(template).render(
+    return _template().render(
         front=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         # Names without the machine's paths.
         name=base or Path(config.model.path).expanduser().resolve().name or source.path.name,
@@ -71,6 +62,20 @@ def model_card(
         task_rows=task_rows,
         shots_and_examples=shots_and_examples,
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    cards = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    cards.filters["cell"] = lambda text: text.replace("|", r"\|").replace("\n", " ")
+    cards.filters["perplexity"] = lambda x: f"{x:.2f}" if x < 1000 else f"{x:.4g}"
+    return cards.get_template("model_card.md.j2")
 
 
 def _metadata(

@@ -5,6 +5,7 @@ The templates say what is on it and hold its tables; ``figures`` makes the chart
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from inspect import isfunction
 from pathlib import Path
@@ -88,6 +89,12 @@ def headline(run: RunRecord) -> str:
 
 
 def _filled(template: str, **content: Any) -> str:
+    # Sections add their headings while they are written; the navigation is made of these.
+    return _pages().get_template(template).render(content, headings=[])
+
+
+@functools.cache  # with its templates: compiling them takes longer than filling them
+def _pages() -> jinja2.Environment:
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -100,8 +107,7 @@ def _filled(template: str, **content: Any) -> str:
     for module in (bars, figures, plot, task_rows):
         pages.globals[module.__name__.rpartition(".")[2]] = module
     pages.globals |= {"version": __version__, "zip": zip}
-    # Sections add their headings while they are written; the navigation is made of these.
-    return pages.get_template(template).render(content, headings=[])
+    return pages
 
 
 def _check_target(out: Path) -> None:
