@@ -224,8 +224,6 @@ class OperatorConfig(Section):
     folds: int = Field(default=4, ge=2)
     """Folds of cross-validation of one source; of several, each is a fold, of two each is two. With
     refit=sequential, heal or refine.steps the last fold is only used for evaluation."""
-    affine: bool = False
-    """Fit a bias too."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
     """ghost: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what ``choose``
     prefers."""
@@ -254,8 +252,6 @@ class OperatorConfig(Section):
             raise ValueError(f"features=stream+norm needs name=ghost, not {self.name}")
         if self.rank is not None and self.name != "low-rank":
             raise ValueError(f"rank={self.rank} needs name=low-rank, not {self.name}")
-        if self.affine and self.name in ("none", "linear-patch", "linear-patch-hadamard"):
-            raise ValueError(f"affine=true has no meaning for name={self.name}")
         if self.choose == "kl" and self.folds < 3:
             raise ValueError(
                 f"choose=kl holds out one of {self.folds} folds and fits on the others, which need "

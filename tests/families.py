@@ -188,15 +188,11 @@ def random_tokens(rows=2, length=24, seed=0):
 
 
 def random_operators(spans, dtype=torch.float32):
-    """One non-symmetric W (C, C) per span, far from the identity; every other one with a bias."""
+    """One non-symmetric W (C, C) per span, far from the identity."""
     operators = {}
-    for number, span in enumerate(spans):
+    for span in spans:
         draw = _normal(100 + span.start)
-        weight_CC = torch.eye(HIDDEN) + draw(HIDDEN, HIDDEN) / 8
-        bias_C = draw(HIDDEN) if number % 2 else None
-        operators[span] = Repair(
-            weight_CC.to(dtype), bias_C=None if bias_C is None else bias_C.to(dtype)
-        )
+        operators[span] = Repair((torch.eye(HIDDEN) + draw(HIDDEN, HIDDEN) / 8).to(dtype))
     return operators
 
 
@@ -215,7 +211,7 @@ def random_repairs(kind, spans, architecture, dtype=torch.float32):
             repairs[span] = Repair(None if kind == "fold" else weight_CC, down_FC=down_FC)
         elif kind == "low-rank":
             pair = (draw(HIDDEN, 5).to(dtype) / 4, draw(5, HIDDEN).to(dtype) / 4)
-            repairs[span] = Repair(low_rank=pair, bias_C=draw(HIDDEN).to(dtype))
+            repairs[span] = Repair(low_rank=pair)
         elif kind == "stream+norm":
             normed_CC = (draw(HIDDEN, HIDDEN) / 8).to(dtype)
             repairs[span] = Repair(weight_CC, normed_CC, norm_eps=1e-5)

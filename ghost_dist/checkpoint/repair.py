@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Repair:
-    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V + b``, None parts left out.
+    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V``, None parts left out.
 
     Without W (None) the first term is x itself. All float64 as solved.
     """
@@ -24,18 +24,16 @@ class Repair:
     weight_CC: Tensor | None = None
     norm_weight_CC: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None  # U (C, r), V (r, C)
-    bias_C: Tensor | None = None
     down_FC: Tensor | None = None  # replaces the down_proj of layer start - 1; its bias stays
     norm_eps: float = 0.0
 
     def boundary_parts(self) -> dict[str, Tensor]:
-        """What acts at the boundary, by name: matrices (in, out) and a bias."""
+        """What acts at the boundary, by name: matrices (in, out)."""
         parts = {
             "linear": self.weight_CC,
             "norm_linear": self.norm_weight_CC,
             "low_rank_in": None if self.low_rank is None else self.low_rank[0],
             "low_rank_out": None if self.low_rank is None else self.low_rank[1],
-            "bias": self.bias_C,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -52,7 +50,6 @@ class Repair:
             weight_CC=parts.get("linear"),
             norm_weight_CC=parts.get("norm_linear"),
             low_rank=low_rank,
-            bias_C=parts.get("bias"),
             down_FC=parts.get("down"),
             norm_eps=norm_eps,
         )
@@ -82,7 +79,7 @@ class Repair:
     @property
     def added_flops(self) -> int:
         """Multiplications and additions per token on top of the pruned model's."""
-        return sum(2 * p.numel() for p in self.boundary_parts().values() if p.ndim == 2)
+        return 2 * self.added_parameters
 
 
 def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
@@ -98,6 +95,4 @@ def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
         y_TC = y_TC + linear(normed_TC, repair.norm_weight_CC.T)
     if repair.low_rank is not None:
         y_TC = y_TC + linear(linear(x_TC, repair.low_rank[0].T), repair.low_rank[1].T)
-    if repair.bias_C is not None:
-        y_TC = y_TC + repair.bias_C
     return y_TC

@@ -92,6 +92,5 @@ def _entry(boundary: int, operator: Repair) -> dict[str, Any]:
         "linear": operator.weight_CC is not None,
         "norm_linear": operator.norm_weight_CC is not None,
         "rank": 0 if operator.low_rank is None else int(operator.low_rank[0].shape[1]),
-        "bias": operator.bias_C is not None,
         "norm_eps": operator.norm_eps,
     }

@@ -27,7 +27,7 @@ def save_operator(folder: Path, span: Span, operator: Repair) -> str:
     """Write ``folder/START-STOP.safetensors``; returns the sha256 of the file."""
     description = {
         "span": [span.start, span.stop],
-        "form": "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out + bias; "
+        "form": "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out; "
         "down replaces the down_proj of layer start - 1, in by out",
         "norm_eps": operator.norm_eps,
     }

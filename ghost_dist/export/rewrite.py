@@ -167,17 +167,16 @@ def _operator_tensors(
 ) -> list[NewTensor]:
     width = architecture.hidden_size
     rank = 0 if operator.low_rank is None else operator.low_rank[0].shape[-1]
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: dict[str, tuple[int, int]] = {
         "linear": (width, width),
         "norm_linear": (width, width),
         "low_rank_in": (width, rank),
         "low_rank_out": (rank, width),
-        "bias": (width,),
     }
     tensors = []
     for part, value in operator.boundary_parts().items():
-        name = f"{path}.ghost.{part}" + ("" if part == "bias" else ".weight")
         where = f"The part {part} of the operator of span {span}"
+        name = f"{path}.ghost.{part}.weight"
         tensors.append(_tensor(where, name, value, shapes[part], dtype, "yes"))
     return tensors
 
@@ -186,7 +185,7 @@ def _tensor(
     where: str,
     name: str,
     value: Tensor,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: torch.dtype,
     new: Literal["values", "yes"],
 ) -> NewTensor:
@@ -205,9 +204,8 @@ def _tensor(
 
 
 def _transposed_bytes(value: Tensor) -> bytes:
-    """W (in, out) as the weight (out, in) of ``nn.Linear``; a bias as it is."""
-    rows = value.T.contiguous() if value.ndim > 1 else value.contiguous()
-    return rows.view(torch.uint8).numpy().tobytes()
+    """W (in, out) as the weight (out, in) of ``nn.Linear``."""
+    return value.T.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _dequantised_bytes(source: Checkpoint, name: str) -> bytes:

@@ -53,7 +53,6 @@ class Candidate:
     ridge: Ridge = "auto"  # that of least held-out residual, times 10^shift
     shift: float = 0.0
     around: float | None = None  # where that ridge is, relative and about, if it is known
-    affine: bool = False
     rank: int | None = None
 
     def kind(self) -> SampleKind | None:
@@ -106,7 +105,7 @@ def candidates_of(
     elif config.row_weights == "auto" and by_kl:
         weights.append("inverse-norm")
     fitted = [
-        Candidate(operator, features, weight, config.ridge, shift, None, config.affine, config.rank)
+        Candidate(operator, features, weight, config.ridge, shift, None, config.rank)
         for operator, features in _forms(config, spans, refittable)
         for weight in weights
         for shift in shifts
@@ -214,7 +213,7 @@ def fit_candidate(
     is the fold that alone judges, and that is not fitted on; None: each judges fits on the others.
     ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says, and ``detail`` too.
     """
-    options: FitOptions = {"affine": candidate.affine, "judge": judge, "detail": detail}
+    options: FitOptions = {"judge": judge, "detail": detail}
     options |= {"around": candidate.around, "kept": {} if kept is None else kept}
     kind = candidate.kind()
     if kind is None:

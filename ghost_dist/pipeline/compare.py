@@ -44,7 +44,7 @@ from ghost_dist.pipeline.texts import calibration_ranges
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.operators import OPERATORS, has_ridge
+from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span, pairs_of
 from ghost_dist.statistics.span_sums import SampleKind
 
@@ -270,8 +270,6 @@ def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
         update = {"name": "ghost", "features": "stream+norm"}
     elif row not in ("default", "refine"):
         update = {"name": row, "features": "stream"}
-        if not has_ridge(row):
-            update["affine"] = False
     return OperatorConfig.model_validate({**inputs.config.operator.model_dump(), **update})
 
 

@@ -72,7 +72,7 @@ def fit_ghost_joint(
     """
     inner, width = down_FC.shape
     eye_CC = torch.eye(width, dtype=down_FC.dtype, device=down_FC.device)
-    map_ZC, bias_C, fit = fit_least_squares(
+    map_ZC, fit = fit_least_squares(
         span,
         folds,
         torch.cat((eye_CC, down_FC)),
@@ -87,7 +87,7 @@ def fit_ghost_joint(
         if not condition <= max_condition:
             raise SingularOperatorError(span, condition, max_condition)
     new_down_FC = torch.linalg.solve(p_CC, q_FC, left=False)
-    return Repair(weight_CC=p_CC, bias_C=bias_C, down_FC=new_down_FC), fit
+    return Repair(weight_CC=p_CC, down_FC=new_down_FC), fit
 
 
 def _condition_bound(p_CC: Tensor) -> float:
@@ -107,7 +107,7 @@ def fit_fold(
     ridge: Ridge,
     **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
-    """``Y - A ~ H D``: only the down_proj changes, no parameter is added (but a bias if affine)."""
+    """``Y - A ~ H D``: only the down_proj changes, no parameter is added."""
     return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, **options)
 
 
@@ -124,8 +124,8 @@ def fit_replaceme(
     """
     outputs = (combine(fold, down_FC) for fold in fold_targets(folds, down_FC))
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
-    map_CC, bias_C, fit = fit_least_squares(span, outputs, eye_CC, ridge, **options)
-    return Repair(down_FC=down_FC @ map_CC, bias_C=bias_C), fit
+    map_CC, fit = fit_least_squares(span, outputs, eye_CC, ridge, **options)
+    return Repair(down_FC=down_FC @ map_CC), fit
 
 
 def refit_down(
@@ -141,8 +141,8 @@ def refit_down(
     entering the next layer; ``fit.residual`` is relative to the original weight, so above 1 the
     original is the better one on held-out windows.
     """
-    new_down_FC, bias_C, fit = fit_least_squares(where, folds, down_FC, ridge, **options)
-    return Repair(down_FC=new_down_FC, bias_C=bias_C), fit
+    new_down_FC, fit = fit_least_squares(where, folds, down_FC, ridge, **options)
+    return Repair(down_FC=new_down_FC), fit
 
 
 def fold_targets(folds: Iterable[Moments], down_FC: Tensor) -> Iterator[Moments]:

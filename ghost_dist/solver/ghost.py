@@ -31,5 +31,5 @@ def fit_ghost(
     """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``."""
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
-    weight_CC, bias_C, fit = fit_least_squares(span, folds, eye_CC, ridge, **options)
-    return Repair(weight_CC=weight_CC, bias_C=bias_C), fit
+    weight_CC, fit = fit_least_squares(span, folds, eye_CC, ridge, **options)
+    return Repair(weight_CC=weight_CC), fit

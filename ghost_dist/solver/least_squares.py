@@ -15,8 +15,7 @@ regressor. For any M the squared error over the rows of some moments, per target
     e_j = sumsq_j + (M' (G M - 2 K))_jj,
 
 needs no rows: on moments that were not fitted it is the held-out residual. Fold f is fitted on
-total - fold. An affine term enters by centring the moments of the training rows; the bias is
-``mean(y) - M' mean(z)`` and is not penalised.
+total - fold.
 
 Cost: R x K + 1 Cholesky factors and solves for R ridges on K folds, Z^3 / 3 + 2 Z^2 C FLOP each,
 and for another ridge K + 1. Of more than 64 targets the whole grid is tried with 64 mixtures of
@@ -101,7 +100,6 @@ class FitOptions(TypedDict, total=False):
     """What every fit may be told; see :func:`fit_least_squares`."""
 
     detail: Detail
-    affine: bool
     judge: int | None
     around: float | None
     kept: dict[str, Regression]
@@ -114,18 +112,17 @@ def fit_least_squares(
     ridge: Ridge,
     *,
     blocks: Sequence[int] = (),
-    affine: bool = False,
     judge: int | None = None,
     around: float | None = None,
     kept: dict[str, Regression] | None = None,
     detail: Detail = "all",
-) -> tuple[Tensor, Tensor | None, Fit]:
+) -> tuple[Tensor, Fit]:
     """Fit B (Z, C) over the folds, with the ridge of least held-out residual or a given one.
 
     ``folds`` are moments of at least two sets of disjoint windows; ``prior_ZC`` is B0. ``ridge`` is
     ``"auto"``, the grid value of least held-out residual, or a given one. ``blocks`` are widths of
     blocks of regressors of different scale, such as (C, F) for [A, H]: a relative ridge is relative
-    to the median diagonal entry of each. ``affine`` fits an unpenalised bias (C,) too. ``judge`` is
+    to the median diagonal entry of each. ``judge`` is
     the fold that alone judges and that B is not fitted on; None: each judges fits on the others,
     and B is fitted on all. ``around``: a relative ridge near which that of least residual is; of
     the grid it looks there, on until both neighbours are worse. ``kept``: empty, or what another
@@ -135,7 +132,7 @@ def fit_least_squares(
     """
     kept = {} if kept is None else kept
     if not kept:
-        kept["least squares"] = Regression(where, folds, prior_ZC, blocks, affine, judge)
+        kept["least squares"] = Regression(where, folds, prior_ZC, blocks, judge)
     return kept["least squares"].fit(ridge, around, detail)
 
 
@@ -148,14 +145,13 @@ class Regression:
         folds: Iterable[Moments],
         prior_ZC: Tensor,
         blocks: Sequence[int] = (),
-        affine: bool = False,
         judge: int | None = None,
     ) -> None:
         originals = list(folds)
         parts = [retarget(fold, prior_ZC) for fold in originals]
         if len(parts) < 2:
             raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(parts)}.")
-        self._where, self._prior_ZC, self._affine = where, prior_ZC, affine
+        self._where, self._prior_ZC = where, prior_ZC
         self._judging = parts if judge is None else [parts[judge]]
         self._total = add_all(parts)
         self._judged = self._total if judge is None else parts[judge]
@@ -169,8 +165,8 @@ class Regression:
 
     def fit(
         self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
-    ) -> tuple[Tensor, Tensor | None, Fit]:
-        """B, the bias, and how well they do; see :func:`fit_least_squares`."""
+    ) -> tuple[Tensor, Fit]:
+        """B, and how well it does; see :func:`fit_least_squares`."""
         seen, scale_Z = self._seen, self._scale_Z
         if isinstance(ridge, AbsoluteRidge):
             scale_Z = torch.ones_like(scale_Z)
@@ -179,7 +175,7 @@ class Regression:
             raise singular(self._where, seen, _highest(ridge) * float(scale_Z[0]))
         best = min(errors or error_of, key=error_of.__getitem__)
         held_out = error_of[best]
-        change_ZC, bias_C, factor_ZZ = solve(self._where, seen, best * scale_Z, affine=self._affine)
+        change_ZC, factor_ZZ = solve(self._where, seen, best * scale_Z)
         tiny = torch.finfo(torch.float64).tiny
         errors_C = errors.get(best, torch.full_like(self._variance_C, math.nan))
         r2_C = 1 - errors_C / self._variance_C.clamp_min(tiny)
@@ -189,8 +185,7 @@ class Regression:
         relative = absolute / scale if scale > 0 else 0.0
         condition = math.nan
         if detail == "all":
-            gram_ZZ = about(seen, seen).gram_ZZ if self._affine else seen.gram_ZZ
-            condition = condition_number(gram_ZZ, best * scale_Z, factor_ZZ)
+            condition = condition_number(seen.gram_ZZ, best * scale_Z, factor_ZZ)
         fit = Fit(
             ridge=best * absolute,
             relative_ridge=best * relative,
@@ -206,7 +201,7 @@ class Regression:
                 for candidate, error in error_of.items()
             ),
         )
-        return self._prior_ZC + change_ZC, bias_C, fit
+        return self._prior_ZC + change_ZC, fit
 
     def _judged_by(
         self, ridge: Ridge, around: float | None, detail: Detail
@@ -232,16 +227,14 @@ class Regression:
                 return {given: self._mixed[given] + self._less}, {}
             errors = self._held_out([given])
         else:
-            ones_Z, affine = torch.ones_like(self._scale_Z), self._affine
-            errors = held_out_errors(self._judging, self._total, ones_Z, [given], affine=affine)
+            ones_Z = torch.ones_like(self._scale_Z)
+            errors = held_out_errors(self._judging, self._total, ones_Z, [given])
         return _totals(errors), errors
 
     def _held_out(self, ridges: Sequence[float]) -> dict[float, Tensor]:
         """Errors by relative ridge, those with a factor; computed once."""
         unknown = [ridge for ridge in ridges if ridge not in self._errors_C]
-        self._errors_C |= held_out_errors(
-            self._judging, self._total, self._scale_Z, unknown, affine=self._affine
-        )
+        self._errors_C |= held_out_errors(self._judging, self._total, self._scale_Z, unknown)
         return {ridge: self._errors_C[ridge] for ridge in ridges if ridge in self._errors_C}
 
     def _about_least(self) -> float | None:
@@ -268,7 +261,6 @@ class Regression:
             mixed(self._total),
             self._scale_Z,
             RIDGE_GRID,
-            affine=self._affine,
         )
         self._mixed = _totals(errors)
         return min(self._mixed, key=self._mixed.__getitem__, default=None)
@@ -301,8 +293,6 @@ def held_out_errors(
     total: Moments,
     scale_Z: Tensor,
     candidates: Sequence[float],
-    *,
-    affine: bool = False,
 ) -> dict[float, Tensor]:
     """Ridge to squared error per target, summed over folds each not fitted on; the ridge path.
 
@@ -314,31 +304,21 @@ def held_out_errors(
     failed = {c: torch.zeros((), dtype=torch.int32, device=scale_Z.device) for c in candidates}
     for fold in folds if errors else ():
         training = total - fold
-        fitted, held_out = training, fold
-        if affine:
-            fitted, held_out = about(training, training), about(fold, training)
         for candidate in candidates:
-            factor_ZZ, info = cholesky_factor(fitted.gram_ZZ, candidate * scale_Z)
-            map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
-            errors[candidate] = errors[candidate] + map_error(held_out, map_ZC)
+            factor_ZZ, info = cholesky_factor(training.gram_ZZ, candidate * scale_Z)
+            map_ZC = torch.cholesky_solve(training.cross_ZC, factor_ZZ)
+            errors[candidate] = errors[candidate] + map_error(fold, map_ZC)
             failed[candidate] = failed[candidate] + info
     failures = torch.stack(list(failed.values())).tolist() if failed else []
     return {c: errors[c] for c, failure in zip(candidates, failures, strict=True) if not failure}
 
 
-def solve(
-    where: str, moments: Moments, penalty_Z: Tensor, *, affine: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """M = (G + diag(penalty))^-1 K, the bias (None unless affine), the lower Cholesky factor."""
-    fitted = about(moments, moments) if affine else moments
-    factor_ZZ, info = cholesky_factor(fitted.gram_ZZ, penalty_Z)
+def solve(where: str, moments: Moments, penalty_Z: Tensor) -> tuple[Tensor, Tensor]:
+    """M = (G + diag(penalty))^-1 K, and the lower Cholesky factor."""
+    factor_ZZ, info = cholesky_factor(moments.gram_ZZ, penalty_Z)
     if int(info):
-        raise singular(where, fitted, float(penalty_Z[0]))
-    map_ZC = torch.cholesky_solve(fitted.cross_ZC, factor_ZZ)
-    bias_C = None
-    if affine:
-        bias_C = (moments.sum_y_C - map_ZC.T @ moments.sum_z_Z) / moments.sum_weights_1
-    return map_ZC, bias_C, factor_ZZ
+        raise singular(where, moments, float(penalty_Z[0]))
+    return torch.cholesky_solve(moments.cross_ZC, factor_ZZ), factor_ZZ
 
 
 def map_error(moments: Moments, map_ZC: Tensor) -> Tensor:
@@ -346,31 +326,6 @@ def map_error(moments: Moments, map_ZC: Tensor) -> Tensor:
     # (B'G B)_jj - 2 (B'K)_jj in one product: columns of B against columns of G B - 2 K.
     product_ZC = moments.gram_ZZ @ map_ZC - 2 * moments.cross_ZC
     return moments.sumsq_y_C + (map_ZC * product_ZC).sum(0)
-
-
-def about(moments: Moments, reference: Moments) -> Moments:
-    """Moments of the same rows less the (weighted) means of the reference's rows.
-
-    About its own means a fit has an unpenalised bias; about those of the training rows, a fold's
-    error is that of the map with the bias fitted there.
-    """
-    mean_z_Z = reference.sum_z_Z / reference.sum_weights_1
-    mean_y_C = reference.sum_y_C / reference.sum_weights_1
-    weight = moments.sum_weights_1
-    left_z_Z = moments.sum_z_Z - weight * mean_z_Z
-    left_y_C = moments.sum_y_C - weight * mean_y_C
-    return replace(
-        moments,
-        gram_ZZ=moments.gram_ZZ
-        - torch.outer(mean_z_Z, moments.sum_z_Z)
-        - torch.outer(left_z_Z, mean_z_Z),
-        cross_ZC=moments.cross_ZC
-        - torch.outer(mean_z_Z, moments.sum_y_C)
-        - torch.outer(left_z_Z, mean_y_C),
-        sum_z_Z=left_z_Z,
-        sum_y_C=left_y_C,
-        sumsq_y_C=moments.sumsq_y_C - mean_y_C * (moments.sum_y_C + left_y_C),
-    )
 
 
 def ridge_scale(gram_ZZ: Tensor, blocks: Sequence[int] = ()) -> Tensor:

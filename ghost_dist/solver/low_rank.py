@@ -29,7 +29,6 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, Ridge
 from ghost_dist.solver.least_squares import (
     Fit,
-    about,
     add_all,
     fit_least_squares,
     ridge_scale,
@@ -55,7 +54,6 @@ def fit_low_rank(
     ridge: Ridge,
     *,
     rank: int | None = None,
-    affine: bool = False,
     judge: int | None = None,
 ) -> tuple[Repair, Fit, RankChoice]:
     """Fit (U, V) of one span from moments with Z = X; the ridge is that of full rank.
@@ -71,7 +69,7 @@ def fit_low_rank(
             "operator.name=ghost has full rank."
         )
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].gram_ZZ.device)
-    _, _, fit = fit_least_squares(span, folds, eye_CC, ridge, affine=affine, judge=judge)
+    _, fit = fit_least_squares(span, folds, eye_CC, ridge, judge=judge)
     changes = [retarget(fold, eye_CC) for fold in folds]
     total = add_all(changes)
     judging = changes if judge is None else [changes[judge]]
@@ -81,43 +79,34 @@ def fit_low_rank(
     else:
         penalty_C = fit.relative_ridge * ridge_scale(seen.gram_ZZ)
 
-    unexplained = cut = 0.0
+    cut = 0.0
     explained_C = torch.zeros_like(total.sumsq_y_C)
     for change in judging:
         training = total - change
-        map_CC, vectors_CC = _leading(span, training, penalty_C, affine=affine)
-        held_out = about(change, training) if affine else change
-        unexplained += float(held_out.sumsq_y_C.sum())
+        map_CC, vectors_CC = _leading(span, training, penalty_C)
         cut += float(change.sumsq_y_C.sum())
-        gain_CC = 2 * held_out.cross_ZC - held_out.gram_ZZ @ map_CC
+        gain_CC = 2 * change.cross_ZC - change.gram_ZZ @ map_CC
         explained_C += ((map_CC @ vectors_CC) * (gain_CC @ vectors_CC)).sum(0)
     explained_R = torch.cat((explained_C.new_zeros(1), explained_C.cumsum(0)))
-    residual_R = (unexplained - explained_R) / (cut if cut > 0 else 1.0)
+    residual_R = (cut - explained_R) / (cut if cut > 0 else 1.0)
     if rank is None:
         good = torch.nonzero(residual_R <= (1 + RANK_TOLERANCE) * residual_R.min())
         rank = min(max(1, int(good[0])), max(1, width // 2))
 
-    map_CC, vectors_CC = _leading(span, seen, penalty_C, affine=affine)
+    map_CC, vectors_CC = _leading(span, seen, penalty_C)
     v_Cr = vectors_CC[:, :rank]
     u_Cr = map_CC @ v_Cr
-    bias_C = None
-    if affine:
-        left_C = seen.sum_y_C - v_Cr @ (u_Cr.T @ seen.sum_z_Z)
-        bias_C = left_C / seen.sum_weights_1
-    repair = Repair(low_rank=(u_Cr, v_Cr.T.contiguous()), bias_C=bias_C)
+    repair = Repair(low_rank=(u_Cr, v_Cr.T.contiguous()))
     residual = float(residual_R[rank])
     unexplained_share = (1 - fit.r2) * (residual / fit.residual if fit.residual > 0 else 1.0)
     fit = replace(fit, residual=residual, r2=1 - unexplained_share)
     return repair, fit, RankChoice(rank, tuple(residual_R.tolist()))
 
 
-def _leading(
-    span: str, moments: Moments, penalty_C: Tensor, *, affine: bool
-) -> tuple[Tensor, Tensor]:
+def _leading(span: str, moments: Moments, penalty_C: Tensor) -> tuple[Tensor, Tensor]:
     """M, and the eigenvectors of ``M' (G + D) M`` as columns, largest eigenvalue first."""
-    map_CC, _, _ = solve(span, moments, penalty_C, affine=affine)
-    cross_ZC = (about(moments, moments) if affine else moments).cross_ZC
+    map_CC, _ = solve(span, moments, penalty_C)
     # (G + D) M = K, so the matrix is M'K; symmetric but for rounding.
-    explained_CC = map_CC.T @ cross_ZC
+    explained_CC = map_CC.T @ moments.cross_ZC
     _, vectors_CC = torch.linalg.eigh((explained_CC + explained_CC.T) / 2)
     return map_CC, vectors_CC.flip(1)

@@ -75,9 +75,8 @@ def _ghost(given: FitInput) -> tuple[Repair, Fit]:
 
 
 def _low_rank(given: FitInput) -> tuple[Repair, Fit]:
-    affine, judge = given.options.get("affine", False), given.options.get("judge")
     arguments = (given.span, given.folds, given.ridge)
-    return fit_low_rank(*arguments, rank=given.rank, affine=affine, judge=judge)[:2]
+    return fit_low_rank(*arguments, rank=given.rank, judge=given.options.get("judge"))[:2]
 
 
 def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:

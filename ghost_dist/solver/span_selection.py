@@ -280,7 +280,7 @@ def _projected_change(fold: PairMoments, projection_Cr: Tensor | None) -> Moment
         num_tokens=fold.num_tokens,
         gram_ZZ=fold.gram_CC,
         cross_ZC=cross_CPr.reshape(width, num_targets),
-        # No affine term here: sums of the rows are not kept.
+        # Sums of the rows are not kept, and not asked for: they are for the variance.
         sum_z_Z=sumsq_Pr.new_zeros(width),
         sum_y_C=sumsq_Pr.new_zeros(num_targets),
         sumsq_y_C=sumsq_Pr.reshape(num_targets),

@@ -34,10 +34,6 @@ def fit_stream_norm(
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
     prior_ZC = torch.cat((eye_CC, torch.zeros_like(eye_CC)))
-    map_ZC, bias_C, fit = fit_least_squares(
-        span, folds, prior_ZC, ridge, blocks=(width, width), **options
-    )
-    repair = Repair(
-        weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], bias_C=bias_C, norm_eps=norm_eps
-    )
+    map_ZC, fit = fit_least_squares(span, folds, prior_ZC, ridge, blocks=(width, width), **options)
+    repair = Repair(weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], norm_eps=norm_eps)
     return repair, fit

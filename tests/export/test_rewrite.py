@@ -75,7 +75,6 @@ def test_kept_tensors_are_the_same_bytes(checkpoint, tmp_path, family):
     operators = {
         f"{architecture.tensor_prefix}.2.ghost.linear.weight",
         f"{architecture.final_norm}.ghost.linear.weight",
-        f"{architecture.final_norm}.ghost.bias",
     }
     assert set(exported.tensors) == expected | operators
 
@@ -86,7 +85,6 @@ def test_operators_are_transposed_once(source, tmp_path):
     for name, value in (
         ("model.layers.2.ghost.linear.weight", first.weight_CC.T),
         ("model.norm.ghost.linear.weight", second.weight_CC.T),
-        ("model.norm.ghost.bias", second.bias_C),
     ):
         with safe_open(exported.path / exported.tensors[name].file, "pt") as file:
             assert torch.equal(file.get_tensor(name), value)
@@ -138,8 +136,8 @@ def test_config(source, tmp_path):
     assert exported["model_type"] == "ghost_llama"
     parts = {"linear": True, "norm_linear": False, "rank": 0, "norm_eps": 0.0}
     assert exported["ghost_operators"] == [
-        {"boundary": 2, **parts, "bias": False},
-        {"boundary": 3, **parts, "bias": True},
+        {"boundary": 2, **parts},
+        {"boundary": 3, **parts},
     ]
     own = {"architectures", "auto_map", "ghost_operators", "model_type", "num_hidden_layers"}
     assert {k: v for k, v in exported.items() if k not in own} == {
@@ -324,11 +322,10 @@ def test_what_a_killed_export_left_is_removed_before_space_is_asked_for(
             Repair(down_FC=torch.zeros(64, 96)),
             r"down_proj\.weight has shape \(64, 96\), expected \(96, 64\)",
         ),
-        (Repair(torch.eye(HIDDEN), bias_C=torch.zeros(3)), "bias of the operator"),
         (Repair(torch.full((HIDDEN, HIDDEN), float("nan"))), "NaN or Inf"),
         (Repair(torch.full((HIDDEN, HIDDEN), 1e300, dtype=torch.float64)), "NaN or Inf as"),
     ],
-    ids=["shape", "down_proj", "bias", "nan", "overflow"],
+    ids=["shape", "down_proj", "nan", "overflow"],
 )
 def test_operators_that_cannot_be_stored(source, tmp_path, operator, message):
     with pytest.raises(ExportError, match=message):
