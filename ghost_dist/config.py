@@ -29,7 +29,6 @@ OperatorName = Literal[
     "low-rank",
     "none",
 ]
-RowWeights = Literal["none", "drop-first", "inverse-norm", "clip"]
 _SHARES_TOLERANCE = 1e-6
 
 
@@ -230,13 +229,9 @@ class OperatorConfig(Section):
     rank: int | None = Field(default=None, ge=1)
     """low-rank: rank of U V; null: the least within 1 % of the best held-out residual, at most
     C / 2."""
-    row_weights: Literal["auto"] | RowWeights = "none"
-    """How tokens are weighted in the least squares: none, drop-first (position 0 does not count),
-    inverse-norm (1/||y||), clip (norm at most twice the window's median); auto: none or
-    inverse-norm, chosen by KL, with twice the statistics."""
     choose: Literal["kl", "residual"] = "kl"
     """How settings that are auto are chosen: kl, by the divergence from the dense model on held-out
-    windows; residual, by the held-out residual at the boundary (row weights: none)."""
+    windows; residual, by the held-out residual at the boundary."""
     refit: Literal["auto", "parallel", "sequential"] = "auto"
     """sequential: each later span is fitted on the stream of the already recovered model; auto:
     where it lowers the KL divergence on held-out windows (``choose: kl``, and at least 8 tokens for

@@ -1,6 +1,6 @@
 """Which fits are tried, which sums each needs, and one fit from sums that were stored.
 
-A candidate is one way to repair all spans: operator, features, row weights, ridge. What the
+A candidate is one way to repair all spans: operator, features, ridge. What the
 configuration leaves to ``auto`` makes several of them; what it says makes one.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName, RowWeights
+from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import (
@@ -28,7 +28,7 @@ from ghost_dist.solver.least_squares import (
 from ghost_dist.solver.operators import OPERATORS, FitInput, has_ridge, refits_down
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, stream_moments
-from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.sum_costs import num_regressors
 from ghost_dist.statistics.sums import Sums
 
@@ -49,18 +49,15 @@ class Candidate:
 
     operator: OperatorName
     features: Literal["stream", "stream+norm"] = "stream"
-    row_weights: RowWeights = "none"
     ridge: Ridge = "auto"  # that of least held-out residual, times 10^shift
     shift: float = 0.0
     around: float | None = None  # where that ridge is, relative and about, if it is known
     rank: int | None = None
 
-    def kind(self) -> SampleKind | None:
+    def kind(self) -> Regressors | None:
         """The sums that a span of it is fitted from; None: none."""
         regressors = OPERATORS[self.operator].regressors
-        if regressors is None or regressors == "absolute":
-            return regressors and SampleKind(regressors)
-        return SampleKind(self.features if regressors == "stream" else regressors, self.row_weights)
+        return self.features if regressors == "stream" else regressors
 
     def num_regressors(self, width: int, inner: int) -> int:
         """Regressors of its least squares at a span behind an MLP of that inner width."""
@@ -68,7 +65,7 @@ class Candidate:
         if kind is None or not operator.has_ridge:
             return 0
         size = operator.size
-        return size(width, inner) if size else num_regressors(kind.regressors, width, inner)
+        return size(width, inner) if size else num_regressors(kind, width, inner)
 
     def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
         """What is done at a span: ghost where the down_proj before it cannot be refitted."""
@@ -86,7 +83,6 @@ class Candidate:
         return {
             "operator": self.operator,
             "features": self.features,
-            "row_weights": self.row_weights,
             "ridge": ridge,
         }
 
@@ -97,17 +93,10 @@ def candidates_of(
     """What the configuration asks to try, best guess first."""
     if config.name != "auto" and refits_down(config.name):
         _check_refittable(config.name, spans, refittable)
-    by_kl = config.choose == "kl" and has_ridge(config.name)
     shifts = SHIFTS if searches_ridge(config) else (0.0,)
-    weights: list[RowWeights] = ["none"] if config.row_weights == "auto" else [config.row_weights]
-    if not has_ridge(config.name):
-        weights = ["none"]
-    elif config.row_weights == "auto" and by_kl:
-        weights.append("inverse-norm")
     fitted = [
-        Candidate(operator, features, weight, config.ridge, shift, None, config.rank)
+        Candidate(operator, features, config.ridge, shift, None, config.rank)
         for operator, features in _forms(config, spans, refittable)
-        for weight in weights
         for shift in shifts
     ]
     return [*fitted, Candidate("none")] if config.name == "auto" else fitted
@@ -184,13 +173,13 @@ def searches_ridge(config: OperatorConfig) -> bool:
 
 def samples_of(
     candidates: Sequence[Candidate], spans: Sequence[Span], refittable: frozenset[int]
-) -> list[tuple[Span, SampleKind]]:
+) -> list[tuple[Span, Regressors]]:
     """The sums that all candidates together need; the stream's follow from ``joint`` ones."""
     samples = []
     for span in spans:
         kinds = {candidate.at(span, refittable).kind() for candidate in candidates}
         for kind in sorted(kind for kind in kinds if kind is not None):
-            derived = kind.regressors == "stream" and SampleKind("joint", kind.row_weights) in kinds
+            derived = kind == "stream" and "joint" in kinds
             if not derived:
                 samples.append((span, kind))
     return samples
@@ -208,7 +197,7 @@ def fit_candidate(
 ) -> tuple[Repair, Fit | None]:
     """Fit one span, of a candidate as it is there.
 
-    ``folds`` are sums by :meth:`SampleKind.key` of disjoint windows, on one device. ``down_FC`` is
+    ``folds`` are sums by :func:`sums_key` of disjoint windows, on one device. ``down_FC`` is
     the model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums. ``judge``
     is the fold that alone judges, and that is not fitted on; None: each judges fits on the others.
     ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says, and ``detail`` too.
@@ -219,13 +208,13 @@ def fit_candidate(
     if kind is None:
         return Repair(), None
     sums: list[Sums]
-    if kind.regressors == "absolute":
-        sums = [fold[kind.key(span)] for number, fold in enumerate(folds) if number != judge]
+    if kind == "absolute":
+        sums = [fold[sums_key(span, kind)] for number, fold in enumerate(folds) if number != judge]
     else:
         sums = [_moments(fold, span, kind, down_FC) for fold in folds]
     given = FitInput(
         span=str(span),
-        regressors=kind.regressors,
+        regressors=kind,
         folds=sums,
         ridge=candidate.ridge,
         options=options,
@@ -236,22 +225,22 @@ def fit_candidate(
     return OPERATORS[candidate.operator].fit(given)
 
 
-def stored_keys(kind: SampleKind, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
+def stored_keys(kind: Regressors, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
     """The entry of a store that holds these sums, or the one they follow from; empty: neither."""
-    joint = SampleKind("joint", kind.row_weights).key(span)
-    if kind.key(span) in entries:
-        return (kind.key(span),)
-    if kind.regressors == "stream" and joint in entries:
+    joint = sums_key(span, "joint")
+    if sums_key(span, kind) in entries:
+        return (sums_key(span, kind),)
+    if kind == "stream" and joint in entries:
         return (joint,)
     return ()
 
 
 def _moments(
-    sums: Mapping[str, Sums], span: Span, kind: SampleKind, down_FC: Tensor | None
+    sums: Mapping[str, Sums], span: Span, kind: Regressors, down_FC: Tensor | None
 ) -> Moments:
-    found = sums.get(kind.key(span))
+    found = sums.get(sums_key(span, kind))
     if found is None:
-        joint = sums[SampleKind("joint", kind.row_weights).key(span)]
+        joint = sums[sums_key(span, "joint")]
         assert isinstance(joint, Moments)
         assert down_FC is not None
         return stream_moments(joint, down_FC)

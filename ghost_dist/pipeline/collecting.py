@@ -17,7 +17,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
-from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.store_plan import StatisticsPlan
 
 WRITTEN_PER_S = 1e9  # bytes, of a disk of today and its checksums
@@ -148,9 +148,9 @@ def plan_of(
     )
 
 
-def entries_of(samples: Sequence[tuple[Span, SampleKind]]) -> dict[str, str]:
+def entries_of(samples: Sequence[tuple[Span, Regressors]]) -> dict[str, str]:
     """Names and kinds of the sums of spans, as a plan has them."""
     return {
-        kind.key(span): "absolute" if kind.regressors == "absolute" else "moments"
+        sums_key(span, kind): "absolute" if kind == "absolute" else "moments"
         for span, kind in samples
     }

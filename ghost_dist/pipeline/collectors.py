@@ -21,7 +21,7 @@ from ghost_dist.devices import free_bytes, mark
 from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import Collector, SampleKind, SpanCollector, Together
+from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector, Together
 from ghost_dist.statistics.sum_costs import (
     moments_bytes,
     moments_flops,
@@ -123,7 +123,7 @@ class Collectors(Protocol):
 class SpanCollectors:
     """Sums of chosen spans, all in one pass."""
 
-    samples: tuple[tuple[Span, SampleKind], ...]
+    samples: tuple[tuple[Span, Regressors], ...]
     architecture: Architecture
 
     @property
@@ -150,7 +150,7 @@ class SpanCollectors:
     def stored_bytes(self, blocks: int) -> int:
         width, inner_sizes = self.architecture.hidden_size, self.architecture.inner_sizes
         return sum(
-            stored_bytes(kind.regressors, width, inner_sizes.get(span.start - 1, 0), blocks)
+            stored_bytes(kind, width, inner_sizes.get(span.start - 1, 0), blocks)
             for span, kind in self.samples
         )
 
@@ -169,14 +169,14 @@ class SpanCollectors:
         cost.pass_tokens(range(self.last_boundary), tokens)
         for span, kind in self.samples:
             inner = run.inner_size(span)
-            cost.sums_bytes += moments_bytes(kind.regressors, width, inner)
-            if kind.regressors == "absolute":
+            cost.sums_bytes += moments_bytes(kind, width, inner)
+            if kind == "absolute":
                 continue
-            regressors = num_regressors(kind.regressors, width, inner)
-            cost.sums[kind.regressors] += tokens * moments_flops(regressors, width)
+            regressors = num_regressors(kind, width, inner)
+            cost.sums[kind] += tokens * moments_flops(regressors, width)
             product = product_bytes(regressors, width, run.window_length)
             cost.product_bytes = max(cost.product_bytes, product)
-            if kind.regressors == "joint":
+            if kind == "joint":
                 cost.batch_bytes += run.batch_tokens * (4 * width + inner * sizes.itemsize)
         return cost
 

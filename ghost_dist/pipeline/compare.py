@@ -46,7 +46,7 @@ from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span, pairs_of
-from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.span_sums import Regressors
 
 Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
 """``default``: as configured; ``heal`` and ``refine``: the same followed by healing or training."""
@@ -162,7 +162,7 @@ def _fill(
     reporter: Reporter,
 ) -> None:
     """Take the sums that the missing rows need, and compute these rows."""
-    samples: set[tuple[Span, SampleKind]] = set()
+    samples: set[tuple[Span, Regressors]] = set()
     usable: list[tuple[_Cut, Row]] = []
     for cut, row in missing:
         try:
@@ -172,10 +172,7 @@ def _fill(
             continue
         usable.append((cut, row))
         samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
-    joint = {(s, k.row_weights) for s, k in samples if k.regressors == "joint"}
-    ordered = sorted(
-        (s, k) for s, k in samples if k.regressors != "stream" or (s, k.row_weights) not in joint
-    )
+    ordered = sorted((s, k) for s, k in samples if k != "stream" or (s, "joint") not in samples)
     entries = entries_of(ordered)
     ranges = calibration_ranges(inputs, tokens)
     plan = plan_of(inputs, tokens, entries, ranges)

@@ -18,7 +18,7 @@ from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.span_sums import Regressors
 from ghost_dist.statistics.sums import Sums
 
 
@@ -58,7 +58,6 @@ def walk_behind(
             refittable=inputs.refittable,
             norm_eps=inputs.architecture.norm_eps,
             refits=_refits(inputs, tuple(fitted), chosen, judge) if sequential else {},
-            row_weights=chosen.row_weights,
         )
         steps = len(walk.steps(heal=heal))
         with reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
@@ -73,10 +72,10 @@ def _refits(
     refits: dict[Span, Refit] = {}
     ridges = RidgeFits(inputs.architecture.norm_eps)
 
-    def refit(span: Span, here: Candidate, kind: SampleKind) -> Refit:
+    def refit(span: Span, here: Candidate, kind: Regressors) -> Refit:
         def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
             down_FC = None
-            if kind.regressors == "joint":
+            if kind == "joint":
                 down_FC = read_down(
                     inputs.source, inputs.architecture, span.start - 1, inputs.device
                 )

@@ -14,7 +14,7 @@ from ghost_dist.pipeline.candidates import Candidate, candidates_of, samples_of
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
+from ghost_dist.statistics.span_sums import Regressors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunShape:
         return candidates_of(self.inputs.config.operator, self.spans, self.inputs.refittable)
 
     @cached_property
-    def samples(self) -> list[tuple[Span, SampleKind]]:
+    def samples(self) -> list[tuple[Span, Regressors]]:
         return samples_of(self.candidates, self.spans, self.inputs.refittable)
 
     def variant(self, candidate: Candidate) -> Variant:

@@ -25,8 +25,7 @@ def solve_cost(run: RunShape) -> Cost:
     operator, candidates, folds = config.operator, run.candidates, config.folds
     cost = Cost(batch=inputs.batch, length=run.window_length, batch_bytes=SMALL_BYTES)
     sums = [
-        moments_bytes(kind.regressors, sizes.hidden_size, run.inner_size(span))
-        for span, kind in run.samples
+        moments_bytes(kind, sizes.hidden_size, run.inner_size(span)) for span, kind in run.samples
     ]
     cost.fit_bytes = fit_bytes(folds * max(sums, default=0), folds)
     several = len(candidates) > 1
@@ -101,11 +100,11 @@ def _fits(
         looked_for = form.ridge == "auto" and of_grid not in known
         known.add(of_grid)
         if looked_for and form.around is None:
-            found += Fits.of_grid(kind.regressors, size, width, folds)
+            found += Fits.of_grid(kind, size, width, folds)
         elif looked_for:
-            found.append(Fits.of(kind.regressors, size, width, AROUND, folds))
+            found.append(Fits.of(kind, size, width, AROUND, folds))
         if not looked_for or form.shift:
-            found.append(Fits.of(kind.regressors, size, width, 1, folds))
+            found.append(Fits.of(kind, size, width, 1, folds))
     return found
 
 
@@ -132,9 +131,9 @@ def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool, heal
         kinds = [("joint", inner)]
         if step.span is not None:
             kinds = [
-                (kind.regressors, num_regressors(kind.regressors, width, inner))
+                (kind, num_regressors(kind, width, inner))
                 for span, kind in run.samples
-                if span == step.span and kind.regressors != "absolute"
+                if span == step.span and kind != "absolute"
             ]
         for kind, regressors in kinds:
             cost.sums[kind] += tokens * moments_flops(regressors, width)

@@ -45,6 +45,7 @@ from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
+from ghost_dist.statistics.span_sums import sums_key
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 
@@ -433,12 +434,10 @@ def check_store(
             have = ", ".join(plan.entries) or "nothing"
             config = inputs.config
             raise ConfigError(
-                f"The statistics of this run lack {kind.key(span)}, which "
-                f"operator.name={config.operator.name} with "
-                f"row_weights={config.operator.row_weights} needs (they have: {have}). Take them "
+                f"The statistics of this run lack {sums_key(span, kind)}, which "
+                f"operator.name={config.operator.name} needs (they have: {have}). Take them "
                 f"with: ghost-dist calibrate {config.output.path} --set "
-                f"operator.name={config.operator.name} --set "
-                f"operator.row_weights={config.operator.row_weights}"
+                f"operator.name={config.operator.name}"
             )
 
 

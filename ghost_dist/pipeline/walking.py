@@ -26,14 +26,13 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.config import RowWeights
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, row_weights
+from ghost_dist.statistics.span_sums import Regressors, SpanCollector
 from ghost_dist.statistics.sums import Sums
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
@@ -43,7 +42,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 class Refit:
     """One span fitted anew during a walk: the sums taken, and what fits those of each fold."""
 
-    kind: SampleKind
+    kind: Regressors
     fit: Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]
 
 
@@ -94,10 +93,7 @@ def walk_steps(
 
 @dataclass
 class Walk:
-    """One walk through the layers.
-
-    ``judge`` is the fold that nothing is fitted on, ``row_weights`` are those of healing.
-    """
+    """One walk through the layers; ``judge`` is the fold that nothing is fitted on."""
 
     layers: LayerwiseModel
     tokens: Tokens
@@ -109,7 +105,6 @@ class Walk:
     refittable: frozenset[int]
     norm_eps: float
     refits: Mapping[Span, Refit] = field(default_factory=dict)
-    row_weights: RowWeights = "none"
     healed: dict[int, Tensor] = field(default_factory=dict)
     fits: dict[Span, Fit | None] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
@@ -197,12 +192,12 @@ class Walk:
         self._apply(span)
 
     def _sums(
-        self, span: Span, kind: SampleKind, streams: list[Tensor], targets: list[Tensor]
+        self, span: Span, kind: Regressors, streams: list[Tensor], targets: list[Tensor]
     ) -> list[Mapping[str, Sums]]:
         """Sums of each fold: what a span's streams make of the layer before it, and its targets."""
         layer = span.start - 1
         inner = {}
-        if kind.regressors == "joint":
+        if kind == "joint":
             inner = {layer: self.layers.down_projection(layer).in_features}
         collectors = [
             SpanCollector(
@@ -216,7 +211,7 @@ class Walk:
         ]
         for window, y_TC, x_TC, h_TF, product_TC in self._taken_apart(layer, streams, targets):
             collector = collectors[self.fold_of_window[window]]
-            if kind.regressors == "joint":
+            if kind == "joint":
                 collector.take_mlp(layer, window, h_TF, product_TC)
             collector(span.start, window, x_TC)
             collector(span.stop, window, y_TC)
@@ -235,8 +230,7 @@ class Walk:
             wide = torch.promote_types(y_TC.dtype, torch.float32)
             # A: the recovered stream without that product; what is left for it is Y - A.
             a_TC = x_TC.to(wide) - product_TC.to(wide)
-            weights_T = row_weights(self.row_weights, y_TC)
-            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC, weights_T)
+            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
         folds: list[Moments] = [accumulator.result() for accumulator in accumulators]
         repair, fit = refit_down(f"layer {layer}", folds, down_FC, "auto", judge=self.judge)
         better = fit.residual < 1

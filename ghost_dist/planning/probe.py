@@ -38,7 +38,7 @@ from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import FLUSH_TOKENS, PairCollector
-from ghost_dist.statistics.span_sums import Collector, Regressors, SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector
 from ghost_dist.statistics.sum_costs import (
     moments_bytes,
     moments_flops,
@@ -208,7 +208,7 @@ def _sums(run: RunShape, kind: Any, plain: float) -> float:
     if kind == "pairs":
         collector = PairCollector([span], width, device, columns)
     else:
-        sample, eps = (span, SampleKind(kind)), inputs.architecture.norm_eps
+        sample, eps = (span, kind), inputs.architecture.norm_eps
         collector = SpanCollector([sample], width, device, inner_size={0: inner}, norm_eps=eps)
     stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=device)
     inner_TF = torch.ones(tokens, inner, dtype=inputs.dtype, device=device)
@@ -257,10 +257,7 @@ def _random_moments(regressors: int, targets: int, device: torch.device) -> Mome
     gram_ZZ.diagonal().add_(2.0)
     cross_ZC = gram_ZZ[:, :targets].clone()
     ones = torch.ones(regressors, dtype=torch.float64, device=device)
-    tokens = 4 * regressors
-    return Moments(
-        tokens, gram_ZZ, cross_ZC, ones, ones[:targets], ones[:targets] * 3, ones[:1] * tokens
-    )
+    return Moments(4 * regressors, gram_ZZ, cross_ZC, ones, ones[:targets], ones[:targets] * 3)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -91,12 +91,11 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
 
 def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
     """What was tried, and how far each is from the dense model on held-out windows."""
-    table = Table("tried", "row weights", "ridge / median", "held-out residual", "KL, nats")
+    table = Table("tried", "ridge / median", "held-out residual", "KL, nats")
     for row in candidates:
         name = text.candidate(row)
         table.add_row(
             f"[bold]{name} *" if row["chosen"] else name,
-            row["row_weights"],
             ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
             ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
             f"{row['kl']:.4f}" if row.get("kl") is not None else "-",

@@ -383,9 +383,9 @@ def _totals(errors: Mapping[float, Tensor]) -> dict[float, float]:
 
 def _target_variance(folds: Sequence[Moments]) -> Tensor:
     """``||Y - mean(Y)||^2`` per target."""
-    names = ("sumsq_y_C", "sum_y_C", "sum_weights_1")
-    sums = [torch.stack([getattr(fold, name) for fold in folds]).sum(0) for name in names]
-    return sums[0] - sums[1].square() / sums[2]
+    names = ("sumsq_y_C", "sum_y_C")
+    sumsq_C, sum_C = (torch.stack([getattr(f, name) for f in folds]).sum(0) for name in names)
+    return sumsq_C - sum_C.square() / sum(fold.num_tokens for fold in folds)
 
 
 def fit_bytes(sums_bytes: int, num_folds: int) -> int:

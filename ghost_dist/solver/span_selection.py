@@ -284,5 +284,4 @@ def _projected_change(fold: PairMoments, projection_Cr: Tensor | None) -> Moment
         sum_z_Z=sumsq_Pr.new_zeros(width),
         sum_y_C=sumsq_Pr.new_zeros(num_targets),
         sumsq_y_C=sumsq_Pr.reshape(num_targets),
-        sum_weights_1=sumsq_Pr.new_full((1,), float(fold.num_tokens)),
     )

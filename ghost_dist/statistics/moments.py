@@ -43,14 +43,13 @@ BLOCK_COLUMNS = 4096
 
 @dataclass(frozen=True)
 class Moments(Sums):
-    """Sums over ``num_tokens`` rows; all tensors float64. Row t has the weight ``w_t^2``."""
+    """Sums over ``num_tokens`` rows; all tensors float64."""
 
-    gram_ZZ: Tensor  # sum w^2 z z'
-    cross_ZC: Tensor  # sum w^2 z y'
-    sum_z_Z: Tensor  # sum w^2 z, and of y
+    gram_ZZ: Tensor  # sum z z'
+    cross_ZC: Tensor  # sum z y'
+    sum_z_Z: Tensor  # sum z, and of y
     sum_y_C: Tensor
-    sumsq_y_C: Tensor  # sum w^2 y^2
-    sum_weights_1: Tensor  # sum w^2: num_tokens if no row was weighted
+    sumsq_y_C: Tensor  # sum y^2
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset({"gram_ZZ", "cross_ZC"})
     SYMMETRIC: ClassVar[frozenset[str]] = frozenset({"gram_ZZ"})
@@ -83,28 +82,14 @@ class MomentsAccumulator:
         self._float64_products = has_full_rate_float64(device)
         kept_z = self._columns_Z.stop - self._columns_Z.start
         kept_c = self._columns_C.stop - self._columns_C.start
-        self._sums = Moments(
-            0, zeros(z, kept_z), zeros(z, kept_c), zeros(z), zeros(c), zeros(c), zeros(1)
-        )
+        self._sums = Moments(0, zeros(z, kept_z), zeros(z, kept_c), zeros(z), zeros(c), zeros(c))
         self._num_tokens = 0
 
-    def add(
-        self, regressors: Sequence[Tensor], y_TC: Tensor, weights_T: Tensor | None = None
-    ) -> None:
-        """Add T rows: parts of Z side by side, such as (A_TC, H_TF), and targets.
-
-        ``weights_T`` are factors w, of which the sums take the squares; None: all 1.
-        """
+    def add(self, regressors: Sequence[Tensor], y_TC: Tensor) -> None:
+        """Add T rows: parts of Z side by side, such as (A_TC, H_TF), and targets."""
         sums = self._sums
         z_TZ = regressors[0] if len(regressors) == 1 else torch.cat(tuple(regressors), dim=1)
-        if weights_T is None:
-            weights_T = y_TC.new_ones(y_TC.shape[0], dtype=torch.float64)
-        else:
-            # Scaled rows are no bf16 numbers any more: float32 keeps their products accurate.
-            wide = torch.float64 if self._float64_products else torch.float32
-            weights_T = weights_T.double()
-            z_TZ = z_TZ.to(wide) * weights_T.to(wide).unsqueeze(1)
-            y_TC = y_TC.to(wide) * weights_T.to(wide).unsqueeze(1)
+        ones_T = y_TC.new_ones(y_TC.shape[0], dtype=torch.float64)
         for i, rows in enumerate(self._blocks):
             if self._whole:
                 for columns in self._blocks[: i + 1]:
@@ -112,11 +97,10 @@ class MomentsAccumulator:
             else:
                 self._add_product(sums.gram_ZZ[rows], z_TZ[:, rows], z_TZ[:, self._columns_Z])
             self._add_product(sums.cross_ZC[rows], z_TZ[:, rows], y_TC[:, self._columns_C])
-            sums.sum_z_Z[rows].addmv_(z_TZ[:, rows].double().T, weights_T)
+            sums.sum_z_Z[rows].addmv_(z_TZ[:, rows].double().T, ones_T)
         y64_TC = y_TC.double()
-        sums.sum_y_C.addmv_(y64_TC.T, weights_T)
+        sums.sum_y_C.addmv_(y64_TC.T, ones_T)
         sums.sumsq_y_C.add_(y64_TC.square().sum(0))
-        sums.sum_weights_1.add_(weights_T.square().sum())
         self._num_tokens += y_TC.shape[0]
 
     def _add_product(self, total_MN: Tensor, a_TM: Tensor, b_TN: Tensor) -> None:

@@ -12,19 +12,21 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ghost_dist.config import RowWeights
 from ghost_dist.devices import arrived, mark
-from ghost_dist.errors import ConfigError, NonFiniteActivationError
+from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
+"""Which sums of a span are taken. ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)];
+``joint``: Z = [A, H], what enters ``start`` taken apart at the down_proj before it; ``absolute``:
+sums of absolute values."""
 
 
 class Sink(Protocol):
@@ -65,22 +67,9 @@ class Collector:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, order=True)
-class SampleKind:
-    """Which sums of a span are taken.
-
-    ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)]; ``joint``: Z = [A, H], what enters
-    ``start`` taken apart at the down_proj before it; ``absolute``: sums of absolute values, never
-    weighted.
-    """
-
-    regressors: Regressors
-    row_weights: RowWeights = "none"
-
-    def key(self, span: Span) -> str:
-        """Name of the sums of a span in a store, such as ``11-18/joint@inverse-norm``."""
-        suffix = "" if self.row_weights == "none" else f"@{self.row_weights}"
-        return f"{span.start}-{span.stop}/{self.regressors}{suffix}"
+def sums_key(span: Span, kind: Regressors) -> str:
+    """Name of the sums of a span in a store, such as ``11-18/joint``."""
+    return f"{span.start}-{span.stop}/{kind}"
 
 
 class SpanCollector(Collector):
@@ -93,7 +82,7 @@ class SpanCollector(Collector):
 
     def __init__(
         self,
-        samples: Iterable[tuple[Span, SampleKind]],
+        samples: Iterable[tuple[Span, Regressors]],
         hidden_size: int,
         device: torch.device,
         *,
@@ -101,25 +90,23 @@ class SpanCollector(Collector):
         norm_eps: float = 0.0,
         block: ColumnBlock = WHOLE,
     ) -> None:
-        self._kinds: dict[Span, list[SampleKind]] = {}
+        self._kinds: dict[Span, list[Regressors]] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
         self._absolute: dict[str, AbsoluteSums] = {}
         for span, kind in samples:
             self._kinds.setdefault(span, []).append(kind)
-            if kind.regressors == "absolute":
+            if kind == "absolute":
                 continue
-            width = {"stream": hidden_size, "stream+norm": 2 * hidden_size}.get(kind.regressors)
+            width = {"stream": hidden_size, "stream+norm": 2 * hidden_size}.get(kind)
             if width is None:
                 assert inner_size is not None, "joint sums need the width of the inner layer"
                 width = hidden_size + inner_size[span.start - 1]
-            self._accumulators[kind.key(span)] = MomentsAccumulator(
+            self._accumulators[sums_key(span, kind)] = MomentsAccumulator(
                 width, hidden_size, device, block=block
             )
         self._norm_eps = norm_eps
         self._mlp_spans = [
-            span
-            for span, kinds in self._kinds.items()
-            if any(k.regressors == "joint" for k in kinds)
+            span for span, kinds in self._kinds.items() if any(k == "joint" for k in kinds)
         ]
         self._mlp: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pending: dict[tuple[Span, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
@@ -152,27 +139,27 @@ class SpanCollector(Collector):
     def _add(
         self,
         span: Span,
-        kind: SampleKind,
+        kind: Regressors,
         x_TC: Tensor,
         parts: tuple[Tensor, Tensor] | None,
         y_TC: Tensor,
     ) -> None:
-        key = kind.key(span)
-        if kind.regressors == "absolute":
+        key = sums_key(span, kind)
+        if kind == "absolute":
             sums = absolute_sums(x_TC, y_TC)
             self._absolute[key] = self._absolute[key] + sums if key in self._absolute else sums
             return
-        if kind.regressors == "joint":
+        if kind == "joint":
             assert parts is not None, f"no down_proj input came before boundary {span.start}"
             regressors: tuple[Tensor, ...] = parts
-        elif kind.regressors == "stream+norm":
+        elif kind == "stream+norm":
             regressors = norm_features(x_TC, self._norm_eps)
         else:
             regressors = (x_TC,)
-        self._accumulators[key].add(regressors, y_TC, row_weights(kind.row_weights, y_TC))
+        self._accumulators[key].add(regressors, y_TC)
 
     def result(self) -> dict[str, Sums]:
-        """Sums of every span and kind, by :meth:`SampleKind.key`."""
+        """Sums of every span and kind, by :func:`sums_key`."""
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
         moments = {key: accumulator.result() for key, accumulator in self._accumulators.items()}
@@ -252,43 +239,6 @@ class FlagsOnTheWay:
         arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags
-
-
-CLIP_MULTIPLE = 2.0
-"""`clip` bounds the norm of a row to this multiple of its window's median norm."""
-
-
-def row_weights(treatment: RowWeights, y_TC: Tensor) -> Tensor | None:
-    """Factors (T,) float64 of the rows of one window, whole and position 0 first; None: all alike.
-
-    A factor w is on a whole row: ``w x`` is fitted to ``w y``, so its squared error counts ``w^2``
-    times. Treatments look at one window only, so the sums do not depend on the order of windows.
-
-    - ``drop-first``: the first position of the window has weight 0. In models without a BOS token
-      it is the sink that attention parks on, with a norm of its own.
-    - ``inverse-norm``: ``sqrt(C) / ||y||``, so that every row of ``w y`` has RMS 1, as the RMSNorm
-      that reads y makes it. The residual is then the mean relative error per token. A row of zeros
-      has weight 0.
-    - ``clip``: ``min(1, CLIP_MULTIPLE m / ||y||)`` with m the median norm of the window's rows, the
-      lower of the two middle ones. Rows below the bound keep their weight.
-    """
-    if treatment == "none":
-        return None
-    if treatment == "drop-first":
-        weights_T = torch.ones(y_TC.shape[0], dtype=torch.float64, device=y_TC.device)
-        weights_T[0] = 0
-        return weights_T
-    norm_T = torch.linalg.vector_norm(y_TC, dim=1, dtype=torch.float64)
-    inverse_T = torch.where(norm_T > 0, 1 / norm_T, 0.0)
-    if treatment == "inverse-norm":
-        return inverse_T * math.sqrt(y_TC.shape[1])
-    if treatment == "clip":
-        bound = CLIP_MULTIPLE * norm_T.median()
-        return torch.where(norm_T > bound, bound * inverse_T, 1.0)
-    raise ConfigError(
-        f"operator.row_weights={treatment!r} is unknown; give one of "
-        f"{', '.join(get_args(RowWeights))}."
-    )
 
 
 @dataclass(frozen=True)

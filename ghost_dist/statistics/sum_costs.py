@@ -24,7 +24,7 @@ def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> 
     if regressors == "absolute":
         return 4 * c * _FLOAT64_BYTES
     z = num_regressors(regressors, c, inner_size)
-    return (z * z + z * c + z + 2 * c + 1) * _FLOAT64_BYTES
+    return (z * z + z * c + z + 2 * c) * _FLOAT64_BYTES
 
 
 def stored_bytes(regressors: Regressors, hidden_size: int, inner_size: int, blocks: int) -> int:

@@ -39,7 +39,7 @@ WHOLE = ColumnBlock()
 class Sums:
     """Float64 tensors summed over ``num_tokens`` rows; the base of every kind of statistic."""
 
-    num_tokens: int  # rows of weight 0 included
+    num_tokens: int
 
     BY_COLUMNS: ClassVar[frozenset[str]] = frozenset()
     """Arrays of which a rank may keep a block of the last axis; of the others it keeps all."""

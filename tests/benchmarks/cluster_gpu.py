@@ -30,7 +30,6 @@ from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_
 from ghost_dist.pipeline.inputs import open_engine, open_inputs
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
 
 PICO = Path(__file__).parents[2] / "ghost_dist" / "assets" / "pico"
 SPAN, WINDOWS, LENGTH, RANGES = Span(20, 27), 128, 2048, 8  # windows and ranges: of a replica
@@ -83,7 +82,7 @@ def main() -> None:
     inputs = open_inputs(configure(output__path=str(folder / "alone")), Reporter())
     engine = open_engine(inputs, SPAN.stop)
     tokens = load_windows(run / "tokens.safetensors").tokens
-    collectors = SpanCollectors(((SPAN, SampleKind("stream")),), inputs.architecture)
+    collectors = SpanCollectors(((SPAN, "stream"),), inputs.architecture)
     passes = passes_here(collectors, engine)
     of_range = list(range(WINDOWS // RANGES))
 

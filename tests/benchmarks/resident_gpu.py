@@ -31,7 +31,6 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
 
 WINDOWS, LENGTH, REMOVE = 32, 2048, 7
 SPAN = Span(22, 29)
@@ -62,10 +61,10 @@ def main():
     decoder = load_decoder(folder, architecture, num_layers=32, dtype=torch.bfloat16, device=device)
     model_bytes = torch.cuda.memory_allocated(device)
     engine = ResidentEngine(decoder, given.batch)
-    one = SpanCollectors(((SPAN, SampleKind("stream")),), architecture)
-    joint = SpanCollectors(((SPAN, SampleKind("joint")),), architecture)
+    one = SpanCollectors(((SPAN, "stream"),), architecture)
+    joint = SpanCollectors(((SPAN, "joint"),), architecture)
     scattered = SpanCollectors(
-        tuple((Span(la, la + 1), SampleKind("stream")) for la in SCATTERED), architecture
+        tuple((Span(la, la + 1), "stream") for la in SCATTERED), architecture
     )
     every = Selector(SelectionConfig(remove=REMOVE), REMOVE, architecture)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -37,10 +37,10 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector, Together
+from ghost_dist.statistics.span_sums import SpanCollector, Together
 
 FOLDS = 4
-STREAM = SampleKind("stream")
+STREAM = "stream"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import SpanCollector
 from ghost_dist.statistics.stream_state import StreamState
 
 
@@ -117,7 +117,7 @@ def main():
             kept = engine.sweep(tokens, range(given.windows), boundaries, (), lambda _: None, state)
             synchronize(device)
             swept = time.monotonic() - began
-            collector = SpanCollector([(span, SampleKind("stream"))], given.hidden, device)
+            collector = SpanCollector([(span, "stream")], given.hidden, device)
             kept.feed(range(given.windows), collector, device)
             collector.result()
             synchronize(device)
@@ -166,7 +166,7 @@ def compare(checkpoint, architecture, given, tokens, device, dtype):
                 checkpoint.path, architecture, num_layers=few.stop, dtype=dtype, device=device
             )
             engine = ResidentEngine(decoder, given.batch)
-        collector = SpanCollector([(few, SampleKind("stream"))], given.hidden, device)
+        collector = SpanCollector([(few, "stream")], given.hidden, device)
         engine.run(tokens, windows, collector, lambda _: None)
         found.append(next(iter(collector.result().values())).arrays())
     worst = max(

@@ -19,7 +19,7 @@ from ghost_dist.progress import Reporter
 from ghost_dist.solver import least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.pair_sums import PairCollector
-from ghost_dist.statistics.span_sums import SampleKind, SpanCollector
+from ghost_dist.statistics.span_sums import SpanCollector
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, pair_bytes, pair_flops
 from ghost_dist.statistics.sums import ColumnBlock
@@ -77,8 +77,6 @@ RUNS = {
     "defaults": DEFAULTS,
     "defaults, three judges": {**DEFAULTS, "calibration__windows": 64, "operator__folds": 3},
     "joint": {"operator__name": "ghost-joint"},
-    "joint, weights": {"operator__name": "ghost-joint", "operator__row_weights": "auto"},
-    "joint by kl, weights": {**DEFAULTS, "operator__row_weights": "auto"},
     "two spans": {**DEFAULTS, "selection__spans": [[2, 3], [5, 7]]},
     "cut only": {"operator__name": "none"},
     "two spans of ghost by kl": {
@@ -183,7 +181,7 @@ def test_stored_bytes_are_those_of_a_written_store(make_config, operator):
 
 @pytest.mark.parametrize(("z", "c"), [(48, 48), (5000, 64), (9000, 32)])
 def test_flops_of_moments_are_those_that_torch_counts(z, c):
-    collector = SpanCollector([(Span(1, 2), SampleKind("joint"))], c, CPU, inner_size={0: z - c})
+    collector = SpanCollector([(Span(1, 2), "joint")], c, CPU, inner_size={0: z - c})
     stream_TC = torch.randn(16, c)
     with counting() as counter:
         collector.take_mlp(0, 0, torch.randn(16, z - c), stream_TC)
@@ -201,7 +199,7 @@ def test_ranks_share_the_products_without_symmetry(blocks):
     flops = 0
     for index in range(blocks):
         block = ColumnBlock(index, blocks)
-        collector = SpanCollector([(Span(1, 2), SampleKind("stream"))], c, CPU, block=block)
+        collector = SpanCollector([(Span(1, 2), "stream")], c, CPU, block=block)
         with counting() as counter:
             collector(1, 0, torch.randn(16, c))
             collector(2, 0, torch.randn(16, c))

@@ -23,7 +23,6 @@ from ghost_dist.report.terminal import print_run
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.operators import OPERATORS, Operator
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SampleKind
 
 PLAIN = {"none", "fold", "replaceme"}
 
@@ -183,25 +182,15 @@ def test_residual_as_the_judge_runs_no_model(make_config, tmp_path, monkeypatch)
     def forbidden(*_args, **_kwargs):
         raise AssertionError("choose=residual needs statistics only")
 
-    config = make_config(operator__features="auto", operator__row_weights="auto")
+    config = make_config(operator__features="auto")
     recover(config, again="calibrate")
     monkeypatch.setattr("ghost_dist.pipeline.solving.open_causal_lm", forbidden)
     recover(config, again="solve")
     record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
-    # stream and stream+norm; weights stay none
+    # stream and stream+norm
     assert [row["operator"] for row in record["candidates"]] == ["ghost", "ghost"]
     best = min(record["candidates"], key=lambda row: row["residual"][0])
     assert best["chosen"]
-
-
-@pytest.mark.parametrize("treatment", ["drop-first", "inverse-norm"])
-def test_row_weights_change_the_operator(make_config, tmp_path, treatment):
-    recover(make_config(), again="solve")
-    plain = operator_file(tmp_path / "run")["linear"]
-    config = make_config(operator__row_weights=treatment, output__path=str(tmp_path / "w"))
-    recover(config, again="solve")
-    weighted = operator_file(tmp_path / "w")["linear"]
-    assert not torch.allclose(plain, weighted, rtol=1e-3)
 
 
 def test_sequential_refit_changes_the_later_span_only(make_config, tmp_path):
@@ -310,38 +299,33 @@ SPANS, BOTH = (Span(2, 4), Span(6, 7)), frozenset(range(10))
 def test_what_is_tried():
     def names(refittable=BOTH, spans=SPANS, **fields):
         config = OperatorConfig(**fields)
-        return [
-            (c.operator, c.features, c.row_weights, c.shift)
-            for c in candidates_of(config, spans, refittable)
-        ]
+        return [(c.operator, c.features, c.shift) for c in candidates_of(config, spans, refittable)]
 
     shifts = (1, 0, -1, -2)
-    joint = [("ghost-joint", "stream", "none", d) for d in shifts]
+    joint = [("ghost-joint", "stream", d) for d in shifts]
     fold = [("fold", *rest) for _, *rest in joint]
-    none = ("none", "stream", "none", 0)
+    none = ("none", "stream", 0)
     assert names() == [*joint, *fold, none]
     assert names(name="ghost-joint") == joint
     assert names(name="fold") == fold
     assert names(choose="residual") == [joint[1], fold[1], none]
     assert names(ridge=RelativeRidge(relative=0.1)) == [joint[1], fold[1], none]
-    assert {n[2] for n in names(row_weights="auto")} == {"none", "inverse-norm"}
-    ghosts = [("ghost", f, "none", d) for f in ("stream", "stream+norm") for d in shifts]
+    ghosts = [("ghost", f, d) for f in ("stream", "stream+norm") for d in shifts]
     assert names(refittable=frozenset()) == [*ghosts, none]
     assert names(refittable=frozenset(), features="stream") == [*ghosts[:4], none]
     assert names(name="ghost") == ghosts
-    assert names(name="none", row_weights="auto") == [none]
-    assert names(row_weights="auto").count(none) == 1
-    assert names(name="linear-patch") == [("linear-patch", "stream", "none", 0)]
+    assert names(name="none") == [none]
+    assert names(name="linear-patch") == [("linear-patch", "stream", 0)]
 
 
 def test_sums_of_the_stream_are_not_taken_beside_those_they_follow_from():
     candidates = candidates_of(OperatorConfig(name="ghost-joint"), SPANS, BOTH)
-    assert samples_of(candidates, SPANS, BOTH) == [(span, SampleKind("joint")) for span in SPANS]
+    assert samples_of(candidates, SPANS, BOTH) == [(span, "joint") for span in SPANS]
     # Where a span has no layer to refit before it, ghost is fitted from the stream.
     first = (Span(0, 2), Span(4, 6))
     mixed = candidates_of(OperatorConfig(), first, BOTH)
     assert samples_of(mixed, first, BOTH) == [
-        (Span(0, 2), SampleKind("stream")), (Span(4, 6), SampleKind("joint")),
+        (Span(0, 2), "stream"), (Span(4, 6), "joint"),
     ]  # fmt: skip
 
 

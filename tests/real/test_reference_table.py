@@ -68,7 +68,6 @@ def test_reference_figures_and_the_exported_checkpoint(shared, tmp_path):
             "operator.name": "ghost",
             "operator.features": "stream",
             "operator.ridge": {"absolute": 1e-6},
-            "operator.row_weights": "none",
             "operator.choose": "residual",
             "engine.device": "cpu",
             "evaluation.corpora": {"wikitext2": str(data / "wikitext2-test.txt")},

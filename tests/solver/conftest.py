@@ -8,13 +8,9 @@ import torch
 from ghost_dist.statistics.moments import Moments
 
 
-def moments_of(z, y, w=None):
-    """Moments of rows with factors w, by direct float64 products."""
-    w = torch.ones(len(z), dtype=torch.float64) if w is None else w
-    zw, yw = z * w[:, None], y * w[:, None]
-    return Moments(
-        len(z), zw.T @ zw, zw.T @ yw, zw.T @ w, yw.T @ w, (yw * yw).sum(0), (w @ w).reshape(1)
-    )
+def moments_of(z, y):
+    """Moments of rows, by direct float64 products."""
+    return Moments(len(z), z.T @ z, z.T @ y, z.sum(0), y.sum(0), (y * y).sum(0))
 
 
 def in_folds(make, folds, *arrays):

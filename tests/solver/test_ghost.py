@@ -228,14 +228,3 @@ def test_condition_number_within_five_per_cent(rows, spread, width):
         exact = float(torch.linalg.cond(damped))
         estimate = condition_number(gram, ridge, torch.linalg.cholesky(damped))
         assert 0.95 * exact <= estimate <= exact * (1 + 1e-9)
-
-
-def test_weighted_ghost_is_scikit_learns(rows):
-    stream = rows.normal(T, C, seed=0) * rows.normal(T, 1, seed=1).exp() * 5
-    y = stream @ rows.normal(C, C, seed=7) + rows.normal(T, C, seed=8)
-    w = torch.rand(T, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    folds = rows.in_folds(rows.moments_of, FOLDS, stream, y, w)
-    repair, _ = fit_ghost(SPAN, folds, AbsoluteRidge(absolute=2.0))
-    oracle = Ridge(alpha=2.0, fit_intercept=False, solver="cholesky")
-    oracle.fit(stream.numpy(), (y - stream).numpy(), sample_weight=w.numpy() ** 2)
-    np.testing.assert_allclose(repair.weight_CC.numpy(), np.eye(C) + oracle.coef_.T, rtol=1e-7)

@@ -31,18 +31,16 @@ def rows(seed=0, dtype=torch.float64):
     return a.to(dtype), h.to(dtype), y.to(dtype)
 
 
-def direct(z, y, w=None):
+def direct(z, y):
     z, y = z.reshape(-1, z.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
-    w2 = torch.ones(len(z), dtype=torch.float64) if w is None else w.reshape(-1).double() ** 2
-    zw = z * w2[:, None]
-    return Moments(len(z), zw.T @ z, zw.T @ y, zw.sum(0), w2 @ y, w2 @ (y * y), w2.sum().reshape(1))
+    return Moments(len(z), z.T @ z, z.T @ y, z.sum(0), y.sum(0), (y * y).sum(0))
 
 
-def accumulate(a, h, y, w=None, block_columns=4096, **options):
+def accumulate(a, h, y, block_columns=4096, **options):
     with mock.patch.object(moments_module, "BLOCK_COLUMNS", block_columns):
         accumulator = MomentsAccumulator(a.shape[-1] + h.shape[-1], y.shape[-1], CPU, **options)
     for i in range(len(a)):
-        accumulator.add((a[i], h[i]), y[i], None if w is None else w[i])
+        accumulator.add((a[i], h[i]), y[i])
     return accumulator.result()
 
 
@@ -62,17 +60,6 @@ def test_sums_equal_direct_products_whatever_the_blocks(dtype, block_columns):
     a, h, y = rows(dtype=dtype)
     got = accumulate(a, h, y, block_columns=block_columns)
     assert_close(got, direct(torch.cat((a, h), -1), y))
-
-
-def test_weights_scale_rows_and_are_squared_in_every_sum():
-    a, h, y = rows()
-    w = torch.rand(WINDOWS, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    w[:, 0] = 0
-    got = accumulate(a, h, y, w, block_columns=8)
-    assert_close(got, direct(torch.cat((a, h), -1), y, w))
-    assert got.num_tokens == WINDOWS * T
-    kept = accumulate(a[:, 1:], h[:, 1:], y[:, 1:], w[:, 1:])
-    assert (got.gram_ZZ - kept.gram_ZZ).abs().max() <= 1e-12 * kept.gram_ZZ.abs().max()
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -132,13 +119,12 @@ def test_derived_moments_equal_direct_ones():
     a, h, y = rows()
     z = torch.cat((a, h), -1)
     generator = torch.Generator().manual_seed(3)
-    w = torch.rand(WINDOWS, T, generator=generator, dtype=torch.float64)
     mix = torch.randn(C + F, 5, generator=generator, dtype=torch.float64)
     change = torch.randn(C + F, C, generator=generator, dtype=torch.float64)
-    moments = accumulate(a, h, y, w)
-    assert_close(combine(moments, mix), direct(z @ mix, y, w), rtol=1e-11)
-    assert_close(take(moments, slice(C, None)), direct(h, y, w))
-    assert_close(retarget(moments, change), direct(z, y - z @ change, w), rtol=1e-11)
+    moments = accumulate(a, h, y)
+    assert_close(combine(moments, mix), direct(z @ mix, y), rtol=1e-11)
+    assert_close(take(moments, slice(C, None)), direct(h, y))
+    assert_close(retarget(moments, change), direct(z, y - z @ change), rtol=1e-11)
 
 
 def test_norm_features_are_llamas_rmsnorm():
