@@ -15,29 +15,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ghost_dist.calibration.windows import Tokens, TokenWindows
+from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.engines.expert_parts import Inputs, RunLayer
-from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.engines.expert_parts import RunLayer
+from ghost_dist.engines.layerwise import Group
 from ghost_dist.export.operator_files import save_output
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.solving import Solved
+from ghost_dist.pipeline.walking import LayerWalk
 from ghost_dist.progress import Reporter
-from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.spans import PARTS, Sublayer
-from ghost_dist.statistics.moments import MomentsAccumulator
 
 
 def gaps(variant: Variant, architecture: Architecture) -> dict[Sublayer, tuple[int, bool]]:
@@ -91,20 +88,15 @@ def gap_steps(variant: Variant, architecture: Architecture) -> list[Step]:
     return steps
 
 
-@dataclass
-class CloseGaps:
+@dataclass(kw_only=True)
+class CloseGaps(LayerWalk):
     """Fits the matrices before all gaps of a variant.
 
     ``outputs`` and ``rows`` are there behind :meth:`run`: the new matrices (in, C), float64, and
     how each did on the judge.
     """
 
-    layers: LayerwiseModel
-    tokens: Tokens
-    batch: int
     variant: Variant
-    fold_of_window: Sequence[int]
-    judge: int
     outputs: dict[Sublayer, Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -116,26 +108,19 @@ class CloseGaps:
             span.stop - 1: operator_as_computed(one, self.layers.dtype, self.layers.device)
             for span, one in self.variant.at_boundary.items()
         }
-        with self.layers.through([step.group for step in steps]) as at_hand:
-            for _, step in zip(at_hand, steps, strict=True):
-                self._do(step)
-                self.layers.check_weights()
-                advance(1)
+        self.take(steps, advance)
 
     def _do(self, step: Step) -> None:
         layer = step.group
         if not isinstance(layer, int):
-            ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
-            parts = torch.split(ids_WT, self.batch)
-            self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
-            self._own = self._dense
+            self._own = self._dense = self._embedded()
         elif step.does == "shared":
-            self._own = self._target = self._dense = self._through(layer, self._dense, Variant())
+            self._own = self._target = self._dense = self._behind(layer, self._dense, Variant())
         elif step.does == "dense":
-            self._target = self._dense = self._through(layer, self._dense, Variant())
+            self._target = self._dense = self._behind(layer, self._dense, Variant())
         elif step.does == "look":
             half = Variant(sublayers=(Sublayer(layer, "mlp"),))
-            self._target = self._through(layer, self._dense, half)
+            self._target = self._behind(layer, self._dense, half)
         elif step.does == "fit":
             self._fit(layer)
         elif layer in self.variant.removed:
@@ -143,26 +128,22 @@ class CloseGaps:
                 acting, device = self._operators[layer], self.layers.device
                 self._own = [repair_stream(acting, x.to(device)).cpu() for x in self._own]
         else:
-            self._own = self._through(layer, self._own, self._now)
+            self._own = self._behind(layer, self._own, self._now)
 
     @property
     def _now(self) -> Variant:
-        variant = self.variant
-        return Variant(
-            variant.spans, variant.operators, variant.healed, variant.sublayers, self.outputs
-        )
+        return replace(self.variant, outputs=self.outputs)
 
-    def _through(self, layer: int, streams: list[Tensor], variant: Variant) -> list[Tensor]:
+    def _behind(self, layer: int, streams: list[Tensor], variant: Variant) -> list[Tensor]:
         with self._running(layer, streams, variant) as run:
-            return [run(stream.to(self.layers.device)).cpu() for stream in streams]
+            return self._through(run, streams)
 
     @contextlib.contextmanager
     def _running(self, layer: int, streams: list[Tensor], variant: Variant) -> Iterator[RunLayer]:
         gone = [one for one in variant.sublayers if one.layer == layer]
-        inputs = Inputs(streams, self.batch, self.layers.device)
         with (
             self.layers.without(gone),
-            self.layers.running(layer, inputs, tapped=True) as run,
+            self.layers.running(layer, self._inputs(streams), tapped=True) as run,
             self.layers.with_down(layer, variant.downs.get(layer)),
             self.layers.with_outputs(variant.outputs_of(layer)),
         ):
@@ -171,43 +152,11 @@ class CloseGaps:
     def _fit(self, layer: int) -> None:
         before = self._before[layer]
         module = self.layers.writer(before)
-        seen: list[Tensor] = []
-
-        def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[:] = [args[0], output if module.bias is None else output - module.bias]
-
         with self._running(layer, self._own, self._now) as run:
-            weight_FC = module.weight.T.double()
-            accumulators = [
-                MomentsAccumulator(weight_FC.shape[0], weight_FC.shape[1], self.layers.device)
-                for _ in range(max(self.fold_of_window) + 1)
-            ]
-            handle, window = module.register_forward_hook(hook), 0
-            try:
-                for stream, target in zip(self._own, self._target, strict=True):
-                    x_BTC = run(stream.to(self.layers.device))
-                    h_BTF, product_BTC = (t.reshape(*x_BTC.shape[:2], -1) for t in seen)
-                    wide = torch.promote_types(x_BTC.dtype, torch.float32)
-                    y_BTC = target.to(x_BTC.device, wide)
-                    left_BTC = y_BTC - (x_BTC.to(wide) - product_BTC.to(wide))
-                    for h_TF, left_TC in zip(h_BTF, left_BTC, strict=True):
-                        accumulators[self.fold_of_window[window]].add((h_TF,), left_TC)
-                        window += 1
-            finally:
-                handle.remove()
-        folds = [accumulator.result() for accumulator in accumulators]
-        repair, fit = refit_down(str(before), folds, weight_FC, "auto", judge=self.judge)
-        if fit.residual < 1:
-            assert repair.down_FC is not None
-            self.outputs[before] = repair.down_FC.cpu()
-        self.rows.append(
-            {
-                "before": str(before),
-                "residual": fit.residual,
-                "relative_ridge": fit.relative_ridge,
-                "kept": fit.residual < 1,
-            }
-        )
+            new_FC, row = self._new_weight(str(before), run, module, self._own, self._target)
+        if new_FC is not None:
+            self.outputs[before] = new_FC.cpu()
+        self.rows.append({"before": str(before), **row})
 
 
 def nothing_solved(folds: int) -> Solved:
@@ -238,9 +187,9 @@ def close_gaps(
             layers,
             tokens.tokens,
             inputs.batch,
-            variant,
             [fold_of[window] for window in range(tokens.num_windows)],
             inputs.config.folds - 1,
+            variant=variant,
         )
         closing.run(advance)
     files = {str(one): save_output(folder, one, new) for one, new in closing.outputs.items()}

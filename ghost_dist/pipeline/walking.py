@@ -31,7 +31,7 @@ from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.solver.down_proj import refit_down
 from ghost_dist.solver.least_squares import Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments, MomentsAccumulator
+from ghost_dist.statistics.moments import MomentsAccumulator
 from ghost_dist.statistics.span_sums import Regressors, SpanCollector
 from ghost_dist.statistics.sums import Sums
 
@@ -92,16 +92,94 @@ def walk_steps(
 
 
 @dataclass
-class Walk:
-    """One walk through the layers; ``judge`` is the fold that nothing is fitted on."""
+class LayerWalk:
+    """Streams of all windows in host memory, on their way through the layers, one at hand a time.
+
+    ``judge`` is the fold that nothing is fitted on.
+    """
 
     layers: LayerwiseModel
     tokens: Tokens
     batch: int
-    spans: Sequence[Span]
-    operators: dict[Span, Repair]
     fold_of_window: Sequence[int]
     judge: int
+
+    def take(self, steps: Sequence[Any], advance: Callable[[int], None]) -> None:
+        """Do steps, of which each names its ``group``; ``advance`` is called after each."""
+        with self.layers.through([step.group for step in steps]) as at_hand:
+            for _, step in zip(at_hand, steps, strict=True):
+                self._do(step)
+                self.layers.check_weights()
+                advance(1)
+
+    def _do(self, step: Any) -> None:
+        raise NotImplementedError
+
+    def _embedded(self) -> list[Tensor]:
+        ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
+        return [self.layers.embed(ids_BT).cpu() for ids_BT in torch.split(ids_WT, self.batch)]
+
+    def _inputs(self, streams: list[Tensor]) -> Inputs:
+        return Inputs(streams, self.batch, self.layers.device)
+
+    def _through(self, run: RunLayer, streams: list[Tensor]) -> list[Tensor]:
+        return [run(stream.to(self.layers.device)).cpu() for stream in streams]
+
+    def _taken_apart(
+        self, run: RunLayer, module: Any, streams: list[Tensor], targets: list[Tensor]
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """By window its target, and of its stream through a layer: that behind it, H, ``H @ W``.
+
+        H is what the module with the weight W gets; without a module (None) it means nothing.
+        """
+        seen: list[Tensor] = []
+
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            seen[:] = [args[0], output if module.bias is None else output - module.bias]
+
+        with contextlib.ExitStack() as stack:
+            if module is not None:
+                stack.callback(module.register_forward_hook(hook).remove)
+            window = 0
+            for stream, target in zip(streams, targets, strict=True):
+                x_BTC = run(stream.to(self.layers.device))
+                shape = (*x_BTC.shape[:2], -1)
+                inner = [part.reshape(shape) for part in seen or (x_BTC, x_BTC)]
+                for rows in zip(target.to(x_BTC.device), x_BTC, *inner, strict=True):
+                    yield window, *rows
+                    window += 1
+
+    def _new_weight(
+        self, where: str, run: RunLayer, module: Any, streams: list[Tensor], targets: list[Tensor]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Another W (in, C), after which a layer's streams are nearer the targets, and a record.
+
+        None: on the judge no other is better.
+        """
+        weight_FC: Tensor = module.weight.T.double()
+        accumulators = [
+            MomentsAccumulator(weight_FC.shape[0], weight_FC.shape[1], self.layers.device)
+            for _ in range(max(self.fold_of_window) + 1)
+        ]
+        taken = self._taken_apart(run, module, streams, targets)
+        for window, y_TC, x_TC, h_TF, product_TC in taken:
+            wide = torch.promote_types(y_TC.dtype, torch.float32)
+            # A: the recovered stream without that product; what is left for it is Y - A.
+            a_TC = x_TC.to(wide) - product_TC.to(wide)
+            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
+        folds = [accumulator.result() for accumulator in accumulators]
+        repair, fit = refit_down(where, folds, weight_FC, "auto", judge=self.judge)
+        better = fit.residual < 1
+        row = {"residual": fit.residual, "relative_ridge": fit.relative_ridge, "kept": better}
+        return (repair.down_FC if better else None), row
+
+
+@dataclass(kw_only=True)
+class Walk(LayerWalk):
+    """One walk that refits spans, and heals."""
+
+    spans: Sequence[Span]
+    operators: dict[Span, Repair]
     refittable: frozenset[int]
     norm_eps: float
     refits: Mapping[Span, Refit] = field(default_factory=dict)
@@ -122,20 +200,12 @@ class Walk:
 
     def run(self, *, heal: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
         """Refit spans as they come, and heal; ``advance`` is called after each of ``steps``."""
-        steps = self.steps(heal=heal)
-        with self.layers.through([step.group for step in steps]) as at_hand:
-            for _, step in zip(at_hand, steps, strict=True):
-                self._do(step)
-                self.layers.check_weights()
-                advance(1)
+        self.take(self.steps(heal=heal), advance)
 
     def _do(self, step: Step) -> None:
         match step:
             case Step("embeddings"):
-                ids_WT = torch.from_numpy(self.tokens.astype(np.int64)).to(self.layers.device)
-                parts = torch.split(ids_WT, self.batch)
-                self._dense = [self.layers.embed(ids_BT).cpu() for ids_BT in parts]
-                self._recovered = self._dense
+                self._recovered = self._dense = self._embedded()
             case Step(int(layer), "shared"):
                 self._run(layer, recovered=False)
                 self._recovered = self._dense
@@ -159,12 +229,6 @@ class Walk:
             if recovered:
                 with self.layers.with_down(layer, self._downs.get(layer)):
                     self._recovered = self._through(run, self._recovered)
-
-    def _through(self, run: RunLayer, streams: list[Tensor]) -> list[Tensor]:
-        return [run(stream.to(self.layers.device)).cpu() for stream in streams]
-
-    def _inputs(self, streams: list[Tensor]) -> Inputs:
-        return Inputs(streams, self.batch, self.layers.device)
 
     @property
     def _downs(self) -> Mapping[int, Tensor]:
@@ -209,68 +273,24 @@ class Walk:
             )
             for _ in range(max(self.fold_of_window) + 1)
         ]
-        for window, y_TC, x_TC, h_TF, product_TC in self._taken_apart(layer, streams, targets):
-            collector = collectors[self.fold_of_window[window]]
-            if kind == "joint":
-                collector.take_mlp(layer, window, h_TF, product_TC)
-            collector(span.start, window, x_TC)
-            collector(span.stop, window, y_TC)
+        module = self.layers.down_projection(layer) if layer in self.refittable else None
+        with self.layers.running(layer, self._inputs(streams), tapped=True) as run:
+            taken = self._taken_apart(run, module, streams, targets)
+            for window, y_TC, x_TC, h_TF, product_TC in taken:
+                collector = collectors[self.fold_of_window[window]]
+                if kind == "joint":
+                    collector.take_mlp(layer, window, h_TF, product_TC)
+                collector(span.start, window, x_TC)
+                collector(span.stop, window, y_TC)
         return [collector.result() for collector in collectors]
 
     def _heal(self, layer: int) -> None:
         """Refit one down_proj towards the dense stream entering the next layer."""
-        down_FC: Tensor = self.layers.down_projection(layer).weight.T.double()
-        accumulators = [
-            MomentsAccumulator(down_FC.shape[0], down_FC.shape[1], self.layers.device)
-            for _ in range(max(self.fold_of_window) + 1)
-        ]
         self._run(layer, recovered=False)
-        taken = self._taken_apart(layer, self._recovered, self._dense)
-        for window, y_TC, x_TC, h_TF, product_TC in taken:
-            wide = torch.promote_types(y_TC.dtype, torch.float32)
-            # A: the recovered stream without that product; what is left for it is Y - A.
-            a_TC = x_TC.to(wide) - product_TC.to(wide)
-            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
-        folds: list[Moments] = [accumulator.result() for accumulator in accumulators]
-        repair, fit = refit_down(f"layer {layer}", folds, down_FC, "auto", judge=self.judge)
-        better = fit.residual < 1
-        if better:
-            assert repair.down_FC is not None
-            self.healed[layer] = repair.down_FC
-        self.healing.append(
-            {
-                "layer": layer,
-                "residual": fit.residual,
-                "relative_ridge": fit.relative_ridge,
-                "kept": better,
-            }
-        )
+        module, streams = self.layers.down_projection(layer), self._recovered
+        with self.layers.running(layer, self._inputs(streams), tapped=True) as run:
+            new_FC, row = self._new_weight(f"layer {layer}", run, module, streams, self._dense)
+        if new_FC is not None:
+            self.healed[layer] = new_FC
+        self.healing.append({"layer": layer, **row})
         self._run(layer, dense=False)
-
-    def _taken_apart(
-        self, layer: int, streams: list[Tensor], targets: list[Tensor]
-    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """By window its target, and of its stream through a layer: that behind it, H, ``H @ down``.
-
-        Without a down_proj H means nothing.
-        """
-        seen: list[Tensor] = []
-
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[:] = [args[0], output if module.bias is None else output - module.bias]
-
-        with contextlib.ExitStack() as stack:
-            run = stack.enter_context(
-                self.layers.running(layer, self._inputs(streams), tapped=True)
-            )
-            if layer in self.refittable:
-                module = self.layers.down_projection(layer)
-                stack.callback(module.register_forward_hook(hook).remove)
-            window = 0
-            for stream, target in zip(streams, targets, strict=True):
-                x_BTC = run(stream.to(self.layers.device))
-                shape = (*x_BTC.shape[:2], -1)
-                inner = [part.reshape(shape) for part in seen or (x_BTC, x_BTC)]
-                for rows in zip(target.to(x_BTC.device), x_BTC, *inner, strict=True):
-                    yield window, *rows
-                    window += 1

@@ -152,7 +152,7 @@ class Ledger(RuleBasedStateMachine):
         def filled(*shape):
             return torch.full(shape, float(int(attempt[:6], 16)), dtype=torch.float64)
 
-        arrays = (filled(C, width), filled(C, width), filled(C), filled(C), filled(C), filled(1))
+        arrays = (filled(C, width), filled(C, width), filled(C), filled(C), filled(C))
         return {"1-3/stream": Moments(4, *arrays)}
 
     def write(self, lease, blocks=range(BLOCKS)):

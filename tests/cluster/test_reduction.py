@@ -32,9 +32,7 @@ def moments_of(range_id, num_tokens=8):
         # Of very different size, so that another order of additions rounds differently.
         return torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** (range_id % 4)
 
-    return Moments(
-        num_tokens, normal(Z, Z), normal(Z, C), normal(Z), normal(C), normal(C), normal(1)
-    )
+    return Moments(num_tokens, normal(Z, Z), normal(Z, C), normal(Z), normal(C), normal(C))
 
 
 def block_of(sums, block):

@@ -23,7 +23,9 @@ def variant_of(text, spans=()):
 def closed(loaded, family, variant):
     model, architecture = loaded
     tokens = TOKENS.numpy().astype(np.int32)
-    closing = CloseGaps(LayerwiseModel(model, architecture), tokens, 4, variant, FOLDS, JUDGE)
+    closing = CloseGaps(
+        LayerwiseModel(model, architecture), tokens, 4, FOLDS, JUDGE, variant=variant
+    )
     told = []
     closing.run(told.append)
     assert len(told) == len(gap_steps(variant, architecture))

@@ -41,9 +41,7 @@ def moments(seed, windows=2):
 
     tokens, gram = windows * LENGTH, draw(C, C)
     return {
-        "1-3/stream": Moments(
-            tokens, gram + gram.T, draw(C, C), draw(C), draw(C), draw(C), draw(1)
-        ),
+        "1-3/stream": Moments(tokens, gram + gram.T, draw(C, C), draw(C), draw(C), draw(C)),
         "4-5/absolute": AbsoluteSums(tokens, draw(C), draw(C), draw(C), draw(C)),
     }
 
@@ -159,7 +157,7 @@ def test_of_a_whole_gram_half_is_stored_and_all_read_back(tmp_path):
     size = 1000  # strips of 256 rows, the last of 232
     gram = torch.randn(size, size, dtype=torch.float64)
     gram, row = gram + gram.T, gram[0].clone()
-    sums = {"1-3/stream": Moments(LENGTH, gram, gram[:, :3], row, row[:3], row[:3], row[:1])}
+    sums = {"1-3/stream": Moments(LENGTH, gram, gram[:, :3], row, row[:3], row[:3])}
     plan = replace(PLAN, entries={"1-3/stream": "moments"}, ranges=((0,),))
     store = StatisticsStore(tmp_path / "whole.zarr", plan)
     assert store.commit(0, sums)
@@ -457,7 +455,7 @@ def test_bytes_of_sums_are_known_before_they_are_read(tmp_path, blocks):
     size = 2 * LEAST_ROWS + 5
     gram = torch.ones(size, size, dtype=torch.float64)
     row = torch.ones(size, dtype=torch.float64)
-    sums = Moments(8, gram, gram[:, :7].contiguous(), row, row[:7], row[:7], row[:1])
+    sums = Moments(8, gram, gram[:, :7].contiguous(), row, row[:7], row[:7])
     plan = StatisticsPlan({}, {"a": "moments", "ab": "moments"}, ((0,),), 8, blocks)
     store = StatisticsStore(tmp_path / "s.zarr", plan)
     written = []
