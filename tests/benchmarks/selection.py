@@ -37,7 +37,7 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.span_sums import SpanCollector, Together
+from ghost_dist.statistics.span_sums import SpanCollector, Together, sums_key
 
 FOLDS = 4
 STREAM = "stream"
@@ -112,7 +112,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     measured: dict[Span, float] = {}
     for span in fixed:
-        moments = [fold[f"exact/{STREAM.key(span)}"] for fold in folds]
+        moments = [fold[f"exact/{sums_key(span, STREAM)}"] for fold in folds]
         repair, _ = fit_ghost(str(span), moments, "auto")
         layers, variant = LayerwiseModel(model, architecture), Variant((span,), {span: repair})
         [found] = window_scores(layers, [variant], evaluation.tokens, batch=2)
