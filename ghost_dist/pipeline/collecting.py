@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
@@ -43,7 +42,8 @@ class Collect(Protocol):
         """
 
     def release(self) -> None:
-        """Nothing more will be collected for now: give memory and devices back."""
+        """Nothing more will be collected for now: give back what is kept between stages."""
+        return
 
 
 class Workers(Protocol):
@@ -59,16 +59,11 @@ class Workers(Protocol):
         """What fits the spans of one run from its store; ``release`` of ``collect`` is for both."""
 
 
-class CollectHere:
+class CollectHere(Collect):
     """One process with the whole model."""
 
-    def __init__(
-        self,
-        inputs: RunInputs,
-        reporter: Reporter,
-        open_with: Callable[[RunInputs, int], Engine] = open_engine,
-    ) -> None:
-        self._inputs, self._reporter, self._open = inputs, reporter, open_with
+    def __init__(self, inputs: RunInputs, reporter: Reporter) -> None:
+        self._inputs, self._reporter = inputs, reporter
 
     def __call__(
         self,
@@ -79,7 +74,7 @@ class CollectHere:
         *,
         to_fit: bool = False,
     ) -> None:
-        """Run every range that is missing in the store, and commit it; see :class:`Collect`.
+        """See :class:`Collect`.
 
         Sums that nobody fits from are wanted by this process alone: where writing a range would
         take more than a tenth of the time that it took, it is not written, until a kill would cost
@@ -88,7 +83,7 @@ class CollectHere:
         missing = store.missing()
         if not missing:
             return
-        engine = self._open(self._inputs, collectors.last_boundary)
+        engine = open_engine(self._inputs, collectors.last_boundary)
         passes = passes_here(collectors, engine)
         ranges = store.plan.ranges
         done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length * len(passes)
@@ -114,9 +109,6 @@ class CollectHere:
                 store.keep(range_id, sums, committed, write=to_fit or write)
         if not to_fit:
             store.flush()
-
-    def release(self) -> None:
-        """Nothing is kept between stages."""
 
 
 def open_store(path: Path, plan: StatisticsPlan, reporter: Reporter) -> StoreAtHand:

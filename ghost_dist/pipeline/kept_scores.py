@@ -33,17 +33,16 @@ class KeptScores:
                 for nats, kl, top1, count in kept[key]
             ]
         scores = score()
-        plain = [[*map(_bits, (s.nats, s.kl, s.top1)), s.num_tokens] for s in scores]
+        plain = [
+            [*(array.tobytes().hex() for array in (s.nats, s.kl, s.top1)), s.num_tokens]
+            for s in scores
+        ]
         self.run.finish(_RECORD, self.inputs, {**kept, key: plain})
         return scores
 
     def forget(self) -> None:
         """Once it is solved."""
         self.run.forget(_RECORD)
-
-
-def _bits(array: FloatArray) -> str:
-    return array.tobytes().hex()
 
 
 def _array(bits: str) -> FloatArray:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from ghost_dist.statistics.sums import Sums
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
 
-class CollectOffloaded:
+class CollectOffloaded(Collect):
     """Fills stores from one sweep over the layers; the ``Collect`` of ``engine.kind=streaming``.
 
     Streams are saved below ``folder``, RUN, while a stage runs.
@@ -66,7 +67,6 @@ class CollectOffloaded:
         *,
         to_fit: bool = False,  # noqa: ARG002 - this process fits from the store
     ) -> None:
-        """Run every range that is missing in the store, and commit it; see ``Collect``."""
         folder, missing = self._folder / f"streams-{stage}", store.missing()
         if not missing:
             shutil.rmtree(folder, ignore_errors=True)  # a kill may have come before this
@@ -87,17 +87,14 @@ class CollectOffloaded:
         try:
             total = len(state.windows) * tokens.window_length
             with self._reporter.stage(stage, total, "tokens") as advance:
+                sweep = partial(engine.sweep, tokens.tokens, state.windows, boundaries, mlp_layers)
                 try:
-                    rows = engine.sweep(
-                        tokens.tokens, state.windows, boundaries, mlp_layers, advance, state
-                    )
+                    rows = sweep(advance, state)
                 except CorruptStoreError as error:
                     self._reporter.warn(f"{error} The stage begins again.")
                     state.remove()
                     state = StreamState(state.folder, fingerprint(identity), sorted(windows))
-                    rows = engine.sweep(
-                        tokens.tokens, state.windows, boundaries, mlp_layers, advance, state
-                    )
+                    rows = sweep(advance, state)
             self._reporter.event("layers-read", stage=stage, bytes=engine.model.bytes_read)
             passes = passes_here(collectors, engine)
             with self._reporter.stage(f"{stage}: sums", len(missing), "ranges") as advance:
@@ -110,9 +107,6 @@ class CollectOffloaded:
             engine.model.close()
             state.close()
         state.remove()
-
-    def release(self) -> None:
-        """Nothing is kept between stages."""
 
 
 def collect_here(inputs: RunInputs, reporter: Reporter, folder: Path) -> Collect:
