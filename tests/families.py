@@ -291,7 +291,7 @@ def _repaired(repair, x):
         y = y + normed @ repair.norm_weight_CC.to(x.dtype)
     if repair.low_rank is not None:
         y = y + x @ (repair.low_rank[0] @ repair.low_rank[1]).to(x.dtype)
-    return y if repair.bias_C is None else y + repair.bias_C.to(x.dtype)
+    return y
 
 
 def rounding(logits, num_layers=NUM_LAYERS, factor=16):
