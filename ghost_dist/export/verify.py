@@ -57,6 +57,7 @@ def verify_reload(
     dtype: torch.dtype,
     device: torch.device,
     fresh: FreshProcess | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> float:
     """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
@@ -69,9 +70,17 @@ def verify_reload(
 
     ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
     ``tokens``: (windows, T), a few hundred are enough. Returns the largest difference of a logit.
-    ``fresh``: started before; None: now.
+    ``fresh``: started before; None: now. ``meanwhile``: called while that process works.
     """
-    found = reload(folder, tokens, tokenizer=tokenizer, dtype=dtype, device=device, fresh=fresh)
+    found = reload(
+        folder,
+        tokens,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        fresh=fresh,
+        meanwhile=meanwhile,
+    )
     difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
     chosen = found.uncached.gather(1, found.generated[:, None])[:, 0]
     lost = float((found.uncached.amax(1) - chosen).max())
@@ -172,6 +181,7 @@ def reload(
     dtype: torch.dtype,
     device: torch.device,
     fresh: FreshProcess | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Reloaded:
     """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
 
@@ -184,7 +194,7 @@ def reload(
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
         }
-        _ask(folder, fresh, model, tokenizer)
+        _ask(folder, fresh, model, tokenizer, meanwhile)
         return Reloaded(
             *(
                 torch.from_numpy(np.load(fresh.scratch / f"{part}.npy"))
@@ -199,7 +209,13 @@ def verify_tokenizer(folder: Path, tokenizer: Any, fresh: FreshProcess | None = 
         _ask(folder, fresh, None, tokenizer)
 
 
-def _ask(folder: Path, fresh: FreshProcess, model: dict[str, str] | None, tokenizer: Any) -> None:
+def _ask(
+    folder: Path,
+    fresh: FreshProcess,
+    model: dict[str, str] | None,
+    tokenizer: Any,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
     texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
     trusted = tokenizer is not None and has_own_code(tokenizer)
     request = {
@@ -209,7 +225,12 @@ def _ask(folder: Path, fresh: FreshProcess, model: dict[str, str] | None, tokeni
         "model": model,
         "texts": texts,
     }
-    _wait(fresh, json.dumps(request), folder)
+    stdin = fresh.process.stdin
+    assert stdin is not None, "it is a pipe"
+    with contextlib.suppress(BrokenPipeError), stdin:  # it has ended; its exit status says how
+        stdin.write(json.dumps(request))
+    meanwhile()
+    _wait(fresh, folder)
     if texts is None:
         return
     expected = reload_script.token_ids(tokenizer, texts)
@@ -229,9 +250,9 @@ def _text_of_special_tokens(tokenizer: Any) -> str:
     return "".join(f"one{token}two {token} 3" for token in tokens)
 
 
-def _wait(fresh: FreshProcess, request: str, folder: Path) -> None:
+def _wait(fresh: FreshProcess, folder: Path) -> None:
     try:
-        fresh.process.communicate(request, timeout=TIMEOUT_S)
+        fresh.process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise ExportError(
             f"Loading {folder} in a fresh process took more than {TIMEOUT_S:.0f} s."

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ghost_dist.calibration.windows import load_windows
@@ -30,7 +32,7 @@ from ghost_dist.export.verify import (
     verify_tokenizer,
 )
 from ghost_dist.pipeline.cost import Cost
-from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
+from ghost_dist.pipeline.inputs import RunInputs, keeps_model, open_causal_lm
 from ghost_dist.pipeline.offloading import layers_of, logits_of_exported
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
@@ -47,10 +49,12 @@ def export_recovered(
     run: RunFolder,
     reporter: Reporter,
     ahead: ExportAhead | None = None,
+    beside: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Write the checkpoint; a fresh process reloads it before it gets its name.
 
-    ``ahead``: what was begun before; None: nothing.
+    ``ahead``: what was begun before; None: nothing. ``beside``: what may use the device while that
+    process works; done where there is room for both, and where it fails somebody does it again.
     """
     unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
     shutil.rmtree(unverified, ignore_errors=True)
@@ -73,9 +77,10 @@ def export_recovered(
                     sync=False,
                     copied=begun.copied(),
                 )
-            with ThreadPoolExecutor(1) as beside:
-                synced = beside.submit(fsync_tree, unverified)
-                difference = _verify(inputs, unverified, recovered, run, reporter, begun.process)
+            with ThreadPoolExecutor(1) as thread:
+                synced = thread.submit(fsync_tree, unverified)
+                given = (inputs, unverified, recovered, run, reporter, begun.process, beside)
+                difference = _verify(*given)
                 try:
                     synced.result()
                 except OSError as error:
@@ -185,29 +190,39 @@ def _verify(
     run: RunFolder,
     reporter: Reporter,
     fresh: FreshProcess,
+    beside: Callable[[], Any],
 ) -> float:
     """Compare the exported folder with the recovered model and the original's tokenizer."""
     windows, length = _VERIFIED
     tokens = load_windows(run.tokens).tokens[:windows, :length]
-    with reporter.stage("verify", 2 * int(tokens.size), "tokens") as advance:
+    times = 1 + inputs.streaming  # that tokens are run in this process
+    kept = inputs.architecture.num_layers - len(recovered.removed)
+    with reporter.stage("verify", times * int(tokens.size), "tokens") as advance:
         with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
             expected = last_logits(layers, recovered, tokens, advance)
         del layers  # a fresh process needs the memory
         gc.collect()
         release_cached(inputs.device)
-        kept = inputs.architecture.num_layers - len(recovered.removed)
         if inputs.streaming:
             found = logits_of_exported(inputs, folder, tokens, advance)
             verify_tokenizer(folder, inputs.tokenizer, fresh)
             return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
-        def generate(prompt: Tensor) -> Tensor:
-            model = open_causal_lm(inputs, own=True)
-            remove_layers(model, inputs.architecture, recovered.spans)
-            insert_operators(model, inputs.architecture, recovered)
-            return greedy_tokens(model, prompt)
+    def generate(prompt: Tensor) -> Tensor:
+        model = open_causal_lm(inputs, own=True)
+        remove_layers(model, inputs.architecture, recovered.spans)
+        insert_operators(model, inputs.architecture, recovered)
+        return greedy_tokens(model, prompt)
 
-        difference = verify_reload(
+    with ExitStack() as waiting:
+
+        def meanwhile() -> None:
+            if keeps_model(inputs):
+                with suppress(GhostDistError, torch.OutOfMemoryError):
+                    beside()
+            waiting.enter_context(reporter.waiting("verify"))
+
+        return verify_reload(
             folder,
             expected,
             tokens,
@@ -217,6 +232,5 @@ def _verify(
             dtype=inputs.dtype,
             device=inputs.device,
             fresh=fresh,
+            meanwhile=meanwhile,
         )
-        advance(int(tokens.size))
-        return difference

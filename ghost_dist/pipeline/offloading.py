@@ -42,7 +42,7 @@ from ghost_dist.pipeline.collectors import (
 )
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.progress import Advance, Reporter
-from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.stream_state import StreamState
 from ghost_dist.statistics.sums import Sums
 
@@ -60,12 +60,12 @@ class CollectOffloaded(Collect):
 
     def __call__(
         self,
-        store: StatisticsStore,
+        store: StoreAtHand,
         tokens: TokenWindows,
         collectors: Collectors,
         stage: str,
         *,
-        to_fit: bool = False,  # noqa: ARG002 - this process fits from the store
+        to_fit: bool = False,
     ) -> None:
         folder, missing = self._folder / f"streams-{stage}", store.missing()
         if not missing:
@@ -99,14 +99,20 @@ class CollectOffloaded(Collect):
             passes = passes_here(collectors, engine)
             with self._reporter.stage(f"{stage}: sums", len(missing), "ranges") as advance:
                 for range_id in missing:
+
+                    def committed(range_id: int = range_id) -> None:
+                        self._reporter.event("range-committed", stage=stage, range=range_id)
+                        if range_id == missing[-1]:
+                            state.remove()
+
                     sums = _sums_of_rows(rows, ranges[range_id], passes, engine.device)
-                    store.commit(range_id, sums)
-                    self._reporter.event("range-committed", stage=stage, range=range_id)
+                    store.keep(range_id, sums, committed)
                     advance(1)
         finally:
             engine.model.close()
             state.close()
-        state.remove()
+        if not to_fit:
+            store.flush()
 
 
 def collect_here(inputs: RunInputs, reporter: Reporter, folder: Path) -> Collect:

@@ -6,7 +6,6 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Collection
@@ -38,7 +37,7 @@ from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans
 from ghost_dist.pipeline.searching_units import search_units
 from ghost_dist.pipeline.selecting import Selector
-from ghost_dist.pipeline.solving import Solver, check_store, fit_row
+from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
     calibration_ranges,
     calibration_windows,
@@ -81,6 +80,7 @@ class Stages:
         self._collect = collect or collect_here(inputs, reporter, run.path)
         self._fit_spans = fit_spans
         self._store: StoreAtHand | None = None
+        self._seconds = 0.0  # of all stages so far
         self.sublayers: tuple[Sublayer, ...] = ()  # that go; known behind select
 
     def tokens(self) -> TokenWindows:
@@ -162,11 +162,11 @@ class Stages:
         if stored_plan(path) not in (None, plan):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
-        if inputs.config.selection.criterion == "recoverability":
+        maps = inputs.config.selection.criterion == "recoverability"
+        if maps:
             of_range = len(selector.entries()) * selector.start_stored_bytes(plan.blocks)
             check_disk_space(self._run.path, {"selection": len(store.missing()) * of_range})
         self._collect(store, tokens, selector, "select")
-        maps = inputs.config.selection.criterion == "recoverability"
         total = len(selector.candidates()) if maps else 0
         with self._reporter.stage("score spans", total, "spans") as advance:
             spans, scores = selector.decide(store, folds, inputs.device, advance)
@@ -254,10 +254,7 @@ class Stages:
                 "candidates": solved.table,
                 "fits": [fit_row(span, fit) for span, fit in fits.items()],
                 "r2_channels": [
-                    {
-                        "span": [span.start, span.stop],
-                        "r2": [r2 if math.isfinite(r2) else None for r2 in fit.r2_channels],
-                    }
+                    {"span": [span.start, span.stop], "r2": [finite(r2) for r2 in fit.r2_channels]}
                     for span, fit in fits.items()
                 ],
                 "folds": solved.folds,
@@ -315,10 +312,7 @@ class Stages:
                 inputs, model, recovered, tokens, solution.folds, state, wanted, self._reporter
             )
             files = save_operators(folder, refined.operators)
-            losses = [
-                {**look, "loss": look["loss"] if math.isfinite(look["loss"]) else None}
-                for look in refined.losses
-            ]
+            losses = [{**look, "loss": finite(look["loss"])} for look in refined.losses]
             return {"files": files, "losses": losses, "improved": refined.improved}
 
         def load(recorded: dict[str, Any]) -> Solution:
@@ -330,7 +324,10 @@ class Stages:
         return refined
 
     def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
-        """Write the recovered checkpoint; a fresh process reloads it before it gets its name."""
+        """Write the recovered checkpoint; a fresh process reloads it before it gets its name.
+
+        While it does so the recovered model is evaluated, if there are no tasks, which take long.
+        """
         inputs, recovered = self._inputs, self.as_exported(spans, solution)
         wanted = {
             "model": inputs.model_fingerprint,
@@ -342,14 +339,15 @@ class Stages:
         }
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
-        work = partial(export_recovered, inputs, recovered, self._run, self._reporter, self._ahead)
-        self._stage("export", wanted, work)
+        beside = partial(self.evaluate, spans, solution) if not inputs.tasks else lambda: None
+        given = (inputs, recovered, self._run, self._reporter, self._ahead, beside)
+        self._stage("export", wanted, partial(export_recovered, *given))
 
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
-        files, dtype = solution.all_files, str(self._operator_dtype)
-        decisive = {"operators": files, "operator_dtype": dtype}
+        dtype = str(self._operator_dtype)
+        decisive = {"operators": solution.all_files, "operator_dtype": dtype}
         wanted = {
             "model": inputs.model_fingerprint,
             **self._removed(spans),
@@ -360,9 +358,8 @@ class Stages:
         }
         if not inputs.evaluation and not inputs.tasks:
             return {"perplexity": {}, "agreement": {}, "tasks": {}, "samples": []}
-        recovered = self.as_exported(spans, solution)
-        evaluation = Evaluation(inputs, self._run, self._reporter, recovered, decisive)
-        return self._stage("evaluate", wanted, evaluation.measure)
+        given = (inputs, self._run, self._reporter, self.as_exported(spans, solution), decisive)
+        return self._stage("evaluate", wanted, Evaluation(*given).measure)
 
     def as_exported(self, spans: tuple[Span, ...], solution: Solution) -> Variant:
         """The recovered model in the dtypes of the checkpoint."""
@@ -410,12 +407,14 @@ class Stages:
         if recorded is not None:
             return recorded
         reset_peak(self._inputs.device)
-        began = time.monotonic()
+        began, within = time.monotonic(), self._seconds
         part = f"{self._parts.index(name) + 1}/{len(self._parts)} "
         with self._reporter.at(part), watched_idle(self._inputs.device) as idle:
             outputs = work()
             share = idle()
-        outputs["seconds"] = round(time.monotonic() - began, 3)
+        seconds = time.monotonic() - began - (self._seconds - within)  # but those of stages within
+        self._seconds += seconds
+        outputs["seconds"] = round(seconds, 3)
         if share is not None:
             outputs["gpu_idle"] = round(share, 3)
         outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,7 +18,9 @@ from ghost_dist.errors import (
     RunFolderError,
     RunMismatchError,
 )
+from ghost_dist.evaluation.scores import NonFiniteLossError
 from ghost_dist.export import rewrite
+from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.run_folder import RunFolder
 
@@ -228,6 +230,20 @@ def test_failed_export_leaves_nothing_that_looks_complete(make_config, tmp_path,
     monkeypatch.undo()
     assert recover(config)["spans"] == [[3, 5]]
     assert {path.name for path in (run / "checkpoint").glob("*.safetensors")} > set(taken)
+
+
+def test_evaluation_beside_the_check_may_fail(make_config, text_file, tmp_path, monkeypatch):
+    corpora = {"evaluation__corpora": {"a": str(text_file)}, "evaluation__window_length": 64}
+    checked = []
+
+    def fails(_):
+        checked.append((tmp_path / "run" / "checkpoint").exists())
+        raise NonFiniteLossError(0, "text")
+
+    monkeypatch.setattr(Evaluation, "measure", fails)
+    with pytest.raises(NonFiniteLossError):
+        recover(make_config(**corpora))
+    assert checked == [False, True]
 
 
 def test_stage_again_with_another_ridge(finished, tmp_path):
