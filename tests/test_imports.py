@@ -52,8 +52,10 @@ def nodes_of(path):
     return tuple(ast.walk(ast.parse(path.read_text())))
 
 
-def imports_of(path):
+def imports_of(path, *, at_once=False):
     for node in nodes_of(path):
+        if at_once and getattr(node, "col_offset", 0):
+            continue  # in a function
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -89,6 +91,14 @@ def test_heavy_libraries_have_one_place(library, place):
         if any(name.split(".")[0] == library for name in imports_of(path))
     }
     assert all(name.startswith(place) for name in importers), importers
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_start_imports_no_library_that_is_used_later(path):
+    """torch and transformers take seconds, and every run needs them at once."""
+    late = {"datasets", "deepspeed", "jinja2", "lm_eval", "matplotlib", "zarr"}
+    late |= set() if part_of(path) == "cluster" else {"ray"}
+    assert not {name.split(".")[0] for name in imports_of(path, at_once=True)} & late
 
 
 def uses_of_cuda(nodes):

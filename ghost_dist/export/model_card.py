@@ -10,9 +10,8 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 from huggingface_hub import metadata_load
 
@@ -22,6 +21,9 @@ from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
 from ghost_dist.evaluation.task_rows import shots_and_examples, task_rows
+
+if TYPE_CHECKING:
+    import jinja2
 
 CARD = "README.md"
 PAPER = "2605.15491"
@@ -66,6 +68,8 @@ def model_card(
 
 @functools.cache
 def _template() -> jinja2.Template:
+    import jinja2
+
     cards = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         undefined=jinja2.StrictUndefined,

@@ -9,9 +9,8 @@ import functools
 from collections.abc import Sequence
 from inspect import isfunction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 import yaml
 
@@ -24,6 +23,9 @@ from ghost_dist.report.checks import remarks
 from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord, read_run
 from ghost_dist.report.spectrum import spectra
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def write_report(
@@ -95,6 +97,8 @@ def _filled(template: str, **content: Any) -> str:
 
 @functools.cache  # with its templates: compiling them takes longer than filling them
 def _pages() -> jinja2.Environment:
+    import jinja2
+
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-import zarr
 
 from ghost_dist.errors import CorruptStoreError
 
@@ -26,6 +25,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def write_array(path: Path, values: Array) -> dict[str, Any]:
     """Write one array in chunks of whole rows, contiguous in memory; returns its entry."""
+    import zarr
+
     chunks = list(values.shape)
     row_bytes = values.dtype.itemsize * math.prod(values.shape[1:])
     chunks[0] = max(1, min(values.shape[0], CHUNK_BYTES // max(1, row_bytes)))
@@ -44,6 +45,8 @@ def write_array(path: Path, values: Array) -> dict[str, Any]:
 
 def read_array(path: Path, expected: Mapping[str, Any]) -> Array:
     """Read one array and compare it with the entry that writing it gave; errors name no path."""
+    import zarr
+
     try:
         values = np.asarray(zarr.open_array(path, mode="r")[...])
     except Exception as error:  # zarr raises many kinds; each means that it cannot be read
