@@ -30,6 +30,7 @@ from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config_file import load_config
 from ghost_dist.export import verify
+from ghost_dist.planning import probe
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -96,8 +97,8 @@ def forked_at_need():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def reload_checks_are_forked(forked_at_need):
-    """Every run ends by loading its export in a fresh process.
+def fresh_processes_are_forked(forked_at_need):
+    """Every run ends by loading its export in a fresh process; a plan measures how long one takes.
 
     Commands that tests run in a process of their own start it as users do.
     """
@@ -106,7 +107,8 @@ def reload_checks_are_forked(forked_at_need):
         executable = property(lambda _: str(forked_at_need().program))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "sys", Forking(sys))
+        for module in (verify, probe):
+            patch.setattr(module, "sys", Forking(sys))
         yield
 
 

@@ -24,14 +24,14 @@ NODE_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
 }
-# As `ray start`, whose workers are forked processes: a rank would import torch for seconds.
-START = """
+# As `ray`, whose workers are forked processes: a rank would import torch for seconds.
+RAY = """
 import sys
 import ray._private.services
 from forked import Changed
 ray._private.services.sys = Changed(sys, executable=sys.argv.pop(1))
 from ray.scripts.scripts import cli
-cli(["start", "--block", "--object-store-memory=83886080", "--disable-usage-stats", *sys.argv[1:]])
+cli()
 """
 PROBE = "import socket, sys; socket.create_connection((f'{sys.argv[1]}.10', 6379), 2)"
 LEFT = """
@@ -132,8 +132,9 @@ class Hosts:
         log = self._stack.enter_context((self.folder / f"node{host}.log").open("ab"))
         self._nodes[host] = subprocess.Popen(
             [
-                *("ip", "netns", "exec", self.space(host), sys.executable, "-c", START),
-                str(self._forked[host][0]),
+                *("ip", "netns", "exec", self.space(host), sys.executable, "-c", RAY),
+                *(str(self._forked[host][0]), "start", "--block", "--disable-usage-stats"),
+                "--object-store-memory=83886080",
                 f"--node-ip-address={self.net}.{self._numbers[host]}",
                 *role,
             ],

@@ -12,7 +12,13 @@ import ray
 from forked import Changed
 from ray.cluster_utils import Cluster
 
-NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
+# Without what nobody looks at.
+NODE = {
+    "num_cpus": 2,
+    "object_store_memory": 80 << 20,
+    "include_dashboard": False,
+    "include_log_monitor": False,
+}
 
 
 @contextlib.contextmanager

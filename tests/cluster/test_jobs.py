@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray_hosts import RAY
 
 from ghost_dist.cluster.jobs import Jobs
 from ghost_dist.config_file import config_tree
@@ -25,15 +27,20 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def dashboard(forked):
+def dashboard(forked, tmp_path_factory):
     """Address of a cluster of two nodes, the environment of a user who has its token, and what
     the user's commands run in."""
     pytest.importorskip("aiohttp", reason="jobs need ray[default]")
     folder = f"/tmp/ghost-dist-test-{os.getpid()}"  # short: sockets lie below it
     port = free_port()
+    programs = tmp_path_factory.mktemp("programs")
+    ray = shlex.join([sys.executable, "-c", RAY, str(forked.program)])
+    (programs / "ray").write_text(f'#!/bin/sh\nexec {ray} "$@"\n')
+    (programs / "ray").chmod(0o755)
     own = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "PORT": str(free_port()),
         "DASHBOARD_PORT": str(port),
         "GHOST_DIST_CLUSTER": folder,
@@ -79,7 +86,7 @@ def config_file(make_config, tmp_path, request):
 
 
 def submit(dashboard, config_file, *options):
-    arguments = ("submit", str(config_file), "--python", sys.executable)
+    arguments = ("submit", str(config_file), "--python", str(dashboard[2]))
     return command(dashboard, *arguments, *options)
 
 

@@ -94,7 +94,12 @@ def test_an_operator_is_a_function_its_name_and_a_line_in_the_table(
     halfway, make_config, text_file, tmp_path
 ):
     """Fitted, exported, reloaded, evaluated, reported, priced and compared like the others."""
-    weights, evaluation = {}, {"evaluation__corpora": {"text": str(text_file)}}
+    evaluation = {
+        "evaluation__corpora": {"text": str(text_file)},
+        "evaluation__windows": 4,
+        "evaluation__window_length": 64,
+    }
+    weights = {}
     for name in ("ghost", halfway):
         config = make_config(operator__name=name, output__path=str(tmp_path / name), **evaluation)
         result = recover(config)
