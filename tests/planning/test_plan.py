@@ -1,6 +1,7 @@
 """The plan of a run, from headers alone: what it prints, and what it refuses."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -289,6 +290,7 @@ def test_a_mixture_of_1t_is_planned_with_its_experts_in_parts(
     assert calibrate.read_bytes == whole + 2 * 163840 * 7168
 
 
+@functools.cache
 def _sizes(folder):
     source = open_checkpoint(folder)
     return model_sizes(source, inspect_architecture(source), torch.bfloat16)
