@@ -388,13 +388,9 @@ class Config(Section):
     @property
     def needs_whole_model(self) -> tuple[str, str] | None:
         """A setting that layer streaming cannot do, and what it can; None: there is none."""
-        for wanted, setting, instead in (
-            (self.refine.steps > 0, f"refine.steps={self.refine.steps}", "0"),
-            (bool(self.evaluation.tasks), "evaluation.tasks", "[]"),
-        ):
-            if wanted:
-                return setting, instead
-        return None
+        if self.refine.steps > 0:
+            return f"refine.steps={self.refine.steps}", "0"
+        return ("evaluation.tasks", "[]") if self.evaluation.tasks else None
 
     def judges_behind_the_fit(self, num_spans: int) -> bool:
         """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""

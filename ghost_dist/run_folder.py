@@ -31,6 +31,8 @@ from ghost_dist.durable import (
 )
 from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
+STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
+
 
 class RunFolder:
     """A RUN folder held by this process; a context manager that keeps others out.

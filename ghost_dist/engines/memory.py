@@ -11,12 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import nn
+from typing import Literal
 
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
-from ghost_dist.engines.expert_parts import experts_per_token
 from ghost_dist.errors import ConfigError
 
 _PARTS_AT_ONCE = 2  # of experts: the next one is read when this one has been converted
@@ -89,20 +86,6 @@ def choose_residency(
 def even_part(count: int, fitting: int) -> int:
     """Experts of a part where ``fitting`` fit: the fewest parts, two at least, of like sizes."""
     return -(-count // max(2, -(-count // fitting)))
-
-
-def widest_activation(layer: nn.Module, config: Any) -> int:
-    """Numbers per token of the widest activation inside a layer."""
-    widest = 0
-    for module in layer.modules():
-        weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
-        experts = [w for w in weights if w.ndim == 3 and not isinstance(module, nn.Conv1d)]
-        if experts:  # what is 2-dimensional beside them are biases
-            used = min(len(experts[0]), experts_per_token(config) or len(experts[0]))
-            widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
-        else:
-            widest = max([widest, *(size for w in weights if w.ndim == 2 for size in w.shape)])
-    return widest
 
 
 def activation_bytes(tokens: int, hidden_size: int, widest: int, itemsize: int) -> int:

@@ -25,13 +25,7 @@ from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
 from ghost_dist.engines.expert_parts import experts_per_token, routed_experts
-from ghost_dist.engines.memory import (
-    LayerBytes,
-    batch_bytes,
-    logits_bytes,
-    pair_bytes,
-    widest_activation,
-)
+from ghost_dist.engines.memory import LayerBytes, batch_bytes, logits_bytes, pair_bytes
 
 _GATES = ("gate", "router", "shared_expert_gate")
 
@@ -211,16 +205,18 @@ def loaded_sizes(model: Any, architecture: Architecture, dtype: torch.dtype) -> 
 
 
 def _layer(layer: nn.Module, config: Any, loaded: Mapping[int, int], named: str) -> LayerSizes:
-    matmul, attention, sharded = 0, 0, 0
+    matmul = attention = sharded = widest = 0
     for path, module in layer.named_modules():
         weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         attention += _attention_flops(module, config)
-        if any(weight.ndim == 3 for weight in weights) and not isinstance(module, nn.Conv1d):
-            experts = [weight for weight in weights if weight.ndim == 3]  # biases are 2-dimensional
+        experts = [w for w in weights if w.ndim == 3 and not isinstance(module, nn.Conv1d)]
+        if experts:  # what is 2-dimensional beside them are biases
             used = min(len(experts[0]), experts_per_token(config) or len(experts[0]))
+            widest = max(widest, *(used * max(weight.shape[1:]) for weight in experts))
             matmul += sum(2 * used * weight[0].numel() for weight in experts)
             sharded += sum(loaded[id(parameter)] for parameter in experts)
             continue
+        widest = max([widest, *(size for w in weights if w.ndim == 2 for size in w.shape)])
         matmul += sum(2 * weight.numel() for weight in weights)
         if _is_shared_by_ranks(layer, path, module):
             sharded += sum(loaded[id(weight)] for weight in weights)
@@ -235,7 +231,7 @@ def _layer(layer: nn.Module, config: Any, loaded: Mapping[int, int], named: str)
         sharded_bytes=sharded,
         matmul_flops=matmul,
         attention_flops=attention,
-        widest=widest_activation(layer, config),
+        widest=widest,
         kind=f"{matmul} {attention} {loaded_bytes} {named}",
         experts=count,
         expert_bytes=expert_bytes,

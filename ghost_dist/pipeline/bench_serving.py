@@ -42,7 +42,6 @@ from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span
 
 SERVING = "serving"
-VARIANTS = ("dense", "pruned", "recovered")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
 from ghost_dist.evaluation.samples import continued, prompts
 from ghost_dist.evaluation.scores import Scores, corpus_scores
+from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.pipeline.cost import Cost
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
@@ -25,8 +26,6 @@ from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import pairs_of
-
-VARIANTS = ("dense", "pruned", "recovered")
 
 
 class Evaluation:

@@ -36,13 +36,13 @@ from ghost_dist.pipeline.collecting import Workers
 from ghost_dist.pipeline.engine import ENGINE, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT, ExportAhead
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
-from ghost_dist.pipeline.stages import STAGES, Stages
+from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
 from ghost_dist.report.record import read_run
 from ghost_dist.report.spectrum import spectra
 from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
-from ghost_dist.run_folder import RunFolder
+from ghost_dist.run_folder import STAGES, RunFolder
 from ghost_dist.spans import Span, pairs_of
 
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]

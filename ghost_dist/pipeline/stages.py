@@ -46,14 +46,12 @@ from ghost_dist.pipeline.texts import (
 )
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
-from ghost_dist.run_folder import RunFolder
+from ghost_dist.run_folder import STAGES, RunFolder
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 from ghost_dist.spans import Span, Sublayer, pairs_of, parse_sublayers
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
-
-STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 
 _T = TypeVar("_T")
 

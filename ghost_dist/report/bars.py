@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ghost_dist.report.record import VARIANTS, Pair, RunRecord
+from ghost_dist.evaluation.task_rows import VARIANTS
+from ghost_dist.report.record import Pair, RunRecord
 
 _LOGARITHMIC_FROM = 20.0
 """Ratio of the largest to the smallest bar from which bars on a linear scale would show nothing."""

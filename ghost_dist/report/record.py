@@ -21,11 +21,9 @@ from ghost_dist.evaluation.bootstrap import (
     resampled_means,
     resampled_perplexities,
 )
-from ghost_dist.run_folder import RunFolder, read_record
+from ghost_dist.run_folder import STAGES, RunFolder, read_record
 from ghost_dist.solver.operators import operator_of, refits_down
 
-VARIANTS = ("dense", "pruned", "recovered")
-_STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 Pair = tuple[float, float]
 
 
@@ -208,7 +206,7 @@ class RunRecord:
         """Stages that are not done, of a run that is not finished."""
         if self.result is not None:
             return []
-        wanted = [s for s in _STAGES if s != "refine" or self.config["refine"]["steps"]]
+        wanted = [s for s in STAGES if s != "refine" or self.config["refine"]["steps"]]
         if not self.config["evaluation"]["corpora"] and not self.config["evaluation"]["tasks"]:
             wanted.remove("evaluate")
         return [stage for stage in wanted if not self.stages[stage]]
@@ -222,7 +220,7 @@ def read_run(path: Path) -> RunRecord:
     """Read a RUN folder; takes no lock, since files there are whole or absent."""
     config = config_tree(RunFolder.stored_config(path))
     result = _json(path / "result.json")
-    stages = {stage: read_record(path, stage).get("outputs", {}) for stage in _STAGES}
+    stages = {stage: read_record(path, stage).get("outputs", {}) for stage in STAGES}
     selected, solved, evaluated = (stages[name] for name in ("select", "solve", "evaluate"))
     selection = selected if result is None else result["selection"]
 

@@ -15,10 +15,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ghost_dist.config_file import config_tree, load_config
-from ghost_dist.evaluation.task_rows import task_rows
+from ghost_dist.evaluation.task_rows import VARIANTS, task_rows
+from ghost_dist.progress import duration
 from ghost_dist.report import text, verdict
 from ghost_dist.report.checks import remarks
-from ghost_dist.report.record import VARIANTS, RunRecord, read_run
+from ghost_dist.report.record import RunRecord, read_run
 
 _BAR = 24  # characters
 _PARTS = " ▏▎▍▌▋▊▉█"
@@ -104,15 +105,8 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
-    titles = (
-        "span",
-        "ridge / median",
-        "held-out residual",
-        "R2",
-        "condition",
-        "tokens / regressor",
-    )
-    table = Table(*titles)
+    titles = ("span", "ridge / median", "held-out residual", "R2", "condition")
+    table = Table(*titles, "tokens / regressor")
     for fit in fits:
         table.add_row(
             escape(_spans([fit["span"]])),
@@ -243,7 +237,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         part = max(stage["parts"], key=stage["parts"].get, default=None)
         table.add_row(
             stage["name"],
-            _duration(stage["seconds"]),
+            duration(stage["seconds"]),
             f"{part} {stage['parts'][part] / stage['seconds']:.0%}" if part else "-",
             f"{stage['flops'] / 1e12:,.0f}",
             *(
@@ -254,9 +248,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         )
     table.add_section()
     seconds, off_by = plan["seconds"], plan["off_by"]
-    table.add_row("all", _duration(seconds), "", f"{plan['flops'] / 1e12:,.0f}")
+    table.add_row("all", duration(seconds), "", f"{plan['flops'] / 1e12:,.0f}")
     console.print(table)
-    _say(f"likely between {_duration(seconds / off_by)} and {_duration(seconds * off_by)}")
+    _say(f"likely between {duration(seconds / off_by)} and {duration(seconds * off_by)}")
     parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
     _say(f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
     for note in plan["notes"]:
@@ -377,10 +371,3 @@ def _gb(nbytes: int) -> str:
     if nbytes < 1e8:
         return f"{nbytes / 1e6:.1f} MB"
     return f"{nbytes / 1e9:.2f} GB" if nbytes < 1e11 else f"{nbytes / 1e12:.2f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ghost_dist import progress
 from ghost_dist.export.verify import has_our_code
 
 MINUS = "\N{MINUS SIGN}"
@@ -72,12 +73,7 @@ def load_words(checkpoint: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f}{NARROW}s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes}{NARROW}min"
-    return f"{minutes // 60}{NARROW}h {minutes % 60:02d}{NARROW}min"
+    return progress.duration(seconds).replace(" ", NARROW)
 
 
 def candidate(row: Mapping[str, Any]) -> str:
