@@ -46,12 +46,6 @@ def save_healed(folder: Path, layer: int, down_FC: Tensor) -> str:
     return _save(healed_path(folder, layer), {"down": down_FC}, description)
 
 
-def load_healed(folder: Path, layer: int, sha256: str | None = None) -> Tensor:
-    """As :func:`load_operator`, of what :func:`save_healed` wrote."""
-    parts, _ = read_parts(healed_path(folder, layer), sha256)
-    return parts["down"]
-
-
 def save_output(folder: Path, sublayer: Sublayer, weight_FC: Tensor) -> str:
     """Write ``folder/PART-LAYER.safetensors``, a new weight (in, C); returns its sha256."""
     form = "what ends the attention or MLP of this layer of the uncut model, in by out"
@@ -59,10 +53,10 @@ def save_output(folder: Path, sublayer: Sublayer, weight_FC: Tensor) -> str:
     return _save(output_path(folder, sublayer), {"output": weight_FC}, description)
 
 
-def load_output(folder: Path, sublayer: Sublayer, sha256: str | None = None) -> Tensor:
-    """As :func:`load_operator`, of what :func:`save_output` wrote."""
-    parts, _ = read_parts(output_path(folder, sublayer), sha256)
-    return parts["output"]
+def _load_weight(path: Path, sha256: str) -> Tensor:
+    """What :func:`save_healed` or :func:`save_output` wrote."""
+    [weight_FC] = read_parts(path, sha256)[0].values()
+    return weight_FC
 
 
 def output_path(folder: Path, sublayer: Sublayer) -> Path:
@@ -130,13 +124,16 @@ class Solution:
         return Solution(
             operator=recorded["operator"],
             operators=load_operators(folder, spans, files),
-            healed={int(la): load_healed(folder, int(la), sha) for la, sha in healed_files.items()},
+            healed={
+                int(layer): _load_weight(healed_path(folder, int(layer)), sha)
+                for layer, sha in healed_files.items()
+            },
             folds=tuple(recorded["folds"]),
             files=files,
             healed_files=healed_files,
             record={key: recorded[key] for key in _RECORDED},
             outputs={
-                one: load_output(folder, one, sha)
+                one: _load_weight(output_path(folder, one), sha)
                 for text, sha in recorded["outputs"].items()
                 for one in parse_sublayers(text)
             },

@@ -186,14 +186,7 @@ class Selector:
         if criterion == "recoverability":
             held_out = self._held_out(store, folds, device, advance)
             cost_LB = cost_map(self.architecture.num_layers, held_out)
-            spans = choose_spans(
-                cost_LB,
-                self.remove,
-                self._max_spans,
-                min_length=self.config.min_length if self._max_spans > 1 else 1,
-                max_length=self.config.max_length if self._max_spans > 1 else None,
-                protect=protect,
-            )
+            spans = choose_spans(cost_LB, self.remove, self._max_spans)
             return spans, {"recoverability": [_row(s, h) for s, h in sorted(held_out.items())]}
         key = f"{self.prefix}scores"
         sums = store.total(None, [key])[key]

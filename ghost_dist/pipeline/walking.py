@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
@@ -34,8 +35,6 @@ from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import MomentsAccumulator
 from ghost_dist.statistics.span_sums import Regressors, SpanCollector
 from ghost_dist.statistics.sums import Sums
-
-Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass(frozen=True)

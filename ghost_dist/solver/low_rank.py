@@ -19,7 +19,7 @@ with G and K of the rows held out. Cost beside the ridge's: (folds + 1) eigendec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,14 +40,6 @@ RANK_TOLERANCE = 0.01
 """A rank is good enough if its held-out residual is within this fraction of the best rank's."""
 
 
-@dataclass(frozen=True)
-class RankChoice:
-    """The rank taken, and the held-out ``||Y - X - X U V||^2 / ||Y - X||^2`` of every rank."""
-
-    rank: int
-    residuals: tuple[float, ...]  # index: the rank, 0 to C
-
-
 def fit_low_rank(
     span: str,
     folds: Sequence[Moments],
@@ -55,7 +47,7 @@ def fit_low_rank(
     *,
     rank: int | None = None,
     judge: int | None = None,
-) -> tuple[Repair, Fit, RankChoice]:
+) -> tuple[Repair, Fit]:
     """Fit (U, V) of one span from moments with Z = X; the ridge is that of full rank.
 
     ``rank`` None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
@@ -100,7 +92,7 @@ def fit_low_rank(
     residual = float(residual_R[rank])
     unexplained_share = (1 - fit.r2) * (residual / fit.residual if fit.residual > 0 else 1.0)
     fit = replace(fit, residual=residual, r2=1 - unexplained_share)
-    return repair, fit, RankChoice(rank, tuple(residual_R.tolist()))
+    return repair, fit
 
 
 def _leading(span: str, moments: Moments, penalty_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def _ghost(given: FitInput) -> tuple[Repair, Fit]:
 
 def _low_rank(given: FitInput) -> tuple[Repair, Fit]:
     arguments = (given.span, given.folds, given.ridge)
-    return fit_low_rank(*arguments, rank=given.rank, judge=given.options.get("judge"))[:2]
+    return fit_low_rank(*arguments, rank=given.rank, judge=given.options.get("judge"))
 
 
 def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:

@@ -10,7 +10,7 @@ per span -> :func:`choose_spans`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -202,15 +202,7 @@ def cost_map(num_layers: int, held_out: Mapping[Span, HeldOut]) -> Tensor:
     return cost_LB
 
 
-def choose_spans(
-    cost_LB: Tensor,
-    remove: int,
-    max_spans: int,
-    *,
-    min_length: int = 1,
-    max_length: int | None = None,
-    protect: Collection[int] = (),
-) -> tuple[Span, ...]:
+def choose_spans(cost_LB: Tensor, remove: int, max_spans: int) -> tuple[Span, ...]:
     """At most ``max_spans`` spans that remove exactly ``remove`` layers at least total cost.
 
     Spans neither overlap nor touch: two that touch would be one span with one operator, whose cost
@@ -220,7 +212,6 @@ def choose_spans(
     """
     num_layers = cost_LB.shape[0]
     costs = cost_LB.tolist()
-    longest = min(max_length or remove, remove)
     # states[b]: layers below b are decided and layer b - 1 stays; (spans, removed) -> the best
     # (cost, number of spans, spans). Index L + 1: layer L - 1 was removed.
     choice = tuple[float, int, tuple[Span, ...]]
@@ -236,12 +227,9 @@ def choose_spans(
             offer(start + 1, (count, removed), (cost, count, spans))
             if count == max_spans:
                 continue
-            last = min(start + longest, start + remove - removed, num_layers)
-            for stop in range(start + 1, last + 1):
-                if stop - 1 in protect:
-                    break
+            for stop in range(start + 1, min(start + remove - removed, num_layers) + 1):
                 span_cost = costs[start][stop]
-                if stop - start >= min_length and math.isfinite(span_cost):
+                if math.isfinite(span_cost):
                     candidate = (cost + span_cost, count + 1, (*spans, Span(start, stop)))
                     offer(stop + 1, (count + 1, removed + stop - start), candidate)
     finished = [
@@ -252,10 +240,10 @@ def choose_spans(
     ]
     if not finished or not 0 < remove < num_layers:
         raise ConfigError(
-            f"No choice of at most {max_spans} spans of {min_length} to {longest} layers removes "
-            f"exactly {remove} of {num_layers} layers with {len(set(protect))} protected. Remove "
-            "fewer layers, allow more spans (selection.max_spans) or protect fewer "
-            "(selection.protect)."
+            f"No choice of at most {max_spans} spans of the lengths that are allowed, without "
+            f"protected layers, removes exactly {remove} of {num_layers} layers. Remove fewer "
+            "layers, allow more spans (selection.max_spans), other lengths (selection.min_length, "
+            "selection.max_length) or protect fewer (selection.protect)."
         )
     return min(finished)[2]
 

@@ -30,13 +30,12 @@ def textbook(x, change, rank):
 @pytest.mark.parametrize("rank", [1, 3, 12])
 def test_equals_the_textbook_construction(rows, rank):
     x, y = problem(rows, 5, noise=1.0)
-    repair, _, choice = fit_low_rank(
+    repair, _ = fit_low_rank(
         "[1, 3)", rows.in_folds(rows.moments_of, FOLDS, x, y), NO_RIDGE, rank=rank
     )
     u, v = repair.low_rank
     assert u.shape == (C, rank)
     assert v.shape == (rank, C)
-    assert choice.rank == rank
     expected = textbook(x.numpy(), (y - x).numpy(), rank)
     np.testing.assert_allclose((u @ v).numpy(), expected, rtol=1e-7, atol=1e-8)
 
@@ -44,7 +43,7 @@ def test_equals_the_textbook_construction(rows, rank):
 def test_ridge_enters_as_extra_rows(rows):
     """A ridge is least squares with sqrt(ridge) I below X and zeros below Y - X."""
     x, y = problem(rows, 5, noise=1.0)
-    repair, _, _ = fit_low_rank(
+    repair, _ = fit_low_rank(
         "[1, 3)", rows.in_folds(rows.moments_of, FOLDS, x, y), AbsoluteRidge(absolute=9.0), rank=2
     )
     x_more = np.vstack((x.numpy(), 3.0 * np.eye(C)))
@@ -56,7 +55,7 @@ def test_ridge_enters_as_extra_rows(rows):
 def test_beats_cutting_the_singular_values_of_the_matrix(rows):
     x, y = problem(rows, 8, noise=1.0)
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
-    repair, _, _ = fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=2)
+    repair, _ = fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=2)
     m = torch.linalg.lstsq(x, y - x).solution
     u, s, vt = torch.linalg.svd(m)
     naive = x + x @ (u[:, :2] * s[:2]) @ vt[:2]
@@ -67,11 +66,11 @@ def test_beats_cutting_the_singular_values_of_the_matrix(rows):
 def test_planted_rank_is_chosen(rows):
     x, y = problem(rows, 3, noise=0.05)
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
-    repair, _, choice = fit_low_rank("[1, 3)", folds, "auto")
-    assert choice.rank == 3
+    repair, _ = fit_low_rank("[1, 3)", folds, "auto")
+    assert repair.low_rank[0].shape == (C, 3)
     assert repair.added_parameters == 2 * C * 3
-    assert choice.residuals[0] == pytest.approx(1)
-    assert choice.residuals[2] > 5 * choice.residuals[3]
+    two, three = (fit_low_rank("[1, 3)", folds, "auto", rank=rank)[1] for rank in (2, 3))
+    assert 1 > two.residual > 5 * three.residual
 
 
 def test_held_out_residuals_of_every_rank_against_rows(rows):
@@ -79,23 +78,26 @@ def test_held_out_residuals_of_every_rank_against_rows(rows):
     x, y = x + 2, y - 7
     change = y - x
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
-    _, fit, choice = fit_low_rank("[1, 3)", folds, NO_RIDGE)
-    for rank in (0, 2, C):
+    repair, chosen = fit_low_rank("[1, 3)", folds, NO_RIDGE)
+    for rank in (1, 2, C):
         total = 0.0
         for f in range(FOLDS):
             train = torch.arange(T) % FOLDS != f
             x_t, c_t = x[train].numpy(), change[train].numpy()
-            m = textbook(x_t, c_t, rank) if rank else np.zeros((C, C))
+            m = textbook(x_t, c_t, rank)
             total += ((change[~train].numpy() - x[~train].numpy() @ m) ** 2).sum()
         cut = float(change.square().sum())
-        assert choice.residuals[rank] == pytest.approx(total / cut, rel=1e-7)
+        _, fit = fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=rank)
+        assert fit.residual == pytest.approx(total / cut, rel=1e-7)
     _, full = fit_ghost("[1, 3)", folds, NO_RIDGE)
-    assert choice.residuals[C] == pytest.approx(full.residual, rel=1e-8)
+    assert fit.residual == pytest.approx(full.residual, rel=1e-8)
     # What is reported is the operator of the rank that was taken.
-    assert 0 < choice.rank < C
-    assert fit.residual == choice.residuals[choice.rank] != full.residual
+    rank = repair.low_rank[0].shape[1]
+    assert 0 < rank < C
+    assert chosen == fit_low_rank("[1, 3)", folds, NO_RIDGE, rank=rank)[1]
+    assert chosen.residual != full.residual
     variance = float((y - y.mean(0)).square().sum())
-    assert fit.r2 == pytest.approx(1 - fit.residual * cut / variance, rel=1e-8)
+    assert chosen.r2 == pytest.approx(1 - chosen.residual * cut / variance, rel=1e-8)
 
 
 @pytest.mark.parametrize("rank", [0, C + 1])
