@@ -5,6 +5,7 @@ The exported checkpoint must compute the same; ``export/verify.py`` compares the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -119,12 +120,10 @@ def learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
     def note(module: nn.Module, _: Any, output: Any) -> None:
         note_return_type(type(module), output)
 
-    handles = [layer.register_forward_hook(note) for layer in unknown]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in unknown:
+            hooks.enter_context(layer.register_forward_hook(note))
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def down_path(architecture: Architecture) -> str:

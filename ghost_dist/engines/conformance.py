@@ -123,11 +123,11 @@ def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
 
     with contextlib.ExitStack() as hooks:
         for number, layer in enumerate(decoder.layers):
-            handle = layer.register_forward_pre_hook(entering(number), with_kwargs=True)
-            hooks.callback(handle.remove)
+            hook = layer.register_forward_pre_hook(entering(number), with_kwargs=True)
+            hooks.enter_context(hook)
         for number in decoder.architecture.down_projections:
-            handle = decoder.down_projection(number).register_forward_hook(down(number))
-            hooks.callback(handle.remove)
+            hook = decoder.down_projection(number).register_forward_hook(down(number))
+            hooks.enter_context(hook)
         last = decoder(torch.from_numpy(tokens).to(decoder.device, torch.int64))
     for window, stream_TC in enumerate(last):
         recorder(decoder.num_layers, window, stream_TC)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +163,8 @@ class _Trial:
 
         with contextlib.ExitStack() as hooks:
             for name in roots:
-                hooks.enter_context(_hooked(self.layer.get_submodule(name), note(name)))
+                module = self.layer.get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(note(name)))
             return self.run(x_BTC)
 
     def _mixes_tokens(self, name: str, x_BTC: Tensor) -> bool:
@@ -192,9 +193,9 @@ class _Trial:
             if not isinstance(module, nn.Linear) or module.out_features != self.width:
                 continue
             product: list[Tensor] = []
-            with _hooked(module, lambda _m, _a, output, kept=product: kept.append(output)):
+            with module.register_forward_hook(lambda _m, _a, y, kept=product: kept.append(y)):
                 self._of_half(x_BTC, root)
-            with _hooked(module, lambda _m, _a, output: output * 0):
+            with module.register_forward_hook(lambda _m, _a, output: output * 0):
                 change_BTC = whole_BTC - self._of_half(x_BTC, root)
             fits = bool(product) and product[0].numel() == change_BTC.numel()
             if fits and _close(change_BTC, product[0].reshape(change_BTC.shape)):
@@ -219,15 +220,6 @@ class _Trial:
         }
         with _replaced(self.layer, instead | {name: nn.Identity() for name in idle}):
             return self.run(x_BTC)
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -89,12 +89,9 @@ class LayerwiseModel:
             kept.append(args[0] if args else kwargs["hidden_states"])
             raise _SeenEnough
 
-        handle = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with contextlib.suppress(_SeenEnough):
-                self._model(input_ids=ids_BT, use_cache=False)
-        finally:
-            handle.remove()
+        hook = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+        with hook, contextlib.suppress(_SeenEnough):
+            self._model(input_ids=ids_BT, use_cache=False)
         return kept[0]
 
     @contextlib.contextmanager
@@ -191,11 +188,8 @@ class LayerwiseModel:
         shape, generator = (_PROBE_TOKENS, self.hidden_size), torch.Generator().manual_seed(0)
         stream_NC = torch.randn(shape, generator=generator).to(self.device, self.dtype)
         body = self._model.base_model
-        handle = body.register_forward_hook(note)
-        try:
+        with body.register_forward_hook(note):
             expected_NV = self._forward(stream_NC)
-        finally:
-            handle.remove()
         self._head_by_itself = False
         if body is self._model:  # the family names no body
             return
@@ -219,12 +213,9 @@ class LayerwiseModel:
         def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (stream_NC[None], *args[1:])
 
-        handle = self.final_norm.register_forward_pre_hook(enter, prepend=True)
-        try:
-            with self._without_tokens():
-                return self._logits_of(len(stream_NC))
-        finally:
-            handle.remove()
+        hook = self.final_norm.register_forward_pre_hook(enter, prepend=True)
+        with hook, self._without_tokens():
+            return self._logits_of(len(stream_NC))
 
     def _logits_of(self, num_tokens: int) -> Tensor:
         ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=self.device)
@@ -250,7 +241,7 @@ class LayerwiseModel:
             with contextlib.ExitStack() as hooks:
                 hooks.enter_context(contextlib.suppress(_SeenEnough))
                 hooks.enter_context(self._without_tokens())
-                hooks.callback(self.final_norm.register_forward_pre_hook(stop, prepend=True).remove)
+                hooks.enter_context(self.final_norm.register_forward_pre_hook(stop, prepend=True))
                 for layer in self.layers:  # the current one too
                     hooks.callback(_hand_on(layer))
                     layer.register_forward_pre_hook(note, with_kwargs=True)
@@ -289,12 +280,10 @@ def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
     module, ids_BT = layers.down_projection(layer), torch.arange(4, device=layers.device)[None]
     with layers.through(["embeddings"]), layers.running(layer, tapped=True) as run:
         stream_BTC = layers.embed(ids_BT)
-        handle = module.register_forward_hook(lambda _m, _a, output: kept.append(output))
-        whole_BTC = run(stream_BTC).double()
-        handle.remove()
-        handle = module.register_forward_hook(lambda _m, _a, output: output * 0)
-        change = whole_BTC - run(stream_BTC).double()
-        handle.remove()
+        with module.register_forward_hook(lambda _m, _a, output: kept.append(output)):
+            whole_BTC = run(stream_BTC).double()
+        with module.register_forward_hook(lambda _m, _a, output: output * 0):
+            change = whole_BTC - run(stream_BTC).double()
     product = kept[0].double().reshape(change.shape)  # some families flatten it
     slack = 1e-3 * product.norm() + 8 * torch.finfo(layers.dtype).eps * whole_BTC.norm()
     return bool((change - product).norm() <= slack)

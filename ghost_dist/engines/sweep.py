@@ -317,11 +317,8 @@ class _Streams:
             for tap in taps:
                 tap.mlp(layer, self._rows(part), given.reshape(shape), product.reshape(shape))
 
-        handle = self._model.down_projection(layer).register_forward_hook(hook)
-        try:
+        with self._model.down_projection(layer).register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
 
     def _copy(self, act: _Act) -> None:
         """Begin the new streams of a layer or a boundary."""

@@ -56,7 +56,6 @@ def walk_behind(
             fold_of_window=fold_of_window,
             judge=judge,
             refittable=inputs.refittable,
-            norm_eps=inputs.architecture.norm_eps,
             refits=_refits(inputs, tuple(fitted), chosen, judge) if sequential else {},
         )
         steps = len(walk.steps(heal=heal))

@@ -203,19 +203,16 @@ class HalfRepairs:
 
     def _fit(self, before: Sublayer, gone: Sequence[Sublayer]) -> None:
         module, seen = self._model.writer(before), []
-        handle = module.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
         grams: list[Tensor] = []
         crosses: list[list[Tensor]] = []
         outputs = {half: self._output(half) for half in gone}
-        try:
+        with module.register_forward_hook(lambda _m, args, _o: seen.append(args[0])):
             for source in self._sources:
                 h_TF = self._inputs(before, source, seen)
                 grams.append(h_TF.T @ h_TF)
                 rows = [w for w, of in enumerate(self._source_of) if of == source]
                 added = [outputs[half][rows].flatten(0, 1).double() for half in gone]
                 crosses.append([h_TF.T @ added_TC for added_TC in added])
-        finally:
-            handle.remove()
         for number, half in enumerate(gone):
             of_half = [cross[number] for cross in crosses]
             self._changes[before, half] = [

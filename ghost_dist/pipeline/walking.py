@@ -138,7 +138,7 @@ class LayerWalk:
 
         with contextlib.ExitStack() as stack:
             if module is not None:
-                stack.callback(module.register_forward_hook(hook).remove)
+                stack.enter_context(module.register_forward_hook(hook))
             window = 0
             for stream, target in zip(streams, targets, strict=True):
                 x_BTC = run(stream.to(self.layers.device))
@@ -180,7 +180,6 @@ class Walk(LayerWalk):
     spans: Sequence[Span]
     operators: dict[Span, Repair]
     refittable: frozenset[int]
-    norm_eps: float
     refits: Mapping[Span, Refit] = field(default_factory=dict)
     healed: dict[int, Tensor] = field(default_factory=dict)
     fits: dict[Span, Fit | None] = field(default_factory=dict)
@@ -268,7 +267,7 @@ class Walk(LayerWalk):
                 self.layers.hidden_size,
                 self.layers.device,
                 inner_size=inner,
-                norm_eps=self.norm_eps,
+                norm_eps=self.layers.architecture.norm_eps,
             )
             for _ in range(max(self.fold_of_window) + 1)
         ]

@@ -215,8 +215,7 @@ class _Student:
                     run = stack.enter_context(self._layers.running(layer))
                     if layer in downs:
                         module = self._layers.down_projection(layer)
-                        handle = module.register_forward_hook(_product(downs[layer]))
-                        stack.callback(handle.remove)
+                        stack.enter_context(module.register_forward_hook(_product(downs[layer])))
                     else:
                         healed_FC = self._recovered.healed.get(layer)
                         stack.enter_context(self._layers.with_down(layer, healed_FC))

@@ -29,7 +29,6 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
         fold_of_window=folds,
         judge=max(folds),
         refittable=refittable,
-        norm_eps=architecture.norm_eps,
         **arguments,
     )
     walk.run(heal=heal, advance=passed.append)
