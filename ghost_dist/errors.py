@@ -59,16 +59,16 @@ class NonFiniteActivationError(GhostDistError):
     It is what enters layer ``boundary``, in the first calibration ``window`` concerned.
     """
 
-    def __init__(self, boundary: int, window: int, detail: str = "") -> None:
+    def __init__(self, boundary: int, window: int) -> None:
         super().__init__(
             f"The hidden state entering layer {boundary} is not finite (NaN or Inf) in window "
-            f"{window}{detail}. The weights may be damaged, or the dtype may overflow: try "
+            f"{window}. The weights may be damaged, or the dtype may overflow: try "
             "model.dtype=float32 or bfloat16."
         )
-        self.boundary, self.window, self.detail = boundary, window, detail
+        self.boundary, self.window = boundary, window
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.boundary, self.window, self.detail))
+        return (type(self), (self.boundary, self.window))
 
 
 class SingularGramError(GhostDistError):

@@ -157,7 +157,6 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
 
 Used = TypeVar("Used")
 
-_LENGTH = 16
 _VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
 _INNER = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),

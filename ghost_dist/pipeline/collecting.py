@@ -95,7 +95,7 @@ class CollectHere(Collect):
                     engine, tokens.tokens, ranges[range_id], passes, advance
                 )
                 took_s = times.forward_s + times.sums_s
-                nbytes = sum(a.nbytes for part in sums.values() for a in part.arrays().values())
+                nbytes = sum(part.nbytes for part in sums.values())
                 unwritten_s += took_s
                 write = nbytes / WRITTEN_PER_S < took_s / 10 or unwritten_s > UNWRITTEN_S
                 committed = partial(

@@ -261,8 +261,7 @@ class FitHere:
 
     def _needed(self, store: StatisticsStore, keys: tuple[str, ...]) -> int:
         if keys in self._held:
-            parts = [part for fold in self._held[keys] for part in fold.values()]
-            nbytes = sum(a.nbytes for part in parts for a in part.arrays().values())
+            nbytes = sum(part.nbytes for fold in self._held[keys] for part in fold.values())
         else:
             nbytes = self._num_folds * store.sums_bytes(keys)
         return fit_bytes(nbytes, self._num_folds)

@@ -46,7 +46,7 @@ class StoreAtHand(StatisticsStore):
             if one.done():
                 one.result()
         device = _device_of(sums)
-        nbytes = len(self.plan.ranges) * sum(map(_nbytes, sums.values()))
+        nbytes = len(self.plan.ranges) * sum(part.nbytes for part in sums.values())
         place = next((d for d in (device, CPU) if self._has_room(d, nbytes)), None)
         if place is None:
             self.flush()
@@ -87,7 +87,7 @@ class StoreAtHand(StatisticsStore):
     def bytes_at_hand(self, device: torch.device) -> int:
         """Bytes of the ranges that are on a device."""
         ranges = [sums for sums in self._held.values() if _device_of(sums) == device]
-        return sum(_nbytes(part) for sums in ranges for part in sums.values())
+        return sum(part.nbytes for sums in ranges for part in sums.values())
 
     def missing(self) -> tuple[int, ...]:
         """Ids of the ranges that still have to be run, ascending."""
@@ -110,7 +110,7 @@ class StoreAtHand(StatisticsStore):
     def sums_bytes(self, entries: Collection[str]) -> int:
         """Bytes of the sums of some entries, as ``total`` gives them."""
         for held in self._held.values():
-            return sum(_nbytes(held[entry]) for entry in entries)
+            return sum(held[entry].nbytes for entry in entries)
         return super().sums_bytes(entries)
 
     def _has_range(self, range_id: int) -> bool:
@@ -123,7 +123,3 @@ class StoreAtHand(StatisticsStore):
 
 def _device_of(sums: Mapping[str, Sums]) -> torch.device:
     return next(iter(next(iter(sums.values())).arrays().values())).device
-
-
-def _nbytes(sums: Sums) -> int:
-    return sum(array.nbytes for array in sums.arrays().values())

@@ -48,12 +48,6 @@ def candidate_spans(
     protect: Collection[int] = (),
 ) -> tuple[Span, ...]:
     """Every span of ``min_length`` to ``max_length`` layers without a protected one, sorted."""
-    unknown = sorted(layer for layer in protect if not 0 <= layer < num_layers)
-    if unknown:
-        raise ConfigError(
-            f"selection.protect names layers {unknown}, but the model has layers 0 to "
-            f"{num_layers - 1}."
-        )
     spans = tuple(
         Span(start, start + length)
         for start in range(num_layers)

@@ -64,6 +64,10 @@ class Sums:
         """The tensors by name, without ``num_tokens``."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "num_tokens"}
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays().values())
+
     def to(self, device: torch.device) -> Self:
         return type(self).from_arrays(
             self.num_tokens, {name: array.to(device) for name, array in self.arrays().items()}

@@ -349,6 +349,10 @@ def test_sums_of_the_stream_are_not_taken_beside_those_they_follow_from():
         ({"operator__name": "fold", "selection__spans": [[0, 2]]}, "needs a layer before"),
         ({"selection__max_spans": 2, "selection__criterion": "cosine"}, "max_spans=2 needs"),
         ({"selection__remove": "7 layers", "selection__spans": None}, "give a number of layers"),
+        (
+            {"selection__remove": 2, "selection__spans": None, "selection__protect": [99]},
+            r"names layers \[99\]",
+        ),
     ],
 )
 def test_bad_input_says_what_to_do(make_config, fields, message):
