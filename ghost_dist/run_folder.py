@@ -22,13 +22,7 @@ from ghost_dist.config_file import (
     differing_fields,
     load_config,
 )
-from ghost_dist.durable import (
-    create_bytes,
-    read_sealed,
-    sweep_partial,
-    write_bytes,
-    write_sealed,
-)
+from ghost_dist.durable import create_bytes, read_sealed, sweep_partial, write_bytes, write_sealed
 from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")

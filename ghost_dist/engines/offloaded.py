@@ -36,10 +36,7 @@ from ghost_dist.engines.expert_parts import (
     routed_experts,
 )
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
-from ghost_dist.engines.memory import (
-    Residency,
-    choose_residency,
-)
+from ghost_dist.engines.memory import Residency, choose_residency
 from ghost_dist.engines.model_sizes import loaded_sizes
 from ghost_dist.errors import ConfigError
 from ghost_dist.spans import Sublayer

@@ -11,26 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import (
-    FEW_TOKENS_PER_REGRESSOR,
-    Detail,
-    Fit,
-    FitOptions,
-    Regression,
-)
-from ghost_dist.solver.operators import OPERATORS, FitInput, has_ridge, refits_down
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
+from ghost_dist.solver.operators import OPERATORS, has_ridge, refits_down
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments, stream_moments
 from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.sum_costs import num_regressors
-from ghost_dist.statistics.sums import Sums
 
 Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
 
@@ -185,46 +174,6 @@ def samples_of(
     return samples
 
 
-def fit_candidate(
-    candidate: Candidate,
-    span: Span,
-    folds: Sequence[Mapping[str, Sums]],
-    down_FC: Tensor | None,
-    norm_eps: float,
-    judge: int | None = None,
-    kept: dict[str, Regression] | None = None,
-    detail: Detail = "all",
-) -> tuple[Repair, Fit | None]:
-    """Fit one span, of a candidate as it is there.
-
-    ``folds`` are sums by :func:`sums_key` of disjoint windows, on one device. ``down_FC`` is
-    the model's down_proj of layer ``start - 1``, float64, where there are ``joint`` sums. ``judge``
-    is the fold that alone judges, and that is not fitted on; None: each judges fits on the others.
-    ``kept`` is of the candidate at other ridges, as ``fit_least_squares`` says, and ``detail`` too.
-    """
-    options: FitOptions = {"judge": judge, "detail": detail}
-    options |= {"around": candidate.around, "kept": {} if kept is None else kept}
-    kind = candidate.kind()
-    if kind is None:
-        return Repair(), None
-    sums: list[Sums]
-    if kind == "absolute":
-        sums = [fold[sums_key(span, kind)] for number, fold in enumerate(folds) if number != judge]
-    else:
-        sums = [_moments(fold, span, kind, down_FC) for fold in folds]
-    given = FitInput(
-        span=str(span),
-        regressors=kind,
-        folds=sums,
-        ridge=candidate.ridge,
-        options=options,
-        down_FC=down_FC,
-        norm_eps=norm_eps,
-        rank=candidate.rank,
-    )
-    return OPERATORS[candidate.operator].fit(given)
-
-
 def stored_keys(kind: Regressors, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
     """The entry of a store that holds these sums, or the one they follow from; empty: neither."""
     joint = sums_key(span, "joint")
@@ -233,19 +182,6 @@ def stored_keys(kind: Regressors, span: Span, entries: Mapping[str, str]) -> tup
     if kind == "stream" and joint in entries:
         return (joint,)
     return ()
-
-
-def _moments(
-    sums: Mapping[str, Sums], span: Span, kind: Regressors, down_FC: Tensor | None
-) -> Moments:
-    found = sums.get(sums_key(span, kind))
-    if found is None:
-        joint = sums[sums_key(span, "joint")]
-        assert isinstance(joint, Moments)
-        assert down_FC is not None
-        return stream_moments(joint, down_FC)
-    assert isinstance(found, Moments)
-    return found
 
 
 def _check_refittable(

@@ -20,12 +20,15 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, free_or_cached_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.pipeline.candidates import Candidate, fit_candidate, stored_keys
+from ghost_dist.pipeline.candidates import Candidate, stored_keys
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Detail, Fit, Regression, fit_bytes, on_grid
+from ghost_dist.solver.least_squares import Detail, Fit, FitOptions, Regression, fit_bytes, on_grid
+from ghost_dist.solver.operators import OPERATORS, FitInput
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
+from ghost_dist.statistics.moments import Moments, stream_moments
+from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
@@ -93,18 +96,42 @@ class RidgeFits:
         judge: int | None = None,
         detail: Detail = "all",
     ) -> tuple[Repair, Fit | None]:
-        """As :func:`fit_candidate`; ``picked`` names the sums among those of this span."""
+        """Fit one span, of a candidate as it is there.
+
+        ``folds`` are sums by :func:`sums_key` of disjoint windows, on one device; ``picked`` names
+        them among those of this span. ``down_FC`` is the model's down_proj of layer ``start - 1``,
+        float64, where there are ``joint`` sums. ``judge`` is the fold that alone judges, and that
+        is not fitted on; None: each judges fits on the others. ``detail``: as
+        ``fit_least_squares`` says.
+        """
+        kind = candidate.kind()
+        if kind is None:
+            return Repair(), None
+        sums: list[Sums]
+        if kind == "absolute":
+            sums = [fold[sums_key(span, kind)] for n, fold in enumerate(folds) if n != judge]
+        else:
+            sums = [_moments(fold, span, kind, down_FC) for fold in folds]
         of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
         if self._shared[0] != of_grid:
             self.drop()
             self._shared = of_grid, {}
 
         def fit(candidate: Candidate) -> tuple[Repair, Fit | None]:
-            return fit_candidate(
-                candidate, span, folds, down_FC, self._norm_eps, judge, self._shared[1], detail
+            options: FitOptions = {"judge": judge, "detail": detail, "around": candidate.around}
+            given = FitInput(
+                span=str(span),
+                regressors=kind,
+                folds=sums,
+                ridge=candidate.ridge,
+                options={**options, "kept": self._shared[1]},
+                down_FC=down_FC,
+                norm_eps=self._norm_eps,
+                rank=candidate.rank,
             )
+            return OPERATORS[candidate.operator].fit(given)
 
-        if candidate.ridge != "auto" or candidate.kind() is None:
+        if candidate.ridge != "auto":
             return fit(candidate)
         least = self._least_residual.get(of_grid)
         if least is None:
@@ -126,6 +153,19 @@ class RidgeFits:
         """Other sums come."""
         self.drop()
         self._least_residual.clear()
+
+
+def _moments(
+    sums: Mapping[str, Sums], span: Span, kind: Regressors, down_FC: Tensor | None
+) -> Moments:
+    found = sums.get(sums_key(span, kind))
+    if found is None:
+        joint = sums[sums_key(span, "joint")]
+        assert isinstance(joint, Moments)
+        assert down_FC is not None
+        return stream_moments(joint, down_FC)
+    assert isinstance(found, Moments)
+    return found
 
 
 def on_curve(fit: Fit, least: Fit) -> Fit:

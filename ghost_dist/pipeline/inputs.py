@@ -41,11 +41,7 @@ from ghost_dist.engines.find_halves import with_halves
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
-from ghost_dist.errors import (
-    ConfigError,
-    RunFolderError,
-    UnsupportedArchitectureError,
-)
+from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_ridge

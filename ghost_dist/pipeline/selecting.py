@@ -26,9 +26,7 @@ from ghost_dist.solver.span_selection import (
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.layer_scores import ScoreCollector, ScoreSums
-from ghost_dist.statistics.pair_sums import (
-    FLUSH_TOKENS as PAIR_FLUSH_TOKENS,
-)
+from ghost_dist.statistics.pair_sums import FLUSH_TOKENS as PAIR_FLUSH_TOKENS
 from ghost_dist.statistics.pair_sums import (
     PROJECTION_COLUMNS,
     PairCollector,

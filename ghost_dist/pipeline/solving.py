@@ -27,14 +27,7 @@ from ghost_dist.pipeline.candidates import (
     stored_keys,
     tries_refit,
 )
-from ghost_dist.pipeline.fitting import (
-    FitHere,
-    FitJob,
-    FitSpans,
-    Fitted,
-    Outcome,
-    on_curve,
-)
+from ghost_dist.pipeline.fitting import FitHere, FitJob, FitSpans, Fitted, Outcome, on_curve
 from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import layers_of

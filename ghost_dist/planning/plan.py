@@ -46,12 +46,7 @@ from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.planning.probe import circumstances, measure
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
-from ghost_dist.planning.stage_plans import (
-    KEPT_BY_SHARDING,
-    StagePlan,
-    num_replicas,
-    plan_stages,
-)
+from ghost_dist.planning.stage_plans import KEPT_BY_SHARDING, StagePlan, num_replicas, plan_stages
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span, pairs_of
 

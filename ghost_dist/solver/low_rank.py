@@ -27,13 +27,7 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, Ridge
-from ghost_dist.solver.least_squares import (
-    Fit,
-    add_all,
-    fit_least_squares,
-    ridge_scale,
-    solve,
-)
+from ghost_dist.solver.least_squares import Fit, add_all, fit_least_squares, ridge_scale, solve
 from ghost_dist.statistics.moments import Moments, retarget
 
 RANK_TOLERANCE = 0.01

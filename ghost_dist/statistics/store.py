@@ -51,12 +51,7 @@ from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.pair_sums import PairMoments
 from ghost_dist.statistics.span_sums import AbsoluteSums
-from ghost_dist.statistics.store_plan import (
-    StatisticsPlan,
-    check_same_plan,
-    plan_path,
-    stored_plan,
-)
+from ghost_dist.statistics.store_plan import StatisticsPlan, check_same_plan, plan_path, stored_plan
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, from_strips, to_strips
 
 CPU = torch.device("cpu")
