@@ -162,21 +162,13 @@ def choose_engine(
     shared = needs.tensor_parallel[needs.degree]
     if kind == "resident" or (kind == "auto" and not (on_cluster and needs.degree > 1)):
         stage, peak = _peak(needs.resident)
-        if peak <= room:
-            return EngineChoice(
-                "resident",
-                f"the whole model fits on one device: at most {_gb(peak)} are needed ({stage}), "
-                f"and {has}",
-                needs.resident,
-            )
-        if whole is not None and kind == "auto" and not on_cluster:
-            return EngineChoice(
-                "resident",
-                f"{whole} needs the model whole: it is loaded so, although {_gb(peak)} are needed "
-                f"({stage}), and {has}",
-                needs.resident,
-                fits=False,
-            )
+        why = "the whole model fits on one device: at most"
+        fits = peak <= room
+        if not fits:
+            why = f"{whole} needs the model whole: it is loaded so, although"
+        if fits or (whole is not None and kind == "auto" and not on_cluster):
+            reason = f"{why} {_gb(peak)} are needed ({stage}), and {has}"
+            return EngineChoice("resident", reason, needs.resident, fits=fits)
         if kind == "resident":
             raise ConfigError(
                 f"engine.kind=resident needs {_gb(peak)} on one device ({stage}), but {has}. "
@@ -185,12 +177,8 @@ def choose_engine(
     if kind == "tensor_parallel" or (kind == "auto" and on_cluster):
         stage, peak = _peak(shared)
         if peak <= room:
-            return EngineChoice(
-                "tensor_parallel",
-                f"{needs.degree} ranks share every layer: at most {_gb(peak)} are needed on each "
-                f"({stage}), and {has}",
-                shared,
-            )
+            why = f"{needs.degree} ranks share every layer: at most {_gb(peak)} are needed on each"
+            return EngineChoice("tensor_parallel", f"{why} ({stage}), and {has}", shared)
         raise ConfigError(
             f"engine.tensor_parallel={needs.degree} needs {_gb(peak)} on each rank ({stage}), but "
             f"{has}. " + _what_would_fit(needs, room)
