@@ -209,11 +209,10 @@ def cut_config(
 
 def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
     """Prove, without weights, that the cut configuration describes the layers that stay."""
-    config_class = getattr(transformers, architecture.config_class)
     reason = why_not(architecture, config, spans)
     if reason is None:
-        before = read_config(config_class, config)
-        after = read_config(config_class, cut_config(config, spans, architecture))
+        before, _ = _built(architecture, config)
+        after, _ = _built(architecture, cut_config(config, spans, architecture))
         if _cache_counts_tokens(before) and not _cache_counts_tokens(after):
             reason = (
                 f"without layers {', '.join(map(str, spans))} no attention layer is left, and "
@@ -228,33 +227,36 @@ def why_not(
     architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]
 ) -> str | None:
     """Why the cut configuration does not describe the layers that stay; None if it does."""
-    config_class = getattr(transformers, architecture.config_class)
-    model_class = getattr(transformers, architecture.causal_lm_class)
-    before = read_config(config_class, config)
     cut = ", ".join(map(str, spans))
     try:
-        after = read_config(config_class, cut_config(config, spans, architecture))
-        twin = empty_model(model_class, after)
+        after, twins = _built(architecture, cut_config(config, spans, architecture))
     except Exception as error:
         return f"no model can be built without layers {cut}: {error}"
-    difference = cut_difference(
-        _uncut_layers(architecture.layers, model_class, config_class, json.dumps(config)),
-        twin.get_submodule(architecture.layers),
-        spans,
-        descriptions(architecture.fields, before, after),
+    before, layers = _built(architecture, config)
+    described = descriptions(architecture.fields, before, after)
+    difference = cut_difference(layers, twins, spans, described)
+    words = f"its configuration cannot express the model without layers {cut}: {difference}"
+    return None if difference is None else words
+
+
+def _built(architecture: Architecture, config: Mapping[str, Any]) -> tuple[Any, nn.ModuleList]:
+    """A configuration as its class reads it, and the layers of its model, without storage."""
+    return _build(
+        getattr(transformers, architecture.causal_lm_class),
+        getattr(transformers, architecture.config_class),
+        architecture.layers,
+        json.dumps(config),
     )
-    if difference is None:
-        return None
-    return f"its configuration cannot express the model without layers {cut}: {difference}"
 
 
-@functools.lru_cache(maxsize=1)  # a search asks of hundreds of cuts of one model
-def _uncut_layers(
-    path: str, model_class: type[Any], config_class: type[Any], config_json: str
-) -> nn.ModuleList:
-    model = empty_model(model_class, read_config(config_class, json.loads(config_json)))
-    layers: nn.ModuleList = model.get_submodule(path)
-    return layers
+# A search asks of hundreds of cuts; of layers without fields of their own, those of a size are one.
+@functools.lru_cache(maxsize=4)
+def _build(
+    model_class: type[Any], config_class: type[Any], path: str, config_json: str
+) -> tuple[Any, nn.ModuleList]:
+    config = json.loads(config_json)
+    model = empty_model(model_class, read_config(config_class, config))
+    return read_config(config_class, config), model.get_submodule(path)
 
 
 def check_some_cut(
