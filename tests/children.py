@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 
+from forked import LIBRARIES
+
 from ghost_dist.config_file import config_tree
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["ghost_dist.pipeline.recover"])  # and no running Ray
+_SERVER.set_forkserver_preload([*LIBRARIES, "ghost_dist.pipeline.recover"])  # and no running Ray
 
 
 def child(config, log, again=None, *, on_cluster=False):

@@ -30,15 +30,19 @@ from typing import NamedTuple
 
 LIBRARIES = (
     "accelerate",
+    "jinja2",
     "pydantic",
     "rich.progress",
     "torch._dynamo",
     "torch.distributed.tensor",
+    "transformers.convert_slow_tokenizer",
     "transformers.generation",
     "transformers.integrations.hub_kernels",
     "transformers.modeling_layers",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers",
     "yaml",
     "zarr",
 )
