@@ -222,7 +222,7 @@ class OperatorConfig(Section):
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
     """Folds of cross-validation of one source; of several, each is a fold, of two each is two. With
-    refit=sequential, heal or refine.steps the last fold is only used for evaluation."""
+    heal or refine.steps the last fold is only used for evaluation."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
     """ghost: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what ``choose``
     prefers."""
@@ -356,7 +356,7 @@ class Config(Section):
                 "refine.steps trains the operators of whole layers, and attentions and MLPs are "
                 "removed by themselves: give refine.steps=0"
             )
-        if self.judges_behind_the_fit(num_spans=2) and self.folds < 3:
+        if (self.judges_behind_the_fit or self.operator.refit == "sequential") and self.folds < 3:
             raise ValueError(
                 "operator.heal, operator.refit=sequential and refine.steps hold out one of "
                 f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
@@ -392,11 +392,11 @@ class Config(Section):
             return f"refine.steps={self.refine.steps}", "0"
         return ("evaluation.tasks", "[]") if self.evaluation.tasks else None
 
-    def judges_behind_the_fit(self, num_spans: int) -> bool:
+    @property
+    def judges_behind_the_fit(self) -> bool:
         """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""
-        operator = self.operator
-        sequential = operator.refit == "sequential" and num_spans > 1
-        return sequential or operator.heal or self.refine.steps > 0 or self.selection.has_halves
+        heals = self.operator.heal or self.selection.has_halves
+        return heals or self.refine.steps > 0
 
     @property
     def on_cluster(self) -> bool:

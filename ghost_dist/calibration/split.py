@@ -89,3 +89,26 @@ def check_held_out(fitted_on: Collection[int], judged_by: Collection[int], what:
             f"{what} would be judged by {seen}, which it was fitted on. Its figure would be no "
             "held-out one; please report this with the command that was run."
         )
+
+
+def judging_pieces(pieces_of: Sequence[Tokens], count: int) -> list[list[int]]:
+    """Of every source's pieces, int32 (P, T), the numbers of so many to judge by.
+
+    First half of them, those that are least like all other text, by the KL divergence of a piece's
+    tokens from those of all the others, each counted once more; then some spread over the rest.
+    """
+    totals = np.bincount(np.concatenate([pieces.ravel() for pieces in pieces_of]))
+    chosen = []
+    for pieces in pieces_of:
+        distances = []
+        for piece in pieces:
+            ids, counts = np.unique(piece, return_counts=True)
+            share = counts / piece.size
+            elsewhere = (totals[ids] - counts + 1) / (totals.sum() - piece.size + len(totals))
+            # Rounded, so that it is the same on every machine.
+            distances.append(round(float((share * np.log(share / elsewhere)).sum()), 6))
+        order = sorted(range(len(pieces)), key=lambda number: (-distances[number], number))
+        furthest = order[: count - count // 2]
+        rest = sorted(order[len(furthest) :])
+        chosen.append([*furthest, *(rest[i] for i in spread(range(len(rest)), count // 2))])
+    return chosen

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
@@ -199,3 +201,38 @@ def _check_refittable(
                 "layer has none whose output is added to the stream as it is (experts, or a norm "
                 "or a scale behind the MLP). Use operator.name=ghost or auto."
             )
+
+
+def least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
+    """Index of the least finite mean score among candidates that could be fitted.
+
+    Where the plain cut is one of them, what is worse than it on any source is not taken.
+    """
+    means = [float(score.mean()) if len(score) else math.inf for score in scores]
+    cut = next((s for row, s in zip(table, scores, strict=True) if row["operator"] == "none"), None)
+
+    def rank(i: int) -> tuple[bool, bool, bool, float, int]:
+        harms = cut is not None and len(scores[i]) > 0 and bool((scores[i] > cut).any())
+        return "failed" in table[i], harms, not math.isfinite(means[i]), means[i], i
+
+    return min(range(len(table)), key=rank)
+
+
+def strongest_ridge(
+    tried: Sequence[Candidate],
+    table: Sequence[Mapping[str, Any]],
+    scores: Sequence[Tensor],
+    best: int,
+) -> int:
+    """The best candidate with the strongest ridge that is worse by no more than a standard error.
+
+    On text like the calibration's, weak ridges differ little; on other text stronger ones are
+    better.
+    """
+    for number in sorted(range(len(tried)), key=lambda i: -tried[i].shift):
+        if replace(tried[number], shift=0.0) == replace(tried[best], shift=0.0):
+            worse = scores[number] - scores[best]
+            alike = len(worse) > 1 and float(worse.mean()) <= float(worse.std()) / len(worse) ** 0.5
+            if "failed" not in table[number] and alike:
+                return number
+    return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.ridge import RelativeRidge
+from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors
 from ghost_dist.statistics.sums import Sums
@@ -33,10 +35,12 @@ def walk_behind(
     *,
     sequential: bool,
     heal: bool = False,
+    known: Mapping[Span, Fit | None] | None = None,
 ) -> Walk:
     """Fit every span but the first once more, and heal, behind fits without the last fold.
 
-    ``model`` is the uncut causal LM, None where layers are read one by one.
+    ``model`` is the uncut causal LM, None where layers are read one by one. ``known``: fits of such
+    a walk, whose ridges are taken; then all folds are fitted on, and no fit says how good it is.
 
     Raises
     ------
@@ -44,7 +48,7 @@ def walk_behind(
         If a fit has seen the last fold.
     """
     judge = inputs.config.folds - 1
-    for span, one in fitted.items():
+    for span, one in fitted.items() if known is None else ():
         check_held_out(one.folds, [judge], f"The stream behind {span}")
     with layers_of(inputs, tokens.shape, 2, model=model) as layers:
         walk = Walk(
@@ -56,7 +60,7 @@ def walk_behind(
             fold_of_window=fold_of_window,
             judge=judge,
             refittable=inputs.refittable,
-            refits=_refits(inputs, tuple(fitted), chosen, judge) if sequential else {},
+            refits=_refits(inputs, tuple(fitted), chosen, known) if sequential else {},
         )
         steps = len(walk.steps(heal=heal))
         with reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
@@ -65,11 +69,15 @@ def walk_behind(
 
 
 def _refits(
-    inputs: RunInputs, spans: Sequence[Span], chosen: Candidate, judge: int
+    inputs: RunInputs,
+    spans: Sequence[Span],
+    chosen: Candidate,
+    known: Mapping[Span, Fit | None] | None,
 ) -> dict[Span, Refit]:
     """How every span but the first is fitted on the recovered stream."""
     refits: dict[Span, Refit] = {}
     ridges = RidgeFits(inputs.architecture.norm_eps)
+    judge = None if known is not None else inputs.config.folds - 1
 
     def refit(span: Span, here: Candidate, kind: Regressors) -> Refit:
         def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
@@ -80,13 +88,18 @@ def _refits(
                 )
             ridges.forget()  # of other sums
             picked = tuple(range(len(folds)))
-            repair, found = ridges.fit(here, span, folds, down_FC, picked, judge)
+            detail: Detail = "all" if known is None else "map"
+            repair, found = ridges.fit(here, span, folds, down_FC, picked, judge, detail)
             return repair.to(torch.device("cpu")), found
 
         return Refit(kind, fit)
 
     for span in spans[1:]:
         here = chosen.at(span, inputs.refittable)
+        fit_before = known.get(span) if known is not None else None
+        if fit_before is not None and here.ridge == "auto":
+            ridge = RelativeRidge(relative=fit_before.relative_ridge)
+            here = replace(here, ridge=ridge, shift=0.0)
         if (kind := here.kind()) is not None:
             refits[span] = refit(span, here, kind)
     return refits

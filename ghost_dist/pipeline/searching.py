@@ -3,61 +3,63 @@
 One dense pass keeps the streams of all boundaries for some windows. From them the operators of any
 span are fitted in closed form, once, one for each source (of one source, each fold) without it. A
 removal with its operators is a variant of a sweep, scored by its KL divergence from the dense model
-on windows of every source, with the operators that were fitted without it.
+on windows of every source, with the operators that were fitted without it. What has good scores is
+scored again with operators that are fitted one after the other, each on the stream that those
+before it have made: which of two removals is better depends on that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ghost_dist.calibration.split import spread
+from ghost_dist.calibration.split import judging_pieces, spread
 from ghost_dist.calibration.windows import Tokens, TokenWindows
 from ghost_dist.checkpoint.architecture import Architecture, check_cut
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import CalibrationConfig, Config, SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.layerwise import LayerwiseModel
-from ghost_dist.engines.sweep import Tap, sweep
-from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
+from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.pipeline.search_fits import (
+    SHARE_OF_MEMORY,
+    WALKED_TOKENS,
+    DenseFits,
+    SequentialFits,
+    dense_streams,
+)
 from ghost_dist.pipeline.selecting import rules_of
 from ghost_dist.pipeline.texts import windows_of_folds
-from ghost_dist.progress import Advance, Reporter
+from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.search import (
     Judges,
     Removal,
     Search,
+    greedy_counts,
     greedy_evaluations,
     table_as_plain,
     table_from_plain,
 )
-from ghost_dist.solver.span_selection import cross_fit_start
 from ghost_dist.spans import Span, check_spans
-from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
 
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative; of operators within the search
 _LONGEST, _SHORTEST = 512, 128  # tokens of a judging window
 _PIECES = 4  # of these that every source should give
 _FEWEST_TOKENS, _MOST_TOKENS = 1024, 65536  # to judge by; of calibration, that a share is judged by
-_SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 _MOST_VARIANTS = 64  # of a sweep
-_OPERATORS_OF_LAYER = 8  # that should have room on the device
+_PARTS_LEFT_OUT = 2  # of the sources, in turn, where streams are walked
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,13 @@ class Effort:
 
     rounds: float  # budget, in evaluations of its greedy part
     judged: float  # share of the calibration tokens
-    fitted_per_channel: int  # tokens
+    fitted_per_channel: int  # tokens, but no fewer than
+    fewest_fitted: int
     width: int | None  # removals of a generation; None: all
 
     def fit_windows(self, width: int, length: int) -> int:
         """Windows of a length that operators of a width are fitted on."""
-        return -(-self.fitted_per_channel * width // length)
+        return -(-max(self.fewest_fitted, self.fitted_per_channel * width) // length)
 
     def length(self, calibration: CalibrationConfig, sources: int) -> int:
         """Tokens of a judging window; those of calibration are cut into such pieces."""
@@ -84,7 +87,7 @@ class Effort:
         """Judging windows, of so many calibration windows of every source."""
         length = self.length(calibration, sources)
         most = max(1, self.tokens(calibration) // (sources * length))
-        return Judges(sources, min(of_source * _pieces(calibration, length), most))
+        return Judges(sources, min(of_source * _pieces(calibration, length), most), rough=True)
 
     def tokens(self, calibration: CalibrationConfig) -> int:
         """Most tokens of all judging windows."""
@@ -93,9 +96,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(2.0, 1 / 8, 16, 12),
-    "normal": Effort(2.0, 1 / 4, 32, None),
-    "thorough": Effort(4.0, 1 / 2, 64, None),
+    "quick": Effort(2.0, 1 / 8, 16, 1 << 10, 12),
+    "normal": Effort(2.0, 1 / 4, 32, 1 << 15, None),
+    "thorough": Effort(4.0, 1 / 2, 64, 1 << 16, None),
 }
 
 
@@ -104,6 +107,7 @@ class SearchShape:
     """What a search takes at most."""
 
     fitted_tokens: int  # whose dense streams are kept
+    walked_tokens: int  # of recovered models, half of whose layers are run
     evaluations: int
     length: int  # tokens of each
     sweeps: int
@@ -117,14 +121,18 @@ def search_shape(config: Config, remove: int, architecture: Architecture) -> Sea
     fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
     judges = effort.judges(calibration, sources, each)
     rules = rules_of(selection, remove, architecture.num_layers)
-    budget = math.ceil(effort.rounds * greedy_evaluations(rules, judges, effort.width))
+    greedy = greedy_evaluations(rules, judges, effort.width)
+    budget = math.ceil(effort.rounds * greedy)
     if isinstance(selection.effort, int):
         budget = selection.effort
+    closely = sum(map(judges.more, greedy_counts(rules, effort.width))) * budget / greedy
+    fitted_tokens = min(-(-fitted // sources), each) * sources * calibration.window_length
     return SearchShape(
-        fitted_tokens=min(-(-fitted // sources), each) * sources * calibration.window_length,
+        fitted_tokens=fitted_tokens,
+        walked_tokens=int(closely / len(judges.windows) * min(fitted_tokens, WALKED_TOKENS)),
         evaluations=budget,
         length=effort.length(calibration, sources),
-        sweeps=math.ceil(2 * sources * effort.rounds * remove),
+        sweeps=math.ceil((sources + _PARTS_LEFT_OUT + 1) * effort.rounds * remove),
     )
 
 
@@ -154,6 +162,7 @@ def search_cost(run: RunShape) -> Cost:
     )
     cost.pass_tokens(layers, search.fitted_tokens)
     cost.pass_tokens(layers[inputs.remove // 2 :], judged_tokens)
+    cost.pass_tokens(layers[run.num_layers // 2 :], search.walked_tokens)
     return cost
 
 
@@ -246,7 +255,9 @@ def scoring(inputs: RunInputs, tokens: TokenWindows, reporter: Reporter) -> Iter
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
         with reporter.stage("dense streams", int(windows.fitted.size), "tokens") as advance:
             streams = dense_streams(model, windows.fitted, inputs.batch, advance)
-        yield Scoring(model, windows, Operators(streams, windows.source_of, model), at_once, batch)
+        dense = DenseFits(streams, windows.source_of, model)
+        sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
+        yield Scoring(model, windows, dense, sequential, at_once, batch)
 
 
 @dataclass(frozen=True)
@@ -260,7 +271,11 @@ class Windows:
 
     @staticmethod
     def of(inputs: RunInputs, tokens: TokenWindows) -> Windows:
-        """Some of the calibration windows of every source, spread over it."""
+        """Windows spread over every source to fit on, and others to judge by.
+
+        Half of these are what is least like the rest: on text like most of the calibration text,
+        removals seem alike of which one does far more harm elsewhere.
+        """
         config, effort = inputs.config, _effort(inputs.config.selection)
         of_source = [windows_of_folds(inputs, tokens, folds) for folds in config.left_out]
         sources, fewest = len(of_source), min(map(len, of_source))
@@ -270,7 +285,8 @@ class Windows:
         fitted = [spread(windows, -(-most // sources)) for windows in of_source]
         judges = effort.judges(config.calibration, sources, fewest)
         pieces = [tokens.tokens[windows, :used].reshape(-1, length) for windows in of_source]
-        judged = [part[spread(range(len(part)), judges.pieces)] for part in pieces]
+        numbers = judging_pieces(pieces, judges.pieces)
+        judged = [part[chosen] for part, chosen in zip(pieces, numbers, strict=True)]
         return Windows(
             tokens.tokens[[window for windows in fitted for window in windows]],
             [number for number, windows in enumerate(fitted) for _ in windows],
@@ -281,129 +297,37 @@ class Windows:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Divergence of recovered models from the dense one; a ``Score`` of a search."""
+    """Divergence of recovered models from the dense one; a ``Score`` of a search.
+
+    Roughly with operators from dense streams, closely with sequential ones.
+    """
 
     model: LayerwiseModel
     windows: Windows
-    operators: Operators
+    dense: DenseFits
+    sequential: SequentialFits
     at_once: int  # variants of a sweep
     batch: int  # judging windows of a forward
 
     def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         """KL divergence per removal and window, nats a token; inf where it is not finite."""
-        spans = [_spans(removal) for removal in removals]
-        self.operators.fit({span for of_one in spans for span in of_one})
-        found = np.empty((len(removals), len(windows)))
-        source_of = np.asarray(windows) % self.windows.judges.sources
-        for source in sorted(set(source_of.tolist())):
-            columns = np.flatnonzero(source_of == source)
-            judged = self.windows.judged[np.asarray(windows)[columns]]
-            for first in range(0, len(spans), self.at_once):
-                rows = range(len(spans))[first : first + self.at_once]
-                variants = [self.operators.variant(spans[row], source) for row in rows]
-                scores = window_scores(self.model, [Variant(), *variants], judged, batch=self.batch)
-                for row, one in zip(rows, scores[1:], strict=True):
-                    found[row, columns] = one.kl
+        spans, judges = [_spans(removal) for removal in removals], self.windows.judges
+        number_of = np.asarray(windows)
+        found, source_of = np.empty((len(removals), len(windows))), number_of % judges.sources
+        close = number_of < len(judges.windows)
+        for closely, without_of in ((True, source_of % _PARTS_LEFT_OUT), (False, source_of)):
+            fits = self.sequential if closely else self.dense
+            for without in sorted(set(without_of[close == closely].tolist())):
+                columns = np.flatnonzero((close == closely) & (without_of == without))
+                judged = self.windows.judged[number_of[columns] % len(judges.windows)]
+                for first in range(0, len(spans), self.at_once):
+                    rows = slice(first, first + self.at_once)
+                    fits.fit(spans[rows])
+                    variants = [Variant(), *fits.variants(spans[rows], without)]
+                    scores = window_scores(self.model, variants, judged, batch=self.batch)
+                    found[rows, columns] = [one.kl for one in scores[1:]]
         found[~np.isfinite(found)] = math.inf
         return found.tolist()
-
-
-class Operators:
-    """``ghost`` operators in the model's dtype, by span, each fitted once from dense streams: one
-    for each source, without it.
-
-    ``streams`` are by boundary, (W, T, C), ``source_of`` is by window.
-    """
-
-    def __init__(
-        self, streams: Sequence[Tensor], source_of: Sequence[int], model: LayerwiseModel
-    ) -> None:
-        self.streams = self._streams = streams
-        self._source_of, self._model = source_of, model
-        self._weights: OrderedDict[Span, list[Repair]] = OrderedDict()
-        one = len(set(source_of)) * model.hidden_size**2 * model.dtype.itemsize
-        self._place, self._most = model.device, 0
-        if model.whole:
-            self._most = int(_SHARE_OF_MEMORY * free_bytes(model.device)) // one
-        if self._most < _OPERATORS_OF_LAYER * model.num_layers:
-            self._place = torch.device("cpu")
-            self._most = int(_SHARE_OF_MEMORY * free_bytes(self._place)) // one
-
-    def fit(self, spans: Collection[Span]) -> None:
-        """Have all of these; those that were not used for longest go where memory is short."""
-        stops: dict[int, list[int]] = {}
-        for span in sorted(spans):
-            if span in self._weights:
-                self._weights.move_to_end(span)
-            else:
-                stops.setdefault(span.start, []).append(span.stop)
-        for start, of_start in stops.items():
-            for span, weights in self._fit_start(start, of_start).items():
-                # nn.Linear's layout in memory, which is how a sweep wants it
-                stored = [one.to(self._model.dtype).T.contiguous().T for one in weights]
-                self._weights[span] = [Repair(weight_CC=one.to(self._place)) for one in stored]
-        while len(self._weights) > max(self._most, len(spans)):
-            self._weights.popitem(last=False)
-
-    def variant(self, spans: tuple[Span, ...], source: int) -> Variant:
-        """A removal with its operators, which were fitted, without a source."""
-        return Variant(spans, {span: self._weights[span][source] for span in spans})
-
-    def _fit_start(self, start: int, stops: list[int]) -> dict[Span, list[Tensor]]:
-        device = self._model.device
-        spans = [Span(start, stop) for stop in stops]
-        parts = []
-        for source in sorted(set(self._source_of)):
-            collector = PairCollector(spans, self._model.hidden_size, device, columns=None)
-            for window, of in enumerate(self._source_of):
-                for boundary in collector.boundaries if of == source else ():
-                    collector(boundary, window, self._streams[boundary][window].to(device))
-            pairs = collector.result()[start_key(start)]
-            assert isinstance(pairs, PairMoments)
-            parts.append(pairs)
-        return cross_fit_start(start, stops, parts, _RIDGES)
-
-
-class _Keep(Tap):
-    """Copies the dense streams of every boundary."""
-
-    def __init__(self, kept: Sequence[Tensor]) -> None:
-        self._kept = kept
-
-    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
-        """A batch."""
-        self._kept[boundary][part] = stream_BTC.to(self._kept[boundary].device)
-
-
-def dense_streams(
-    model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance
-) -> list[Tensor]:
-    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host."""
-    shape = (*tokens.shape, model.hidden_size)
-    nbytes = (model.num_layers + 1) * math.prod(shape) * model.dtype.itemsize
-    place = model.device
-    if nbytes + model.bytes_at_once() > _SHARE_OF_MEMORY * free_bytes(place):
-        place = torch.device("cpu")
-        if nbytes > _SHARE_OF_MEMORY * free_bytes(place):
-            raise ConfigError(
-                f"selection.criterion=search keeps the streams of {tokens.size:,} tokens at "
-                f"{model.num_layers + 1} boundaries, {nbytes / 1e9:.1f} GB, and the host has "
-                f"{free_bytes(place) / 1e9:.1f} GB free. Give selection.effort=quick, or another "
-                "criterion."
-            )
-    kept = [
-        torch.empty(shape, dtype=model.dtype, device=place) for _ in range(model.num_layers + 1)
-    ]
-    sweep(
-        model,
-        [Variant()],
-        tokens,
-        [_Keep(kept)],
-        batch=batch,
-        stop=model.num_layers,
-        advance=advance,
-    )
-    return kept
 
 
 def _pieces(calibration: CalibrationConfig, length: int) -> int:
@@ -426,4 +350,4 @@ def _variants_at_once(inputs: RunInputs, shape: tuple[int, int]) -> int:
     free = max(free_bytes(device) for device in (inputs.device, torch.device("cpu")))
     if not inputs.streaming:
         free = free_bytes(inputs.device)
-    return max(1, min(_MOST_VARIANTS, int(_SHARE_OF_MEMORY * free) // stream - 1))
+    return max(1, min(_MOST_VARIANTS, int(SHARE_OF_MEMORY * free) // stream - 1))

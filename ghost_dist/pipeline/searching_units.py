@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def search_units(
             score.net,
             target,
             score,
-            layers.windows.judges,
+            replace(layers.windows.judges, rough=False),
             slack=min(halves.values()) // 2,
             width=_WIDER * width,
             exchanges=_EXCHANGES[name],
@@ -156,7 +156,7 @@ class HalfRepairs:
     """Matrices before halves that go, one for each source without it, fitted once."""
 
     def __init__(self, scoring: Scoring) -> None:
-        self._model, self._streams = scoring.model, scoring.operators.streams
+        self._model, self._streams = scoring.model, scoring.dense.streams
         self._source_of = scoring.windows.source_of
         self._sources = sorted(set(self._source_of))
         self._changes: OrderedDict[tuple[Sublayer, Sublayer], list[Tensor]] = OrderedDict()
@@ -291,7 +291,7 @@ class UnitScoring:
         """KL divergence per removal and window, nats a token; inf where it is not finite."""
         units = [units_of(removal) for removal in removals]
         cut = [Variant(spans, sublayers=halves) for spans, halves in units]
-        self.layers.operators.fit({span for spans, _ in units for span in spans})
+        self.layers.dense.fit([spans for spans, _ in units])
         self.repairs.fit(cut)
         found = np.empty((len(removals), len(windows)))
         source_of = np.asarray(windows) % self.layers.windows.judges.sources
@@ -310,6 +310,7 @@ class UnitScoring:
         return found.tolist()
 
     def _variant(self, cut: Variant, source: int) -> Variant:
-        operators = self.layers.operators.variant(cut.spans, source).operators
+        [with_operators] = self.layers.dense.variants([cut.spans], source)
         outputs = self.repairs.outputs(cut, source)
+        operators = with_operators.operators
         return Variant(cut.spans, operators, sublayers=cut.sublayers, outputs=outputs)

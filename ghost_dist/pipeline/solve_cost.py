@@ -32,6 +32,9 @@ def solve_cost(run: RunShape) -> Cost:
     by_kl, searched = operator.choose == "kl" and several, searches_ridge(operator)
     left_out = config.left_out if by_kl else ((),) if several else ()
     near: list[Candidate] = []
+    sequential, heal = operator.refit == "sequential" and len(run.spans) > 1, operator.heal
+    parts, judged_behind = (inputs.architecture, inputs.refittable), config.judges_behind_the_fit
+    tried_refit = tries_refit(operator, candidates[0], run.spans, run.num_tokens, *parts)
     for span in run.spans:
         inner = run.inner_size(span)
         forms = [candidate.at(span, inputs.refittable) for candidate in candidates]
@@ -47,8 +50,9 @@ def solve_cost(run: RunShape) -> Cost:
             fitted_on = 0
         # Told where the ridge of least residual was found, if it was chosen by fits.
         final = replace([best, *near][-1], around=1.0 if several else None)
-        last_fit = folds - config.judges_behind_the_fit(len(run.spans))
-        cost.fits += _fits([final], run, span, last_fit)
+        cost.fits += _fits([final], run, span, folds - judged_behind)
+        if tried_refit or (sequential and not judged_behind):
+            cost.fits += _fits([final], run, span, folds - 1)
     if cost.fits:
         samples = SpanCollectors(tuple(run.samples), inputs.architecture)
         cost.sums_read_bytes = inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
@@ -61,9 +65,7 @@ def solve_cost(run: RunShape) -> Cost:
         streams = 1 + len(candidates)
         cost.head, cost.batch_bytes = True, streams * sizes.stream_bytes(run.batch_tokens)
         cost.running_bytes = streams * sizes.stream_bytes(tokens // len(left_out))
-    sequential, heal = operator.refit == "sequential" and len(run.spans) > 1, operator.heal
-    parts = (inputs.architecture, inputs.refittable)
-    if tries_refit(operator, candidates[0], run.spans, run.num_tokens, *parts):
+    if tried_refit:
         once, again = run.variant(candidates[0]), run.variant(candidates[0]).operators
         first = {run.spans[0]: once.operators[run.spans[0]]}  # is not fitted again
         variants = [Variant(), once, Variant(run.spans, {**again, **first})]
@@ -72,8 +74,11 @@ def solve_cost(run: RunShape) -> Cost:
         cost.pass_tokens(layers_run(variants, run.num_layers), judged)
         cost.scored += len(variants) * judged
         sequential = True
-    if (operator.refit == "sequential" and sequential) or heal:
-        _walk(cost, run, run.variant(candidates[0]), sequential=sequential, heal=heal)
+    elif sequential and not judged_behind:
+        _walk(cost, run, run.variant(candidates[0]), sequential=True, heal=False)
+    if sequential or heal:
+        last, known = run.variant(candidates[0]), sequential and not judged_behind
+        _walk(cost, run, last, sequential=sequential, heal=heal, known=known)
     if cost.layers:
         cost.below, cost.whole = run.num_layers, True
     return cost
@@ -108,8 +113,16 @@ def _fits(
     return found
 
 
-def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool, heal: bool) -> None:
-    """Add what ``Walk.run`` does; its streams wait in host memory."""
+def _walk(
+    cost: Cost,
+    run: RunShape,
+    variant: Variant,
+    *,
+    sequential: bool,
+    heal: bool,
+    known: bool = False,
+) -> None:
+    """Add what ``Walk.run`` does, with ridges that are known; its streams wait in host memory."""
     inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
     operator = inputs.config.operator
     steps = walk_steps(
@@ -137,7 +150,9 @@ def _walk(cost: Cost, run: RunShape, variant: Variant, *, sequential: bool, heal
             ]
         for kind, regressors in kinds:
             cost.sums[kind] += tokens * moments_flops(regressors, width)
-            if operator.ridge == "auto":
+            if known:
+                cost.fits.append(Fits.of(kind, regressors, width, 1, folds=0))
+            elif operator.ridge == "auto":
                 cost.fits += Fits.of_grid(kind, regressors, width, folds=1)
             else:
                 cost.fits.append(Fits.of(kind, regressors, width, 1, folds=1))

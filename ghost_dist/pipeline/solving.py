@@ -22,9 +22,11 @@ from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     Candidate,
     candidates_of,
+    least,
     samples_of,
     searches_ridge,
     stored_keys,
+    strongest_ridge,
     tries_refit,
 )
 from ghost_dist.pipeline.fitting import FitHere, FitJob, FitSpans, Fitted, Outcome, on_curve
@@ -98,34 +100,39 @@ class Solver:
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice once more.
 
-        On all windows; but where something behind the fit is judged by held-out windows (a refit
-        on the recovered stream, healing, training), the last fold is left out of it all.
+        On all windows; but where something behind the fit is judged by held-out windows (healing,
+        training), the last fold is left out of it all. What is said of a refit on the recovered
+        stream is of fits without that fold, whose ridges it has then on all windows.
         """
         inputs, spans = self._inputs, self._spans
         config = inputs.config.operator
         candidates = candidates_of(config, spans, inputs.refittable)
         chosen, table, seen = self._choose(candidates)
         folds = tuple(range(inputs.config.folds))
-        sequential, refit, walk = config.refit == "sequential" and len(spans) > 1, None, None
+        sequential, refit, first = config.refit == "sequential" and len(spans) > 1, None, None
         parts = (inputs.architecture, inputs.refittable)
         if tries_refit(config, chosen, spans, int(self._tokens.tokens.size), *parts):
             fitted = self._final(chosen, seen, folds[:-1])
-            walk = self._walk(fitted, chosen, sequential=True)
-            refit = self._compared(fitted, walk)
+            first = self._walk(fitted, chosen, sequential=True)
+            refit = self._compared(fitted, first)
             sequential = refit["taken"]
-        if sequential or inputs.config.judges_behind_the_fit(len(spans)):
+        judged = inputs.config.judges_behind_the_fit
+        if judged:
             folds = folds[:-1]
-        if walk is None or not sequential or config.heal:
-            fitted, walk = self._final(chosen, seen, folds), None
-            if sequential or config.heal:
-                walk = self._walk(fitted, chosen, sequential=sequential, heal=config.heal)
+        elif sequential and first is None:
+            fitted = self._final(chosen, seen, folds[:-1])
+            first = self._walk(fitted, chosen, sequential=True)
+        fitted, walk = self._final(chosen, seen, folds), None
+        if sequential or config.heal:
+            known = first.fits if first is not None and not judged else None
+            walk = self._walk(fitted, chosen, sequential=sequential, heal=config.heal, known=known)
         operators = {span: one.repair for span, one in fitted.items()}
         fits = {span: one.fit for span, one in fitted.items()}
         fits |= {
             span: on_curve(fit, seen[span]) for span, fit in fits.items() if fit and span in seen
         }
         if walk is not None:
-            operators, fits = walk.operators, {**fits, **walk.fits}
+            operators, fits = walk.operators, {**fits, **(first or walk).fits}
         return Solved(
             candidate=chosen,
             operators=operators,
@@ -146,7 +153,7 @@ class Solver:
             outcomes = self._from_store(pairs, folds, advance)
             return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
 
-    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, **wanted: bool) -> Walk:
+    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, **wanted: Any) -> Walk:
         model = None if self._inputs.streaming else self._causal_lm()
         folds = [fold for _, fold in sorted((w, fold) for fold, w in self.windows_by_fold())]
         behind = partial(walk_behind, self._inputs, self._tokens.tokens, folds, model)
@@ -196,16 +203,17 @@ class Solver:
         chosen; one alone is not looked at."""
         if len(candidates) == 1:
             return candidates[0], [{**candidates[0].described(), "chosen": True}], {}
-        tried = list(candidates)
+        tried, config = list(candidates), self._inputs.config.operator
         table, scores, found = self._rate(tried)
-        best = _least(table, scores)
+        best = least(table, scores)
         # Around the best one the ridge is looked at more closely.
-        if searches_ridge(self._inputs.config.operator) and tried[best].kind() is not None:
+        if searches_ridge(config) and tried[best].kind() is not None:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
             rows, more, fine = self._rate(near)
             tried, table = [*tried, *near], [*table, *rows]
             scores, found = [*scores, *more], [*found, *fine]
-            best = _least(table, scores)
+            best = least(table, scores)
+        best = strongest_ridge(tried, table, scores, best) if config.choose == "kl" else best
         for number, row in enumerate(table):
             row["chosen"] = number == best
         of_best = found[best]
@@ -398,21 +406,6 @@ def held_out_tokens(config: Config) -> int:
     calibration, times = config.calibration, len(config.left_out)
     most = max(1, HELD_OUT_TOKENS // (times * calibration.window_length))
     return min(most, calibration.windows // times) * calibration.window_length
-
-
-def _least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
-    """Index of the least finite mean score among candidates that could be fitted.
-
-    Where the plain cut is one of them, what is worse than it on any source is not taken.
-    """
-    means = [float(score.mean()) if len(score) else math.inf for score in scores]
-    cut = next((s for row, s in zip(table, scores, strict=True) if row["operator"] == "none"), None)
-
-    def rank(i: int) -> tuple[bool, bool, bool, float, int]:
-        harms = cut is not None and len(scores[i]) > 0 and bool((scores[i] > cut).any())
-        return "failed" in table[i], harms, not math.isfinite(means[i]), means[i], i
-
-    return min(range(len(table)), key=rank)
 
 
 def check_store(

@@ -225,7 +225,7 @@ class Stages:
             "plan": self.statistics(tokens, spans).fingerprint,
             **self._removed(spans),
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
-            "judges_behind_the_fit": inputs.config.judges_behind_the_fit(len(spans)),
+            "judges_behind_the_fit": inputs.config.judges_behind_the_fit,
             "tokens": tokens.fingerprint,
             "reduction": inputs.config.engine.reduction,
         }

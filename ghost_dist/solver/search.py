@@ -3,12 +3,12 @@
 Units (layers) are numbered; a removal is the sorted tuple of those that go. Its score is the mean
 of one number per judging window, as many of every source of text. Many removals are scored on a
 part of the windows, another one in every generation, so that none is learned, and only the best of
-them on all. Where only some removals can be looked at, it is those of the units that cost least
-when they were last looked at. Units go one at a time from the dense model, and if that is no
-better, the best single span goes; then one comes back and another goes, as long as that improves;
-then several do at random, and again one at a time from there, until the budget ends or nothing
-improves. One removal is better than another if it is so by more than the standard error over the
-sources.
+them on all, and more closely where the scores of the part are rough. Where only some removals can
+be looked at, it is those of the units that cost least when they were last looked at. Units go one
+at a time from the dense model, and if that is no better, the best single span goes; then one comes
+back and another goes, as long as that improves; then several do at random, and again one at a time
+from there, until the budget ends or nothing improves. One removal is better than another if it is
+so by more than the standard error over the sources.
 
 The table of scores is all the state there is: the same search with the table of a stopped one makes
 the same decisions without scoring again what it holds, and goes on where that one ended.
@@ -101,10 +101,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Judges:
-    """Judging windows: number w is piece ``w // sources`` of source ``w % sources``."""
+    """Judging windows: number w is piece ``w // sources`` of source ``w % sources``.
+
+    ``rough``: of the first half of the pieces there are rough scores too, numbered behind them.
+    """
 
     sources: int
     pieces: int
+    rough: bool = False
 
     @property
     def windows(self) -> range:
@@ -112,9 +116,17 @@ class Judges:
         return range(self.sources * self.pieces)
 
     def part(self, number: int) -> list[int]:
-        """A part, with as many windows of every source; they come in turn."""
+        """What many are scored on: rough scores, or windows of every source that come in turn."""
+        if self.rough:
+            half = self.sources * ((self.pieces + 1) // 2)
+            return [w + len(self.windows) for w in self.windows[:half]]
         parts = min(_PARTS, self.pieces)
         return [w for w in self.windows if w // self.sources % parts == number % parts]
+
+    def more(self, count: int) -> int:
+        """Evaluations of the removals that are kept of so many, and are scored on all windows."""
+        again = 0 if self.rough else len(self.part(0))
+        return _num_kept(count) * (len(self.windows) - again)
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,8 @@ class Search:
                 )
             part, before = self._part, removal
             removal = self._generation("greedy", candidates)
+            if before:
+                self._ask([before], part)
             base = self._mean(before, part) if before else 0.0
             for candidate in candidates:
                 [unit] = set(candidate) - set(before)
@@ -285,8 +299,11 @@ class Search:
         fewer = [tuple(u for u in removal if u != unit) for unit in removal]
         if not self._affords(fewer):
             return None
-        part = self._part  # of which all of them will have scores
-        self._generation("return", fewer)
+        part = self._part
+        self._ask(fewer, part)
+        self._tell(
+            "return", min(fewer, key=lambda removal: (self._mean(removal, part), removal)), part
+        )
         for base in sorted(fewer, key=lambda removal: (self._mean(removal, part), removal)):
             swaps = self._likely(base, (c for c in self._one_more(base) if c != removal))
             if not self._affords(swaps):
@@ -331,16 +348,19 @@ class Search:
         del left[_num_kept(len(left)) :]
         self._ask(left, self._judges.windows)
         best = min(left, key=self._rank)
+        self._tell(step, best)
+        return best
+
+    def _tell(self, step: str, best: Removal, windows: Sequence[int] | None = None) -> None:
         self._generations.append(
             {
                 "step": step,
                 "evaluations": self.evaluations,
                 "removed": list(best),
-                "score": _plain(self._mean(best)),
+                "score": _plain(self._mean(best, windows)),
             }
         )
         self._told(self._generations[-1])
-        return best
 
     def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
         """Have removals scored on these windows, where they are not yet."""
@@ -359,8 +379,7 @@ class Search:
         """Whether the budget lasts for a generation of these."""
         part = set(self._part)
         few = sum(len(part - self._asked.get(removal, set())) for removal in candidates)
-        rest = _num_kept(len(candidates)) * (len(self._judges.windows) - len(part))
-        return self.evaluations + few + rest <= self.budget
+        return self.evaluations + few + self._judges.more(len(candidates)) <= self.budget
 
     @property
     def _part(self) -> list[int]:
@@ -394,13 +413,18 @@ def single_spans(rules: Rules) -> list[Removal]:
     return [tuple(range(start, start + rules.remove)) for start in starts]
 
 
-def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -> int:
-    """What it takes at most until the units have gone one at a time, and as one span."""
+def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
+    """Removals of each generation at most, until units have gone one at a time, and as one span."""
     free = rules.num_units - len(set(rules.protect))
     later = [min(free - gone, width or free) for gone in range(1, rules.remove)]
-    counts = [free, *later, len(single_spans(rules))]
-    part, windows = len(judges.part(0)), len(judges.windows)
-    return sum(count * part + _num_kept(count) * (windows - part) for count in counts)
+    return [free, *later, len(single_spans(rules))]
+
+
+def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -> int:
+    """What it takes at most until then."""
+    part, counts = len(judges.part(0)), greedy_counts(rules, width)
+    again = (rules.remove - 1) * part if judges.rough else 0  # what more is removed from
+    return again + sum(count * part + judges.more(count) for count in counts)
 
 
 def exhaustive(rules: Rules, score: Score, windows: Sequence[int]) -> list[tuple[float, Removal]]:

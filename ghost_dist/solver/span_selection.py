@@ -129,11 +129,11 @@ def _ridges_near_best(
 
 def cross_fit_start(
     start: int, stops: Sequence[int], parts: Sequence[PairMoments], ridges: Sequence[float]
-) -> dict[Span, list[Tensor]]:
+) -> dict[Span, tuple[list[Tensor], float]]:
     """W (C, C) of every span of one start, for each part one that is fitted on the other parts.
 
-    A span has the relative ridge of least residual on the parts left out, or the plain cut. Float64
-    from exact pairs; a Cholesky factor per ridge and part.
+    A span has the relative ridge of least residual on the parts left out, which is beside it, or
+    the plain cut. Float64 from exact pairs; a Cholesky factor per ridge and part.
     """
     changes = [_projected_change(part, None) for part in parts]
     total = add_all(changes)
@@ -143,11 +143,11 @@ def cross_fit_start(
         [cholesky_factor(one.gram_ZZ, ridge * scale_C) for one in others] for ridge in ridges
     ]
     failed = torch.stack([torch.stack([info for _, info in one]).sum() for one in of_ridges])
-    factors = [
-        [factor_CC for factor_CC, _ in of_ridge]
-        for of_ridge, failures in zip(of_ridges, failed.tolist(), strict=True)
+    factors = {
+        ridge: [factor_CC for factor_CC, _ in of_ridge]
+        for ridge, of_ridge, failures in zip(ridges, of_ridges, failed.tolist(), strict=True)
         if not failures
-    ]
+    }
     if not factors:
         raise singular(f"[{start}, {stops[-1]})", others[0], ridges[-1])
     width = len(scale_C)
@@ -158,7 +158,7 @@ def cross_fit_start(
         # The plain cut, and the maps of each ridge; a device is waited for once.
         tried = [[torch.zeros_like(eye_CC)] * len(parts)]
         residuals = [total.sumsq_y_C[columns].sum()]
-        for factored in factors:
+        for factored in factors.values():
             maps, of_parts = [], []
             for change, other, factor_CC in zip(changes, others, factored, strict=True):
                 map_CC = torch.cholesky_solve(other.cross_ZC[:, columns], factor_CC)
@@ -167,8 +167,10 @@ def cross_fit_start(
                 of_parts.append(change.sumsq_y_C[columns].sum() + (map_CC * product_CC).sum())
             tried.append(maps)
             residuals.append(torch.stack(of_parts).sum())
-        least = torch.stack(residuals).tolist()
-        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in tried[least.index(min(least))]]
+        cut, *of_ridge = torch.stack(residuals).tolist()
+        best = of_ridge.index(min(of_ridge))
+        maps = tried[best + 1] if of_ridge[best] < cut else tried[0]
+        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in maps], [*factors][best]
     return found
 
 

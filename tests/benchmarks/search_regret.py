@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from ghost_dist.calibration.split import spread
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline import searching
@@ -87,7 +88,7 @@ def measured(given: argparse.Namespace, folder: str) -> dict[str, Any]:
                 found["search"][name] = {
                     "removal": ended.removal,
                     "evaluations": ended.evaluations,
-                    "of": len(table) * len(judges.windows),
+                    "of": 2 * len(table) * len(judges.windows),
                     "regret": regret,
                 }
             ranked = [table[i] for i in spread(range(len(table)), given.ranked)]
@@ -97,12 +98,14 @@ def measured(given: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def correlations(inputs: Any, score: Any, ranked: list[tuple[float, tuple[int, ...]]]) -> Any:
     """Spearman's, of the score and the perplexity, by corpus."""
-    variants = []
-    for _, removal in ranked:
-        spans = check_spans((Span(u, u + 1) for u in removal), num_layers=1 << 30)
-        score.operators.fit(set(spans))
-        variants.append(score.operators.variant(spans, 0))
-    scores = corpus_scores(score.model, variants, inputs.evaluation, batch=inputs.batch)
+    removals = [
+        check_spans((Span(unit, unit + 1) for unit in removal), num_layers=1 << 30)
+        for _, removal in ranked
+    ]
+    score.sequential.fit(removals)
+    variants = [Variant(), *score.sequential.variants(removals, 0)]
+    found = corpus_scores(score.model, variants, inputs.evaluation, batch=inputs.batch)
+    scores = {name: of_corpus[1:] for name, of_corpus in found.items()}
     kl = torch.tensor([kl for kl, _ in ranked])
     return {
         name: float(

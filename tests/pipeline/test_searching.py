@@ -11,7 +11,7 @@ from ghost_dist.calibration.windows import load_windows
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.scores import window_scores
-from ghost_dist.pipeline import searching
+from ghost_dist.pipeline import search_fits, searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover
@@ -46,16 +46,29 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
     tokens = load_windows(tmp_path / "a" / "tokens.safetensors")
     with searching.scoring(inputs, tokens, QUIET) as score:
         table = exhaustive(Rules(8, 2), score, score.windows.judges.windows)
-        windows, streams, kl = score.windows, score.operators._streams, []
-        for source in range(windows.judges.sources):
-            variant = score.operators.variant((Span(2, 3), Span(5, 6)), source)
-            judged = windows.judged[source :: windows.judges.sources]
+        windows, kl = score.windows, []
+        first, second = removed = Span(2, 3), Span(5, 6)
+        for part in (0, 1):
+            [variant] = score.sequential.variants([removed], part)
+            pieces = range(part, windows.judges.sources, 2)
+            judged = windows.judged[[w for w in windows.judges.windows if w % 4 in pieces]]
             _, recovered = window_scores(score.model, [Variant(), variant], judged, batch=1)
             kl += recovered.kl.tolist()
-            others = np.asarray(windows.source_of) != source
-            for span in variant.spans:
-                by_hand = least_residual(streams, span, others)
-                torch.testing.assert_close(variant.operators[span].weight_CC, by_hand.float())
+            others = np.asarray(windows.source_of) % 2 != part
+            dense = [stream_WTC[others] for stream_WTC in score.dense.streams]
+            stream_WTC = dense[first.start]
+            for span in removed:
+                ridge = 1.5 * ridge_of_least_residual(score.dense.streams, windows.source_of, span)
+                by_hand_CC = fitted(stream_WTC, dense[span.stop], ridge).float()
+                torch.testing.assert_close(variant.operators[span].weight_CC, by_hand_CC)
+                stream_WTC = stream_WTC @ by_hand_CC
+                for layer in (3, 4) if span == first else ():
+                    with (
+                        score.model.through([layer]) as at_hand,
+                        score.model.running(*at_hand) as run,
+                    ):
+                        stream_WTC = run(stream_WTC)
+            assert second.start == 5
             seen = {row.tobytes() for row in windows.fitted[others]}
             assert judged.shape[1] == windows.fitted.shape[1]
             assert not {row.tobytes() for row in judged} & seen
@@ -64,27 +77,29 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
     assert found["kl"] <= 1.02 * table[0][0]
     assert table[0][0] < 0.9 * table[len(table) // 2][0]  # it is no matter of course
     assert found["kl"] == kl_of[tuple(layers_of(spans))]
-    assert found["evaluations"] < len(table) * len(windows.judged)
+    assert found["evaluations"] < len(table) * 2 * len(windows.judged)  # roughly, and closely
     assert np.mean(found["kl_left_out"]) == pytest.approx(found["kl"])
 
 
-def least_residual(streams, span, others):
-    """W of a span fitted on some windows, with the ridge of least residual over all folds."""
-    x_WTC, y_WTC = streams[span.start].double(), streams[span.stop].double()
-    scale = x_WTC.flatten(0, 1).square().sum(0).median()
-    folds = len(others) // int((~others).sum())
+def fitted(x_WTC, y_WTC, ridge):
+    """W towards the identity, with a relative ridge."""
+    x_TC, y_TC = x_WTC.flatten(0, 1).double(), y_WTC.flatten(0, 1).double()
+    gram_CC = x_TC.T @ x_TC
+    damped_CC = gram_CC + ridge * gram_CC.diagonal().median() * torch.eye(len(gram_CC))
+    return torch.eye(len(gram_CC)) + torch.linalg.solve(damped_CC, x_TC.T @ (y_TC - x_TC))
 
-    def fit(some, ridge):
-        x_TC, y_TC = x_WTC[some].flatten(0, 1), y_WTC[some].flatten(0, 1)
-        damped_CC = x_TC.T @ x_TC + ridge * scale * torch.eye(48)
-        return torch.eye(48) + torch.linalg.solve(damped_CC, x_TC.T @ (y_TC - x_TC))
+
+def ridge_of_least_residual(streams, source_of, span):
+    """Of the search's ridges, over all sources left out."""
+    x_WTC, y_WTC = streams[span.start].double(), streams[span.stop].double()
+    sources = np.asarray(source_of)
 
     def residual(ridge):
-        out = [~np.roll(others, shift) for shift in range(0, len(others), len(others) // folds)]
-        left = [(x_WTC[o] @ fit(~o, ridge) - y_WTC[o]).square().sum() for o in out]
-        return float(sum(left))
+        out = [sources == source for source in sorted(set(source_of))]
+        left = [(x_WTC[o] @ fitted(x_WTC[~o], y_WTC[~o], ridge) - y_WTC[o]).square() for o in out]
+        return float(sum(one.sum() for one in left))
 
-    return fit(others, min(searching._RIDGES, key=residual))
+    return min(search_fits._RIDGES, key=residual)
 
 
 def layers_of(spans):
@@ -189,6 +204,6 @@ def test_what_cannot_be_searched_is_named(make_config, fields, message):
 
 
 def test_streams_that_fit_nowhere_are_named(make_config, monkeypatch):
-    monkeypatch.setattr(searching, "free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr(search_fits, "free_bytes", lambda _: 1 << 20)
     with pytest.raises(ConfigError, match=r"keeps the streams of 1,024 tokens at 9 boundaries"):
         recover(make_config(**SEARCH), QUIET)

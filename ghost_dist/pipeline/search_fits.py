@@ -1,0 +1,265 @@
+"""Operators of a search: from dense streams, and from the own recovered stream of a removal."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ghost_dist.calibration.split import spread
+from ghost_dist.calibration.windows import Tokens
+from ghost_dist.checkpoint.repair import Repair
+from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
+from ghost_dist.checkpoint.variant import Variant
+from ghost_dist.devices import free_bytes
+from ghost_dist.engines.expert_parts import Inputs
+from ghost_dist.engines.layerwise import Group, LayerwiseModel
+from ghost_dist.engines.sweep import Tap, sweep
+from ghost_dist.errors import ConfigError
+from ghost_dist.progress import Advance
+from ghost_dist.solver.least_squares import cholesky_factor, ridge_scale, singular
+from ghost_dist.solver.span_selection import cross_fit_start
+from ghost_dist.spans import Span
+from ghost_dist.statistics.moments import MomentsAccumulator
+from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
+
+SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
+WALKED_TOKENS = 1 << 15  # of dense streams, that are carried on
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative
+_OPERATORS_OF_LAYER = 8  # that should have room on the device
+
+Spans = tuple[Span, ...]
+
+
+class DenseFits:
+    """``ghost`` operators in the model's dtype, by span, each fitted once from dense streams: one
+    for each source, without it.
+
+    ``streams`` are by boundary, (W, T, C), ``source_of`` is by window.
+    """
+
+    def __init__(
+        self, streams: Sequence[Tensor], source_of: Sequence[int], model: LayerwiseModel
+    ) -> None:
+        self.streams, self.model = streams, model
+        self.ridges: dict[Span, float] = {}  # relative, of least residual
+        self.source_of = source_of
+        self._weights: OrderedDict[Span, list[Repair]] = OrderedDict()
+        one = len(set(source_of)) * model.hidden_size**2 * model.dtype.itemsize
+        self._place, self.room = model.device, 0  # of so many spans
+        if model.whole:
+            self.room = int(SHARE_OF_MEMORY * free_bytes(model.device)) // one
+        if self.room < _OPERATORS_OF_LAYER * model.num_layers:
+            self._place = torch.device("cpu")
+            self.room = int(SHARE_OF_MEMORY * free_bytes(self._place)) // one
+
+    def fit(self, removals: Collection[Spans]) -> None:
+        """Have all that these need; those not used for longest go where memory is short."""
+        spans = {span for of_one in removals for span in of_one}
+        stops: dict[int, list[int]] = {}
+        for span in sorted(spans):
+            if span in self._weights:
+                self._weights.move_to_end(span)
+            else:
+                stops.setdefault(span.start, []).append(span.stop)
+        for start, of_start in stops.items():
+            for span, (weights, ridge) in self._fit_start(start, of_start).items():
+                self._weights[span] = [self.stored(one) for one in weights]
+                self.ridges[span] = ridge
+        while len(self._weights) > max(self.room, len(spans)):
+            self._weights.popitem(last=False)
+
+    def stored(self, weight_CC: Tensor) -> Repair:
+        """An operator as it is kept: in nn.Linear's layout in memory, which a sweep wants."""
+        stored_CC = weight_CC.to(self.model.dtype).T.contiguous().T
+        return Repair(weight_CC=stored_CC.to(self._place))
+
+    def variants(self, removals: Sequence[Spans], source: int) -> list[Variant]:
+        """Removals with their operators, which were fitted, without a source."""
+        return [
+            Variant(spans, {span: self._weights[span][source] for span in spans})
+            for spans in removals
+        ]
+
+    def _fit_start(self, start: int, stops: list[int]) -> dict[Span, tuple[list[Tensor], float]]:
+        device = self.model.device
+        spans = [Span(start, stop) for stop in stops]
+        parts = []
+        for source in sorted(set(self.source_of)):
+            collector = PairCollector(spans, self.model.hidden_size, device, columns=None)
+            for window, of in enumerate(self.source_of):
+                for boundary in collector.boundaries if of == source else ():
+                    collector(boundary, window, self.streams[boundary][window].to(device))
+            pairs = collector.result()[start_key(start)]
+            assert isinstance(pairs, PairMoments)
+            parts.append(pairs)
+        return cross_fit_start(start, stops, parts, _RIDGES)
+
+
+class SequentialFits:
+    """``ghost`` operators of removals, each fitted on the stream that those before it have made.
+
+    There is one for each part of the sources, fitted on the windows of the others. It hangs on the
+    spans up to its own, so removals that begin alike share what is fitted and run up to there. The
+    ridge of a span is that of its fit from dense streams, for as many tokens.
+    """
+
+    def __init__(self, dense: DenseFits, parts: int, batch: int) -> None:
+        self._dense, self._model, self._batch = dense, dense.model, batch
+        part_of = [source % parts for source in dense.source_of]
+        num_windows, length, _ = dense.streams[0].shape
+        walked = spread(range(num_windows), max(2 * parts, WALKED_TOKENS // length))
+        self._windows = [
+            torch.tensor([w for w in walked if part_of[w] != part], device=dense.streams[0].device)
+            for part in range(parts)
+        ]
+        # The best penalty hardly depends on the tokens, so relative to their sums it does.
+        sources = len(set(dense.source_of))
+        self._ridges = num_windows * (1 - 1 / sources) / (len(walked) * (1 - 1 / parts))
+        self._fitted: OrderedDict[Spans, list[Repair]] = OrderedDict()  # that of the last span
+        removal = (len(self._windows) - 1) * dense.streams[0].nbytes  # streams on their way
+        free = free_bytes(dense.streams[0].device)
+        self._at_once = max(1, int(SHARE_OF_MEMORY * free) // max(1, removal) - 1)
+
+    def variants(self, removals: Sequence[Spans], part: int) -> list[Variant]:
+        """Removals with their operators, which were fitted, without a part of the sources."""
+        return [
+            Variant(
+                spans,
+                {span: self._fitted[spans[:n]][part] for n, span in enumerate(spans, start=1)},
+            )
+            for spans in removals
+        ]
+
+    def fit(self, removals: Sequence[Spans]) -> None:
+        """Have the operators of all of these."""
+        self._dense.fit(removals)
+        wanted = _beginnings(removals)
+        for spans in sorted(wanted & self._fitted.keys()):
+            self._fitted.move_to_end(spans)
+        missing = sorted(set(removals) - self._fitted.keys())
+        for first in range(0, len(missing), self._at_once):
+            self._walk(missing[first : first + self._at_once])
+        while len(self._fitted) > max(self._dense.room, len(wanted)):
+            self._fitted.popitem(last=False)
+
+    def _walk(self, removals: Sequence[Spans]) -> None:
+        """Carry the fit windows through the recovered models, as far as an operator needs them."""
+        following: dict[Spans, list[Spans]] = {}
+        for spans in sorted(_beginnings(removals)):
+            following.setdefault(spans[:-1], []).append(spans)
+        ends = {of: max(s[-1].start for s in them) for of, them in following.items() if of}
+        layers: list[Group] = sorted({k for of in ends for k in range(of[-1].stop, ends[of])})
+        streams: dict[Spans, list[Tensor]] = {}  # behind the last operator
+        waiting: dict[int, dict[Spans, list[Tensor]]] = {}  # by boundary at which they go on
+        boundary = -1
+
+        def fit_up_to(last: int) -> None:
+            nonlocal boundary
+            while boundary < last:
+                boundary += 1
+                streams.update(waiting.pop(boundary, {}))
+                for before in [(), *streams]:
+                    for spans in following[before]:
+                        if spans[-1].start == boundary:
+                            given = streams[before] if before else self._dense_streams(boundary)
+                            self._fit(spans, given)
+                            if spans in ends:
+                                made = self._repaired(spans, given)
+                                waiting.setdefault(spans[-1].stop, {})[spans] = made
+                for before in [before for before in streams if ends[before] == boundary]:
+                    del streams[before]
+
+        with self._model.through(layers) as at_hand:
+            for layer in at_hand:
+                assert isinstance(layer, int)
+                fit_up_to(layer)
+                on = [one for of_parts in streams.values() for one in of_parts]
+                inputs = Inputs(on, self._batch, self._model.device)
+                with self._model.running(layer, inputs) as run:
+                    for stream_WTC in on:
+                        for part_BTC in torch.split(stream_WTC, self._batch):
+                            part_BTC.copy_(run(part_BTC.to(self._model.device)))
+                self._model.check_weights()
+            fit_up_to(self._model.num_layers - 1)
+
+    def _dense_streams(self, boundary: int) -> list[Tensor]:
+        """By part, those of the others, (W, T, C)."""
+        return [self._dense.streams[boundary][windows_W] for windows_W in self._windows]
+
+    def _fit(self, spans: Spans, streams: Sequence[Tensor]) -> None:
+        """The operator of the last span, from the streams before it to the dense ones behind it."""
+        found, device, ridge = [], self._model.device, self._ridges * self._dense.ridges[spans[-1]]
+        for x_WTC, y_WTC in zip(streams, self._dense_streams(spans[-1].stop), strict=True):
+            sums = MomentsAccumulator(x_WTC.shape[2], x_WTC.shape[2], device)
+            for x_TC, y_TC in zip(x_WTC, y_WTC, strict=True):
+                sums.add((x_TC.to(device),), y_TC.to(device))
+            moments = sums.result()
+            penalty_C = ridge * ridge_scale(moments.gram_ZZ)
+            factor_CC, failed = cholesky_factor(moments.gram_ZZ, penalty_C)
+            if failed:
+                raise singular(str(spans[-1]), moments, ridge)
+            weight_CC = torch.cholesky_solve(moments.cross_ZC - moments.gram_ZZ, factor_CC)
+            weight_CC.diagonal().add_(1)
+            found.append(self._dense.stored(weight_CC))
+        self._fitted[spans] = found
+
+    def _repaired(self, spans: Spans, streams: Sequence[Tensor]) -> list[Tensor]:
+        """What the last span's operators make of the streams before it."""
+        made = [torch.empty_like(stream_WTC) for stream_WTC in streams]
+        for repair, given, new in zip(self._fitted[spans], streams, made, strict=True):
+            acting = operator_as_computed(repair, self._model.dtype, self._model.device)
+            for x_BTC, y_BTC in zip(
+                *(torch.split(of, self._batch) for of in (given, new)), strict=True
+            ):
+                y_BTC.copy_(repair_stream(acting, x_BTC.to(self._model.device)))
+        return made
+
+
+def _beginnings(removals: Collection[Spans]) -> set[Spans]:
+    return {spans[:number] for spans in removals for number in range(1, len(spans) + 1)}
+
+
+class _Keep(Tap):
+    """Copies the dense streams of every boundary."""
+
+    def __init__(self, kept: Sequence[Tensor]) -> None:
+        self._kept = kept
+
+    def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
+        """A batch."""
+        self._kept[boundary][part] = stream_BTC.to(self._kept[boundary].device)
+
+
+def dense_streams(
+    model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance
+) -> list[Tensor]:
+    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host."""
+    shape = (*tokens.shape, model.hidden_size)
+    nbytes = (model.num_layers + 1) * math.prod(shape) * model.dtype.itemsize
+    place = model.device
+    if nbytes + model.bytes_at_once() > SHARE_OF_MEMORY * free_bytes(place):
+        place = torch.device("cpu")
+        if nbytes > SHARE_OF_MEMORY * free_bytes(place):
+            raise ConfigError(
+                f"selection.criterion=search keeps the streams of {tokens.size:,} tokens at "
+                f"{model.num_layers + 1} boundaries, {nbytes / 1e9:.1f} GB, and the host has "
+                f"{free_bytes(place) / 1e9:.1f} GB free. Give selection.effort=quick, or another "
+                "criterion."
+            )
+    kept = [
+        torch.empty(shape, dtype=model.dtype, device=place) for _ in range(model.num_layers + 1)
+    ]
+    sweep(
+        model,
+        [Variant()],
+        tokens,
+        [_Keep(kept)],
+        batch=batch,
+        stop=model.num_layers,
+        advance=advance,
+    )
+    return kept
