@@ -110,5 +110,6 @@ def judging_pieces(pieces_of: Sequence[Tokens], count: int) -> list[list[int]]:
         order = sorted(range(len(pieces)), key=lambda number: (-distances[number], number))
         furthest = order[: count - count // 2]
         rest = sorted(order[len(furthest) :])
-        chosen.append([*furthest, *(rest[i] for i in spread(range(len(rest)), count // 2))])
+        more = min(count // 2, len(rest))
+        chosen.append([*furthest, *(spread(rest, more) if more else ())])
     return chosen

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from ghost_dist.calibration.split import assign_ranges, fold_of_range, folds_of_windows, spread
+from ghost_dist.calibration.split import (
+    assign_ranges,
+    fold_of_range,
+    folds_of_windows,
+    judging_pieces,
+    spread,
+)
 from ghost_dist.errors import ConfigError
 
 
@@ -69,3 +75,24 @@ def test_windows_are_spread():
     assert spread(range(100), 4) == [12, 37, 62, 87]
     assert spread([1, 3, 5], 9) == [1, 3, 5]
     assert spread([1, 3, 5], 0) == [3]
+
+
+def test_half_of_the_judging_pieces_are_unlike_all_others():
+    random = np.random.default_rng(0)
+    common = random.integers(0, 20, (2, 12, 32))
+    common[0, [3, 7]] = random.integers(90, 99, (2, 32))  # like each other, so less far
+    common[0, 9] = random.integers(50, 60, 32)
+    common[1, 4] = 70
+    first, second = judging_pieces(list(common.astype(np.int32)), 4)
+    assert first[0] == 9
+    assert first[1] in (3, 7)
+    assert second[0] == 4
+    for chosen in (first, second):
+        assert len(set(chosen)) == 4
+        assert chosen[2] < 6 <= chosen[3]  # the others are spread
+
+
+def test_fewer_pieces_than_asked_for_are_all_taken():
+    pieces = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert sorted(judging_pieces([pieces], 8)[0]) == [0, 1, 2]
+    assert len(judging_pieces([pieces], 1)[0]) == 1

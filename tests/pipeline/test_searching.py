@@ -140,6 +140,13 @@ def test_stopped_after_each_generation_it_goes_on_to_the_same(
 def test_streamed_and_in_parts_it_is_the_same(searched, monkeypatch):
     resident = searched("resident")
     monkeypatch.setattr(searching, "_MOST_VARIANTS", 3)
+    walk = search_fits.SequentialFits._walk
+
+    def one_by_one(self, removals):
+        for removal in removals:
+            walk(self, [removal])
+
+    monkeypatch.setattr(search_fits.SequentialFits, "_walk", one_by_one)
     assert searched("streamed", engine__kind="streaming") == resident
 
 

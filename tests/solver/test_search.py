@@ -175,3 +175,22 @@ def test_removals_that_end_in_infinity_are_the_worst_and_are_written():
 def test_bounds_that_leave_nothing_are_named(bounds):
     with pytest.raises(ConfigError, match="No removal of .* keeps to the bounds"):
         Rules(6, **bounds)
+
+
+def test_where_scores_are_rough_the_survivors_are_scored_closely_on_all_windows():
+    asked = []
+
+    def score(removals, windows):
+        asked.append((len(removals), list(windows)))
+        # Roughly, unit 0 seems free; closely it is dear.
+        return [
+            [sum(0.0 if u == 0 and w >= 8 else 10 - u if u else 99.0 for u in r) for w in windows]
+            for r in removals
+        ]
+
+    judges = Judges(2, 4, rough=True)
+    found = Search(Rules(10, 2), score, judges, effort=1).run()
+    assert found.removal == (8, 9)
+    assert {tuple(windows) for _, windows in asked} == {(8, 9, 10, 11), tuple(range(8))}
+    assert sum(count * len(windows) for count, windows in asked) == found.evaluations
+    assert found.score == found.scores[0] == 3.0
