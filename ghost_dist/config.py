@@ -132,10 +132,10 @@ class SelectionConfig(Section):
     max_length: int | None = Field(default=None, ge=1)
     """recoverability, search: most layers of a span; null: all that are removed."""
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
-    """search: normal removes layers one at a time and then exchanges them for as long again, by a
-    quarter of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
-    layers each time, by an eighth; thorough exchanges for three times as long, by a half. Or a
-    number of evaluations (of a choice of layers on a window)."""
+    """search: normal removes layers one at a time and then exchanges them for as long again, by an
+    eighth of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
+    layers each time; thorough exchanges for three times as long, by a quarter. Or a number of
+    evaluations (of a choice of layers on a window)."""
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 
