@@ -7,6 +7,7 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 from __future__ import annotations
 
 import resource
+import shutil
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -214,6 +215,8 @@ class Stages:
 
         if missing:
             self._run.forget("calibrate")
+        else:  # a kill may have come between the last commit and this
+            shutil.rmtree(self._run.path / "streams-calibrate", ignore_errors=True)
         self._stage("calibrate", {"plan": plan.fingerprint}, work)
         self._store = store
         return store

@@ -87,6 +87,14 @@ def test_killed_runs_end_in_bitwise_equal_operators(make_config, tmp_path, name,
         assert not list(run.glob("streams-*"))
 
 
+def test_streams_that_a_kill_left_behind_the_last_commit_go(make_config, tmp_path):
+    config = make_config(**RUNS["streamed"])
+    recover(config)
+    (tmp_path / "run" / "streams-calibrate").mkdir()
+    recover(config, again="solve")
+    assert not list((tmp_path / "run").glob("streams-*"))
+
+
 @pytest.mark.timeout(300)
 def test_kill_during_export_leaves_no_checkpoint_that_looks_complete(make_config, tmp_path):
     config = make_config()

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from ghost_dist.config_file import config_tree, differing_fields, load_config, parse_set
 from ghost_dist.demo import PICO
+from ghost_dist.pipeline.candidates import least
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.pipeline.solving import _least
 from ghost_dist.progress import Reporter
 from ghost_dist.report import terminal, text
 from ghost_dist.report.page import write_report
@@ -149,11 +149,11 @@ def test_a_repair_that_harms_one_source_is_not_taken_for_the_plain_cut():
     """Better in the mean is not enough: nobody knows which source is like the user's text."""
     table = [{"operator": "ghost"}, {"operator": "fold"}, {"operator": "none"}]
     scores = [torch.tensor(s) for s in ([0.1, 0.6], [0.45, 0.45], [0.5, 0.5])]
-    assert _least(table, scores) == 1
-    assert _least([table[0], table[2]], [scores[0], scores[2]]) == 1
-    assert _least(table[:2], scores[:2]) == 0  # asked for by name: the plain cut is no candidate
+    assert least(table, scores) == 1
+    assert least([table[0], table[2]], [scores[0], scores[2]]) == 1
+    assert least(table[:2], scores[:2]) == 0  # asked for by name: the plain cut is no candidate
     failed = {"operator": "fold", "failed": "singular"}
-    assert _least([failed, table[2]], [torch.tensor([]), torch.ones(3)]) == 1
+    assert least([failed, table[2]], [torch.tensor([]), torch.ones(3)]) == 1
 
 
 def test_the_result_stands_last(make_config, tmp_path, monkeypatch):

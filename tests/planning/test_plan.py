@@ -155,7 +155,7 @@ def test_bytes_flops_and_seconds_of_405b_by_hand(llama_405b, tmp_path, gpu_of):
     )
     assert calibrate.parts["sums"] == pytest.approx(tokens * sums / 5e13)
     gram = c * c * (1 + 1 / 16) / 2  # 16 strips
-    nbytes = 8 * (gram + c * c + 3 * c + 1)
+    nbytes = 8 * (gram + c * c + 3 * c)
     assert calibrate.written_bytes == 4 * nbytes  # a range per fold
     assert calibrate.parts["store"] == pytest.approx(4 * nbytes / 1e9)
     # 4 folds x 13 ridges for 64 mixtures of the targets, then 5 about the least, and the final fit.
@@ -182,7 +182,7 @@ def test_memory_of_the_streaming_engine(llama_405b, tmp_path, gpu_of):
     plan = plan_run(configure(llama_405b, tmp_path, operator__choose="residual"))
     calibrate = next(stage for stage in plan.stages if stage.name == "calibrate")
     assert calibrate.streams == "host"
-    sums = 8 * (2 * 16384**2 + 3 * 16384 + 1)
+    sums = 8 * (2 * 16384**2 + 3 * 16384)
     assert calibrate.host_bytes == sums + 16 * (32 << 20) + 3 * streams
     assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"]
 
@@ -275,7 +275,7 @@ def test_a_mixture_of_1t_is_planned_with_its_experts_in_parts(
     room = 0.85 * device_gb * 1e9 - plan.engine.device_bytes["calibrate"]
     waiting = asked * (room >= 3 * streams + asked) + 3 * streams * (room >= 3 * streams)
     assert calibrate.device_bytes == plan.engine.device_bytes["calibrate"] + waiting
-    on_host = calibrate.host_bytes - 16 * (32 << 20) - 8 * (2 * 7168**2 + 3 * 7168 + 1)
+    on_host = calibrate.host_bytes - 16 * (32 << 20) - 8 * (2 * 7168**2 + 3 * 7168)
     assert on_host == 3 * streams + asked - waiting
     assert f"with {held} of 384 routed experts at a time" in plan.engine.reason
     sizes = _sizes(mixture_1t)
@@ -437,7 +437,7 @@ def test_sums_that_stay_in_memory_take_no_time_to_write_and_read(make_config, gp
             for name in ("calibrate", "solve")
         )
         nbytes = costs["calibrate"].commit_bytes
-        assert nbytes == costs["solve"].sums_read_bytes == 4 * 8 * (2 * 48 * 48 + 3 * 48 + 1)
+        assert nbytes == costs["solve"].sums_read_bytes == 4 * 8 * (2 * 48 * 48 + 3 * 48)
         assert taken.get("store", 0) == pytest.approx(stored * nbytes / 1e6)
         assert fitted.get("store", 0) == pytest.approx(stored * nbytes / 2e6)
 
