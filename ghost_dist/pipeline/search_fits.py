@@ -140,7 +140,9 @@ class SequentialFits:
         wanted = _beginnings(removals)
         for spans in sorted(wanted & self._fitted.keys()):
             self._fitted.move_to_end(spans)
-        missing = sorted(set(removals) - self._fitted.keys())
+        missing = sorted(
+            {spans for spans in removals if not _beginnings([spans]) <= self._fitted.keys()}
+        )
         for first in range(0, len(missing), self._at_once):
             self._walk(missing[first : first + self._at_once])
         while len(self._fitted) > max(self._dense.room, len(wanted)):

@@ -44,9 +44,9 @@ from ghost_dist.pipeline.selecting import rules_of
 from ghost_dist.pipeline.texts import windows_of_folds
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
+from ghost_dist.solver.removals import Removal
 from ghost_dist.solver.search import (
     Judges,
-    Removal,
     Search,
     greedy_counts,
     greedy_evaluations,

@@ -36,7 +36,8 @@ from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.searching import EFFORTS, Scoring, record_of, scoring
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.search import Removal, table_as_plain, table_from_plain
+from ghost_dist.solver.removals import Removal
+from ghost_dist.solver.search import table_as_plain, table_from_plain
 from ghost_dist.solver.unit_search import UnitSearch
 from ghost_dist.spans import PARTS, Span, Sublayer, check_units
 

@@ -16,7 +16,7 @@ from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.progress import Advance
 from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
-from ghost_dist.solver.search import Rules
+from ghost_dist.solver.removals import Rules
 from ghost_dist.solver.span_selection import (
     HeldOut,
     choose_spans,

@@ -16,20 +16,15 @@ the same decisions without scoring again what it holds, and goes on where that o
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ghost_dist.errors import ConfigError
-
-Removal = tuple[int, ...]
-Score = Callable[[Sequence[Removal], Sequence[int]], list[list[float]]]
-"""Removals, and numbers of judging windows, to a score per removal and window; inf: as bad as can
-be. Several removals are scored at once because they share work; one's score depends on no other."""
+from ghost_dist.solver.removals import Removal, Rules, Score, single_spans
 
 _PARTS = 4  # of the judging windows
 _KEPT = 0.25  # of the removals of a generation, from a part of the windows to all
@@ -37,66 +32,6 @@ _ERRORS = 1.0  # standard errors that an improvement is larger than
 _FEWEST_KEPT = 4
 _MUTANTS = 16  # of a generation
 _PATIENCE = 3  # generations of mutants without a better one
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Which removals there are.
-
-    Attributes
-    ----------
-    num_units
-        Of the model.
-    remove
-        How many go.
-    protect
-        Units that stay.
-    min_length, max_length
-        Of a run of neighbours that go; None: no bound.
-    max_spans
-        Most such runs; None: no bound.
-    """
-
-    num_units: int
-    remove: int
-    protect: Collection[int] = ()
-    min_length: int = 1
-    max_length: int | None = None
-    max_spans: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.remove < self.num_units or not self.allow(()):
-            raise ConfigError(
-                f"No removal of {self.remove} of {self.num_units} layers keeps to the bounds: "
-                f"{len(set(self.protect))} layers protected, spans of {self.min_length} to "
-                f"{self.max_length or self.remove} layers, at most "
-                f"{self.max_spans or self.remove} of them. Remove fewer layers, protect fewer "
-                "(selection.protect), or widen selection.max_spans, min_length or max_length."
-            )
-
-    def allow(self, removal: Collection[int]) -> bool:
-        """Whether a removal keeps to the rules, or one that is not whole may still come to."""
-        gone = frozenset(removal)
-        longest = self.max_length or self.remove
-        # (spans, units of the last one) to the numbers of removed units, as bits of an integer
-        states = {(0, 0): 1}
-        for unit in range(self.num_units):
-            after: dict[tuple[int, int], int] = {}
-            for (spans, length), counts in states.items():
-                if unit not in gone and (length == 0 or length >= self.min_length):
-                    after[spans, 0] = after.get((spans, 0), 0) | counts
-                begun = spans + (length == 0)
-                fits = length < longest and begun <= (self.max_spans or self.num_units)
-                if fits and unit not in self.protect:
-                    counted = length + 1 if self.max_length else min(length + 1, self.min_length)
-                    key = (begun if self.max_spans else 0, counted)
-                    after[key] = after.get(key, 0) | counts << 1
-            states = after
-        return any(
-            counts >> self.remove & 1
-            for (_, length), counts in states.items()
-            if length == 0 or length >= self.min_length
-        )
 
 
 @dataclass(frozen=True)
@@ -407,12 +342,6 @@ class Search:
         return self._mean(removal), removal
 
 
-def single_spans(rules: Rules) -> list[Removal]:
-    """All removals of neighbours."""
-    starts = range(rules.num_units - rules.remove + 1)
-    return [tuple(range(start, start + rules.remove)) for start in starts]
-
-
 def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
     """Removals of each generation at most, until units have gone one at a time, and as one span."""
     free = rules.num_units - len(set(rules.protect))
@@ -425,14 +354,6 @@ def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -
     part, counts = len(judges.part(0)), greedy_counts(rules, width)
     again = (rules.remove - 1) * part if judges.rough else 0  # what more is removed from
     return again + sum(count * part + judges.more(count) for count in counts)
-
-
-def exhaustive(rules: Rules, score: Score, windows: Sequence[int]) -> list[tuple[float, Removal]]:
-    """Every removal that the rules allow with its score, the best first."""
-    free = [unit for unit in range(rules.num_units) if unit not in rules.protect]
-    removals = [r for r in itertools.combinations(free, rules.remove) if rules.allow(r)]
-    scores = score(removals, windows)
-    return sorted((math.fsum(s) / len(windows), r) for s, r in zip(scores, removals, strict=True))
 
 
 def table_as_plain(table: Mapping[Removal, Mapping[int, float]]) -> dict[str, Any]:

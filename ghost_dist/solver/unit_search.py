@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ghost_dist.solver.search import Found, Judges, Removal, Score
+from ghost_dist.solver.removals import Removal, Score
+from ghost_dist.solver.search import Found, Judges
 
 _KEPT, _FEWEST_KEPT = 0.25, 4  # of the removals of a generation, from a part of the windows to all
 

@@ -28,7 +28,8 @@ from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.search import Rules, Search, exhaustive, single_spans
+from ghost_dist.solver.removals import Rules, exhaustive, single_spans
+from ghost_dist.solver.search import Search
 from ghost_dist.spans import Span, check_spans
 
 QUIET = Reporter(console=Console(quiet=True))

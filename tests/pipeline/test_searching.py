@@ -18,7 +18,7 @@ from ghost_dist.pipeline.recover import recover
 from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.search import Rules, exhaustive
+from ghost_dist.solver.removals import Rules, exhaustive
 from ghost_dist.spans import Span
 
 QUIET = Reporter(console=Console(quiet=True))
@@ -146,7 +146,13 @@ def test_streamed_and_in_parts_it_is_the_same(searched, monkeypatch):
         for removal in removals:
             walk(self, [removal])
 
+    def narrow(self, removals):
+        self._dense.room = 2  # of operators, so that beginnings of removals are forgotten
+        fit(self, removals)
+
+    fit = search_fits.SequentialFits.fit
     monkeypatch.setattr(search_fits.SequentialFits, "_walk", one_by_one)
+    monkeypatch.setattr(search_fits.SequentialFits, "fit", narrow)
     assert searched("streamed", engine__kind="streaming") == resident
 
 

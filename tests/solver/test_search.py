@@ -7,14 +7,8 @@ import random
 import pytest
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.solver.search import (
-    Judges,
-    Rules,
-    Search,
-    exhaustive,
-    table_as_plain,
-    table_from_plain,
-)
+from ghost_dist.solver.removals import Rules, exhaustive
+from ghost_dist.solver.search import Judges, Search, table_as_plain, table_from_plain
 
 
 def scorer(num_units, seed=0, asked=None):
