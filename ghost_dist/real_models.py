@@ -20,12 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ghost_dist.durable import fsync_folder, fsync_tree, write_json
 from ghost_dist.errors import ConfigError, GhostDistError
 
+if TYPE_CHECKING:
+    import transformers
+
 CACHE_VARIABLE = "GHOST_DIST_CACHE"
 RECORD = "ghost_dist_source.json"
+
+
+SENTENCE = "24 naïve foxes\n\ty_2"
 
 
 class RealModelError(GhostDistError):
@@ -41,6 +48,7 @@ class RealModel:
     licence: str
     split_digits: bool = False  # one by one, which transformers does not take from a GGUF
     window_bos: bool = False  # a window has to begin with BOS
+    token_ids: tuple[int, ...] | None = None  # of :data:`SENTENCE`, which the original makes of it
 
 
 REAL_MODELS = {
@@ -50,6 +58,7 @@ REAL_MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         split_digits=True,
+        token_ids=(34, 36, 15486, 46494, 28510, 198, 197, 105, 79, 34),
     ),
     "gemma3-270m": RealModel(
         title="Gemma 3 270M (18 layers, hidden size 640; from Q4_K_M)",
@@ -63,6 +72,7 @@ REAL_MODELS = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         window_bos=True,
+        token_ids=(236778, 236812, 120362, 159564, 107, 255968, 236762, 236779, 236778),
     ),
 }
 
@@ -128,7 +138,13 @@ def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -
     say(f"sha256 of the GGUF as expected: {digest}")
     say("converting to bfloat16 safetensors")
     checkpoint = work / "checkpoint"
-    _convert(gguf, checkpoint, split_digits=model.split_digits)
+    ids = _convert(gguf, checkpoint, split_digits=model.split_digits)
+    if model.token_ids not in (None, ids):
+        raise RealModelError(
+            f"transformers {importlib.metadata.version('transformers')} does not read the "
+            f"tokenizer of {name} as it was trained: it makes {ids} of {SENTENCE!r}, expected "
+            f"{model.token_ids}. Nothing was kept; try transformers 5.23."
+        )
     write_json(
         checkpoint / RECORD,
         {
@@ -168,7 +184,8 @@ def _join(model: RealModel, folder: Path, path: Path) -> str:
         return hashlib.file_digest(written, "sha256").hexdigest()
 
 
-def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:
+def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> tuple[int, ...]:
+    """Returns the token ids of :data:`SENTENCE`."""
     import torch
     import transformers
     from tokenizers import pre_tokenizers
@@ -188,11 +205,54 @@ def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> None:
     save_model(model, checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     tokenizer.model_max_length = config.max_position_embeddings
+    _as_written(tokenizer, gguf)
     if split_digits:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
         )
     tokenizer.save_pretrained(checkpoint)
+    written = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    return tuple(written(SENTENCE, add_special_tokens=False).input_ids)
+
+
+def _as_written(tokenizer: transformers.PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Special tokens and merges as the file has them, which transformers 5.17 takes for others."""
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, models, processors
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    def field(name: str) -> Any:
+        found = fields.get(f"tokenizer.ggml.{name}")
+        return found.contents() if found else None
+
+    fields = GGUFReader(gguf).fields
+    pieces, backend = field("tokens"), tokenizer.backend_tokenizer
+    for name in ("bos", "eos", "unknown", "padding"):
+        if (number := field(f"{name}_token_id")) is not None:
+            setattr(tokenizer, f"{name[:3]}_token", pieces[number])
+    if not isinstance(backend.model, models.Unigram):
+        return
+    pieces = [piece.replace(" ", "▁") for piece in pieces]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    control, of_user = (
+        [piece for piece, of in zip(pieces, field("token_type"), strict=True) if of == kind]
+        for kind in (3, 4)
+    )
+    backend.model = models.BPE(
+        vocab=vocab,
+        merges=generate_merges(vocab, None),  # pieces are in the order of their scores
+        unk_token=tokenizer.unk_token,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
+    backend.add_tokens([AddedToken(p, normalized=False) for p in of_user if p.strip("▁")])
+    bos = tokenizer.bos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.bos_token_id)],
+    )
 
 
 def main(names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,41 @@ def test_another_content_is_refused(registry, content, tmp_path, monkeypatch):
     with pytest.raises(RealModelError, match=f"expected {hashlib.sha256(content).hexdigest()}"):
         real_model("tiny")
     assert left_in(tmp_path / "cache") == []
+
+
+def test_a_tokenizer_that_is_read_wrong_is_refused(registry, tmp_path, monkeypatch):
+    model = real_models.REAL_MODELS["tiny"]
+    right = tuple(ord(c) for c in "no ids of it")
+    monkeypatch.setitem(real_models.REAL_MODELS, "tiny", replace(model, token_ids=right))
+    with pytest.raises(RealModelError, match="tokenizer of tiny.*expected"):
+        real_model("tiny")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_pieces_without_merges_are_merged_by_their_scores(tmp_path):
+    """As SentencePiece does; transformers 5.17 takes them for a Unigram model, later ones not."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["ab", "bc", "abc", "▁ab", "▁", "a", "b", "c", "<user>"]
+    path = tmp_path / "pieces.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(number) for number in range(len(pieces))])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 8, 4])
+    for name, number in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    unigram = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([(piece, 0.0) for piece in pieces], 0, byte_fallback=True)
+    )
+    unigram.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    read = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="<s>")
+    real_models._as_written(read, path)
+    assert (read.bos_token, read.eos_token, read.unk_token) == ("<s>", "</s>", "<unk>")
+    ids = [pieces.index(piece) for piece in ("<s>", "abc", "▁ab", "<0xC3>", "<0xA9>", "<user>")]
+    assert read("abc abé<user>").input_ids == ids
 
 
 def test_a_package_that_is_not_there(registry, tmp_path):
