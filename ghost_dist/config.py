@@ -107,9 +107,9 @@ class SelectionConfig(Section):
     """Which layers are removed."""
 
     criterion: Criterion = "search"
-    """search: least KL divergence of the recovered model, searched for layer by layer, with
-    operators in place; recoverability: least held-out residual after repair; cosine
-    (LLM-Streamline), angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers,
+    """search: least KL divergence of the recovered model where the dense one is sure, searched for
+    layer by layer, with operators in place; recoverability: least held-out residual after repair;
+    cosine (LLM-Streamline), angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers,
     neighbours joined), paper (the published code's score, along the sequence, never the first or
     the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
@@ -132,10 +132,10 @@ class SelectionConfig(Section):
     max_length: int | None = Field(default=None, ge=1)
     """recoverability, search: most layers of a span; null: all that are removed."""
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
-    """search: normal removes layers one at a time and then exchanges them for as long again, by an
-    eighth of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
-    layers each time; thorough exchanges for three times as long, by a quarter. Or a number of
-    evaluations (of a choice of layers on a window)."""
+    """search: normal removes layers one at a time and then exchanges them for 0.6 times as long, by
+    an eighth of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
+    layers each time, and exchanges for as long again; thorough exchanges for three times as long,
+    by a quarter. Or a number of evaluations (of a choice of layers on a window)."""
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 

@@ -26,7 +26,7 @@ from ghost_dist.errors import GhostDistError
 # Shapes: B windows of a batch, T tokens of a window, W all windows, V entries of the vocabulary.
 
 _LOGITS_AT_ONCE = 1 << 25  # entries: 128 MiB in float32
-_FIGURES = 3  # nats, divergence, agreed
+_FIGURES = 5  # nats, divergence, agreed, weighted divergence, weights
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -52,6 +52,8 @@ class Scores:
     kl: FloatArray  # mean ``KL(first variant || this)`` of the T next-token distributions, nats
     top1: FloatArray  # share of the T positions where both have the same likeliest token
     num_tokens: int  # predicted ones, of all windows
+    # As ``kl``, each position by ``exp(-H)``, H the entropy there of the first variant
+    sure_kl: FloatArray
 
     @property
     def perplexity(self) -> float:
@@ -66,7 +68,8 @@ class Scores:
     def __getitem__(self, part: slice) -> Scores:
         nats = self.nats[part]
         per_window = self.num_tokens // len(self.nats)
-        return Scores(nats, self.kl[part], self.top1[part], per_window * len(nats))
+        num_tokens = per_window * len(nats)
+        return Scores(nats, self.kl[part], self.top1[part], num_tokens, self.sure_kl[part])
 
 
 def window_scores(
@@ -89,9 +92,16 @@ def window_scores(
 
     sweep(model, variants, tokens, [AtEnd(tap)], batch=batch, advance=advance)
     length = tokens.shape[1]
+    weights = sums[4, 0]  # of the first
     return [
-        Scores(nats.copy(), divergence / length, agreed / length, len(tokens) * (length - 1))
-        for nats, divergence, agreed in zip(*sums, strict=True)
+        Scores(
+            nats.copy(),
+            divergence / length,
+            agreed / length,
+            tokens.size - len(tokens),
+            sure / weights,
+        )
+        for nats, divergence, agreed, sure, _ in zip(*sums, strict=True)
     ]
 
 
@@ -145,7 +155,7 @@ def logit_pieces(num_positions: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _batch_sums(model: LayerwiseModel, streams: Sequence[Tensor], ids_BT: Tensor) -> FloatArray:
-    """Nats, divergence and agreed positions of each window of a batch: (3, variants, B) float64."""
+    """All figures of each window of a batch: (figures, variants, B) float64."""
     device, (num_windows, length) = ids_BT.device, ids_BT.shape
     targets_N = ids_BT.roll(-1, 1).flatten()
     predicts_N = (torch.arange(ids_BT.numel(), device=device) + 1) % length != 0
@@ -165,9 +175,13 @@ def _batch_sums(model: LayerwiseModel, streams: Sequence[Tensor], ids_BT: Tensor
             add(0, number, nats_n.masked_fill(~predicts_N[piece], 0.0))
             if number == 0:
                 dense, expected = likeliest, got
+                sure_n = torch.exp((expected.exp() * expected).sum(-1))
+                add(4, number, sure_n)
             else:
                 divergence = torch.sub(expected, got, out=got).mul_(expected.exp())
-                add(1, number, divergence.sum(-1))
+                divergence_n = divergence.sum(-1)
+                add(1, number, divergence_n)
+                add(3, number, divergence_n * sure_n.to(divergence_n.device))
             add(2, number, likeliest == dense)
     result: FloatArray = sums.cpu().numpy()
     return result

@@ -29,12 +29,12 @@ class KeptScores:
         key = fingerprint([repr(list(tried)), list(judges)])
         if key in kept:
             return [
-                Scores(_array(nats), _array(kl), _array(top1), count)
-                for nats, kl, top1, count in kept[key]
+                Scores(_array(nats), _array(kl), _array(top1), count, _array(sure_kl))
+                for nats, kl, top1, count, sure_kl in kept[key]
             ]
         scores = score()
         plain = [
-            [*(array.tobytes().hex() for array in (s.nats, s.kl, s.top1)), s.num_tokens]
+            [_bits(s.nats), _bits(s.kl), _bits(s.top1), s.num_tokens, _bits(s.sure_kl)]
             for s in scores
         ]
         self.run.finish(_RECORD, self.inputs, {**kept, key: plain})
@@ -43,6 +43,10 @@ class KeptScores:
     def forget(self) -> None:
         """Once it is solved."""
         self.run.forget(_RECORD)
+
+
+def _bits(array: FloatArray) -> str:
+    return array.tobytes().hex()
 
 
 def _array(bits: str) -> FloatArray:

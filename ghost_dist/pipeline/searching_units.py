@@ -289,7 +289,7 @@ class UnitScoring:
         return sum(self.numbers.get(half, 0) for half in removal) - added
 
     def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
-        """KL divergence per removal and window, nats a token; inf where it is not finite."""
+        """``Scores.sure_kl`` per removal and window; inf where it is not finite."""
         units = [units_of(removal) for removal in removals]
         cut = [Variant(spans, sublayers=halves) for spans, halves in units]
         self.layers.dense.fit([spans for spans, _ in units])
@@ -306,7 +306,7 @@ class UnitScoring:
                     self.model, [Variant(), *variants], judged, batch=self.layers.batch
                 )
                 for row, one in zip(rows, scores[1:], strict=True):
-                    found[row, columns] = one.kl
+                    found[row, columns] = one.sure_kl
         found[~np.isfinite(found)] = math.inf
         return found.tolist()
 

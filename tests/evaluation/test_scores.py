@@ -220,7 +220,7 @@ def test_windows_of_two_tokens(perplexity):
 
 
 def test_a_perplexity_beyond_float64_is_infinite():
-    assert Scores(np.array([1e6]), np.zeros(1), np.ones(1), 10).perplexity == math.inf
+    assert Scores(np.array([1e6]), np.zeros(1), np.ones(1), 10, np.zeros(1)).perplexity == math.inf
 
 
 SPANS = (Span(1, 2), Span(3, 4))
@@ -281,6 +281,26 @@ def test_scores_are_those_of_each_model_alone(loaded, family):
     assert not np.allclose(scores[1].kl, scores[2].kl, rtol=0.05)
     # The model is the dense one again.
     assert torch.equal(logits_of(model, windows), logits[0])
+
+
+def test_positions_count_as_much_as_the_dense_model_is_sure(loaded):
+    model, architecture = loaded("llama")
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight.data *= 10  # some positions of one likely token, some of many
+    windows = make_windows(vocab_size=architecture.vocab_size)
+    variants = [Variant(), Variant(SPANS)]
+    found = window_scores(LayerwiseModel(model, architecture), variants, windows.tokens, batch=2)
+    cut = copy.deepcopy(model)
+    remove_layers(cut, architecture, SPANS)
+    dense, got = (torch.log_softmax(logits_of(one, windows), -1) for one in (model, cut))
+    sure = ((dense.exp() * dense).sum(-1)).exp()
+    assert sure.max() > 3 * sure.min()
+    kl = (dense.exp() * (dense - got)).sum(-1)
+    expected = (kl * sure).sum(-1) / sure.sum(-1)
+    np.testing.assert_allclose(found[1].sure_kl, expected, rtol=1e-3)
+    assert not np.allclose(found[1].sure_kl, found[1].kl, rtol=0.05)
+    assert (found[0].sure_kl == 0).all()
 
 
 def test_a_variant_whose_loss_is_not_finite_is_named(loaded):
