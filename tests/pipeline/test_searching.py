@@ -53,7 +53,7 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
             pieces = range(part, windows.judges.sources, 2)
             judged = windows.judged[[w for w in windows.judges.windows if w % 4 in pieces]]
             _, recovered = window_scores(score.model, [Variant(), variant], judged, batch=1)
-            kl += recovered.kl.tolist()
+            kl += recovered.sure_kl.tolist()
             others = np.asarray(windows.source_of) % 2 != part
             dense = [stream_WTC[others] for stream_WTC in score.dense.streams]
             stream_WTC = dense[first.start]
