@@ -131,7 +131,7 @@ def test_stop_signals_are_told_and_continue(make_config, forked, tmp_path, numbe
             time.sleep(0.01)
         process.send_signal(number)
         error = process.stderr.read()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, error
     assert "The same command continues" in error
     assert "Traceback" not in error
     assert "Loading weights" not in error  # a progress bar of transformers
