@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class KeptScores:
     ) -> list[Scores]:
         """What ``score`` gives for the candidates that were ``tried``, or gave before."""
         kept = self.run.record(_RECORD, self.inputs) or {}
-        key = fingerprint([repr(list(tried)), list(judges)])
+        figures = [field.name for field in fields(Scores)]
+        key = fingerprint([repr(list(tried)), list(judges), figures])
         if key in kept:
             return [
                 Scores(_array(nats), _array(kl), _array(top1), count, _array(sure_kl))

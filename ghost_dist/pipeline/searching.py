@@ -184,6 +184,7 @@ def search_spans(
         {
             "selection": selection.model_dump(mode="json", exclude={"criterion", "spans"}),
             "effort": str(_effort(selection)),
+            "score": "sure_kl",
             "remove": inputs.remove,
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,

@@ -63,7 +63,7 @@ def search_units(
     record = record_of(inputs)
     wanted = selection.model_dump(mode="json", exclude={"criterion", "spans"})
     texts = [tokens.fingerprint, inputs.config.left_out]
-    identity = fingerprint([wanted, inputs.model_fingerprint, texts, inputs.numerics])
+    identity = fingerprint([wanted, "sure_kl", inputs.model_fingerprint, texts, inputs.numerics])
     kept = run.record(record, identity) or {"table": {}}
     shown = 0
 
