@@ -97,7 +97,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(2.0, 1 / 8, 16, 1 << 10, 12),
+    "quick": Effort(1.25, 1 / 8, 16, 1 << 10, 12),
     "normal": Effort(1.6, 1 / 8, 32, 1 << 15, None),
     "thorough": Effort(4.0, 1 / 4, 64, 1 << 16, None),
 }
