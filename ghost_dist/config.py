@@ -134,8 +134,8 @@ class SelectionConfig(Section):
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
     """search: normal removes layers one at a time and then exchanges them for 0.6 times as long, by
     an eighth of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
-    layers each time, and exchanges for a quarter as long; thorough exchanges for three times as long,
-    by a quarter. Or a number of evaluations (of a choice of layers on a window)."""
+    layers each time, and exchanges for a quarter as long; thorough exchanges for three times as
+    long, by a quarter. Or a number of evaluations (of a choice of layers on a window)."""
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 
