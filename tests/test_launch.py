@@ -24,6 +24,12 @@ SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbat
 SLURM = ROOT / "launch" / "slurm.sbatch"
 
 
+@pytest.fixture(autouse=True)
+def _no_other_environment(monkeypatch):
+    """Of whoever runs the tests."""
+    monkeypatch.delenv("GHOST_DIST_VENV", raising=False)
+
+
 def names(paths):
     return [path.name for path in paths]
 
