@@ -6,7 +6,7 @@ removal with its operators is a variant of a sweep, scored by its KL divergence 
 on windows of every source, with the operators that were fitted without it. What has good scores is
 scored again with operators that are fitted one after the other, each on the stream that those
 before it have made: which of two removals is better depends on that. Positions count as much as the
-dense model is sure there: elsewhere nearly all that a removal does is the text's own.
+dense model is sure there, since the others say less of what a removal does to other text.
 """
 
 from __future__ import annotations
