@@ -16,7 +16,9 @@ unset PYTHONDONTWRITEBYTECODE
 
 # Most tests use one thread. One more process than two cores have: that of the Ray cluster waits for
 # half of its time. How they share the files is in tests/conftest.py.
-shared=(--dist loadgroup --no-loadscope-reorder)
+# A process that dies ends the suite: with another in its place, the groups of the dead one may never
+# be given out, and pytest waits for them.
+shared=(--dist loadgroup --no-loadscope-reorder --max-worker-restart=0)
 often="not gpu and not chaos_nightly"
 
 if [ "${1:-}" = --quick ]; then

@@ -38,6 +38,7 @@ TEXT = inspect.getsource(argparse) + inspect.getsource(json)
 
 
 MODEL_FIXTURES = {"checkpoint", "cluster", "loaded", "make_config", "model_folder", "shared"}
+LONG = ("test_reference_table", "test_tutorial", "test_kill", "test_real_models", "test_harness")
 ALL_NEED_A_MODEL = re.compile(r"(?m)^from (all_)?families import|^pytestmark = .*mark\.model")
 
 
@@ -74,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
 def _turn(item):
     if item.get_closest_marker("xdist_group").args == ("ray",):
         return 0
-    return 1 if item.path.stem == "test_reference_table" else 2
+    return 1 if item.path.stem in LONG else 2
 
 
 def pytest_collection_finish():

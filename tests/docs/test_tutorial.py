@@ -1,7 +1,7 @@
 """The commands of docs/tutorial.md, run as they stand in a checkout of their own.
 
 Only what the install would do is already there: a virtual environment whose programs are those of
-the tests. launch/environment.sh finds it up to date and goes on. The demo has a fourth of its
+the tests. launch/environment.sh finds it up to date and goes on. The demo has an eighth of its
 tokens: all of them take two cores for minutes.
 """
 
@@ -21,7 +21,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 PROGRAM = """
 from ghost_dist import cli, demo
 whole = demo._source_code
-demo._source_code = lambda: whole()._replace(windows=16, window_length=512, evaluation_windows=4)
+demo._source_code = lambda: whole()._replace(windows=16, window_length=256, evaluation_windows=4)
 cli.main()
 """
 

@@ -27,6 +27,12 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def few_files(monkeypatch, tmp_path):
+    """datasets looks through the current folder, with an environment of 100,000 files, for data."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def texts(model_folder, text_file):
     """Texts of windows by their number."""

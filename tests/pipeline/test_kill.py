@@ -31,7 +31,7 @@ RUNS = {
         "calibration__windows": 64,
     },
 }
-KILLS = (24, 20, 20)  # of each of them
+KILLS = (8, 20, 8)  # of each of them; chaos_nightly has more
 
 
 def wait_and_kill(process, delay_s):
