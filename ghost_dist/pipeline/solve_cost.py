@@ -46,7 +46,11 @@ def solve_cost(run: RunShape) -> Cost:
         for _ in left_out:
             cost.fits += _fits(tried, run, span, fitted_on)
             # With the same ridges, and nothing held out to say how good they are.
-            tried = [replace(form, ridge=RelativeRidge(relative=1.0)) for form in tried]
+            tried = [
+                replace(form, ridge=RelativeRidge(relative=1.0))
+                for form in tried
+                if form.operator == best.operator  # others are far behind by then, mostly
+            ]
             fitted_on = 0
         # Told where the ridge of least residual was found, if it was chosen by fits.
         final = replace([best, *near][-1], around=1.0 if several else None)
@@ -57,14 +61,15 @@ def solve_cost(run: RunShape) -> Cost:
         samples = SpanCollectors(tuple(run.samples), inputs.architecture)
         cost.sums_read_bytes = inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
     if by_kl:
-        tokens = held_out_tokens(config) * len(left_out)
-        for group in (candidates, near):
+        tokens, more = held_out_tokens(config), len(left_out) - 1
+        of_best = [one for one in candidates if one.operator in (candidates[0].operator, "none")]
+        for group, times in ((candidates, 1), (of_best, more), (near, 1 + more)):
             variants = [Variant(), *map(run.variant, group)] if group else []
-            cost.pass_tokens(layers_run(variants, run.num_layers), tokens)
-            cost.scored += len(variants) * tokens
+            cost.pass_tokens(layers_run(variants, run.num_layers), times * tokens)
+            cost.scored += len(variants) * times * tokens
         streams = 1 + len(candidates)
         cost.head, cost.batch_bytes = True, streams * sizes.stream_bytes(run.batch_tokens)
-        cost.running_bytes = streams * sizes.stream_bytes(tokens // len(left_out))
+        cost.running_bytes = streams * sizes.stream_bytes(tokens)
     if tried_refit:
         once, again = run.variant(candidates[0]), run.variant(candidates[0]).operators
         first = {run.spans[0]: once.operators[run.spans[0]]}  # is not fitted again

@@ -46,6 +46,8 @@ from ghost_dist.statistics.store_plan import StatisticsPlan
 
 HELD_OUT_TOKENS = 16384
 """Tokens that a choice by KL is judged by, where there are as many."""
+FAR_BEHIND = 1.15
+"""Times the least KL on the first source, above which a candidate is not tried on the others."""
 REFIT_ERRORS = 1.0
 """Standard errors by which fits on the recovered stream must be better to be taken."""
 
@@ -209,7 +211,7 @@ class Solver:
         # Around the best one the ridge is looked at more closely.
         if searches_ridge(config) and tried[best].kind() is not None:
             near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
-            rows, more, fine = self._rate(near)
+            rows, more, fine = self._rate(near, float(scores[best][0]))
             tried, table = [*tried, *near], [*table, *rows]
             scores, found = [*scores, *more], [*found, *fine]
             best = least(table, scores)
@@ -221,10 +223,12 @@ class Solver:
         return tried[best], table, {s: one.fit for s, one in of_best.items() if one.fit is not None}
 
     def _rate(
-        self, candidates: Sequence[Candidate]
+        self, candidates: Sequence[Candidate], than: float = math.inf
     ) -> tuple[list[dict[str, Any]], list[Tensor], list[_OfCandidate]]:
         """A row for each candidate, what it is ranked by, KL divergence on every source, or piece
         of one, that was left out of the fit, or residual of every span, and its first fits.
+
+        What is far behind on the first source, behind another or ``than``, is dropped there.
         """
         config = self._inputs.config
         everything = tuple(range(config.folds))
@@ -237,37 +241,42 @@ class Solver:
                 for row in rows
             ]
             return rows, residuals, found
-        table: list[dict[str, Any]] = []
-        left_out, first = [], None
-        for judges in config.left_out:
+        names, first = config.left_out_names, list[_OfCandidate]()
+        rows, scores = list[dict[str, Any]](), list[Tensor]()
+        running = list(range(len(candidates)))
+        for number, (name, judges) in enumerate(zip(names, config.left_out, strict=True)):
             others = tuple(fold for fold in everything if fold not in judges)
-            found = self._fit_all(candidates, others, first)
+            tried = [candidates[i] for i in running]
+            found = self._fit_all(tried, others, [first[i] for i in running] if first else None)
             judged = partial(self._scores, found, judges)
-            left_out.append(self._kept.of(candidates, judges, judged) if self._kept else judged())
+            dense, *of_tried = self._kept.of(tried, judges, judged) if self._kept else judged()
             found = [_without_repairs(one) for one in found]
-            first = first or found
-            rows = self._rows(candidates, found)
-            table = [
-                {**row, **({"failed": new["failed"]} if "failed" in new else {})}
-                for row, new in zip(table or rows, rows, strict=True)
-            ]
-        names = config.left_out_names
-        scores = []
-        for row, *of_left_out in zip(table, *(found[1:] for found in left_out), strict=True):
-            score = torch.tensor([float(one.kl.mean()) for one in of_left_out])
-            scores.append(score)
-            if "failed" not in row:
-                row["kl"] = finite(float(score.mean()))
-                row["left_out"] = [
+            new = self._rows(tried, found)
+            if not number:
+                first, rows = found, [{**row, "left_out": []} for row in new]
+                scores = [torch.full((len(names),), math.inf) for _ in rows]
+            for i, row, one in zip(running, new, of_tried, strict=True):
+                if "failed" in row:
+                    rows[i]["failed"] = row["failed"]
+                scores[i][number] = float(one.kl.mean())
+                rows[i]["left_out"].append(
                     {
                         "source": name,
                         "kl": finite(float(one.kl.mean())),
                         "perplexity": finite(one.perplexity),
                         "dense": finite(dense.perplexity),
                     }
-                    for name, one, (dense, *_) in zip(names, of_left_out, left_out, strict=True)
-                ]
-        return table, scores, list(first or [])
+                )
+            if not number:
+                running = _not_far_behind(candidates, scores, than)
+        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+            if "failed" in row:
+                del row["left_out"]
+                continue
+            row["kl"] = finite(float(score.mean() if i in running else score[0]))
+            if i not in running:
+                row["dropped"] = True
+        return rows, scores, first
 
     def _fit_all(
         self,
@@ -366,6 +375,18 @@ class Solver:
             for range_id, windows in enumerate(self._store.plan.ranges)
             for window in windows
         ]
+
+
+def _not_far_behind(
+    candidates: Sequence[Candidate], scores: Sequence[Tensor], than: float
+) -> list[int]:
+    """Those that are tried on the other sources too: always the plain cut, which none may harm."""
+    bound = FAR_BEHIND * min(than, *(float(score[0]) for score in scores))
+    return [
+        i
+        for i, (one, score) in enumerate(zip(candidates, scores, strict=True))
+        if one.kind() is None or float(score[0]) <= bound
+    ]
 
 
 def _fitted(outcome: Outcome) -> Fitted:

@@ -186,12 +186,13 @@ def candidate_spans(run: RunRecord, most: int) -> list[Mapping[str, Any]]:
 
 
 def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """By divergence from the dense model, or residual; what failed comes last."""
+    """By divergence from the dense model, or residual; what was dropped, or failed, comes last."""
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, float]:
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        failed, dropped = "failed" in row, "dropped" in row
         if row.get("kl") is not None:
-            return "failed" in row, row["kl"]
+            return failed, dropped, row["kl"]
         residuals = [1.0 if r is None else r for r in row.get("residual", ())]  # 1: the plain cut
-        return "failed" in row or not residuals, sum(residuals)
+        return failed or not residuals, dropped, sum(residuals)
 
     return sorted(candidates, key=rank)

@@ -99,7 +99,7 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
             f"[bold]{name} *" if row["chosen"] else name,
             ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
             ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
-            f"{row['kl']:.4f}" if row.get("kl") is not None else "-",
+            text.divergence(row),
         )
     console.print(table)
 

@@ -82,6 +82,13 @@ def candidate(row: Mapping[str, Any]) -> str:
     return f"{row['operator']}{features}"
 
 
+def divergence(row: Mapping[str, Any]) -> str:
+    """Of a candidate from the dense model; of a dropped one, on the first source."""
+    if "failed" in row:
+        return "failed"
+    return number(row.get("kl"), 4) + (" on the first" if "dropped" in row else "")
+
+
 def span(pair: Sequence[int]) -> str:
     """A half-open span of layers, not to be broken."""
     return f"[{pair[0]},\N{NO-BREAK SPACE}{pair[1]})"

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import CalibrationError, ConfigError
 from ghost_dist.evaluation.scores import window_scores
-from ghost_dist.pipeline.candidates import SHIFTS, Candidate
+from ghost_dist.pipeline import solving
+from ghost_dist.pipeline.candidates import FINE_SHIFTS, SHIFTS, Candidate
 from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.solving import Solver
@@ -60,6 +62,32 @@ def test_windows_are_of_each_source_by_its_share(mixed, text_file, other, tmp_pa
         for path, count in ((text_file, 10), (other, 6))
     ]  # fmt: skip
     assert np.array_equal(tokens.tokens, np.concatenate(alone))
+
+
+def test_what_is_far_behind_on_one_source_is_not_tried_on_others(mixed, monkeypatch, tmp_path):
+    def rows(bound):
+        monkeypatch.setattr(solving, "FAR_BEHIND", bound)
+        found = recover(mixed(output__path=str(tmp_path / str(bound))), QUIET)["candidates"]
+        assert sum(row["chosen"] for row in found) == 1
+        return found
+
+    every, few = rows(math.inf), rows(1.001)
+    assert not any("dropped" in row for row in every)
+    dropped = [row for row in few if "dropped" in row]
+    assert 0 < len(dropped) < len(few)
+    coarse = few[: -len(FINE_SHIFTS)]
+    least = min(row["left_out"][0]["kl"] for row in coarse)
+    for row in coarse:
+        behind = row["left_out"][0]["kl"] > 1.001 * least and row["operator"] != "none"
+        assert ("dropped" in row) == behind
+    for row in few:
+        behind = "dropped" in row
+        of_source = [one["kl"] for one in row["left_out"]]
+        assert len(of_source) == (1 if behind else 2)
+        assert row["kl"] == pytest.approx(np.mean(of_source), rel=1e-6)
+        assert not (behind and row["chosen"])
+    same = [row for row in few for other in every if row == {**other, "chosen": row["chosen"]}]
+    assert len(same) >= len(few) - len(dropped) - 2  # the ridges around the best may be others
 
 
 def test_a_candidate_is_judged_on_the_source_that_it_was_not_fitted_on(mixed, tmp_path):
