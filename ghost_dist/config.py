@@ -222,7 +222,7 @@ class OperatorConfig(Section):
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
     folds: int = Field(default=4, ge=2)
     """Folds of cross-validation of one source; of several, each is a fold, of two each is two. With
-    heal or refine.steps the last fold is only used for evaluation."""
+    refine.steps the last fold is only used for evaluation."""
     features: Literal["auto", "stream", "stream+norm"] = "auto"
     """ghost: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what ``choose``
     prefers."""
@@ -236,8 +236,6 @@ class OperatorConfig(Section):
     """sequential: each later span is fitted on the stream of the already recovered model; auto:
     where it lowers the KL divergence on held-out windows (``choose: kl``, and at least 8 tokens for
     each regressor)."""
-    heal: bool = False
-    """After the operators, refit every later down_proj towards the dense model's stream."""
     dtype: Literal["model", "float32"] = "model"
     """Dtype of what acts at the boundary in the exported checkpoint; model: the checkpoint's."""
 
@@ -358,7 +356,7 @@ class Config(Section):
             )
         if (self.judges_behind_the_fit or self.operator.refit == "sequential") and self.folds < 3:
             raise ValueError(
-                "operator.heal, operator.refit=sequential and refine.steps hold out one of "
+                "operator.refit=sequential and refine.steps hold out one of "
                 f"{self.operator.folds} folds, and the others, which are fitted on, must be at "
                 "least 2: give operator.folds >= 3"
             )
@@ -395,8 +393,7 @@ class Config(Section):
     @property
     def judges_behind_the_fit(self) -> bool:
         """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""
-        heals = self.operator.heal or self.selection.has_halves
-        return heals or self.refine.steps > 0
+        return self.selection.has_halves or self.refine.steps > 0
 
     @property
     def on_cluster(self) -> bool:

@@ -226,13 +226,13 @@ def _normal(seed):
 
 
 @contextlib.contextmanager
-def oracle(model, layers, spans, operators, healed=None, sublayers=()):
+def oracle(model, layers, spans, operators, sublayers=()):
     """Let an uncut model compute as the recovered one, by none of the code under test.
 
     Every removed layer is told to give back its input, the first of a span to give what the
     operator makes of it; a replaced down_proj is told its new product, a removed half zero.
     """
-    replaced = {s.start - 1: one.down_FC for s, one in operators.items()} | (healed or {})
+    replaced = {s.start - 1: one.down_FC for s, one in operators.items()}
     stack = model.get_submodule(layers)
     handles = []
     for span in spans:
@@ -269,9 +269,9 @@ def _zeroed(module, args, output):
 
 
 @torch.inference_mode()
-def oracle_logits(model, layers, spans, operators, tokens, healed=None, sublayers=()):
+def oracle_logits(model, layers, spans, operators, tokens, sublayers=()):
     """Logits of the recovered model; see :func:`oracle`."""
-    with oracle(model, layers, spans, operators, healed, sublayers):
+    with oracle(model, layers, spans, operators, sublayers):
         return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
 
 

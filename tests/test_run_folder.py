@@ -122,8 +122,8 @@ def test_read_only_place(tmp_path, monkeypatch):
         (b"services: {web: {image: nginx}}\n", "Unknown configuration key services"),
         (b"output: null\nmodel: {path: m}\nselection: 3\n", "selection: got 3"),
         (
-            b"model: {path: m}\nselection: {remove: 3}\noperator: {hael: true}\n",
-            "did you mean heal",
+            b"model: {path: m}\nselection: {remove: 3}\noperator: {foldz: 4}\n",
+            "did you mean folds",
         ),
     ],
 )

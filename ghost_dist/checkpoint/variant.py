@@ -22,7 +22,6 @@ class Variant:
 
     spans: tuple[Span, ...] = ()  # removed; sorted and joined, as ``check_spans`` gives them
     operators: Mapping[Span, Repair] = field(default_factory=dict)  # none: the span is cut only
-    healed: Mapping[int, Tensor] = field(default_factory=dict)  # more down_projs (F, C), by layer
     sublayers: tuple[Sublayer, ...] = ()  # removed of layers that stay; sorted
     outputs: Mapping[Sublayer, Tensor] = field(default_factory=dict)  # new weights (in, C)
 
@@ -46,13 +45,12 @@ class Variant:
 
     @property
     def downs(self) -> dict[int, Tensor]:
-        """New down_proj weights (F, C) by layer of the uncut model, of operators and of healing."""
-        of_operators = {
+        """New down_proj weights (F, C) by layer of the uncut model."""
+        return {
             span.start - 1: repair.down_FC
             for span, repair in self.operators.items()
             if repair.down_FC is not None
         }
-        return {**of_operators, **self.healed}
 
     @property
     def at_boundary(self) -> dict[Span, Repair]:
@@ -75,7 +73,6 @@ class Variant:
         return Variant(
             self.spans,
             {span: one.stored(operator_dtype, dtype) for span, one in self.operators.items()},
-            {layer: down_FC.to(dtype) for layer, down_FC in self.healed.items()},
             self.sublayers,
             {one: weight_FC.to(dtype) for one, weight_FC in self.outputs.items()},
         )

@@ -19,7 +19,7 @@ from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.spans import Span, Sublayer, parse_sublayers
 
-_RECORDED = ("chosen", "candidates", "fits", "healing", "gaps")
+_RECORDED = ("chosen", "candidates", "fits", "gaps")
 _ADVICE = "ghost-dist recover RUN/config.yaml makes it again from what is stored."
 
 
@@ -40,23 +40,11 @@ def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Repair
     return Repair.from_parts(parts, float(description.get("norm_eps", 0.0)))
 
 
-def save_healed(folder: Path, layer: int, down_FC: Tensor) -> str:
-    """Write ``folder/healed-LAYER.safetensors``, a new down_proj (F, C); returns its sha256."""
-    description = {"layer": layer, "form": "down_proj of this layer of the uncut model, in by out"}
-    return _save(healed_path(folder, layer), {"down": down_FC}, description)
-
-
 def save_output(folder: Path, sublayer: Sublayer, weight_FC: Tensor) -> str:
     """Write ``folder/PART-LAYER.safetensors``, a new weight (in, C); returns its sha256."""
     form = "what ends the attention or MLP of this layer of the uncut model, in by out"
     description: dict[str, object] = {"layer": sublayer.layer, "part": sublayer.part, "form": form}
     return _save(output_path(folder, sublayer), {"output": weight_FC}, description)
-
-
-def _load_weight(path: Path, sha256: str) -> Tensor:
-    """What :func:`save_healed` or :func:`save_output` wrote."""
-    [weight_FC] = read_parts(path, sha256)[0].values()
-    return weight_FC
 
 
 def output_path(folder: Path, sublayer: Sublayer) -> Path:
@@ -65,10 +53,6 @@ def output_path(folder: Path, sublayer: Sublayer) -> Path:
 
 def operator_path(folder: Path, span: Span) -> Path:
     return folder / f"{span.start}-{span.stop}.safetensors"
-
-
-def healed_path(folder: Path, layer: int) -> Path:
-    return folder / f"healed-{layer}.safetensors"
 
 
 def _save(path: Path, parts: dict[str, Tensor], description: dict[str, object]) -> str:
@@ -99,41 +83,33 @@ class Solution:
 
     operator: str
     operators: dict[Span, Repair]  # float64; a plain cut is a repair without parts
-    healed: dict[int, Tensor]  # new down_proj weights by layer of the uncut model
     folds: tuple[int, ...]  # that any of these was fitted on
     files: dict[str, str]  # the sha256 of each
-    healed_files: dict[str, str]
-    record: dict[str, Any]  # fits, candidates, healing and gaps as plain values
+    record: dict[str, Any]  # fits, candidates and gaps as plain values
     outputs: dict[Sublayer, Tensor]  # what ends a half before a gap, anew
     output_files: dict[str, str]
 
     def variant(self, spans: tuple[Span, ...], sublayers: tuple[Sublayer, ...]) -> Variant:
         """The recovered model."""
-        return Variant(spans, self.operators, self.healed, sublayers, self.outputs)
+        return Variant(spans, self.operators, sublayers, self.outputs)
 
     @property
     def all_files(self) -> list[dict[str, str]]:
         """What it consists of, for fingerprints."""
-        outputs = [self.output_files] if self.output_files else []
-        return [self.files, self.healed_files, *outputs]
+        return [self.files, self.output_files]
 
     @staticmethod
     def load(folder: Path, spans: Sequence[Span], recorded: Mapping[str, Any]) -> Solution:
         """As the record of ``solve`` describes it; CorruptStoreError where a file is damaged."""
-        files, healed_files = recorded["files"], recorded["healed"]
+        files = recorded["files"]
         return Solution(
             operator=recorded["operator"],
             operators=load_operators(folder, spans, files),
-            healed={
-                int(layer): _load_weight(healed_path(folder, int(layer)), sha)
-                for layer, sha in healed_files.items()
-            },
             folds=tuple(recorded["folds"]),
             files=files,
-            healed_files=healed_files,
             record={key: recorded[key] for key in _RECORDED},
             outputs={
-                one: _load_weight(output_path(folder, one), sha)
+                one: read_parts(output_path(folder, one), sha)[0]["output"]
                 for text, sha in recorded["outputs"].items()
                 for one in parse_sublayers(text)
             },

@@ -48,12 +48,12 @@ from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span, pairs_of
 from ghost_dist.statistics.span_sums import Regressors
 
-Row = Literal["default", "heal", "refine", "ghost+norm"] | OperatorName
-"""``default``: as configured; ``heal`` and ``refine``: the same followed by healing or training."""
+Row = Literal["default", "refine", "ghost+norm"] | OperatorName
+"""``default``: as configured; ``refine``: the same followed by training."""
 
 SELECTIONS: tuple[Criterion, ...] = get_args(Criterion)
 TRAINING_FREE: tuple[Row, ...] = (*OPERATORS, "ghost+norm", "default")
-ROWS: tuple[Row, ...] = (*TRAINING_FREE, "heal", "refine")
+ROWS: tuple[Row, ...] = (*TRAINING_FREE, "refine")
 DEFAULT_REFINE_STEPS = 300
 
 
@@ -206,7 +206,7 @@ def _fill(
                             "spans": name,
                             **inputs.numerics,
                         }
-                        variant = Variant(cut.spans, operators, solved.healed)
+                        variant = Variant(cut.spans, operators)
                         refined = train(
                             of_row, model, variant, tokens, solved.folds, state, identity, quiet
                         )
@@ -228,10 +228,10 @@ def _outcome(
     removed = sum(numbers[i] for span in cut.spans for i in range(span.start, span.stop))
     total = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     kl = None
-    if operators is solved.operators and not solved.healed:
+    if operators is solved.operators:
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
     return {
-        "perplexity": _perplexities(inputs, model, Variant(cut.spans, operators, solved.healed)),
+        "perplexity": _perplexities(inputs, model, Variant(cut.spans, operators)),
         "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
@@ -261,9 +261,7 @@ def _config(inputs: RunInputs, row: Row) -> Config:
 
 def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
     update: dict[str, Any] = {}
-    if row == "heal":
-        update = {"heal": True}
-    elif row == "ghost+norm":
+    if row == "ghost+norm":
         update = {"name": "ghost", "features": "stream+norm"}
     elif row not in ("default", "refine"):
         update = {"name": row, "features": "stream"}

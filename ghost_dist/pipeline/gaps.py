@@ -163,7 +163,7 @@ def nothing_solved(folds: int) -> Solved:
     """Where only halves of layers go: no operator."""
     cut = Candidate("none")
     table = [{**cut.described(), "chosen": True}]
-    return Solved(cut, {}, {}, {}, tuple(range(folds - 1)), table, [])
+    return Solved(cut, {}, {}, tuple(range(folds - 1)), table)
 
 
 def close_gaps(

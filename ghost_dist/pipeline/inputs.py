@@ -369,7 +369,7 @@ def refittable_layers(
     model can be built the first real layer that has one is looked at, or nothing if not ``reads``.
     """
     operator, downs = config.operator, architecture.down_projections
-    wanted = any_operator or operator.name == "auto" or refits_down(operator.name) or operator.heal
+    wanted = any_operator or operator.name == "auto" or refits_down(operator.name)
     if not wanted or not downs:
         return frozenset()
 

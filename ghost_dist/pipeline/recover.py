@@ -167,7 +167,6 @@ def _result(
         "fit": solution.record["fits"],
         "chosen": solution.record["chosen"],
         "candidates": solution.record["candidates"],
-        "healing": solution.record["healing"],
         "gaps": solution.record["gaps"],
         # Held-out losses of a refinement, None where there was none.
         "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,

@@ -32,12 +32,9 @@ def walk_behind(
     reporter: Reporter,
     fitted: Mapping[Span, Fitted],
     chosen: Candidate,
-    *,
-    sequential: bool,
-    heal: bool = False,
     known: Mapping[Span, Fit | None] | None = None,
 ) -> Walk:
-    """Fit every span but the first once more, and heal, behind fits without the last fold.
+    """Fit every span but the first once more, behind fits without the last fold.
 
     ``model`` is the uncut causal LM, None where layers are read one by one. ``known``: fits of such
     a walk, whose ridges are taken; then all folds are fitted on, and no fit says how good it is.
@@ -60,11 +57,10 @@ def walk_behind(
             fold_of_window=fold_of_window,
             judge=judge,
             refittable=inputs.refittable,
-            refits=_refits(inputs, tuple(fitted), chosen, known) if sequential else {},
+            refits=_refits(inputs, tuple(fitted), chosen, known),
         )
-        steps = len(walk.steps(heal=heal))
-        with reporter.stage("heal" if heal else "refit", steps, "layers") as advance:
-            walk.run(heal=heal, advance=advance)
+        with reporter.stage("refit", len(walk.steps), "layers") as advance:
+            walk.take(walk.steps, advance)
     return walk
 
 

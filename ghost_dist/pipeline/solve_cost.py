@@ -32,7 +32,7 @@ def solve_cost(run: RunShape) -> Cost:
     by_kl, searched = operator.choose == "kl" and several, searches_ridge(operator)
     left_out = config.left_out if by_kl else ((),) if several else ()
     near: list[Candidate] = []
-    sequential, heal = operator.refit == "sequential" and len(run.spans) > 1, operator.heal
+    sequential = operator.refit == "sequential" and len(run.spans) > 1
     parts, judged_behind = (inputs.architecture, inputs.refittable), config.judges_behind_the_fit
     tried_refit = tries_refit(operator, candidates[0], run.spans, run.num_tokens, *parts)
     for span in run.spans:
@@ -75,15 +75,14 @@ def solve_cost(run: RunShape) -> Cost:
         first = {run.spans[0]: once.operators[run.spans[0]]}  # is not fitted again
         variants = [Variant(), once, Variant(run.spans, {**again, **first})]
         judged = run.window_length * (run.num_windows // folds)
-        _walk(cost, run, variants[1], sequential=True, heal=False)
+        _walk(cost, run)
         cost.pass_tokens(layers_run(variants, run.num_layers), judged)
         cost.scored += len(variants) * judged
         sequential = True
     elif sequential and not judged_behind:
-        _walk(cost, run, run.variant(candidates[0]), sequential=True, heal=False)
-    if sequential or heal:
-        last, known = run.variant(candidates[0]), sequential and not judged_behind
-        _walk(cost, run, last, sequential=sequential, heal=heal, known=known)
+        _walk(cost, run)
+    if sequential:
+        _walk(cost, run, known=not judged_behind)
     if cost.layers:
         cost.below, cost.whole = run.num_layers, True
     return cost
@@ -118,42 +117,22 @@ def _fits(
     return found
 
 
-def _walk(
-    cost: Cost,
-    run: RunShape,
-    variant: Variant,
-    *,
-    sequential: bool,
-    heal: bool,
-    known: bool = False,
-) -> None:
-    """Add what ``Walk.run`` does, with ridges that are known; its streams wait in host memory."""
+def _walk(cost: Cost, run: RunShape, *, known: bool = False) -> None:
+    """Add what a ``Walk`` does, with ridges that are known; its streams wait in host memory."""
     inputs, sizes, tokens, width = run.inputs, run.sizes, run.num_tokens, run.sizes.hidden_size
     operator = inputs.config.operator
-    steps = walk_steps(
-        run.spans,
-        run.num_layers,
-        refits=run.spans[1:] if sequential else (),
-        healable=inputs.refittable if heal else (),
-        new_downs=[span for span, one in variant.operators.items() if one.down_FC is not None],
-        to_the_end=heal,
-    )
-    for step in steps:
+    for step in walk_steps(run.spans, run.spans[1:]):
         if not isinstance(step.group, int):
             continue
         cost.pass_tokens([step.group] * step.passes, tokens)
         cost.moved_bytes += 2 * step.passes * sizes.stream_bytes(tokens)
-        if step.does not in ("refit", "heal"):
+        if step.does != "refit":
             continue
         inner = inputs.architecture.inner_sizes.get(step.group, 0)
-        kinds = [("joint", inner)]
-        if step.span is not None:
-            kinds = [
-                (kind, num_regressors(kind, width, inner))
-                for span, kind in run.samples
-                if span == step.span and kind != "absolute"
-            ]
-        for kind, regressors in kinds:
+        for span, kind in run.samples:
+            if span != step.span or kind == "absolute":
+                continue
+            regressors = num_regressors(kind, width, inner)
             cost.sums[kind] += tokens * moments_flops(regressors, width)
             if known:
                 cost.fits.append(Fits.of(kind, regressors, width, 1, folds=0))

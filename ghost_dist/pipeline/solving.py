@@ -62,10 +62,8 @@ class Solved:
     candidate: Candidate
     operators: dict[Span, Repair]
     fits: dict[Span, Fit | None]  # None where nothing is fitted
-    healed: dict[int, Tensor]  # new down_proj weights by layer
     folds: tuple[int, ...]  # that any of these was fitted on
     table: list[dict[str, Any]]  # every candidate: residual per span, KL, whether it was chosen
-    healing: list[dict[str, Any]]  # every healed layer
     refit: dict[str, Any] | None = None  # fits on the recovered stream against those on the dense
 
 
@@ -102,9 +100,9 @@ class Solver:
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice once more.
 
-        On all windows; but where something behind the fit is judged by held-out windows (healing,
-        training), the last fold is left out of it all. What is said of a refit on the recovered
-        stream is of fits without that fold, whose ridges it has then on all windows.
+        On all windows; but where something behind the fit is judged by held-out windows (gaps of
+        half a layer, training), the last fold is left out of it all. What is said of a refit on the
+        recovered stream is of fits without that fold, whose ridges it has then on all windows.
         """
         inputs, spans = self._inputs, self._spans
         config = inputs.config.operator
@@ -115,7 +113,7 @@ class Solver:
         parts = (inputs.architecture, inputs.refittable)
         if tries_refit(config, chosen, spans, int(self._tokens.tokens.size), *parts):
             fitted = self._final(chosen, seen, folds[:-1])
-            first = self._walk(fitted, chosen, sequential=True)
+            first = self._walk(fitted, chosen)
             refit = self._compared(fitted, first)
             sequential = refit["taken"]
         judged = inputs.config.judges_behind_the_fit
@@ -123,11 +121,11 @@ class Solver:
             folds = folds[:-1]
         elif sequential and first is None:
             fitted = self._final(chosen, seen, folds[:-1])
-            first = self._walk(fitted, chosen, sequential=True)
+            first = self._walk(fitted, chosen)
         fitted, walk = self._final(chosen, seen, folds), None
-        if sequential or config.heal:
+        if sequential:
             known = first.fits if first is not None and not judged else None
-            walk = self._walk(fitted, chosen, sequential=sequential, heal=config.heal, known=known)
+            walk = self._walk(fitted, chosen, known)
         operators = {span: one.repair for span, one in fitted.items()}
         fits = {span: one.fit for span, one in fitted.items()}
         fits |= {
@@ -139,11 +137,9 @@ class Solver:
             candidate=chosen,
             operators=operators,
             fits=fits,
-            healed=walk.healed if walk else {},
             folds=folds,
             table=table,
             refit=refit,
-            healing=walk.healing if walk else [],
         )
 
     def _final(
@@ -155,11 +151,18 @@ class Solver:
             outcomes = self._from_store(pairs, folds, advance)
             return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
 
-    def _walk(self, fitted: Mapping[Span, Fitted], chosen: Candidate, **wanted: Any) -> Walk:
+    def _walk(
+        self,
+        fitted: Mapping[Span, Fitted],
+        chosen: Candidate,
+        known: Mapping[Span, Fit | None] | None = None,
+    ) -> Walk:
         model = None if self._inputs.streaming else self._causal_lm()
         folds = [fold for _, fold in sorted((w, fold) for fold, w in self.windows_by_fold())]
-        behind = partial(walk_behind, self._inputs, self._tokens.tokens, folds, model)
-        return behind(self._reporter, fitted, chosen, **wanted)
+        tokens = self._tokens.tokens
+        return walk_behind(
+            self._inputs, tokens, folds, model, self._reporter, fitted, chosen, known
+        )
 
     def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
         """Fits on the dense and on the recovered stream, on windows that none of them has seen."""

@@ -24,7 +24,7 @@ from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError
-from ghost_dist.export.operator_files import Solution, load_operators, save_healed, save_operators
+from ghost_dist.export.operator_files import Solution, load_operators, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
@@ -239,7 +239,7 @@ class Stages:
             who = (self._reporter, None, self._fit_spans, kept)
             solver = Solver(inputs, spans, store, tokens, *who)
             solved = solver.solve() if spans else nothing_solved(inputs.config.folds)
-            variant = Variant(spans, solved.operators, solved.healed, self.sublayers)
+            variant = Variant(spans, solved.operators, self.sublayers)
             folds, folder = solver.windows_by_fold(), self._run.operators
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             for fit in fits.values():
@@ -261,11 +261,6 @@ class Stages:
                 "folds": solved.folds,
                 "files": save_operators(folder, solved.operators),
                 "refit": solved.refit,
-                "healing": solved.healing,
-                "healed": {
-                    str(layer): save_healed(folder, layer, down_FC)
-                    for layer, down_FC in solved.healed.items()
-                },
                 **close_gaps(inputs, variant, tokens, folds, folder, self._reporter),
             }
 
@@ -308,7 +303,7 @@ class Stages:
 
         def work() -> dict[str, Any]:
             model, state = open_causal_lm(inputs, own=True), self._run.path / "refine.pt"
-            recovered = Variant(spans, solution.operators, solution.healed)
+            recovered = Variant(spans, solution.operators)
             refined = train(
                 inputs, model, recovered, tokens, solution.folds, state, wanted, self._reporter
             )

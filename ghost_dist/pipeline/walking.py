@@ -1,4 +1,4 @@
-"""Fits that need the recovered model's own stream: sequential refit, and healing.
+"""Fits that need the recovered model's own stream.
 
 The dense and the recovered stream of all windows are carried from layer to layer side by side, each
 layer at hand once, those before a span that is refitted twice. They wait in host
@@ -47,33 +47,21 @@ class Refit:
 
 class Step(NamedTuple):
     group: Group
-    does: Literal["embed", "shared", "dense", "both", "refit", "heal"]
+    does: Literal["embed", "shared", "dense", "both", "refit"]
     span: Span | None = None  # that is refitted, or of which the layer is
 
     @property
     def passes(self) -> int:
         """Of all windows through the layer."""
-        return {"embed": 0, "shared": 1, "dense": 1, "both": 2, "refit": 2, "heal": 3}[self.does]
+        return {"embed": 0, "shared": 1, "dense": 1, "both": 2, "refit": 2}[self.does]
 
 
-def walk_steps(
-    spans: Sequence[Span],
-    num_layers: int,
-    *,
-    refits: Collection[Span],
-    healable: Collection[int],
-    new_downs: Collection[Span],
-    to_the_end: bool,
-) -> list[Step]:
-    """All steps of a walk, in order; a layer before a span that is refitted comes again.
-
-    ``healable`` are layers whose down_proj is refitted if they are kept and behind the first span,
-    but not before a span whose operator has a new one (``new_downs``) or that is refitted.
-    """
+def walk_steps(spans: Sequence[Span], refits: Collection[Span]) -> list[Step]:
+    """All steps of a walk, in order; a layer before a span that is refitted comes again."""
     boundary = max(0, spans[0].start - 1)
     steps = [Step("embeddings", "embed"), *(Step(layer, "shared") for layer in range(boundary))]
     starts = {span.start: span for span in spans}
-    while boundary < (num_layers if to_the_end else spans[-1].stop):
+    while boundary < spans[-1].stop:
         span, following = starts.get(boundary), starts.get(boundary + 1)
         if span is not None:
             steps += [Step(layer, "dense", span) for layer in range(span.start, span.stop)]
@@ -83,9 +71,7 @@ def walk_steps(
             steps.append(Step(boundary, "refit", following))
             boundary = following.stop
         else:
-            heals = boundary >= spans[0].stop and boundary in healable
-            heals = heals and following not in new_downs
-            steps.append(Step(boundary, "heal" if heals else "both"))
+            steps.append(Step(boundary, "both"))
             boundary += 1
     return steps
 
@@ -175,30 +161,17 @@ class LayerWalk:
 
 @dataclass(kw_only=True)
 class Walk(LayerWalk):
-    """One walk that refits spans, and heals."""
+    """One walk that refits spans as they come."""
 
     spans: Sequence[Span]
     operators: dict[Span, Repair]
     refittable: frozenset[int]
     refits: Mapping[Span, Refit] = field(default_factory=dict)
-    healed: dict[int, Tensor] = field(default_factory=dict)
     fits: dict[Span, Fit | None] = field(default_factory=dict)
-    healing: list[dict[str, Any]] = field(default_factory=list)
 
-    def steps(self, *, heal: bool) -> list[Step]:
-        new_downs = [span for span, one in self.operators.items() if one.down_FC is not None]
-        return walk_steps(
-            self.spans,
-            self.layers.num_layers,
-            refits=self.refits,
-            healable=self.refittable if heal else (),
-            new_downs=new_downs,
-            to_the_end=heal,
-        )
-
-    def run(self, *, heal: bool = False, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Refit spans as they come, and heal; ``advance`` is called after each of ``steps``."""
-        self.take(self.steps(heal=heal), advance)
+    @property
+    def steps(self) -> list[Step]:
+        return walk_steps(self.spans, self.refits)
 
     def _do(self, step: Step) -> None:
         match step:
@@ -213,8 +186,6 @@ class Walk(LayerWalk):
                     self._apply(span)
             case Step(_, "refit", Span() as span):
                 self._refit(span)
-            case Step(int(layer), "heal"):
-                self._heal(layer)
             case Step(int(layer)):
                 self._run(layer)
 
@@ -230,7 +201,7 @@ class Walk(LayerWalk):
 
     @property
     def _downs(self) -> Mapping[int, Tensor]:
-        return Variant(tuple(self.spans), self.operators, self.healed).downs
+        return Variant(tuple(self.spans), self.operators).downs
 
     def _apply(self, span: Span) -> None:
         """Let an operator act on the recovered stream at its boundary."""
@@ -281,14 +252,3 @@ class Walk(LayerWalk):
                 collector(span.start, window, x_TC)
                 collector(span.stop, window, y_TC)
         return [collector.result() for collector in collectors]
-
-    def _heal(self, layer: int) -> None:
-        """Refit one down_proj towards the dense stream entering the next layer."""
-        self._run(layer, recovered=False)
-        module, streams = self.layers.down_projection(layer), self._recovered
-        with self.layers.running(layer, self._inputs(streams), tapped=True) as run:
-            new_FC, row = self._new_weight(f"layer {layer}", run, module, streams, self._dense)
-        if new_FC is not None:
-            self.healed[layer] = new_FC
-        self.healing.append({"layer": layer, **row})
-        self._run(layer, dense=False)

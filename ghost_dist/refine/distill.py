@@ -216,9 +216,6 @@ class _Student:
                     if layer in downs:
                         module = self._layers.down_projection(layer)
                         stack.enter_context(module.register_forward_hook(_product(downs[layer])))
-                    else:
-                        healed_FC = self._recovered.healed.get(layer)
-                        stack.enter_context(self._layers.with_down(layer, healed_FC))
                     stream_BTC = run(stream_BTC)
             if layer + 1 in operators:
                 stream_BTC = repair_stream(operators[layer + 1], stream_BTC)

@@ -46,7 +46,6 @@ class RunRecord:
     operator: str | None  # what was fitted; None before
     fits: list[dict[str, Any]]  # a row per fitted span
     candidates: list[dict[str, Any]]
-    healing: list[dict[str, Any]]  # layers refitted behind the gap
     selection: dict[str, Any]  # ``scores``, ``recoverability`` or ``search``
     perplexity: dict[str, dict[str, float]]  # corpus to variant to perplexity
     agreement: dict[str, dict[str, dict[str, float]]]
@@ -77,8 +76,7 @@ class RunRecord:
     @property
     def refitted(self) -> list[int]:
         before = refits_down(self.operator)
-        found = [start - 1 for start, _ in self.spans if start > 0] if before else []
-        return found + [row["layer"] for row in self.healing if row["kept"]]
+        return [start - 1 for start, _ in self.spans if start > 0] if before else []
 
     @property
     def done(self) -> dict[str, dict[str, Any]]:
@@ -239,7 +237,6 @@ def read_run(path: Path) -> RunRecord:
         operator=figures("operator", solved, "operator", None),
         fits=figures("fit", solved, "fits", []),
         candidates=figures("candidates", solved, "candidates", []),
-        healing=figures("healing", solved, "healing", []),
         selection={
             k: selection[k] for k in ("scores", "recoverability", "search") if k in selection
         },

@@ -1,4 +1,4 @@
-"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`, and sequential healing.
+"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`.
 
 Legend: C hidden width, F width of the MLP's inner layer. ``X = A + H @ down`` is the stream
 entering layer ``start``: H (T, F) the input of the down_proj of layer ``start - 1``, A (T, C) what
@@ -137,9 +137,8 @@ def refit_down(
 ) -> tuple[Repair, Fit]:
     """Refit one down_proj from moments of its input H against ``Y - A``, towards the original.
 
-    For sequential healing H and A come from the recovered model, and Y is the dense model's stream
-    entering the next layer; ``fit.residual`` is relative to the original weight, so above 1 the
-    original is the better one on held-out windows.
+    ``fit.residual`` is relative to the original weight: above 1 that is the better one on held-out
+    windows.
     """
     new_down_FC, fit = fit_least_squares(where, folds, down_FC, ridge, **options)
     return Repair(down_FC=new_down_FC), fit

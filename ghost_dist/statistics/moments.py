@@ -8,7 +8,7 @@ Legend: T tokens (rows), C hidden width, F width of an MLP's inner layer, Z numb
 - ``Z = [A, H]`` (width C + F): `ghost-joint`, `fold` and `replaceme`. H is the input of the
   down_proj of layer ``start - 1``, and A what enters layer ``start`` less ``H @ down``, so that
   ``x = A + H @ down``, down being (F, C), in by out; a bias of down_proj belongs to A;
-- ``Z = H`` with the target ``Y - A``: healing a single down_proj.
+- ``Z = H`` with the target ``Y - A``: refitting a single down_proj.
 
 Everything is a raw float64 sum over tokens plus the number of tokens, never a mean.
 

@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", type=int, default=[4, 3], help="4: a quarter goes")
-    parser.add_argument("--operators", nargs="+", default=(*TRAINING_FREE, "heal"), choices=ROWS)
+    parser.add_argument("--operators", nargs="+", default=TRAINING_FREE, choices=ROWS)
     parser.add_argument("--selections", nargs="+", default=SELECTIONS, choices=SELECTIONS)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--windows", type=int, default=64)

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,17 +122,12 @@ def test_variants_give_the_logits_of_the_model_that_is_really_cut(checkpoint, lo
         return Repair(torch.eye(width, dtype=torch.float64) + 0.1 * noise)
 
     operators = {span: repair() for span in spans}
-    downs = {}
-    layer = spans[-1].stop if spans[-1].stop in architecture.down_projections else None
-    if layer is not None:
-        shape = (architecture.inner_sizes[layer], width)
-        downs = {layer: torch.randn(shape, generator=generator, dtype=torch.float64)}
-    variants = [
-        Variant(),
-        Variant(spans),
-        Variant(spans, operators),
-        *([Variant((), {}, downs), Variant(spans, operators, downs)] if downs else []),
-    ]
+    joint = dict(operators)
+    for span in spans:
+        if (inner := architecture.inner_sizes.get(span.start - 1)) is not None:
+            down_FC = torch.randn(inner, width, generator=generator, dtype=torch.float64)
+            joint[span] = replace(operators[span], down_FC=down_FC)
+    variants = [Variant(), Variant(spans), Variant(spans, operators), Variant(spans, joint)]
     found = [[] for _ in variants]
     prove_offloaded(source.path, CPU)
     with OffloadedModel(

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,16 +240,16 @@ def make_variants(model, architecture):
     operators = {
         span: Repair(weight_CC=torch.eye(width) + 0.1 * torch.randn(width, width)) for span in SPANS
     }
-    layer = 4
+    layer = SPANS[-1].start - 1
     path = architecture.down_projections.get(layer)
-    healed = {}
     if path is not None:
         module = model.get_submodule(architecture.layers)[layer].get_submodule(path)
-        healed = {layer: 1.5 * module.weight.detach().T.clone()}
+        down_FC = 1.5 * module.weight.detach().T.clone()
+        operators[SPANS[-1]] = replace(operators[SPANS[-1]], down_FC=down_FC)
     cut, recovered = copy.deepcopy(model), copy.deepcopy(model)
     remove_layers(cut, architecture, SPANS)
     remove_layers(recovered, architecture, SPANS)
-    variant = Variant(SPANS, operators, healed)
+    variant = Variant(SPANS, operators)
     insert_operators(recovered, architecture, variant)
     return variant, [model, cut, recovered]
 

@@ -62,7 +62,7 @@ def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
         kind: compare(
             make_shared(engine__kind=kind, output__path=str(tmp_path / kind)),
             [2],
-            ["none", "ghost", "heal"],
+            ["none", "ghost"],
             ["recoverability"],
         )
         for kind in ("resident", "streaming")

@@ -85,12 +85,10 @@ RUNS = {
         "selection__spans": [[2, 3], [5, 7]],
     },
     "sequential": {"selection__spans": [[2, 3], [5, 7]], "operator__refit": "sequential"},
-    "heal": {"operator__name": "ghost-joint", "operator__heal": True},
     "all": {
         **DEFAULTS,
         "selection__spans": [[1, 2], [4, 5]],
         "operator__refit": "sequential",
-        "operator__heal": True,
     },
 }
 

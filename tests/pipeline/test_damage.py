@@ -15,12 +15,9 @@ from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cli import main
 from ghost_dist.durable import read_sealed
 from ghost_dist.errors import CalibrationError, RunMismatchError
-from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover, run_stage_again
-from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.spans import Span
 
 QUIET = Reporter(console=Console(quiet=True))
 
@@ -116,21 +113,6 @@ def test_a_damaged_refined_operator_is_refined_again(run):
     continued(run)
     assert kept(run) == before
     assert "3-5.safetensors is not the one that was solved" in (run / "events.jsonl").read_text()
-
-
-def test_a_damaged_healed_layer_is_healed_again(make_config, tmp_path):
-    config = make_config(operator__name="none", operator__heal=True, calibration__windows=64)
-    recover(config, QUIET, again="solve")
-    run = tmp_path / "run"
-    before = kept(run)
-    flip(one(run, "operators/healed-*.safetensors"))
-    solved = read_sealed(run / "stages" / "solve.json")
-    with RunFolder(config) as folder:
-        stages = Stages(open_inputs(config, QUIET), folder, QUIET)
-        stages.solve(stages.tokens(), (Span(3, 5),))
-    assert kept(run) == before
-    again = read_sealed(run / "stages" / "solve.json")
-    assert again["outputs"]["healed"] == solved["outputs"]["healed"] != {}
 
 
 def test_a_checkpoint_that_is_not_whole_is_exported_again(run):

@@ -20,12 +20,10 @@ def variant_of(text, spans=()):
     return Variant(spans, random_operators(spans), sublayers=parse_sublayers(text))
 
 
-def closed(loaded, family, variant):
+def closed(loaded, family, variant, tokens=TOKENS, folds=FOLDS):
     model, architecture = loaded
-    tokens = TOKENS.numpy().astype(np.int32)
-    closing = CloseGaps(
-        LayerwiseModel(model, architecture), tokens, 4, FOLDS, JUDGE, variant=variant
-    )
+    layers = LayerwiseModel(model, architecture)
+    closing = CloseGaps(layers, tokens.numpy().astype(np.int32), 4, folds, JUDGE, variant=variant)
     told = []
     closing.run(told.append)
     assert len(told) == len(gap_steps(variant, architecture))
@@ -100,3 +98,17 @@ def test_the_matrix_is_the_ridge_solution_on_the_recovered_stream(open_model):
         assert (gradient - factor * shrunk).norm() < 1e-3 * gradient.norm()
         module.weight.data = new_FC.T.float()
     assert closing.outputs
+
+
+def test_a_matrix_that_cannot_be_bettered_stays(open_model):
+    """Two tokens a fold tell nothing of the third: the old matrix is better there and is kept."""
+    model, architecture = open_model("llama")
+    variant, kept = variant_of("attention:2,mlp:4"), []
+    for seed in range(6):
+        tokens = random_tokens(rows=3, length=2, seed=seed)
+        closing = closed((model, architecture), "llama", variant, tokens, [0, 1, 2])
+        kept += [row["kept"] for row in closing.rows]
+        assert all(row["kept"] == (row["residual"] < 1) for row in closing.rows)
+        named = {row["before"] for row in closing.rows if row["kept"]}
+        assert named == set(map(str, closing.outputs))
+    assert not all(kept)

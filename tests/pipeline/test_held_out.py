@@ -95,19 +95,14 @@ def record(run, stage="solve"):
 
 
 def solution(run, spans):
-    """Operators and healed weights of a run, from its files."""
+    """Operators of a run, from its files."""
     folder = run / "operators"
-    operators = {
+    return {
         span: Repair.from_parts(load_file(folder / f"{span.start}-{span.stop}.safetensors"))
         if (folder / f"{span.start}-{span.stop}.safetensors").exists()
         else Repair()
         for span in spans
     }
-    healed = {
-        int(path.stem.removeprefix("healed-")): load_file(path)["down"]
-        for path in folder.glob("healed-*.safetensors")
-    }
-    return operators, healed
 
 
 @torch.inference_mode()
@@ -128,11 +123,11 @@ def streams(model, architecture, boundary, tokens):
 
 
 def residual(model, architecture, tokens, boundary, before, after):
-    """||Y - X'||^2 over ||Y - X||^2 at a boundary; before and after: spans, operators, healed."""
+    """||Y - X'||^2 over ||Y - X||^2 at a boundary; before and after: spans, operators."""
     dense = streams(model, architecture, boundary, tokens)
     errors = []
-    for spans, operators, healed in (before, after):
-        with oracle(model, architecture.layers, spans, operators, healed):
+    for spans, operators in (before, after):
+        with oracle(model, architecture.layers, spans, operators):
             found = streams(model, architecture, boundary, tokens)
         errors.append((found - dense).square().sum())
     return float(errors[1] / errors[0])
@@ -159,14 +154,14 @@ def test_the_choice_claims_what_other_noise_shows(noisy, fresh, tmp_path):
     recover(config, again="solve")
     inputs, _, spans, _ = opened(config)
     model = open_causal_lm(inputs)
-    operators, _ = solution(tmp_path / "run", spans)
+    operators = solution(tmp_path / "run", spans)
     tokens = fresh(inputs)
     kl, cut = divergences(model, inputs.architecture, spans, [operators, {}], tokens)
     solved = record(tmp_path / "run")
     [chosen] = [row for row in solved["candidates"] if row["chosen"]]
     [plain] = [row for row in solved["candidates"] if row["operator"] == "none"]
     assert chosen["kl"] / plain["kl"] > 0.8 * kl / cut
-    true = residual(model, inputs.architecture, tokens, 5, (spans, {}, {}), (spans, operators, {}))
+    true = residual(model, inputs.architecture, tokens, 5, (spans, {}), (spans, operators))
     assert solved["fits"][0]["residual"] > 0.8 * true
 
 
@@ -179,36 +174,13 @@ def test_a_sequential_refit_claims_what_other_noise_shows(noisy, fresh, tmp_path
     recover(config, again="solve")
     inputs, _, spans, _ = opened(config)
     model, tokens = open_causal_lm(inputs), fresh(inputs)
-    operators, _ = solution(tmp_path / "run", spans)
+    operators = solution(tmp_path / "run", spans)
     first, second = spans
     cut = {first: operators[first], second: Repair()}
     true = residual(
-        model, inputs.architecture, tokens, second.stop, (spans, cut, {}), (spans, operators, {})
+        model, inputs.architecture, tokens, second.stop, (spans, cut), (spans, operators)
     )
     assert record(tmp_path / "run")["fits"][1]["residual"] > 0.8 * true
-
-
-def test_healing_claims_what_other_noise_shows(noisy, fresh, tmp_path):
-    config = noisy(operator__name="none", operator__heal=True)
-    recover(config, again="solve")
-    inputs, _, spans, _ = opened(config)
-    model, tokens = open_causal_lm(inputs), fresh(inputs)
-    operators, healed = solution(tmp_path / "run", spans)
-    solved = record(tmp_path / "run")
-    assert solved["folds"] == [0, 1, 2]
-    rows = solved["healing"]
-    assert [row["layer"] for row in rows] == [5, 6, 7]
-    assert {row["layer"] for row in rows if row["kept"]} == set(healed) > set()
-    for row in rows:
-        if row["layer"] not in healed:
-            continue
-        earlier = {layer: down for layer, down in healed.items() if layer < row["layer"]}
-        with_it = {**earlier, row["layer"]: healed[row["layer"]]}
-        true = residual(
-            model, inputs.architecture, tokens, row["layer"] + 1,
-            (spans, operators, earlier), (spans, operators, with_it),
-        )  # fmt: skip
-        assert row["residual"] > 0.8 * true
 
 
 def test_training_begins_with_what_other_noise_shows(noisy, fresh, tmp_path):
@@ -217,7 +189,7 @@ def test_training_begins_with_what_other_noise_shows(noisy, fresh, tmp_path):
     recover(config)
     inputs, _, spans, _ = opened(config)
     model = open_causal_lm(inputs)
-    operators, _ = solution(tmp_path / "run", spans)
+    operators = solution(tmp_path / "run", spans)
     assert record(tmp_path / "run")["folds"] == [0, 1, 2]
     [kl] = divergences(model, inputs.architecture, spans, [operators], fresh(inputs))
     assert record(tmp_path / "run", "refine")["losses"][0]["loss"] > 0.8 * kl
@@ -235,7 +207,7 @@ def test_a_candidate_is_not_judged_by_what_it_has_seen(noisy):
     with pytest.raises(NotHeldOutError, match=r"A candidate at \[3, 5\) would be judged by \[3\]"):
         solver._scores([{spans[0]: others}, {spans[0]: everything}], [3])
     with pytest.raises(NotHeldOutError, match=r"The stream behind \[3, 5\)"):
-        solver._walk({spans[0]: everything}, candidate, sequential=False)
+        solver._walk({spans[0]: everything}, candidate)
 
 
 def test_what_was_not_fitted_may_be_judged_by_all(noisy):

@@ -245,20 +245,6 @@ def test_a_refit_is_taken_where_windows_that_no_fit_saw_say_so(make_config, tmp_
     assert refit is None
 
 
-def test_healed_layers_are_exported_under_their_new_numbers(make_config, tmp_path):
-    config = make_config(operator__name="none", operator__heal=True, calibration__windows=64)
-    result = recover(config)
-    rows = {row["layer"]: row for row in result["healing"]}
-    assert set(rows) == {5, 6, 7}  # every kept layer behind [3, 5)
-    kept = [layer for layer, row in rows.items() if row["kept"]]
-    assert kept
-    exported = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
-    for layer in kept:
-        down = load_file(tmp_path / "run" / "operators" / f"healed-{layer}.safetensors")["down"]
-        name = f"model.layers.{layer - 2}.mlp.down_proj.weight"
-        torch.testing.assert_close(exported[name], down.T.float())
-
-
 def test_refined_operators_are_what_is_exported_and_evaluated(make_config, text_file, tmp_path):
     fields = {
         "evaluation__corpora": {"text": str(text_file)},
@@ -356,7 +342,6 @@ def test_sums_of_the_stream_are_not_taken_beside_those_they_follow_from():
         ({"operator__name": "auto", "operator__features": "stream+norm"}, "needs name=ghost"),
         ({"operator__affine": True}, "Unknown configuration key operator.affine"),
         ({"operator__choose": "kl", "operator__folds": 2}, "folds >= 3"),
-        ({"operator__heal": True, "operator__folds": 2}, "hold out one of 2.*folds >= 3"),
         ({"refine__steps": 1, "operator__folds": 2}, "hold out one of 2.*folds >= 3"),
         ({"operator__name": "fold", "selection__spans": [[0, 2]]}, "needs a layer before"),
         ({"selection__max_spans": 2, "selection__criterion": "cosine"}, "max_spans=2 needs"),

@@ -31,7 +31,6 @@ from ghost_dist.progress import Reporter
         {
             "operator__name": "ghost-joint",
             "operator__refit": "sequential",
-            "operator__heal": True,
             "selection__spans": [[1, 2], [4, 6]],
         },
         {

@@ -17,7 +17,7 @@ FOLDS = [0, 1, 2, 0, 1]
 
 def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **arguments):
     """A walk that was run, and how many layers it said it passed."""
-    heal, passed = arguments.pop("heal", False), []
+    passed = []
     layers = LayerwiseModel(model, architecture)
     refittable = frozenset(n for n in architecture.down_projections if adds_mlp_output(layers, n))
     walk = Walk(
@@ -31,7 +31,7 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
         refittable=refittable,
         **arguments,
     )
-    walk.run(heal=heal, advance=passed.append)
+    walk.take(walk.steps, passed.append)
     return walk, sum(passed)
 
 
@@ -194,99 +194,3 @@ def test_a_refit_behind_a_span_at_the_first_layer(loaded):
     assert_sums(noting.folds, "joint", x, *parts, y, architecture.norm_eps)
     with oracle(model, architecture.layers, spans, walk.operators):
         assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
-
-
-MANY = random_tokens(rows=72, length=32, seed=1)
-MANY_FOLDS = [window % 3 for window in range(len(MANY))]
-FITTED = torch.tensor([fold < 2 for fold in MANY_FOLDS])
-FRESH = random_tokens(rows=8, length=32, seed=2)
-
-
-def ridge_by_hand(h, y, down_FC, relative_ridge):
-    """Least squares with the ridge as more rows, towards the old weight."""
-    h, y = h.flatten(0, 1).double(), y.flatten(0, 1).double()
-    scale = torch.quantile(h.square().sum(0), 0.5, interpolation="lower")
-    root = (relative_ridge * scale).sqrt()
-    rows = torch.cat((h, root * torch.eye(h.shape[1], dtype=torch.float64)))
-    targets = torch.cat((y - h @ down_FC, torch.zeros_like(down_FC)))
-    return down_FC + torch.linalg.lstsq(rows, targets).solution
-
-
-def test_healing(loaded):
-    """Healed down_projs bring fresh tokens nearer to the dense model, each the least squares on
-    all windows but those of the judge, which say how well it does."""
-    model, architecture = loaded("llama")
-    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
-    before = weights_of(model)
-    walk, passed = walked(model, architecture, spans, plain, MANY, MANY_FOLDS, heal=True)
-    assert_untouched(model, before)
-    assert passed == 1 + 6
-    assert [row["layer"] for row in walk.healing] == [4, 5]
-    assert all(row["kept"] == (row["residual"] < 1) for row in walk.healing)
-    assert set(walk.healed) == {row["layer"] for row in walk.healing if row["kept"]} == {4, 5}
-    dense = streams(model, architecture, 6, FRESH)
-    with oracle(model, architecture.layers, spans, plain):
-        error_cut = (streams(model, architecture, 6, FRESH) - dense).square().mean()
-    with oracle(model, architecture.layers, spans, plain, walk.healed):
-        error_healed = (streams(model, architecture, 6, FRESH) - dense).square().mean()
-    assert error_healed < 0.8 * error_cut
-    with oracle(model, architecture.layers, spans, plain, walk.healed):
-        assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, MANY))
-    for row in walk.healing:
-        layer = row["layer"]
-        earlier = {other: down for other, down in walk.healed.items() if other < layer}
-        y = streams(model, architecture, layer + 1, MANY)
-        with oracle(model, architecture.layers, spans, plain, earlier):
-            x = streams(model, architecture, layer + 1, MANY)
-            h, product = through_down(model, architecture, layer, MANY)
-        down_FC = model.model.layers[layer].mlp.down_proj.weight.T.double()
-        left = y - (x - product)
-        expected = ridge_by_hand(h[FITTED], left[FITTED], down_FC, row["relative_ridge"])
-        h, left = h[~FITTED].double(), left[~FITTED].double()
-        error, cut = (left - h @ expected).square().sum(), (left - h @ down_FC).square().sum()
-        assert row["residual"] == pytest.approx(float(error / cut), rel=1e-3)
-        assert_close(walk.healed[layer], expected, 1e-3)
-        assert (expected - down_FC).norm() > 0.05 * down_FC.norm()
-
-
-@pytest.mark.parametrize(("kind", "tried"), [("low-rank", [2, 5]), ("ghost-joint", [5])])
-def test_layers_that_are_healed(loaded, kind, tried):
-    """Kept layers behind the first span, but none whose down_proj an operator has replaced."""
-    model, architecture = loaded("llama")
-    spans = CUTS["two"]
-    operators = random_repairs(kind, spans, architecture)
-    walk, _ = walked(model, architecture, spans, operators, MANY, MANY_FOLDS, heal=True)
-    assert [row["layer"] for row in walk.healing] == tried
-    with oracle(model, architecture.layers, spans, operators, walk.healed):
-        recovered = streams(model, architecture, 6, MANY)
-    assert_close(torch.cat(walk._recovered), recovered)
-    assert_close(torch.cat(walk._dense), streams(model, architecture, 6, MANY))
-
-
-def test_experts_are_not_healed(loaded):
-    """A family whose layers have no single down_proj passes through a healing walk as it is."""
-    model, architecture = loaded("mixtral")
-    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
-    walk, _ = walked(model, architecture, spans, plain, heal=True)
-    assert walk.healing == []
-    assert walk.healed == {}
-    with oracle(model, architecture.layers, spans, plain):
-        assert_close(torch.cat(walk._recovered), streams(model, architecture, 6))
-
-
-def test_a_layer_that_cannot_be_bettered_stays(loaded):
-    """Two tokens a fold tell nothing of the third: the old down_proj is better and is kept."""
-    model, architecture = loaded("llama")
-    spans, plain = CUTS["middle"], {CUTS["middle"][0]: Repair()}
-    refused = 0
-    for seed in range(6):
-        tokens = random_tokens(rows=3, length=2, seed=seed)
-        walk, _ = walked(model, architecture, spans, plain, tokens, [0, 1, 2], heal=True)
-        rows = {row["layer"]: row for row in walk.healing}
-        assert list(rows) == [4, 5]
-        assert {layer for layer, row in rows.items() if row["residual"] < 1} == set(walk.healed)
-        assert all(row["kept"] == (layer in walk.healed) for layer, row in rows.items())
-        refused += len(rows) - len(walk.healed)
-        with oracle(model, architecture.layers, spans, plain, walk.healed):
-            assert_close(torch.cat(walk._recovered), streams(model, architecture, 6, tokens))
-    assert refused > 0

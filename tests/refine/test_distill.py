@@ -60,11 +60,11 @@ def identities(spans):
 
 def run(model, architecture, spans, operators, folder, *, config=None, **arguments):
     given = {"steps": 24, "batch": 4, "learning_rate": 1e-2, "every": 6, **(config or {})}
-    arguments = {"batch": 2, "fingerprint": "mine", "reporter": Quiet(), "healed": {}} | arguments
+    arguments = {"batch": 2, "fingerprint": "mine", "reporter": Quiet()} | arguments
     return distill(
         model,
         architecture,
-        Variant(spans, operators, arguments.pop("healed")),
+        Variant(spans, operators),
         arguments.pop("tokens", TOKENS).numpy().astype(np.int32),
         arguments.pop("fitted_on", []),
         arguments.pop("held_out", HELD_OUT),
@@ -170,25 +170,6 @@ def test_gradients(loaded, monkeypatch, family, kind, cut, pieces):
             assert want.norm() > 0, (span, name)
             assert (got - want).norm() <= 1e-4 * want.norm(), (span, name)
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_healed_layers_take_part_and_stay(loaded, tmp_path):
-    """New down_projs of healing are in the student, not in the teacher, and are not trained."""
-    model, architecture = loaded("llama")
-    spans, operators = CUTS["middle"], identities(CUTS["middle"])
-    generator = torch.Generator().manual_seed(0)
-    healed = {layer: torch.randn(96, HIDDEN, generator=generator).double() / 10 for layer in (0, 4)}
-    kept = {layer: down.clone() for layer, down in healed.items()}
-    refined = run(model, architecture, spans, operators, tmp_path, healed=healed)
-    by_hand, _ = loaded("llama")
-    for layer, down_FC in kept.items():
-        assert torch.equal(healed[layer], down_FC)
-        by_hand.model.layers[layer].mlp.down_proj.weight.data = down_FC.T.float().contiguous()
-    best = min(row["loss"] for row in refined.losses)
-    assert best < refined.losses[0]["loss"]
-    for found, reported in ((operators, refined.losses[0]["loss"]), (refined.operators, best)):
-        expected = loss_by_hand(by_hand, architecture, spans, found, TOKENS[HELD_OUT], model)
-        assert reported == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_exact_closed_form_stays(loaded, tmp_path):
