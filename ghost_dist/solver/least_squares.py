@@ -2,20 +2,11 @@
 
 Legend: T tokens (rows), Z regressors, C targets, K folds. Rows are tokens: ``Y_TC = Z_TZ @ B_ZC``.
 
-Notes
------
-Every least-squares operator is
+The operators and the held-out residual without rows are derived in docs/theory.md:
 
     B = B0 + argmin_M ||(Y - Z B0) - Z M||^2 + tr(M' D M),   D = diag(penalty),
 
-which shrinks to the model as it was cut (``Z B0``) and not to zero. With ``G = Z'Z`` and
-``K = Z'(Y - Z B0)`` it is ``M = (G + D)^-1 K``. The penalty is the ridge times one scale per
-regressor. For any M the squared error over the rows of some moments, per target j,
-
-    e_j = sumsq_j + (M' (G M - 2 K))_jj,
-
-needs no rows: on moments that were not fitted it is the held-out residual. Fold f is fitted on
-total - fold.
+is ``M = (G + D)^-1 K`` with ``G = Z'Z`` and ``K = Z'(Y - Z B0)``. Fold f is fitted on total - fold.
 
 Cost: R x K + 1 Cholesky factors and solves for R ridges on K folds, Z^3 / 3 + 2 Z^2 C FLOP each,
 and for another ridge K + 1. Of more than 64 targets the whole grid is tried with 64 mixtures of
@@ -35,25 +26,10 @@ from torch import Tensor
 
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
-from ghost_dist.solver.condition import condition_number
 from ghost_dist.statistics.moments import Moments, retarget
 from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, projection
 
-RIDGE_GRID: tuple[float, ...] = (
-    1e-8,
-    1e-7,
-    1e-6,
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    3e-2,
-    1e-1,
-    3e-1,
-    1.0,
-    3.0,
-    10.0,
-)
+RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridges relative to the median diagonal entry of the Gram matrix.
 
 The median, because a few massive channels move the mean by orders of magnitude."""
@@ -119,16 +95,15 @@ def fit_least_squares(
 ) -> tuple[Tensor, Fit]:
     """Fit B (Z, C) over the folds, with the ridge of least held-out residual or a given one.
 
-    ``folds`` are moments of at least two sets of disjoint windows; ``prior_ZC`` is B0. ``ridge`` is
-    ``"auto"``, the grid value of least held-out residual, or a given one. ``blocks`` are widths of
-    blocks of regressors of different scale, such as (C, F) for [A, H]: a relative ridge is relative
-    to the median diagonal entry of each. ``judge`` is
-    the fold that alone judges and that B is not fitted on; None: each judges fits on the others,
-    and B is fitted on all. ``around``: a relative ridge near which that of least residual is; of
-    the grid it looks there, on until both neighbours are worse. ``kept``: empty, or what another
-    fit of the same least squares left there; ``folds`` are not looked at then. ``detail``: what the
-    fit tells; the rest is NaN, but a ridge that is not given is looked for all the same. All
-    float64, on the moments' device.
+    ``folds`` are moments of at least two sets of disjoint windows; ``prior_ZC`` is B0. ``blocks``
+    are widths of blocks of regressors of different scale, such as (C, F) for [A, H]: a relative
+    ridge is relative to the median diagonal entry of each. ``judge`` is the fold that alone judges
+    and that B is not fitted on; None: each judges fits on the others, and B is fitted on all.
+    ``around``: a relative ridge near which that of least residual is; of the grid it looks there,
+    on until both neighbours are worse. ``kept``: empty, or what another fit of the same least
+    squares left there; ``folds`` are not looked at then. ``detail``: what the fit tells; the rest
+    is NaN, but a ridge that is not given is looked for all the same. All float64, on the moments'
+    device.
     """
     kept = {} if kept is None else kept
     if not kept:
@@ -152,11 +127,11 @@ class Regression:
         if len(parts) < 2:
             raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(parts)}.")
         self._where, self._prior_ZC = where, prior_ZC
-        self._judging = parts if judge is None else [parts[judge]]
-        self._total = add_all(parts)
-        self._judged = self._total if judge is None else parts[judge]
-        self._seen = self._total if judge is None else self._total - parts[judge]
-        self._scale_Z = ridge_scale(self._seen.gram_ZZ, blocks)
+        self.judging = parts if judge is None else [parts[judge]]
+        self.total = add_all(parts)
+        self._judged = self.total if judge is None else parts[judge]
+        self.seen = self.total if judge is None else self.total - parts[judge]
+        self.scale_Z = ridge_scale(self.seen.gram_ZZ, blocks)
         self._variance_C = _target_variance(originals if judge is None else [originals[judge]])
         self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
         # Of mixtures of the targets, summed; and what they are less than those of the targets.
@@ -167,7 +142,7 @@ class Regression:
         self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
     ) -> tuple[Tensor, Fit]:
         """B, and how well it does; see :func:`fit_least_squares`."""
-        seen, scale_Z = self._seen, self._scale_Z
+        seen, scale_Z = self.seen, self.scale_Z
         if isinstance(ridge, AbsoluteRidge):
             scale_Z = torch.ones_like(scale_Z)
         error_of, errors = self._judged_by(ridge, around, detail)
@@ -179,9 +154,8 @@ class Regression:
         tiny = torch.finfo(torch.float64).tiny
         errors_C = errors.get(best, torch.full_like(self._variance_C, math.nan))
         r2_C = 1 - errors_C / self._variance_C.clamp_min(tiny)
-        quantiles = torch.quantile(r2_C, r2_C.new_tensor(QUANTILES))
         sums = (self._judged.sumsq_y_C.sum(), self._variance_C.sum())
-        cut, variance, scale, absolute = torch.stack((*sums, self._scale_Z[0], scale_Z[0])).tolist()
+        cut, variance, scale, absolute = torch.stack((*sums, self.scale_Z[0], scale_Z[0])).tolist()
         relative = absolute / scale if scale > 0 else 0.0
         condition = math.nan
         if detail == "all":
@@ -191,7 +165,7 @@ class Regression:
             relative_ridge=best * relative,
             residual=held_out / cut if cut > 0 else 0.0,
             r2=1 - held_out / variance if variance > 0 else 0.0,
-            r2_channel_quantiles=tuple(quantiles.tolist()),
+            r2_channel_quantiles=tuple(torch.quantile(r2_C, r2_C.new_tensor(QUANTILES)).tolist()),
             r2_channels=tuple(r2_C.tolist()),
             condition=condition,
             num_tokens=seen.num_tokens,
@@ -227,43 +201,42 @@ class Regression:
                 return {given: self._mixed[given] + self._less}, {}
             errors = self._held_out([given])
         else:
-            ones_Z = torch.ones_like(self._scale_Z)
-            errors = held_out_errors(self._judging, self._total, ones_Z, [given])
+            ones_Z = torch.ones_like(self.scale_Z)
+            errors = held_out_errors(self.judging, self.total, ones_Z, [given])
         return _totals(errors), errors
 
     def _held_out(self, ridges: Sequence[float]) -> dict[float, Tensor]:
         """Errors by relative ridge, those with a factor; computed once."""
         unknown = [ridge for ridge in ridges if ridge not in self._errors_C]
-        self._errors_C |= held_out_errors(self._judging, self._total, self._scale_Z, unknown)
+        self._errors_C |= held_out_errors(self.judging, self.total, self.scale_Z, unknown)
         return {ridge: self._errors_C[ridge] for ridge in ridges if ridge in self._errors_C}
 
     def _about_least(self) -> float | None:
-        """The ridge of the grid of least error of some mixtures of the targets; None: of few.
-
-        Their errors are much less work, and have the same expectation, less the same for all
-        ridges. All ridges see the same mixtures, so where the least is hardly depends on them.
-        """
+        """The ridge of the grid of least error of mixtures of the targets; None: of few targets."""
         if len(self._variance_C) <= PROJECTION_COLUMNS:
             return None
-        mix_Cr = projection(len(self._variance_C)).to(self._variance_C.device)
-        none_r = torch.zeros_like(mix_Cr[0])
-
-        def mixed(moments: Moments) -> Moments:
-            return replace(
-                moments,
-                cross_ZC=moments.cross_ZC @ mix_Cr,
-                sum_y_C=moments.sum_y_C @ mix_Cr,
-                sumsq_y_C=none_r,
-            )
-
-        errors = held_out_errors(
-            [mixed(fold) for fold in self._judging],
-            mixed(self._total),
-            self._scale_Z,
-            RIDGE_GRID,
-        )
-        self._mixed = _totals(errors)
+        shape = (1, len(self._variance_C))
+        self._mixed = _totals(mixed_errors(self.judging, self.total, self.scale_Z, shape))
         return min(self._mixed, key=self._mixed.__getitem__, default=None)
+
+
+def mixed_errors(
+    folds: Sequence[Moments], total: Moments, scale_Z: Tensor, shape: tuple[int, int]
+) -> dict[float, Tensor]:
+    """:func:`held_out_errors` of 64 random mixtures of the columns of each stop, at all ridges.
+
+    ``shape``: stops and columns of the targets. They are much less work than those of all columns
+    (a twelfth at C = 4096), and have the same expectation, less the same for all ridges. All ridges
+    see the same mixtures, so where the least is hardly depends on them.
+    """
+    mix_Cr = projection(shape[1]).to(scale_Z.device)
+    none_Pr = scale_Z.new_zeros(shape[0] * mix_Cr.shape[1])
+
+    def mixed(moments: Moments) -> Moments:
+        cross_ZPr = moments.cross_ZC.reshape(-1, *shape) @ mix_Cr
+        return replace(moments, cross_ZC=cross_ZPr.flatten(1), sum_y_C=none_Pr, sumsq_y_C=none_Pr)
+
+    return held_out_errors([mixed(fold) for fold in folds], mixed(total), scale_Z, RIDGE_GRID)
 
 
 def downhill(
@@ -348,6 +321,30 @@ def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> tuple[Tensor, Tensor]
     damped_ZZ = gram_ZZ.clone()
     damped_ZZ.diagonal().add_(penalty_Z)
     return tuple(torch.linalg.cholesky_ex(damped_ZZ))
+
+
+def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tensor) -> float:
+    """Estimate of the 2-norm condition number of ``G + diag(penalty)`` by subspace iteration.
+
+    8 steps of 16 vectors towards the largest eigenvalues and, through the Cholesky factor, towards
+    the smallest: O(16 Z^2) each, against O(Z^3) for all eigenvalues. Both converge from inside, so
+    the estimate is a lower bound, in practice within a few per cent.
+    """
+    size = len(gram_ZZ)
+    generator = torch.Generator().manual_seed(0)
+    start_Zv = torch.randn(size, min(size, 16), generator=generator, dtype=torch.float64)
+    penalty_Z1 = torch.as_tensor(penalty_Z, device=gram_ZZ.device).reshape(-1, 1)
+
+    def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
+        basis_Zv = start_Zv.to(gram_ZZ.device)
+        for _ in range(8):
+            basis_Zv = torch.linalg.qr(apply(basis_Zv))[0]
+        norm: Tensor = torch.linalg.matrix_norm(apply(basis_Zv), 2)
+        return norm
+
+    of_matrix = largest(lambda v_Zv: gram_ZZ @ v_Zv + penalty_Z1 * v_Zv)
+    of_inverse = largest(lambda v_Zv: torch.cholesky_solve(v_Zv, factor_ZZ))
+    return float(of_matrix * of_inverse)
 
 
 def add_all(folds: Sequence[Moments]) -> Moments:

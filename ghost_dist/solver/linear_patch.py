@@ -5,8 +5,8 @@ orthonormal block Hadamard matrix of ``statistics.span_sums.rotate``, and
 
     d_j = sum_t |y_tj| / sum_t |x_tj|
 
-over the rows of X and Y, both rotated for the Hadamard form. The published code averages this
-ratio over its batches; the ratio of sums is what that tends to and depends on no batch size.
+over the rows, both rotated for the Hadamard form. The published code averages this ratio over its
+batches; the ratio of sums is what that tends to and depends on no batch size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from ghost_dist.statistics.span_sums import AbsoluteSums, rotate
 
 
 def fit_linear_patch(span: str, sums: AbsoluteSums, *, hadamard: bool = False) -> Repair:
-    """The patch of one span; nothing is fitted, so there is no ridge.
-
-    ``hadamard``: d is taken, and acts, in the Hadamard basis. A channel that is zero on every row
-    is an error, since it has no scale.
-    """
+    """The patch of one span; a channel that is zero on every row is an error: it has no scale."""
     if hadamard:
         ratio_C = _ratio(span, sums.sum_abs_rotated_x_C, sums.sum_abs_rotated_y_C)
         # H diag(d) H: H is symmetric, so its rows rotated are H once more.

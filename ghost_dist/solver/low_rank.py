@@ -2,18 +2,11 @@
 
 Legend: C hidden width, T tokens, r rank.
 
-Notes
------
 With ``M = (G + D)^-1 K`` the full-rank ridge solution of the change ``Y - X``, the best M of rank r
-under the same penalty minimises ``tr((M - M_r)' (G + D) (M - M_r))`` (the loss is that plus a
-constant), so it is ``M_r = M V V'`` with V the r leading eigenvectors of ``M' (G + D) M``
-(Izenman 1975; Eckart-Young in the whitened coordinates): ``U = M V``, (C, r), and ``V'``, (r, C).
-It is exact, unlike cutting off the singular values of M itself. As V has orthonormal columns, the
-held-out error of every rank comes from one pass over the eigenvectors v_k:
-
-    ||Y - X - X M_r||^2 = tr(Y - X)'(Y - X) - sum_{k <= r} v_k' (2 M'K - M'G M) v_k
-
-with G and K of the rows held out. Cost beside the ridge's: (folds + 1) eigendecompositions C x C.
+under the same penalty is ``M_r = M V V'`` with V the r leading eigenvectors of ``M' (G + D) M``
+(Izenman 1975; docs/theory.md): ``U = M V``, (C, r), and ``V'``, (r, C). The held-out error of every
+rank comes from one pass over the eigenvectors. Cost beside the ridge's: (folds + 1)
+eigendecompositions C x C.
 """
 
 from __future__ import annotations
@@ -27,8 +20,8 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, Ridge
-from ghost_dist.solver.least_squares import Fit, add_all, fit_least_squares, ridge_scale, solve
-from ghost_dist.statistics.moments import Moments, retarget
+from ghost_dist.solver.least_squares import Fit, Regression, solve
+from ghost_dist.statistics.moments import Moments
 
 RANK_TOLERANCE = 0.01
 """A rank is good enough if its held-out residual is within this fraction of the best rank's."""
@@ -55,21 +48,17 @@ def fit_low_rank(
             "operator.name=ghost has full rank."
         )
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].gram_ZZ.device)
-    _, fit = fit_least_squares(span, folds, eye_CC, ridge, judge=judge)
-    changes = [retarget(fold, eye_CC) for fold in folds]
-    total = add_all(changes)
-    judging = changes if judge is None else [changes[judge]]
-    seen = total if judge is None else total - changes[judge]
+    full = Regression(span, folds, eye_CC, judge=judge)
+    _, fit = full.fit(ridge)
     if isinstance(ridge, AbsoluteRidge):
-        penalty_C = torch.full_like(total.sum_z_Z, ridge.absolute)
+        penalty_C = torch.full_like(full.scale_Z, ridge.absolute)
     else:
-        penalty_C = fit.relative_ridge * ridge_scale(seen.gram_ZZ)
+        penalty_C = fit.relative_ridge * full.scale_Z
 
     cut = 0.0
-    explained_C = torch.zeros_like(total.sumsq_y_C)
-    for change in judging:
-        training = total - change
-        map_CC, vectors_CC = _leading(span, training, penalty_C)
+    explained_C = torch.zeros_like(full.scale_Z)
+    for change in full.judging:
+        map_CC, vectors_CC = _leading(span, full.total - change, penalty_C)
         cut += float(change.sumsq_y_C.sum())
         gain_CC = 2 * change.cross_ZC - change.gram_ZZ @ map_CC
         explained_C += ((map_CC @ vectors_CC) * (gain_CC @ vectors_CC)).sum(0)
@@ -79,7 +68,7 @@ def fit_low_rank(
         good = torch.nonzero(residual_R <= (1 + RANK_TOLERANCE) * residual_R.min())
         rank = min(max(1, int(good[0])), max(1, width // 2))
 
-    map_CC, vectors_CC = _leading(span, seen, penalty_C)
+    map_CC, vectors_CC = _leading(span, full.seen, penalty_C)
     v_Cr = vectors_CC[:, :rank]
     u_Cr = map_CC @ v_Cr
     repair = Repair(low_rank=(u_Cr, v_Cr.T.contiguous()))

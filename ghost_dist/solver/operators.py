@@ -17,11 +17,10 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import OperatorName
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
-from ghost_dist.solver.ghost import fit_ghost
+from ghost_dist.solver.ghost import fit_ghost, fit_stream_norm
 from ghost_dist.solver.least_squares import Fit, FitOptions
 from ghost_dist.solver.linear_patch import fit_linear_patch
 from ghost_dist.solver.low_rank import fit_low_rank
-from ghost_dist.solver.stream_norm import fit_stream_norm
 from ghost_dist.statistics.span_sums import Regressors
 
 
@@ -67,11 +66,10 @@ def _patch(given: FitInput, *, hadamard: bool = False) -> tuple[Repair, None]:
 
 
 def _ghost(given: FitInput) -> tuple[Repair, Fit]:
+    arguments = (given.span, given.folds, given.ridge)
     if given.regressors == "stream":
-        return fit_ghost(given.span, given.folds, given.ridge, **given.options)
-    return fit_stream_norm(
-        given.span, given.folds, given.ridge, norm_eps=given.norm_eps, **given.options
-    )
+        return fit_ghost(*arguments, **given.options)
+    return fit_stream_norm(*arguments, norm_eps=given.norm_eps, **given.options)
 
 
 def _low_rank(given: FitInput) -> tuple[Repair, Fit]:

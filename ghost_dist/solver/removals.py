@@ -17,28 +17,14 @@ be. Several removals are scored at once because they share work; one's score dep
 
 @dataclass(frozen=True)
 class Rules:
-    """Which removals there are.
+    """Which removals there are."""
 
-    Attributes
-    ----------
-    num_units
-        Of the model.
-    remove
-        How many go.
-    protect
-        Units that stay.
-    min_length, max_length
-        Of a run of neighbours that go; None: no bound.
-    max_spans
-        Most such runs; None: no bound.
-    """
-
-    num_units: int
-    remove: int
-    protect: Collection[int] = ()
-    min_length: int = 1
-    max_length: int | None = None
-    max_spans: int | None = None
+    num_units: int  # of the model
+    remove: int  # how many go
+    protect: Collection[int] = ()  # units that stay
+    min_length: int = 1  # of a run of neighbours that go
+    max_length: int | None = None  # None: no bound
+    max_spans: int | None = None  # most such runs; None: no bound
 
     def __post_init__(self) -> None:
         if not 0 < self.remove < self.num_units or not self.allow(()):

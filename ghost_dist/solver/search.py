@@ -26,10 +26,12 @@ from typing import Any
 from ghost_dist.errors import ConfigError
 from ghost_dist.solver.removals import Removal, Rules, Score, single_spans
 
+Table = Mapping[Removal, Mapping[int, float]]
+"""Scores by removal and judging window."""
+
 _PARTS = 4  # of the judging windows
-_KEPT = 0.25  # of the removals of a generation, from a part of the windows to all
+_KEPT, _FEWEST_KEPT = 0.25, 4  # of the removals of a generation
 _ERRORS = 1.0  # standard errors that an improvement is larger than
-_FEWEST_KEPT = 4
 _MUTANTS = 16  # of a generation
 _PATIENCE = 3  # generations of mutants without a better one
 
@@ -61,66 +63,99 @@ class Judges:
     def more(self, count: int) -> int:
         """Evaluations of the removals that are kept of so many, and are scored on all windows."""
         again = 0 if self.rough else len(self.part(0))
-        return _num_kept(count) * (len(self.windows) - again)
+        return num_kept(count) * (len(self.windows) - again)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with.
+    removal: Removal  # the best on all judging windows
+    score: float
+    scores: tuple[float, ...]  # by source
+    evaluations: int  # removals times windows that were scored
+    candidates: int  # removals that were scored on any
+    generations: tuple[dict[str, Any], ...]  # what was done, evaluations up to then, the best
 
-    Attributes
-    ----------
-    removal, score
-        The best on all judging windows.
-    scores
-        By source.
-    evaluations
-        Removals times windows that were scored.
-    candidates
-        Removals that were scored on any.
-    generations
-        What was done, the evaluations up to then, and what was best.
+
+class ScoredSearch:
+    """Scores of removals, asked for where the table of a stopped search does not have them.
+
+    ``after_generation`` is called with the last entry of ``generations``; ``table`` may be written
+    then.
     """
 
-    removal: Removal
-    score: float
-    scores: tuple[float, ...]
-    evaluations: int
-    candidates: int
-    generations: tuple[dict[str, Any], ...]
+    def __init__(
+        self,
+        score: Score,
+        judges: Judges,
+        table: Table | None,
+        after_generation: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.table = {removal: dict(scores) for removal, scores in (table or {}).items()}
+        self._score, self._judges, self._told = score, judges, after_generation
+        self._asked: dict[Removal, set[int]] = {}
+        self._generations: list[dict[str, Any]] = []
+
+    @property
+    def evaluations(self) -> int:
+        """Removals times windows so far, whether they were scored now or in the table before."""
+        return sum(map(len, self._asked.values()))
+
+    @property
+    def _part(self) -> list[int]:
+        """The windows that all of the next generation are scored on."""
+        return self._judges.part(len(self._generations))
+
+    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
+        """Have removals scored on these windows, where they are not yet."""
+        missing: dict[tuple[int, ...], list[Removal]] = {}
+        for removal in removals:
+            self._asked.setdefault(removal, set()).update(windows)
+            have = self.table.setdefault(removal, {})
+            if lacks := tuple(window for window in windows if window not in have):
+                missing.setdefault(lacks, []).append(removal)
+        for lacks, some in missing.items():
+            for removal, scores in zip(some, self._score(some, lacks), strict=True):
+                self.table[removal].update(zip(lacks, scores, strict=True))
+
+    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
+        windows = self._judges.windows if windows is None else windows
+        return math.fsum(self.table[removal][window] for window in windows) / len(windows)
+
+    def _of_sources(self, removal: Removal) -> list[float]:
+        step = self._judges.sources
+        return [self._mean(removal, self._judges.windows[first::step]) for first in range(step)]
+
+    def _tell(
+        self, step: str, best: Removal, windows: Sequence[int] | None = None, **more: int
+    ) -> None:
+        self._generations.append(
+            {
+                "step": step,
+                "evaluations": self.evaluations,
+                "removed": list(best),
+                "score": _plain(self._mean(best, windows)),
+                **more,
+            }
+        )
+        self._told(self._generations[-1])
+
+    def _found(self, best: Removal) -> Found:
+        return Found(
+            best,
+            self._mean(best),
+            tuple(self._of_sources(best)),
+            self.evaluations,
+            len(self._asked),
+            tuple(self._generations),
+        )
 
 
-class Search:
+class Search(ScoredSearch):
     """One search; it is run once.
 
-    Parameters
-    ----------
-    rules
-        What may go.
-    score
-        Who scores.
-    judges
-        The judging windows.
-    budget
-        Evaluations after which no generation begins; None: as many as the greedy part takes, by
-        ``effort`` times.
-    effort
-        See ``budget``.
-    width
-        Most removals of a generation but the first and the spans; None: all that there are.
-    seed
-        Of the mutations.
-    table
-        Scores of a search with the same parameters that was stopped.
-    possible
-        Whether the model can be cut so; asked of whole removals only.
-    after_generation
-        Called with the last entry of ``generations``; ``table`` may be written then.
-
-    Raises
-    ------
-    ConfigError
-        If the budget is less than it takes to come to one whole removal.
+    No generation begins after ``budget`` evaluations; None: ``effort`` times as many as the greedy
+    part takes. ``width``: most removals of a generation but the first and the spans; None: all.
+    ``possible``: whether the model can be cut so; asked of whole removals only.
     """
 
     def __init__(
@@ -133,16 +168,13 @@ class Search:
         effort: float = 2.0,
         width: int | None = None,
         seed: int = 0,
-        table: Mapping[Removal, Mapping[int, float]] | None = None,
+        table: Table | None = None,
         possible: Callable[[Removal], bool] = lambda _: True,
         after_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.rules, self.table = rules, {r: dict(scores) for r, scores in (table or {}).items()}
-        self._score, self._judges, self._possible = score, judges, possible
-        self._random, self._told = random.Random(seed), after_generation
-        self._asked: dict[Removal, set[int]] = {}
-        self._generations: list[dict[str, Any]] = []
-        self._width = width
+        super().__init__(score, judges, table, after_generation)
+        self.rules, self._possible, self._width = rules, possible, width
+        self._random = random.Random(seed)
         self._cost: dict[int, float] = {}  # of units, when they were last looked at
         least = greedy_evaluations(rules, judges, width)
         self.budget = budget if budget is not None else math.ceil(effort * least)
@@ -153,19 +185,8 @@ class Search:
                 "selection.effort, or remove fewer layers."
             )
 
-    @property
-    def evaluations(self) -> int:
-        """Removals times windows so far, whether they were scored now or in the table before."""
-        return sum(map(len, self._asked.values()))
-
     def run(self) -> Found:
-        """Search until the budget ends or nothing improves.
-
-        Raises
-        ------
-        ConfigError
-            If the model can be cut at none of the removals that were come to.
-        """
+        """Search until the budget ends or nothing improves."""
         best = self._greedy()
         if (span := self._best_span()) is not None and not self._better(best, span):
             best = span
@@ -175,14 +196,7 @@ class Search:
             unimproved += 1
             if self._better(other := self._climbed(mutant), best):
                 best, unimproved = other, 0
-        return Found(
-            best,
-            self._mean(best),
-            tuple(self._of_sources(best)),
-            self.evaluations,
-            len(self._asked),
-            tuple(self._generations),
-        )
+        return self._found(best)
 
     def _greedy(self) -> Removal:
         removal: Removal = ()
@@ -236,10 +250,9 @@ class Search:
             return None
         part = self._part
         self._ask(fewer, part)
-        self._tell(
-            "return", min(fewer, key=lambda removal: (self._mean(removal, part), removal)), part
-        )
-        for base in sorted(fewer, key=lambda removal: (self._mean(removal, part), removal)):
+        fewer.sort(key=lambda removal: (self._mean(removal, part), removal))
+        self._tell("return", fewer[0], part)
+        for base in fewer:
             swaps = self._likely(base, (c for c in self._one_more(base) if c != removal))
             if not self._affords(swaps):
                 return None
@@ -280,54 +293,17 @@ class Search:
         part, left = self._part, list(candidates)
         self._ask(left, part)
         left.sort(key=lambda removal: (self._mean(removal, part), removal))
-        del left[_num_kept(len(left)) :]
+        del left[num_kept(len(left)) :]
         self._ask(left, self._judges.windows)
-        best = min(left, key=self._rank)
+        best = min(left, key=lambda removal: (self._mean(removal), removal))
         self._tell(step, best)
         return best
-
-    def _tell(self, step: str, best: Removal, windows: Sequence[int] | None = None) -> None:
-        self._generations.append(
-            {
-                "step": step,
-                "evaluations": self.evaluations,
-                "removed": list(best),
-                "score": _plain(self._mean(best, windows)),
-            }
-        )
-        self._told(self._generations[-1])
-
-    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
-        """Have removals scored on these windows, where they are not yet."""
-        missing: dict[tuple[int, ...], list[Removal]] = {}
-        for removal in removals:
-            self._asked.setdefault(removal, set()).update(windows)
-            have = self.table.setdefault(removal, {})
-            lacks = tuple(window for window in windows if window not in have)
-            if lacks:
-                missing.setdefault(lacks, []).append(removal)
-        for lacks, some in missing.items():
-            for removal, scores in zip(some, self._score(some, lacks), strict=True):
-                self.table[removal].update(zip(lacks, scores, strict=True))
 
     def _affords(self, candidates: Sequence[Removal]) -> bool:
         """Whether the budget lasts for a generation of these."""
         part = set(self._part)
         few = sum(len(part - self._asked.get(removal, set())) for removal in candidates)
         return self.evaluations + few + self._judges.more(len(candidates)) <= self.budget
-
-    @property
-    def _part(self) -> list[int]:
-        """The windows that all of the next generation are scored on."""
-        return self._judges.part(len(self._generations))
-
-    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
-        windows = self._judges.windows if windows is None else windows
-        return math.fsum(self.table[removal][window] for window in windows) / len(windows)
-
-    def _of_sources(self, removal: Removal) -> list[float]:
-        step = self._judges.sources
-        return [self._mean(removal, self._judges.windows[first::step]) for first in range(step)]
 
     def _better(self, removal: Removal, than: Removal) -> bool:
         """Whether it is by more than the standard error of the improvement over the sources."""
@@ -337,9 +313,6 @@ class Search:
         pairs = zip(self._of_sources(than), self._of_sources(removal), strict=True)
         spread = statistics.stdev(old - new for old, new in pairs)
         return improvement > _ERRORS * spread / math.sqrt(self._judges.sources)
-
-    def _rank(self, removal: Removal) -> tuple[float, Removal]:
-        return self._mean(removal), removal
 
 
 def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
@@ -356,7 +329,7 @@ def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -
     return again + sum(count * part + judges.more(count) for count in counts)
 
 
-def table_as_plain(table: Mapping[Removal, Mapping[int, float]]) -> dict[str, Any]:
+def table_as_plain(table: Table) -> dict[str, Any]:
     """For a JSON file; exact."""
     return {
         ",".join(map(str, removal)): {str(window): _plain(s) for window, s in scores.items()}
@@ -378,5 +351,6 @@ def _plain(score: float) -> float | None:
     return score if math.isfinite(score) else None
 
 
-def _num_kept(count: int) -> int:
+def num_kept(count: int) -> int:
+    """Of so many removals, those that go from a part of the windows to all."""
     return min(count, max(_FEWEST_KEPT, math.ceil(_KEPT * count)))

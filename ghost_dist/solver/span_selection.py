@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,12 +24,13 @@ from ghost_dist.solver.least_squares import (
     cholesky_factor,
     downhill,
     held_out_errors,
+    mixed_errors,
     ridge_scale,
     singular,
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, PairMoments, projection
+from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, PairMoments
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,8 @@ def held_out_of_start(
 def _ridges_near_best(
     changes: Sequence[Moments], total: Moments, scale_C: Tensor, shape: tuple[int, int]
 ) -> tuple[float, ...]:
-    """Of the grid, what is next to the ridge of least error of 64 random mixtures of the columns.
-
-    Their errors cost a twelfth at C = 4096, and have the same expectation as those of all columns.
-    All ridges see the same mixtures, so that where the least is hardly depends on them.
-    """
-    mix_Cr = projection(shape[1]).to(scale_C.device)
-    none_Pr = scale_C.new_zeros(shape[0] * mix_Cr.shape[1])
-
-    def mixed(moments: Moments) -> Moments:
-        cross_CPr = moments.cross_ZC.reshape(-1, *shape) @ mix_Cr
-        # Without the energies of the targets, all errors are less by the same.
-        return replace(moments, cross_ZC=cross_CPr.flatten(1), sum_y_C=none_Pr, sumsq_y_C=none_Pr)
-
-    errors = held_out_errors([mixed(c) for c in changes], mixed(total), scale_C, RIDGE_GRID)
+    """Of the grid, what is next to the ridge of least error of mixtures of the columns."""
+    errors = mixed_errors(changes, total, scale_C, shape)
     if not errors:
         return RIDGE_GRID
     of_stops = torch.stack([error.reshape(shape[0], -1).sum(1) for error in errors.values()])

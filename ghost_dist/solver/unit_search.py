@@ -9,32 +9,20 @@ that is better. As in ``search.py``, the table of scores is all the state there 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ghost_dist.solver.removals import Removal, Score
-from ghost_dist.solver.search import Found, Judges
-
-_KEPT, _FEWEST_KEPT = 0.25, 4  # of the removals of a generation, from a part of the windows to all
+from ghost_dist.solver.search import Found, Judges, ScoredSearch, Table, num_kept
 
 
-class UnitSearch:
+class UnitSearch(ScoredSearch):
     """One search; it is run once.
 
-    Parameters
-    ----------
-    units
-        What may go at once, each the halves that it consists of.
-    net
-        Parameters less by a removal, what is put in its place counted.
-    target
-        How many should go; as near below as units allow, or above by less than ``slack``.
-    width
-        Most removals of a generation but the first.
-    exchanges
-        Units that are tried to be exchanged.
-    allow
-        Whether the model can be cut so.
+    ``units`` may go at once, each the halves that it consists of. ``net``: parameters less by a
+    removal, what is put in its place counted; ``target`` of them should go, as near below as units
+    allow, or above by less than ``slack``. A generation but the first has ``width`` removals at
+    most, and ``exchanges`` units are tried to be exchanged.
     """
 
     def __init__(
@@ -49,36 +37,27 @@ class UnitSearch:
         width: int,
         exchanges: int,
         allow: Callable[[Removal], bool] = lambda _: True,
-        table: Mapping[Removal, Mapping[int, float]] | None = None,
+        table: Table | None = None,
         after_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        self.table = {r: dict(scores) for r, scores in (table or {}).items()}
+        super().__init__(score, judges, table, after_generation)
         self._units, self._net, self._most = units, net, target + slack
-        self._score, self._judges, self._allow = score, judges, allow
-        self._width, self._exchanges, self._told = width, exchanges, after_generation
+        self._width, self._exchanges, self._allow = width, exchanges, allow
         self._cost: dict[Removal, float] = {}  # of units, per parameter, when last looked at
-        self._generations: list[dict[str, Any]] = []
-        self._asked: dict[Removal, set[int]] = {(): set()}
-
-    @property
-    def evaluations(self) -> int:
-        """Removals times windows so far."""
-        return sum(map(len, self._asked.values()))
+        self._asked[()] = set()
 
     @property
     def likely(self) -> int:
         """Evaluations, about."""
-        part, windows = len(self._judges.part(0)), len(self._judges.windows)
         few = min(self._width, len(self._units))
-        one = few * part + max(_FEWEST_KEPT, math.ceil(_KEPT * few)) * (windows - part)
+        one = few * len(self._judges.part(0)) + self._judges.more(few)
         steps = self._most / max(1, self._net(self._units[0]))
         return round((steps + 2 * self._exchanges) * one)
 
     def run(self) -> Found:
         """Search until nothing improves or enough was exchanged."""
         best = self._filled((), "greedy")
-        tried = 0
-        improved = True
+        tried, improved = 0, True
         while improved and tried < self._exchanges:
             improved = False
             for unit in self._cheapest_back(best):
@@ -90,16 +69,7 @@ class UnitSearch:
                 if other != best and self._mean(other) < self._mean(best):
                     best, improved = other, True
                     break
-        step = self._judges.sources
-        by_source = [self._mean(best, self._judges.windows[first::step]) for first in range(step)]
-        return Found(
-            best,
-            self._mean(best),
-            tuple(by_source),
-            self.evaluations,
-            len(self._asked),
-            tuple(self._generations),
-        )
+        return self._found(best)
 
     def _filled(self, removal: Removal, step: str, but: Removal = ()) -> Removal:
         """More goes, without a unit, until nothing fits."""
@@ -119,24 +89,15 @@ class UnitSearch:
         left = sorted(moves, key=lambda more: (self._cost.get(moves[more], math.inf), more))
         if self._cost:
             left = left[: self._width]
-        part = self._judges.part(len(self._generations))
-        self._ask([*left, *([removal] if removal else [])], part)
+        part, known = self._part, [removal] if removal else []
+        self._ask([*left, *known], part)
         for more in left:
             self._cost[moves[more]] = self._ratio(removal, more, part)
         left.sort(key=lambda more: (self._cost[moves[more]], more))
-        del left[max(_FEWEST_KEPT, math.ceil(_KEPT * len(left))) :]
-        self._ask([*left, *([removal] if removal else [])], self._judges.windows)
+        del left[num_kept(len(left)) :]
+        self._ask([*left, *known], self._judges.windows)
         best = min(left, key=lambda more: (self._ratio(removal, more), more))
-        self._generations.append(
-            {
-                "step": step,
-                "evaluations": self.evaluations,
-                "removed": list(best),
-                "score": score if math.isfinite(score := self._mean(best)) else None,
-                "parameters": self._net(best),
-            }
-        )
-        self._told(self._generations[-1])
+        self._tell(step, best, parameters=self._net(best))
         return best
 
     def _cheapest_back(self, removal: Removal) -> list[Removal]:
@@ -145,9 +106,8 @@ class UnitSearch:
         whole = {half for unit in inside if len(unit) > 1 for half in unit}
         inside = [unit for unit in inside if len(unit) > 1 or unit[0] not in whole]
         fewer = {u: tuple(half for half in removal if half not in u) for u in inside}
-        part = self._judges.part(len(self._generations))
-        asked = [r for r in fewer.values() if r]
-        self._ask([*asked, removal], part)
+        part = self._part
+        self._ask([*filter(None, fewer.values()), removal], part)
         return sorted(
             (u for u in inside if fewer[u]),
             key=lambda u: (-self._ratio(fewer[u], removal, part), u),
@@ -159,19 +119,3 @@ class UnitSearch:
         before = self._mean(removal, windows) if removal else 0.0
         gone = self._net(more) - self._net(removal)
         return (self._mean(more, windows) - before) / max(1, gone)
-
-    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
-        windows = self._judges.windows if windows is None else windows
-        scores = self.table[removal]
-        return math.fsum(scores[window] for window in windows) / len(windows)
-
-    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
-        missing: dict[tuple[int, ...], list[Removal]] = {}
-        for removal in removals:
-            self._asked.setdefault(removal, set()).update(windows)
-            have = self.table.setdefault(removal, {})
-            if lacks := tuple(window for window in windows if window not in have):
-                missing.setdefault(lacks, []).append(removal)
-        for lacks, some in missing.items():
-            for removal, scores in zip(some, self._score(some, lacks), strict=True):
-                self.table[removal].update(zip(lacks, scores, strict=True))

@@ -9,9 +9,8 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver import least_squares
-from ghost_dist.solver.condition import condition_number
 from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.least_squares import RIDGE_GRID, map_error
+from ghost_dist.solver.least_squares import RIDGE_GRID, condition_number, map_error
 
 SPAN = "[3, 5)"
 T, C, FOLDS = 120, 10, 4

@@ -5,8 +5,7 @@ import torch
 
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.ghost import fit_ghost
-from ghost_dist.solver.stream_norm import fit_stream_norm
+from ghost_dist.solver.ghost import fit_ghost, fit_stream_norm
 from ghost_dist.statistics.moments import norm_features
 
 T, C, FOLDS, EPS = 300, 9, 4, 1e-5
