@@ -56,13 +56,13 @@ class RunningSums:
             found = fold.get(entry)
             if found is None:
                 copies = {name: array.clone() for name, array in part.arrays().items()}
-                fold[entry] = type(part).from_arrays(part.num_tokens, copies)
+                fold[entry] = type(part)(part.num_tokens, **copies)
                 continue
             arrays = found.arrays()
             for name, array in part.arrays().items():
                 arrays[name].add_(array)  # in place: a sum may be gigabytes
             num_tokens = found.num_tokens + part.num_tokens
-            fold[entry] = type(part).from_arrays(num_tokens, arrays)
+            fold[entry] = type(part)(num_tokens, **arrays)
 
 
 class ReplicaGroup:
@@ -129,7 +129,7 @@ def reduce_folds(
         for entry in entries:
             if entry not in fold:
                 zeros = {n: torch.zeros_like(a) for n, a in shapes[entry].arrays().items()}
-                fold[entry] = type(shapes[entry]).from_arrays(0, zeros)
+                fold[entry] = type(shapes[entry])(0, **zeros)
     num_ranges = len(store.plan.ranges)
     counts_R = torch.tensor([int(i in running.kept) for i in range(num_ranges)])
     tokens_KE = torch.tensor([[fold[entry].num_tokens for entry in entries] for fold in folds])
@@ -154,7 +154,7 @@ def reduce_folds(
                 assert group is not None
                 group.add(arrays[name])
                 advance(1)
-            fold[entry] = type(fold[entry]).from_arrays(expected, arrays)
+            fold[entry] = type(fold[entry])(expected, **arrays)
     return folds
 
 

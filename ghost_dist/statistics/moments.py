@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -79,7 +80,7 @@ class MomentsAccumulator:
         firsts = range(0, z, BLOCK_COLUMNS)
         self._blocks = [slice(first, min(first + BLOCK_COLUMNS, z)) for first in firsts]
         self._whole, self._columns_Z, self._columns_C = block.count == 1, block.of(z), block.of(c)
-        self._float64_products = has_full_rate_float64(device)
+        self._add_product = partial(add_product, float64_products=has_full_rate_float64(device))
         kept_z = self._columns_Z.stop - self._columns_Z.start
         kept_c = self._columns_C.stop - self._columns_C.start
         self._sums = Moments(0, zeros(z, kept_z), zeros(z, kept_c), zeros(z), zeros(c), zeros(c))
@@ -103,14 +104,11 @@ class MomentsAccumulator:
         sums.sumsq_y_C.add_(y64_TC.square().sum(0))
         self._num_tokens += y_TC.shape[0]
 
-    def _add_product(self, total_MN: Tensor, a_TM: Tensor, b_TN: Tensor) -> None:
-        add_product(total_MN, a_TM, b_TN, float64_products=self._float64_products)
-
     def result(self) -> Moments:
         """The sums so far; the upper half of a whole gram is filled in from the lower (no copy)."""
         if self._whole:
             mirror_(self._sums.gram_ZZ)
-        return Moments.from_arrays(self._num_tokens, self._sums.arrays())
+        return replace(self._sums, num_tokens=self._num_tokens)
 
 
 def add_product(

@@ -22,7 +22,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -162,17 +163,11 @@ class PairCollector(Collector):
         waiting.clear()
         if self._float64_products:
             x_TC = x_TC.double()
-        for total_MN, b_TN in (
-            (sums.gram_CC, x_TC[:, self._kept_C]),
-            (sums.cross_CPr.flatten(1), targets_TPr),
-        ):
-            add_product(
-                total_MN,
-                x_TC,
-                b_TN,
-                float64_products=self._float64_products,
-                flush_tokens=FLUSH_TOKENS,
-            )
+        add = partial(
+            add_product, float64_products=self._float64_products, flush_tokens=FLUSH_TOKENS
+        )
+        add(sums.gram_CC, x_TC, x_TC[:, self._kept_C])
+        add(sums.cross_CPr.flatten(1), x_TC, targets_TPr)
         self._num_tokens[start] += x_TC.shape[0]
 
     def result(self) -> dict[str, Sums]:
@@ -184,7 +179,7 @@ class PairCollector(Collector):
             if self._whole:
                 mirror_(self._sums[start].gram_CC)
         return {
-            start_key(start): PairMoments.from_arrays(self._num_tokens[start], sums.arrays())
+            start_key(start): replace(sums, num_tokens=self._num_tokens[start])
             for start, sums in self._sums.items()
         }
 

@@ -35,13 +35,8 @@ class Sink(Protocol):
     Boundary b is the stream entering layer b; the last one is what the final norm would receive.
     """
 
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        """Boundaries that must be pushed, ascending."""
-
-    @property
-    def mlp_layers(self) -> tuple[int, ...]:
-        """Layers whose down_proj must be pushed, ascending; between their boundary and the next."""
+    boundaries: tuple[int, ...]  # that must be pushed, ascending
+    mlp_layers: tuple[int, ...]  # whose down_proj must be, between their boundary and the next
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
         """Take one window's stream (T, C), on the engine's device; a sink may keep it."""
@@ -50,14 +45,10 @@ class Sink(Protocol):
         """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
 
 
-class Collector:
+class Collector(Sink):
     """A sink that ends as named sums; most take no down_proj."""
 
-    boundaries: tuple[int, ...]
     mlp_layers: tuple[int, ...] = ()
-
-    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        raise NotImplementedError
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
         raise NotImplementedError
@@ -105,9 +96,7 @@ class SpanCollector(Collector):
                 width, hidden_size, device, block=block
             )
         self._norm_eps = norm_eps
-        self._mlp_spans = [
-            span for span, kinds in self._kinds.items() if any(k == "joint" for k in kinds)
-        ]
+        self._mlp_spans = [span for span, kinds in self._kinds.items() if "joint" in kinds]
         self._mlp: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pending: dict[tuple[Span, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
         self._finite = FiniteCheck()
@@ -124,10 +113,9 @@ class SpanCollector(Collector):
                 x_TC, parts = self._pending.pop((span, window))
                 for kind in kinds:
                     self._add(span, kind, x_TC, parts, stream_TC)
-        mlp = self._mlp.pop((boundary - 1, window), None)
         parts = None
-        if mlp is not None:
-            input_TF, product_TC = mlp
+        if (boundary - 1, window) in self._mlp:
+            input_TF, product_TC = self._mlp.pop((boundary - 1, window))
             # A: the stream without that product. In float32 (or wider): it is no bf16 number.
             wide = torch.promote_types(stream_TC.dtype, torch.float32)
             parts = (stream_TC.to(wide) - product_TC.to(wide), input_TF)
@@ -253,17 +241,9 @@ class AbsoluteSums(Sums):
 
 def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
     """The sums over the rows of one window; both streams of shape (T, C)."""
-
-    def column_sums(stream_TC: Tensor) -> Tensor:
-        return stream_TC.abs().sum(0, dtype=torch.float64)
-
-    return AbsoluteSums(
-        x_TC.shape[0],
-        column_sums(x_TC),
-        column_sums(y_TC),
-        column_sums(rotate(x_TC.float())),
-        column_sums(rotate(y_TC.float())),
-    )
+    streams = (x_TC, y_TC, rotate(x_TC.float()), rotate(y_TC.float()))
+    sums = (stream_TC.abs().sum(0, dtype=torch.float64) for stream_TC in streams)
+    return AbsoluteSums(x_TC.shape[0], *sums)
 
 
 def rotate(rows_TC: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ class StatisticsStore:
     """
 
     def __init__(self, path: Path, plan: StatisticsPlan) -> None:
-        self._bind(path, plan)
+        self.path, self.plan = path, plan
+        self._ledger = path / "ledger"
+        self.plan_fingerprint = plan.fingerprint
         found = stored_plan(path)
         if found is not None:
             check_same_plan(path, found, plan)
@@ -108,14 +110,7 @@ class StatisticsStore:
                 f"{plan_path(path)} is absent, damaged, or of another version: recover writes it "
                 "anew and keeps the ranges that are of its run."
             )
-        store = StatisticsStore.__new__(StatisticsStore)
-        store._bind(path, plan)
-        return store
-
-    def _bind(self, path: Path, plan: StatisticsPlan) -> None:
-        self.path, self.plan = path, plan
-        self._ledger = path / "ledger"
-        self.plan_fingerprint = plan.fingerprint
+        return StatisticsStore(path, plan)
 
     def committed(self) -> tuple[int, ...]:
         """Ids of the ranges that have a manifest, ascending; hashes are not checked here."""
@@ -156,18 +151,16 @@ class StatisticsStore:
                 elif block.index == 0 or name in sums[entry].BY_COLUMNS:
                     wanted[f"{entry}/{name}"] = tensor
 
-        small = [
-            key
-            for key, tensor in wanted.items()
-            if tensor.dtype == torch.float64 and tensor.nbytes < PACKED_BYTES
-        ]
         packed: dict[str, Mapping[str, Any]] = {}
+        small: list[torch.Tensor] = []
+        at = 0
+        for key, tensor in list(wanted.items()):
+            if tensor.dtype == torch.float64 and tensor.nbytes < PACKED_BYTES:
+                packed[key] = {"shape": list(tensor.shape), "dtype": "float64", "at": at}
+                at += tensor.numel()
+                small.append(wanted.pop(key).reshape(-1))
         if small:
-            at = 0
-            for key in small:
-                packed[key] = {"shape": list(wanted[key].shape), "dtype": "float64", "at": at}
-                at += wanted[key].numel()
-            wanted[PACKED] = torch.cat([wanted.pop(key).reshape(-1) for key in small])
+            wanted[PACKED] = torch.cat(small)
 
         def write(key: str) -> Mapping[str, Any]:
             return write_array(folder / key, wanted[key].cpu().numpy())
@@ -215,8 +208,7 @@ class StatisticsStore:
         shutil.rmtree(self._attempt_folder(range_id, attempt), ignore_errors=True)
 
     def committed_attempt(self, range_id: int) -> str:
-        attempt: str = self._read_manifest(range_id)["attempt"]
-        return attempt
+        return str(self._read_manifest(range_id)["attempt"])
 
     def read(
         self,
@@ -233,17 +225,21 @@ class StatisticsStore:
         """
         manifest = self._read_manifest(range_id)
         folder = self._attempt_folder(range_id, manifest["attempt"])
-        wanted = {
-            (entry, number, key): expected
+        kinds = {
+            entry: KINDS[kind]
             for entry, kind in self.plan.entries.items()
             if entries is None or entry in entries
+        }
+        wanted = {
+            (entry, number, key): expected
+            for entry, kind in kinds.items()
             for number, arrays in enumerate(manifest["blocks"])
             for key, expected in arrays.items()
             if key.startswith(f"{entry}/")
             and (
                 block is None
                 or number == block.index
-                or _name_and_strip(entry, key)[0] not in KINDS[kind].BY_COLUMNS
+                or _name_and_strip(entry, key)[0] not in kind.BY_COLUMNS
             )
         }
 
@@ -256,12 +252,8 @@ class StatisticsStore:
                 message = f"{where} {error}. Re-run this range."
                 raise CorruptStoreError(message, (range_id,)) from error
 
-        packed = {
-            number: read_whole(number, PACKED, manifest["blocks"][number][PACKED])
-            for number in {
-                number for (_, number, _), expected in wanted.items() if "at" in expected
-            }
-        }
+        numbers = {number for (_, number, _), expected in wanted.items() if "at" in expected}
+        packed = {n: read_whole(n, PACKED, manifest["blocks"][n][PACKED]) for n in numbers}
 
         def read(place: tuple[str, int, str]) -> torch.Tensor:
             (_, number, key), expected = place, wanted[place]
@@ -273,9 +265,7 @@ class StatisticsStore:
         with ThreadPoolExecutor(_THREADS) as pool:
             arrays = dict(zip(wanted, pool.map(read, wanted), strict=True))
         sums: dict[str, Sums] = {}
-        for entry, kind in self.plan.entries.items():
-            if entries is not None and entry not in entries:
-                continue
+        for entry, kind in kinds.items():
             blocks: list[dict[str, torch.Tensor]] = [{} for _ in manifest["blocks"]]
             strips: dict[str, dict[int, torch.Tensor]] = {}
             for place in [place for place in arrays if place[0] == entry]:
@@ -290,7 +280,7 @@ class StatisticsStore:
             try:
                 for name, parts in strips.items():
                     blocks[0][name] = from_strips([parts[k] for k in range(len(parts))])
-                sums[entry] = KINDS[kind].join(manifest["num_tokens"][entry], blocks)
+                sums[entry] = kind.join(manifest["num_tokens"][entry], blocks)
             except (TypeError, KeyError, ValueError) as error:
                 raise CorruptStoreError(
                     f"Range {range_id} lacks arrays of {entry}: {error}.", (range_id,)

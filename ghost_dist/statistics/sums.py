@@ -54,10 +54,10 @@ class Sums:
         return self._combine(other, -1)
 
     def _combine(self, other: Self, sign: int) -> Self:
-        mine, theirs = self.arrays(), other.arrays()
+        theirs = other.arrays()
         return type(self)(
             self.num_tokens + sign * other.num_tokens,
-            **{name: torch.add(mine[name], theirs[name], alpha=sign) for name in mine},
+            **{name: torch.add(a, theirs[name], alpha=sign) for name, a in self.arrays().items()},
         )
 
     def arrays(self) -> dict[str, Tensor]:
@@ -69,13 +69,8 @@ class Sums:
         return sum(array.nbytes for array in self.arrays().values())
 
     def to(self, device: torch.device) -> Self:
-        return type(self).from_arrays(
-            self.num_tokens, {name: array.to(device) for name, array in self.arrays().items()}
-        )
-
-    @classmethod
-    def from_arrays(cls, num_tokens: int, arrays: Mapping[str, Tensor]) -> Self:
-        return cls(num_tokens, **arrays)
+        arrays = {name: array.to(device) for name, array in self.arrays().items()}
+        return type(self)(self.num_tokens, **arrays)
 
     @classmethod
     def join(cls, num_tokens: int, blocks: Sequence[Mapping[str, Tensor]]) -> Self:
@@ -89,7 +84,7 @@ class Sums:
             else array
             for name, array in blocks[0].items()
         }
-        return cls.from_arrays(num_tokens, arrays)
+        return cls(num_tokens, **arrays)
 
 
 STRIPS = 16

@@ -40,7 +40,7 @@ def block_of(sums, block):
         name: a[..., block.of(a.shape[-1])].clone() if name in sums.BY_COLUMNS else a
         for name, a in sums.arrays().items()
     }
-    return Moments.from_arrays(sums.num_tokens, arrays)
+    return Moments(sums.num_tokens, **arrays)
 
 
 @pytest.fixture

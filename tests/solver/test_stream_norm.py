@@ -39,7 +39,8 @@ def test_planted_pair_is_found_and_applied(rows, stream):
 def test_the_norm_explains_what_the_stream_cannot(rows, stream):
     y = stream + 4 * torch.tanh(features(stream)[:, C:] @ rows.normal(C, C, seed=4))
     z = features(stream)
-    _, both = fit_stream_norm("[1, 2)", rows.in_folds(rows.moments_of, FOLDS, z, y), "auto")
+    folds = rows.in_folds(rows.moments_of, FOLDS, z, y)
+    _, both = fit_stream_norm("[1, 2)", folds, "auto", norm_eps=EPS)
     _, one = fit_ghost("[1, 2)", rows.in_folds(rows.moments_of, FOLDS, stream, y), "auto")
     assert both.residual < 0.6 * one.residual
 
@@ -56,8 +57,8 @@ def test_ridge_scales_with_each_block(rows, stream):
     ridge = RelativeRidge(relative=0.1)
     change = rows.in_folds(rows.moments_of, FOLDS, features(stream, 0), y + stream)
     large = rows.in_folds(rows.moments_of, FOLDS, features(1000 * stream, 0), y + 1000 * stream)
-    one, _ = fit_stream_norm("[1, 2)", change, ridge)
-    two, _ = fit_stream_norm("[1, 2)", large, ridge)
+    one, _ = fit_stream_norm("[1, 2)", change, ridge, norm_eps=0)
+    two, _ = fit_stream_norm("[1, 2)", large, ridge, norm_eps=0)
     eye = torch.eye(C, dtype=torch.float64)
     torch.testing.assert_close(one.weight_CC - eye, 1000 * (two.weight_CC - eye),
                                rtol=1e-4, atol=1e-6)  # fmt: skip

@@ -49,4 +49,4 @@ def test_sums_equal_direct_ones_and_add_up(dtype):
         torch.testing.assert_close(
             back.arrays()[name], absolute_sums(x[:11], y[:11]).arrays()[name]
         )
-    assert AbsoluteSums.from_arrays(30, whole.arrays()) == whole
+    assert AbsoluteSums(30, **whole.arrays()) == whole

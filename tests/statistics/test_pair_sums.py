@@ -124,7 +124,7 @@ def test_folds_add_and_subtract():
         for name, array in moments.arrays().items():
             torch.testing.assert_close(total.arrays()[name], array)
             torch.testing.assert_close(left.arrays()[name], rest[start].arrays()[name])
-        assert PairMoments.from_arrays(moments.num_tokens, moments.arrays()) == moments
+        assert PairMoments(moments.num_tokens, **moments.arrays()) == moments
 
 
 def test_some_starts_only_are_the_same_sums():

@@ -114,9 +114,9 @@ def in_blocks(sums, count):
     """What each of several ranks holds: its columns of the large arrays, all of the small."""
     return [
         {
-            entry: type(found).from_arrays(
+            entry: type(found)(
                 found.num_tokens,
-                {
+                **{
                     name: array[..., ColumnBlock(index, count).of(array.shape[-1])]
                     if name in found.BY_COLUMNS
                     else array
@@ -467,7 +467,7 @@ def test_bytes_of_sums_are_known_before_they_are_read(tmp_path, blocks):
             else tensor
             for name, tensor in sums.arrays().items()
         }
-        of_block = Moments.from_arrays(8, part)
+        of_block = Moments(8, **part)
         written.append(store.write_block(0, "x", {"a": of_block, "ab": of_block}, block))
     assert store.commit_attempt(0, "x", written)
     read = store.read(0)

@@ -101,7 +101,7 @@ def test_windows_in_any_order_and_chunking():
 
 def test_arrays_round_trip():
     moments = accumulate(*rows())
-    back = Moments.from_arrays(moments.num_tokens, moments.arrays())
+    back = Moments(moments.num_tokens, **moments.arrays())
     assert back == moments
 
 
