@@ -138,11 +138,6 @@ def operator_positions(spans: Sequence[Span]) -> dict[Span, int]:
     """New boundary at which each span's operator acts: ``start`` less the layers cut before it.
 
     The operator of a span transforms the stream entering the new layer of that index, or the
-    final norm where the index equals the new number of layers. ``spans`` must be sorted.
+    final norm where the index equals the new number of layers.
     """
-    positions: dict[Span, int] = {}
-    removed = 0
-    for span in spans:
-        positions[span] = span.start - removed
-        removed += len(span)
-    return positions
+    return {one: one.start - sum(len(span) for span in spans if span < one) for one in spans}

@@ -43,16 +43,11 @@ _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes into a 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    name: str
-    """The source as the user wrote it, for messages."""
-    documents: Generator[Document]
-    """Documents in their final order; of a text file, the pieces of its one document."""
-    one_text: bool
-    """Whether ``documents`` are pieces to be joined without a separator."""
+    name: str  # the source as the user wrote it, for messages
+    documents: Generator[Document]  # in their final order
+    one_text: bool  # whether they are pieces of one, to be joined without a separator
     shuffled: bool = False
-    """Whether the documents come in random order."""
-    complete: bool = True
-    """Whether no file of a folder was left out."""
+    complete: bool = True  # whether no file of a folder was left out
 
 
 def open_corpus(

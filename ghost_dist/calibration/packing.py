@@ -5,17 +5,14 @@ line as perplexity and GPTQ code does; with them, each document is tokenised alo
 BOS and EOS that its tokenizer adds. Chats are joined as their template wrote them: it has already
 placed its special tokens, so none are added.
 
-Notes
------
-How a text is cut into tokens may depend on what follows, so the first N tokens of a long text are
-not simply those of a prefix. They are taken from a growing prefix once two prefixes, the second a
-quarter longer, agree on all of them, or the text has ended. Prefixes grow geometrically, so the
-work is at most a small multiple of one tokenisation, whatever the size of the text.
+How a text is cut into tokens may depend on what follows. So the first N tokens of a long text are
+taken from a growing prefix once two prefixes, the second a quarter longer, agree on all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,8 +33,7 @@ class Piece(NamedTuple):
     """A part of a corpus's text."""
 
     text: str
-    special: bool
-    """Whether it is a document that is tokenised alone, with the tokenizer's special tokens."""
+    special: bool  # a document that is tokenised alone, with the tokenizer's special tokens
 
 
 def pack_tokens(
@@ -61,11 +57,9 @@ def pack_tokens(
     if special_tokens and not corpus.one_text:
         return _pack_documents(pieces, tokenizer, needed, report)
 
-    def encode(text: str) -> TokenArray:
-        return _encode(tokenizer, text, special_tokens)
-
-    prefix = _Prefix(piece.text for piece in pieces)
-    return _first_tokens(prefix, encode, needed, report, least_growth)
+    texts = (piece.text for piece in pieces)
+    encode_text = partial(encode, tokenizer, special_tokens=special_tokens)
+    return _first_tokens(texts, encode_text, needed, report, least_growth)
 
 
 def read_pieces(corpus: Corpus, tokenizer: Any, *, special_tokens: bool) -> Iterator[Piece]:
@@ -82,28 +76,38 @@ def read_pieces(corpus: Corpus, tokenizer: Any, *, special_tokens: bool) -> Iter
 
 
 def _first_tokens(
-    prefix: _Prefix,
-    encode: Callable[[str], TokenArray],
+    texts: Iterator[str],
+    encode_text: Callable[[str], TokenArray],
     needed: int | None,
     report: Reports,
     least_growth: int,
 ) -> TokenArray:
     target = float("inf") if needed is None else needed * _CHARACTERS_PER_TOKEN + least_growth
+    read, ended = "", False
     before: TokenArray | None = None
     while True:
-        text = prefix.grow(target, report)
-        tokens = encode(text)
-        if needed is None or prefix.ended:
+        parts, size = [read], len(read)
+        while size < target and not ended:
+            piece = next(texts, None)
+            if piece is None:
+                ended = True
+            else:
+                parts.append(piece)
+                size += len(piece)
+                report(size / target)
+        read = "".join(parts)
+        prefix = read if size <= target else read[: int(target)]
+        tokens = encode_text(prefix)
+        if needed is None or ended:
             return tokens[:needed]
-        size = len(text)
         if len(tokens) < needed:
-            per_token = size / max(len(tokens), 1)
-            target = max(1.5 * size, 1.1 * needed * per_token) + least_growth
+            per_token = len(prefix) / max(len(tokens), 1)
+            target = max(1.5 * len(prefix), 1.1 * needed * per_token) + least_growth
             continue
         if before is not None and np.array_equal(before, tokens[:needed]):
             return before
         before = tokens[:needed]
-        target = 1.25 * size + least_growth
+        target = 1.25 * len(prefix) + least_growth
 
 
 def _pack_documents(
@@ -114,14 +118,14 @@ def _pack_documents(
     for piece in pieces:
         if needed is not None and count >= needed:
             break
-        tokens = _encode(tokenizer, piece.text, piece.special)
+        tokens = encode(tokenizer, piece.text, piece.special)
         parts.append(tokens)
         count += len(tokens)
         report(count / needed if needed else 0.0)
     return np.concatenate([np.empty(0, np.int64), *parts])[:needed]
 
 
-def _encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
+def encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
     # verbose=False: the text is longer than the model's context by intention, so no warning.
     encoded = tokenizer(
         text,
@@ -131,27 +135,6 @@ def _encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
         verbose=False,
     )
     return np.asarray(encoded["input_ids"], dtype=np.int64)
-
-
-class _Prefix:
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
-        self._text = ""
-        self.ended = False
-
-    def grow(self, target: float, report: Reports) -> str:
-        """The first ``target`` characters, or all; ``ended`` says that there are no more."""
-        parts, size = [self._text], len(self._text)
-        while size < target:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self.ended = True
-                break
-            parts.append(piece)
-            size += len(piece)
-            report(size / target)
-        self._text = "".join(parts)
-        return self._text if size <= target else self._text[: int(target)]
 
 
 class Reports:

@@ -1,7 +1,5 @@
 """Fixed windows of token ids: built from a source, hashed, kept in one safetensors file.
 
-source -> ``corpora`` (documents) -> ``packing`` (one stream of tokens) -> rows of equal length; or
-by ``sampling``, tokens of places that are spread over the source.
 No window holds padding; what does not fill a whole window is left out.
 
 WikiText-2, PTB and C4 are also cut as the published code of arXiv 2605.15491 does, from the hub.
@@ -26,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ghost_dist.calibration.packing import SEPARATOR, OnProgress, TokenArray
+from ghost_dist.calibration.packing import SEPARATOR, OnProgress, TokenArray, encode
 from ghost_dist.calibration.sampling import Text, spread_tokens
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import CalibrationError, CorruptStoreError
@@ -40,12 +38,9 @@ _FORMAT = "ghost_dist token windows 1"
 class TokenWindows:
     """Windows of token ids and where they are from; compare them by ``fingerprint``."""
 
-    tokens: Tokens
-    """int32, shape (num_windows, window_length), read-only."""
-    source: str
-    """The source as the user wrote it; several are joined."""
-    source_of: tuple[int, ...] = ()
-    """The number of each window's source, where there are several."""
+    tokens: Tokens  # int32, (num_windows, window_length), read-only
+    source: str  # as the user wrote it; several are joined
+    source_of: tuple[int, ...] = ()  # the number of each window's source, where there are several
 
     def __post_init__(self) -> None:
         assert self.tokens.dtype == np.int32, "token ids are int32"
@@ -200,8 +195,7 @@ class PublishedText:
     config: str | None
     split: str
     column: str
-    sampled: bool = False
-    """Whether windows are drawn from long documents, rather than cut from all of the text."""
+    sampled: bool = False  # windows are drawn from long documents, not cut from all of the text
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -238,14 +232,10 @@ def published_windows(
         )
         if text.sampled:
             rows = rows.shuffle(seed=_SEED, buffer_size=_SHUFFLE_BUFFER)
-            found = list(
-                itertools.islice(
-                    _sampled((row[text.column] for row in rows), tokenizer, window_length),
-                    min(windows or _C4_WINDOWS, _C4_WINDOWS),
-                )
-            )
+            drawn = _sampled((row[text.column] for row in rows), tokenizer, window_length)
+            found = list(itertools.islice(drawn, min(windows or _C4_WINDOWS, _C4_WINDOWS)))
         else:
-            stream = _encode(tokenizer, SEPARATOR.join(rows[text.column]))
+            stream = encode(tokenizer, SEPARATOR.join(rows[text.column]), special_tokens=True)
             whole = len(stream) // window_length * window_length
             found = list(stream[:whole].reshape(-1, window_length))[:windows]
     except Exception as error:  # hub, network, file formats: each library has its own exceptions
@@ -268,11 +258,7 @@ def _sampled(rows: Iterable[str], tokenizer: Any, window_length: int) -> Iterato
     """A window from a random place of each document that is longer than one."""
     generator = random.Random(_SEED)
     for row in rows:
-        tokens = _encode(tokenizer, row)
+        tokens = encode(tokenizer, row, special_tokens=True)
         if len(tokens) > window_length:
             start = generator.randint(0, len(tokens) - window_length - 1)
             yield tokens[start : start + window_length]
-
-
-def _encode(tokenizer: Any, text: str) -> TokenArray:
-    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)

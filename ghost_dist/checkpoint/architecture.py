@@ -39,33 +39,15 @@ from ghost_dist.spans import Part, Span
 
 @dataclass(frozen=True)
 class Half:
-    """The attention or the MLP of a layer, found by ``engines/find_halves.py``.
+    """The attention or the MLP of a layer, found by ``engines/find_halves.py``."""
 
-    Attributes
-    ----------
-    root
-        Name in the layer of the module that adds zero to the stream where the half is removed.
-    outputs
-        Length of the tuple that it returns, what is added first; 0: that alone.
-    idle
-        Names in the layer of what only the half needs, such as a norm.
-    tensors
-        Their names in the files.
-    numbers
-        Parameters.
-    writer
-        Name in the layer of the linear module whose output is added to the stream as it is, and ...
-    writer_tensor
-        ... of its weight in the files; empty: there is none that can be replaced.
-    """
-
-    root: str
-    outputs: int
-    idle: tuple[str, ...]
-    tensors: tuple[str, ...] = ()
-    numbers: int = 0
-    writer: str = ""
-    writer_tensor: str = ""
+    root: str  # name in the layer of the module that adds zero where the half is removed
+    outputs: int  # length of the tuple that it returns, what is added first; 0: that alone
+    idle: tuple[str, ...]  # names in the layer of what only the half needs, such as a norm
+    tensors: tuple[str, ...] = ()  # their names in the files
+    numbers: int = 0  # parameters
+    writer: str = ""  # name in the layer of the linear module whose output is added as it is,
+    writer_tensor: str = ""  # and of its weight in the files; empty: none can be replaced
 
 
 _FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")
@@ -213,7 +195,7 @@ def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequ
     if reason is None:
         before, _ = _built(architecture, config)
         after, _ = _built(architecture, cut_config(config, spans, architecture))
-        if _cache_counts_tokens(before) and not _cache_counts_tokens(after):
+        if cache_problem(before) is None and cache_problem(after) is not None:
             reason = (
                 f"without layers {', '.join(map(str, spans))} no attention layer is left, and "
                 "transformers generates with a cache only where one counts the tokens"
@@ -234,29 +216,23 @@ def why_not(
         return f"no model can be built without layers {cut}: {error}"
     before, layers = _built(architecture, config)
     described = descriptions(architecture.fields, before, after)
-    difference = cut_difference(layers, twins, spans, described)
-    words = f"its configuration cannot express the model without layers {cut}: {difference}"
-    return None if difference is None else words
+    if (difference := cut_difference(layers, twins, spans, described)) is None:
+        return None
+    return f"its configuration cannot express the model without layers {cut}: {difference}"
 
 
 def _built(architecture: Architecture, config: Mapping[str, Any]) -> tuple[Any, nn.ModuleList]:
     """A configuration as its class reads it, and the layers of its model, without storage."""
-    return _build(
-        getattr(transformers, architecture.causal_lm_class),
-        getattr(transformers, architecture.config_class),
-        architecture.layers,
-        json.dumps(config),
-    )
+    names = (architecture.causal_lm_class, architecture.config_class, architecture.layers)
+    return _build(*names, json.dumps(config))
 
 
 # A search asks of hundreds of cuts; of layers without fields of their own, those of a size are one.
 @functools.lru_cache(maxsize=4)
-def _build(
-    model_class: type[Any], config_class: type[Any], path: str, config_json: str
-) -> tuple[Any, nn.ModuleList]:
-    config = json.loads(config_json)
-    model = empty_model(model_class, read_config(config_class, config))
-    return read_config(config_class, config), model.get_submodule(path)
+def _build(causal_lm: str, config: str, layers: str, content: str) -> tuple[Any, nn.ModuleList]:
+    config_class, raw = getattr(transformers, config), json.loads(content)
+    model = empty_model(getattr(transformers, causal_lm), read_config(config_class, raw))
+    return read_config(config_class, raw), model.get_submodule(layers)
 
 
 def check_some_cut(
@@ -275,12 +251,13 @@ def check_some_cut(
         raise refusal
 
 
-def _cache_counts_tokens(config: Any) -> bool:
+def cache_problem(config: Any) -> str | None:
+    """Why the cache that transformers makes for a configuration does not count tokens, if so."""
     try:
         transformers.DynamicCache(config=config).get_seq_length()
-    except Exception:  # ValueError where no layer attends; families without this cache: anything
-        return False
-    return True
+    except Exception as error:  # ValueError where no layer attends; without this cache: anything
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
@@ -341,7 +318,7 @@ def _layer_list(model: Any, config: Any) -> str:
     lists = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
     }
     outer = {p: m for p, m in lists.items() if not any(p.startswith(o + ".") for o in lists)}
     found = [path for path, module in outer.items() if len(module) == config.num_hidden_layers]
@@ -410,22 +387,18 @@ def _down_projections(
     """Layer to the path and the input width of its MLP's last linear module, where it has one."""
     found: dict[int, tuple[str, int]] = {}
     for index, layer in enumerate(layers):
-        paths = [
+        wide = [
             (path, module.in_features)
             for path, module in layer.named_modules()
             if isinstance(module, nn.Linear)
-            and module.out_features == config.hidden_size
             and (path.startswith(("mlp.", "feed_forward.", "ffn.")) or "." not in path)
             and path.count(".") <= 1
+            and "gate" not in path
+            # Only tensors that the files hold under the module's own name can be rewritten.
+            and (tensor := checkpoint.tensors.get(f"{tensor_prefix}.{index}.{path}.weight"))
+            and tensor.shape == (config.hidden_size, module.in_features)
+            and module.out_features == config.hidden_size
         ]
-        # Only tensors that the files hold under the module's own name can be rewritten.
-        paths = [
-            (path, size)
-            for path, size in paths
-            if (tensor := checkpoint.tensors.get(f"{tensor_prefix}.{index}.{path}.weight"))
-            and tensor.shape == (config.hidden_size, size)
-        ]
-        wide = [(path, size) for path, size in paths if "gate" not in path]
         if len(wide) == 1:
             found[index] = wide[0]
     common = {path for path, _ in found.values()}

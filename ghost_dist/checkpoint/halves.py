@@ -12,12 +12,10 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.architecture import Architecture, cache_problem, cut_config
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, Sublayer, kept_layers
-
-NO_CACHE = "mlp"  # transformers' type of a layer that has nothing to cache
 
 
 class Nothing(nn.Module):
@@ -25,11 +23,7 @@ class Nothing(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self._forward = zeros(width, outputs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros like the stream that is given first."""
-        return self._forward(*args, **kwargs)
+        self.forward = zeros(width, outputs)
 
 
 def zeros(width: int, outputs: int) -> Callable[..., Any]:
@@ -84,36 +78,28 @@ def check_halves(
         config_class = getattr(transformers, architecture.config_class)
         cut = read_config(config_class, cut_config(config, spans, architecture))
         cut.__class__ = _uncached(config_class, gone)
-        try:
-            transformers.DynamicCache(config=cut).get_seq_length()
-        except Exception as error:
-            listed = ", ".join(map(str, sublayers))
+        if (problem := cache_problem(cut)) is not None:
             raise UnsupportedArchitectureError(
-                f"Without {listed} transformers keeps no cache for {architecture.model_type} "
-                f"models ({type(error).__name__}: {error}). Keep an attention, or remove MLPs "
+                f"Without {', '.join(map(str, sublayers))} transformers keeps no cache for "
+                f"{architecture.model_type} models ({problem}). Keep an attention, or remove MLPs "
                 "and whole layers."
-            ) from error
+            )
 
 
 def _uncached(config_class: type[Any], layers: Collection[int]) -> type[Any]:
-    """The class of a configuration of which no cache is made for some layers."""
+    """The class of a configuration that tells transformers' caches which layers have nothing."""
 
     def get_text_config(self: Any, decoder: Any = None, encoder: Any = None) -> Any:
         config = config_class.get_text_config(self, decoder=decoder, encoder=encoder)
         if not decoder:
             return config
-        return without_cache(config, layers)
+        slides = getattr(config, "sliding_window", None) is not None
+        plain = "sliding_attention" if slides else "full_attention"
+        types = list(getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers)
+        for layer in layers:
+            types[layer] = "mlp"  # transformers' type of a layer that has nothing to cache
+        cached = copy.copy(config)
+        cached.layer_types = types
+        return cached
 
     return type(config_class.__name__, (config_class,), {"get_text_config": get_text_config})
-
-
-def without_cache(config: Any, layers: Collection[int]) -> Any:
-    """A copy of a configuration that tells transformers' caches which layers have nothing."""
-    slides = getattr(config, "sliding_window", None) is not None
-    plain = "sliding_attention" if slides else "full_attention"
-    types = list(getattr(config, "layer_types", None) or [plain] * config.num_hidden_layers)
-    for layer in layers:
-        types[layer] = NO_CACHE
-    cached = copy.copy(config)
-    cached.layer_types = types
-    return cached

@@ -72,9 +72,8 @@ def _find(content: str, names: tuple[str, ...]) -> LanguageModel | None:
             left.append(merged[name].target)
         else:
             kept[name] = name  # nobody's; named where tensors are checked
-    own = text_config.to_dict()
-    for field in ("transformers_version", "_name_or_path"):
-        own.pop(field, None)
+    left_out = ("transformers_version", "_name_or_path")
+    own = {name: value for name, value in text_config.to_dict().items() if name not in left_out}
     own["architectures"] = [type(text).__name__]
     own["tie_word_embeddings"] = f"{head}.weight" in whole.all_tied_weights_keys
     own["dtype"] = raw.get("dtype", raw.get("torch_dtype", own.get("dtype")))

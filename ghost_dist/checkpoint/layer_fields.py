@@ -21,7 +21,6 @@ _PREFIX_COUNTS = (
     *("first_k_dense_replace", "max_window_layers", "num_dense_layers"),
     "moe_layer_start_index",
 )
-_OTHER_COUNT_NAMES = ("num_blocks",)
 _CYCLES = ("block_types",)  # lists that are repeated until every layer has an entry
 _KEYED = ("per_layer_config",)  # settings by layer number; keys that are no numbers stay
 _TIMES_ROOT_OF_DEPTH = ("scale_depth",)
@@ -96,30 +95,22 @@ def find_layer_fields(config: Any) -> LayerFields:
         dense = {i for i in range(num_layers) if (i + 1) % step}
         indices["mlp_only_layers"] = tuple(sorted(dense | set(indices.get("mlp_only_layers", ()))))
         changed["decoder_sparse_step"] = 1
+    count_names = [own_name, "num_hidden_layers"]
+    if fields.get("num_blocks") == num_layers:
+        count_names.append("num_blocks")
     return LayerFields(
         num_layers=num_layers,
-        count_names=tuple(
-            dict.fromkeys(
-                (
-                    own_name,
-                    "num_hidden_layers",
-                    *(name for name in _OTHER_COUNT_NAMES if fields.get(name) == num_layers),
-                )
-            )
-        ),
+        count_names=tuple(dict.fromkeys(count_names)),
         lists=lists,
         indices=indices,
         keyed={name: dict(fields[name]) for name in _KEYED if fields.get(name)},
         counts={n: fields[n] for n in _PREFIX_COUNTS if isinstance(fields.get(n), int)},
         scaled={n: fields[n] for n in _TIMES_ROOT_OF_DEPTH if fields.get(n)},
         changed=changed,
-        removed=tuple(
-            pattern
-            for explicit, patterns in _PATTERNS.items()
-            if explicit in lists or explicit in indices
-            for pattern in patterns
-        )
-        + tuple(name for name in fields if name.startswith("mtp_") and name not in changed),
+        removed=(
+            *(p for name in _PATTERNS if name in lists or name in indices for p in _PATTERNS[name]),
+            *(name for name in fields if name.startswith("mtp_") and name not in changed),
+        ),
     )
 
 

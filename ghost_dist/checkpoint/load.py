@@ -33,7 +33,8 @@ class Decoder:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model, self.architecture = model, architecture.of_base
-        self._norm = _Boundary(model.dtype)
+        self._norm: Any = nn.Identity()
+        self._norm.weight = torch.empty(0, dtype=model.dtype)  # some cast to the dtype of a norm
         layers = model.get_submodule(self.architecture.layers)
         assert isinstance(layers, nn.ModuleList), "the layer list moved"
         model.set_submodule(self.architecture.final_norm, self._norm)
@@ -95,13 +96,9 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
     deleted once the model is built.
     """
     assert 0 < num_layers <= architecture.num_layers, "no such boundary"
-    config_class = getattr(transformers, architecture.config_class)
-    above: tuple[Span, ...] = ()
-    for kept in range(num_layers, architecture.num_layers):
-        spans = (Span(kept, architecture.num_layers),)
-        if why_not(architecture, checkpoint.config, spans) is None:
-            above = spans
-            break
+    config_class, whole = getattr(transformers, architecture.config_class), architecture.num_layers
+    cuts = [(Span(kept, whole),) for kept in range(num_layers, whole)]
+    above = next((cut for cut in cuts if why_not(architecture, checkpoint.config, cut) is None), ())
     return read_config(config_class, cut_config(checkpoint.config, above, architecture))
 
 
@@ -128,7 +125,7 @@ def layers_of_causal_lm(model: Any, architecture: Architecture) -> Decoder:
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder; CheckpointError if there is none that can be read."""
     try:
-        if not any(found for pattern in _TOKENIZER_FILES for found in path.glob(pattern)):
+        if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
             raise FileNotFoundError("none of its files is there")
         with quiet_loading():
             return transformers.AutoTokenizer.from_pretrained(
@@ -139,15 +136,6 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             f"{path} has no tokenizer that can be read: {error}. Copy tokenizer.json and "
             "tokenizer_config.json of the model into the folder."
         ) from error
-
-
-class _Boundary(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = torch.empty(0, dtype=dtype)  # some models cast to the dtype of a norm
-
-    def forward(self, stream_BTC: Tensor) -> Tensor:
-        return stream_BTC
 
 
 def _load(

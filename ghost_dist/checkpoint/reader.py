@@ -158,12 +158,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     notes = _own_code(config)
     inside = language_model(config, tensors)
     if inside is not None:
-        config, notes = inside.config, [*notes, inside.note]
+        config, notes = inside.config, (*notes, inside.note)
         tensors = {inside.names[name]: t for name, t in tensors.items() if name in inside.names}
         scales = {inside.names[name]: s for name, s in scales.items() if name in inside.names}
-    return Checkpoint(
-        path, config, tensors, headers, scales, tuple(notes), taken_out=inside is not None
-    )
+    return Checkpoint(path, config, tensors, headers, scales, notes, taken_out=inside is not None)
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -261,22 +259,21 @@ def resolve_checkpoint(
     beside = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
         # Not what lies in folders: weights in other formats, which may be as large again.
-        found = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=beside, ignore_patterns=["*/*"]
-            )
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=beside, ignore_patterns=["*/*"]
         )
-        weights = [*_files_of_weights(found), *_HUB_FOLDERS]
-        return Path(snapshot_download(name, revision=found.name, allow_patterns=weights))
+        weights = [*_files_of_weights(Path(found)), *_HUB_FOLDERS]
+        return Path(snapshot_download(name, revision=Path(found).name, allow_patterns=weights))
     except HFValidationError as error:
         raise CheckpointError(
             f"{path_or_id} is neither a folder nor a hub id (owner/name): {error}"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = "" if revision is None else f" at revision {revision}"
+        said = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         raise CheckpointError(
             f"{path_or_id}{at} is not a local folder and could not be fetched from the hub: "
-            f"{_sentence(error)} Check the name, your access and the connection, or give a folder."
+            f"{said}. Check the name, your access and the connection, or give a folder."
         ) from error
 
 
@@ -295,23 +292,18 @@ def cache_only_without_hub() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def _sentence(error: Exception) -> str:
-    """What an error of a library says, its first sentence."""
-    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".") + "."
-
-
-def _own_code(config: Mapping[str, Any]) -> list[str]:
+def _own_code(config: Mapping[str, Any]) -> tuple[str, ...]:
     auto_map = config.get("auto_map")
     entries = auto_map if isinstance(auto_map, dict) else {}
     own = [f"{entries[key]}" for key in entries if key.startswith(("AutoModel", "AutoConfig"))]
     if not own:
-        return []
+        return ()
     text = (
         f"config.json names model code of its own ({', '.join(own)}), which is never run: what "
         f"transformers itself has for {config.get('model_type')} is used. If that code computes "
         "something else, the result is not of that model."
     )
-    return [text]
+    return (text,)
 
 
 def _files_of_weights(folder: Path) -> list[str]:

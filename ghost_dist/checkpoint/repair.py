@@ -38,27 +38,23 @@ class Repair:
         return {name: part for name, part in parts.items() if part is not None}
 
     def parts(self) -> dict[str, Tensor]:
-        down = {} if self.down_FC is None else {"down": self.down_FC}
-        return {**self.boundary_parts(), **down}
+        parts = self.boundary_parts()
+        return parts if self.down_FC is None else {**parts, "down": self.down_FC}
 
     @staticmethod
     def from_parts(parts: Mapping[str, Tensor], norm_eps: float = 0.0) -> Repair:
         low_rank = None
         if "low_rank_in" in parts:
             low_rank = (parts["low_rank_in"], parts["low_rank_out"])
-        return Repair(
-            weight_CC=parts.get("linear"),
-            norm_weight_CC=parts.get("norm_linear"),
-            low_rank=low_rank,
-            down_FC=parts.get("down"),
-            norm_eps=norm_eps,
-        )
+        square = parts.get("linear"), parts.get("norm_linear")
+        return Repair(*square, low_rank, parts.get("down"), norm_eps)
 
     def stored(self, dtype: torch.dtype, down_dtype: torch.dtype) -> Repair:
         """Boundary parts in one dtype, down_proj in another."""
-        parts = {name: part.to(dtype) for name, part in self.boundary_parts().items()}
-        if self.down_FC is not None:
-            parts["down"] = self.down_FC.to(down_dtype)
+        parts = {
+            name: part.to(down_dtype if name == "down" else dtype)
+            for name, part in self.parts().items()
+        }
         return Repair.from_parts(parts, self.norm_eps)
 
     def to(self, device: torch.device) -> Repair:
@@ -68,8 +64,7 @@ class Repair:
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the parts at the boundary; None if there are none."""
-        parts = tuple(self.boundary_parts().values())
-        return parts[0].dtype if parts else None
+        return next((part.dtype for part in self.boundary_parts().values()), None)
 
     @property
     def added_parameters(self) -> int:

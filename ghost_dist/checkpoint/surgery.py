@@ -137,10 +137,7 @@ def operator_as_computed(repair: Repair, dtype: torch.dtype, device: torch.devic
         dtype = torch.float32
     repair = repair.stored(dtype, dtype).to(device)
     # nn.Linear's layout (out, in) in memory: the same kernels as the exported module, bit by bit.
-    parts = {
-        name: part.T.contiguous().T if part.ndim == 2 else part
-        for name, part in repair.boundary_parts().items()
-    }
+    parts = {name: part.T.contiguous().T for name, part in repair.boundary_parts().items()}
     return Repair.from_parts(parts, repair.norm_eps)
 
 

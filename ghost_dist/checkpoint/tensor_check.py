@@ -24,7 +24,7 @@ _SHOWN = 3
 
 
 def check_tensors(
-    checkpoint: Checkpoint, model: Any, is_further: Callable[[str], bool] = lambda _: False
+    checkpoint: Checkpoint, model: Any, is_further: Callable[[str], bool]
 ) -> tuple[dict[str, Place], frozenset[str]]:
     """Compare the headers with the model; no tensor is read, its parameters become equal ones.
 
@@ -42,9 +42,7 @@ def check_tensors(
         for name, info in checkpoint.tensors.items()
         if name in taken
     }
-    missing = convert_and_load(
-        model, checkpoint, shapes, checkpoint.dtype, torch.device("meta"), one_by_one=True
-    )
+    missing = convert_and_load(model, checkpoint, shapes, checkpoint.dtype, torch.device("meta"))
     for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
         if source not in missing:
             missing.discard(tied)

@@ -74,8 +74,7 @@ def plain_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _layer_difference(
     uncut: nn.Module, twin: nn.Module, old: int, new: int, described: Mapping[str, tuple[Any, Any]]
 ) -> str | None:
-    modules = dict(uncut.named_modules())
-    twins = dict(twin.named_modules())
+    modules, twins = dict(uncut.named_modules()), dict(twin.named_modules())
     if modules.keys() != twins.keys():
         return f"modules {sorted(modules.keys() ^ twins.keys())} are not in both"
     for path, module in modules.items():
@@ -89,8 +88,8 @@ def _layer_difference(
         settings, other_settings = dict(plain_settings(module)), dict(plain_settings(other))
         for name in sorted(settings.keys() | other_settings.keys()):
             before, after = settings.get(name), other_settings.get(name)
-            is_number = type(before) is int and before == old and after == new
-            is_description = name in described and (before, after) == described[name]
+            is_number = type(before) is int and (before, after) == (old, new)
+            is_description = (before, after) == described.get(name)
             close = type(before) is type(after) is float and math.isclose(
                 before, after, rel_tol=1e-12
             )

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -101,9 +100,9 @@ class WeightReader:
         for file in dict.fromkeys(info.file for info in infos):
             self._check_unchanged(file)
         memory, raws = self._memory(infos)
+        own = None if memory is None else self._peers.part_of(memory.numel())
         tensors: dict[str, Tensor] = {}
         pieces: list[tuple[TensorInfo, int, Tensor]] = []
-        own = None if memory is None else self._peers.part_of(memory.numel())
         for (name, info), (begin, raw) in zip(wanted.items(), raws, strict=True):
             tensors[name] = raw.view(DTYPES[info.dtype]).view(info.shape)
             first, last = 0, info.nbytes
@@ -231,10 +230,9 @@ class WeightReader:
                     raise OSError(0, f"it ends at byte {offset + done}")
                 done += count
         except OSError as error:
-            path = Path(self._checkpoint.path) / info.file
             raise CheckpointError(
-                f"{path}: tensor {info.name} cannot be read: {error.strerror}. Check the disk; the "
-                "same command continues."
+                f"{self._checkpoint.path / info.file}: tensor {info.name} cannot be read: "
+                f"{error.strerror}. Check the disk; the same command continues."
             ) from error
         if not self._keep_cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)

@@ -1,14 +1,9 @@
 """Search for the removal of least score: pure combinatorics, who scores knows the model.
 
 Units (layers) are numbered; a removal is the sorted tuple of those that go. Its score is the mean
-of one number per judging window, as many of every source of text. Many removals are scored on a
-part of the windows, another one in every generation, so that none is learned, and only the best of
-them on all, and more closely where the scores of the part are rough. Where only some removals can
-be looked at, it is those of the units that cost least when they were last looked at. Units go one
-at a time from the dense model, and if that is no better, the best single span goes; then one comes
-back and another goes, as long as that improves; then several do at random, and again one at a time
-from there, until the budget ends or nothing improves. One removal is better than another if it is
-so by more than the standard error over the sources.
+of one number per judging window, as many of every source of text. The steps are in docs/theory.md.
+Of many removals another part of the windows is looked at in every generation, so that none is
+learned, and only of the best of them all windows.
 
 The table of scores is all the state there is: the same search with the table of a stopped one makes
 the same decisions without scoring again what it holds, and goes on where that one ended.

@@ -2,9 +2,6 @@
 
 Legend: L layers, B = L + 1 boundaries, C hidden width, P stops of one start, r projected columns.
 A map is (L, B), indexed [start, stop], NaN where no number was computed.
-
-Data flow: moments of every start -> :class:`HeldOut` per span (:func:`held_out_of_start`) -> a cost
-per span -> :func:`choose_spans`.
 """
 
 from __future__ import annotations
@@ -173,20 +170,16 @@ def relative_residual(held_out: HeldOut) -> float:
 
 
 def lost_log_energy(held_out: HeldOut) -> float:
-    """The default cost of a span: ``-log(1 - residual / ||Y||^2)``, at most 27.6.
+    """The cost of a span: ``-log(1 - residual / ||Y||^2)``, at most 27.6.
 
-    1 - residual / ||Y||^2 is the share of the energy that the repaired stream still explains; what
-    several spans in a row explain is about the product of their shares, so the logarithms add.
-    For single spans of one length it ranks as :func:`relative_residual` does.
+    What several spans in a row explain of the energy is about the product of their shares, so the
+    logarithms add.
     """
     return -math.log(max(1e-12, 1.0 - relative_residual(held_out)))
 
 
 def cost_map(num_layers: int, held_out: Mapping[Span, HeldOut]) -> Tensor:
-    """The cost of every candidate, (L, L + 1) float64, indexed [start, stop].
-
-    NaN where the mapping has no such span.
-    """
+    """The cost of every candidate, float64; NaN where the mapping has no such span."""
     cost_LB = torch.full((num_layers, num_layers + 1), math.nan, dtype=torch.float64)
     for span, energies in held_out.items():
         cost_LB[span.start, span.stop] = lost_log_energy(energies)

@@ -1,9 +1,7 @@
 """Arrays on disk: Zarr, and a hash of each that its reader compares.
 
-Zarr alone would not do: a missing chunk reads back as the fill value, and the default codecs carry
-no checksum. So empty chunks are written, floats are filled with NaN, and who writes keeps the entry
-that :func:`describe` gives and hands it to who reads. The hash is XXH3 with 128 bits, as fast as
-memory: it finds damage, and is none against who forges a file.
+Zarr alone would not do, see docs/design.md. So empty chunks are written, floats are filled with
+NaN, and who writes keeps the entry that :func:`describe` gives and hands it to who reads.
 """
 
 from __future__ import annotations

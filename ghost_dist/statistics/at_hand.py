@@ -89,10 +89,6 @@ class StoreAtHand(StatisticsStore):
         ranges = [sums for sums in self._held.values() if _device_of(sums) == device]
         return sum(part.nbytes for sums in ranges for part in sums.values())
 
-    def missing(self) -> tuple[int, ...]:
-        """Ids of the ranges that still have to be run, ascending."""
-        return tuple(i for i in super().missing() if i not in self._held)
-
     def read(
         self,
         range_id: int,
@@ -100,7 +96,6 @@ class StoreAtHand(StatisticsStore):
         block: ColumnBlock | None = None,
         device: torch.device = CPU,
     ) -> dict[str, Sums]:
-        """Sums of a range on a device: from memory, or from the disk."""
         if block is not None or range_id not in self._held:
             return super().read(range_id, entries, block, device)
         held = self._held[range_id]
@@ -108,7 +103,6 @@ class StoreAtHand(StatisticsStore):
         return {key: held[key].to(device) for key in wanted}
 
     def sums_bytes(self, entries: Collection[str]) -> int:
-        """Bytes of the sums of some entries, as ``total`` gives them."""
         for held in self._held.values():
             return sum(held[entry].nbytes for entry in entries)
         return super().sums_bytes(entries)

@@ -99,5 +99,5 @@ class ScoreCollector(Collector):
 
     def result(self) -> dict[str, Sums]:
         self._finite.check()
-        count_1 = torch.full((1,), float(self._count), dtype=torch.float64)
-        return {"scores": ScoreSums(self._num_tokens, self._sums, count_1.to(self._sums.device))}
+        count_1 = self._sums.new_full((1,), self._count)
+        return {"scores": ScoreSums(self._num_tokens, self._sums, count_1)}

@@ -73,9 +73,7 @@ class MomentsAccumulator:
         *,
         block: ColumnBlock = WHOLE,
     ) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         z, c = num_regressors, num_targets
         firsts = range(0, z, BLOCK_COLUMNS)
         self._blocks = [slice(first, min(first + BLOCK_COLUMNS, z)) for first in firsts]

@@ -4,12 +4,9 @@ Legend: T tokens, C hidden width, r columns of the projection, P stops of one st
 
 :class:`PairCollector` keeps one gram per start. For a fixed number of layers there is one stop per
 start, and the whole cross is kept: exact. For all pairs (start, stop) up to a length it keeps of
-each pair only the cross with a random projection ``Y R`` of the stream entering ``stop``. R (C, r)
-has independent entries +-1/sqrt(r), so ``E[R R'] = I`` and ``E ||E R||^2 = ||E||^2`` for any
-residual E. The sum over the r columns is unbiased, and exact where the channels' residuals are
-uncorrelated, however unequal (a few massive ones, mostly): only off-diagonal correlations make it
-vary, by about ``sqrt(2 / r) ||offdiag(S)|| / tr(S)`` relative to its value, S the covariance of the
-residual.
+each pair only the cross with a random projection ``Y R`` of the stream entering ``stop``, see
+docs/theory.md: only off-diagonal correlations of the residual's covariance S make its energy vary,
+by about ``sqrt(2 / r) ||offdiag(S)|| / tr(S)`` relative to its value.
 
 State at C = 8192, L = 80, r = 64: gram 512 MiB a start, 40 GiB over all starts; cross 4 MiB a
 pair, 9.5 GiB for the 2420 pairs of at most 40 layers; once per fold. ``PairCollector`` may be given
@@ -79,11 +76,10 @@ class PairMoments(Sums):
 
 
 class PairCollector(Collector):
-    """:class:`PairMoments` of every start from one pass; call it with each boundary stream.
+    """:class:`PairMoments` of every start from one pass.
 
-    ``columns`` is r, None: no projection, r = C, exact. The seed of R is fixed: ranges, replicas
-    and resumed runs add up. ``block``: columns of gram and cross to keep, where ranks hold the same
-    rows.
+    ``columns`` is r, None: no projection, r = C, exact. ``block``: columns of gram and cross to
+    keep, where ranks hold the same rows.
     """
 
     def __init__(
@@ -94,9 +90,7 @@ class PairCollector(Collector):
         columns: int | None = PROJECTION_COLUMNS,
         block: ColumnBlock = WHOLE,
     ) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.stops: dict[int, tuple[int, ...]] = {}
         for span in sorted(spans):
             self.stops[span.start] = (*self.stops.get(span.start, ()), span.stop)
@@ -207,7 +201,7 @@ def start_key(start: int) -> str:
 
 
 def projection(hidden_size: int, columns: int = PROJECTION_COLUMNS) -> Tensor:
-    """R, (C, r) float64 on the CPU: independent signs over sqrt(r), always the same."""
+    """R, (C, r) float64 on the CPU: independent signs over sqrt(r), the same in every process."""
     generator = torch.Generator().manual_seed(0)
     signs_Cr = torch.randint(0, 2, (hidden_size, columns), generator=generator) * 2 - 1
     return signs_Cr.double() / math.sqrt(columns)

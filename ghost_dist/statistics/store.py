@@ -8,17 +8,12 @@ Layout below ``RUN/statistics.zarr``::
     ranges/00003/<attempt>/0/<entry>/gram_ZZ/0 ...      strips of a symmetric one that is whole
     ranges/00003/<attempt>/<block>/packed               small arrays, one behind the other
 
-A range is accumulated from zero, written under a fresh attempt id, fsynced, and committed by one
-create-only manifest that holds every array's XXH3. Only manifests are believed: an attempt
-without one is rubbish, and the first manifest of a range wins. Ranges are summed in id order, so
-the result is bitwise the same whatever was killed and re-run.
+A range is written under a fresh attempt id, fsynced, and committed by one create-only manifest that
+holds every array's XXH3. Only manifests are believed, and the first one of a range wins; why that
+gives bitwise the same sums is in docs/design.md.
 
-Where the ranks of a tensor-parallel replica share a range, each writes its block of columns
-(:meth:`StatisticsStore.write_block`) and one process, which need not be one of them, commits all
-blocks of the attempt (:meth:`StatisticsStore.commit_attempt`). Blocks of two attempts never mix.
-
-How an array is written so that damage shows is in ``statistics/arrays.py``; a symmetric matrix of
-which no rank keeps columns of its own is written as its lower half (``statistics/sums.py``).
+Where the ranks of a tensor-parallel replica share a range, each writes its block of columns and one
+process, which need not be one of them, commits all blocks of the attempt.
 """
 
 from __future__ import annotations
@@ -79,11 +74,10 @@ class WrittenBlock:
 
 
 class StatisticsStore:
-    """The Zarr store and its ledger under one folder, ``RUN/statistics.zarr``; created if absent.
+    """The Zarr store and its ledger under one folder; created if absent.
 
     A folder without a plan holds nothing: the making or the removal of a store was stopped there.
-    Where the plan is damaged it is written anew, and every range is judged by its own manifest. A
-    store of another plan is an error that names what differs.
+    Where the plan is damaged it is written anew, and every range is judged by its own manifest.
     """
 
     def __init__(self, path: Path, plan: StatisticsPlan) -> None:
@@ -118,14 +112,10 @@ class StatisticsStore:
 
     def missing(self) -> tuple[int, ...]:
         """Ids of the ranges that still have to be run, ascending."""
-        done = set(self.committed())
-        return tuple(i for i in range(len(self.plan.ranges)) if i not in done)
+        return tuple(i for i in range(len(self.plan.ranges)) if not self._has_range(i))
 
     def commit(self, range_id: int, sums: Mapping[str, Sums]) -> bool:
-        """Write one attempt at a range and commit it; False if another attempt was first.
-
-        If the disk is full nothing is committed.
-        """
+        """Write one attempt at a range and commit it; False if another attempt was first."""
         attempt = uuid.uuid4().hex
         return self.commit_attempt(range_id, attempt, [self.write_block(range_id, attempt, sums)])
 
@@ -219,9 +209,8 @@ class StatisticsStore:
     ) -> dict[str, Sums]:
         """Sums of a committed range on a device, every hash checked.
 
-        All entries unless some are named. With ``block`` as one rank wrote them: that block of
-        columns, and all small arrays. To another device each array goes as soon as it is read, so
-        that host memory never holds the sums.
+        With ``block`` as one rank wrote them: that block of columns, and all small arrays. To
+        another device each array goes as soon as it is read: host memory never holds the sums.
         """
         manifest = self._read_manifest(range_id)
         folder = self._attempt_folder(range_id, manifest["attempt"])
@@ -298,10 +287,7 @@ class StatisticsStore:
         return reasons
 
     def discard(self, range_id: int) -> None:
-        """Take back the commit of a damaged range, so that it is run again.
-
-        The manifest is kept beside the ledger for inspection; the arrays go with the next sweep.
-        """
+        """Take back the commit of a damaged range; its manifest is kept for inspection."""
         target = self._ledger / f"damaged-{range_id:05d}-{uuid.uuid4().hex}.json"
         self._manifest_path(range_id).rename(target)
         fsync_folder(self._ledger)
