@@ -79,12 +79,10 @@ def create_bytes(path: Path, content: bytes) -> bool:
     return True
 
 
-def sweep_partial(folder: Path) -> int:
-    """Remove what killed writers left in a folder that nobody writes to; returns how many."""
-    left = list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
-    for path in left:
+def sweep_partial(folder: Path) -> None:
+    """Remove what killed writers left in a folder that nobody writes to."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
-    return len(left)
 
 
 def json_bytes(value: Any) -> bytes:

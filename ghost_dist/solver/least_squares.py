@@ -215,28 +215,26 @@ class Regression:
         """The ridge of the grid of least error of mixtures of the targets; None: of few targets."""
         if len(self._variance_C) <= PROJECTION_COLUMNS:
             return None
-        shape = (1, len(self._variance_C))
-        self._mixed = _totals(mixed_errors(self.judging, self.total, self.scale_Z, shape))
+        self._mixed = mixed_errors(self.judging, self.total, self.scale_Z)
         return min(self._mixed, key=self._mixed.__getitem__, default=None)
 
 
-def mixed_errors(
-    folds: Sequence[Moments], total: Moments, scale_Z: Tensor, shape: tuple[int, int]
-) -> dict[float, Tensor]:
-    """:func:`held_out_errors` of 64 random mixtures of the columns of each stop, at all ridges.
+def mixed_errors(folds: Sequence[Moments], total: Moments, scale_Z: Tensor) -> dict[float, float]:
+    """Ridges of the grid to the held-out error of 64 random mixtures of the targets, summed.
 
-    ``shape``: stops and columns of the targets. They are much less work than those of all columns
-    (a twelfth at C = 4096), and have the same expectation, less the same for all ridges. All ridges
-    see the same mixtures, so where the least is hardly depends on them.
+    It is much less work than that of all targets (a twelfth at C = 4096), and has the same
+    expectation, less the same for all ridges. All ridges see the same mixtures, so where the least
+    is hardly depends on them.
     """
-    mix_Cr = projection(shape[1]).to(scale_Z.device)
-    none_Pr = scale_Z.new_zeros(shape[0] * mix_Cr.shape[1])
+    mix_Cr = projection(total.cross_ZC.shape[1]).to(scale_Z.device)
+    none_r = torch.zeros_like(mix_Cr[0])
 
     def mixed(moments: Moments) -> Moments:
-        cross_ZPr = moments.cross_ZC.reshape(-1, *shape) @ mix_Cr
-        return replace(moments, cross_ZC=cross_ZPr.flatten(1), sum_y_C=none_Pr, sumsq_y_C=none_Pr)
+        cross_Zr = moments.cross_ZC @ mix_Cr
+        return replace(moments, cross_ZC=cross_Zr, sum_y_C=none_r, sumsq_y_C=none_r)
 
-    return held_out_errors([mixed(fold) for fold in folds], mixed(total), scale_Z, RIDGE_GRID)
+    mixtures = [mixed(fold) for fold in folds]
+    return _totals(held_out_errors(mixtures, mixed(total), scale_Z, RIDGE_GRID))
 
 
 def downhill(

@@ -38,7 +38,6 @@ class HeldOut:
     standard_error: float  # of it, from the projection alone; 0 if exact
     cut: float  # ||Y - X||^2
     energy: float  # ||Y||^2 of the stream entering stop
-    num_tokens: int
     relative_ridge: float
 
 
@@ -58,8 +57,8 @@ def held_out_of_start(
     spread of ``e_k - ratio c_k`` over the columns.
 
     One Cholesky factor per ridge and fold serves all stops; each span has a ridge of its own. Exact
-    errors of more than 64 columns are computed near that ridge only; see :func:`_ridges_near_best`.
-    Of one stop they are followed downhill from the ridge ``around``, if one is given.
+    errors of one stop are followed downhill from ``around``, or the ridge of least error of
+    mixtures.
     Memory beside the folds: about 3 C^2 + 3 C P r float64 (2 GiB at C = 8192, P = 40, r = 64).
     """
     changes = [_projected_change(fold, projection_Cr) for fold in folds]
@@ -67,12 +66,12 @@ def held_out_of_start(
     shape = (len(stops), folds[0].sumsq_target_Pr.shape[1])
     scale_C = ridge_scale(total.gram_ZZ)
     errors_at = partial(held_out_errors, changes, total, scale_C)
-    if shape[1] <= PROJECTION_COLUMNS:
-        errors = errors_at(RIDGE_GRID)
-    elif around is None or len(stops) > 1:
-        errors = errors_at(_ridges_near_best(changes, total, scale_C, shape))
-    else:
-        errors = downhill(errors_at, around)
+    if shape[1] <= PROJECTION_COLUMNS or len(stops) > 1:
+        around = None
+    elif around is None:
+        error_of = mixed_errors(changes, total, scale_C)
+        around = min(error_of, key=error_of.__getitem__, default=None)
+    errors = errors_at(RIDGE_GRID) if around is None else downhill(errors_at, around)
     if not errors:
         raise singular(f"[{start}, {stops[-1]})", total, RIDGE_GRID[-1])
     ridge_R = tuple(errors)
@@ -94,23 +93,10 @@ def held_out_of_start(
             standard_error=(0.0 if projection_Cr is None else float(spread_P[p] * exact_cut_P[p])),
             cut=float(exact_cut_P[p]),
             energy=float(energy_P[p]),
-            num_tokens=total.num_tokens,
             relative_ridge=ridge_R[int(best_P[p])],
         )
         for p, stop in enumerate(stops)
     }
-
-
-def _ridges_near_best(
-    changes: Sequence[Moments], total: Moments, scale_C: Tensor, shape: tuple[int, int]
-) -> tuple[float, ...]:
-    """Of the grid, what is next to the ridge of least error of mixtures of the columns."""
-    errors = mixed_errors(changes, total, scale_C, shape)
-    if not errors:
-        return RIDGE_GRID
-    of_stops = torch.stack([error.reshape(shape[0], -1).sum(1) for error in errors.values()])
-    near = {best + step for best in of_stops.argmin(0).tolist() for step in (-1, 0, 1)}
-    return tuple(ridge for number, ridge in enumerate(errors) if number in near)
 
 
 def cross_fit_start(

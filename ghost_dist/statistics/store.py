@@ -292,12 +292,9 @@ class StatisticsStore:
         self._manifest_path(range_id).rename(target)
         fsync_folder(self._ledger)
 
-    def sweep(self) -> int:
-        """Remove attempts without a manifest and temporary files; returns how many.
-
-        Call it only while no other process writes to this store.
-        """
-        removed = sweep_partial(self._ledger)
+    def sweep(self) -> None:
+        """Remove attempts without a manifest and temporary files, while no other process writes."""
+        sweep_partial(self._ledger)
         for folder in sorted((self.path / "ranges").glob("*")):
             kept = None
             if folder.name.isdigit() and self._manifest_path(int(folder.name)).exists():
@@ -310,8 +307,6 @@ class StatisticsStore:
                     # A rank of a run that died may still be writing there: what is left of it
                     # goes with the next sweep.
                     shutil.rmtree(attempt, ignore_errors=True)
-                    removed += 1
-        return removed
 
     def sums_bytes(self, entries: Collection[str]) -> int:
         """Bytes of the sums of some entries, as :meth:`total` gives them."""

@@ -178,7 +178,7 @@ def test_ridge_is_chosen_for_each_pair(rows):
 
 
 def test_cost_map_holds_nan_where_nothing_was_computed():
-    found = {Span(1, 3): HeldOut(3.0, 0.0, 5.0, 12.0, 10, 0.1)}
+    found = {Span(1, 3): HeldOut(3.0, 0.0, 5.0, 12.0, 0.1)}
     cost = cost_map(4, found)
     assert cost.shape == (4, 5)
     assert cost[1, 3] == pytest.approx(math.log(4 / 3))
@@ -188,16 +188,14 @@ def test_cost_map_holds_nan_where_nothing_was_computed():
 
 def test_costs_stay_finite_and_not_negative():
     """Rounding below 0, and a span whose repair explains nothing, still have a place in the map."""
-    assert relative_residual(HeldOut(-1e-9, 0.0, 5.0, 12.0, 10, 0.1)) == 0
-    assert lost_log_energy(HeldOut(-1e-9, 0.0, 5.0, 12.0, 10, 0.1)) == 0
-    assert 27 < lost_log_energy(HeldOut(13.0, 0.0, 15.0, 12.0, 10, 0.1)) < 28
+    assert relative_residual(HeldOut(-1e-9, 0.0, 5.0, 12.0, 0.1)) == 0
+    assert lost_log_energy(HeldOut(-1e-9, 0.0, 5.0, 12.0, 0.1)) == 0
+    assert 27 < lost_log_energy(HeldOut(13.0, 0.0, 15.0, 12.0, 0.1)) < 28
 
 
 def test_costs_of_independent_losses_add():
     """Two spans that keep 0.9 and 0.8 of the energy cost as much as one that keeps 0.72."""
-    first, second, both = (
-        HeldOut(lost, 0.0, 1.0, 1.0, 10, 0.1) for lost in (0.1, 0.2, 1 - 0.9 * 0.8)
-    )
+    first, second, both = (HeldOut(lost, 0.0, 1.0, 1.0, 0.1) for lost in (0.1, 0.2, 1 - 0.9 * 0.8))
     total = lost_log_energy(first) + lost_log_energy(second)
     assert total == pytest.approx(lost_log_energy(both))
 
