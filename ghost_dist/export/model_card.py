@@ -20,7 +20,7 @@ from ghost_dist.calibration.corpora import ALIASES
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
-from ghost_dist.evaluation.task_rows import shots_and_examples, task_rows
+from ghost_dist.evaluation import task_rows
 
 if TYPE_CHECKING:
     import jinja2
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 PAPER = "2605.15491"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = "models--"
 _CARRIED = ("license", "license_name", "license_link", "language")
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
@@ -38,31 +37,32 @@ def model_card(
     source: Checkpoint, config: Config, variant: Variant, result: Mapping[str, Any] | None = None
 ) -> str:
     """Markdown with YAML front matter; without figures where there is no ``result.json`` yet."""
-    base = _base_model(source, config)
-    metadata = _metadata(source, config, base, variant.has_code)
-    dataset = _dataset(config.calibration.source)
+    base, dataset = _base_model(source, config), _dataset(config.calibration.source)
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base is not None:
+        metadata["base_model"] = base
+    card = _front_matter(source.path / CARD)
+    metadata |= {key: card[key] for key in _CARRIED if key in card}
+    if "license" not in metadata:
+        metadata |= _licence_of_file(source.path)
+    if dataset is not None:
+        metadata["datasets"] = [dataset]
+    tags = ["ghost-dist", "pruned", "depth-pruning", "layer-pruning", f"arxiv:{PAPER}"]
+    metadata["tags"] = [*tags, "custom_code"] if variant.has_code else tags
     return _template().render(
         front=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         # Names without the machine's paths.
         name=base or Path(config.model.path).expanduser().resolve().name or source.path.name,
         text=f"`{dataset}`" if dataset else f"the local `{Path(config.calibration.source).name}`",
-        spans=variant.spans,
-        num_removed=len(variant.removed),
-        sublayers=variant.sublayers,
-        acting=variant.at_boundary,
-        has_code=variant.has_code,
-        outputs=list(variant.outputs),
+        variant=variant,
+        config=config,
         refitted=[s.start - 1 for s, one in variant.operators.items() if one.down_FC is not None],
         result=result,
-        calibration=config.calibration,
-        selection=config.selection,
-        trained=config.refine.steps > 0,
         licensed="license" in metadata,
         base=base,
         paper=PAPER,
         version=__version__,
         task_rows=task_rows,
-        shots_and_examples=shots_and_examples,
     )
 
 
@@ -82,29 +82,10 @@ def _template() -> jinja2.Template:
     return cards.get_template("model_card.md.j2")
 
 
-def _metadata(
-    source: Checkpoint, config: Config, base: str | None, has_code: bool
-) -> dict[str, Any]:
-    card = _front_matter(source.path / CARD)
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base is not None:
-        metadata["base_model"] = base
-    metadata |= {key: card[key] for key in _CARRIED if key in card}
-    if "license" not in metadata:
-        metadata |= _licence_of_file(source.path)
-    dataset = _dataset(config.calibration.source)
-    if dataset is not None:
-        metadata["datasets"] = [dataset]
-    tags = ["ghost-dist", "pruned", "depth-pruning", "layer-pruning", f"arxiv:{PAPER}"]
-    metadata["tags"] = [*tags, "custom_code"] if has_code else tags
-    return metadata
-
-
 def _base_model(source: Checkpoint, config: Config) -> str | None:
     """The original's hub id, if one is known."""
-    name = config.model.path
-    if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
-        return name
+    if _is_hub_id(config.model.path):
+        return config.model.path
     for part in source.path.resolve().parts:  # a folder of the hub's cache says whose it is
         if part.startswith(_CACHED) and part.count("--") == 2:
             return part.removeprefix(_CACHED).replace("--", "/")
@@ -115,9 +96,12 @@ def _dataset(source: str) -> str | None:
     """Hub id of a calibration source, None if it is local."""
     first = source.partition(":")[0]
     name = ALIASES.get(first, first).partition(":")[0]
-    if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
-        return name
-    return None
+    return name if _is_hub_id(name) else None
+
+
+def _is_hub_id(name: str) -> bool:
+    is_one = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return is_one is not None and not Path(name).expanduser().exists()
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

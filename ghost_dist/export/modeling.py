@@ -50,6 +50,7 @@ def ghost_config(
 ) -> dict[str, Any]:
     """The cut ``config.json`` with the operators and the way to their code."""
     module = modeling_file_name(architecture).removesuffix(".py")
+    sublayers = _sublayers(architecture, variant)
     return {
         **cut,
         "architectures": [f"Ghost{architecture.causal_lm_class}"],
@@ -58,7 +59,7 @@ def ghost_config(
             "AutoModel": f"{module}.Ghost{architecture.base_class}",
             "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
         },
-        **_sublayers(architecture, variant),
+        **({"ghost_sublayers": sublayers} if sublayers else {}),
         "ghost_operators": [
             _entry(position, variant.operators[span])
             for span, position in operator_positions(variant.spans).items()
@@ -68,11 +69,11 @@ def ghost_config(
     }
 
 
-def _sublayers(architecture: Architecture, variant: Variant) -> dict[str, Any]:
-    """Which modules do nothing; without any, nothing is said."""
+def _sublayers(architecture: Architecture, variant: Variant) -> list[dict[str, Any]]:
+    """Which modules do nothing."""
     kept = kept_layers(variant.spans, architecture.num_layers)
     halves = [(one, architecture.halves[one.layer][one.part]) for one in variant.sublayers]
-    entries = [
+    return [
         {
             "layer": kept.index(one.layer),
             "part": one.part,
@@ -82,11 +83,10 @@ def _sublayers(architecture: Architecture, variant: Variant) -> dict[str, Any]:
         }
         for one, half in halves
     ]
-    return {"ghost_sublayers": entries} if entries else {}
 
 
 def _entry(boundary: int, operator: Repair) -> dict[str, Any]:
-    """What the modeling file must know to build an operator before its weights are loaded."""
+    """What the modeling file builds an operator from before its weights are loaded."""
     return {
         "boundary": boundary,
         "linear": operator.weight_CC is not None,

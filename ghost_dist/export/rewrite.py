@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +34,12 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fsync_file, fsync_folder, fsync_tree, json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
-from ghost_dist.export.shards import NewTensor, plan_shards, put_values, write_shard
+from ghost_dist.export.shards import New, NewTensor, plan_shards, put_values, write_shard
 from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
 _SHARDS_AT_ONCE = 4
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def export_checkpoint(
@@ -61,13 +60,9 @@ def export_checkpoint(
     An operator that is float32 at its boundary is stored and computed in float32, any other in the
     dtype of the checkpoint, as is a new down_proj. If none acts at its boundary and only whole
     layers go, the result is a plain checkpoint of the family and needs no code. ``out``: a new
-    folder or an empty one. ``tokenizer``: the original's, None if it has none. ``extra_files``: by
-    name, their content or a file to copy. ``advance``: called with the bytes just written.
-    ``sync``: wait until all is on the disk; else that is left to the caller. ``copied``: shards of
-    this cut that are there already; they are taken from their folder.
+    folder or an empty one. ``tokenizer``: the original's. ``advance``: called with the bytes just
+    written. ``sync``: wait until all is on the disk. ``copied``: shards that are taken from there.
     """
-    out = Path(out)
-    extra_files = extra_files or {}
     check_cut(architecture, source.config, variant.spans)
     check_halves(architecture, source.config, variant.spans, variant.sublayers)
     tensors = _new_tensors(source, architecture, variant)
@@ -85,7 +80,7 @@ def export_checkpoint(
             if tokenizer is not None:
                 other = source.taken_out or variant.has_code
                 keep_tokenizer(tokenizer, partial_out, new_model_type=other)
-            for name, content in extra_files.items():
+            for name, content in (extra_files or {}).items():
                 if isinstance(content, Path):
                     content = content.read_bytes()
                 (partial_out / name).write_bytes(content)
@@ -118,15 +113,10 @@ def _new_tensors(
     replaced = {
         f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
         for layer, down_FC in variant.downs.items()
-    } | {
-        architecture.halves[one.layer][one.part].writer_tensor: weight_FC
-        for one, weight_FC in variant.outputs.items()
     }
-    gone = {
-        name
-        for one in variant.sublayers
-        for name in architecture.halves[one.layer][one.part].tensors
-    }
+    halves = architecture.halves
+    replaced |= {halves[o.layer][o.part].writer_tensor: w for o, w in variant.outputs.items()}
+    gone = {name for one in variant.sublayers for name in halves[one.layer][one.part].tensors}
     tensors = []
     for old, tensor in sorted(source.tensors.items(), key=lambda t: (t[1].file, t[1].offset)):
         if old in architecture.unused or old in gone:
@@ -142,14 +132,13 @@ def _new_tensors(
             shape = (tensor.shape[1], tensor.shape[0])
             stored = source.dtype if old in source.scales else FLOATS[tensor.dtype]
             tensors.append(_tensor(where, name, weight_FC, shape, stored, "values"))
-            continue
-        if old in source.scales:
+        elif old in source.scales:
             read = partial(_dequantised_bytes, source, old)
             numbers = math.prod(tensor.shape)
             tensors.append(NewTensor(name, "BF16", tensor.shape, 2 * numbers, read))
-            continue
-        place = (source.path / tensor.file, tensor.offset)
-        tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
+        else:
+            place = (source.path / tensor.file, tensor.offset)
+            tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
     dtype = torch.float32 if variant.keeps_float32 else source.dtype
     for span, boundary in operator_positions(variant.spans).items():
         if span in variant.at_boundary:
@@ -167,12 +156,9 @@ def _operator_tensors(
 ) -> list[NewTensor]:
     width = architecture.hidden_size
     rank = 0 if operator.low_rank is None else operator.low_rank[0].shape[-1]
-    shapes: dict[str, tuple[int, int]] = {
-        "linear": (width, width),
-        "norm_linear": (width, width),
-        "low_rank_in": (width, rank),
-        "low_rank_out": (rank, width),
-    }
+    square = (width, width)
+    shapes = {"linear": square, "norm_linear": square}
+    shapes |= {"low_rank_in": (width, rank), "low_rank_out": (rank, width)}
     tensors = []
     for part, value in operator.boundary_parts().items():
         where = f"The part {part} of the operator of span {span}"
@@ -182,12 +168,7 @@ def _operator_tensors(
 
 
 def _tensor(
-    where: str,
-    name: str,
-    value: Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    new: Literal["values", "yes"],
+    where: str, name: str, value: Tensor, shape: tuple[int, int], dtype: torch.dtype, new: New
 ) -> NewTensor:
     """A tensor in our layout (in, out) as one of ``nn.Linear``'s (out, in)."""
     if tuple(value.shape) != shape:
@@ -197,19 +178,16 @@ def _tensor(
         raise ExportError(
             f"{where} holds NaN or Inf as {dtype}. Solve again, or set operator.dtype=float32."
         )
-    nbytes = stored.numel() * stored.element_size()
-    return NewTensor(
-        name, _DTYPE_NAMES[dtype], shape[::-1], nbytes, partial(_transposed_bytes, stored), new
-    )
+    stored_as = next(name for name, known in FLOATS.items() if known == dtype)
+    return NewTensor(name, stored_as, shape[::-1], stored.nbytes, partial(_bytes, stored.T), new)
 
 
-def _transposed_bytes(value: Tensor) -> bytes:
-    """W (in, out) as the weight (out, in) of ``nn.Linear``."""
-    return value.T.contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _dequantised_bytes(source: Checkpoint, name: str) -> bytes:
-    return read_tensor(source, name).view(torch.uint8).numpy().tobytes()
+    return _bytes(read_tensor(source, name))
 
 
 @dataclass(frozen=True)
@@ -236,13 +214,13 @@ class Copied:
 
     def of(self, shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, Path]:
         """The files that shards with the same tensors may be made of, by their names."""
-        mine = {_described(tensors): self.folder / file for file, tensors in self.shards.items()}
-        described = {file: _described(tensors) for file, tensors in shards.items()}
-        return {file: mine[one] for file, one in described.items() if one in mine}
 
+        def described(tensors: Sequence[NewTensor]) -> tuple[object, ...]:
+            return tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
 
-def _described(tensors: Sequence[NewTensor]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    return tuple(tensor.described for tensor in tensors)
+        mine = {described(tensors): self.folder / file for file, tensors in self.shards.items()}
+        wanted = {file: described(tensors) for file, tensors in shards.items()}
+        return {file: mine[one] for file, one in wanted.items() if one in mine}
 
 
 def _write_weights(

@@ -21,6 +21,9 @@ _ALIGNMENT = 8
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
+New = Literal["no", "values", "yes"]  # yes: the model has no such tensor; values: it has others
+
+
 @dataclass(frozen=True)
 class NewTensor:
     """A tensor to write, as the new header says it; dtype by safetensors' name."""
@@ -30,13 +33,7 @@ class NewTensor:
     shape: tuple[int, ...]
     nbytes: int
     source: tuple[Path, int] | Callable[[], bytes]  # file and first byte, or what gives the bytes
-    new: Literal["no", "values", "yes"] = "no"
-    """Whether the model has no such tensor (yes), or has it with other values."""
-
-    @property
-    def described(self) -> tuple[str, str, tuple[int, ...]]:
-        """What a header says of it."""
-        return self.name, self.dtype, self.shape
+    new: New = "no"
 
 
 def plan_shards(
@@ -76,9 +73,7 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int
                 target.write(content)
                 advance(tensor.nbytes)
             else:
-                file, offset = tensor.source
-                with file.open("rb", buffering=0) as source:
-                    _copy(source.fileno(), target, offset, tensor.nbytes, file, advance)
+                _copy(target, *tensor.source, tensor.nbytes, advance)
 
 
 def put_values(path: Path, tensors: Sequence[NewTensor]) -> None:
@@ -115,33 +110,29 @@ def _header(tensors: Sequence[NewTensor]) -> bytes:
 
 
 def _copy(
-    source: int,
-    target: BinaryIO,
-    offset: int,
-    nbytes: int,
-    file: Path,
-    advance: Callable[[int], None],
+    target: BinaryIO, file: Path, offset: int, nbytes: int, advance: Callable[[int], None]
 ) -> None:
     """Copy a byte range, inside the kernel where the file systems can (some share the blocks)."""
     target.flush()
     in_kernel = hasattr(os, "copy_file_range")
     end = offset + nbytes
-    while offset < end:
-        wanted = min(_BUFFER_BYTES, end - offset)
-        if in_kernel:
+    with file.open("rb", buffering=0) as source:
+        while offset < end:
+            wanted = min(_BUFFER_BYTES, end - offset)
             try:
-                copied = os.copy_file_range(source, target.fileno(), wanted, offset)
+                if in_kernel:
+                    copied = os.copy_file_range(source.fileno(), target.fileno(), wanted, offset)
+                else:
+                    copied = os.write(target.fileno(), os.pread(source.fileno(), wanted, offset))
             except OSError as error:
-                if error.errno not in _NOT_IN_KERNEL:
+                if not in_kernel or error.errno not in _NOT_IN_KERNEL:
                     raise
                 in_kernel = False
                 continue
-        else:
-            copied = os.write(target.fileno(), os.pread(source, wanted, offset))
-        if copied == 0:
-            raise ExportError(
-                f"{file} ended at byte {offset}, expected {end}: the source checkpoint changed "
-                "during the export. Check it and export again."
-            )
-        offset += copied
-        advance(copied)
+            if copied == 0:
+                raise ExportError(
+                    f"{file} ended at byte {offset}, expected {end}: the source checkpoint changed "
+                    "during the export. Check it and export again."
+                )
+            offset += copied
+            advance(copied)

@@ -20,7 +20,6 @@ _LEFT_BEHIND_NAMES = {
     # of other modalities, which the result does not have
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 }
-_FOLDERS = ("additional_chat_templates",)
 
 
 def copy_side_files(source: Checkpoint, folder: Path) -> None:
@@ -35,9 +34,9 @@ def copy_side_files(source: Checkpoint, folder: Path) -> None:
             and path.suffix.lower() not in _LEFT_BEHIND_SUFFIXES
         ):
             shutil.copyfile(path, folder / path.name)
-    for name in _FOLDERS:
-        if (source.path / name).is_dir():
-            shutil.copytree(source.path / name, folder / name, copy_function=shutil.copyfile)
+    templates = source.path / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile)
 
 
 def keep_tokenizer(tokenizer: Any, folder: Path, *, new_model_type: bool) -> None:

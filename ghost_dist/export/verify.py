@@ -53,11 +53,9 @@ def verify_reload(
     *,
     num_layers: int,
     generate: Callable[[Tensor], Tensor],
-    tokenizer: Any = None,
     dtype: torch.dtype,
     device: torch.device,
-    fresh: FreshProcess | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    **asked: Any,
 ) -> float:
     """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
@@ -69,18 +67,10 @@ def verify_reload(
     recovered model in memory generates with a cache: ``generate``, asked only where that is needed.
 
     ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
-    ``tokens``: (windows, T), a few hundred are enough. Returns the largest difference of a logit.
-    ``fresh``: started before; None: now. ``meanwhile``: called while that process works.
+    ``tokens``: (windows, T), a few hundred are enough. ``asked``: as :func:`reload` takes it.
+    Returns the largest difference of a logit.
     """
-    found = reload(
-        folder,
-        tokens,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        fresh=fresh,
-        meanwhile=meanwhile,
-    )
+    found = reload(folder, tokens, dtype=dtype, device=device, **asked)
     difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
     chosen = found.uncached.gather(1, found.generated[:, None])[:, 0]
     lost = float((found.uncached.amax(1) - chosen).max())
@@ -185,7 +175,8 @@ def reload(
 ) -> Reloaded:
     """Use a checkpoint folder in a fresh process; its token ids must be those of ``tokenizer``.
 
-    Python code that is not ours is refused.
+    Python code that is not ours is refused. ``fresh``: started before; None: now. ``meanwhile``:
+    called while that process works.
     """
     with contextlib.nullcontext(fresh) if fresh else fresh_process(device) as fresh:
         np.save(fresh.scratch / "tokens.npy", np.asarray(tokens, dtype=np.int64))
@@ -195,12 +186,8 @@ def reload(
             "device": str(device),
         }
         _ask(folder, fresh, model, tokenizer, meanwhile)
-        return Reloaded(
-            *(
-                torch.from_numpy(np.load(fresh.scratch / f"{part}.npy"))
-                for part in ("logits", "generated", "uncached")
-            )
-        )
+        files = (fresh.scratch / f"{part}.npy" for part in ("logits", "generated", "uncached"))
+        return Reloaded(*(torch.from_numpy(np.load(file)) for file in files))
 
 
 def verify_tokenizer(folder: Path, tokenizer: Any, fresh: FreshProcess | None = None) -> None:
@@ -216,8 +203,11 @@ def _ask(
     tokenizer: Any,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    texts = None if tokenizer is None else [*_TEXTS, _text_of_special_tokens(tokenizer)]
-    trusted = tokenizer is not None and has_own_code(tokenizer)
+    texts, trusted = None, False
+    if tokenizer is not None:
+        # Special tokens between words, with blanks and without: they may swallow blanks.
+        special = "".join(f"one{one}two {one} 3" for one in tokenizer.all_special_tokens[:32])
+        texts, trusted = [*_TEXTS, special], has_own_code(tokenizer)
     request = {
         "folder": str(Path(folder).absolute()),
         "results": str(fresh.scratch),
@@ -230,27 +220,6 @@ def _ask(
     with contextlib.suppress(BrokenPipeError), stdin:  # it has ended; its exit status says how
         stdin.write(json.dumps(request))
     meanwhile()
-    _wait(fresh, folder)
-    if texts is None:
-        return
-    expected = reload_script.token_ids(tokenizer, texts)
-    found = json.loads((fresh.scratch / "token_ids.json").read_bytes())
-    for (text, ids), (other_text, other_ids) in zip(expected, found, strict=True):
-        if (text, ids) != (other_text, other_ids):
-            raise ExportError(
-                f"{folder} tokenises {other_text!r} as {other_ids}, the original {text!r} as "
-                f"{ids}. It is not used; please report the class of the tokenizer, "
-                f"{type(tokenizer).__name__}, and the versions."
-            )
-
-
-def _text_of_special_tokens(tokenizer: Any) -> str:
-    """Special tokens between words, with blanks and without: they may swallow blanks."""
-    tokens = tokenizer.all_special_tokens[:32]
-    return "".join(f"one{token}two {token} 3" for token in tokens)
-
-
-def _wait(fresh: FreshProcess, folder: Path) -> None:
     try:
         fresh.process.wait(TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
@@ -263,6 +232,17 @@ def _wait(fresh: FreshProcess, folder: Path) -> None:
             f"{folder} cannot be used by transformers in a fresh process (exit status "
             f"{fresh.process.returncode}):\n{said[-4000:]}"
         )
+    if texts is None:
+        return
+    expected = reload_script.token_ids(tokenizer, texts)
+    found = json.loads((fresh.scratch / "token_ids.json").read_bytes())
+    for (text, ids), (other_text, other_ids) in zip(expected, found, strict=True):
+        if (text, ids) != (other_text, other_ids):
+            raise ExportError(
+                f"{folder} tokenises {other_text!r} as {other_ids}, the original {text!r} as "
+                f"{ids}. It is not used; please report the class of the tokenizer, "
+                f"{type(tokenizer).__name__}, and the versions."
+            )
 
 
 def has_our_code(folder: Path) -> bool:

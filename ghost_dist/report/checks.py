@@ -14,36 +14,20 @@ LARGE_CONDITION = 1e12
 
 def remarks(run: RunRecord) -> list[str]:
     """Warnings of the run itself, then what its figures show; each a sentence or two."""
-    apart = verdict.sources_apart(run.candidates)
-    said = [
-        *_no_better(run),
-        *apart,
-        *run.warnings,
-        *_unfinished(run),
-        *_perplexities(run),
-        *_fits(run),
-    ]
-    return list(dict.fromkeys(said))
-
-
-def _no_better(run: RunRecord) -> list[str]:
-    found = verdict.no_better_than_cut(run.candidates, run.perplexity)
-    return verdict.sentences(found, run.operator)
-
-
-def _unfinished(run: RunRecord) -> list[str]:
-    found = []
+    no_better = verdict.no_better_than_cut(run.candidates, run.perplexity)
+    said = verdict.sentences(no_better, run.operator)
+    said += [*verdict.sources_apart(run.candidates), *run.warnings]
     if run.missing:
-        found.append(
+        said.append(
             f"The run is not finished: {text.join_words(run.missing)} still to do. The same "
             "command continues it."
         )
     if run.stale:
-        found.append(
+        said.append(
             f"{text.join_words(run.stale).capitalize()} was done again after this result was "
             "written; what follows is the older result. Run recover to bring it up to date."
         )
-    return found
+    return list(dict.fromkeys([*said, *_perplexities(run), *_fits(run)]))
 
 
 def _perplexities(run: RunRecord) -> list[str]:
@@ -63,10 +47,9 @@ def _perplexities(run: RunRecord) -> list[str]:
                 + ("there is no interval." if windows == 1 else "its interval is a rough guess.")
                 + " Raise evaluation.windows."
             )
-        helps = value["recovered"] < value["pruned"]
-        closed = run.gap_closed(corpus)
-        reaches_zero = closed is not None and closed[1] is not None and closed[1][0] <= 0
-        if helps and run.operator != "none" and reaches_zero:
+        helps = value["recovered"] < value["pruned"] and run.operator != "none"
+        _, between = run.gap_closed(corpus) or (0.0, None)
+        if helps and between is not None and between[0] <= 0:
             found.append(
                 f"{corpus}: on other windows of this text the repair might not have helped; the "
                 "interval of the share of the gap closed reaches 0."
@@ -91,14 +74,12 @@ def _fits(run: RunRecord) -> list[str]:
                 f"{span}: on windows it was not fitted on, the operator is no better than the "
                 f"plain cut (held-out residual {fit['residual']:.3f})."
             )
-        curve = fit["ridge_curve"]
-        if len(curve) > 2:
-            ends = {min(r for r, _ in curve), max(r for r, _ in curve)}
-            if min(curve, key=lambda point: point[1])[0] in ends:
-                found.append(
-                    f"{span}: the held-out residual is least at the end of the ridges tried, so a "
-                    "better one may lie outside."
-                )
+        curve = sorted(fit["ridge_curve"])
+        if len(curve) > 2 and min(curve, key=lambda point: point[1]) in (curve[0], curve[-1]):
+            found.append(
+                f"{span}: the held-out residual is least at the end of the ridges tried, so a "
+                "better one may lie outside."
+            )
         if fit["condition"] > LARGE_CONDITION:
             found.append(
                 f"{span}: the condition number of the least squares is "

@@ -41,28 +41,25 @@ def write_report(
     if out is None:
         out = first.path / "report.html" if len(records) == 1 else Path("comparison.html")
     _check_target(out)
+    template, content = "comparison.html.j2", comparison(records) if records[1:] else {}
     if len(records) == 1:
-        content = _filled(
-            "run.html.j2",
-            run=first,
-            headline=headline(first),
-            remarks=remarks(first),
-            remedies=verdict.remedies(
-                first.config,
-                first.path,
-                helps=not verdict.no_better_than_cut(first.candidates, first.perplexity),
-            ),
-            load=text.load_words(first.path / "checkpoint"),
-            spectra={
+        helps = not verdict.no_better_than_cut(first.candidates, first.perplexity)
+        template, content = "run.html.j2", {
+            "run": first,
+            "headline": headline(first),
+            "remarks": remarks(first),
+            "remedies": verdict.remedies(first.config, first.path, helps=helps),
+            "load": text.load_words(first.path / "checkpoint"),
+            "spectra": {
                 f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
                 for span, matrices in spectra(first, device).items()
                 for matrix, spectrum in matrices.items()
             },
-            configuration=yaml.safe_dump(first.config, sort_keys=False),
-        )
-    else:
-        content = _filled("comparison.html.j2", **comparison(records))
-    write_bytes(out, content.encode())
+            "configuration": yaml.safe_dump(first.config, sort_keys=False),
+        }
+    # Sections add their headings while they are written; the navigation is made of these.
+    page = _pages().get_template(template).render(content, headings=[])
+    write_bytes(out, page.encode())
     return out
 
 
@@ -88,11 +85,6 @@ def headline(run: RunRecord) -> str:
     number = low if low == high else f"{100 * min(shares):.0f} to {high}".replace("-", text.MINUS)
     texts = text.join_words(list(run.perplexity))
     return f"{removed}, {number} of the lost perplexity won back on {texts}"
-
-
-def _filled(template: str, **content: Any) -> str:
-    # Sections add their headings while they are written; the navigation is made of these.
-    return _pages().get_template(template).render(content, headings=[])
 
 
 @functools.cache  # with its templates: compiling them takes longer than filling them
