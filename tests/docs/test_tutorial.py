@@ -20,8 +20,7 @@ from markdown_blocks import ROOT, blocks
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 PROGRAM = """
 from ghost_dist import cli, demo
-whole = demo._source_code
-demo._source_code = lambda: whole()._replace(windows=16, window_length=256, evaluation_windows=4)
+demo._PICO_WINDOWS = (16, 256, 4)
 cli.main()
 """
 
