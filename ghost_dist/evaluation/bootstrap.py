@@ -1,8 +1,7 @@
 """How far a figure would move on other windows of the same text: bootstrap over windows.
 
-All variants are drawn with the same windows, so that a ratio or a share of two of them has the
-interval of a paired comparison. Windows next to each other in one text are not independent; the
-intervals are of the windows as drawn, and say nothing of another text.
+All variants are drawn with the same windows, so that a ratio of two has the interval of a paired
+comparison. Windows next to each other are not independent; nothing is said of another text.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 _RESAMPLES, _SEED = 2000, 0
 _LEVEL = 0.95
-_DRAWN_AT_ONCE = 64
+_DRAWN_AT_ONCE = 50
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -36,10 +35,9 @@ def resampled_means(per_window: Mapping[str, Sequence[float]]) -> dict[str, Floa
     figures_WV = np.array(list(per_window.values()), dtype=np.float64).T
     generator = np.random.default_rng(_SEED)
     means = []
-    for first in range(0, _RESAMPLES, _DRAWN_AT_ONCE):
-        number = min(_DRAWN_AT_ONCE, _RESAMPLES - first)
-        counts_RW = generator.multinomial(windows, np.full(windows, 1 / windows), size=number)
-        means.append(counts_RW @ figures_WV / windows)
+    for _ in range(_RESAMPLES // _DRAWN_AT_ONCE):
+        drawn = (windows, np.full(windows, 1 / windows), _DRAWN_AT_ONCE)
+        means.append(generator.multinomial(*drawn) @ figures_WV / windows)
     means_RV = np.concatenate(means)
     return {name: means_RV[:, column] for column, name in enumerate(per_window)}
 

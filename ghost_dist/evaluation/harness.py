@@ -19,8 +19,10 @@ import json
 import logging
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ PAPER_TASKS = (
 )
 """The nine tasks of arXiv 2605.15491, all without examples; it reports the mean of their acc."""
 
-_BOOTSTRAP_ITERATIONS = 1000  # for the standard error of metrics that have no formula
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -58,8 +59,7 @@ def open_tasks(
 ) -> tuple[HarnessTask, ...]:
     """Find every task and load its data.
 
-    Names are those of the harness, ``paper`` for the paper's nine, YAML files of tasks or folders
-    of them (``./NAME`` where a task is called so too).
+    Names: of the harness, ``paper``, YAML files of tasks or folders of them (with a ``/``).
     """
     if not names:
         return ()
@@ -68,21 +68,17 @@ def open_tasks(
             "evaluation.tasks needs the package lm_eval, which is not installed. In the "
             "checkout: pip install -e '.[harness]'; or leave evaluation.tasks empty."
         )
-    wanted: list[str] = []
-    for name in names:
-        wanted += PAPER_TASKS if name == PAPER else _files(name)
+    wanted = [task for name in names for task in (PAPER_TASKS if name == PAPER else _files(name))]
     local = all(name.endswith(_SUFFIXES) for name in wanted)
     with _quiet():
         manager = _manager(local)
         tasks = [_open(manager, name, num_fewshot, limit) for name in wanted]
-    seen: set[str] = set()
-    for task in tasks:
-        if task.name in seen:
+    for name, times in Counter(task.name for task in tasks).items():
+        if times > 1:
             raise ConfigError(
-                f"evaluation.tasks names the task {task.name} twice, and the results of the two "
+                f"evaluation.tasks names the task {name} twice, and the results of the two "
                 "could not be told apart. Name it once, or rename one (task: in its YAML file)."
             )
-        seen.add(task.name)
     return tuple(tasks)
 
 
@@ -91,27 +87,22 @@ def run_task(
 ) -> dict[str, dict[str, Any]]:
     """Run a task on a causal LM, ``batch`` sequences per forward.
 
-    Returns, by name of a row (of a group the group's, else of each task), ``metrics`` (name to
-    ``value``, ``stderr`` and ``better``: ``higher``, ``lower`` or None), ``examples`` and
-    ``shots``; numbers that are not finite are None.
+    Returns, by name of a row (of a group the group's, else of each task), ``metrics`` (see
+    :func:`_metrics`), ``examples`` and ``shots``; numbers that are not finite are None.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     try:
         with _quiet():
-            harness_model = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-                backend="causal",
-                batch_size=batch,
-            )
+            own = copy.deepcopy(tokenizer)  # it is given a padding token
+            harness_model = HFLM(model, tokenizer=own, backend="causal", batch_size=batch)
             found = lm_eval.simple_evaluate(
                 model=harness_model,
                 tasks=task.loaded,
                 num_fewshot=task.num_fewshot,
                 limit=task.limit,
-                bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+                bootstrap_iters=1000,  # for the standard error of metrics that have no formula
                 log_samples=False,
                 task_manager=task.manager,
             )
@@ -195,10 +186,8 @@ def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
     """Hex sha256 of what decides a task's result besides the model."""
     digest = hashlib.sha256(importlib.metadata.version("lm_eval").encode())
     for name, task in tasks.items():
-        digest.update(json.dumps([name, task.dump_config()], sort_keys=True, default=str).encode())
-        docs = task.eval_docs
-        for number in range(len(docs) if limit is None else min(limit, len(docs))):
-            digest.update(json.dumps(docs[number], sort_keys=True, default=str).encode())
+        for part in ([name, task.dump_config()], *islice(task.eval_docs, limit)):
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -227,10 +216,8 @@ def _quiet() -> Iterator[None]:
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        try:
+    try:
+        with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
             yield
-        finally:
-            log.setLevel(level)
+    finally:
+        log.setLevel(level)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +32,6 @@ FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 class NonFiniteLossError(GhostDistError):
     """The loss of a window is NaN or Inf, so no perplexity of it would mean anything."""
 
-    def __init__(self, window: int, source: str) -> None:
-        super().__init__(
-            f"The loss of window {window} of {source} is not finite (NaN or Inf). The weights may "
-            "be damaged, or the dtype may overflow: try model.dtype=float32 or bfloat16."
-        )
-        self.window, self.source = window, source
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.window, self.source))
-
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -63,12 +52,15 @@ class Scores:
     def check(self, windows: TokenWindows) -> None:
         bad = np.flatnonzero(~np.isfinite(self.nats))
         if bad.size:
-            raise NonFiniteLossError(int(bad[0]), windows.source)
+            raise NonFiniteLossError(
+                f"The loss of window {bad[0]} of {windows.source} is not finite (NaN or Inf). The "
+                "weights may be damaged, or the dtype may overflow: try model.dtype=float32 or "
+                "bfloat16."
+            )
 
     def __getitem__(self, part: slice) -> Scores:
         nats = self.nats[part]
-        per_window = self.num_tokens // len(self.nats)
-        num_tokens = per_window * len(nats)
+        num_tokens = self.num_tokens // len(self.nats) * len(nats)
         return Scores(nats, self.kl[part], self.top1[part], num_tokens, self.sure_kl[part])
 
 
@@ -80,10 +72,7 @@ def window_scores(
     batch: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Scores]:
-    """Score variants on windows (int32, (W, T)) in one sweep; NaN or Inf as computed.
-
-    The first variant is what the others are compared with.
-    """
+    """Score variants on windows (int32, (W, T)) in one sweep, compared with the first variant."""
     sums = np.zeros((_FIGURES, len(variants), len(tokens)))
 
     def tap(part: slice, streams: list[Tensor]) -> None:
@@ -91,16 +80,10 @@ def window_scores(
         sums[:, :, part] = _batch_sums(model, streams, ids_BT)
 
     sweep(model, variants, tokens, [AtEnd(tap)], batch=batch, advance=advance)
-    length = tokens.shape[1]
+    length, num_tokens = tokens.shape[1], tokens.size - len(tokens)
     weights = sums[4, 0]  # of the first
     return [
-        Scores(
-            nats.copy(),
-            divergence / length,
-            agreed / length,
-            tokens.size - len(tokens),
-            sure / weights,
-        )
+        Scores(nats.copy(), divergence / length, agreed / length, num_tokens, sure / weights)
         for nats, divergence, agreed, sure, _ in zip(*sums, strict=True)
     ]
 
@@ -183,5 +166,4 @@ def _batch_sums(model: LayerwiseModel, streams: Sequence[Tensor], ids_BT: Tensor
                 add(1, number, divergence_n)
                 add(3, number, divergence_n * sure_n.to(divergence_n.device))
             add(2, number, likeliest == dense)
-    result: FloatArray = sums.cpu().numpy()
-    return result
+    return sums.cpu().numpy()

@@ -238,7 +238,7 @@ def test_evaluation_beside_the_check_may_fail(make_config, text_file, tmp_path, 
 
     def fails(_):
         checked.append((tmp_path / "run" / "checkpoint").exists())
-        raise NonFiniteLossError(0, "text")
+        raise NonFiniteLossError
 
     monkeypatch.setattr(Evaluation, "measure", fails)
     with pytest.raises(NonFiniteLossError):
