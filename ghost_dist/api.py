@@ -29,7 +29,7 @@ from ghost_dist.pipeline.recover import Stage
 from ghost_dist.pipeline.recover import recover as _recover
 from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
-from ghost_dist.report.record import RunRecord, read_run
+from ghost_dist.report.record import read_run
 from ghost_dist.spans import Span, parse_spans
 
 Spans = str | Sequence[Span | Sequence[int]]
@@ -38,13 +38,7 @@ Spans = str | Sequence[Span | Sequence[int]]
 
 @dataclass(frozen=True)
 class RecoveredRun:
-    """A finished run.
-
-    Attributes
-    ----------
-    path
-        Its RUN folder.
-    """
+    """A finished run, by its RUN folder."""
 
     path: Path
 
@@ -57,13 +51,13 @@ class RecoveredRun:
         RunFolderError
             If the run is not finished.
         """
-        record = self._record
-        if record.result is None:
+        result = read_run(self.path).result
+        if result is None:
             raise RunFolderError(
                 f"The run in {self.path} is not finished. Continue it: ghost-dist recover "
                 f"{self.path / 'config.yaml'}"
             )
-        return record.result
+        return result
 
     @property
     def checkpoint(self) -> Path:
@@ -78,8 +72,7 @@ class RecoveredRun:
     @property
     def perplexity(self) -> dict[str, dict[str, float]]:
         """By corpus: ``dense``, ``pruned`` and ``recovered``; empty if none was named."""
-        perplexity: dict[str, dict[str, float]] = self.result["perplexity"]
-        return perplexity
+        return dict(self.result["perplexity"])
 
     def operator(self, span: Span | Sequence[int] | str | None = None) -> Repair:
         """As :func:`load_operator`."""
@@ -91,21 +84,17 @@ class RecoveredRun:
         ``arguments`` go to ``AutoModelForCausalLM.from_pretrained``. ``trust_remote_code`` is set:
         the one file of code in the checkpoint is the one that this package wrote.
         """
-        from transformers import AutoModelForCausalLM
-
-        given = {"trust_remote_code": True, **arguments}
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, **given)
+        return self._loaded("AutoModelForCausalLM", arguments)
 
     def load_tokenizer(self, **arguments: Any) -> Any:
         """Its tokenizer; ``arguments`` go to ``AutoTokenizer.from_pretrained``."""
-        from transformers import AutoTokenizer
+        return self._loaded("AutoTokenizer", arguments)
+
+    def _loaded(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        import transformers
 
         given = {"trust_remote_code": True, **arguments}
-        return AutoTokenizer.from_pretrained(self.checkpoint, **given)
-
-    @cached_property
-    def _record(self) -> RunRecord:
-        return read_run(self.path)
+        return getattr(transformers, name).from_pretrained(self.checkpoint, **given)
 
 
 def make_config(
@@ -161,8 +150,8 @@ def make_config(
         "selection.remove": remove,
         "operator.name": operator,
     }
-    overrides.update({key: value for key, value in given.items() if value is not None})
-    overrides.update(settings or {})
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    overrides |= settings or {}
     return load_config(Path(model) if is_file else None, overrides)
 
 
@@ -290,13 +279,10 @@ def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = Non
     """
     record = read_run(Path(run).expanduser())
     files = record.operator_files
-    removed = [Span(start, stop) for start, stop in record.spans]
-    wanted: Span | None
-    if span is None:
-        wanted = removed[0] if len(removed) == 1 else None
-    elif isinstance(span, str):
-        parsed = parse_spans(span)
-        wanted = parsed[0] if len(parsed) == 1 else None
+    removed = tuple(Span(start, stop) for start, stop in record.spans)
+    if span is None or isinstance(span, str):
+        named = removed if span is None else parse_spans(span)
+        wanted = named[0] if len(named) == 1 else None
     else:
         wanted = span if isinstance(span, Span) else Span(*span)
     if wanted not in removed:
@@ -315,11 +301,7 @@ def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = Non
 def run_config(
     config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
 ) -> dict[str, Any]:
-    """Run a configuration in this process, or with its windows run by Ray where it says so.
-
-    Parameters and what is returned and raised: as
-    :func:`ghost_dist.pipeline.recover.recover`.
-    """
+    """As :func:`ghost_dist.pipeline.recover.recover`, or on Ray where the configuration says so."""
     if not config.on_cluster:
         return _recover(config, reporter, again=again)
     check_ray("engine.tensor_parallel, engine.replicas and cluster.address need")

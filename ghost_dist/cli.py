@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from ghost_dist import __version__
 from ghost_dist.errors import ConfigError, GhostDistError, RunMismatchError
@@ -28,13 +29,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A RUN folder made by recover.")]
+Json = Annotated[bool, Option("--json", help="For programs.")]
+Run = Annotated[Path, Argument(metavar="RUN", help="A RUN folder made by recover.")]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"ghost-dist {__version__}")
@@ -42,35 +43,30 @@ def _root(
 
 
 Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="Such as http://head:8265."),
+    str | None, Option(envvar="RAY_API_SERVER_ADDRESS", help="Such as http://head:8265.")
 ]
 Unauthenticated = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--allow-unauthenticated", help="Use a cluster that takes jobs from anybody who reaches it."
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or the path of its RUN.")]
+Job = Annotated[str, Argument(metavar="JOB", help="A job's id, or the path of its RUN.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any configuration field; repeat."),
+    Option("--set", metavar="SECTION.FIELD=VALUE", help="Any configuration field; repeat."),
 ]
 Model = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL|CONFIG.yaml",
         help="Checkpoint folder, hub id, or a YAML file that holds the whole run.",
     ),
 ]
-Out = Annotated[str | None, typer.Option("--out", help="RUN folder.")]
-Remove = Annotated[
-    str | None, typer.Option("--remove", help="How much to remove: 7 layers, 20%, or 4GB.")
-]
-Spans = Annotated[str | None, typer.Option("--spans", help="Layers to remove: 11:18 or 3:5,11:18.")]
-Operator = Annotated[
-    str | None, typer.Option("--operator", help="auto, ghost, ghost-joint, fold, ...")
-]
+Out = Annotated[str | None, Option(help="RUN folder.")]
+Remove = Annotated[str | None, Option(help="How much to remove: 7 layers, 20%, or 4GB.")]
+Spans = Annotated[str | None, Option(help="Layers to remove: 11:18 or 3:5,11:18.")]
+Operator = Annotated[str | None, Option(help="auto, ghost, ghost-joint, fold, ...")]
 
 
 @app.command()
@@ -86,8 +82,7 @@ def recover(
     from ghost_dist.api import run_config
     from ghost_dist.report.terminal import print_result
 
-    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, **fields)
+    config = _run_config(model, assignments, out=out, remove=remove, spans=spans, operator=operator)
     print_result(run_config(config), Path(config.output.path))
 
 
@@ -100,46 +95,37 @@ def plan(
     operator: Operator = None,
     assignments: Set = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine again; else as remembered.")
+        bool, Option("--measure", help="Measure this machine again; else as remembered.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
     from ghost_dist import api
     from ghost_dist.report.terminal import print_plan
 
-    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, **fields)
-    tree = api.plan(config, measure_again=measure).tree()
-    if as_json:
-        Console(soft_wrap=True).print_json(data=tree)
-    else:
-        print_plan(tree)
+    config = _run_config(model, assignments, out=out, remove=remove, spans=spans, operator=operator)
+    _show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
 
 
 @app.command()
 def submit(
     config_file: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="The whole run; paths of the cluster.")
+        Path, Argument(metavar="CONFIG.yaml", help="The whole run; paths of the cluster.")
     ],
     address: Address = None,
     assignments: Set = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow its output.")] = True,
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, help="Submit again this often if it fails.")
-    ] = 0,
-    python: Annotated[
-        str, typer.Option("--python", help="Interpreter on the head node.")
-    ] = "python",
+    wait: Annotated[bool, Option("--wait/--no-wait", help="Follow its output.")] = True,
+    retries: Annotated[int, Option(min=0, help="Submit again this often if it fails.")] = 0,
+    python: Annotated[str, Option(help="Interpreter on the head node.")] = "python",
     env: Annotated[
-        list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="Of the job; repeat.")
+        list[str] | None, Option(metavar="NAME=VALUE", help="Of the job; repeat.")
     ] = None,
     allow_unauthenticated: Unauthenticated = False,
 ) -> None:
     """Run recover as a Ray job; the same command follows it, or continues it after a failure."""
     from ghost_dist.config_file import load_config, parse_set
 
-    config = load_config(config_file, dict(parse_set(item) for item in assignments or ()))
+    config = load_config(config_file, dict(map(parse_set, assignments or ())))
     variables = dict(item.partition("=")[::2] for item in env or ())
     jobs = _jobs(address, allow_unauthenticated)
     status = ""
@@ -198,22 +184,17 @@ def stop(job: Job, address: Address = None, unauthenticated: Unauthenticated = F
 def compare(
     model: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="MODEL|CONFIG.yaml",
             help="Checkpoint folder, hub id, or a YAML file with what all rows share.",
         ),
     ],
-    remove: Annotated[str, typer.Option("--remove", help="Numbers of layers: 7,11.")],
-    out: Annotated[str | None, typer.Option("--out", help="Folder of the comparison.")] = None,
+    remove: Annotated[str, Option(help="Numbers of layers: 7,11.")],
+    out: Annotated[str | None, Option(help="Folder of the comparison.")] = None,
     operators: Annotated[
-        str,
-        typer.Option(
-            "--operators", help="Names, comma-separated; all: every one that needs no training."
-        ),
+        str, Option(help="Names, comma-separated; all: every one that needs no training.")
     ] = "all",
-    selection: Annotated[
-        str, typer.Option("--selection", help="Criteria, comma-separated; or all.")
-    ] = "search",
+    selection: Annotated[str, Option(help="Criteria, comma-separated; or all.")] = "search",
     assignments: Set = None,
 ) -> None:
     """One table of perplexities: selections by operators, from one set of statistics."""
@@ -232,10 +213,9 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Made by recover.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Made by recover.")],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="File; RUN/report.html, or comparison.html for several RUNs."),
+        Path | None, Option(help="File; RUN/report.html, or comparison.html for several RUNs.")
     ] = None,
 ) -> None:
     """Write what a run did, finished or not, as one HTML file; or a comparison of several."""
@@ -251,36 +231,31 @@ def report(
 @app.command(name="bench-serving")
 def bench_serving(
     run: Run,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
-    new: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each model.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    batch: Annotated[int, Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, Option(min=1, help="Tokens of each prompt.")] = 512,
+    new: Annotated[int, Option(min=2, help="Tokens generated for each.")] = 64,
+    rounds: Annotated[int, Option(min=1, help="Turns of each model.")] = 5,
+    as_json: Json = False,
 ) -> None:
     """Prefill and decode tokens a second: dense, pruned and recovered, taking turns."""
     from ghost_dist.pipeline.bench_serving import bench_serving as measure
     from ghost_dist.report.terminal import print_serving
 
     measured = measure(run, batch=batch, prompt=prompt, new=new, rounds=rounds)
-    if as_json:
-        Console(soft_wrap=True).print_json(data=measured)
-    else:
-        print_serving(measured)
+    _show(measured, as_json, print_serving)
 
 
 @app.command()
 def push(
     run: Run,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="If it is made new.")] = False,
+    repo: Annotated[str, Argument(metavar="OWNER/NAME", help="Repository on the Hub.")],
+    private: Annotated[bool, Option("--private", help="If it is made new.")] = False,
     pull_request: Annotated[
-        bool, typer.Option("--pull-request", help="Open one, commit nothing.")
+        bool, Option("--pull-request", help="Open one, commit nothing.")
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch; the default one if not given.")
-    ] = None,
+    revision: Annotated[str | None, Option(help="Branch; the default one if not given.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and list what would be sent.")
+        bool, Option("--dry-run", help="Check, and list what would be sent.")
     ] = False,
 ) -> None:
     """Send the recovered checkpoint of a finished run to the Hugging Face Hub."""
@@ -297,11 +272,9 @@ def push(
 def demo(
     model: Annotated[
         Literal["pico", "smollm2", "gemma3-270m"],
-        typer.Option("--model", help="pico is shipped; the others come as a Python package."),
+        Option("--model", help="pico is shipped; the others come as a Python package."),
     ] = "pico",
-    out: Annotated[
-        str | None, typer.Option("--out", help="RUN folder; a temporary one if not given.")
-    ] = None,
+    out: Annotated[str | None, Option(help="RUN folder; a temporary one if not given.")] = None,
 ) -> None:
     """Prune and recover a small model on texts of this Python: two minutes, a real LLM longer."""
     from ghost_dist.demo import run_demo
@@ -321,29 +294,22 @@ def verify(run: Run) -> None:
         raise typer.Exit(1)
 
 
-def _add_stage(stage: Stage) -> None:
+def _add_stage(stage: Any) -> None:
     """Define the command that does one stage of a finished or stopped run again."""
 
-    def command(
-        run: Run,
-        assignments: Set = None,
-        as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    ) -> None:
+    def command(run: Run, assignments: Set = None, as_json: Json = False) -> None:
         from ghost_dist.api import run_config
         from ghost_dist.pipeline.recover import run_stage_again
         from ghost_dist.report.terminal import print_stage
 
         done = run_stage_again(run, stage, assignments or (), run=run_config)
-        if as_json:
-            Console(soft_wrap=True).print_json(data=done)
-        else:
-            print_stage(run, stage)
+        _show(done, as_json, lambda _: print_stage(run, stage))
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
     app.command(name=stage)(command)
 
 
-for _stage in get_args(Stage):
+for _stage in ("select", "calibrate", "solve", "export", "evaluate"):
     _add_stage(_stage)
 
 
@@ -381,6 +347,14 @@ def _run_config(model: str, assignments: Sequence[str] | None, **fields: Any) ->
     from ghost_dist.config_file import parse_set
 
     return make_config(model, settings=dict(map(parse_set, assignments or ())), **fields)
+
+
+def _show(found: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    """What a command found, for programs or for a person."""
+    if as_json:
+        Console(soft_wrap=True).print_json(data=found)
+    else:
+        show(found)
 
 
 def _jobs(address: str | None, allow_unauthenticated: bool) -> Any:

@@ -22,11 +22,10 @@ from ghost_dist.spans import pairs_of
 MAY_DIFFER = (
     *("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.", "evaluation."),
 )
-"""Fields, or beginnings of their names, that may differ when a run is continued: what the finished
-model is measured on, since nothing before depends on it; where it runs, on
-how many copies of the model, and how much of it is at hand does not change its sums, but for last
-bits where experts are in parts on a CPU with several threads. (Sums of ranks that share layers are
-others, and are told apart by the statistics.)"""
+"""Fields, or beginnings of their names, that may differ when a run is continued: nothing before
+depends on what the finished model is measured on; and where it runs, on how many copies of the
+model, and how much of it is at hand changes its sums by last bits at most (experts in parts on a
+CPU). Sums of ranks that share layers are others, and are told apart by the statistics."""
 
 
 def decisive_tree(config: Config) -> dict[str, Any]:
@@ -52,19 +51,18 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     Values of overrides that are strings are not parsed here. A ConfigError names the field, what
     was given, what is allowed, and for an unknown key the nearest known one.
     """
-    tree: dict[str, Any] = {}
+    tree: Any = {}
     if path is not None:
         try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+            tree = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
         except OSError as error:
             raise ConfigError(
                 f"Configuration file {path} cannot be read: {error.strerror}."
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
+        if not isinstance(tree, dict):
             raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
-        tree = loaded
     for key, value in overrides.items():
         set_field(tree, key, value)
     try:
@@ -113,17 +111,15 @@ def parse_set(assignment: str) -> tuple[str, Any]:
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
     """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
-    required: dict[str, Any] = {"model": {}, "selection": {}, "output": {}}
     try:
-        return Config.model_validate({**required, **tree})
+        return Config.model_validate({"model": {}, "selection": {}, "output": {}, **tree})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
 
 
 def config_yaml(config: Config) -> bytes:
     """``config`` as YAML, as :func:`load_config` reads it back."""
-    text: str = yaml.dump(config_tree(config), Dumper=_YamlDumper, sort_keys=False)
-    return text.encode()
+    return yaml.dump(config_tree(config), Dumper=_YamlDumper, sort_keys=False).encode()
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -138,14 +134,8 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     return lines
 
 
-_ARGUMENTS = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
-
-
 class _YamlLoader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2, which is what people mean.
-
-    In version 1.1 ``1e-6`` is text, and ``11:18`` is a number in base 60: 678.
-    """
+    """With the numbers of YAML 1.2; in 1.1 ``1e-6`` is text, and ``11:18`` is 678, in base 60."""
 
 
 class _YamlDumper(yaml.SafeDumper):
@@ -181,7 +171,8 @@ def _describe(error: ValidationError) -> str:
             hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
             lines.append(f"Unknown configuration key {where}: {hint}")
         elif item["type"] == "missing":
-            hint = _ARGUMENTS.get(where, "")
+            arguments = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}
+            hint = arguments.get(where, "")
             lines.append(f"Configuration field {where} is missing{hint}.")
         elif not where:  # of several sections
             lines.append(f"{message.rstrip('.')}.")
@@ -203,12 +194,8 @@ def _describe(error: ValidationError) -> str:
 
 _ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto|\w+Ridge)$")
 """Parts of a place that pydantic names after the kinds of value that a field may have."""
-
-
 _PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
 """Words of its messages that say nothing to a user."""
-
-
 _PLAIN = {
     "a valid tuple": "a list",
     "a valid integer": "a whole number",
@@ -227,8 +214,8 @@ def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
     """The section, or what is in one, at a place of the configuration."""
     model: type[BaseModel] = Config
     for part in place:
-        if part in _RIDGES:
-            model = _RIDGES[part]
+        if part in ("RelativeRidge", "AbsoluteRidge"):
+            model = RelativeRidge if part == "RelativeRidge" else AbsoluteRidge
         elif not _ALTERNATIVE.match(part):
             field = model.model_fields.get(part)
             annotation = field.annotation if field is not None else None
@@ -237,9 +224,3 @@ def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
             elif part != "ridge":
                 return None
     return model
-
-
-_RIDGES: dict[str, type[BaseModel]] = {
-    "RelativeRidge": RelativeRidge,
-    "AbsoluteRidge": AbsoluteRidge,
-}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import uuid
@@ -62,8 +61,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 def create_bytes(path: Path, content: bytes) -> bool:
     """Create ``path`` only if it does not exist; True if this call created it.
 
-    The content is complete before the name exists (a hard link is the atomic step), so of several
-    processes exactly one wins and nobody ever reads half a file.
+    A hard link to the complete content is the atomic step: of several processes exactly one wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
@@ -97,6 +95,7 @@ def fingerprint(value: Any) -> str:
 
 
 def fsync_file(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,13 +103,7 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_folder(path: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+fsync_folder = fsync_file
 
 
 def fsync_tree(path: Path) -> None:
@@ -119,10 +112,6 @@ def fsync_tree(path: Path) -> None:
     Many at a time: a journal brings what is asked for together to the disk in one go, which for a
     hundred small arrays is ten times as fast.
     """
-    files, folders = [], []
-    for folder, _, names in os.walk(path):
-        folders.append(Path(folder))
-        files += [Path(folder, name) for name in names]
+    paths = [Path(folder, name) for folder, _, names in os.walk(path) for name in (*names, "")]
     with ThreadPoolExecutor(_FSYNCS) as pool:
-        for _ in itertools.chain(pool.map(fsync_file, files), pool.map(fsync_folder, folders)):
-            pass
+        list(pool.map(fsync_file, paths))

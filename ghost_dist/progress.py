@@ -1,8 +1,7 @@
 """What a person sees while a run works, and the same as events for programs.
 
 On a terminal each stage is a live bar; elsewhere (a log file, a job) a line with the time every few
-seconds, also while nothing is finished. Events are appended to ``RUN/events.jsonl``, one JSON
-object a line.
+seconds, also while nothing is finished.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,14 @@ SHORT_S = 2.0  # what takes less is not worth a line
 Advance = Callable[[int], None]
 
 
-@dataclass
 class Gauge:
-    """How far a stage is, in words; ``total`` 0: nothing in it can be counted."""
+    """How far a stage is, in words; ``total`` 0: nothing in it can be counted; units are plural."""
 
-    total: int
-    unit: str  # plural
-    done: int = 0
-    clock: Callable[[], float] = time.monotonic
-    began: float = field(init=False)
-    first: int = field(init=False)
-    latest: float = field(init=False)  # time of the last advance
-
-    def __post_init__(self) -> None:
-        self.began = self.latest = self.clock()
-        self.first = self.done
+    def __init__(
+        self, total: int, unit: str, done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.unit, self.first, self.done, self.clock = total, unit, done, done, clock
+        self.began = self.latest = clock()  # latest: time of the last advance
 
     def advance(self, amount: int) -> None:
         self.done += amount
@@ -63,9 +54,7 @@ class Gauge:
     def summary(self) -> str:
         """``32,768 tokens in 36.0 s``, once it is over."""
         took = duration(self.clock() - self.began)
-        if not self.total:
-            return f"done in {took}"
-        return f"{self._amount(self.done)} in {took}"
+        return f"{self._amount(self.done) if self.total else 'done'} in {took}"
 
     def _number(self, number: float) -> str:
         if self.unit != "bytes":
@@ -73,25 +62,18 @@ class Gauge:
         return f"{number / 1e6:,.1f} MB" if number < 1e9 else f"{number / 1e9:,.2f} GB"
 
     def _amount(self, number: float) -> str:
-        unit = "" if self.unit == "bytes" else f" {self._one if number == 1 else self.unit}"
-        return f"{self._number(number)}{unit}"
+        if self.unit == "bytes":
+            return self._number(number)
+        return f"{self._number(number)} {self.unit.removesuffix('s') if number == 1 else self.unit}"
 
     def _rate(self, per_s: float) -> str:
         if per_s < 1:
-            return f"{1 / per_s:,.1f} s/{self._one}"
+            return f"{1 / per_s:,.1f} s/{self.unit.removesuffix('s')}"
         return f"{self._number(per_s)}/s"
-
-    @property
-    def _one(self) -> str:
-        return self.unit.removesuffix("s")
 
 
 class Reporter:
-    """Progress, messages and events of one run.
-
-    Events go to ``RUN/events.jsonl``, if given; a person reads on standard error, so that standard
-    output stays for results.
-    """
+    """Progress and messages for a person (on standard error), and events, a JSON object a line."""
 
     def __init__(self, events_path: Path | None = None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -136,8 +118,7 @@ class Reporter:
             self.event("stage-failed", stage=name, error=f"{type(error).__name__}: {error}")
             raise
         self._line(name, gauge.summary())
-        seconds = round(time.monotonic() - gauge.began, 3)
-        self.event("stage-end", stage=name, seconds=seconds)
+        self.event("stage-end", stage=name, seconds=round(time.monotonic() - gauge.began, 3))
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
@@ -153,12 +134,10 @@ class Reporter:
 
     @contextlib.contextmanager
     def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
-        columns = (
-            progress.TextColumn("{task.description:<18}"),
-            progress.BarColumn(5),
-            _Words(gauge),
-        )
-        with progress.Progress(*columns, console=self.console, transient=True) as bars:
+        columns = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
+        with progress.Progress(
+            *columns, _Words(gauge), console=self.console, transient=True
+        ) as bars:
             bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
             yield
 

@@ -1,8 +1,6 @@
 """The RUN folder: who may use it, for which configuration, and which stages are done.
 
-Layout: ``config.yaml``, ``tokens.safetensors``, ``statistics.zarr/``, ``operators/``,
-``checkpoint/``, ``stages/*.json`` (one record per finished stage), ``events.jsonl``,
-``result.json``. A stage is done when its record names the fingerprint of its inputs; records are
+A stage is done when its record (``stages/*.json``) names the fingerprint of its inputs; records are
 written last, so a stage killed half way is simply run again.
 """
 
@@ -29,10 +27,7 @@ STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluat
 
 
 class RunFolder:
-    """A RUN folder held by this process; a context manager that keeps others out.
-
-    One of another configuration is a RunMismatchError that names every field that differs.
-    """
+    """A RUN folder of a configuration, held by this process; a context that keeps others out."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -69,7 +64,7 @@ class RunFolder:
             for folder in (self.path, self._stages, self.operators, self.operators / "refined"):
                 sweep_partial(folder)
         except BaseException as error:
-            self._release()
+            self.__exit__()
             if not isinstance(error, OSError):
                 raise
             raise RunFolderError(
@@ -79,20 +74,21 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def begin(self) -> None:
         """Bind the folder to this configuration; call it once the inputs have been checked.
 
         Before that nothing is bound, so a mistake can be corrected under the same ``--out``.
         """
-        path = self.path / "config.yaml"
+        path, evaluation = self.path / "config.yaml", self.config.evaluation
         if not create_bytes(path, config_yaml(self.config)):
             stored = self.stored_config(self.path)
-            if stored.evaluation != self.config.evaluation:
+            if stored.evaluation != evaluation:
                 # No earlier stage depends on it, so it may change from one call to the next.
-                changed = stored.model_copy(update={"evaluation": self.config.evaluation})
-                write_bytes(path, config_yaml(changed))
+                write_bytes(path, config_yaml(stored.model_copy(update={"evaluation": evaluation})))
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
@@ -101,8 +97,7 @@ class RunFolder:
 
     def outputs(self, stage: str) -> dict[str, Any]:
         """Outputs recorded for a stage whatever its inputs; empty if it never finished."""
-        outputs: dict[str, Any] = read_record(self.path, stage).get("outputs", {})
-        return outputs
+        return read_record(self.path, stage).get("outputs") or {}
 
     def finish(self, stage: str, inputs: str, outputs: Mapping[str, Any]) -> None:
         """Record that a stage is done; its output files must be on the disk already."""
@@ -144,11 +139,6 @@ class RunFolder:
                 + "\n  ".join(differing)
                 + "\nUse another --out for this configuration, or the same one to continue."
             )
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 def read_record(path: Path, stage: str) -> dict[str, Any]:
