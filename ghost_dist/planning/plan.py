@@ -1,12 +1,12 @@
 """``ghost-dist plan``: a run's bytes, FLOPs and seconds from headers, and the engine it gets.
 
-Reads ``config.json``, the safetensors headers and, where there is a tokenizer, some text; of the
-weights nothing, except that a first look at a machine reads pieces of the files to see how fast
-they come. What the headers do not say is assumed, and said in the plan's notes.
+Of the weights nothing is read, except that a first look at a machine reads pieces of the files to
+see how fast they come. What the headers do not say is assumed, and said in the plan's notes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -50,11 +50,8 @@ from ghost_dist.planning.stage_plans import KEPT_BY_SHARDING, StagePlan, num_rep
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span, pairs_of
 
-TOKENS_PER_BYTE = 0.25
-"""Of text whose tokens cannot be counted."""
+TOKENS_PER_BYTE = 0.25  # of text whose tokens cannot be counted
 _COUNTED_BYTES = 64 << 20  # texts up to here are cut into tokens to know their number
-
-
 _BUSY = 0.25  # of the cores
 _OFF_BY, _OFF_BY_BUSY = 1.5, 4.0
 """Runs took 0.9 to 1.4 times the seconds of a plan (docs/planning.md); beside other programs one
@@ -96,21 +93,20 @@ def plan_run(
     inputs, notes, tokens_s = _open(config)
     run = shape_of(inputs)
     costs = costs_of(run)
-    architecture = inputs.architecture
     if not config.selection.given:
         notes.append(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
         )
     if config.selection.searches:
-        shape = search_shape(config, inputs.remove or 0, architecture)
+        shape = search_shape(config, inputs.remove or 0, inputs.architecture)
         notes.append(
             f"select is reckoned with all of its budget, {shape.evaluations:,} evaluations on "
             f"{shape.length} tokens each in about {shape.sweeps} sweeps over the layers; a search "
             "may end before. Less: --set selection.effort=quick"
         )
-    calibration = config.calibration
-    few = few_tokens(calibration, run.candidates, run.spans, architecture, inputs.refittable)
+    of_fits = (config.calibration, run.candidates, run.spans, inputs.architecture)
+    few = few_tokens(*of_fits, inputs.refittable)
     notes += [few] if few else []
     whole = config.needs_whole_model
     choice = choose(config.engine.kind, run, whole=None if whole is None else whole[0])
@@ -137,9 +133,8 @@ def plan_run(
     if config.on_cluster:
         notes.append(_cluster_note(run, choice))
     if rates.read_from != "checkpoint":
-        notes.append(
-            f"the checkpoint's files hold no data; reading was measured on {rates.read_from}"
-        )
+        where = rates.read_from
+        notes.append(f"the checkpoint's files hold no data; reading was measured on {where}")
     return Plan(
         model=config.model.path,
         num_layers=run.num_layers,
@@ -171,19 +166,9 @@ def _open(config: Config) -> tuple[RunInputs, list[str], float]:
         refittable = frozenset(architecture.down_projections)
         notes.append("no small model of the family could be built; taken to allow ghost-joint")
     tokens_s, evaluation = _texts(config, source, architecture, notes)
-    inputs = assembled(
-        config,
-        source,
-        architecture,
-        remove,
-        device,
-        device,
-        tokenizer=None,
-        model_fingerprint="",
-        refittable=refittable,
-        evaluation=evaluation,
-        tasks=(),
-    )
+    opened: dict[str, Any] = {"refittable": refittable, "evaluation": evaluation, "tasks": ()}
+    opened |= {"tokenizer": None, "model_fingerprint": ""}
+    inputs = assembled(config, source, architecture, remove, device, device, **opened)
     return inputs, notes, tokens_s
 
 
@@ -204,11 +189,10 @@ def _texts(
             return None
         options |= {"special_tokens": False, "window_bos": False, "seed": calibration.seed}
         options |= {"windows": windows, "window_length": length}
-        try:
+        with contextlib.suppress(CalibrationError):
             found = build_windows(text, tokenizer, vocab_size=architecture.vocab_size, **options)
-        except CalibrationError:
-            return None
-        return found.num_windows
+            return found.num_windows
+        return None
 
     began, length = time.perf_counter(), calibration.window_length
     few = max(1, min(calibration.windows, (1 << 16) // length))
@@ -259,14 +243,10 @@ def _disk(
 
 
 def _cluster_note(run: RunShape, choice: EngineChoice) -> str:
-    ranks = run.inputs.config.engine.ranks
-    share = (
-        f"{ranks} ranks, which share the windows and one reading"
-        if choice.kind == "streaming"
-        else f"{ranks} ranks, which keep {KEPT_BY_SHARDING:.0%} of the forward's rate where they "
-        "share a layer"
-    )
+    share = "share the windows and one reading"
+    if choice.kind != "streaming":
+        share = f"keep {KEPT_BY_SHARDING:.0%} of the forward's rate where they share a layer"
     return (
         f"cluster: every device is taken to be as fast as this one, {num_replicas(run)} replicas "
-        f"of {share}"
+        f"of {run.inputs.config.engine.ranks} ranks, which {share}"
     )

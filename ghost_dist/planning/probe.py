@@ -1,9 +1,7 @@
 """Measures a machine with the things that runs do, at the model's shapes, for a few seconds.
 
 What would take longer than ``_LONGEST_S``, reckoned from the rate of plain products, is tried
-smaller, or left to that rate.
-
-Legend: B windows of a batch, T tokens, C hidden width, F inner width of an MLP, N targets.
+smaller, or left to that rate. B windows of a batch, T tokens, C hidden width, F inner width.
 """
 
 from __future__ import annotations
@@ -125,12 +123,12 @@ def _process(run: RunShape) -> float:
 
 def _plain(run: RunShape, dtype: torch.dtype) -> float:
     """FLOP/s of ``(T, C) @ (C, F)``; on a CPU at most 1024 x 2048 x 2048."""
-    most = 1 << 30 if run.inputs.device.type == "cuda" else 2048
-    tokens, width = min(run.batch_tokens, most // 2), min(run.sizes.hidden_size, most)
-    inner = min(run.sizes.widest, most)
-    a = _random((tokens, width), dtype, run.inputs.device)
-    b = _random((width, inner), dtype, run.inputs.device)
-    return 2 * tokens * width * inner / timed(lambda: a @ b, run.inputs.device)
+    device, sizes = run.inputs.device, run.sizes
+    most = 1 << 30 if device.type == "cuda" else 2048
+    tokens, width = min(run.batch_tokens, most // 2), min(sizes.hidden_size, most)
+    inner = min(sizes.widest, most)
+    a, b = _random((tokens, width), dtype, device), _random((width, inner), dtype, device)
+    return 2 * tokens * width * inner / timed(lambda: a @ b, device)
 
 
 def _layers(run: RunShape, plain: float) -> dict[str, float]:
@@ -162,14 +160,12 @@ def _one_layer(
     """Seconds of one layer of random weights, and of the scores of two variants behind it."""
     inputs, total = run.inputs, run.num_layers
     architecture, device = inputs.architecture, inputs.device
-    others = [Span(0, number)] if number else []
-    others += [Span(number + 1, total)] if number + 1 < total else []
+    others = [span for span in (Span(0, number), Span(number + 1, total)) if len(span)]
     raw = cut_config(inputs.source.config, others, architecture)
     config = read_config(getattr(transformers, architecture.config_class), raw)
     config.vocab_size, config.pad_token_id = entries, None
-    causal_lm = shapes_only(
-        getattr(transformers, architecture.causal_lm_class), config, inputs.dtype
-    )
+    causal_lm_class = getattr(transformers, architecture.causal_lm_class)
+    causal_lm = shapes_only(causal_lm_class, config, inputs.dtype)
     for module in causal_lm.modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = _random(parameter.shape, inputs.dtype, device)
@@ -229,8 +225,7 @@ def _inner(run: RunShape) -> int:
 def _factors(run: RunShape, kind: Regressors) -> float:
     """FLOP/s of a fit with all ridges of the grid, at growing sizes until that takes too long.
 
-    A larger one is as fast, or faster: so the fastest counts, whichever it is, and a burst of
-    other work that slows one size down does not.
+    The fastest counts: a larger one is as fast or faster, unless other work slows it down.
     """
     fastest = 0.0
     width, device = run.sizes.hidden_size, run.inputs.device

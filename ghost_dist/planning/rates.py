@@ -8,7 +8,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import safe_open
 
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.durable import fingerprint, json_bytes, write_bytes
+from ghost_dist.durable import fingerprint, write_json
 
 FORMAT = 4
 
@@ -59,7 +60,7 @@ def store_rates(key: Mapping[str, Any], rates: Rates) -> None:
     """Keep rates for later plans, with the circumstances in plain text."""
     path = cache_file(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json_bytes({"key": dict(key), "rates": dataclasses.asdict(rates)}))
+    write_json(path, {"key": dict(key), "rates": dataclasses.asdict(rates)})
 
 
 _READ_BYTES, _WRITTEN_BYTES, _LOADED_BYTES = 2_000_000_000, 512 << 20, 256 << 20
@@ -74,7 +75,7 @@ def measure_files(
     with tempfile.TemporaryDirectory(prefix=".ghost-dist-probe-", dir=folder) as name:
         scratch = Path(name)
         write = _write(scratch / "probe.bin")
-        real = [path for path in _files(checkpoint) if not _is_sparse(path)]
+        real = _real_files(checkpoint)
         return {
             "write": write,
             "read": _read(real or [scratch / "probe.bin"]),
@@ -85,29 +86,30 @@ def measure_files(
 
 def cached_share(checkpoint: Checkpoint) -> float:
     """Share of the checkpoint whose tensors begin in the page cache; 0 where nobody can say."""
-    files = {
-        path: os.open(path, os.O_RDONLY) for path in _files(checkpoint) if not _is_sparse(path)
-    }
     found = 0
-    try:
+    with _opened(_real_files(checkpoint)) as files:
         for tensor in checkpoint.tensors.values():
             if file := files.get(checkpoint.path / tensor.file):
                 with contextlib.suppress(OSError):  # where it would have to wait for the disk
                     os.preadv(file, [bytearray(1)], tensor.offset, os.RWF_NOWAIT)
                     found += tensor.nbytes
-    finally:
-        for file in files.values():
-            os.close(file)
     return found / checkpoint.nbytes
 
 
-def _files(checkpoint: Checkpoint) -> list[Path]:
-    return [checkpoint.path / file for file in checkpoint.headers]
+def _real_files(checkpoint: Checkpoint) -> list[Path]:
+    """Without sparse ones, which were never written."""
+    files = [checkpoint.path / file for file in checkpoint.headers]
+    return [f for f in files if f.stat().st_blocks * 512 >= _SPARSE * f.stat().st_size]
 
 
-def _is_sparse(path: Path) -> bool:
-    status = path.stat()
-    return status.st_blocks * 512 < _SPARSE * status.st_size
+@contextlib.contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, int]]:
+    files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    try:
+        yield files
+    finally:
+        for file in files.values():
+            os.close(file)
 
 
 def _write(path: Path) -> float:
@@ -123,16 +125,7 @@ def _write(path: Path) -> float:
 
 def _read(paths: Sequence[Path]) -> float:
     """Blocks by as many threads as an offloaded run has, none of them from the page cache."""
-    files = {path: os.open(path, os.O_RDONLY) for path in paths}
-    blocks = [
-        (file, offset)
-        for path, file in files.items()
-        for offset in range(0, path.stat().st_size, BLOCK_BYTES)
-    ][: _READ_BYTES // BLOCK_BYTES]
-    for file, offset in blocks:
-        os.posix_fadvise(file, offset, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
     buffers = [bytearray(b"x") * BLOCK_BYTES for _ in range(READERS)]  # no page is met here first
-    began = time.perf_counter()
 
     def reader(number: int) -> int:
         total = 0
@@ -141,28 +134,31 @@ def _read(paths: Sequence[Path]) -> float:
                 total += os.preadv(file, [buffers[number]], offset)
         return total
 
-    try:
-        with ThreadPoolExecutor(READERS) as pool:
-            return sum(pool.map(reader, range(READERS))) / (time.perf_counter() - began)
-    finally:
-        for file in files.values():
-            os.close(file)
+    with _opened(paths) as files, ThreadPoolExecutor(READERS) as pool:
+        blocks = [
+            (file, offset)
+            for path, file in files.items()
+            for offset in range(0, path.stat().st_size, BLOCK_BYTES)
+        ][: _READ_BYTES // BLOCK_BYTES]
+        for file, offset in blocks:
+            os.posix_fadvise(file, offset, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        return sum(pool.map(reader, range(READERS))) / (time.perf_counter() - began)
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
     """Bytes/s of tensors of the checkpoint to the device and checked, from the page cache."""
-    some, total = [], 0
+    some, total = defaultdict(list), 0
     for tensor in checkpoint.tensors.values():
         if total + tensor.nbytes <= _LOADED_BYTES:
-            some.append(tensor)
+            some[tensor.file].append(tensor.name)
             total += tensor.nbytes
     for _ in range(2):  # once to bring the pages into the cache
         began = time.perf_counter()
-        for file in {tensor.file for tensor in some}:
+        for file, names in some.items():
             with safe_open(checkpoint.path / file, framework="pt") as opened:
-                for tensor in some:
-                    if tensor.file == file:
-                        loaded = opened.get_tensor(tensor.name).to(device, dtype, copy=True)
-                        bool(torch.isfinite(loaded).all())
+                for name in names:
+                    loaded = opened.get_tensor(name).to(device, dtype, copy=True)
+                    bool(torch.isfinite(loaded).all())
         seconds = time.perf_counter() - began
     return total / seconds
