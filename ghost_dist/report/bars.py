@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ghost_dist.evaluation.task_rows import VARIANTS
@@ -25,32 +24,24 @@ class Bar(NamedTuple):
     interval: Pair | None
 
 
-@dataclass(frozen=True)
 class Bars:
     """Rows over one scale."""
 
-    rows: Sequence[Bar]
-
-    @property
-    def _ends(self) -> tuple[float, float]:
-        finite = [row.value for row in self.rows if math.isfinite(row.value)]
-        ends = [row.interval[1] for row in self.rows if row.interval]
-        return min(finite, default=0.0), max([*finite, *ends, 0.0])
-
-    @property
-    def logarithmic(self) -> bool:
-        least, most = self._ends
-        return least > 0 and most / least > _LOGARITHMIC_FROM
+    def __init__(self, rows: Sequence[Bar]) -> None:
+        self.rows = rows
+        finite = [row.value for row in rows if math.isfinite(row.value)]
+        ends = [row.interval[1] for row in rows if row.interval]
+        self._least, self._most = min(finite, default=0.0), max([*finite, *ends, 0.0])
+        self.logarithmic = self._least > 0 and self._most / self._least > _LOGARITHMIC_FROM
 
     def along(self, value: float) -> float:
         """Share of the width."""
-        least, most = self._ends
         if not math.isfinite(value):
             return 1.0
         if self.logarithmic:
-            low = math.log(least) - 0.1 * (math.log(most) - math.log(least))
-            return (math.log(value) - low) / (math.log(most) - low)
-        return value / most if most > 0 else 0.0
+            decades = math.log(self._most / self._least)
+            return (math.log(value / self._least) + 0.1 * decades) / (1.1 * decades)
+        return value / self._most if self._most > 0 else 0.0
 
 
 def perplexity_bars(

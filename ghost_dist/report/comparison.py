@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ghost_dist.evaluation.bootstrap import interval
+from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.report import text
 from ghost_dist.report.bars import Bar, Bars
 from ghost_dist.report.checks import remarks
@@ -21,12 +22,8 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "title": _title(runs, names, corpora if comparable else []),
         "comparable": comparable,
         "corpora": [
-            (
-                corpus,
-                _bars(runs, names, corpus, comparable),
-                _paired(runs, names, corpus) if comparable else None,
-            )
-            for corpus in corpora
+            (c, _bars(runs, names, c, comparable), _paired(runs, names, c) if comparable else None)
+            for c in corpora
         ],
         "names": names,
         "runs": runs,
@@ -74,13 +71,11 @@ def _bars(runs: Sequence[RunRecord], names: Sequence[str], corpus: str, comparab
     rows = []
     for name, run in zip(names, runs, strict=True):
         values, intervals = run.perplexity[corpus], run.intervals.get(corpus, {})
-        for variant in ("dense", "pruned", "recovered"):
-            label = f"{name}, {variant}"
-            if variant == "dense" and comparable:
-                if run is not runs[0]:
-                    continue
-                label = "dense"
-            rows.append(Bar(label, variant, values[variant], intervals.get(variant)))
+        for variant in VARIANTS:
+            common = variant == "dense" and comparable
+            if not common or run is runs[0]:
+                label = variant if common else f"{name}, {variant}"
+                rows.append(Bar(label, variant, values[variant], intervals.get(variant)))
     return Bars(rows)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from ghost_dist.report import text
@@ -22,10 +22,8 @@ _CRITERIA = {
 
 
 class Figure(NamedTuple):
-    """A drawing with its title and what it says."""
-
     title: str
-    words: str
+    words: str  # what it says
     plot: Plot
 
 
@@ -35,21 +33,16 @@ def recoverability(run: RunRecord) -> Figure:
     lengths = {row["span"][1] - row["span"][0] for row in rows}
     taken = text.spans(run.spans)
     if len(lengths) > 1:
+        cells = []
+        for row in rows:
+            (start, stop), residual = row["span"], row["residual"]
+            told = f"{text.span(row['span'])}: {text.percent(residual, 2)}"
+            cells.append(Cell(start, stop - start, residual, told, row["span"] in run.spans))
         drawing = heat_map(
             "Unexplained share of the stream's energy after repair, by first layer and number of "
             f"layers removed; chosen {taken}.",
-            [
-                Cell(
-                    row["span"][0],
-                    row["span"][1] - row["span"][0],
-                    row["residual"],
-                    f"{text.span(row['span'])}: {text.percent(row['residual'], 2)}",
-                    row["span"] in run.spans,
-                )
-                for row in rows
-            ],
-            "first layer removed",
-            "layers removed",
+            cells,
+            ("first layer removed", "layers removed"),
             "unexplained share:",
         )
         words = f"Stronger colour: easier to repair. Framed: chosen, {taken}."
@@ -97,7 +90,7 @@ def layer_scores(run: RunRecord) -> Figure:
 def ridge_curve(run: RunRecord) -> Figure | None:
     """Held-out residual of every ridge; None where one was given."""
     series, marks, labels, said = [], [], [], []
-    for fit, style in zip(run.fits, itertools.cycle(_STYLES), strict=False):
+    for fit, style in zip(run.fits, cycle(_STYLES), strict=False):
         span, ridge, residual = text.span(fit["span"]), fit["relative_ridge"], fit["residual"]
         series.append(Series(span, sorted(p for p in fit["ridge_curve"] if p[0] > 0), style, True))
         labels.append(f"{span} {text.number(ridge, 2)}")
@@ -125,7 +118,7 @@ def channels(run: RunRecord) -> Figure | None:
     if not found:
         return None
     series = []
-    for (span, values), style in zip(found, itertools.cycle(_STYLES), strict=False):
+    for (span, values), style in zip(found, cycle(_STYLES), strict=False):
         last = max(1, len(values) - 1)
         series.append(Series(span, [(100 * i / last, v) for i, v in enumerate(values)], style))
     lowest = min(values[len(values) // 100] for _, values in found)
@@ -143,14 +136,10 @@ def spectrum(spectra: Mapping[str, Spectrum]) -> Figure:
     """Singular values of every matrix that acts at a boundary."""
     series = [
         Series(name, list(enumerate(of.singular_values, 1)), style)
-        for (name, of), style in zip(spectra.items(), itertools.cycle(_STYLES), strict=False)
+        for (name, of), style in zip(spectra.items(), cycle(_STYLES), strict=False)
     ]
-    drawing = line_chart(
-        f"Singular values by rank of {text.join_words(list(spectra))}.",
-        series,
-        Axis("rank"),
-        Axis("singular value", log=True),
-    )
+    described = f"Singular values by rank of {text.join_words(list(spectra))}."
+    drawing = line_chart(described, series, Axis("rank"), Axis("singular value", log=True))
     words = "A steep fall means that few directions do most of the repair."
     return Figure("Spectrum", words, drawing)
 
@@ -189,10 +178,8 @@ def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     """By divergence from the dense model, or residual; what was dropped, or failed, comes last."""
 
     def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
-        failed, dropped = "failed" in row, "dropped" in row
-        if row.get("kl") is not None:
-            return failed, dropped, row["kl"]
-        residuals = [1.0 if r is None else r for r in row.get("residual", ())]  # 1: the plain cut
-        return failed or not residuals, dropped, sum(residuals)
+        found = [row["kl"]] if row.get("kl") is not None else row.get("residual", ())
+        last = "failed" in row or not found
+        return last, "dropped" in row, sum(1.0 if r is None else r for r in found)  # 1: plain cut
 
     return sorted(candidates, key=rank)

@@ -41,26 +41,31 @@ def write_report(
     if out is None:
         out = first.path / "report.html" if len(records) == 1 else Path("comparison.html")
     _check_target(out)
-    template, content = "comparison.html.j2", comparison(records) if records[1:] else {}
     if len(records) == 1:
-        helps = not verdict.no_better_than_cut(first.candidates, first.perplexity)
-        template, content = "run.html.j2", {
-            "run": first,
-            "headline": headline(first),
-            "remarks": remarks(first),
-            "remedies": verdict.remedies(first.config, first.path, helps=helps),
-            "load": text.load_words(first.path / "checkpoint"),
-            "spectra": {
-                f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
-                for span, matrices in spectra(first, device).items()
-                for matrix, spectrum in matrices.items()
-            },
-            "configuration": yaml.safe_dump(first.config, sort_keys=False),
-        }
+        template, content = "run.html.j2", _of_one(first, device)
+    else:
+        template, content = "comparison.html.j2", comparison(records)
     # Sections add their headings while they are written; the navigation is made of these.
     page = _pages().get_template(template).render(content, headings=[])
     write_bytes(out, page.encode())
     return out
+
+
+def _of_one(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
+    helps = not verdict.no_better_than_cut(run.candidates, run.perplexity)
+    return {
+        "run": run,
+        "headline": headline(run),
+        "remarks": remarks(run),
+        "remedies": verdict.remedies(run.config, run.path, helps=helps),
+        "load": text.load_words(run.path / "checkpoint"),
+        "spectra": {
+            f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
+            for span, matrices in spectra(run, device).items()
+            for matrix, spectrum in matrices.items()
+        },
+        "configuration": yaml.safe_dump(run.config, sort_keys=False),
+    }
 
 
 def headline(run: RunRecord) -> str:

@@ -34,29 +34,23 @@ class Axis:
 
 
 class Series(NamedTuple):
-    """One line: its name, its points in order, its class of page.css."""
-
     name: str
     points: Sequence[Point]
-    style: str = "s0"
+    style: str  # its class of page.css
     dots: bool = False
 
 
 class Mark(NamedTuple):
-    """A point that is pointed out, with its label."""
-
     point: Point
     label: str
-    style: str = "s0"
+    style: str
 
 
 class Cell(NamedTuple):
-    """A square of a heat map over whole numbers, and what the pointer is told."""
-
     column: int
     row: int
     value: float
-    told: str
+    told: str  # to the pointer
     chosen: bool
 
 
@@ -158,19 +152,17 @@ def line_chart(
 
 
 def heat_map(
-    description: str, cells: Sequence[Cell], x_title: str, y_title: str, shades_title: str
+    description: str, cells: Sequence[Cell], titles: tuple[str, str], shades_title: str
 ) -> Plot:
     """Cells over whole numbers; the smaller the value, the stronger the colour."""
     columns, rows = [cell.column for cell in cells], [cell.row for cell in cells]
     num_columns, num_rows = (max(at) - min(at) + 1 for at in (columns, rows))
     tall = min(24.0, max(4.0, 200 / num_rows))
     height = round(TOP + BOTTOM + tall * num_rows)
+    every = math.ceil(num_columns / 9), math.ceil(12 / tall)
     x, y = (
-        Axis(title, low=min(at) - 0.5, high=max(at) + 0.5, every=every)
-        for title, at, every in (
-            (x_title, columns, math.ceil(num_columns / 9)),
-            (y_title, rows, math.ceil(12 / tall)),
-        )
+        Axis(title, low=min(at) - 0.5, high=max(at) + 0.5, every=each)
+        for title, at, each in zip(titles, (columns, rows), every, strict=True)
     )
     return Plot(
         description=description,
@@ -197,12 +189,8 @@ def _round_values(low: float, high: float, about: int, *, whole: bool) -> list[f
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
     if whole:
         step = max(1.0, step)
-    first = math.ceil(low / step - 1e-9)
-    values = []
-    while first * step <= high + 1e-9 * step:
-        values.append(first * step)
-        first += 1
-    return values
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 def _power(exponent: int) -> str:

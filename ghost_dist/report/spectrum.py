@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +33,8 @@ class Spectrum:
     @property
     def effective_rank(self) -> int:
         """Singular values that hold 90 % of the sum of squares."""
-        squares = torch.tensor(self.singular_values, dtype=torch.float64).square()
-        total = float(squares.sum())
-        return int((squares.cumsum(0) < 0.9 * total).sum()) + 1 if total > 0 else 0
+        sums = torch.tensor(self.singular_values, dtype=torch.float64).square().cumsum(0)
+        return int((sums < 0.9 * sums[-1]).sum()) + 1 if sums[-1] > 0 else 0
 
     @property
     def rank_in_words(self) -> str:
@@ -57,17 +55,20 @@ def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
 def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dict[str, Spectrum]]:
     """Span to matrix (``M``, ``N``) to its spectrum; spans without a matrix are left out."""
     cache = run.path / "report.json"
-    stored = _stored(cache)
+    try:
+        content = json.loads(cache.read_bytes())
+        stored: dict[str, Any] = content["spectra"] if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        stored = {}  # computed again
     found, fresh = {}, {}
     for span, (path, sha256) in run.operator_files.items():
-        if sha256 not in stored:
-            parts, _ = read_parts(path, sha256)
+        if sha256 in stored:
+            of_parts = {name: Spectrum(**row) for name, row in stored[sha256].items()}
+        else:
             of_parts = {
                 name: spectrum_of(matrix_CC.to(device or "cpu"), rank)
-                for name, (matrix_CC, rank) in _matrices(parts).items()
+                for name, (matrix_CC, rank) in _matrices(read_parts(path, sha256)[0]).items()
             }
-        else:
-            of_parts = {name: Spectrum(**row) for name, row in stored[sha256].items()}
         fresh[sha256] = {name: asdict(of) for name, of in of_parts.items()}
         if of_parts:
             found[span] = of_parts
@@ -88,13 +89,4 @@ def _matrices(parts: dict[str, Tensor]) -> dict[str, tuple[Tensor, int | None]]:
         found["M"] = u_Cr @ v_rC, u_Cr.shape[1]
     if "norm_linear" in parts:
         found["N"] = parts["norm_linear"].double(), None
-    return found
-
-
-def _stored(cache: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(cache.read_bytes())
-        found: dict[str, Any] = content["spectra"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # computed again
     return found

@@ -39,14 +39,14 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
             table.add_row(name, metric, *cells)
         console.print(table)
     before, after = result["parameters"]["before"], result["parameters"]["after"]
+    layers = [f"layers {_spans(result['spans'])}"] if result["spans"] else []
     _say(
-        f"removed {_removed(result)}; operator {result['operator']}; "
+        f"removed {', '.join([*layers, *result['sublayers']])}; operator {result['operator']}; "
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
         f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
     )
-    checkpoint = run / "checkpoint"
-    _say(f"checkpoint: {checkpoint}")
-    _say(f"load it: {text.load_words(checkpoint)}")
+    _say(f"checkpoint: {run / 'checkpoint'}")
+    _say(f"load it: {text.load_words(run / 'checkpoint')}")
     config = config_tree(load_config(run / "config.yaml", {}))
     remedies = verdict.remedies(config, run, helps=not result["no_better_than_cut"])
     if not result["no_better_than_cut"]:
@@ -261,9 +261,8 @@ def _perplexity_bars(run: RunRecord) -> RenderableType | None:
     """Perplexity of the three models on every text, with intervals where they are known."""
     if not run.perplexity:
         return None
-    table = Table("text", "model", "", "perplexity", "95 % interval", box=None)
-    table.columns[3].justify = "right"
-    intervals = run.intervals
+    perplexity, intervals = Column("perplexity", justify="right"), run.intervals
+    table = Table("text", "model", "", perplexity, "95 % interval", box=None)
     for corpus, value in run.perplexity.items():
         most = max((v for v in value.values() if math.isfinite(v)), default=1.0)
         for variant in VARIANTS:
@@ -360,11 +359,6 @@ def _line(words: str) -> str:
 
 def _spans(pairs: Iterable[Sequence[int]]) -> str:
     return ", ".join(f"[{start}, {stop})" for start, stop in pairs)
-
-
-def _removed(result: Mapping[str, Any]) -> str:
-    layers = f"layers {_spans(result['spans'])}" if result["spans"] else ""
-    return ", ".join(filter(None, (layers, *result["sublayers"])))
 
 
 def _gb(nbytes: int) -> str:

@@ -50,10 +50,10 @@ def sources_apart(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where one source that was left out is recovered much worse than another."""
     chosen: Mapping[str, Any] = next((row for row in candidates if row["chosen"]), {})
     left_out = [one for one in chosen.get("left_out", ()) if one["kl"] is not None]
-    least = min(left_out, key=lambda one: one["kl"], default=None)
-    most = max(left_out, key=lambda one: one["kl"], default=None)
-    if least is None or most is None or most["kl"] <= _APART * least["kl"]:
+    ordered = sorted(left_out, key=lambda one: one["kl"])
+    if not ordered or ordered[-1]["kl"] <= _APART * ordered[0]["kl"]:
         return []
+    least, most = ordered[0], ordered[-1]
     said = (
         f"The recovered model is much further from the dense one on {most['source']} (KL "
         f"{most['kl']:.3f}) than on {least['source']} ({least['kl']:.3f}), each left out of the "
@@ -63,10 +63,7 @@ def sources_apart(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def remedies(config: Mapping[str, Any], run: Path, *, helps: bool) -> list[tuple[str, str]]:
-    """What to change, most promising first, and the command that does.
-
-    ``helps``: whether the repair is better than the plain cut.
-    """
+    """What to change, most promising first, and the command that does."""
     calibration, selection = config["calibration"], config["selection"]
     again = f"ghost-dist recover {shlex.quote(str(run / 'config.yaml'))} --out NEW "
     found = []
