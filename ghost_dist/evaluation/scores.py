@@ -9,7 +9,7 @@ in float32 and added up in float64. A window of T tokens predicts its last T - 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import GhostDistError
+from ghost_dist.progress import Advance
 
 # Shapes: B windows of a batch, T tokens of a window, W all windows, V entries of the vocabulary.
 
@@ -70,7 +71,7 @@ def window_scores(
     tokens: Tokens,
     *,
     batch: int,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> list[Scores]:
     """Score variants on windows (int32, (W, T)) in one sweep, compared with the first variant."""
     sums = np.zeros((_FIGURES, len(variants), len(tokens)))
@@ -94,7 +95,7 @@ def corpus_scores(
     corpora: Mapping[str, TokenWindows],
     *,
     batch: int,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
 ) -> dict[str, list[Scores]]:
     """By corpus, whose windows are of one length: what :func:`window_scores` gives."""
     if model.whole:
@@ -117,7 +118,7 @@ def corpus_scores(
 
 
 def last_logits(
-    model: LayerwiseModel, variant: Variant, tokens: Tokens, advance: Callable[[int], None]
+    model: LayerwiseModel, variant: Variant, tokens: Tokens, advance: Advance
 ) -> Tensor:
     """Logits (W, T, V) of a variant, float32 on the CPU; window by window."""
     found: list[Tensor] = []

@@ -1,11 +1,7 @@
 """Write the recovered checkpoint from the byte ranges of the original; no model is built.
 
-Weights in block-scaled FP8 are written as the bfloat16 that was calibrated.
-
-    headers -> new names -> shards (copied) -> config.json, modeling file, side files -> rename
-
-Everything is written in a hidden folder beside the target, brought to the disk, and gets its name
-as the last step, so a folder of that name is a whole checkpoint whatever happened before.
+Weights in block-scaled FP8 are written as the bfloat16 that was calibrated. Everything is written
+in a hidden folder beside the target, brought to the disk, and gets its name as the last step.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,10 +32,12 @@ from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
 from ghost_dist.export.shards import New, NewTensor, plan_shards, put_values, write_shard
 from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
+from ghost_dist.progress import Advance
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
 _SHARDS_AT_ONCE = 4
+Shards = Mapping[str, Sequence[NewTensor]]
 
 
 def export_checkpoint(
@@ -51,7 +49,7 @@ def export_checkpoint(
     tokenizer: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
     sync: bool = True,
     copied: Copied | None = None,
 ) -> None:
@@ -81,9 +79,8 @@ def export_checkpoint(
                 other = source.taken_out or variant.has_code
                 keep_tokenizer(tokenizer, partial_out, new_model_type=other)
             for name, content in (extra_files or {}).items():
-                if isinstance(content, Path):
-                    content = content.read_bytes()
-                (partial_out / name).write_bytes(content)
+                given = content.read_bytes() if isinstance(content, Path) else content
+                (partial_out / name).write_bytes(given)
             if sync:
                 fsync_tree(partial_out)
             partial_out.rename(out)
@@ -195,7 +192,7 @@ class Copied:
     """Shards of a cut, with nothing in the place of what goes: most bytes of any export of it."""
 
     folder: Path
-    shards: Mapping[str, tuple[NewTensor, ...]]
+    shards: Shards
 
     @staticmethod
     def plan(
@@ -205,14 +202,14 @@ class Copied:
         shards = plan_shards(_new_tensors(source, architecture, cut), max_bytes)
         return Copied(folder, shards if len(shards) > 1 else {})
 
-    def write(self, advance: Callable[[int], None]) -> None:
+    def write(self, advance: Advance) -> None:
         """Copy them, and bring them to the disk; what ``advance`` raises stops it."""
         for file, tensors in self.shards.items():
             self.folder.mkdir(exist_ok=True)
             write_shard(self.folder / file, tensors, advance)
             fsync_file(self.folder / file)
 
-    def of(self, shards: Mapping[str, Sequence[NewTensor]]) -> dict[str, Path]:
+    def of(self, shards: Shards) -> dict[str, Path]:
         """The files that shards with the same tensors may be made of, by their names."""
 
         def described(tensors: Sequence[NewTensor]) -> tuple[object, ...]:
@@ -224,10 +221,7 @@ class Copied:
 
 
 def _write_weights(
-    folder: Path,
-    shards: Mapping[str, Sequence[NewTensor]],
-    there: Mapping[str, Path],
-    advance: Callable[[int], None],
+    folder: Path, shards: Shards, there: Mapping[str, Path], advance: Advance
 ) -> None:
     lock = threading.Lock()
 
@@ -244,8 +238,7 @@ def _write_weights(
         written(sum(tensor.nbytes for tensor in shards[file]))
 
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
-        for _ in pool.map(write, shards):
-            pass
+        list(pool.map(write, shards))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(t.nbytes for of in shards.values() for t in of)},
@@ -274,10 +267,9 @@ def _check_target(out: Path, nbytes: int) -> None:
             "or remove it."
         )
     existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if nbytes + _SLACK_BYTES > free:
+    needed, free = nbytes + _SLACK_BYTES, shutil.disk_usage(existing).free
+    if needed > free:
         raise ExportError(
-            f"Not enough disk space at {existing} for the checkpoint: "
-            f"{(nbytes + _SLACK_BYTES) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Nothing was "
-            "written; free space or choose another place."
+            f"Not enough disk space at {existing} for the checkpoint: {needed / 1e9:.2f} GB needed,"
+            f" {free / 1e9:.2f} GB free. Nothing was written; free space or choose another place."
         )

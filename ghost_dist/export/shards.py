@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 
 from ghost_dist.checkpoint.reader import DTYPES
 from ghost_dist.errors import ExportError
+from ghost_dist.progress import Advance
 
 _BUFFER_BYTES = 8 << 20
 _ALIGNMENT = 8
@@ -61,7 +62,7 @@ def plan_shards(
     }
 
 
-def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Callable[[int], None]) -> None:
+def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Advance) -> None:
     """Write one safetensors file; ``advance`` is called with the bytes just written."""
     tensors = _in_order(tensors)
     with path.open("xb") as target:
@@ -98,20 +99,14 @@ def _header(tensors: Sequence[NewTensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        offsets = [end, end := end + tensor.nbytes]
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape}
+        entries[tensor.name] = {**entry, "data_offsets": [end, end := end + tensor.nbytes]}
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _ALIGNMENT)
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _copy(
-    target: BinaryIO, file: Path, offset: int, nbytes: int, advance: Callable[[int], None]
-) -> None:
+def _copy(target: BinaryIO, file: Path, offset: int, nbytes: int, advance: Advance) -> None:
     """Copy a byte range, inside the kernel where the file systems can (some share the blocks)."""
     target.flush()
     in_kernel = hasattr(os, "copy_file_range")
