@@ -101,11 +101,7 @@ def check_units(
 
 
 def check_spans(spans: Iterable[Span], num_layers: int) -> tuple[Span, ...]:
-    """Sort, join adjacent spans (one cut has one operator) and check against the model.
-
-    A span may start at layer 0 and may end at the last layer; at least one layer must stay, and
-    none may be given twice.
-    """
+    """Sort, join adjacent spans (one cut has one operator) and check against the model."""
     merged: list[Span] = []
     for span in sorted(spans):
         if span.stop <= span.start:
@@ -135,9 +131,5 @@ def kept_layers(spans: Sequence[Span], num_layers: int) -> tuple[int, ...]:
 
 
 def operator_positions(spans: Sequence[Span]) -> dict[Span, int]:
-    """New boundary at which each span's operator acts: ``start`` less the layers cut before it.
-
-    The operator of a span transforms the stream entering the new layer of that index, or the
-    final norm where the index equals the new number of layers.
-    """
+    """New boundary at which each span's operator acts; behind the last layer is the final norm."""
     return {one: one.start - sum(len(span) for span in spans if span < one) for one in spans}

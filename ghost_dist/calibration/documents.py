@@ -46,10 +46,7 @@ def pick_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
 
 
 def as_document(value: Any, where: str) -> Document | None:
-    """The cell of a row as a document; None if the cell is null.
-
-    A list of parts, as chat messages have them, is the text of its parts.
-    """
+    """The cell of a row as a document, of a list of parts their text; None if the cell is null."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -66,10 +63,7 @@ def as_document(value: Any, where: str) -> Document | None:
 
 
 def render_chat(tokenizer: Any, chat: Chat, where: str) -> str:
-    """The text of a chat by the tokenizer's chat template, special tokens written out in it.
-
-    Messages are ``{"role", "content"}``; ``{"from", "value"}`` of ShareGPT is translated.
-    """
+    """The text of a chat by the tokenizer's chat template, special tokens written out in it."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
             f"{where} is a chat, and this tokenizer has no chat template. Take a text corpus, or "

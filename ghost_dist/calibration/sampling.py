@@ -45,8 +45,8 @@ def spread_tokens(
 ) -> TokenArray:
     """Tokens of all windows, in the order of their places: at most windows * window_length.
 
-    ``window_length`` counts tokens of text. A source that is long is read twice, and tokenised
-    where the windows are. A dataset of the hub, or one that was saved, is shuffled instead.
+    A source that is long is read twice, and tokenised where the windows are. A dataset of the hub,
+    or one that was saved, is shuffled instead.
     """
     needed, seed = windows * window_length, text.seed
     assert seed is not None, "it decides the places"

@@ -20,10 +20,7 @@ _SCALE = 1 << 20
 
 
 def folds_of_windows(tokens: Tokens, source_of: Sequence[int], folds: int) -> list[int]:
-    """The fold of every window; with several sources ``folds`` is a multiple of their number.
-
-    Whole numbers are compared, so it is the same on every machine.
-    """
+    """The fold of every window, as on any machine; ``folds`` is a multiple of the sources."""
     sources = len(set(source_of))
     fold_of = np.empty(len(tokens), np.int64)
     if sources > 1:

@@ -56,12 +56,7 @@ _FINAL_NORMS = ("final_layer_norm", "final_layernorm", "final_norm")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What has to be known of a family to cut its models.
-
-    ``down_projections`` has layers whose MLP ends in one linear module, so none with experts.
-    Whether its output is added to the stream as it is shows only when it runs
-    (``layerwise.adds_mlp_output``).
-    """
+    """What has to be known of a family to cut its models."""
 
     model_type: str
     num_layers: int

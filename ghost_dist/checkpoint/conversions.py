@@ -67,10 +67,9 @@ def convert_and_load(
 ) -> set[str]:
     """Let transformers put tensors of the files in their place, renamed and merged as it does.
 
-    ``tensors`` are by name in the files, or objects that give one for ``[...]``. What the family
-    keeps in float32 stays so. ``one_by_one``: read each when its turn comes, instead of all of them
-    ahead by threads. Returns the names of the model's tensors that got nothing; a misshapen one is
-    an error.
+    ``tensors`` are by name in the files, or objects that give one for ``[...]``. ``one_by_one``:
+    read each when its turn comes, instead of all of them ahead by threads. Returns the names of
+    the model's tensors that got nothing; a misshapen one is an error.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model

@@ -149,8 +149,7 @@ def cut_config(
 def descriptions(fields: LayerFields, uncut: Any, cut: Any) -> dict[str, tuple[Any, Any]]:
     """Fields of two transformers configurations that only describe all layers, before and after.
 
-    Lists say it of each layer by itself, and patterns that made a list say nothing more. Numbers of
-    layers are not among them: some families compute with those in every layer.
+    Not numbers of layers: some families compute with those in every layer.
     """
     before, after = uncut.to_dict(), cut.to_dict()
     names = (*fields.lists, *fields.indices, *fields.removed)

@@ -91,9 +91,8 @@ def load_base_model(
 def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> Any:
     """The transformers configuration of the first ``num_layers`` layers, or of a few more.
 
-    Families whose last layer is another than it would be further below (Gemma 4: it always attends
-    to all tokens) have configurations of certain numbers of layers only. The surplus is to be
-    deleted once the model is built.
+    Some families (Gemma 4, whose last layer always attends to all tokens) have none of certain
+    numbers of layers. The surplus is to be deleted once the model is built.
     """
     assert 0 < num_layers <= architecture.num_layers, "no such boundary"
     config_class, whole = getattr(transformers, architecture.config_class), architecture.num_layers

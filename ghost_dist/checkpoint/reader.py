@@ -209,11 +209,10 @@ def lazy_tensors(
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """Hex sha256 that tells checkpoints apart without reading all of them.
+    """Hex sha256 of ``config.json``, headers, file sizes and both ends of every tensor.
 
-    Covers ``config.json``, every header and file size, and the first and last 4 KiB of every
-    tensor. A change deep inside one tensor alone is not seen: hashing 140 GB at every start would
-    cost more than the calibration.
+    A change deep inside one tensor alone is not seen: hashing 140 GB at every start would cost
+    more than the calibration.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for scales in checkpoint.scales.values():
@@ -278,10 +277,7 @@ def resolve_checkpoint(
 
 
 def cache_only_without_hub() -> None:
-    """Where the hub's host has no address, let its libraries look into their cache and no further.
-
-    They would try for half a minute. Where a proxy may know the address, nothing is changed.
-    """
+    """Without an address of the hub, or a proxy, its libraries look into their cache only."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():

@@ -16,12 +16,9 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Repair:
-    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V``, None parts left out.
+    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V``; float64 as solved."""
 
-    Without W (None) the first term is x itself. All float64 as solved.
-    """
-
-    weight_CC: Tensor | None = None
+    weight_CC: Tensor | None = None  # None: x itself; others: no such term
     norm_weight_CC: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None  # U (C, r), V (r, C)
     down_FC: Tensor | None = None  # replaces the down_proj of layer start - 1; its bias stays

@@ -61,9 +61,8 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
 
 
 def insert_operators(model: Any, architecture: Architecture, variant: Variant) -> None:
-    """Let each operator act on the stream entering its boundary of a cut causal LM.
+    """Take halves out, and let operators act on the stream entering their boundary of a cut model.
 
-    Halves of layers that stay are removed here too.
     A float32 operator is computed in float32 and its result cast back; one of another dtype is
     computed in the dtype of the model. New down_proj weights take the model's dtype.
     """

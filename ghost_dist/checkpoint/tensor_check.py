@@ -28,10 +28,9 @@ def check_tensors(
 ) -> tuple[dict[str, Place], frozenset[str]]:
     """Compare the headers with the model; no tensor is read, its parameters become equal ones.
 
-    ``is_further``: whether a name in the model is of layers behind the last that predict further
-    tokens. Returns the place of every tensor that the model takes, by name in the files, and the
-    tensors that are left out on purpose: further-token prediction, and what transformers lists as
-    such, for example buffers that are computed today.
+    Returns the place of every tensor that the model takes, by name in the files, and the tensors
+    that are left out on purpose: further-token prediction (``is_further``), and what transformers
+    lists as such, for example buffers that are computed today.
     """
     state = model.state_dict()
     found = places(model, checkpoint.tensors)

@@ -51,8 +51,7 @@ def cut_difference(
 ) -> str | None:
     """How the layers that stay differ from those of the twin, or None if they do not.
 
-    ``described`` has fields of the configuration that describe all layers, before and after the
-    cut. A layer that keeps one of them as it is there is none the worse for the change.
+    A layer may keep a field that is ``described``, for all layers, before and after the cut.
     """
     kept = kept_layers(spans, len(uncut))
     if len(twin) != len(kept):

@@ -84,10 +84,9 @@ class WeightReader:
         self._local = threading.local()
 
     def start(self, names: Sequence[str], rows: Mapping[str, range] | None = None) -> Reading:
-        """Begin to read tensors by name; memory on the device is taken at once.
+        """Begin to read tensors, of those in ``rows`` these entries; memory is taken at once.
 
-        Of those in ``rows`` only these entries along the first dimension; none of them in FP8. A
-        file that is not what it was when the checkpoint was opened is an error.
+        A file that is not what it was when the checkpoint was opened is an error.
         """
         checkpoint = self._checkpoint
         scale_of = {name: checkpoint.scales[name] for name in names if name in checkpoint.scales}

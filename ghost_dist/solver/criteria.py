@@ -15,10 +15,7 @@ from ghost_dist.spans import Span, check_spans
 def best_span(
     scores: Sequence[float], remove: int, *, largest: bool, protect: Collection[int] = ()
 ) -> Span:
-    """The span of ``remove`` layers of largest or least score; the first of equals.
-
-    Scores are by start, NaN: not a candidate. The largest of similarities, the least of distances.
-    """
+    """The span of ``remove`` layers of largest or least score, NaN none; the first of equals."""
     sign = -1 if largest else 1
     starts = [
         start
@@ -56,11 +53,7 @@ def least_influential(
 
 
 def layers_of_size(size: float, layer_sizes: Sequence[float], protect: Collection[int] = ()) -> int:
-    """Least number of layers whose removal saves ``size``, in parameters or in bytes.
-
-    Layers may differ (dense ones before mixture-of-experts ones); before it is known which go, a
-    layer counts as the mean of those that may.
-    """
+    """Least number of layers that hold ``size``, each counted as the mean of those that may go."""
     free = [float(s) for layer, s in enumerate(layer_sizes) if layer not in protect]
     mean = math.fsum(free) / len(free) if free else 0.0
     # A tolerance of 1e-9 layers: a target written as 7 / 32 of the layers must not need 8.

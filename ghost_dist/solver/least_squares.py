@@ -222,9 +222,8 @@ class Regression:
 def mixed_errors(folds: Sequence[Moments], total: Moments, scale_Z: Tensor) -> dict[float, float]:
     """Ridges of the grid to the held-out error of 64 random mixtures of the targets, summed.
 
-    It is much less work than that of all targets (a twelfth at C = 4096), and has the same
-    expectation, less the same for all ridges. All ridges see the same mixtures, so where the least
-    is hardly depends on them.
+    Much less work than that of all targets, and the same expectation, less the same for all ridges.
+    All ridges see the same mixtures, so where the least is hardly depends on them.
     """
     mix_Cr = projection(total.cross_ZC.shape[1]).to(scale_Z.device)
     none_r = torch.zeros_like(mix_Cr[0])
@@ -265,9 +264,8 @@ def held_out_errors(
     scale_Z: Tensor,
     candidates: Sequence[float],
 ) -> dict[float, Tensor]:
-    """Ridge to squared error per target, summed over folds each not fitted on; the ridge path.
+    """Ridge to squared error per target, summed over folds of ``total``, each not fitted on.
 
-    ``folds`` are parts of ``total``, all of it or some; each is judged by a fit on the rest of it.
     A ridge is left out if any fold's training Gram has no factor under it: its residual would not
     be over all windows, and not comparable. A device is waited for once, at the end.
     """
@@ -312,10 +310,7 @@ def ridge_scale(gram_ZZ: Tensor, blocks: Sequence[int] = ()) -> Tensor:
 
 
 def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factor of ``gram + diag(penalty)``; not 0 beside it: not positive definite in float64.
-
-    Nothing is waited for: the factor may be used before that number is looked at.
-    """
+    """Lower factor of ``gram + diag(penalty)``; not 0 beside it, not waited for: there is none."""
     damped_ZZ = gram_ZZ.clone()
     damped_ZZ.diagonal().add_(penalty_Z)
     return tuple(torch.linalg.cholesky_ex(damped_ZZ))
@@ -324,9 +319,8 @@ def cholesky_factor(gram_ZZ: Tensor, penalty_Z: Tensor) -> tuple[Tensor, Tensor]
 def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tensor) -> float:
     """Estimate of the 2-norm condition number of ``G + diag(penalty)`` by subspace iteration.
 
-    8 steps of 16 vectors towards the largest eigenvalues and, through the Cholesky factor, towards
-    the smallest: O(16 Z^2) each, against O(Z^3) for all eigenvalues. Both converge from inside, so
-    the estimate is a lower bound, in practice within a few per cent.
+    O(16 Z^2) a step, against O(Z^3) for all eigenvalues. Both converge from inside, so it is a
+    lower bound, in practice within a few per cent.
     """
     size = len(gram_ZZ)
     generator = torch.Generator().manual_seed(0)

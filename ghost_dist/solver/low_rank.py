@@ -38,8 +38,8 @@ def fit_low_rank(
     """Fit (U, V) of one span from moments with Z = X; the ridge is that of full rank.
 
     ``rank`` None: the least rank whose held-out residual is within RANK_TOLERANCE of the best, at
-    most C / 2: from there on a dense W is as small. The fit describes the full-rank solution it is
-    cut from, but for its residual and R2 over all channels, which are those of the rank taken.
+    most C / 2: from there on a dense W is as small. The fit describes the full-rank solution but
+    for its residual and R2 over all channels, which are those of the rank taken.
     """
     width = folds[0].gram_ZZ.shape[0]
     if rank is not None and not 1 <= rank <= width:

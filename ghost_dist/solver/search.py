@@ -72,11 +72,7 @@ class Found:
 
 
 class ScoredSearch:
-    """Scores of removals, asked for where the table of a stopped search does not have them.
-
-    ``after_generation`` is called with the last entry of ``generations``; ``table`` may be written
-    then.
-    """
+    """Scores of removals, asked for where the table of a stopped search does not have them."""
 
     def __init__(
         self,
@@ -236,10 +232,7 @@ class Search(ScoredSearch):
         return removal
 
     def _swapped(self, removal: Removal) -> Removal | None:
-        """The first better one, where one unit comes back and another goes; None: there is none.
-
-        Units come back in the order of what that improves.
-        """
+        """The first better one where one unit, that first which costs most, is exchanged."""
         fewer = [tuple(u for u in removal if u != unit) for unit in removal]
         if not self._affords(fewer):
             return None

@@ -147,11 +147,7 @@ def cross_fit_start(
 
 
 def relative_residual(held_out: HeldOut) -> float:
-    """``residual / ||Y||^2``: the share of the energy of the stream that repair does not explain.
-
-    Not ``residual / cut``, which is smallest where the cut does most harm, nor ``residual`` alone,
-    which grows with the stream along the depth.
-    """
+    """``residual / ||Y||^2``: the share of the stream's energy that repair does not explain."""
     return max(0.0, held_out.residual / held_out.energy)
 
 

@@ -39,8 +39,8 @@ class StoreAtHand(StatisticsStore):
     ) -> None:
         """Have the sums of a range at hand; commit it, then call ``committed``, in a thread.
 
-        Without room for all ranges of the plan it is committed at once. An error of the thread is
-        raised by the next call, or by :meth:`flush`; nothing is committed after it.
+        Without room for all ranges it is committed at once. An error of the thread is raised by the
+        next call, or by :meth:`flush`; nothing is committed after it.
         """
         for one in self._writes:
             if one.done():

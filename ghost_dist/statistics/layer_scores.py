@@ -68,11 +68,7 @@ SCORES = {
 
 
 class ScoreCollector(Collector):
-    """Sums a score of (stream at b, stream at b + n) over windows, for every start b.
-
-    Means are over tokens for ``cosine`` and ``block-influence``, whose n is 1, else over windows.
-    Holds the last n + 1 streams of each window in flight, of ``angular`` their last token.
-    """
+    """Sums a score of (stream at b, stream at b + n) over tokens or windows, for every start b."""
 
     def __init__(self, criterion: str, num_layers: int, remove: int, device: torch.device) -> None:
         self._criterion, self._score = criterion, SCORES[criterion]

@@ -144,10 +144,7 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x`` and ``x / sqrt(mean(x^2) + eps)``, the regressors of `features: stream+norm`.
-
-    The norm's learned scale is left out: the matrix fitted on it would only undo it.
-    """
+    """``x`` and ``x / sqrt(mean(x^2) + eps)``; a learned scale would only be undone by the fit."""
     x32_TC = x_TC.float()
     scale_T1 = torch.rsqrt(x32_TC.square().mean(1, keepdim=True) + eps)
     return x_TC, (x32_TC * scale_T1).to(x_TC.dtype)
@@ -186,9 +183,6 @@ def retarget(moments: Moments, map_ZC: Tensor) -> Moments:
 
 
 def stream_moments(joint: Moments, down_FC: Tensor) -> Moments:
-    """Moments of one span's stream ``x = A + H @ down`` from those of ``[A, H]``.
-
-    Equal to accumulating x itself but for the rounding of x in the model's compute dtype.
-    """
+    """Moments of a span's stream ``x = A + H @ down``, unrounded, from those of ``[A, H]``."""
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
     return combine(joint, torch.cat((eye_CC, down_FC)))

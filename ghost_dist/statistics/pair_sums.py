@@ -187,11 +187,7 @@ def _sumsq(rows: Tensor, wide: torch.dtype, dim: int | None = None) -> Tensor:
 
 
 def has_float64_pairs(device: torch.device, projected: bool) -> bool:
-    """Whether the products of pairs are float64 on a device.
-
-    Not those of halves on a GPU: a choice among spans needs no more than 2e-5 of the correlation
-    scale, at several times the speed of float64.
-    """
+    """Whether the products of pairs are float64; not of halves on a GPU, where less is enough."""
     in_halves = device.type == "cuda" and not projected
     return has_full_rate_float64(device) and not in_halves
 

@@ -213,10 +213,7 @@ class FiniteCheck:
 
 
 class FlagsOnTheWay:
-    """Whether numbers are finite, copied to the host behind what the device has to do so far.
-
-    Asked for later, the answer costs no waiting for what the device was given since.
-    """
+    """Whether numbers are finite, copied to the host behind what the device has to do so far."""
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         finite = torch.isfinite(torch.stack(list(numbers)))
@@ -249,9 +246,8 @@ def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
 def rotate(rows_TC: Tensor) -> Tensor:
     """``rows @ H`` with the orthonormal, symmetric block Hadamard matrix of width C.
 
-    H is block diagonal with Sylvester-Hadamard blocks of width B, the largest power of two that
-    divides C: one block where C is a power of two, the identity where C is odd. Applying it twice
-    gives the rows back. Cost T C log2(B) additions.
+    H has Sylvester-Hadamard blocks of width B, the largest power of two that divides C. Applying
+    it twice gives the rows back. Cost T C log2(B) additions.
     """
     num_rows, width = rows_TC.shape
     block = width & -width

@@ -384,10 +384,7 @@ class StatisticsStore:
 
 
 def remove_store(path: Path) -> None:
-    """Remove a store, or what is left of one.
-
-    The plan goes first, so that one whose removal was stopped counts as none.
-    """
+    """Remove a store; the plan goes first, so that one whose removal was stopped counts as none."""
     plan = plan_path(path)
     if plan.exists():
         plan.unlink()

@@ -45,10 +45,7 @@ class Saved:
 
 
 class StreamState:
-    """The folder of one run's state, of ``windows`` or more; one that lacks some is removed.
-
-    So is one of another ``fingerprint``: of everything that decides the streams but which windows.
-    """
+    """State of a run of ``windows`` or more; one of fewer or another ``fingerprint`` is removed."""
 
     def __init__(self, folder: Path, fingerprint: str, windows: Sequence[int]) -> None:
         self.folder, self._fingerprint = folder, fingerprint
@@ -69,10 +66,7 @@ class StreamState:
         self._arrays.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> Saved | None:
-        """The newest state that is whole; None if there is none.
-
-        After a CorruptStoreError the folder may be removed to begin again.
-        """
+        """The newest state that is whole; after a CorruptStoreError the folder may be removed."""
         manifest = self._read_manifest()
         if manifest is None:
             return None
@@ -84,18 +78,14 @@ class StreamState:
         return Saved(manifest["boundary"], streams, rows)
 
     def keep(self, name: str, tensor: Tensor, behind: Event | None) -> None:
-        """Let the next save write a tensor that is not changed any more.
-
-        ``behind`` is a mark of the device that fills it, which may be another one than it is on.
-        """
+        """Let the next save write a final tensor, which the device of the mark ``behind`` fills."""
         self._pending[name] = tensor, behind
 
     def save(self, boundary: int, snapshot: Callable[[], Tensor] | str) -> bool:
         """Note that all layers below ``boundary`` are done; False if it was skipped.
 
         ``snapshot`` gives a copy of the streams entering it, or is the name they are kept under.
-        Streams on the CPU must have come there. A full disk that an earlier save met is raised
-        here.
+        Streams on the CPU must have come there. An earlier save's error is raised here.
         """
         if self._job is not None and not self._job.done():
             return False

@@ -48,10 +48,7 @@ def saved_by_strips(num_rows: int, blocks: int) -> int:
 
 
 def moments_flops(num_regressors: int, num_targets: int) -> int:
-    """FLOPs per token of gram and cross, as ``MomentsAccumulator`` computes them.
-
-    About Z^2 + 2 Z C: blocks of the gram above its diagonal are not computed.
-    """
+    """FLOPs per token of gram and cross, about Z^2 + 2 Z C: half of the gram is not computed."""
     z, c = num_regressors, num_targets
     widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
     gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))

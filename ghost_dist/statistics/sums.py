@@ -19,10 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """Block ``index`` of ``count``: the columns that one of several ranks with the same rows keeps.
-
-    The blocks' widths differ by at most one column.
-    """
+    """The columns that one of ``count`` ranks with the same rows keeps; widths differ by one."""
 
     index: int = 0
     count: int = 1
@@ -74,10 +71,7 @@ class Sums:
 
     @classmethod
     def join(cls, num_tokens: int, blocks: Sequence[Mapping[str, Tensor]]) -> Self:
-        """Put together the arrays of all column blocks, in their order.
-
-        Arrays that are not kept by columns are those of the first block.
-        """
+        """Put together the column blocks of arrays; other arrays are those of the first block."""
         arrays = {
             name: torch.cat([block[name] for block in blocks], -1)
             if name in cls.BY_COLUMNS and len(blocks) > 1
@@ -109,10 +103,7 @@ def to_strips(matrix_nn: Tensor) -> list[Tensor]:
 
 
 def mirror_(matrix_nn: Tensor) -> None:
-    """Copy what is below the diagonal above it, in place: symmetric bit by bit.
-
-    A product ``x' x`` is so only up to rounding.
-    """
+    """Copy what is below the diagonal above it: a product ``x' x`` is symmetric up to rounding."""
     for first in range(0, len(matrix_nn), _BLOCK_ROWS):
         rows = slice(first, first + _BLOCK_ROWS)
         matrix_nn[:first, rows] = matrix_nn[rows, :first].T
