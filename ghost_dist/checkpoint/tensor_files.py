@@ -100,15 +100,11 @@ class Scales:
 
 def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Numbers (out, in) that share a scale, if the configuration says so and it is of FP8."""
-    found = config.get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "fp8":
-        return None
-    block = found.get("weight_block_size")
-    if not isinstance(block, list) or found.get("fmt", "e4m3") != "e4m3":
-        return None
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        return None
-    return block[0], block[1]
+    match config.get("quantization_config"):
+        case {"quant_method": "fp8", "weight_block_size": [int(high), int(wide)], **others}:
+            if min(high, wide) > 0 and others.get("fmt", "e4m3") == "e4m3":
+                return high, wide
+    return None
 
 
 def scales_of(

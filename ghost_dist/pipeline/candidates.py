@@ -18,7 +18,7 @@ from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
-from ghost_dist.solver.operators import OPERATORS, has_ridge, refits_down
+from ghost_dist.solver.operators import OPERATORS, refits_down
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.sum_costs import num_regressors
@@ -158,7 +158,8 @@ def _forms(
 
 def searches_ridge(config: OperatorConfig) -> bool:
     """Whether ridges other than that of least residual are tried."""
-    by_kl = config.choose == "kl" and has_ridge(config.name)
+    has_ridge = config.name == "auto" or OPERATORS[config.name].has_ridge
+    by_kl = config.choose == "kl" and has_ridge
     return by_kl and config.ridge == "auto"
 
 

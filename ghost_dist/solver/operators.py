@@ -102,9 +102,3 @@ def refits_down(name: str | None) -> bool:
     """Whether an operator of that name (not ``auto``) replaces a down_proj."""
     found = operator_of(name)
     return found is not None and found.refits
-
-
-def has_ridge(name: str) -> bool:
-    """Whether what is tried under that name (``auto``: several) is a least squares."""
-    found = operator_of(name)
-    return found is None or found.has_ridge

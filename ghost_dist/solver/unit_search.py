@@ -60,9 +60,7 @@ class UnitSearch(ScoredSearch):
         tried, improved = 0, True
         while improved and tried < self._exchanges:
             improved = False
-            for unit in self._cheapest_back(best):
-                if tried == self._exchanges:
-                    break
+            for unit in self._cheapest_back(best)[: self._exchanges - tried]:
                 tried += 1
                 fewer = tuple(half for half in best if half not in unit)
                 other = self._filled(fewer, "exchange", but=unit)
