@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import ray
 from ray.util import metrics
 
+from ghost_dist.cluster.failures import keep_failure
 from ghost_dist.cluster.leases import (
     Failure,
     Holders,
@@ -134,6 +137,12 @@ class Pool:
         self._metrics.lost.inc(1, {"failure": lost.failure})
         nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"
         self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
+        with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
+            run = Path(self.inputs.config.output.path)
+            kept = keep_failure(run, replica.number, replica.places, f"lost {self._last_loss}")
+            self._last_loss += f" (logs and stacks: {kept})"
+        for other in self.replicas.values():
+            other.restart_timeouts()
         self.reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
         self.reporter.event(
             "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail

@@ -9,6 +9,7 @@ another one.
 from __future__ import annotations
 
 import datetime as dt
+import faulthandler
 import gc
 import importlib.metadata
 import os
@@ -95,9 +96,11 @@ class Work:
 @dataclass(frozen=True)
 class Place:
     node: str
+    node_id: str  # Ray's
     address: str
     port: int  # free when it was asked for
     pid: int
+    log: str  # what it writes to standard error
     versions: dict[str, str]
 
 
@@ -138,6 +141,7 @@ class Rank:
         self._meeting: Any = None
         self._fits: tuple[StoreOfRun, StatisticsStore, FitHere] | None = None
         self._block = ColumnBlock()
+        faulthandler.register(signal.SIGUSR1, file=2)  # cluster/failures.py asks for it
         if threading.current_thread() is threading.main_thread():
             # A notice of preemption: nothing here is worth saving, and nothing half is committed.
             signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
@@ -148,7 +152,13 @@ class Rank:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
         return Place(
-            socket.gethostname(), ray.util.get_node_ip_address(), port, os.getpid(), versions()
+            node=socket.gethostname(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            address=ray.util.get_node_ip_address(),
+            port=port,
+            pid=os.getpid(),
+            log=os.path.realpath("/proc/self/fd/2"),  # a file of Ray
+            versions=versions(),
         )
 
     def load(self, address: str, port: int, spec: EngineSpec) -> Loaded:

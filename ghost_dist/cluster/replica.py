@@ -297,13 +297,14 @@ class Replica:
         known = dict(line.split(": ", 1) for line in lines if line.startswith(("pid: ", "ip: ")))
         why = next((line for line in lines if "is dead because" in line), _first_line(error))
         why = why.partition("because ")[2].partition(". ")[0].partition(" Worker exit")[0] or why
+        if "creation task" in why:  # whose traceback follows
+            why = lines[-1]
         if "pid" not in known:
             return why.rstrip(".")
         pid, ip = known["pid"], known.get("ip", "?")
         ranks = [n for n, place in enumerate(self.places) if str(place.pid) == pid]
         rank = f"rank {ranks[0]}" if ranks else "a rank"
-        log = f"what it said last is in worker-*-{pid}.err of Ray's logs there"
-        return f"{rank} (process {pid} on {ip}) died: {why.rstrip('.')}; {log}"
+        return f"{rank} (process {pid} on {ip}) died: {why.rstrip('.')}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 
@@ -15,8 +16,10 @@ from ray_processes import NODE, nothing_leaked, rank_pids
 from run_files import events, operator_tensors, worst_difference
 from safetensors.torch import load_file
 
+from ghost_dist.cluster import failures
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster import session as session_module
+from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.errors import (
     CheckpointError,
@@ -290,12 +293,41 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
         recover_on_cluster(config)
     lost = events(tmp_path / "run", "replica-lost")
     assert len(lost) == 2
-    said = (
-        r"(rank 0|a rank) \(process \d+ on [\d.]+\) died: its worker process has died; .*-\d+\.err"
-    )
-    assert all(re.match(said, one["detail"]) for one in lost), lost
+    said = r"(rank 0|a rank) \(process \d+ on [\d.]+\) died: its worker process has died"
+    assert all(re.fullmatch(said, one["detail"]) for one in lost), lost
+    kept = [path.read_text() for path in (tmp_path / "run" / "failures").iterdir()]
+    assert len(kept) == 2
+    assert all("died: its worker" in text and '"replica-start"' in text for text in kept)
     monkeypatch.undo()
     assert recover_on_cluster(config)["tokens"] == 16 * 64
+
+
+@pytest.mark.parametrize("where", ["here", "on another node"])
+def test_what_a_hung_rank_did_is_kept(make_config, cluster, tmp_path, monkeypatch, where):
+    """Its stacks and the end of its log, though Ray and all of its files may be gone tomorrow."""
+
+    class Stuck(Rank):
+        def run(self, *arguments):
+            print("so far so good", file=sys.stderr, flush=True)
+            time.sleep(1000)
+
+    use_rank(monkeypatch, Stuck)
+    if where != "here":
+        monkeypatch.setattr(failures, "_is_here", lambda _: False)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__progress_timeout_s=1,
+        cluster__max_hangs=0,
+        engine__kind="resident",
+        engine__replicas=1,
+    )
+    with pytest.raises(ClusterError, match=r"1 x hang.*took more than 1 s to finish a batch") as e:
+        recover_on_cluster(config)
+    [file] = (tmp_path / "run" / "failures").iterdir()
+    assert f"logs and stacks: {file}" in str(e.value)
+    text = file.read_text()
+    assert re.search(r"state: [SR] .*so far so good.*test_recover.py.*in run\n", text, re.DOTALL)
+    assert "range-leased" in text
 
 
 def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_path, monkeypatch):
