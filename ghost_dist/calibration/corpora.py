@@ -55,10 +55,9 @@ def open_corpus(
 ) -> Corpus:
     """Find a source and start reading it; nothing is held beyond a buffer of documents.
 
-    ``seed`` shuffles the documents of a dataset: all of a saved one, through a buffer of 10,000 of
-    a streamed one; None keeps their order. Files are always read from the beginning. ``split`` is
-    for a source that names none. With ``files``, a folder of data files is read in its order; of
-    more than so many files, so many that are evenly spaced.
+    ``seed`` shuffles the documents of a dataset, of a streamed one through a buffer; None keeps
+    their order. Files are always read from the beginning. ``split`` is for a source that names
+    none. ``files``: of a folder with more, so many that are evenly spaced, in its order.
     """
     name, *parts = source.split(":")
     if name in ALIASES:

@@ -1,11 +1,8 @@
 """What a document is: a text, or a chat that the tokenizer's own template turns into one.
 
-A row of a JSONL file, a parquet file or a dataset holds its document in one column. Which one is
-found here, the same way for every kind of source.
-
-Files are read progressively, in their order: one of any size needs little memory. ``.txt`` is one
-document and comes in pieces; ``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` hold
-a document a row. All but parquet may be gzipped. A file that is one JSON array is read whole.
+Files are read progressively, in their order. ``.txt`` is one document and comes in pieces;
+``.jsonl`` (or ``.json`` with one object a line) and ``.parquet`` hold a document a row, in one
+column. All but parquet may be gzipped. A file that is one JSON array is read whole.
 """
 
 from __future__ import annotations

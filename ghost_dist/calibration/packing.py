@@ -2,8 +2,7 @@
 
 Without special tokens the stream is the tokenisation of one text, the documents joined by a blank
 line as perplexity and GPTQ code does; with them, each document is tokenised alone and brings the
-BOS and EOS that its tokenizer adds. Chats are joined as their template wrote them: it has already
-placed its special tokens, so none are added.
+BOS and EOS that its tokenizer adds. Chats are joined as their template wrote them.
 
 How a text is cut into tokens may depend on what follows. So the first N tokens of a long text are
 taken from a growing prefix once two prefixes, the second a quarter longer, agree on all of them.

@@ -1,14 +1,12 @@
 """Windows from evenly spaced places of a source, so that all of it is seen, however long it is.
 
 A source is as many stretches of equal length as there are windows, and each gives one, at the same
-place of every stretch; the seed decides which. So windows never overlap, any two are the same
-distance apart, and a text that is just long enough is taken whole.
+place of every stretch; the seed decides which. So a text that is just long enough is taken whole.
 
 Up to ``_WHOLE`` characters for each token needed, the text is tokenised whole and its stream of
-tokens is cut: no token differs from those of the whole text. Of a longer text only the windows are
-tokenised. Each is then the first tokens of the text that begins with the line behind its place; its
-last tokens are those of a text that goes on. Where documents get special tokens, what is left of
-one behind a place is taken for a document of its own.
+tokens is cut. Of a longer text only the windows are tokenised: each is the first tokens of the text
+that begins with the line behind its place. Where documents get special tokens, what is left of one
+behind a place is taken for a document of its own.
 """
 
 from __future__ import annotations
@@ -62,7 +60,10 @@ def spread_tokens(
                 break
             if corpus.complete:
                 stream = text.pack(corpus, iter(kept), needed=None)
-                return _cut(stream, windows, window_length, seed)
+                if len(stream) < needed:
+                    return stream
+                places = _places(len(stream), windows, window_length, seed)
+                return np.concatenate([stream[place : place + window_length] for place in places])
         files *= 4
     del kept
     report = Reports(needed, on_progress)
@@ -122,14 +123,6 @@ def _places(size: int, windows: int, room: int, seed: int) -> list[int]:
     """Where windows begin: the same place of equal stretches, ``room`` before its end at most."""
     slack = int(random.Random(seed).random() * (size - windows * room + 1))
     return [(number * size + slack) // windows for number in range(windows)]
-
-
-def _cut(stream: TokenArray, windows: int, window_length: int, seed: int) -> TokenArray:
-    """The windows of a whole stream of tokens end to end; the stream where it is too short."""
-    if len(stream) < windows * window_length:
-        return stream
-    places = _places(len(stream), windows, window_length, seed)
-    return np.concatenate([stream[place : place + window_length] for place in places])
 
 
 def _take(pieces: Iterator[Piece], limit: int) -> tuple[list[Piece], int]:

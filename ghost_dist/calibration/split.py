@@ -1,9 +1,8 @@
 """Deals windows to folds and folds to ranges: the train / held-out split is by window.
 
 With several sources a fold is of one of them. One source is cut into stretches, and a fold is those
-that are like each other and unlike the rest, by how often they have each token: what is chosen on a
-fold that was left out is chosen on text that is as other as the source has. A range is the unit of
-commit and retry; fold ``k`` of ``K`` has the ranges ``k, k + K, k + 2 K, ...``.
+that are like each other and unlike the rest, by how often they have each token. A range is the unit
+of commit and retry; fold ``k`` of ``K`` has the ranges ``k, k + K, k + 2 K, ...``.
 """
 
 from __future__ import annotations
@@ -91,8 +90,8 @@ def check_held_out(fitted_on: Collection[int], judged_by: Collection[int], what:
 def judging_pieces(pieces_of: Sequence[Tokens], count: int) -> list[list[int]]:
     """Of every source's pieces, int32 (P, T), the numbers of so many to judge by.
 
-    First half of them, those that are least like all other text, by the KL divergence of a piece's
-    tokens from those of all the others, each counted once more; then some spread over the rest.
+    Half of them are those least like all other text, by the KL divergence of their tokens from
+    those of all the others, each counted once more; the others are spread over the rest.
     """
     totals = np.bincount(np.concatenate([pieces.ravel() for pieces in pieces_of]))
     chosen = []

@@ -80,10 +80,9 @@ def build_windows(
     """Cut a corpus into windows, from its beginning or at places that are spread over it.
 
     ``windows`` None: all whole ones, which holds the whole text in memory. ``seed`` orders the
-    documents of a dataset (None keeps its own order, as perplexity wants it) and places spread
-    windows. ``special_tokens``: the tokenizer adds its own to every document. ``window_bos``: each
-    window is BOS and ``window_length - 1`` tokens of text. ``split`` is for a dataset whose source
-    names none.
+    documents of a dataset (None keeps its order, as perplexity wants it) and places spread windows.
+    ``special_tokens``: the tokenizer adds its own to every document. ``window_bos``: each window is
+    BOS and ``window_length - 1`` tokens of text.
     """
     bos: int | None = tokenizer.bos_token_id if window_bos else None
     if window_bos and bos is None:

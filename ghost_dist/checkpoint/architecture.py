@@ -1,8 +1,7 @@
 """Where a decoder-only model keeps its layers, embeddings, final norm and head.
 
-The model is built on the meta device from ``config.json``, so no weight is read; a family that
-cannot be cut is refused here, by name. Only families whose code is part of transformers are
-handled: the recovered checkpoint must not depend on code that came with the original.
+Found on the meta device from ``config.json``, without weights. Only families whose code is part of
+transformers: the recovered checkpoint must not depend on code that came with the original.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The language model inside a checkpoint that has other modalities too, taken by itself.
 
-transformers' own classes say what is what: the whole model is built from ``config.json`` without
-storage, its renamings tell where each tensor of the files goes, and what lies in the one module
-that is the base of a causal LM of transformers, or in the head, gets the name that it has there.
+The whole model is built from ``config.json`` without storage, its renamings tell where each tensor
+of the files goes, and what lies in the one module that is the base of a causal LM of transformers,
+or in the head, gets the name that it has there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which fields of a model configuration speak of single layers, and the configuration after a cut.
 
-Whatever a family computes from the layer's number (every sixth layer attends globally, the first
-three have a dense MLP) becomes explicit here, because the numbers change when layers go. That the
-result describes the same layers is not believed but checked, in ``twin.py``.
+What a family computes from the layer's number becomes explicit here, because the numbers change
+when layers go. That the result describes the same layers is checked in ``twin.py``.
 """
 
 from __future__ import annotations

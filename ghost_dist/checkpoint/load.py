@@ -1,8 +1,7 @@
 """Models with weights: the layers below a boundary, a whole causal LM, a tokenizer.
 
-transformers reads the files, so conversions that a family needs (fused experts, renamed tensors)
-are its own. That the files hold the model was found before (``tensor_check.py``); here a tensor
-that holds NaN is an error, since it would spoil every sum.
+transformers reads the files. That they hold the model was found before (``tensor_check.py``); here
+a tensor that holds NaN is an error, since it would spoil every sum.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A Hugging Face checkpoint folder as names, shapes and byte ranges.
 
-Only ``config.json``, the index and the safetensors headers are read here, so that opening a
-checkpoint of any size takes well under a second and finds every missing or truncated file before
-work begins. Weights in pickle files are never opened.
+Only ``config.json``, the index and the safetensors headers are read here, so every missing or
+truncated file is found at once. Weights in pickle files are never opened.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
     """Take the layers of ``spans`` out of an uncut causal LM, in place.
 
     Whatever the family stores per layer (its number, which layers slide, masks by layer type) is
-    taken over from a twin that is built from the cut configuration. The layers' memory is freed
-    once nothing else refers to them.
+    taken over from a twin that is built from the cut configuration.
     """
     uncut = model.get_submodule(architecture.layers)
     cut = cut_config(model.config.to_dict(), spans, architecture)

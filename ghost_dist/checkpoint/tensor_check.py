@@ -1,10 +1,8 @@
 """Whether the tensors of the files are those of the model, before any of them is read.
 
-The oracle is the model class itself, built from ``config.json`` without storage: transformers' own
-loading is run on tensors without storage too, so its renamings, merges and exceptions decide, and a
-checkpoint of any size takes seconds. What transformers would only warn about is an error here: a
-parameter without a tensor is random numbers, and a tensor without a parameter is a part of the
-model that is not computed.
+transformers' own loading is run on tensors without storage, so its renamings, merges and exceptions
+decide. What it would only warn about is an error: a parameter without a tensor is random numbers,
+and a tensor without a parameter is a part of the model that is not computed.
 """
 
 from __future__ import annotations

@@ -9,10 +9,8 @@ the name of the weight with ``_scale_inv`` or ``_scale`` behind it, for blocks o
     W[i, j] = Q[i, j] * S[i // a, j // b]        in float32, then rounded to bfloat16
 
 A block is what ``quantization_config.weight_block_size`` says (128 x 128 in DeepSeek-V3, section
-3.3), the whole matrix (one scale), or a row (``out`` scales). What the last blocks lack is not
-stored: sizes need not be multiples of a and b. Always bfloat16, whatever the dtype of the
-computation, so that what is calibrated is what is exported. Scales of activations are of no use
-then.
+3.3), the whole matrix (one scale), or a row (``out`` scales); the last ones may be incomplete.
+Always bfloat16, whatever the dtype of the computation: what is calibrated is what is exported.
 """
 
 from __future__ import annotations

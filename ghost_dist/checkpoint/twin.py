@@ -1,9 +1,7 @@
 """A model without storage, built from a cut configuration, says what every module should hold.
 
-The twin of a cut model is made by the family's own code on the meta device. A kept layer must be
-the same there as in the uncut model in everything but its number: same modules, same shapes, same
-settings. So a configuration that was cut wrongly (a sliding window where attention was full, a
-dense MLP where experts were) is found for any family, before any weight is read.
+The family's own code makes it, on the meta device. A kept layer must be the same there as in the
+uncut model in everything but its number: same modules, same shapes, same settings.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Tensors straight from safetensors files onto a device, read ahead by several threads.
 
-A model that is larger than memory is read again and again. So nothing is mapped: threads read
-blocks with ``pread``, on a GPU into a few pinned buffers that are copied on while the next blocks
-are read, and what was read may be dropped from the page cache, where it would only push out what
-others need.
+Nothing is mapped: threads read blocks with ``pread``, on a GPU into a few pinned buffers that are
+copied on while the next blocks are read. What was read may be dropped from the page cache, where it
+would only push out what others need.
 """
 
 from __future__ import annotations
@@ -61,9 +60,8 @@ class Reading:
 class WeightReader:
     """Reads tensors of one checkpoint in the order in which they are asked for.
 
-    ``keep_cached`` leaves what was read in the page cache: right where the checkpoint fits there
-    and is read again. ``peers`` ask for the same tensors in the same order: each reads its part of
-    the bytes (what ``bytes_read`` counts) and gets the rest from the others.
+    ``keep_cached`` leaves what was read in the page cache. ``peers`` ask for the same tensors in
+    the same order: each reads its part (see ``bytes_read``) and gets the rest from the others.
     """
 
     def __init__(

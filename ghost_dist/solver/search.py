@@ -179,7 +179,8 @@ class Search(ScoredSearch):
     def run(self) -> Found:
         """Search until the budget ends or nothing improves."""
         best = self._greedy()
-        if (span := self._best_span()) is not None and not self._better(best, span):
+        spans = [s for s in single_spans(self.rules) if self.rules.allow(s) and self._possible(s)]
+        if spans and not self._better(best, span := self._generation("span", spans)):
             best = span
         best = self._climbed(best)
         unimproved = 0
@@ -219,12 +220,6 @@ class Search(ScoredSearch):
             return sum(self._cost.get(unit, math.inf) for unit in set(removal) - set(base))
 
         return sorted(sorted(possible, key=lambda r: (cost(r), r))[: self._width])
-
-    def _best_span(self) -> Removal | None:
-        """The best of those whose units are neighbours; None: there are none."""
-        spans = single_spans(self.rules)
-        allowed = [span for span in spans if self.rules.allow(span) and self._counts(span)]
-        return self._generation("span", allowed) if allowed else None
 
     def _climbed(self, removal: Removal) -> Removal:
         while (better := self._swapped(removal)) is not None:

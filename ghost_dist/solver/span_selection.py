@@ -104,8 +104,7 @@ def cross_fit_start(
 ) -> dict[Span, tuple[list[Tensor], float]]:
     """W (C, C) of every span of one start, for each part one that is fitted on the other parts.
 
-    A span has the relative ridge of least residual on the parts left out, which is beside it, or
-    the plain cut. Float64 from exact pairs; a Cholesky factor per ridge and part.
+    With it the relative ridge of least residual on the parts left out; or the plain cut.
     """
     changes = [_projected_change(part, None) for part in parts]
     total = add_all(changes)

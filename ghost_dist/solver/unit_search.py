@@ -1,9 +1,8 @@
 """Search for halves of layers and whole layers that go, by score per parameter.
 
-A removal is the sorted tuple of halves that go: ``2 layer`` is an attention, the next an MLP. From
-the dense model on, that goes of which the score rises least per net parameter, until no more fits
-into what is to go. Then units come back, one at a time, and others take their place, as long as
-that is better. As in ``search.py``, the table of scores is all the state there is.
+A removal is the sorted tuple of halves that go: ``2 layer`` is an attention, the next an MLP. That
+goes of which the score rises least per net parameter, until no more fits into what is to go. Then
+units come back, one at a time, and others take their place, as long as that is better.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How alike the two ends of every candidate span are: the criteria of other work, in one pass.
 
-Legend: L layers, n layers to remove, T tokens of a window, C hidden width. Boundary b is the stream
-entering layer b, boundary L what the final norm receives, never normed itself: hidden states from
-``output_hidden_states`` are, which spoils the last candidate of implementations built on them.
+Legend: L layers, n layers to remove, T tokens of a window, C hidden width. Boundary L is what the
+final norm receives; hidden states from ``output_hidden_states`` are normed there.
 """
 
 from __future__ import annotations

@@ -59,10 +59,9 @@ class Moments(Sums):
 class MomentsAccumulator:
     """Adds rows to the sums, on the device where the rows are, half of the gram at a time.
 
-    Each call of :meth:`add` is one addition to the sums, so adding window by window gives bitwise
-    the same sums whatever number of windows went through the model together. The whole gram is
-    computed in blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call. A rank that keeps one
-    of n column blocks has no use of the symmetry: (2 T Z^2 + 2 T Z C) / n.
+    Each call of :meth:`add` is one addition, so the sums do not depend on the batch. The whole gram
+    takes blocks on and below the diagonal: T Z^2 + 2 T Z C FLOP a call. A rank that keeps one of n
+    column blocks has no use of the symmetry: (2 T Z^2 + 2 T Z C) / n.
     """
 
     def __init__(

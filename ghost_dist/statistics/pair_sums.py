@@ -102,7 +102,9 @@ class PairCollector(Collector):
         self._kept_C, self._kept_r = block.of(hidden_size), block.of(columns)
         kept_c = self._kept_C.stop - self._kept_C.start
         kept_r = self._kept_r.stop - self._kept_r.start
-        self._float64_products = has_float64_pairs(device, self._projection_Cr is not None)
+        # Not of halves on a GPU: 2e-5 of the correlation scale is enough to choose among spans.
+        in_halves = device.type == "cuda" and self._projection_Cr is None
+        self._float64_products = has_full_rate_float64(device) and not in_halves
         self._sums = {
             start: PairMoments(
                 0,
@@ -184,12 +186,6 @@ def _sumsq(rows: Tensor, wide: torch.dtype, dim: int | None = None) -> Tensor:
         return rows.double().square().sum(dim)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=dim, dtype=wide)
     return norm.double().square()
-
-
-def has_float64_pairs(device: torch.device, projected: bool) -> bool:
-    """Whether the products of pairs are float64; not of halves on a GPU, where less is enough."""
-    in_halves = device.type == "cuda" and not projected
-    return has_full_rate_float64(device) and not in_halves
 
 
 def start_key(start: int) -> str:

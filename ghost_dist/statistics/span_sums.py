@@ -1,9 +1,7 @@
 """Turns a flow of boundary streams into the sums of several spans, in one pass.
 
-An engine pushes ``(boundary, window, stream)`` and, where asked for, what goes through the
-down_proj of a layer; within a window they ascend, across windows any interleaving is allowed.
-Collectors never wait for the device: whether a stream was finite is noted on the device and asked
-for once, at the end.
+Within a window boundaries ascend, across windows any interleaving is allowed. Collectors never wait
+for the device: whether a stream was finite is noted there and asked for once, at the end.
 """
 
 from __future__ import annotations
@@ -64,11 +62,10 @@ def sums_key(span: Span, kind: Regressors) -> str:
 
 
 class SpanCollector(Collector):
-    """Sums of several spans from one pass; call it with each boundary stream.
+    """Sums of several spans from one pass; ``block``: the columns of the moments to keep.
 
     Holds a stream only from a span's start to its stop: per window in flight and span T x C numbers
-    of the compute dtype, and T x (C + F) more for ``joint``, which needs ``inner_size``, F by
-    layer. ``block``: the columns of the moments to keep, where ranks hold the same rows.
+    of the compute dtype, and T x (C + F) more for ``joint``; ``inner_size``: F by layer.
     """
 
     def __init__(

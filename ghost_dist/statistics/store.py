@@ -77,7 +77,7 @@ class StatisticsStore:
     """The Zarr store and its ledger under one folder; created if absent.
 
     A folder without a plan holds nothing: the making or the removal of a store was stopped there.
-    Where the plan is damaged it is written anew, and every range is judged by its own manifest.
+    Where the plan is damaged it is written anew: every range is judged by its own manifest.
     """
 
     def __init__(self, path: Path, plan: StatisticsPlan) -> None:

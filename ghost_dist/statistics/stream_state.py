@@ -1,13 +1,10 @@
 """What a layer-by-layer run has to keep to go on after a kill: streams at a layer boundary.
 
-Layout below the folder::
-
     state.json          boundary, windows, and every array with its hash; replaced as a whole
-    arrays/<id>         Zarr arrays, one for each kept stream
+    arrays/<id>         Zarr arrays, one for each kept stream; none counts before it is named there
 
-A thread writes while the next layers run, for a tenth of the time at most: after a save that took
-a second none is begun for nine. So a resume repeats at most the layers that ran in ten times as
-long as writing takes. Nothing counts before ``state.json`` names it.
+A thread writes while the next layers run, for a tenth of the time at most. So a resume repeats at
+most the layers that ran in ten times as long as writing takes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""What every statistic is: raw float64 sums over tokens, so that parts add up.
+"""What every statistic is: raw float64 sums over tokens, so that parts add up; never a mean.
 
 Symmetric matrices are kept as strips of rows that end at the diagonal: about half of the numbers.
 Strip k of an (n, n) matrix has the rows [k h, (k + 1) h) and all columns below (k + 1) h, so the
 blocks on the diagonal are whole and nothing needs to be sorted or masked.
-
-Ranges, replicas, resumed parts and cross-validation folds are then ``+`` and ``-``; never a mean.
 """
 
 from __future__ import annotations
