@@ -16,7 +16,7 @@ import platform
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -188,6 +188,14 @@ def copies_beside(device: torch.device, ready: Event | None) -> Iterator[None]:
     stream.wait_event(ready)
     with on_stream(stream):
         yield
+
+
+def empty_at(
+    where: torch.device, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Memory on a device, or on the host for it: page-locked, if a GPU copies from and to it."""
+    pinned = device.type == "cuda" and where.type == "cpu"
+    return torch.empty(*shape, dtype=dtype, device=where, pin_memory=pinned)
 
 
 @contextlib.contextmanager

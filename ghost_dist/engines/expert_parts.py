@@ -25,21 +25,20 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.reader import Checkpoint
-from ghost_dist.checkpoint.weight_reader import Reading
-from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_or_cached_bytes
+from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, empty_at, free_or_cached_bytes
 from ghost_dist.errors import UnsupportedArchitectureError
 
 _EXPERTS_PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
     *("top_k_experts", "moe_topk", "moe_k"),
 )
-_ARGUMENTS = 3  # of a routed-experts module: hidden states, indices, weights
 RunLayer = Callable[[Tensor], Tensor]
 
 
@@ -88,27 +87,15 @@ def routed_experts(layer: nn.Module) -> RoutedExperts | None:
         parameter.ndim < 2 or len(parameter) != count for parameter in own.values()
     ):
         problem = f"not every parameter of {path} has one row per expert"
-    elif len(_signature(module).parameters) != 1 + _ARGUMENTS:
+    elif len(inspect.signature(type(module).forward).parameters) != 4:  # with self
         problem = f"{path} is not called with hidden states, indices and weights of experts"
     return RoutedExperts(path, count, tuple(own), problem)
 
 
-@dataclass(frozen=True)
-class ExpertTensors:
-    """Which tensors of the files hold the routed experts of one layer."""
-
-    of_expert: Sequence[Sequence[str]]  # names by expert, of tensors that hold one
-    of_all: Sequence[str]  # of tensors with a row per expert
-
-    def names(self, part: range) -> list[str]:
-        return [name for expert in part for name in self.of_expert[expert]] + list(self.of_all)
-
-    def rows(self, part: range) -> dict[str, range]:
-        return dict.fromkeys(self.of_all, part)
-
-
-def expert_tensors(checkpoint: Checkpoint, names: Sequence[str], count: int) -> ExpertTensors | str:
-    """Sort the tensors of one layer's routed experts, or say why that is not possible.
+def _tensors_of_experts(
+    checkpoint: Checkpoint, names: Sequence[str], count: int, family: str
+) -> tuple[list[list[str]], list[str]]:
+    """Names of tensors in the files by the one expert that they hold, and of those with all.
 
     A tensor of one expert has two numbers in its name, those of the layer and of the expert.
     """
@@ -122,29 +109,15 @@ def expert_tensors(checkpoint: Checkpoint, names: Sequence[str], count: int) -> 
         elif len(numbers) == 1 and shape and shape[0] == count and name not in checkpoint.scales:
             of_all.append(name)
         else:
-            return f"it is not known which experts the tensor {name} {list(shape)} holds"
-    return ExpertTensors(of_expert, of_all)
+            why = f"it is not known which experts the tensor {name} {list(shape)} holds"
+            raise cannot_be_split(family, why)
+    return of_expert, of_all
 
 
 def experts_per_token(config: Any) -> int | None:
     """Routed experts that a token uses; None if the configuration has no name for it we know."""
-    for name in _EXPERTS_PER_TOKEN:
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
-
-
-class PartsOfExperts(Protocol):
-    """Puts some of a layer's routed experts at hand."""
-
-    def read(self, part: range) -> Reading:
-        """Begin to read experts."""
-
-    def install(self, part: range, tensors: Mapping[str, Tensor]) -> None:
-        """Let the module hold these experts, and no others."""
-
-    def release(self) -> None:
-        """Let it hold none."""
+    found = (getattr(config, name, None) for name in _EXPERTS_PER_TOKEN)
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 @dataclass
@@ -161,24 +134,31 @@ class _Batch:
 class SplitLayer:
     """Runs one layer with its routed experts in parts of ``at_once`` at most.
 
+    ``names`` are their tensors in the files; ``install`` puts what was read into the module.
     ``reserve``: bytes of the device that inputs and products must leave.
     """
 
     def __init__(
         self,
         experts: nn.Module,
-        count: int,
+        names: Sequence[str],
         at_once: int,
         *,
+        checkpoint: Checkpoint,
         family: str,
-        parts: PartsOfExperts,
+        reader: WeightReader,
+        install: Callable[[Mapping[str, Tensor]], None],
         device: torch.device,
         reserve: int,
     ) -> None:
-        self._experts, self._family, self._parts = experts, family, parts
-        self._device, self._reserve = device, reserve
-        self._ranges = [range(a, min(a + at_once, count)) for a in range(0, count, at_once)]
-        self._signature = _signature(experts)
+        self._experts, self._family, self._reader, self._install = experts, family, reader, install
+        self._device, self._reserve, self.names = device, reserve, frozenset(names)
+        self._whole: dict[str, Any] = dict(experts.named_parameters(recurse=False))
+        self._count = len(next(iter(self._whole.values())))
+        self._of_expert, self._of_all = _tensors_of_experts(checkpoint, names, self._count, family)
+        starts = range(0, self._count, at_once)
+        self._parts = [range(first, min(first + at_once, self._count)) for first in starts]
+        self._signature = inspect.signature(type(experts).forward)
         # Whether products are added expert by expert, rounded each time ("eager"), or at once; a
         # class without has_gate knows only its own forward.
         how = getattr(getattr(experts, "config", None), "_experts_implementation", None)
@@ -189,17 +169,18 @@ class SplitLayer:
     @contextlib.contextmanager
     def answered(self, run: RunLayer, inputs: Inputs) -> Iterator[None]:
         """All parts are run for the inputs; then ``run`` may be called with each, in order."""
-        ahead = [self._parts.read(self._ranges[0])]
+        self._place = None
+        ahead = [self._start(self._parts[0])]
         try:
             self._record(run, inputs)
-            for part, following in itertools.zip_longest(self._ranges, self._ranges[1:]):
+            for part, following in itertools.zip_longest(self._parts, self._parts[1:]):
                 # Nothing here holds what was read once the module has it, stacked anew.
-                self._parts.install(part, ahead.pop().wait())
+                self._hold(part, ahead.pop().wait())
                 if following is not None:
-                    ahead.append(self._parts.read(following))
+                    ahead.append(self._start(following))
                 for batch in self._batches:
                     self._run_part(part, batch)
-                self._parts.release()
+                self._release()
             self._experts.__dict__["forward"] = self._answer
             yield
         finally:
@@ -207,7 +188,24 @@ class SplitLayer:
                 reading.cancel()
             self._batches.clear()
             self._experts.__dict__.pop("forward", None)
-            self._parts.release()
+            self._release()
+
+    def _start(self, part: range) -> Reading:
+        names = [name for expert in part for name in self._of_expert[expert]]
+        return self._reader.start(names + self._of_all, dict.fromkeys(self._of_all, part))
+
+    def _hold(self, part: range, tensors: Mapping[str, Tensor]) -> None:
+        """Let the module hold these experts, and no others."""
+        self._release()
+        for name, whole in self._whole.items():
+            empty = whole.new_empty(len(part), *whole.shape[1:])
+            self._experts._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        self._experts.__dict__["num_experts"] = len(part)
+        self._install(tensors)
+
+    def _release(self) -> None:
+        self._experts._parameters.update(self._whole)
+        self._experts.__dict__["num_experts"] = self._count
 
     def _record(self, run: RunLayer, inputs: Inputs) -> None:
 
@@ -244,13 +242,10 @@ class SplitLayer:
             nbytes = num_tokens * shape[1] * (1 + index_NK.shape[1]) * hidden_NC.dtype.itemsize
             room = SHARE_OF_FREE_MEMORY * free_or_cached_bytes(self._device) - self._reserve
             self._place = self._device if nbytes <= room else torch.device("cpu")
-        pinned = self._place != self._device
         # Every pair has its row, so that none has to be moved while parts come and go.
-        products_SC = torch.empty(
-            shape, dtype=hidden_NC.dtype, device=self._place, pin_memory=pinned
-        )
-        if pinned:
-            on_host = torch.empty_like(hidden_NC, device=self._place, pin_memory=True)
+        products_SC = empty_at(self._place, shape, hidden_NC.dtype, self._device)
+        if self._place != self._device:
+            on_host = empty_at(self._place, hidden_NC.shape, hidden_NC.dtype, self._device)
             hidden_NC = on_host.copy_(hidden_NC, non_blocking=True)
         return _Batch(hidden_NC, index_NK, weights_NK, products_SC)
 
@@ -317,7 +312,3 @@ def cannot_be_split(family: str, why: str) -> UnsupportedArchitectureError:
         f"routed experts of a layer at once, and they cannot be run in parts ({why}). Take a "
         "device with more memory, a smaller engine.batch, or engine.experts=auto."
     )
-
-
-def _signature(experts: nn.Module) -> inspect.Signature:
-    return inspect.signature(type(experts).forward)

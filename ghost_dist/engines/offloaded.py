@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, renamed
@@ -28,11 +29,9 @@ from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.expert_parts import (
     Inputs,
-    RoutedExperts,
     RunLayer,
     SplitLayer,
     cannot_be_split,
-    expert_tensors,
     routed_experts,
 )
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
@@ -85,9 +84,8 @@ class OffloadedModel(LayerwiseModel):
             for number, layer in enumerate(self.layers)
             if (found := routed_experts(layer)) is not None
         }
-        self._split: dict[int, _Parts] = {}
+        self._split: dict[Group, SplitLayer] = {}
         self._held = Residency()
-        self._bytes_at_once = 0
         self._compiled, self.peers = compiled, peers
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, peers=peers)
@@ -160,7 +158,6 @@ class OffloadedModel(LayerwiseModel):
                 f"{batch_tokens} tokens {batch}, but only {left} may be filled. Take a smaller "
                 "engine.batch, fewer or shorter calibration.windows, or a device with more memory."
             )
-        self._bytes_at_once = layers.at_once(held)
         if held.experts is None:
             self._held = held
             return held
@@ -169,13 +166,27 @@ class OffloadedModel(LayerwiseModel):
                 "engine.compile=true compiles whole layers, but engine.experts splits them: set "
                 "engine.compile=false."
             )
-        split = {
-            layer: _Parts(self, layer, found)
+        self._split = {
+            layer: self._split_layer(layer, held.experts, layers.at_once(held))
             for layer, found in self._experts.items()
             if found.count > held.experts
         }
-        self._split, self._held = split, held
+        self._held = held
         return held
+
+    def _split_layer(self, layer: int, at_once: int, reserve: int) -> SplitLayer:
+        targets = self._expert_targets(layer)
+        return SplitLayer(
+            self.layers[layer].get_submodule(self._experts[layer].path),
+            [name for name in self._keys[layer] if self._target_of[name] in targets],
+            at_once,
+            checkpoint=self._checkpoint,
+            family=self.architecture.model_type,
+            reader=self._reader,
+            install=partial(self._install, targets),
+            device=self.device,
+            reserve=reserve,
+        )
 
     def bytes_at_once(self) -> int:
         """What weights take on the device at most."""
@@ -195,7 +206,7 @@ class OffloadedModel(LayerwiseModel):
                     ahead.append(self._start(groups[number + 1]))
                 targets = self._targets[group]
                 if isinstance(group, int) and group in self._split:
-                    targets = [t for t in targets if t not in self._split[group].targets]
+                    targets = [t for t in targets if t not in self._expert_targets(group)]
                 self._install(targets, tensors)
                 if group == "head" and self._tied:
                     head = self._model.get_submodule(self.architecture.head)
@@ -225,19 +236,9 @@ class OffloadedModel(LayerwiseModel):
                 module = self.layers[layer]
                 forward = torch.compile(module.forward, dynamic=False)
                 stack.enter_context(forward_of(module, forward))
-            parts = self._split.get(layer)
-            if parts is not None and Sublayer(layer, "mlp") not in self._off:
+            split = self._split.get(layer)
+            if split is not None and Sublayer(layer, "mlp") not in self._off:
                 assert inputs is not None, "experts in parts are run for all inputs beforehand"
-                assert self._held.experts is not None
-                split = SplitLayer(
-                    parts.module,
-                    parts.experts.count,
-                    self._held.experts,
-                    family=self.architecture.model_type,
-                    parts=parts,
-                    device=self.device,
-                    reserve=self._bytes_at_once,
-                )
                 stack.enter_context(split.answered(run, inputs))
             yield run
 
@@ -257,18 +258,17 @@ class OffloadedModel(LayerwiseModel):
         targets: dict[Group, list[str]] = {group: [] for group in groups}
         for target in self._model.state_dict():
             targets[group_of(target)].append(target)
-        target_of = {
-            key: place.target for key, place in renamed(self._model, self._checkpoint).items()
-        }
-        for key, target in target_of.items():
+        places = renamed(self._model, self._checkpoint)
+        self._target_of = {key: place.target for key, place in places.items()}
+        for key, target in self._target_of.items():
             keys[group_of(target)].append(key)
         # A head that is tied to the embeddings is not in the files: it is them, read once more.
         weight = f"{architecture.head}.weight"
-        self._tied = weight not in target_of.values()
+        self._tied = weight not in self._target_of.values()
         if self._tied:
             embedding = f"{architecture.embeddings}.weight"
             targets["head"].remove(weight)
-            keys["head"] += [key for key, target in target_of.items() if target == embedding]
+            keys["head"] += [key for key, place in places.items() if place.target == embedding]
         return keys, targets
 
     def _expert_targets(self, layer: int) -> list[str]:
@@ -279,8 +279,8 @@ class OffloadedModel(LayerwiseModel):
     def _start(self, group: Group) -> Reading:
         """Begin to read a group; of a split layer all but its routed experts."""
         names = self._keys[group]
-        if isinstance(group, int) and group in self._split:
-            names = [name for name in names if name not in self._split[group].names]
+        if split := self._split.get(group):
+            names = [name for name in names if name not in split.names]
         return self._reader.start(names)
 
     def _install(self, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
@@ -319,38 +319,3 @@ class OffloadedModel(LayerwiseModel):
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")
             self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]
-
-
-class _Parts:
-    """The routed experts of a layer, of which its module holds some; a ``PartsOfExperts``."""
-
-    def __init__(self, model: OffloadedModel, layer: int, experts: RoutedExperts) -> None:
-        self._model, self.experts = model, experts
-        self.module = model.layers[layer].get_submodule(experts.path)
-        self.targets = model._expert_targets(layer)  # their parameters in the model
-        target_of = renamed(model._model, model._checkpoint)
-        names = [name for name in model._keys[layer] if target_of[name].target in self.targets]
-        tensors = expert_tensors(model._checkpoint, names, experts.count)
-        if isinstance(tensors, str):
-            raise cannot_be_split(model.architecture.model_type, tensors)
-        self._tensors, self.names = tensors, frozenset(names)  # in the files
-        self._whole = {
-            name: model._empty[target]
-            for name, target in zip(experts.parameters, self.targets, strict=True)
-        }
-
-    def read(self, part: range) -> Reading:
-        return self._model._reader.start(self._tensors.names(part), self._tensors.rows(part))
-
-    def install(self, part: range, tensors: Mapping[str, Tensor]) -> None:
-        self.release()
-        for name, whole in self._whole.items():
-            shape = (len(part), *whole.shape[1:])
-            empty = torch.empty(shape, dtype=whole.dtype, device="meta")
-            self.module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-        self.module.__dict__["num_experts"] = len(part)
-        self._model._install(self.targets, tensors)
-
-    def release(self) -> None:
-        self.module._parameters.update(self._whole)
-        self.module.__dict__["num_experts"] = self.experts.count

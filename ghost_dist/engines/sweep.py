@@ -22,7 +22,7 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.devices import free_bytes, synchronize
+from ghost_dist.devices import empty_at, free_bytes, synchronize
 from ghost_dist.engines.expert_parts import Inputs
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.spans import Sublayer
@@ -358,7 +358,4 @@ class _Streams:
             self._change(stream, partial(repair_stream, self._operators[number][boundary]))
 
     def _empty(self) -> Tensor:
-        pinned = self._device.type == "cuda" and self._place.type == "cpu"
-        return torch.empty(
-            self._shape, dtype=self._model.dtype, device=self._place, pin_memory=pinned
-        )
+        return empty_at(self._place, self._shape, self._model.dtype, self._device)
