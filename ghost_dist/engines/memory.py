@@ -3,8 +3,6 @@
 The one model of bytes and the one choice, for the engine, ``plan`` and ``recover``. Of layers that
 are read one by one, in this order: whole layers, the next one being read while one runs; layers
 whose routed experts are held in parts; whole layers one at a time, without reading ahead.
-
-Legend: C hidden width, F width of an MLP's inner layer.
 """
 
 from __future__ import annotations
@@ -16,13 +14,8 @@ from typing import Literal
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError
 
+EngineKind = Literal["resident", "tensor_parallel", "streaming"]
 _PARTS_AT_ONCE = 2  # of experts: the next one is read when this one has been converted
-_WIDTHS_OF_A_PAIR = 7  # C wide: gathered and sorted inputs, products, weighted ones in float32
-_STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
-_STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
-_BATCHES_AT_ONCE = 2
-_LOGITS_AT_ONCE = 1 << 25
-_LOGIT_BYTES = 16  # in the model's dtype and three times in float32
 
 
 @dataclass(frozen=True)
@@ -88,38 +81,12 @@ def even_part(count: int, fitting: int) -> int:
     return -(-count // max(2, -(-count // fitting)))
 
 
-def activation_bytes(tokens: int, hidden_size: int, widest: int, itemsize: int) -> int:
-    """What a forward of so many tokens holds at once, beside weights and streams kept."""
-    numbers = max(_STREAMS_OF_A_LAYER * hidden_size, _STREAMS_OF_AN_MLP * widest)
-    return tokens * numbers * itemsize
-
-
-def batch_bytes(tokens: int, hidden_size: int, widest: int, itemsize: int) -> int:
-    """Of a batch in a layer, and what is left there of the one before."""
-    return _BATCHES_AT_ONCE * activation_bytes(tokens, hidden_size, widest, itemsize)
-
-
-def pair_bytes(hidden_size: int, expert_numbers: int, itemsize: int) -> int:
-    """What a forward of experts holds for each pair of token and expert (of so many parameters)."""
-    return (_WIDTHS_OF_A_PAIR * hidden_size + expert_numbers // hidden_size) * itemsize
-
-
-def logits_bytes(tokens: int, vocab_size: int) -> int:
-    """Of a piece of a batch's positions."""
-    return _LOGIT_BYTES * min(_LOGITS_AT_ONCE, tokens * vocab_size)
-
-
-EngineKind = Literal["resident", "tensor_parallel", "streaming"]
-
-
 @dataclass(frozen=True)
 class DeviceNeeds:
-    """Peak bytes on one device, by stage, for each engine: with tensor parallelism by degree, with
-    streaming by what is held at once.
-    """
+    """Peak bytes on one device, by stage, for each engine."""
 
     resident: Mapping[str, int]
-    tensor_parallel: Mapping[int, Mapping[str, int]]
+    tensor_parallel: Mapping[int, Mapping[str, int]]  # by degree
     degree: int  # configured; a key of tensor_parallel
     streaming: Mapping[Residency, Mapping[str, int]]
     largest_layer: int  # alone, for the message
@@ -142,7 +109,7 @@ class EngineChoice:
 
 
 def choose_engine(
-    kind: Literal["auto", "resident", "tensor_parallel", "streaming"],
+    kind: EngineKind | Literal["auto"],
     *,
     on_cluster: bool,
     needs: DeviceNeeds,
@@ -190,13 +157,10 @@ def _streaming(
     needs: DeviceNeeds, experts: int | Literal["auto"], room: int, kind: str, has: str
 ) -> EngineChoice:
     """Layer after layer, with what is held at once as the engine itself will choose it."""
-
-    def fits(held: Residency) -> bool:
-        return _peak(needs.streaming[held])[1] <= room
-
+    peaks = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
     count = needs.experts
-    held = choose_residency(fits, count, experts)
-    if held is None or not fits(held):
+    held = choose_residency(lambda held: peaks[held] <= room, count, experts)
+    if held is None or peaks[held] > room:
         least = held or (Residency(1) if count else Residency(prefetch=False))
         stage, peak = _peak(needs.streaming[least])
         largest = _gb(needs.largest_layer)

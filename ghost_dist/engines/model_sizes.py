@@ -25,9 +25,14 @@ from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
 from ghost_dist.engines.expert_parts import experts_per_token, routed_experts
-from ghost_dist.engines.memory import LayerBytes, batch_bytes, logits_bytes, pair_bytes
+from ghost_dist.engines.memory import LayerBytes
+from ghost_dist.engines.sharding import GATES
 
-_GATES = ("gate", "router", "shared_expert_gate")
+_WIDTHS_OF_A_PAIR = 7  # C wide: gathered and sorted inputs, products, weighted ones in float32
+_STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
+_STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
+_LOGITS_AT_ONCE = 1 << 25
+_LOGIT_BYTES = 16  # in the model's dtype and three times in float32
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,17 @@ class ModelSizes:
     def layer_bytes(self, batch_tokens: int, *, head: bool) -> LayerBytes:
         """streaming: what takes memory of the device while layers run, and the head if it does."""
         routed = [layer for layer in self.layers if layer.experts]
-        expert = max((layer.expert_bytes for layer in routed), default=0)
-        pair = pair_bytes(self.hidden_size, expert // self.itemsize, self.itemsize)
-        logits = logits_bytes(batch_tokens, self.vocab_size)
         whole = LayerBytes(
             layer=self.largest_layer_bytes,
             embeddings=self.below_bytes,
-            head=self.head_bytes + logits if head else 0,
-            batch=batch_bytes(batch_tokens, self.hidden_size, self.widest, self.itemsize),
+            head=self.head_bytes + self.logits_bytes(batch_tokens) if head else 0,
+            batch=2 * self.activation_bytes(batch_tokens),  # what is left of the one before
         )
         if not routed:
             return whole
+        expert = max(layer.expert_bytes for layer in routed)
+        numbers = expert // self.itemsize // self.hidden_size
+        pair = (_WIDTHS_OF_A_PAIR * self.hidden_size + numbers) * self.itemsize
         return replace(
             whole,
             rest=max(layer.rest_bytes for layer in routed),
@@ -131,6 +136,15 @@ class ModelSizes:
 
     def decoder_stored_bytes(self, num_layers: int) -> int:
         return self.below_stored_bytes + sum(la.stored_bytes for la in self.layers[:num_layers])
+
+    def activation_bytes(self, tokens: int) -> int:
+        """What a forward of so many tokens holds at once, beside weights and streams kept."""
+        numbers = max(_STREAMS_OF_A_LAYER * self.hidden_size, _STREAMS_OF_AN_MLP * self.widest)
+        return tokens * numbers * self.itemsize
+
+    def logits_bytes(self, tokens: int) -> int:
+        """Of a piece of a batch's positions."""
+        return _LOGIT_BYTES * min(_LOGITS_AT_ONCE, tokens * self.vocab_size)
 
     def stream_bytes(self, tokens: int) -> int:
         """Streams of so many tokens at one boundary."""
@@ -174,14 +188,9 @@ def loaded_sizes(model: Any, architecture: Architecture, dtype: torch.dtype) -> 
         own = tensor.dtype.itemsize if not tensor.is_floating_point() else dtype.itemsize
         loaded[id(tensor)] = tensor.numel() * (4 if name in wide else own)
     listed, config = model.get_submodule(architecture.layers), model.config
+    lists = architecture.fields.lists.values()  # of names, such as sliding_attention
     layers = tuple(
-        _layer(
-            layer,
-            config,
-            loaded,
-            # What the configuration calls the layer, such as sliding_attention.
-            " ".join(str(values[number]) for values in architecture.fields.lists.values()),
-        )
+        _layer(layer, config, loaded, " ".join(str(values[number]) for values in lists))
         for number, layer in enumerate(listed)
     )
     routed = [found.count for layer in listed if (found := routed_experts(layer)) is not None]
@@ -221,10 +230,9 @@ def _layer(layer: nn.Module, config: Any, loaded: Mapping[int, int], named: str)
         if _is_shared_by_ranks(layer, path, module):
             sharded += sum(loaded[id(weight)] for weight in weights)
     loaded_bytes = sum(loaded[id(t)] for t in layer.state_dict(keep_vars=True).values())
-    count, expert_bytes = 0, 0
+    count = expert_bytes = 0
     if (found := routed_experts(layer)) is not None and found.problem is None:
-        routed = layer.get_submodule(found.path)
-        count = found.count
+        routed, count = layer.get_submodule(found.path), found.count
         expert_bytes = sum(loaded[id(p)] for p in routed.parameters(recurse=False)) // count
     return LayerSizes(
         loaded_bytes=loaded_bytes,
@@ -240,26 +248,19 @@ def _layer(layer: nn.Module, config: Any, loaded: Mapping[int, int], named: str)
 
 def _attention_flops(module: nn.Module, config: Any) -> int:
     """Per token and key, of a module that is an attention; else 0."""
-    name = type(module).__name__
-    width = next(
-        (
-            getattr(module, field)
-            for field in ("qk_head_dim", "head_dim", "head_size")
-            if isinstance(getattr(module, field, None), int)
-        ),
-        None,
-    )
-    if not name.endswith("Attention") or width is None:
+    named = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size"))
+    width = next((value for value in named if isinstance(value, int)), None)
+    if not type(module).__name__.endswith("Attention") or width is None:
         return 0
     values = getattr(module, "v_head_dim", width)
     # Layers of some families have numbers of heads of their own.
     heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    return 2 * int(heads) * (int(width) + int(values))
+    return 2 * int(heads) * (width + int(values))
 
 
 def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether tensor-parallel ranks share the weight: linear modules, but gates and mixers."""
-    if not isinstance(module, nn.Linear) or path.rpartition(".")[2] in _GATES:
+    if not isinstance(module, nn.Linear) or path.rpartition(".")[2] in GATES:
         return False
     top = layer.get_submodule(path.partition(".")[0])
     return not any(isinstance(inner, nn.Conv1d) for inner in top.modules())
@@ -267,10 +268,9 @@ def _is_shared_by_ranks(layer: nn.Module, path: str, module: nn.Module) -> bool:
 
 def _kept_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
     """Tensors that the family keeps in float32 whatever the compute dtype."""
-    plan = model._get_dtype_plan(dtype)
     return frozenset(
         name
         for name in model.state_dict()
-        for pattern in plan
+        for pattern in model._get_dtype_plan(dtype)
         if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name)
     )

@@ -31,7 +31,7 @@ from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 
 Piece = tuple[int, int]
 
-_GATES = ("gate", "router", "shared_expert_gate")
+GATES = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
                 aside.append((layer, name, child))
         for parent in layer.modules():
             for name, child in parent.named_children():
-                if name in _GATES and isinstance(child, nn.Linear):
+                if name in GATES and isinstance(child, nn.Linear):
                     aside.append((parent, name, child))
     for parent, name, _ in aside:
         setattr(parent, name, nn.Identity())

@@ -240,19 +240,19 @@ class _Streams:
         taps = [tap for tap in self._taps if layer in tap.mlp_layers]
         by_halves: dict[tuple[Sublayer, ...], list[tuple[int, int]]] = {(): []}
         for stream, number in act.on:
-            by_halves.setdefault(_halves_gone(self._variants[number], layer), []).append(
-                (stream, number)
-            )
+            gone = _halves_gone(self._variants[number], layer)
+            by_halves.setdefault(gone, []).append((stream, number))
         for gone, on in by_halves.items():
-            on.sort(key=lambda pair: self._of_model(layer, pair))  # stable: the others first
-            streams = [self._own.get(stream, self._dense) for stream, _ in on]
+            alike = [stream for stream, number in on if self._of_model(layer, stream, number)]
+            others = [pair for pair in on if pair[0] not in alike]
+            in_order = [*(stream for stream, _ in others), *alike]
+            streams = [self._own.get(stream, self._dense) for stream in in_order]
             inputs = Inputs(streams, self._batch, self._device)
             with (
                 self._model.without(gone),
                 self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
             ):
-                alike = [stream for stream, number in on if self._of_model(layer, (stream, number))]
-                for stream, number in on[: len(on) - len(alike)]:
+                for stream, number in others:
                     if stream == 0:
                         with self._mlp_tapped(layer, taps):
                             for part in self._parts():
@@ -266,7 +266,10 @@ class _Streams:
                             self._change(stream, run)
                 for first in range(0, len(alike), self.together):
                     self._change_together(alike[first : first + self.together], run)
-        self._repair(layer + 1)
+        act = self._lineage.boundaries[layer + 1]
+        self._copy(act)
+        for stream, number in act.on:
+            self._change(stream, partial(repair_stream, self._operators[number][layer + 1]))
         self._pass(layer + 1)
 
     def end(self) -> None:
@@ -334,10 +337,10 @@ class _Streams:
             own = self._put(own, part, run(self._batch_of(own, part)))
         self._own[stream] = own
 
-    def _of_model(self, layer: int, pair: tuple[int, int]) -> bool:
+    def _of_model(self, layer: int, stream: int, number: int) -> bool:
         """Whether a stream, not the dense one, goes through a layer with the model's weights."""
-        variant = self._variants[pair[1]]
-        return pair[0] != 0 and not (layer in variant.downs or variant.outputs_of(layer))
+        variant = self._variants[number]
+        return stream != 0 and not (layer in variant.downs or variant.outputs_of(layer))
 
     def _change_together(self, streams: Sequence[int], run: Callable[[Tensor], Tensor]) -> None:
         if self.together == 1:
@@ -350,12 +353,6 @@ class _Streams:
         made = torch.split(run(torch.cat(given)), self._shape[0])
         for stream, y_BTC in zip(streams, made, strict=False):
             self._own[stream] = self._put(self._own[stream], every, y_BTC)
-
-    def _repair(self, boundary: int) -> None:
-        act = self._lineage.boundaries[boundary]
-        self._copy(act)
-        for stream, number in act.on:
-            self._change(stream, partial(repair_stream, self._operators[number][boundary]))
 
     def _empty(self) -> Tensor:
         return empty_at(self._place, self._shape, self._model.dtype, self._device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
-from ghost_dist.engines.memory import DeviceNeeds, Residency, activation_bytes, logits_bytes
+from ghost_dist.engines.memory import DeviceNeeds, Residency
 from ghost_dist.engines.model_sizes import ModelSizes
 from ghost_dist.solver.least_squares import RIDGE_GRID, num_steps, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
@@ -108,12 +108,10 @@ class Cost:
         """Peak on the device of an engine that holds the model, or a rank's share of it."""
         nbytes = self.batch_bytes + self.product_bytes + self.sums_bytes // degree
         if self.head:
-            nbytes += logits_bytes(self.batch * self.length, sizes.vocab_size)
+            nbytes += sizes.logits_bytes(self.batch * self.length)
         if not self.below:
             return nbytes
-        nbytes += activation_bytes(
-            self.batch * self.length, sizes.hidden_size, sizes.widest, sizes.itemsize
-        )
+        nbytes += sizes.activation_bytes(self.batch * self.length)
         return nbytes + (
             sizes.causal_lm_bytes if self.whole else sizes.decoder_bytes(self.below, degree)
         )
