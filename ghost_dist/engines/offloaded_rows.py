@@ -12,7 +12,7 @@ sums (T C against C^2 numbers of four times the size).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ghost_dist.checkpoint.architecture import Architecture, inspect_architectur
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, mark, synchronize
+from ghost_dist.devices import SHARE_OF_FREE_MEMORY, empty_at, free_bytes, mark, synchronize
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.sweep import Tap, sweep
@@ -110,15 +110,15 @@ class OffloadedEngine:
         part = self._peers.part_of(len(windows))
         own = tokens[list(windows[part.start : part.stop])]
         shape = (*own.shape, self.hidden_size)
-        place = _place_of(self.model, self._batch, own.shape, boundaries, mlp_layers)
+        of_streams, of_rows = _places(self.model, self._batch, own.shape, boundaries, mlp_layers)
         saved = None if state is None else state.load()
         if saved is not None:
-            streams_WTC = saved.streams_WTC.to(place.of_streams)
-            if place.pinned(place.of_streams):
+            streams_WTC = saved.streams_WTC.to(of_streams)
+            if of_streams != self.device:
                 streams_WTC = streams_WTC.pin_memory()
-            rows.tensors = {name: tensor.to(place.of_rows) for name, tensor in saved.rows.items()}
+            rows.tensors = {name: tensor.to(of_rows) for name, tensor in saved.rows.items()}
         else:
-            streams_WTC = place.empty(shape, self.model.dtype, place.of_streams)
+            streams_WTC = empty_at(of_streams, shape, self.model.dtype, self.device)
         total, ran, told = len(rows.windows) * tokens.shape[1], 0, 0
 
         def ours(count: int) -> None:  # stands for what the peers run at the same time
@@ -128,9 +128,9 @@ class OffloadedEngine:
             advance(now - told)
             told = now
 
-        checks = _Checks(self.model, rows.windows[part.start : part.stop], place)
-        inner_sizes = {la: self.model.architecture.inner_sizes[la] for la in mlp_layers}
-        keep = _Keep(rows, streams_WTC, place, boundaries, inner_sizes, state)
+        on_host = "cpu" in (of_streams.type, of_rows.type)
+        checks = _Checks(self.model, rows.windows[part.start : part.stop], on_host=on_host)
+        keep = _Keep(rows, streams_WTC, of_rows, self.model, boundaries, mlp_layers, state)
         sweep(
             self.model,
             [Variant()],
@@ -154,58 +154,53 @@ class _Keep(Tap):
         self,
         rows: Rows,
         streams_WTC: Tensor,
-        place: _Place,
+        place: torch.device,
+        model: OffloadedModel,
         boundaries: Sequence[int],
-        inner_sizes: Mapping[int, int],
+        mlp_layers: Sequence[int],
         state: StreamState | None,
     ) -> None:
-        self._rows, self._place, self._state = rows.tensors, place, state
-        self._boundaries, self.mlp_layers = boundaries, tuple(inner_sizes)
-        self._inner_sizes, self._like_WTC = inner_sizes, streams_WTC
+        self._rows, self._like_WTC, self._place = rows.tensors, streams_WTC, place
+        self._boundaries, self.mlp_layers = boundaries, mlp_layers
+        self._model, self._state = model, state
 
     def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
-        for row_WTn, rows_BTn in zip(self._of_mlp(layer), (input_BTF, product_BTC), strict=True):
+        rows = self._of_mlp(layer).values()
+        for row_WTn, rows_BTn in zip(rows, (input_BTF, product_BTC), strict=True):
             row_WTn[part].copy_(rows_BTn, non_blocking=True)
 
     def passed(self, boundary: int, streams_WTC: Tensor) -> None:
         """Keep the streams of a boundary; save what the layer before it has left."""
-        name, state = f"boundary {boundary}", self._state
-        kept: dict[str, Tensor] = {}
-        if boundary - 1 in self._inner_sizes:
-            rows = self._of_mlp(boundary - 1)  # also where no window has come
-            kept = dict(zip(_mlp_names(boundary - 1), rows, strict=True))
+        name, state, kept = f"boundary {boundary}", self._state, dict[str, Tensor]()
+        if boundary - 1 in self.mlp_layers:
+            kept = self._of_mlp(boundary - 1)  # also where no window has come
         if boundary in self._boundaries:
-            row = self._place.empty(streams_WTC.shape, streams_WTC.dtype, self._place.of_rows)
-            kept[name] = self._rows[name] = row.copy_(streams_WTC)
+            kept[name] = self._rows[name] = self._empty(self._model.hidden_size).copy_(streams_WTC)
         if state is None:
             return
         for kept_name, row_WTn in kept.items():
-            state.keep(kept_name, row_WTn, mark(self._place.device))
+            state.keep(kept_name, row_WTn, mark(self._model.device))
         if boundary > 0:
             state.save(boundary, name if boundary in self._boundaries else streams_WTC.clone)
 
-    def _of_mlp(self, layer: int) -> list[Tensor]:
-        widths = (self._inner_sizes[layer], self._like_WTC.shape[2])
-        for name, width in zip(_mlp_names(layer), widths, strict=True):
+    def _of_mlp(self, layer: int) -> dict[str, Tensor]:
+        inner = self._model.architecture.inner_sizes[layer]
+        widths = {f"mlp input {layer}": inner, f"mlp product {layer}": self._model.hidden_size}
+        for name, width in widths.items():
             if name not in self._rows:
-                shape = (*self._like_WTC.shape[:2], width)
-                self._rows[name] = self._place.empty(
-                    shape, self._like_WTC.dtype, self._place.of_rows
-                )
-        return [self._rows[name] for name in _mlp_names(layer)]
+                self._rows[name] = self._empty(width)
+        return {name: self._rows[name] for name in widths}
 
-
-def _mlp_names(layer: int) -> tuple[str, str]:
-    return f"mlp input {layer}", f"mlp product {layer}"
+    def _empty(self, width: int) -> Tensor:
+        shape = (*self._like_WTC.shape[:2], width)
+        return empty_at(self._place, shape, self._like_WTC.dtype, self._model.device)
 
 
 class _Checks(Tap):
     """Looks at numbers a layer late, so that the device never waits; at once if hosts read them."""
 
-    def __init__(self, model: OffloadedModel, windows: Sequence[int], place: _Place) -> None:
-        self._model, self._windows, self._device = model, windows, place.device
-        on_host = "cpu" in (place.of_streams.type, place.of_rows.type)
-        self._wait = self._device.type == "cuda" and on_host
+    def __init__(self, model: OffloadedModel, windows: Sequence[int], *, on_host: bool) -> None:
+        self._model, self._windows, self._wait = model, windows, on_host
         self._finite, self._late = FiniteCheck(), list[FiniteCheck]()
 
     def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
@@ -215,7 +210,7 @@ class _Checks(Tap):
     def passed(self, boundary: int, streams_WTC: Tensor) -> None:  # noqa: ARG002 - as a Tap
         self._finite.send()
         if self._wait:
-            synchronize(self._device)
+            synchronize(self._model.device)
         if self._late:
             self.now()
         self._late.append(self._finite)
@@ -231,11 +226,9 @@ class _Checks(Tap):
 
 @functools.cache
 def prove_offloaded(path: Path, device: torch.device, experts: int | None = None) -> float:
-    """Once in a process, before real layers are read: run a small model of the family both ways.
+    """Once in a process, before real layers are read: see :func:`check_conformance`.
 
-    ``experts``: of a part, as ``OffloadedModel.hold`` gives them. Returns the largest difference of
-    a stream, relative to its largest entry (0 on a CPU); a family that cannot be run layer by layer
-    is an UnsupportedArchitectureError.
+    ``experts``: of a part, as ``OffloadedModel.hold`` gives them.
     """
     checkpoint = open_checkpoint(path)
 
@@ -259,32 +252,17 @@ def prove_offloaded(path: Path, device: torch.device, experts: int | None = None
     )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the streams of all windows and the rows live: on the device if they fit there."""
-
-    device: torch.device
-    of_streams: torch.device
-    of_rows: torch.device
-
-    def pinned(self, where: torch.device) -> bool:
-        """Whether memory there has to be page-locked, to be copied while the device computes."""
-        return self.device.type == "cuda" and where.type == "cpu"
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=where, pin_memory=self.pinned(where))
-
-
-def _place_of(
+def _places(
     model: OffloadedModel,
     batch: int,
     shape: tuple[int, ...],
     boundaries: Sequence[int],
     mlp_layers: Sequence[int],
-) -> _Place:
+) -> tuple[torch.device, torch.device]:
+    """Where the streams of all windows and the rows live: on the device if they fit there."""
     cpu, device = torch.device("cpu"), model.device
     if device.type != "cuda":
-        return _Place(cpu, cpu, cpu)
+        return cpu, cpu
     itemsize, width = model.dtype.itemsize, model.hidden_size
     row = shape[0] * shape[1] * itemsize
     stream = row * width
@@ -292,8 +270,7 @@ def _place_of(
     rows = stream * len(boundaries) + sum(row * (f + width) for f in inner)
     of_batch = batch * shape[1] * width * itemsize * _WIDTHS_AT_ONCE
     left = SHARE_OF_FREE_MEMORY * free_bytes(device) - model.bytes_at_once() - of_batch
-    return _Place(
-        device,
+    return (
         device if 2 * stream <= left else cpu,  # the second is the copy being saved
         device if 2 * stream + rows <= left else cpu,
     )

@@ -41,10 +41,6 @@ class Shard:
     dim: int  # that is split
     pieces: tuple[Piece, ...]  # along it, half open, joined in this order; several of a fused layer
 
-    @property
-    def size(self) -> int:
-        return sum(stop - start for start, stop in self.pieces)
-
 
 @dataclass
 class Sharding:
@@ -67,9 +63,8 @@ class Sharding:
         assert full is not None, f"{path} has no {name}"
         assert full.is_meta, f"{path}.{name} has storage already"
         shape = list(full.shape)
-        shape[shard.dim] = shard.size
-        local = torch.empty(shape, dtype=full.dtype, device="meta")
-        module._parameters[name] = nn.Parameter(local, requires_grad=False)
+        shape[shard.dim] = sum(stop - start for start, stop in shard.pieces)
+        module._parameters[name] = nn.Parameter(full.new_empty(shape), requires_grad=False)
         self.shards[f"{path}.{name}"] = shard
 
     def add_once(self, model: nn.Module) -> None:
@@ -197,10 +192,6 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
     finally:
         for parent, name, child in aside:
             setattr(parent, name, child)
-
-
-def local_bytes(model: nn.Module) -> int:
-    return sum(local_tensor(parameter).nbytes for parameter in model.parameters())
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

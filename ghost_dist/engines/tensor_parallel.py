@@ -43,7 +43,6 @@ from ghost_dist.engines.sharding import (
     gather_width,
     kept_whole,
     load_shards,
-    local_bytes,
     local_tensor,
     narrow_fused_attention,
     shard_experts,
@@ -76,7 +75,8 @@ class TensorParallelEngine(ResidentEngine):
     def __init__(self, decoder: Decoder, read_bytes: int | None, batch: int) -> None:
         super().__init__(decoder, batch)
         self._layers = _ShardedLayers(decoder.model, decoder.architecture)
-        self.read_bytes, self.parameter_bytes = read_bytes, local_bytes(decoder.model)
+        self.read_bytes = read_bytes
+        self.parameter_bytes = sum(local_tensor(p).nbytes for p in decoder.model.parameters())
 
 
 def open_tensor_parallel(
@@ -92,11 +92,8 @@ def open_tensor_parallel(
 ) -> TensorParallelEngine:
     """Share layers ``0 .. num_layers - 1`` of a checkpoint over the torch.distributed world.
 
-    To be called on all ranks of an initialised world of ``degree`` processes, gloo for a CPU and
-    nccl for GPUs. First a small random model of the family is run sharded and unsharded; then
-    each rank reads its own part of the folder. A degree that does not divide the heads, or is not
-    the world's size, is a ConfigError; a family that the backend does not compute as the unsharded
-    model does an UnsupportedArchitectureError, on every rank.
+    Collective: first a small random model of the family is run sharded and unsharded; then each
+    rank reads its own part of the folder. What cannot be done is the same error on every rank.
     """
     world = dist.get_world_size() if dist.is_initialized() else 0
     if world != degree:
@@ -241,7 +238,6 @@ def _shard_linear_layers(
 
     # By itself AutoTP looks at the first layer only, which in a hybrid model has no attention.
     summed = _summed_layers(layers) if degree > 1 else {}
-
     with _without_chatter(), _local_rank(device):
         # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
         # the world it was made in.
@@ -260,9 +256,7 @@ def _summed_layers(layers: nn.ModuleList) -> dict[type[nn.Module], tuple[str, ..
     from deepspeed.module_inject.auto_tp import AutoTP
 
     kinds = {
-        tuple(
-            path for path, module in layer.named_modules() if isinstance(module, nn.Linear)
-        ): layer
+        tuple(path for path, inner in layer.named_modules() if isinstance(inner, nn.Linear)): layer
         for layer in layers
     }
     summed: dict[type[nn.Module], set[str]] = {}

@@ -150,7 +150,7 @@ SABOTAGE = {
     "wide norms see their own columns only": (sharding.dist, "all_reduce", nothing),
     "sinks are left whole": (tensor_parallel, "shard_sinks", nothing),
     "fused attention keeps the heads of all": (tensor_parallel, "narrow_fused_attention", nothing),
-    "gates of one output are sharded": (sharding, "_GATES", ()),
+    "gates of one output are sharded": (sharding, "GATES", ()),
     "mixers are sharded": (tensor_parallel, "kept_whole", put_nothing_aside),
     "buffers are wiped": (tensor_parallel, "restore_buffers", restore_zeros),
 }
