@@ -11,6 +11,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ a layer that is split wrongly gave 0.14 and more where it ran at all."""
 _WINDOWS, _LENGTH = 2, 16
 
 LoadEngine = Callable[[Path, Architecture, int, torch.dtype], Engine]
+Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary or layer, and window
+Used = TypeVar("Used")
 
 
 def check_conformance(
@@ -52,22 +55,20 @@ def check_conformance(
 ) -> float:
     """Run a small random model of the family by an engine and as a whole; collective in a world.
 
-    ``load`` gives an engine over the first layers of a checkpoint folder; ``what`` it does and the
-    ``advice`` are for the error if a stream differs by too much, on any rank. Returns the largest
-    difference on this rank, relative to the largest entry of the stream.
+    ``what`` the engine does and the ``advice`` are for the error if a stream differs by too much,
+    on any rank. Returns the largest difference on this rank, relative to the largest entry.
     """
     together = dist.is_initialized()
     shared = errors_shared if together else contextlib.nullcontext
     message: list[dict[str, bytes] | None] = [None]
     with shared():  # one rank draws and saves it: transformers saves on that rank only
         if not together or dist.get_rank() == 0:
-            message[0] = small_model(checkpoint, architecture, degree)
+            message[0] = with_small_model(checkpoint, architecture, degree, _files)
     if together:
         dist.broadcast_object_list(message)
-    files = message[0]
-    assert files is not None, "rank 0 sent no model"
+    assert message[0] is not None, "rank 0 sent no model"
     with tempfile.TemporaryDirectory(prefix="ghost_dist_conformance_") as folder, shared():
-        for name, content in files.items():
+        for name, content in message[0].items():
             (Path(folder) / name).write_bytes(content)
         try:
             worst, problem = _compare(Path(folder), load, device)
@@ -81,9 +82,6 @@ def check_conformance(
                 f"does not compute what it computes as a whole ({problem}). {advice}"
             )
     return worst
-
-
-Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary or layer, and window
 
 
 @dataclass
@@ -105,29 +103,23 @@ def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
     """What the model's own forward gives, looked at by hooks."""
     recorder = _Recorder((), ())
 
-    def entering(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for window, stream_TC in enumerate(args[0] if args else kwargs["hidden_states"]):
-                recorder(layer, window, stream_TC)
+    def entering(layer: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for window, stream_TC in enumerate(args[0] if args else kwargs["hidden_states"]):
+            recorder(layer, window, stream_TC)
 
-        return hook
-
-    def down(layer: int) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            product = output if module.bias is None else output - module.bias
-            rows = (part.reshape(*tokens.shape, -1) for part in (args[0], product))
-            for window, of_window in enumerate(zip(*rows, strict=True)):
-                recorder.take_mlp(layer, window, *of_window)
-
-        return hook
+    def down(layer: int, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        product = output if module.bias is None else output - module.bias
+        rows = (part.reshape(*tokens.shape, -1) for part in (args[0], product))
+        for window, of_window in enumerate(zip(*rows, strict=True)):
+            recorder.take_mlp(layer, window, *of_window)
 
     with contextlib.ExitStack() as hooks:
         for number, layer in enumerate(decoder.layers):
-            hook = layer.register_forward_pre_hook(entering(number), with_kwargs=True)
-            hooks.enter_context(hook)
+            note = partial(entering, number)
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         for number in decoder.architecture.down_projections:
-            hook = decoder.down_projection(number).register_forward_hook(down(number))
-            hooks.enter_context(hook)
+            module = decoder.down_projection(number)
+            hooks.enter_context(module.register_forward_hook(partial(down, number)))
         last = decoder(torch.from_numpy(tokens).to(decoder.device, torch.int64))
     for window, stream_TC in enumerate(last):
         recorder(decoder.num_layers, window, stream_TC)
@@ -139,8 +131,7 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
     num_layers = architecture.num_layers
     whole = load_decoder(folder, architecture, num_layers, torch.float32, device)
     engine = load(folder, architecture, num_layers, torch.float32)
-    generator = np.random.default_rng(0)
-    shape = (_WINDOWS, _LENGTH)
+    shape, generator = (_WINDOWS, _LENGTH), np.random.default_rng(0)
     tokens = generator.integers(0, architecture.vocab_size, shape, dtype=np.int32)
     expected = _as_a_whole(whole, tokens)
     recorder = _Recorder(tuple(range(num_layers + 1)), tuple(architecture.down_projections))
@@ -155,8 +146,6 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
     return worst, problem
 
 
-Used = TypeVar("Used")
-
 _VOCABULARY, _HEAD, _INNER_PER_RANK, _EXPERTS = 128, 16, 16, 8
 _INNER = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -170,27 +159,20 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def small_model(
-    checkpoint: Checkpoint, architecture: Architecture, degree: int = 1
-) -> dict[str, bytes]:
-    """Files of a random model with the code paths of a real one; no tensor of that is read.
-
-    It can be shared over ``degree`` ranks.
-    """
-
-    def saved(model: Any) -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder))
-            inspect_architecture(open_checkpoint(Path(folder)))
-            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-    return with_small_model(checkpoint, architecture, degree, saved)
+def _files(model: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder))
+        inspect_architecture(open_checkpoint(Path(folder)))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def with_small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int, use: Callable[[Any], Used]
 ) -> Used:
-    """What ``use`` makes of the random causal LM of :func:`small_model`, which is not saved."""
+    """What ``use`` makes of a random causal LM with the code paths of a real one.
+
+    No tensor of the checkpoint is read. The model can be shared over ``degree`` ranks.
+    """
     reasons = []
     for small_heads in (True, False):
         try:

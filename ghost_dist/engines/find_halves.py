@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture, Half, causal_lm_class
@@ -38,7 +40,6 @@ _Kind = tuple[tuple[str, str], ...]  # names and classes of what a layer consist
 
 def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
     """The architecture with the halves of its layers; an error where no layer has any."""
-    import transformers
 
     def found(model: Any) -> dict[_Kind, dict[Part, Half] | str]:
         width = model.config.hidden_size
@@ -118,16 +119,13 @@ class _Trial:
         """Its halves, without their tensors, or why it has none."""
         generator = torch.Generator().manual_seed(0)
         x_BTC = torch.randn(1, _TOKENS, self.width, generator=generator)
-        children = [
-            name
+        with_weights = {
+            name: type(child).__name__.lower()
             for name, child in self.layer.named_children()
             if any(True for _ in child.parameters())
-        ]
-        roots = [
-            name
-            for name in children
-            if "norm" not in type(self.layer.get_submodule(name)).__name__.lower()
-        ]
+        }
+        children = list(with_weights)
+        roots = [name for name, kind in with_weights.items() if "norm" not in kind]
         self._outputs: dict[str, int] = {}
         whole_BTC = self._noting_outputs(roots, x_BTC)
         mixers = [name for name in roots if self._mixes_tokens(name, x_BTC)]
@@ -155,16 +153,13 @@ class _Trial:
         }
 
     def _noting_outputs(self, roots: Sequence[str], x_BTC: Tensor) -> Tensor:
-        def note(name: str) -> Any:
-            def hook(_: Any, __: Any, output: Any) -> None:
-                self._outputs[name] = len(output) if isinstance(output, tuple) else 0
-
-            return hook
+        def note(name: str, _: Any, __: Any, output: Any) -> None:
+            self._outputs[name] = len(output) if isinstance(output, tuple) else 0
 
         with contextlib.ExitStack() as hooks:
             for name in roots:
                 module = self.layer.get_submodule(name)
-                hooks.enter_context(module.register_forward_hook(note(name)))
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
             return self.run(x_BTC)
 
     def _mixes_tokens(self, name: str, x_BTC: Tensor) -> bool:
@@ -188,23 +183,20 @@ class _Trial:
 
     def _writer(self, x_BTC: Tensor, root: str) -> str:
         """The linear module whose output a half adds to the stream as it is; empty: none."""
-        whole_BTC = self._of_half(x_BTC, root)
+        others = [other for other in self._roots if other != root]
+        whole_BTC = self._without(x_BTC, others)
         for path, module in self.layer.get_submodule(root).named_modules(prefix=root):
             if not isinstance(module, nn.Linear) or module.out_features != self.width:
                 continue
             product: list[Tensor] = []
             with module.register_forward_hook(lambda _m, _a, y, kept=product: kept.append(y)):
-                self._of_half(x_BTC, root)
+                self._without(x_BTC, others)
             with module.register_forward_hook(lambda _m, _a, output: output * 0):
-                change_BTC = whole_BTC - self._of_half(x_BTC, root)
+                change_BTC = whole_BTC - self._without(x_BTC, others)
             fits = bool(product) and product[0].numel() == change_BTC.numel()
             if fits and _close(change_BTC, product[0].reshape(change_BTC.shape)):
                 return str(path)
         return ""
-
-    def _of_half(self, x_BTC: Tensor, root: str) -> Tensor:
-        """The stream where only this half is there."""
-        return self._without(x_BTC, [other for other in self._roots if other != root])
 
     def _gives(
         self, expected_BTC: Tensor, x_BTC: Tensor, names: Sequence[str], idle: Sequence[str] = ()
@@ -215,24 +207,17 @@ class _Trial:
             return False
 
     def _without(self, x_BTC: Tensor, names: Sequence[str], idle: Sequence[str] = ()) -> Tensor:
-        instead: dict[str, nn.Module] = {
-            name: Nothing(self.width, self._outputs.get(name, 0)) for name in names
-        }
-        with _replaced(self.layer, instead | {name: nn.Identity() for name in idle}):
+        instead: dict[str, nn.Module] = {name: nn.Identity() for name in idle}
+        instead |= {name: Nothing(self.width, self._outputs.get(name, 0)) for name in names}
+        own = {name: self.layer.get_submodule(name) for name in instead}
+        try:
+            for name, module in instead.items():
+                self.layer.set_submodule(name, module)
             return self.run(x_BTC)
+        finally:
+            for name, module in own.items():
+                self.layer.set_submodule(name, module)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
-
-
-@contextlib.contextmanager
-def _replaced(layer: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-    own = {name: layer.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        layer.set_submodule(name, module)
-    try:
-        yield
-    finally:
-        for name, module in own.items():
-            layer.set_submodule(name, module)
