@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -57,7 +59,7 @@ class CollectOnCluster:
         total = int(tokens.tokens.size)
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
         with pool.reporter.stage(stage, total, "tokens", done) as advance:
-            filling = _Filling(pool, store, stage, queue, work, keep=keep, done=done)
+            filling = _Filling(pool, store, stage, queue, work, keep, done, done)
             pool.work_off(queue, filling.lease, show=lambda: filling.show(advance))
         # Those that still run a range which another has committed would write into a store that
         # the next stage may have removed.
@@ -70,39 +72,26 @@ class CollectOnCluster:
         self._num_layers = 0
 
 
+@dataclass
 class _Filling:
-    """A store that is being filled, of which ``done`` tokens count already."""
+    """A store that is being filled."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        store: StatisticsStore,
-        stage: str,
-        queue: LeaseQueue[int],
-        work: Any,
-        *,
-        keep: bool,
-        done: int,
-    ) -> None:
-        self._pool, self._store, self._stage = pool, store, stage
-        self._queue, self._work, self._keep = queue, work, keep
-        self._id = uuid.uuid4().hex
-        self._committed = self._shown = done
+    _pool: Pool
+    _store: StatisticsStore
+    _stage: str
+    _queue: LeaseQueue[int]
+    _work: Any
+    _keep: bool
+    _committed: int  # tokens that count
+    _shown: int
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def lease(self, replica: Replica) -> None:
         if replica.state != "idle":
             return
         lease = self._queue.lease(Worker(replica.number), time.monotonic())
         if lease is not None:
-
-            def written(
-                of: Lease[int], blocks: list[WrittenBlock], times: list[RangeTimes]
-            ) -> None:
-                counts = self._commit(replica, of, blocks, times)
-                if self._keep:
-                    replica.acknowledge(of, committed=counts)
-
-            replica.run(self._id, self._work, lease, written)
+            replica.run(self._id, self._work, lease, partial(self._commit, replica))
             self._event("range-leased", replica, lease)
 
     def show(self, advance: Advance) -> int:
@@ -126,37 +115,32 @@ class _Filling:
         lease: Lease[int],
         blocks: list[WrittenBlock],
         times: list[RangeTimes],
-    ) -> bool:
-        """Whether the attempt counts from now on."""
+    ) -> None:
+        won = False
         if lease not in self._queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
             self._store.discard_attempt(lease.item, lease.attempt)
-            return False
-        now = time.monotonic()
-        won = self._store.commit_attempt(lease.item, lease.attempt, blocks)
-        self._queue.finished(lease, now)
-        self._pool.progressed()
-        self._committed += self._tokens_of(lease)
-        self._event(
-            "range-committed",
-            replica,
-            lease,
-            seconds=round(now - lease.since, 3),
-            forward_s=[round(of_rank.forward_s, 3) for of_rank in times],
-            sums_s=[round(of_rank.sums_s, 3) for of_rank in times],
-        )
-        return won
+        else:
+            now = time.monotonic()
+            won = self._store.commit_attempt(lease.item, lease.attempt, blocks)
+            self._queue.finished(lease, now)
+            self._pool.progressed()
+            self._committed += self._tokens_of(lease)
+            self._event(
+                "range-committed",
+                replica,
+                lease,
+                seconds=round(now - lease.since, 3),
+                forward_s=[round(of_rank.forward_s, 3) for of_rank in times],
+                sums_s=[round(of_rank.sums_s, 3) for of_rank in times],
+            )
+        if self._keep:
+            replica.acknowledge(lease, committed=won)
 
     def _tokens_of(self, lease: Lease[int]) -> int:
         plan = self._store.plan
         return len(plan.ranges[lease.item]) * plan.window_length
 
     def _event(self, name: str, replica: Replica, lease: Lease[int], **more: Any) -> None:
-        self._pool.reporter.event(
-            name,
-            stage=self._stage,
-            range=lease.item,
-            attempt=lease.attempt,
-            replica=replica.number,
-            **more,
-        )
+        of_lease = {"range": lease.item, "attempt": lease.attempt, "replica": replica.number}
+        self._pool.reporter.event(name, stage=self._stage, **of_lease, **more)

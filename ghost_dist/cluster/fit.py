@@ -46,12 +46,10 @@ class Part:
 
 
 def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[int, Part]:
-    """Which replica adds which ranges: each committed one once.
+    """Which replica adds which ranges: each ``committed`` one once; those without any are left out.
 
-    ``committed``: the attempt that counts, of every range of the plan. ``live``: the attempts in
-    the running sums of each replica; one that does not count cannot be taken out and is an error.
-    What nobody has is dealt to those with the least to read; replicas without any range are left
-    out.
+    ``live``: the attempts in the running sums of each replica; one that does not count cannot be
+    taken out and is an error. What nobody has is dealt to those with the least to read.
     """
     parts = {replica: Part() for replica in live}
     for replica, ranges in live.items():
@@ -77,8 +75,7 @@ def reduce_live(pool: Pool, store: StatisticsStore, place: StoreOfRun, keys: Key
     """
     began, ranks = time.monotonic(), pool.shape.ranks
     replicas = _unloaded(pool, useful=-(-len(keys) // ranks))
-    ids = range(len(store.plan.ranges))
-    committed = {range_id: store.committed_attempt(range_id) for range_id in ids}
+    committed = {i: store.committed_attempt(i) for i in range(len(store.plan.ranges))}
     parts = divide(committed, {replica.number: replica.live for replica in replicas})
     members = [replica for replica in replicas if replica.number in parts]
     # Spans go round the replicas first, so that few spans are spread over the nodes.
@@ -180,17 +177,9 @@ class FitOnCluster:
     """
 
     def __init__(self, pool: Pool) -> None:
-        inputs, self._pool = pool.inputs, pool
-        self._config = inputs.config
-        self._driver, self._ranks = inputs.fit_device.type, inputs.worker_device.type
-        self._here = FitHere(
-            inputs.source,
-            inputs.architecture,
-            self._config.folds,
-            inputs.fit_device,
-            inputs.fit_room,
-        )
-        self._reduced = False
+        inputs, self._pool, self._reduced = pool.inputs, pool, False
+        of_run = (inputs.source, inputs.architecture, inputs.config.folds)
+        self._here = FitHere(*of_run, inputs.fit_device, inputs.fit_room)
 
     def __call__(
         self, store: StatisticsStore, jobs: Sequence[FitJob], advance: Callable[[int], None]
@@ -198,11 +187,10 @@ class FitOnCluster:
         of_span: dict[Span, list[int]] = {}
         for number, job in enumerate(jobs):
             of_span.setdefault(job.span, []).append(number)
-        reduces = self._config.engine.reduction == "all-reduce"
-        if self._driver != self._ranks:
-            on_ranks = reduces or self._ranks == "cuda"
-        else:
-            on_ranks = reduces or len(of_span) > 1
+        inputs = self._pool.inputs
+        driver, ranks = inputs.fit_device.type, inputs.worker_device.type
+        reduces = inputs.config.engine.reduction == "all-reduce"
+        on_ranks = reduces or (len(of_span) > 1 if driver == ranks else ranks == "cuda")
         if not on_ranks or all(job.candidate.kind() is None for job in jobs):
             self._pool.release()
             return self._here(store, jobs, advance)
@@ -211,7 +199,7 @@ class FitOnCluster:
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
         if reduces and not self._reduced:
             self._reduced = True
-            keys: dict[Span, list[tuple[str, ...]]] = {}
+            keys: Keys = {}
             for job in jobs:
                 kind, of_span_keys = job.candidate.kind(), keys.setdefault(job.span, [])
                 names = stored_keys(kind, job.span, store.plan.entries) if kind else ()

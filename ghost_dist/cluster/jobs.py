@@ -24,7 +24,7 @@ from ghost_dist.config import Config
 from ghost_dist.config_file import config_yaml
 from ghost_dist.errors import ClusterError, ConfigError
 
-_PROBE_S = 10.0
+_PROBE_S, _WAIT_S = 10.0, 60.0
 _PREFIX = "ghost-dist"
 _UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
 
@@ -71,26 +71,22 @@ class Jobs:
         name = f"{_name(config.output.path)}-{len(earlier) + 1}"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.yaml").write_bytes(config_yaml(config))
-            runtime_env: dict[str, Any] = {"working_dir": folder}
-            if env:
-                runtime_env["env_vars"] = dict(env)
+            variables = {"env_vars": dict(env)} if env else {}
             self._client.submit_job(
                 entrypoint=f"{shlex.quote(python)} -m ghost_dist recover config.yaml",
                 submission_id=name,
-                runtime_env=runtime_env,
+                runtime_env={"working_dir": folder, **variables},
                 metadata={"run": config.output.path},
             )
         return name, True
 
     def find(self, job: str) -> str:
         """The submission id of a job, given that or the path of its RUN folder."""
-        if job.startswith("/"):
-            of_run = self._jobs_of(job)
-            if of_run:
-                return str(of_run[-1].submission_id)
-        elif any(known.submission_id == job for known in self._client.list_jobs()):
-            return job
+        if job.startswith("/") and (of_run := self._jobs_of(job)):
+            return str(of_run[-1].submission_id)
         ids = [str(known.submission_id) for known in self._client.list_jobs()]
+        if job in ids:
+            return job
         known = ", ".join(sorted(name for name in ids if name.startswith(_PREFIX))) or "none"
         raise ConfigError(f"There is no job {job} at {self.address}. Jobs of ghost-dist: {known}.")
 
@@ -101,21 +97,16 @@ class Jobs:
 
     def status(self, job: str) -> dict[str, Any]:
         info = self._client.get_job_info(job)
-        lines = [line for line in self._client.get_job_logs(job).splitlines() if line.strip()]
-        return {
-            **_described(info),
-            "message": info.message,
-            "last_line": lines[-1] if lines else "",
-        }
+        lines = ["", *filter(str.strip, self._client.get_job_logs(job).splitlines())]
+        return {**_described(info), "message": info.message, "last_line": lines[-1]}
 
-    def stop(self, job: str, *, wait_s: float = 60.0) -> str:
+    def stop(self, job: str) -> str:
         """Ask a job to stop and wait for it; what it has finished is kept. Returns its status."""
         self._client.stop_job(job)
-        return self._wait(job, wait_s)
+        return self._wait(job)
 
     def logs(self, job: str) -> str:
-        text: str = self._client.get_job_logs(job)
-        return text
+        return str(self._client.get_job_logs(job))
 
     def follow(self, job: str, show: Callable[[str], None]) -> str:
         """Hand over what a job prints until it ends; returns its status."""
@@ -127,15 +118,15 @@ class Jobs:
         try:
             asyncio.run(tail())
             # The log may end a moment before the job does.
-            return self._wait(job, 60.0)
+            return self._wait(job)
         except (ConnectionError, RuntimeError, OSError) as error:
             raise ClusterError(
                 f"The cluster at {self.address} does not answer any more: {error}. If it comes "
                 "back, the same command continues."
             ) from error
 
-    def _wait(self, job: str, seconds: float) -> str:
-        until = time.monotonic() + seconds
+    def _wait(self, job: str) -> str:
+        until = time.monotonic() + _WAIT_S
         while (status := self._client.get_job_status(job)) in _UNDER_WAY:
             if time.monotonic() > until:
                 break

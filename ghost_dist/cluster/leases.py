@@ -11,7 +11,6 @@ single ranks, and only by the rank that holds the sums of a span as long as it l
 
 from __future__ import annotations
 
-import math
 import statistics
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -79,8 +78,7 @@ class LeaseQueue(Generic[Item]):
     ) -> None:
         self._pending = list(items)
         self._left = set(self._pending)
-        self._holders = holders
-        self._twice = twice
+        self._holders, self._twice = holders, twice
         self._leases: dict[str, Lease[Item]] = {}
         self._durations: list[float] = []
 
@@ -175,10 +173,8 @@ class Shape:
 
 
 def num_fitting(nodes: Sequence[Node], shape: Shape) -> int:
-    on_one = sum(shape.ranks_on(node) // shape.ranks for node in nodes)
-    if on_one:
-        return on_one
-    return sum(shape.ranks_on(node) for node in nodes) // shape.ranks
+    rooms = [shape.ranks_on(node) for node in nodes]
+    return sum(room // shape.ranks for room in rooms) or sum(rooms) // shape.ranks
 
 
 def strategy(nodes: Sequence[Node], shape: Shape) -> str:
@@ -213,9 +209,7 @@ def may_go_on(failures: Mapping[Failure, int], config: ClusterConfig) -> bool:
 
     So a run on machines that are taken away every few minutes goes on as long as it gets anywhere.
     """
-    most = math.inf if config.max_preemptions is None else config.max_preemptions
-    return (
-        failures.get("crash", 0) <= config.max_crashes
-        and failures.get("hang", 0) <= config.max_hangs
-        and failures.get("preemption", 0) <= most
-    )
+    most: dict[Failure, float] = {"crash": config.max_crashes, "hang": config.max_hangs}
+    if config.max_preemptions is not None:
+        most["preemption"] = config.max_preemptions
+    return all(failures.get(kind, 0) <= number for kind, number in most.items())

@@ -19,6 +19,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,8 @@ class StoreOfRun:
         try:
             store = StatisticsStore.open(self.path)
         except CorruptStoreError as error:
-            raise RunFolderError(
-                f"{self.path} is not seen from {where} ({error}) {advice}"
-            ) from error
+            message = f"{self.path} is not seen from {where} ({error}) {advice}"
+            raise RunFolderError(message) from error
         if store.plan_fingerprint != self.plan_fingerprint:
             raise RunFolderError(f"{self.path} is of another run on {where}. {advice}")
         return store
@@ -105,13 +105,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    parameter_bytes: int
-    conformance: float | None
-    """Largest relative difference of the small random model, sharded against unsharded."""
-
-
-@dataclass(frozen=True)
 class Heartbeat:
     """The attempt or task at hand, and how much of it (tokens, fits, ranges, arrays) is done."""
 
@@ -121,8 +114,9 @@ class Heartbeat:
 
 def versions() -> dict[str, str]:
     """What must be the same wherever a run computes."""
-    found = {"python": platform.python_version().rpartition(".")[0], "ghost_dist": __version__}
-    return {**found, **{name: importlib.metadata.version(name) for name in COMPARED}}
+    python = platform.python_version().rpartition(".")[0]
+    found = {name: importlib.metadata.version(name) for name in COMPARED}
+    return {"python": python, "ghost_dist": __version__, **found}
 
 
 class Rank:
@@ -161,8 +155,11 @@ class Rank:
             versions=versions(),
         )
 
-    def load(self, address: str, port: int, spec: EngineSpec) -> Loaded:
-        """Join the replica's torch.distributed world and load this rank's part of the model."""
+    def load(self, address: str, port: int, spec: EngineSpec) -> tuple[int, float | None]:
+        """Join the replica's torch.distributed world and load this rank's part of the model.
+
+        Gives its bytes, and the largest relative difference of the small random model.
+        """
         inputs, engine = spec.inputs, spec.inputs.config.engine
         torch.set_num_threads(inputs.config.cluster.cpus_per_rank)
         self._block = ColumnBlock(self._rank, engine.ranks)
@@ -176,7 +173,7 @@ class Rank:
             self._join(address, port)
         path, architecture, num_layers = inputs.source.path, inputs.architecture, spec.num_layers
         if not num_layers:
-            return Loaded(0, None)
+            return 0, None
         if engine.kind == "streaming":
             self._engine = open_offloaded_engine(
                 inputs,
@@ -199,7 +196,7 @@ class Rank:
                 batch=inputs.batch,
                 backend=engine.backend,
             )
-        return Loaded(self._engine.parameter_bytes, self._engine.conformance)
+        return self._engine.parameter_bytes, self._engine.conformance
 
     def _join(self, address: str, port: int) -> None:
         os.environ.update(
@@ -231,9 +228,7 @@ class Rank:
         _, store, passes = self._work
         windows = store.plan.ranges[range_id]
 
-        def advance(tokens: int) -> None:
-            self._heartbeat = Heartbeat(attempt, self._heartbeat.done + tokens)
-
+        advance = partial(self._advance, attempt)
         with torch.inference_mode():
             if isinstance(self._engine, OffloadedEngine):
                 sums, times = offloaded_range(
@@ -275,14 +270,12 @@ class Rank:
         """Open a store where the ranks of several replicas meet; its port on this node."""
         self._heartbeat = Heartbeat(task, 0)
         self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
-        port: int = self._meeting.port
-        return port
+        return int(self._meeting.port)
 
     def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""
         self._heartbeat = Heartbeat(task, 0)
-        running, self._running = self._running, None
-        running = running or RunningSums(self._of_run.config.folds)
+        running, self._running = self._running or RunningSums(self._of_run.config.folds), None
         if running.kept != dict(spec.kept):
             raise ReductionError(
                 f"This rank has kept ranges {sorted(running.kept.items())}, but the driver counts "
@@ -294,7 +287,7 @@ class Rank:
             running.add(range_id, attempt, store.read(range_id, block=self._block))
             self._advance(task, 1)
         group = join_group(spec, self._block, self._device, self._timeout_s)
-        folds = reduce_folds(running, group, store, lambda n: self._advance(task, n))
+        folds = reduce_folds(running, group, store, partial(self._advance, task))
         if group is not None:
             group.close()
         for keys, owner in spec.gather:
@@ -307,7 +300,7 @@ class Rank:
         """Fit jobs of one span, from what this rank holds or from the store."""
         self._heartbeat = Heartbeat(task, 0)
         store, fits = self._fits_of(place)
-        outcomes = fits(store, jobs, lambda n: self._advance(task, n))
+        outcomes = fits(store, jobs, partial(self._advance, task))
         on_host = [one if isinstance(one, Exception) else one.on_host() for one in outcomes]
         del outcomes
         release_cached(self._device)
@@ -333,9 +326,8 @@ class Rank:
         if self._fits is None or self._fits[0] != place:
             inputs = self._of_run
             room = inputs.fit_room or fit_room(self._device)  # 0: the driver has no GPU
-            folds, architecture = inputs.config.folds, inputs.architecture
-            fits = FitHere(inputs.source, architecture, folds, self._device, room)
-            self._fits = (place, place.open(), fits)
+            of_run = (inputs.source, inputs.architecture, inputs.config.folds)
+            self._fits = (place, place.open(), FitHere(*of_run, self._device, room))
         return self._fits[1:]
 
     def _passes(self, collectors: Collectors) -> list[MakeCollector]:

@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.leases import Failure, Lease, Shape
-from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Loaded, Place, remote_rank, versions
+from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.collectors import RangeTimes
 from ghost_dist.progress import Reporter
@@ -118,10 +118,7 @@ class Replica:
         self._check_alive()
 
     def run(self, work_id: str, work: Any, lease: Lease[int], written: Written) -> None:
-        """Begin a range; ``work`` is a reference to a :class:`~ghost_dist.cluster.rank.Work`.
-
-        ``written`` is told its blocks and times once they are on the disk.
-        """
+        """Begin a range of a ``Work``; ``written`` is told once its blocks are on the disk."""
         assert self.state == "idle"
         self._running, self.state = lease, "busy"
 
@@ -129,8 +126,7 @@ class Replica:
             self.state, self._unwritten = "full", (lease, times, written)
             self._write()
 
-        arguments = (work_id, work, lease.item, lease.attempt)
-        self._ask("run", *arguments, then=ran, task=lease.attempt)
+        self._ask("run", work_id, work, lease.item, lease.attempt, then=ran, task=lease.attempt)
 
     def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
         """Tell the ranks whether an attempt that they have written is to be in their sums."""
@@ -141,7 +137,11 @@ class Replica:
     def unload(self) -> None:
         assert self.state == "idle"
         assert not self.under_way
-        self._ask("unload", then=lambda _: self._become("unloaded"))
+
+        def unloaded(_: list[Any]) -> None:
+            self.state = "unloaded"
+
+        self._ask("unload", then=unloaded)
         self.state = "unloading"
 
     def ask(
@@ -164,9 +164,6 @@ class Replica:
             ray.kill(rank, no_restart=True)
         remove_placement_group(self._group)
         self._ranks, self._calls = [], []
-
-    def _become(self, state: State) -> None:
-        self.state = state
 
     def _ask(
         self,
@@ -221,7 +218,7 @@ class Replica:
         self._answered = dict.fromkeys(range(len(self._ranks)), time.monotonic())
         self.state = "loading"
 
-    def _loaded(self, loaded: list[Loaded]) -> None:
+    def _loaded(self, loaded: list[tuple[int, float | None]]) -> None:
         self.state = "idle" if self.spec.num_layers else "unloaded"
         self._reporter.event(
             "replica-ready",
@@ -229,8 +226,8 @@ class Replica:
             seconds=round(time.monotonic() - self.began, 3),
             nodes=[place.node for place in self.places],
             pids=[place.pid for place in self.places],
-            parameter_bytes=[one.parameter_bytes for one in loaded],
-            conformance=[one.conformance for one in loaded],
+            parameter_bytes=[nbytes for nbytes, _ in loaded],
+            conformance=[difference for _, difference in loaded],
         )
 
     def _write(self) -> None:
@@ -263,9 +260,8 @@ class Replica:
         for call in self._calls:
             if now - call.moved > call.limit_s:
                 who = "it" if call.rank is None else f"rank {call.rank}"
-                raise ReplicaLost(
-                    "hang", f"{who} took more than {call.limit_s:g} s to {call.doing}"
-                )
+                what = f"{who} took more than {call.limit_s:g} s to {call.doing}"
+                raise ReplicaLost("hang", what)
         for number, since in self._answered.items():
             if now - since > patience_s:
                 raise ReplicaLost("hang", f"rank {number} has not answered for {patience_s:g} s")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,16 +53,16 @@ class RunningSums:
         self.kept[range_id] = attempt
         fold = self.folds[fold_of_range(range_id, len(self.folds))]
         for entry, part in sums.items():
-            found = fold.get(entry)
-            if found is None:
-                copies = {name: array.clone() for name, array in part.arrays().items()}
-                fold[entry] = type(part)(part.num_tokens, **copies)
-                continue
+            found = fold[entry] if entry in fold else _zeros(part)
             arrays = found.arrays()
             for name, array in part.arrays().items():
                 arrays[name].add_(array)  # in place: a sum may be gigabytes
-            num_tokens = found.num_tokens + part.num_tokens
-            fold[entry] = type(part)(num_tokens, **arrays)
+            fold[entry] = replace(found, num_tokens=found.num_tokens + part.num_tokens)
+
+
+def _zeros(like: Sums) -> Sums:
+    arrays = {name: torch.zeros_like(array) for name, array in like.arrays().items()}
+    return type(like)(0, **arrays)
 
 
 class ReplicaGroup:
@@ -128,8 +128,7 @@ def reduce_folds(
     for fold in folds:
         for entry in entries:
             if entry not in fold:
-                zeros = {n: torch.zeros_like(a) for n, a in shapes[entry].arrays().items()}
-                fold[entry] = type(shapes[entry])(0, **zeros)
+                fold[entry] = _zeros(shapes[entry])
     num_ranges = len(store.plan.ranges)
     counts_R = torch.tensor([int(i in running.kept) for i in range(num_ranges)])
     tokens_KE = torch.tensor([[fold[entry].num_tokens for entry in entries] for fold in folds])
@@ -149,12 +148,11 @@ def reduce_folds(
                     f"The sums of {entry} over fold {number} hold {found} tokens, but its ranges "
                     f"have {expected}."
                 )
-            arrays = fold[entry].arrays()
-            for name in arrays if group is not None else ():
-                assert group is not None
-                group.add(arrays[name])
-                advance(1)
-            fold[entry] = type(fold[entry])(expected, **arrays)
+            if group is not None:
+                for array in fold[entry].arrays().values():
+                    group.add(array)
+                    advance(1)
+            fold[entry] = replace(fold[entry], num_tokens=expected)
     return folds
 
 
@@ -173,13 +171,11 @@ def gather_columns(
             blocks[0] = dict(part.arrays())  # small arrays are the same on all ranks
             for name in sorted(part.BY_COLUMNS):
                 own = part.arrays()[name]
-                for source in range(block.count):
-                    if source == block.index == owner:
-                        blocks[source][name] = own
-                    elif block.index == owner:
-                        blocks[source][name] = _receive(own, source, device)
-                    elif block.index == source:
-                        _send(own, owner, device)
+                if block.index != owner:
+                    _send(own, owner, device)
+                    continue
+                for source, arrays in enumerate(blocks):
+                    arrays[name] = own if source == owner else _receive(own, source, device)
             if block.index == owner:
                 whole[-1][key] = type(part).join(part.num_tokens, blocks)
     return whole if block.index == owner else None
