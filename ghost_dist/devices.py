@@ -2,8 +2,7 @@
 
 What CUDA is not told a device for belongs to the *current* one, which is a thread's own and GPU 0
 at first. A stream or an event of GPU 0 makes nothing wait on GPU 1: layers would be computed on
-weights that are still being copied. Statistics of memory are refused before CUDA has begun in the
-process. So every function here takes the device, and begins it where that is needed.
+weights that are still being copied. So every function here takes the device.
 
 A CPU has done what it was told when the call returns: its marks are None, nothing waits for them.
 """
@@ -88,13 +87,8 @@ def device_name(device: torch.device) -> str:
         driver = Path("/proc/driver/nvidia/version")
         version = driver.read_text().split("  ")[1:2] if driver.exists() else []
         return " ".join([gpu_name(device), *version])
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.machine()
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -151,8 +145,7 @@ def on_stream(stream: Stream) -> Iterator[None]:
 def watched_idle(device: torch.device) -> Iterator[Callable[[], float | None]]:
     """Gives the share of the time so far in which a GPU had nothing to do; None for a CPU.
 
-    A thread asks the stream that computes, every few milliseconds, whether everything it was given
-    is done. Nobody waits for that, and copies on other streams are no work.
+    A thread asks the stream that computes; copies on other streams are no work.
     """
     if device.type != "cuda":
         yield lambda: None

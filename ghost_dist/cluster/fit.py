@@ -3,14 +3,11 @@
 The rule depends on the configuration and on the kinds of devices alone, so that a run that is
 continued computes in the same place: the ranks fit if they have GPUs and the driver has none, if
 there is more than one span, or if the sums are all-reduced, since they have them then. Else the
-driver fits, and the replicas are released before. A driver with a GPU beside ranks without one
-always fits itself, unless the sums are all-reduced.
+driver fits, and the replicas are released before; so it does with a GPU beside ranks without one.
 
-The all-reduce: the driver decides with explicit lists who adds which ranges, and who gets which
-spans. A range is live at a replica if the attempt that this replica ran is the committed one, by
-the manifest; every other range is read from the store by one replica. If anything breaks on the
-way, all replicas that took part are closed, their half-added sums with them, and the spans are
-fitted from the store, where everything is: the sums of a reduction are never the record.
+The all-reduce: the driver decides who adds which ranges, and who gets which spans. What no replica
+has is read from the store by one. If anything breaks on the way, all replicas that took part are
+closed, and the spans are fitted from the store: the sums of a reduction are never the record.
 """
 
 from __future__ import annotations
@@ -69,10 +66,7 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
 
 
 def reduce_live(pool: Pool, store: StatisticsStore, place: StoreOfRun, keys: Keys) -> None:
-    """Reduce over replicas that hold no model any more; the pool's holders are who got what.
-
-    If it breaks off, nobody has any, and the replicas that took part are closed.
-    """
+    """Reduce over replicas that hold no model any more; the pool's holders are who got what."""
     began, ranks = time.monotonic(), pool.shape.ranks
     replicas = _unloaded(pool, useful=-(-len(keys) // ranks))
     committed = {i: store.committed_attempt(i) for i in range(len(store.plan.ranges))}

@@ -1,12 +1,9 @@
 """What is decided without Ray and without a clock: who does what, what fits, and when to give up.
 
-One queue of leases is for ranges and for spans.
-
 A lease is one attempt at one item. A worker that is lost gives its items back. What counts is
 decided elsewhere, for ranges by the manifests of ``statistics/store.py``. Ranges are run by
-replicas; when none is left to hand out, one that takes much longer than the others is leased a
-second time, so that a slow replica delays the end by no more than one range. Spans are fitted by
-single ranks, and only by the rank that holds the sums of a span as long as it lives.
+replicas; when none is left, one that takes much longer than the others is leased a second time, so
+that a slow replica delays the end by no more than one range. Spans are fitted by single ranks.
 """
 
 from __future__ import annotations

@@ -179,10 +179,7 @@ class Pool:
 
 
 class _Metrics:
-    """What a run shows in Ray's metrics (Prometheus, on every node's metrics port).
-
-    The names are in ``docs/cluster.md``.
-    """
+    """What a run shows in Ray's metrics; the names are in ``docs/cluster.md``."""
 
     def __init__(self) -> None:
         def gauge(name: str, what: str, *keys: str) -> metrics.Gauge:

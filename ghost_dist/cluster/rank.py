@@ -1,9 +1,7 @@
-"""The actor of one rank of a replica: loads its part of the model, runs ranges, writes its columns,
-and later, without the model, fits spans on its device.
+"""The actor of one rank of a replica: runs and writes its part of ranges, and later fits spans.
 
-It decides nothing. A rank that died is never restarted: its process group died with it, and a
-restarted actor would have lost the sums of its range. The driver kills the whole replica and builds
-another one.
+It decides nothing. A rank that died is never restarted: its process group died with it. The driver
+kills the whole replica and builds another one.
 """
 
 from __future__ import annotations

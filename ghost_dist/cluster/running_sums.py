@@ -1,10 +1,9 @@
 """The live reduction: what a rank keeps of the ranges that it has run, and how replicas add it up.
 
-Without Ray and without a driver: a rank calls this with what the driver has decided. Every rank of
-a replica keeps its block of columns of the sums of every fold. Ranks with the same block, one of
-each replica, all-reduce them; then a replica's ranks send their blocks of a span to the one that
-solves it. Each rank is in the ``torch.distributed`` world of its replica already, so the group over
-replicas is a process group of its own, on a store of its own, and no part of that world.
+Every rank of a replica keeps its block of columns of the sums of every fold. Ranks with the same
+block, one of each replica, all-reduce them; then a replica's ranks send their blocks of a span to
+the one that solves it. Each rank is in the ``torch.distributed`` world of its replica already, so
+the group over replicas is a process group of its own, on a store of its own.
 """
 
 from __future__ import annotations

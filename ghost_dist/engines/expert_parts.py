@@ -9,9 +9,7 @@ parameters, called as ``experts(hidden_states, top_k_index, top_k_weights)``. Th
 forward computes the products, with only the experts of a part in it; an expert sees the same rows
 as in the whole layer. The sums are made as the module makes them, of products that all are there.
 So the bits are those of the whole layer, but for what torch's elementwise functions compute without
-vector instructions on a CPU: the last numbers of a tensor, none where experts are a multiple of 32
-wide. On a CPU with several threads last bits can differ: the module's sort leaves the order of an
-expert's rows open, and products of few rows then depend on it (docs/log.md).
+vector instructions on a CPU, and there with several threads (docs/log.md).
 
 Legend: N tokens of a batch, K experts of a token, C hidden width, S pairs of token and expert.
 """

@@ -102,9 +102,8 @@ class LayerwiseModel:
         *,
         tapped: bool = False,
     ) -> Iterator[RunLayer]:
-        """A function that runs one layer, whose group must be at hand.
+        """A function that runs one layer, whose group must be at hand, on a stream (B, T, C).
 
-        It takes a stream (B, T, C) of full rows, without padding, to that which leaves the layer.
         ``inputs`` is what it will be called with, in that order: experts that are held in parts are
         run here, for all of it. A ``tapped`` layer is not compiled, since hooks inside it could be
         left out; set them once this context is entered, so that they see every input once.
@@ -112,8 +111,7 @@ class LayerwiseModel:
         module = self.layers[layer]
 
         def run(stream_BTC: Tensor) -> Tensor:
-            call = self._calls(tuple(stream_BTC.shape[:2]))[layer]
-            output = call(module, stream_BTC)
+            output = self._calls(tuple(stream_BTC.shape[:2]))[layer](module, stream_BTC)
             left: Tensor = output[0] if isinstance(output, tuple) else output
             return left
 
@@ -138,14 +136,13 @@ class LayerwiseModel:
         """What a tap gets of a down_proj: its input, and its output without the bias."""
         return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
 
-    @contextlib.contextmanager
-    def with_down(self, layer: int, down_FC: Tensor | None) -> Iterator[None]:
+    def with_down(
+        self, layer: int, down_FC: Tensor | None
+    ) -> contextlib.AbstractContextManager[None]:
         """A layer, which must be at hand, with another down_proj; None: its own."""
         if down_FC is None:
-            yield
-            return
-        with _with_weight(self.down_projection(layer), down_FC):
-            yield
+            return contextlib.nullcontext()
+        return _with_weight(self.down_projection(layer), down_FC)
 
     @contextlib.contextmanager
     def with_outputs(self, outputs: Mapping[Sublayer, Tensor]) -> Iterator[None]:
@@ -167,8 +164,7 @@ class LayerwiseModel:
             for sublayer in sublayers:
                 half = self.architecture.halves[sublayer.layer][sublayer.part]
                 root = self.layers[sublayer.layer].get_submodule(half.root)
-                nothing = zeros(self.hidden_size, half.outputs)
-                stack.enter_context(forward_of(root, nothing))
+                stack.enter_context(forward_of(root, zeros(self.hidden_size, half.outputs)))
             self._off = frozenset(sublayers)
             stack.callback(setattr, self, "_off", frozenset())
             yield
@@ -245,10 +241,8 @@ class LayerwiseModel:
                 for layer in self.layers:  # the current one too
                     hooks.callback(_hand_on(layer))
                     layer.register_forward_pre_hook(note, with_kwargs=True)
-                self._model(
-                    input_ids=torch.zeros(*shape, dtype=torch.int64, device=self.device),
-                    use_cache=False,
-                )
+                ids_BT = torch.zeros(*shape, dtype=torch.int64, device=self.device)
+                self._model(input_ids=ids_BT, use_cache=False)
             self._given[shape] = calls
         return self._given[shape]
 

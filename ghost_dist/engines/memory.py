@@ -195,21 +195,21 @@ def _streaming(
 
 def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     fitting = []
-    held = choose_residency(lambda held: _peak(needs.streaming[held])[1] <= room, needs.experts)
+    streaming = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
+    sharing = {n: _peak(of_rank)[1] for n, of_rank in needs.tensor_parallel.items()}
+    held = choose_residency(lambda held: streaming[held] <= room, needs.experts)
     if held is not None and held.experts is not None:
         fitting.append("engine.kind=streaming with engine.experts=auto")
     elif held is not None:
         way = "" if held.prefetch else " without prefetch"
-        fitting.append(f"engine.kind=streaming{way} needs {_gb(_peak(needs.streaming[held])[1])}")
-    degrees = [n for n, of_rank in needs.tensor_parallel.items() if _peak(of_rank)[1] <= room]
-    if degrees:
-        least = min(degrees)
-        peak = _gb(_peak(needs.tensor_parallel[least])[1])
-        fitting.append(f"engine.tensor_parallel={least} needs {peak} on each of {least} devices")
+        fitting.append(f"engine.kind=streaming{way} needs {_gb(streaming[held])}")
+    if degrees := [n for n, peak in sharing.items() if peak <= room]:
+        n = min(degrees)
+        needed = _gb(sharing[n])
+        fitting.append(f"engine.tensor_parallel={n} needs {needed} on each of {n} devices")
     if fitting:
         return "What would fit: " + "; ".join(fitting) + "."
-    every = (*needs.streaming.values(), *needs.tensor_parallel.values())
-    least = min(_peak(by_stage)[1] for by_stage in every)
+    least = min(*streaming.values(), *sharing.values())
     return (
         f"Nothing would fit there: a device with {_gb(int(least / SHARE_OF_FREE_MEMORY))} free is "
         "the least. Fewer bytes are needed with a smaller engine.batch or "

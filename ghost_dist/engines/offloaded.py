@@ -3,8 +3,7 @@
 The skeleton is the family's own causal LM on the meta device. A group of tensors (the embeddings,
 one layer, or the final norm with the head) is read from the files, takes its place through
 transformers' own conversions, is run over all that waits for it, and is dropped, while the next
-group is being read. The model's own forward makes masks and positions; layers other than the one
-at hand pass the stream on.
+group is being read.
 """
 
 from __future__ import annotations
@@ -45,9 +44,8 @@ from ghost_dist.statistics.span_sums import FlagsOnTheWay
 class OffloadedModel(LayerwiseModel):
     """A model whose weights are read when their turn comes, of its first ``num_layers``.
 
-    ``compiled``: ``torch.compile`` fuses what a layer does between its matrix products. ``peers``:
-    ranks that ask for the same at the same time. ``model_class`` and ``config`` are of an exported
-    model; None: the family's own.
+    ``peers``: ranks that ask for the same at the same time. ``model_class`` and ``config`` are of
+    an exported model; None: the family's own.
     """
 
     whole = False
@@ -71,19 +69,15 @@ class OffloadedModel(LayerwiseModel):
             config = truncated_config(checkpoint, architecture, num_layers)
         model = shapes_only(model_class, config, dtype)
         del model.get_submodule(architecture.layers)[num_layers:]
-        restore_buffers(
-            model, {name: buffer.detach().clone() for name, buffer in model.named_buffers()}, device
-        )
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        restore_buffers(model, buffers, device)
         super().__init__(model, architecture)
         self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self.sizes = loaded_sizes(model, architecture, dtype)
-        self._experts = {
-            number: found
-            for number, layer in enumerate(self.layers)
-            if (found := routed_experts(layer)) is not None
-        }
+        routed = {number: routed_experts(layer) for number, layer in enumerate(self.layers)}
+        self._experts = {number: found for number, found in routed.items() if found is not None}
         self._split: dict[Group, SplitLayer] = {}
         self._held = Residency()
         self._compiled, self.peers = compiled, peers
@@ -311,11 +305,11 @@ class OffloadedModel(LayerwiseModel):
 
     def _release(self, group: Group) -> None:
         """Back to shapes; what the embeddings' group holds besides the table of tokens stays."""
-        names = set(self._targets[group])
+        names, table = set(self._targets[group]), f"{self.architecture.embeddings}.weight"
         if group == "embeddings":
-            names = {f"{self.architecture.embeddings}.weight"}
+            names = {table}
         if group == "head" and self._tied:
-            names |= {f"{self.architecture.embeddings}.weight", f"{self.architecture.head}.weight"}
+            names |= {table, f"{self.architecture.head}.weight"}
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")
             self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]

@@ -27,6 +27,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, empty_at, free_bytes, mark, synchronize
 from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.offloaded import OffloadedModel
+from ghost_dist.engines.resident import Engine
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.statistics.span_sums import FiniteCheck, Sink
 from ghost_dist.statistics.stream_state import StreamState
@@ -68,24 +69,21 @@ class Rows:
                     sink(index, window, row(f"boundary {index}", window))
 
 
-class OffloadedEngine:
-    """Runs a model that fits nowhere as a whole, ``batch`` windows per forward; an ``Engine``.
+class OffloadedEngine(Engine):
+    """Runs a model that fits nowhere as a whole, ``batch`` windows per forward.
 
     A family must have been proven by :func:`prove_offloaded` in this process. Peers of the model
     share the windows as well as the reading, so they make the same calls at the same time.
     """
 
-    parameter_bytes = 0
-    conformance: float | None = None
-
     def __init__(self, model: OffloadedModel, batch: int) -> None:
         self.model, self._batch, self._peers = model, batch, model.peers
-        self.hidden_size, self.device = model.hidden_size, model.device
+        self.device = model.device
 
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """See ``resident.Engine``; the sink is fed after the last layer."""
+        """The sink is fed after the last layer."""
         rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, lambda _: None)
         rows.feed(windows, sink, self.device)
         advance(len(windows) * tokens.shape[1])
@@ -109,7 +107,7 @@ class OffloadedEngine:
         rows = Rows(tuple(windows), peers=self._peers)
         part = self._peers.part_of(len(windows))
         own = tokens[list(windows[part.start : part.stop])]
-        shape = (*own.shape, self.hidden_size)
+        shape = (*own.shape, self.model.hidden_size)
         of_streams, of_rows = _places(self.model, self._batch, own.shape, boundaries, mlp_layers)
         saved = None if state is None else state.load()
         if saved is not None:

@@ -27,11 +27,9 @@ AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 class Engine(Protocol):
     """Runs the unpruned model up to its last boundary; no head, no cache, no gradient."""
 
-    hidden_size: int
     device: torch.device
-    parameter_bytes: int
-    """Of a rank's share; 0 where nothing is shared."""
-    conformance: float | None
+    parameter_bytes: int = 0  # of a rank's share; 0 where nothing is shared
+    conformance: float | None = None
     """Largest relative difference of the small random model by this engine and as a whole."""
 
     def run(
@@ -40,11 +38,8 @@ class Engine(Protocol):
         """Push the sink's boundaries for rows of ``tokens``; tells ``advance`` tokens done."""
 
 
-class ResidentEngine:
+class ResidentEngine(Engine):
     """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``."""
-
-    parameter_bytes = 0
-    conformance: float | None = None
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
         self.decoder, self._batch = decoder, batch
@@ -52,12 +47,11 @@ class ResidentEngine:
         if compiled:
             for layer in decoder.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
-        self.hidden_size, self.device = decoder.hidden_size, decoder.device
+        self.device = decoder.device
 
     def run(
         self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
     ) -> None:
-        """See :class:`Engine`."""
         sweep(
             self._layers,
             [Variant()],
@@ -87,11 +81,8 @@ class _Push(Tap):
 
 
 def auto_batch(device: torch.device, window_length: int, range_windows: int) -> int:
-    """Windows per forward that fill the device: at least 1, and a divisor of those of a range.
-
-    On a GPU the shape of a batch decides the last bits. An engine that runs range by range and one
-    that runs all windows a layer at a time agree where all batches have one shape; so does a run
-    that was stopped with some of its ranges done.
-    """
+    """Windows per forward that fill the device: at least 1, and a divisor of those of a range."""
+    # On a GPU the shape of a batch decides the last bits: engines that batch otherwise, and a run
+    # that was stopped with some ranges done, agree where all batches have one shape.
     most = min(range_windows, AUTO_BATCH_TOKENS[device.type] // window_length)
     return next((size for size in range(most, 1, -1) if range_windows % size == 0), 1)

@@ -1,13 +1,11 @@
 """Which part of each tensor a rank holds and reads, and the modules that AutoTP leaves whole.
 
 Everything here acts on a model on the meta device, before DeepSpeed sees it. What a family needs is
-found by what its modules are (experts fused into three-dimensional parameters, a norm as wide as
-the projection it follows), not by the family's name; that the result computes the same is proved by
+found by what its modules are, not by its name; that the result computes the same is proved by
 ``conformance.py`` each time.
 
 Each rank reads its own slices and nothing else. transformers renames and merges what the files
-hold, but is handed tensors that give the rank's slice when they are read. So the conversions are
-the family's own and no full tensor exists that is not replicated.
+hold, but is handed tensors that give the rank's slice when they are read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Carries windows through the layers of a model, for several variants of it at once.
 
 Variants share the dense streams, and those of one another, up to the first layer or operator in
-which they differ.
-Of a model whose layers are read one by one, all windows go through a layer before the next one is
-read; of a model that is at hand as a whole, a batch goes through all layers before the next batch.
-What is wanted of the streams on the way is taken by taps.
+which they differ. Of a model whose layers are read one by one, all windows go through a layer
+before the next one is read; else a batch goes through all layers before the next batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """One replica of a model over several devices: a torch.distributed world shares every layer.
 
 DeepSpeed's AutoTP (``deepspeed.init_inference``) splits the linear layers; ``sharding.py`` splits
-what it leaves whole and reads each rank's slices, and ``conformance.py`` proves
-on a small random model that the family computes the same as unsharded. transformers' own plan is
-the second backend behind the same class.
+what it leaves whole and reads each rank's slices. transformers' own plan is the second backend.
 
 Every rank is given the same windows and pushes the same streams, so a sink may keep any part of
 the sums on each rank. All ranks of the world must call ``run`` alike: its sums are collective.
