@@ -49,7 +49,9 @@ class LayerwiseModel:
         self.final_norm = model.get_submodule(architecture.final_norm)
         self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
         self._take_up: list[Callable[[], None]] = []  # lets a layer be itself again
-        self.routes = any(routed_experts(layer) is not None for layer in self.layers)
+        routed = {number: routed_experts(layer) for number, layer in enumerate(self.layers)}
+        self._experts = {number: found for number, found in routed.items() if found is not None}
+        self.routes = bool(self._experts)
         self._off: frozenset[Sublayer] = frozenset()
         self._body_output: Any = None
         self._head_by_itself: bool | None = None

@@ -31,7 +31,6 @@ from ghost_dist.engines.expert_parts import (
     RunLayer,
     SplitLayer,
     cannot_be_split,
-    routed_experts,
 )
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
 from ghost_dist.engines.memory import Residency, choose_residency
@@ -76,8 +75,6 @@ class OffloadedModel(LayerwiseModel):
         self._empty = dict(self._model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self.sizes = loaded_sizes(model, architecture, dtype)
-        routed = {number: routed_experts(layer) for number, layer in enumerate(self.layers)}
-        self._experts = {number: found for number, found in routed.items() if found is not None}
         self._split: dict[Group, SplitLayer] = {}
         self._held = Residency()
         self._compiled, self.peers = compiled, peers
@@ -129,9 +126,9 @@ class OffloadedModel(LayerwiseModel):
         def fits(held: Residency) -> bool:
             return layers.at_once(held) + asked * (held.experts is not None) <= room
 
-        family = self.architecture.model_type
-        problem = next((one.problem for one in self._experts.values() if one.problem), None)
-        most = max((one.count for one in self._experts.values()), default=0)
+        family, routed = self.architecture.model_type, self._experts.values()
+        problem = next((one.problem for one in routed if one.problem), None)
+        most = max((one.count for one in routed), default=0)
         if problem and experts != "auto" and experts < most:
             raise cannot_be_split(family, problem)
         may_split = experts != "auto" or not self._compiled
@@ -139,10 +136,9 @@ class OffloadedModel(LayerwiseModel):
         if held is None:
             if problem:
                 raise cannot_be_split(family, problem)
-            least = Residency(1) if layers.count and may_split else Residency(prefetch=False)
-            what = "one whole layer at a time"
-            if least.experts is not None:
-                what = "one routed expert at a time, with what is beside it,"
+            least, what = Residency(prefetch=False), "one whole layer at a time"
+            if layers.count and may_split:
+                least, what = Residency(1), "one routed expert at a time, with what is beside it,"
             weights, batch, left = (
                 f"{nbytes / 1e9:.2f} GB"
                 for nbytes in (layers.weights(least), layers.of_batch(least), max(0, room))
@@ -152,26 +148,26 @@ class OffloadedModel(LayerwiseModel):
                 f"{batch_tokens} tokens {batch}, but only {left} may be filled. Take a smaller "
                 "engine.batch, fewer or shorter calibration.windows, or a device with more memory."
             )
-        if held.experts is None:
-            self._held = held
-            return held
-        if self._compiled:
-            raise ConfigError(
-                "engine.compile=true compiles whole layers, but engine.experts splits them: set "
-                "engine.compile=false."
-            )
-        self._split = {
-            layer: self._split_layer(layer, held.experts, layers.at_once(held))
-            for layer, found in self._experts.items()
-            if found.count > held.experts
-        }
+        if held.experts is not None:
+            if self._compiled:
+                raise ConfigError(
+                    "engine.compile=true compiles whole layers, but engine.experts splits them: "
+                    "set engine.compile=false."
+                )
+            self._split = {
+                layer: self._split_layer(layer, held.experts, layers.at_once(held))
+                for layer, found in self._experts.items()
+                if found.count > held.experts
+            }
         self._held = held
         return held
 
     def _split_layer(self, layer: int, at_once: int, reserve: int) -> SplitLayer:
-        targets = self._expert_targets(layer)
+        found = self._experts[layer]
+        path = f"{self.architecture.layers}.{layer}.{found.path}"
+        targets = [f"{path}.{name}" for name in found.parameters]
         return SplitLayer(
-            self.layers[layer].get_submodule(self._experts[layer].path),
+            self._model.get_submodule(path),
             [name for name in self._keys[layer] if self._target_of[name] in targets],
             at_once,
             checkpoint=self._checkpoint,
@@ -189,19 +185,19 @@ class OffloadedModel(LayerwiseModel):
     @contextlib.contextmanager
     def through(self, groups: Sequence[Group]) -> Iterator[Generator[Group]]:
         """As there, the next group being read where there is room; given up on leaving early."""
-        ahead: list[Reading] = []
+        with torch.inference_mode(), contextlib.closing(self._steps(groups)) as steps:
+            yield steps
 
-        def steps() -> Generator[Group]:
+    def _steps(self, groups: Sequence[Group]) -> Generator[Group]:
+        ahead: list[Reading] = []
+        try:
             for number, group in enumerate(groups):
                 reading = ahead.pop() if ahead else self._start(group)
                 tensors = reading.wait()
                 del reading  # it would hold the experts beside what they are stacked into
                 if self._held.prefetch and number + 1 < len(groups):
                     ahead.append(self._start(groups[number + 1]))
-                targets = self._targets[group]
-                if isinstance(group, int) and group in self._split:
-                    targets = [t for t in targets if t not in self._expert_targets(group)]
-                self._install(targets, tensors)
+                self._install(self._targets[group], tensors)
                 if group == "head" and self._tied:
                     head = self._model.get_submodule(self.architecture.head)
                     head.weight = self._embeddings.weight
@@ -210,13 +206,7 @@ class OffloadedModel(LayerwiseModel):
                     yield group
                 finally:
                     self._release(group)
-
-        running = steps()
-        try:
-            with torch.inference_mode():
-                yield running
         finally:
-            running.close()
             for reading in ahead:
                 reading.cancel()
 
@@ -264,11 +254,6 @@ class OffloadedModel(LayerwiseModel):
             targets["head"].remove(weight)
             keys["head"] += [key for key, place in places.items() if place.target == embedding]
         return keys, targets
-
-    def _expert_targets(self, layer: int) -> list[str]:
-        found = self._experts[layer]
-        path = f"{self.architecture.layers}.{layer}.{found.path}"
-        return [f"{path}.{name}" for name in found.parameters]
 
     def _start(self, group: Group) -> Reading:
         """Begin to read a group; of a split layer all but its routed experts."""

@@ -111,7 +111,7 @@ def open_tensor_parallel(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> TensorParallelEngine:
         by = _load_by_deepspeed if backend == "deepspeed" else _load_by_transformers
-        model, read_bytes = by(path, architecture, num_layers, dtype, device, degree)
+        model, read_bytes = by(path, architecture, num_layers, dtype, device)
         decoder = Decoder(model, architecture)
         check_stream(decoder, architecture)
         return TensorParallelEngine(decoder, read_bytes, batch)
@@ -132,14 +132,9 @@ def open_tensor_parallel(
 
 
 def _load_by_transformers(
-    path: Path,
-    architecture: Architecture,
-    num_layers: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    degree: int,
+    path: Path, architecture: Architecture, stop: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, None]:
-    config_class = getattr(transformers, architecture.config_class)
+    config_class, degree = getattr(transformers, architecture.config_class), dist.get_world_size()
     if degree > 1 and not config_class.base_model_tp_plan:
         raise UnsupportedArchitectureError(
             f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
@@ -150,29 +145,24 @@ def _load_by_transformers(
             f"{path} is in FP8, which engine.backend=transformers cannot shard. Set "
             "engine.backend=deepspeed or engine.tensor_parallel=1."
         )
-    if torch._C._get_accelerator().type != device.type:
+    if (found := torch._C._get_accelerator().type) != device.type:
         raise ConfigError(
-            f"engine.backend=transformers shards on {torch._C._get_accelerator().type} with this "
-            f"build of torch, engine.device is {device}. Set engine.backend=deepspeed."
+            f"engine.backend=transformers shards on {found} with this build of torch, "
+            f"engine.device is {device}. Set engine.backend=deepspeed."
         )
     with _local_rank(device), errors_shared():
-        model = load_base_model(path, architecture, num_layers, dtype, device, degree)
+        model = load_base_model(path, architecture, stop, dtype, device, degree)
     return model, None
 
 
 def _load_by_deepspeed(
-    path: Path,
-    architecture: Architecture,
-    num_layers: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    degree: int,
+    path: Path, architecture: Architecture, stop: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, int]:
-    checkpoint = open_checkpoint(path)
-    config = truncated_config(checkpoint, architecture, num_layers)
+    checkpoint, degree = open_checkpoint(path), dist.get_world_size()
+    config = truncated_config(checkpoint, architecture, stop)
     model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
     model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
-    del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
+    del model.get_submodule(architecture.in_base(architecture.layers))[stop:]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     layers = model.get_submodule(architecture.in_base(architecture.layers))
@@ -189,7 +179,7 @@ def _load_by_deepspeed(
         shard_wide_norms(model, sharding)
         shard_sinks(model, sharding)
     with kept_whole(layers):
-        _shard_linear_layers(model, layers, degree, dtype, device)
+        _shard_linear_layers(model, layers, dtype, device)
     if degree > 1:
         _note_linear_shards(model, architecture, sharding)
     # AutoTP allocated the shards: back to shapes only, so that one parameter after the other takes
@@ -228,13 +218,14 @@ def _prepare_deepspeed(device: torch.device) -> None:
 
 
 def _shard_linear_layers(
-    model: nn.Module, layers: nn.ModuleList, degree: int, dtype: torch.dtype, device: torch.device
+    model: nn.Module, layers: nn.ModuleList, dtype: torch.dtype, device: torch.device
 ) -> None:
     """AutoTP, in place, over the whole world."""
     import deepspeed
     from deepspeed.inference.engine import InferenceEngine
 
     # By itself AutoTP looks at the first layer only, which in a hybrid model has no attention.
+    degree = dist.get_world_size()
     summed = _summed_layers(layers) if degree > 1 else {}
     with _without_chatter(), _local_rank(device):
         # Without it a group of the ranks 0 .. degree - 1 is made once per process, which outlives
