@@ -102,14 +102,6 @@ class Place:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """The attempt or task at hand, and how much of it (tokens, fits, ranges, arrays) is done."""
-
-    attempt: str
-    done: int
-
-
 def versions() -> dict[str, str]:
     """What must be the same wherever a run computes."""
     python = platform.python_version().rpartition(".")[0]
@@ -122,7 +114,7 @@ class Rank:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._heartbeat = Heartbeat("", 0)
+        self._heartbeat = ("", 0)
         self._engine: ResidentEngine | OffloadedEngine | None = None
         self._inputs: RunInputs | None = None
         self._device = torch.device("cpu")
@@ -165,8 +157,7 @@ class Rank:
             self._device = torch.device("cuda", 0)
         device = self._device
         begin(device)
-        inputs = replace(inputs, source=_open_checkpoint(inputs), device=device)
-        self._inputs = inputs
+        self._inputs = inputs = replace(inputs, source=_open_checkpoint(inputs), device=device)
         if engine.kind in ("auto", "tensor_parallel") or engine.ranks > 1:
             self._join(address, port)
         path, architecture, num_layers = inputs.source.path, inputs.architecture, spec.num_layers
@@ -207,16 +198,13 @@ class Rank:
         )
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}",
-            rank=self._rank,
-            world_size=self._block.count,
             timeout=dt.timedelta(seconds=self._timeout_s),
         )
 
     def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
         """Run a range from zero, to the device's end; its sums wait on the host for ``write``."""
         assert self._engine is not None, "run comes after load"
-        self._heartbeat = Heartbeat(attempt, 0)
+        self._heartbeat = (attempt, 0)
         if self._work is None or self._work[0] != work_id:
             store = work.store.open()
             # An offloaded engine says how many passes fit once the rows are where they stay.
@@ -224,9 +212,7 @@ class Rank:
             self._work = (work_id, store, [] if streams else self._passes(work.collectors))
             self._running = RunningSums(self._of_run.config.folds) if work.keep else None
         _, store, passes = self._work
-        windows = store.plan.ranges[range_id]
-
-        advance = partial(self._advance, attempt)
+        windows, advance = store.plan.ranges[range_id], partial(self._advance, attempt)
         with torch.inference_mode():
             if isinstance(self._engine, OffloadedEngine):
                 sums, times = offloaded_range(
@@ -266,13 +252,13 @@ class Rank:
 
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
-        self._heartbeat = Heartbeat(task, 0)
+        self._heartbeat = (task, 0)
         self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
         return int(self._meeting.port)
 
     def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""
-        self._heartbeat = Heartbeat(task, 0)
+        self._heartbeat = (task, 0)
         running, self._running = self._running or RunningSums(self._of_run.config.folds), None
         if running.kept != dict(spec.kept):
             raise ReductionError(
@@ -296,7 +282,7 @@ class Rank:
 
     def fit(self, task: str, place: StoreOfRun, jobs: Sequence[FitJob]) -> list[Outcome]:
         """Fit jobs of one span, from what this rank holds or from the store."""
-        self._heartbeat = Heartbeat(task, 0)
+        self._heartbeat = (task, 0)
         store, fits = self._fits_of(place)
         outcomes = fits(store, jobs, partial(self._advance, task))
         on_host = [one if isinstance(one, Exception) else one.on_host() for one in outcomes]
@@ -305,7 +291,8 @@ class Rank:
         return on_host
 
     @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> tuple[str, int]:
+        """The attempt or task at hand, and how many tokens, fits, ranges or arrays are done."""
         return self._heartbeat
 
     @property
@@ -318,7 +305,7 @@ class Rank:
         return self._of_run.config.cluster.progress_timeout_s
 
     def _advance(self, task: str, amount: int) -> None:
-        self._heartbeat = Heartbeat(task, self._heartbeat.done + amount)
+        self._heartbeat = (task, self._heartbeat[1] + amount)
 
     def _fits_of(self, place: StoreOfRun) -> tuple[StatisticsStore, FitHere]:
         if self._fits is None or self._fits[0] != place:

@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.leases import Failure, Lease, Shape
-from ghost_dist.cluster.rank import EngineSpec, Heartbeat, Place, remote_rank, versions
+from ghost_dist.cluster.rank import EngineSpec, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.collectors import RangeTimes
 from ghost_dist.progress import Reporter
@@ -250,13 +250,13 @@ class Replica:
         now, patience_s = time.monotonic(), self._config.heartbeat_timeout_s
         for number, ref in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
-                found: Heartbeat = self._get(ref)
+                task, done = self._get(ref)
                 del self._heartbeats[number]
                 self._answered[number] = now
                 for call in self._calls:
-                    told = call.task == found.attempt and number == (call.rank or 0)
-                    if told and call.done != found.done:
-                        call.done, call.moved = found.done, now
+                    told = call.task == task and number == (call.rank or 0)
+                    if told and call.done != done:
+                        call.done, call.moved = done, now
         for call in self._calls:
             if now - call.moved > call.limit_s:
                 who = "it" if call.rank is None else f"rank {call.rank}"

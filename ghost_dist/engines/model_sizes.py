@@ -89,20 +89,15 @@ class ModelSizes:
     def layer_bytes(self, batch_tokens: int, *, head: bool) -> LayerBytes:
         """streaming: what takes memory of the device while layers run, and the head if it does."""
         routed = [layer for layer in self.layers if layer.experts]
-        whole = LayerBytes(
+        expert = max((layer.expert_bytes for layer in routed), default=0)
+        numbers = expert // self.itemsize // self.hidden_size
+        pair = (_WIDTHS_OF_A_PAIR * self.hidden_size + numbers) * self.itemsize
+        return LayerBytes(
             layer=self.largest_layer_bytes,
             embeddings=self.below_bytes,
             head=self.head_bytes + self.logits_bytes(batch_tokens) if head else 0,
             batch=2 * self.activation_bytes(batch_tokens),  # what is left of the one before
-        )
-        if not routed:
-            return whole
-        expert = max(layer.expert_bytes for layer in routed)
-        numbers = expert // self.itemsize // self.hidden_size
-        pair = (_WIDTHS_OF_A_PAIR * self.hidden_size + numbers) * self.itemsize
-        return replace(
-            whole,
-            rest=max(layer.rest_bytes for layer in routed),
+            rest=max((layer.rest_bytes for layer in routed), default=0),
             beside=max(layer.rest_bytes for layer in self.layers),
             expert=expert,
             count=self.experts,

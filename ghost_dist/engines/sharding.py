@@ -79,10 +79,14 @@ def shard_experts(model: nn.Module, sharding: Sharding) -> None:
     stay replicated, which is right but saves no memory.
     """
     for path, module in model.named_modules():
-        if not _are_fused_experts(module):
-            continue
+        down = module._parameters.get("down_proj")
+        if down is None or down.ndim != 3 or not hasattr(module, "is_transposed"):
+            continue  # transformers marks its layouts
         up = "gate_up_proj" if module.has_gate else "up_proj"
-        inner = module.down_proj.shape[1 if module.is_transposed else 2]
+        if module._parameters.get(up) is None:
+            continue
+        up_dim, down_dim = (2, 1) if module.is_transposed else (1, 2)
+        inner = down.shape[down_dim]
         start, stop = sharding.even_piece(inner)
         if not module.has_gate:
             pieces: tuple[Piece, ...] = ((start, stop),)
@@ -90,22 +94,12 @@ def shard_experts(model: nn.Module, sharding: Sharding) -> None:
             pieces = ((start, stop), (inner + start, inner + stop))
         else:
             pieces = ((2 * start, 2 * stop),)
-        sharding.split(module, path, up, Shard(2 if module.is_transposed else 1, pieces))
-        down = Shard(1 if module.is_transposed else 2, ((start, stop),))
-        sharding.split(module, path, "down_proj", down)
+        sharding.split(module, path, up, Shard(up_dim, pieces))
+        sharding.split(module, path, "down_proj", Shard(down_dim, ((start, stop),)))
         if module.has_bias:
             sharding.split(module, path, f"{up}_bias", Shard(1, pieces))
             sharding.on_first_rank.append(f"{path}.down_proj_bias")
         module.register_forward_hook(_sum_over_ranks)
-
-
-def _are_fused_experts(module: nn.Module) -> bool:
-    """Whether transformers marked the module as experts in one of the layouts that we know."""
-    down = module._parameters.get("down_proj")
-    if down is None or down.ndim != 3 or not hasattr(module, "is_transposed"):
-        return False
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    return module._parameters.get(up) is not None
 
 
 def _sum_over_ranks(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -138,9 +132,7 @@ def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
 class _WideRMSNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, epsilon: float, width: int) -> None:
         super().__init__()
-        self.weight = weight
-        self.epsilon = epsilon
-        self.width = width
+        self.weight, self.epsilon, self.width = weight, epsilon, width
 
     def forward(self, x_BTN: Tensor) -> Tensor:
         wide_BTN = x_BTN.float()

@@ -185,11 +185,11 @@ def _halves_gone(variant: Variant, layer: int) -> tuple[Sublayer, ...]:
 
 def _operators(model: LayerwiseModel, variants: Sequence[Variant]) -> list[dict[int, Repair]]:
     """Of every variant by boundary, as computed with; one that several have exists once."""
-    computed: dict[int, Repair] = {}
-    for variant in variants:
-        for repair in variant.at_boundary.values():
-            if id(repair) not in computed:
-                computed[id(repair)] = operator_as_computed(repair, model.dtype, model.device)
+    repairs = {id(one): one for variant in variants for one in variant.at_boundary.values()}
+    computed = {
+        key: operator_as_computed(repair, model.dtype, model.device)
+        for key, repair in repairs.items()
+    }
     return [
         {span.stop: computed[id(repair)] for span, repair in variant.at_boundary.items()}
         for variant in variants
