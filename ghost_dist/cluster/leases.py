@@ -168,37 +168,34 @@ class Shape:
             rooms.append(node.gpus // self.gpus_per_rank)
         return int(min(rooms))
 
+    def fitting(self, nodes: Sequence[Node]) -> int:
+        """Replicas that nodes have room for."""
+        rooms = [self.ranks_on(node) for node in nodes]
+        return sum(room // self.ranks for room in rooms) or sum(rooms) // self.ranks
 
-def num_fitting(nodes: Sequence[Node], shape: Shape) -> int:
-    rooms = [shape.ranks_on(node) for node in nodes]
-    return sum(room // shape.ranks for room in rooms) or sum(rooms) // shape.ranks
+    def strategy(self, nodes: Sequence[Node]) -> str:
+        """STRICT_PACK, all ranks on one node, wherever one node is large enough; else PACK."""
+        fits_one = any(self.ranks_on(node) >= self.ranks for node in nodes)
+        return "STRICT_PACK" if fits_one else "PACK"
 
-
-def strategy(nodes: Sequence[Node], shape: Shape) -> str:
-    """STRICT_PACK, all ranks on one node, wherever one node is large enough; else PACK."""
-    fits_one = any(shape.ranks_on(node) >= shape.ranks for node in nodes)
-    return "STRICT_PACK" if fits_one else "PACK"
-
-
-def check_room(nodes: Sequence[Node], shape: Shape, replicas: int) -> None:
-    """Refuse what the cluster has no room for, with what each node has and what to change."""
-    fitting = num_fitting(nodes, shape)
-    if fitting >= replicas:
-        return
-    kind = "GPU" if shape.gpus_per_rank else "CPU"
-    each = shape.gpus_per_rank or shape.cpus_per_rank
-    found = ", ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)
-    advice = (
-        f"Set engine.replicas={fitting} or auto"
-        if fitting
-        else f"Lower {shape.setting}" + ("" if shape.gpus_per_rank else " or cpus_per_rank")
-    )
-    raise ConfigError(
-        f"engine.replicas={replicas} x {shape.setting}={shape.ranks} ranks of {each} "
-        f"{kind}{'s' if each > 1 else ''} need {replicas * shape.ranks * each} {kind}s"
-        f"{' with ' + str(shape.cpus_per_rank) + ' CPUs each' if shape.gpus_per_rank else ''}, "
-        f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add nodes."
-    )
+    def check_room(self, nodes: Sequence[Node], replicas: int) -> None:
+        """Refuse what nodes have no room for, with what each has and what to change."""
+        fitting = self.fitting(nodes)
+        if fitting >= replicas:
+            return
+        kind = "GPU" if self.gpus_per_rank else "CPU"
+        each = self.gpus_per_rank or self.cpus_per_rank
+        beside = f" with {self.cpus_per_rank} CPUs each" if self.gpus_per_rank else ""
+        found = ", ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes)
+        advice = f"Lower {self.setting}" + ("" if self.gpus_per_rank else " or cpus_per_rank")
+        if fitting:
+            advice = f"Set engine.replicas={fitting} or auto"
+        raise ConfigError(
+            f"engine.replicas={replicas} x {self.setting}={self.ranks} ranks of {each} "
+            f"{kind}{'s' if each > 1 else ''} need {replicas * self.ranks * each} {kind}s{beside}, "
+            f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add "
+            "nodes."
+        )
 
 
 def may_go_on(failures: Mapping[Failure, int], config: ClusterConfig) -> bool:

@@ -16,17 +16,7 @@ import ray
 from ray.util import metrics
 
 from ghost_dist.cluster.failures import keep_failure
-from ghost_dist.cluster.leases import (
-    Failure,
-    Holders,
-    LeaseQueue,
-    Node,
-    Shape,
-    check_room,
-    may_go_on,
-    num_fitting,
-    strategy,
-)
+from ghost_dist.cluster.leases import Failure, Holders, LeaseQueue, Node, Shape, may_go_on
 from ghost_dist.cluster.rank import EngineSpec
 from ghost_dist.cluster.replica import Replica, ReplicaLost, State
 from ghost_dist.errors import ClusterError
@@ -60,7 +50,7 @@ class Pool:
 
     def begin(self, needed: int) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
-        check_room(self._nodes(), self.shape, needed)
+        self.shape.check_room(self._nodes(), needed)
         self._failures.clear()
         for replica in self.replicas.values():
             replica.restart_timeouts()
@@ -114,11 +104,11 @@ class Pool:
         now, config = time.monotonic(), self.inputs.config
         wanted, wait_s = config.engine.replicas, config.cluster.wait_s
         if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
-            self._looked, self._room = now, num_fitting(self._nodes(), self.shape)
+            self._looked, self._room = now, self.shape.fitting(self._nodes())
         target = min(self._room if wanted == "auto" else wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]
         if len(placing) == len(self.replicas) and any(now - r.began > wait_s for r in placing):
-            check_room(self._nodes(), self.shape, 1)
+            self.shape.check_room(self._nodes(), 1)
             raise ClusterError(
                 f"No replica could be placed within cluster.wait_s={wait_s:g} s: the cluster has "
                 "the resources but others hold them, or its nodes are going. Wait for them, or add "
@@ -126,7 +116,7 @@ class Pool:
             )
         while len(self.replicas) < max(1, target):
             number = next(self._numbers)
-            how = strategy(self._nodes(), self.shape)
+            how = self.shape.strategy(self._nodes())
             replica = Replica(number, self._spec(), self.shape, how, self.reporter)
             self.replicas[number] = replica
             self.reporter.event("replica-start", replica=number, ranks=self.shape.ranks)

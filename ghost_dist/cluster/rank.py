@@ -30,14 +30,8 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import Checkpoint, model_fingerprint, open_checkpoint
-from ghost_dist.cluster.running_sums import (
-    ReduceSpec,
-    RunningSums,
-    gather_columns,
-    host_meeting,
-    join_group,
-    reduce_folds,
-)
+from ghost_dist.cluster import running_sums
+from ghost_dist.cluster.running_sums import ReduceSpec, RunningSums
 from ghost_dist.devices import begin, free_bytes, release_cached
 from ghost_dist.engines.offloaded_rows import OffloadedEngine
 from ghost_dist.engines.resident import ResidentEngine
@@ -253,7 +247,7 @@ class Rank:
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
         self._heartbeat = (task, 0)
-        self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
+        self._meeting = running_sums.host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
         return int(self._meeting.port)
 
     def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
@@ -270,12 +264,12 @@ class Rank:
             attempt = store.committed_attempt(range_id)
             running.add(range_id, attempt, store.read(range_id, block=self._block))
             self._advance(task, 1)
-        group = join_group(spec, self._block, self._device, self._timeout_s)
-        folds = reduce_folds(running, group, store, partial(self._advance, task))
+        group = running_sums.join_group(spec, self._block, self._device, self._timeout_s)
+        folds = running_sums.reduce_folds(running, group, store, partial(self._advance, task))
         if group is not None:
             group.close()
         for keys, owner in spec.gather:
-            whole = gather_columns(folds, keys, self._block, owner, self._device)
+            whole = running_sums.gather_columns(folds, keys, self._block, owner, self._device)
             if whole is not None:
                 fits.hold(keys, whole)
             self._advance(task, 1)

@@ -26,12 +26,7 @@ from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
-from ghost_dist.engines.expert_parts import (
-    Inputs,
-    RunLayer,
-    SplitLayer,
-    cannot_be_split,
-)
+from ghost_dist.engines.expert_parts import Inputs, RunLayer, SplitLayer, cannot_be_split
 from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
 from ghost_dist.engines.memory import Residency, choose_residency
 from ghost_dist.engines.model_sizes import loaded_sizes

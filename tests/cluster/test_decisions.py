@@ -2,7 +2,7 @@
 
 import pytest
 
-from ghost_dist.cluster.leases import Node, Shape, check_room, may_go_on, num_fitting, strategy
+from ghost_dist.cluster.leases import Node, Shape, may_go_on
 from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
@@ -23,12 +23,12 @@ EIGHT = [Node(f"n{i}", cpus=64, gpus=8) for i in range(2)]
     ],
 )
 def test_replicas_that_fit(nodes, shape, fitting, how):
-    assert num_fitting(nodes, shape) == fitting
-    assert strategy(nodes, shape) == how
+    assert shape.fitting(nodes) == fitting
+    assert shape.strategy(nodes) == how
     if fitting:
-        check_room(nodes, shape, fitting)
+        shape.check_room(nodes, fitting)
     with pytest.raises(ConfigError, match="room for"):
-        check_room(nodes, shape, fitting + 1)
+        shape.check_room(nodes, fitting + 1)
 
 
 def test_too_few_gpus_says_needed_found_and_what_to_change():
@@ -38,9 +38,9 @@ def test_too_few_gpus_says_needed_found_and_what_to_change():
         r"engine\.replicas=2 or auto"
     )
     with pytest.raises(ConfigError, match=expected):
-        check_room(EIGHT, Shape(8, 4, 1), 3)
+        Shape(8, 4, 1).check_room(EIGHT, 3)
     with pytest.raises(ConfigError, match=r"Lower engine\.tensor_parallel, or add nodes"):
-        check_room([Node("a", 64, 4)], Shape(8, 4, 1), 1)
+        Shape(8, 4, 1).check_room([Node("a", 64, 4)], 1)
 
 
 @pytest.mark.parametrize(
