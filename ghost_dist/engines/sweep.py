@@ -221,14 +221,13 @@ class _Streams:
             left = _SHARE_FOR_STREAMS * free_bytes(model.device) - model.bytes_at_once()
             if (len(variants) + 1) * stream_bytes > left:
                 self._place = torch.device("cpu")
-        self._dense = self._empty() if dense_WTC is None else dense_WTC
-        self._own: dict[int, Tensor] = {}  # but the dense one
+        self._streams = {0: self._empty() if dense_WTC is None else dense_WTC}
         self.together = 1
 
     def embed(self, tokens: Tokens) -> None:
         for part in self._parts():
             ids_BT = torch.from_numpy(tokens[part].astype(np.int64)).to(self._device)
-            self._take(0, part, self._model.embed(ids_BT))
+            self._put(0, 0, part, self._model.embed(ids_BT))
         self._pass(0)
 
     def run_layer(self, layer: int) -> None:
@@ -244,37 +243,33 @@ class _Streams:
             alike = [stream for stream, number in on if self._of_model(layer, stream, number)]
             others = [pair for pair in on if pair[0] not in alike]
             in_order = [*(stream for stream, _ in others), *alike]
-            streams = [self._own.get(stream, self._dense) for stream in in_order]
+            streams = [self._streams[stream] for stream in in_order]
             inputs = Inputs(streams, self._batch, self._device)
             with (
                 self._model.without(gone),
                 self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
             ):
                 for stream, number in others:
-                    if stream == 0:
-                        with self._mlp_tapped(layer, taps):
-                            for part in self._parts():
-                                self._take(layer + 1, part, run(self._batch_of(self._dense, part)))
-                    else:
-                        variant = self._variants[number]
-                        with (
-                            self._model.with_down(layer, variant.downs.get(layer)),
-                            self._model.with_outputs(variant.outputs_of(layer)),
-                        ):
-                            self._change(stream, run)
+                    variant = self._variants[number]
+                    with (
+                        self._mlp_tapped(layer, taps if stream == 0 else []),
+                        self._model.with_down(layer, variant.downs.get(layer)),
+                        self._model.with_outputs(variant.outputs_of(layer)),
+                    ):
+                        self._change(stream, layer + 1, run)
                 for first in range(0, len(alike), self.together):
-                    self._change_together(alike[first : first + self.together], run)
+                    self._change_together(alike[first : first + self.together], layer + 1, run)
         act = self._lineage.boundaries[layer + 1]
         self._copy(act)
         for stream, number in act.on:
-            self._change(stream, partial(repair_stream, self._operators[number][layer + 1]))
+            operator = self._operators[number][layer + 1]
+            self._change(stream, layer + 1, partial(repair_stream, operator))
         self._pass(layer + 1)
 
     def end(self) -> None:
         for part in self._parts():
-            dense = self._batch_of(self._dense, part)
-            own = {stream: self._batch_of(of, part) for stream, of in self._own.items()}
-            streams = [own.get(stream, dense) for stream in self._lineage.last]
+            batches = {stream: self._batch_of(stream, part) for stream in self._streams}
+            streams = [batches[stream] for stream in self._lineage.last]
             for tap in self._taps:
                 tap.last(self._rows(part), streams)
 
@@ -285,24 +280,22 @@ class _Streams:
     def _rows(self, part: slice) -> slice:
         return slice(self._first + part.start, self._first + part.stop)
 
-    def _batch_of(self, streams_WTC: Tensor, part: slice) -> Tensor:
-        return streams_WTC[part].to(self._device, non_blocking=True)
+    def _batch_of(self, stream: int, part: slice) -> Tensor:
+        return self._streams[stream][part].to(self._device, non_blocking=True)
 
-    def _put(self, streams_WTC: Tensor, part: slice, y_BTC: Tensor) -> Tensor:
+    def _put(self, stream: int, boundary: int, part: slice, y_BTC: Tensor) -> None:
+        """A batch of a stream; of the dense one taps see it first."""
+        if stream == 0:
+            for tap in self._taps:
+                tap.stream(boundary, self._rows(part), y_BTC)
         if self._model.whole:  # the batch is all there is
-            return y_BTC
-        streams_WTC[part].copy_(y_BTC, non_blocking=True)
-        return streams_WTC
-
-    def _take(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
-        """A batch of the dense stream, which taps see first."""
-        for tap in self._taps:
-            tap.stream(boundary, self._rows(part), stream_BTC)
-        self._dense = self._put(self._dense, part, stream_BTC)
+            self._streams[stream] = y_BTC
+        else:
+            self._streams[stream][part].copy_(y_BTC, non_blocking=True)
 
     def _pass(self, boundary: int) -> None:
         for tap in self._taps:
-            tap.passed(boundary, self._dense)
+            tap.passed(boundary, self._streams[0])
 
     @contextlib.contextmanager
     def _mlp_tapped(self, layer: int, taps: Sequence[Tap]) -> Iterator[None]:
@@ -326,31 +319,31 @@ class _Streams:
         if act.copies and self._place != self._device:
             synchronize(self._device)  # the host reads what the device writes
         for stream, of in act.copies:
-            old = self._own.get(of, self._dense)
-            self._own[stream] = old if self._model.whole else self._empty().copy_(old)
+            old = self._streams[of]
+            self._streams[stream] = old if self._model.whole else self._empty().copy_(old)
 
-    def _change(self, stream: int, run: Callable[[Tensor], Tensor]) -> None:
-        own = self._own[stream]
+    def _change(self, stream: int, boundary: int, run: Callable[[Tensor], Tensor]) -> None:
         for part in self._parts():
-            own = self._put(own, part, run(self._batch_of(own, part)))
-        self._own[stream] = own
+            self._put(stream, boundary, part, run(self._batch_of(stream, part)))
 
     def _of_model(self, layer: int, stream: int, number: int) -> bool:
         """Whether a stream, not the dense one, goes through a layer with the model's weights."""
         variant = self._variants[number]
         return stream != 0 and not (layer in variant.downs or variant.outputs_of(layer))
 
-    def _change_together(self, streams: Sequence[int], run: Callable[[Tensor], Tensor]) -> None:
+    def _change_together(
+        self, streams: Sequence[int], boundary: int, run: Callable[[Tensor], Tensor]
+    ) -> None:
         if self.together == 1:
-            self._change(streams[0], run)
+            self._change(streams[0], boundary, run)
             return
         every = slice(0, self._shape[0])
-        given = [self._batch_of(self._own[stream], every) for stream in streams]
+        given = [self._batch_of(stream, every) for stream in streams]
         # Of the same shape whatever others there are, so that each is rounded in the same way.
         given += given[-1:] * (self.together - len(streams))
         made = torch.split(run(torch.cat(given)), self._shape[0])
         for stream, y_BTC in zip(streams, made, strict=False):
-            self._own[stream] = self._put(self._own[stream], every, y_BTC)
+            self._put(stream, boundary, every, y_BTC)
 
     def _empty(self) -> Tensor:
         return empty_at(self._place, self._shape, self._model.dtype, self._device)
