@@ -29,8 +29,6 @@ _LEAST_GROWTH = 1 << 14  # characters
 
 
 class Piece(NamedTuple):
-    """A part of a corpus's text."""
-
     text: str
     special: bool  # a document that is tokenised alone, with the tokenizer's special tokens
 

@@ -77,8 +77,6 @@ def spread_tokens(
 
 @dataclass(frozen=True)
 class Text:
-    """A source, and how it becomes tokens."""
-
     source: str
     tokenizer: Any
     seed: int | None

@@ -45,7 +45,6 @@ def folds_of_windows(tokens: Tokens, source_of: Sequence[int], folds: int) -> li
 
 
 def assign_ranges(fold_of: Sequence[int], num_ranges: int) -> list[tuple[int, ...]]:
-    """Cut the windows of every fold, in their order, into its ranges."""
     folds = max(fold_of) + 1
     ranges: list[tuple[int, ...]] = [()] * num_ranges
     for fold in range(folds):

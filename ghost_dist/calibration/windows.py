@@ -133,7 +133,6 @@ def join_windows(of_sources: Sequence[TokenWindows]) -> TokenWindows:
 
 
 def save_windows(path: Path, windows: TokenWindows) -> None:
-    """Write windows to a safetensors file that is either whole or absent."""
     metadata = {
         "format": _FORMAT,
         "source": windows.source,

@@ -145,7 +145,6 @@ def _made_of(model: Any, checkpoint: Checkpoint, target: str) -> str:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """A variable of this process's environment for a while."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -57,7 +57,6 @@ class LayerFields:
 
 
 def find_layer_fields(config: Any) -> LayerFields:
-    """Sort the fields of a transformers configuration."""
     fields = config.to_dict()
     family = config.model_type
     for name, reason in _ENTANGLED.items():

@@ -101,7 +101,6 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
 
 
 def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """The whole model with its head, in evaluation mode."""
     raw = open_checkpoint(path).config
     config = read_config(CONFIG_MAPPING[raw["model_type"]], raw)
     return _load(causal_lm_class(config), path, dtype, device, config=config)

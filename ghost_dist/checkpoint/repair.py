@@ -47,7 +47,6 @@ class Repair:
         return Repair(*square, low_rank, parts.get("down"), norm_eps)
 
     def stored(self, dtype: torch.dtype, down_dtype: torch.dtype) -> Repair:
-        """Boundary parts in one dtype, down_proj in another."""
         parts = {
             name: part.to(down_dtype if name == "down" else dtype)
             for name, part in self.parts().items()

@@ -108,7 +108,6 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def scales_of(
     path: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None
 ) -> dict[str, Scales]:
-    """The scales of every FP8 weight, by name of the weight."""
     found = {}
     for name, tensor in tensors.items():
         if not tensor.dtype.startswith("F8_") or name.endswith(SUFFIXES):

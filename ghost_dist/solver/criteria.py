@@ -27,7 +27,7 @@ def best_span(
             f"No span of {remove} layers is a candidate with {len(set(protect))} protected "
             "layers. Remove fewer layers or protect fewer (selection.protect)."
         )
-    start = min(starts, key=lambda candidate: (sign * scores[candidate], candidate))
+    start = min(starts, key=lambda candidate: sign * scores[candidate])
     return Span(start, start + remove)
 
 

@@ -141,7 +141,6 @@ class Regression:
     def fit(
         self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
     ) -> tuple[Tensor, Fit]:
-        """B, and how well it does; see :func:`fit_least_squares`."""
         seen, scale_Z = self.seen, self.scale_Z
         if isinstance(ridge, AbsoluteRidge):
             scale_Z = torch.ones_like(scale_Z)
@@ -340,7 +339,6 @@ def condition_number(gram_ZZ: Tensor, penalty_Z: Tensor | float, factor_ZZ: Tens
 
 
 def add_all(folds: Sequence[Moments]) -> Moments:
-    """Sum of the folds, in order."""
     total = folds[0]
     for fold in folds[1:]:
         total = total + fold
@@ -389,5 +387,4 @@ def step_flops(num_regressors: int, num_targets: int) -> int:
 
 
 def num_steps(num_ridges: int, num_folds: int) -> int:
-    """Steps of a fit: every ridge held out on every fold, and the final fit."""
     return num_ridges * num_folds + 1

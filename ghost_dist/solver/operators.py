@@ -42,8 +42,6 @@ Fitting = Callable[[FitInput], tuple[Repair, Fit | None]]
 
 
 class Operator(NamedTuple):
-    """One way to repair a span."""
-
     fit: Fitting
     regressors: Regressors | None = "stream"  # of the sums; None: nothing is fitted
     size: Callable[[int, int], int] | None = None  # of its least squares, by C and F; None: of all
@@ -56,7 +54,6 @@ class Operator(NamedTuple):
 
     @property
     def has_ridge(self) -> bool:
-        """Whether it is a least squares."""
         return self.regressors not in (None, "absolute")
 
 

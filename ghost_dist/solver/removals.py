@@ -17,8 +17,6 @@ be. Several removals are scored at once because they share work; one's score dep
 
 @dataclass(frozen=True)
 class Rules:
-    """Which removals there are."""
-
     num_units: int  # of the model
     remove: int  # how many go
     protect: Collection[int] = ()  # units that stay
@@ -62,7 +60,6 @@ class Rules:
 
 
 def single_spans(rules: Rules) -> list[Removal]:
-    """All removals of neighbours."""
     starts = range(rules.num_units - rules.remove + 1)
     return [tuple(range(start, start + rules.remove)) for start in starts]
 

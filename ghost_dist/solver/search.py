@@ -44,7 +44,6 @@ class Judges:
 
     @property
     def windows(self) -> range:
-        """All of them."""
         return range(self.sources * self.pieces)
 
     def part(self, number: int) -> list[int]:
@@ -177,7 +176,6 @@ class Search(ScoredSearch):
             )
 
     def run(self) -> Found:
-        """Search until the budget ends or nothing improves."""
         best = self._greedy()
         spans = [s for s in single_spans(self.rules) if self.rules.allow(s) and self._possible(s)]
         if spans and not self._better(best, span := self._generation("span", spans)):

@@ -47,14 +47,12 @@ class UnitSearch(ScoredSearch):
 
     @property
     def likely(self) -> int:
-        """Evaluations, about."""
         few = min(self._width, len(self._units))
         one = few * len(self._judges.part(0)) + self._judges.more(few)
         steps = self._most / max(1, self._net(self._units[0]))
         return round((steps + 2 * self._exchanges) * one)
 
     def run(self) -> Found:
-        """Search until nothing improves or enough was exchanged."""
         best = self._filled((), "greedy")
         tried, improved = 0, True
         while improved and tried < self._exchanges:

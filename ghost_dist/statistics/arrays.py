@@ -57,7 +57,6 @@ def read_array(path: Path, expected: Mapping[str, Any]) -> Array:
 
 
 def describe(values: Array) -> dict[str, Any]:
-    """Shape, dtype and XXH3 of an array, as plain values."""
     return {
         "shape": list(values.shape),
         "dtype": str(values.dtype),

@@ -85,7 +85,6 @@ class StoreAtHand(StatisticsStore):
         self._held.clear()
 
     def bytes_at_hand(self, device: torch.device) -> int:
-        """Bytes of the ranges that are on a device."""
         ranges = [sums for sums in self._held.values() if _device_of(sums) == device]
         return sum(part.nbytes for sums in ranges for part in sums.values())
 

@@ -52,7 +52,6 @@ class Collector(Sink):
         raise NotImplementedError
 
     def result(self) -> dict[str, Sums]:
-        """The sums by name."""
         raise NotImplementedError
 
 
@@ -144,7 +143,6 @@ class SpanCollector(Collector):
         self._accumulators[key].add(regressors, y_TC)
 
     def result(self) -> dict[str, Sums]:
-        """Sums of every span and kind, by :func:`sums_key`."""
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
         moments = {key: accumulator.result() for key, accumulator in self._accumulators.items()}
@@ -234,7 +232,6 @@ class AbsoluteSums(Sums):
 
 
 def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
-    """The sums over the rows of one window; both streams of shape (T, C)."""
     streams = (x_TC, y_TC, rotate(x_TC.float()), rotate(y_TC.float()))
     sums = (stream_TC.abs().sum(0, dtype=torch.float64) for stream_TC in streams)
     return AbsoluteSums(x_TC.shape[0], *sums)

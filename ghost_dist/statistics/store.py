@@ -111,7 +111,6 @@ class StatisticsStore:
         return tuple(i for i in range(len(self.plan.ranges)) if self._manifest_path(i).exists())
 
     def missing(self) -> tuple[int, ...]:
-        """Ids of the ranges that still have to be run, ascending."""
         return tuple(i for i in range(len(self.plan.ranges)) if not self._has_range(i))
 
     def commit(self, range_id: int, sums: Mapping[str, Sums]) -> bool:

@@ -9,7 +9,6 @@ most the layers that ran in ten times as long as writing takes.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 import uuid
@@ -133,8 +132,7 @@ class StreamState:
         """Write one tensor in parts along its first dimension; returns its entry."""
         values = _as_numpy(tensor, behind)
         identity = uuid.uuid4().hex
-        bounds = np.linspace(0, len(values), min(_PARTS, len(values)) + 1).astype(int)
-        pieces = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        pieces = np.array_split(values, min(_PARTS, len(values)))
         paths = [self._arrays / f"{identity}-{number}" for number in range(len(pieces))]
         parts = list(self._parts.map(write_array, paths, pieces))
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -156,7 +154,6 @@ class StreamState:
         return manifest if same else None
 
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
-        """Remove arrays that the manifest does not name."""
         named = [*manifest["rows"].values(), manifest["streams"]]
         used = {entry["id"] for entry in named if isinstance(entry, dict)}
         for path in self._arrays.iterdir():

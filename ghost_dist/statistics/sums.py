@@ -23,7 +23,6 @@ class ColumnBlock:
     count: int = 1
 
     def of(self, width: int) -> slice:
-        """The block's columns of a matrix of this width."""
         return slice(self.index * width // self.count, (self.index + 1) * width // self.count)
 
 
@@ -91,7 +90,6 @@ def rows_of_strips(size: int) -> list[slice]:
 
 
 def num_numbers(size: int) -> int:
-    """Numbers in all strips of a matrix of ``size`` rows."""
     return sum((rows.stop - rows.start) * rows.stop for rows in rows_of_strips(size))
 
 
