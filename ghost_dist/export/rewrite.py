@@ -1,7 +1,6 @@
 """Write the recovered checkpoint from the byte ranges of the original; no model is built.
 
-Weights in block-scaled FP8 are written as the bfloat16 that was calibrated. Everything is written
-in a hidden folder beside the target, brought to the disk, and gets its name as the last step.
+Weights in block-scaled FP8 are written as the bfloat16 that was calibrated.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.durable import fsync_file, fsync_folder, fsync_tree, json_bytes
+from ghost_dist.durable import fsync_file, json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
 from ghost_dist.export.shards import New, NewTensor, plan_shards, put_values, write_shard
@@ -50,7 +49,6 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, bytes | Path] | None = None,
     advance: Advance | None = None,
-    sync: bool = True,
     copied: Copied | None = None,
 ) -> None:
     """Write a Hugging Face checkpoint folder of the recovered model; nothing is left if that fails.
@@ -59,34 +57,29 @@ def export_checkpoint(
     dtype of the checkpoint, as is a new down_proj. If none acts at its boundary and only whole
     layers go, the result is a plain checkpoint of the family and needs no code. ``out``: a new
     folder or an empty one. ``tokenizer``: the original's. ``advance``: called with the bytes just
-    written. ``sync``: wait until all is on the disk. ``copied``: shards that are taken from there.
+    written, which need not be on the disk yet. ``copied``: shards that are taken from there.
     """
     check_cut(architecture, source.config, variant.spans)
     check_halves(architecture, source.config, variant.spans, variant.sublayers)
     tensors = _new_tensors(source, architecture, variant)
-    partial_out = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)  # of a killed export: it takes the space
+    shards = plan_shards(tensors, max_shard_bytes)
+    there = {} if copied is None else copied.of(shards)
     try:
-        shards = plan_shards(tensors, max_shard_bytes)
-        there = {} if copied is None else copied.of(shards)
         _check_target(out, sum(t.nbytes for file in shards.keys() - there for t in shards[file]))
         try:
-            partial_out.mkdir(parents=True)
-            _write_weights(partial_out, shards, there, advance or (lambda _: None))
-            copy_side_files(source, partial_out)
-            _write_config(partial_out, source, architecture, variant)
+            out.mkdir(parents=True, exist_ok=True)
+            _write_weights(out, shards, there, advance or (lambda _: None))
+            copy_side_files(source, out)
+            _write_config(out, source, architecture, variant)
             if tokenizer is not None:
                 other = source.taken_out or variant.has_code
-                keep_tokenizer(tokenizer, partial_out, new_model_type=other)
+                keep_tokenizer(tokenizer, out, new_model_type=other)
             for name, content in (extra_files or {}).items():
                 given = content.read_bytes() if isinstance(content, Path) else content
-                (partial_out / name).write_bytes(given)
-            if sync:
-                fsync_tree(partial_out)
-            partial_out.rename(out)
-            fsync_folder(out.parent)
-        finally:
-            shutil.rmtree(partial_out, ignore_errors=True)
+                (out / name).write_bytes(given)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     except OSError as error:
         raise not_written(out, error) from error
 

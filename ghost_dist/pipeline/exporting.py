@@ -74,7 +74,6 @@ def export_recovered(
                         CARD: model_card(inputs.source, inputs.config, recovered).encode(),
                     },
                     advance=advance,
-                    sync=False,
                     copied=begun.copied(),
                 )
             with ThreadPoolExecutor(1) as thread:
