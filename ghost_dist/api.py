@@ -29,7 +29,7 @@ from ghost_dist.pipeline.recover import Stage
 from ghost_dist.pipeline.recover import recover as _recover
 from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.spans import Span, parse_spans
 
 Spans = str | Sequence[Span | Sequence[int]]
@@ -51,7 +51,7 @@ class RecoveredRun:
         RunFolderError
             If the run is not finished.
         """
-        result = read_run(self.path).result
+        result = RunRecord(self.path).result
         if result is None:
             raise RunFolderError(
                 f"The run in {self.path} is not finished. Continue it: ghost-dist recover "
@@ -277,7 +277,7 @@ def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = Non
     >>> {name: (tuple(part.shape), part.dtype) for name, part in operator.parts().items()}
     {'linear': ((192, 192), torch.float64), 'down': ((448, 192), torch.float64)}
     """
-    record = read_run(Path(run).expanduser())
+    record = RunRecord(Path(run).expanduser())
     files = record.operator_files
     removed = tuple(Span(start, stop) for start, stop in record.spans)
     if span is None or isinstance(span, str):

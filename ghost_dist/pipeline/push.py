@@ -16,7 +16,7 @@ from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError, GhostDistError, RunFolderError
 from ghost_dist.export.model_card import CARD
 from ghost_dist.pipeline.bench_serving import SERVING
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.run_folder import RunFolder
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -41,7 +41,7 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ConfigError(f"{repo_id!r} is no name on the Hub (owner/name): {error}") from None
-    record = read_run(run)
+    record = RunRecord(run)
     folder = run / "checkpoint"
     again = f"Finish the run first: ghost-dist recover {run / 'config.yaml'}"
     if record.result is None:

@@ -39,7 +39,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_pat
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
 from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
 from ghost_dist.run_folder import STAGES, RunFolder
@@ -116,7 +116,7 @@ def recover(
             return {"operator": solution.operator, "fit": solution.record["fits"]}
         solution = stages.refine(tokens, spans, solution)
         with ThreadPoolExecutor(1) as thread:  # for the report, which says what goes wrong there
-            thread.submit(lambda: spectra(read_run(run.path), inputs.fit_device))
+            thread.submit(lambda: spectra(RunRecord(run.path), inputs.fit_device))
             stages.export(spans, solution)
         evaluation = stages.evaluate(spans, solution)
         stages.flush()

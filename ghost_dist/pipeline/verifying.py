@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import load_operator
 from ghost_dist.pipeline.exporting import file_sizes
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.spans import parse_spans
 from ghost_dist.statistics.store import StatisticsStore
 
@@ -26,7 +26,7 @@ def verify_run(run: Path) -> Verified:
 
     RunFolderError if it is no RUN folder.
     """
-    record = read_run(run)
+    record = RunRecord(run)
     lines, damaged, missing = _statistics(run)
     operators = record.operator_files
     broken = []

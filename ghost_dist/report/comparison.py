@@ -8,9 +8,9 @@ from typing import Any
 from ghost_dist.evaluation.bootstrap import interval
 from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.report import text
-from ghost_dist.report.bars import Bar, Bars
-from ghost_dist.report.checks import remarks
+from ghost_dist.report.figures import Bar, Bars
 from ghost_dist.report.record import RunRecord
+from ghost_dist.report.verdict import remarks
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:

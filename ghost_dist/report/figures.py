@@ -1,4 +1,4 @@
-"""Charts of the page, each with what it says; and which rows its tables have."""
+"""Charts and bars of the page, each with what it says; and which rows its tables have."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
+from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.report import text
 from ghost_dist.report.plot import Axis, Cell, Mark, Plot, Series, heat_map, line_chart
-from ghost_dist.report.record import RunRecord
+from ghost_dist.report.record import Pair, RunRecord
 from ghost_dist.report.spectrum import Spectrum
 
+_LOGARITHMIC_FROM = 20.0  # ratio of bars, from which on a linear scale one would not be seen
+_LABEL_DISTANCE = 0.075  # share of the width that two numbers below the stack must be apart
 _STYLES = ("s0", "s1", "s2", "s3")
 _CRITERIA = {
     "cosine": "cosine similarity of the streams before and behind the gap",
@@ -183,3 +186,58 @@ def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
         return last, "dropped" in row, sum(1.0 if r is None else r for r in found)  # 1: plain cut
 
     return sorted(candidates, key=rank)
+
+
+class Bar(NamedTuple):
+    """A perplexity, its 95 % interval, and its class of page.css."""
+
+    label: str
+    style: str
+    value: float
+    interval: Pair | None
+
+
+class Bars:
+    """Rows over one scale."""
+
+    def __init__(self, rows: Sequence[Bar]) -> None:
+        self.rows = rows
+        finite = [row.value for row in rows if math.isfinite(row.value)]
+        ends = [row.interval[1] for row in rows if row.interval]
+        self._least, self._most = min(finite, default=0.0), max([*finite, *ends, 0.0])
+        self.logarithmic = self._least > 0 and self._most / self._least > _LOGARITHMIC_FROM
+
+    def along(self, value: float) -> float:
+        """Share of the width."""
+        if not math.isfinite(value):
+            return 1.0
+        if self.logarithmic:
+            decades = math.log(self._most / self._least)
+            return (math.log(value / self._least) + 0.1 * decades) / (1.1 * decades)
+        return value / self._most if self._most > 0 else 0.0
+
+
+def perplexity_bars(
+    run: RunRecord, corpus: str
+) -> tuple[Bars, tuple[float, Pair | None] | None, list[str]]:
+    """Of the models (recovered: if repaired); the share of the gap closed; what the bars are of."""
+    values, intervals = run.perplexity[corpus], run.intervals.get(corpus, {})
+    repaired = values["recovered"] != values["pruned"]
+    shown = VARIANTS if repaired else VARIANTS[:2]
+    bars = Bars([Bar(name, name, values[name], intervals.get(name)) for name in shown])
+    windows = run.num_windows(corpus)
+    about = [] if windows is None else [f"{windows} windows"]
+    about += ["95 % intervals"] if any(intervals.values()) else []
+    about += ["bars on a logarithmic scale"] if bars.logarithmic else []
+    return bars, run.gap_closed(corpus) if repaired else None, about
+
+
+def numbers_below_stack(run: RunRecord) -> list[int]:
+    """Layers where spans begin and end, and the ends if there is room."""
+    num_layers = run.num_layers or 1
+    wanted = [n for span in run.spans for n in span if n < num_layers]
+    shown: list[int] = []
+    for layer in dict.fromkeys([*wanted, 0, num_layers - 1]):
+        if all(abs(layer - other) / num_layers >= _LABEL_DISTANCE for other in shown):
+            shown.append(layer)
+    return sorted(shown)

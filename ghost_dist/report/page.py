@@ -18,10 +18,9 @@ from ghost_dist import __version__
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation import task_rows
-from ghost_dist.report import bars, figures, plot, text, verdict
-from ghost_dist.report.checks import remarks
+from ghost_dist.report import figures, plot, text, verdict
 from ghost_dist.report.comparison import comparison
-from ghost_dist.report.record import RunRecord, read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def write_report(
     ``out`` None: ``RUN/report.html``, or ``comparison.html`` here for several. Spectra that are not
     in ``RUN/report.json`` yet are computed on ``device`` (None: the CPU).
     """
-    records = [read_run(Path(run)) for run in runs]
+    records = [RunRecord(Path(run)) for run in runs]
     first = records[0]
     if out is None:
         out = first.path / "report.html" if len(records) == 1 else Path("comparison.html")
@@ -56,7 +55,7 @@ def _of_one(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
     return {
         "run": run,
         "headline": headline(run),
-        "remarks": remarks(run),
+        "remarks": verdict.remarks(run),
         "remedies": verdict.remedies(run.config, run.path, helps=helps),
         "load": text.load_words(run.path / "checkpoint"),
         "spectra": {
@@ -105,7 +104,7 @@ def _pages() -> jinja2.Environment:
     )
     pages.filters |= {name: words for name, words in vars(text).items() if isfunction(words)}
     pages.filters["tenths"] = "{:.1f}".format
-    for module in (bars, figures, plot, task_rows):
+    for module in (figures, plot, task_rows):
         pages.globals[module.__name__.rpartition(".")[2]] = module
     pages.globals |= {"version": __version__, "zip": zip}
     return pages

@@ -1,8 +1,7 @@
 """Charts: what is drawn and where, in units of an SVG that templates/plot.svg.j2 writes.
 
-Made for a width of 360 units, which is a phone's: text keeps its size there, and a desktop shows
-two side by side. Colours are classes of page.css, so that the page's scheme rules; every series has
-a dash pattern and a name at its side too.
+Made for a width of 360 units, which is a phone's; a desktop shows two side by side. Colours are
+classes of page.css, so that the page's scheme rules; every series has a dash pattern too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,31 +26,41 @@ from ghost_dist.solver.operators import operator_of, refits_down
 Pair = tuple[float, float]
 
 
-@dataclass(frozen=True)
 class RunRecord:
-    """A run as it stands on the disk.
+    """A run as it stands on the disk; takes no lock, since files there are whole or absent.
 
     Figures are those of ``result.json``, which belong together; those of the stages only while
     there is none.
     """
 
-    path: Path
-    config: dict[str, Any]
-    result: dict[str, Any] | None  # None while the run is not finished
-    stages: dict[str, dict[str, Any]]  # outputs of every stage; empty of one that is not done
-    events: list[dict[str, Any]]
-    spans: list[list[int]]  # removed; empty before they are chosen
-    sublayers: list[str]  # attentions and MLPs removed by themselves, such as mlp:7
-    num_layers: int | None  # of the uncut model
-    operator: str | None  # what was fitted; None before
-    fits: list[dict[str, Any]]  # a row per fitted span
-    candidates: list[dict[str, Any]]
-    selection: dict[str, Any]  # ``scores``, ``recoverability`` or ``search``
-    perplexity: dict[str, dict[str, float]]  # corpus to variant to perplexity
-    agreement: dict[str, dict[str, dict[str, float]]]
-    """Corpus to pruned and recovered to ``kl`` and ``top1`` against the dense model."""
-    tasks: dict[str, dict[str, Any]]  # task of the harness to variant to its metrics
-    samples: list[dict[str, Any]]  # a text, its beginning, and how each model continues it
+    def __init__(self, path: Path) -> None:
+        self.path, self.config = path, config_tree(RunFolder.stored_config(path))
+        self.events = _events(path / "events.jsonl")
+        self.result = result = _json(path / "result.json")  # None while the run is not finished
+        # Outputs of every stage; empty of one that is not done.
+        self.stages = {stage: read_record(path, stage).get("outputs", {}) for stage in STAGES}
+        selected, solved, evaluated = (self.stages[of] for of in ("select", "solve", "evaluate"))
+
+        def figures(stage: dict[str, Any], name: str, default: Any, key: str | None = None) -> Any:
+            return stage.get(name, default) if result is None else result[key or name]
+
+        # Removed layers (empty before they are chosen), and attentions and MLPs, such as mlp:7.
+        self.spans: list[list[int]] = figures(selected, "spans", [])
+        self.sublayers: list[str] = (result or selected).get("sublayers", [])
+        layers = (result or {}).get("num_layers", selected.get("num_layers"))
+        self.num_layers: int | None = layers  # of the uncut model
+        self.operator: str | None = figures(solved, "operator", None)  # what was fitted
+        self.fits: list[dict[str, Any]] = figures(solved, "fits", [], "fit")  # a row per span
+        self.candidates: list[dict[str, Any]] = figures(solved, "candidates", [])
+        selection = selected if result is None else result["selection"]
+        shown = ("scores", "recoverability", "search")
+        self.selection: dict[str, Any] = {k: selection[k] for k in shown if k in selection}
+        # Corpus to variant to perplexity, and to ``kl`` and ``top1`` against the dense model.
+        self.perplexity: dict[str, dict[str, float]] = figures(evaluated, "perplexity", {})
+        last = result or evaluated
+        self.agreement: dict[str, dict[str, dict[str, float]]] = last.get("agreement", {})
+        self.tasks: dict[str, dict[str, Any]] = last.get("tasks", {})  # task to variant to metrics
+        self.samples: list[dict[str, Any]] = last.get("samples", [])  # texts, and how models go on
 
     @property
     def name(self) -> str:
@@ -212,39 +221,6 @@ class RunRecord:
     @property
     def _solve_is_current(self) -> bool:
         return self.result is None or self.stages["solve"].get("fits") == self.result["fit"]
-
-
-def read_run(path: Path) -> RunRecord:
-    """Read a RUN folder; takes no lock, since files there are whole or absent."""
-    config = config_tree(RunFolder.stored_config(path))
-    result = _json(path / "result.json")
-    stages = {stage: read_record(path, stage).get("outputs", {}) for stage in STAGES}
-    selected, solved, evaluated = (stages[name] for name in ("select", "solve", "evaluate"))
-    selection = selected if result is None else result["selection"]
-
-    def figures(key: str, stage: dict[str, Any], name: str, default: Any) -> Any:
-        return stage.get(name, default) if result is None else result[key]
-
-    return RunRecord(
-        path=path,
-        config=config,
-        result=result,
-        stages=stages,
-        events=_events(path / "events.jsonl"),
-        spans=figures("spans", selected, "spans", []),
-        sublayers=(result or selected).get("sublayers", []),
-        num_layers=(result or {}).get("num_layers", selected.get("num_layers")),
-        operator=figures("operator", solved, "operator", None),
-        fits=figures("fit", solved, "fits", []),
-        candidates=figures("candidates", solved, "candidates", []),
-        selection={
-            k: selection[k] for k in ("scores", "recoverability", "search") if k in selection
-        },
-        perplexity=figures("perplexity", evaluated, "perplexity", {}),
-        agreement=(result or evaluated).get("agreement", {}),
-        tasks=(result or evaluated).get("tasks", {}),
-        samples=(result or evaluated).get("samples", []),
-    )
 
 
 def _json(path: Path) -> dict[str, Any] | None:

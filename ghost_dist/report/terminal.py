@@ -18,8 +18,7 @@ from ghost_dist.config_file import config_tree, load_config
 from ghost_dist.evaluation.task_rows import VARIANTS, task_rows
 from ghost_dist.progress import duration
 from ghost_dist.report import text, verdict
-from ghost_dist.report.checks import remarks
-from ghost_dist.report.record import RunRecord, read_run
+from ghost_dist.report.record import RunRecord
 
 _BAR = 24  # characters
 _PARTS = " ▏▎▍▌▋▊▉█"
@@ -121,7 +120,7 @@ def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
 
 def print_run(path: Path) -> None:
     """Print a run with charts: recoverability, what was tried, fits, what to beware of, result."""
-    run = read_run(path)
+    run = RunRecord(path)
     for chart in (_recoverability, _ridge_curves, _perplexity_bars):
         if (drawn := chart(run)) is not None:
             console.print(drawn)
@@ -129,7 +128,7 @@ def print_run(path: Path) -> None:
         _print_candidates(run.candidates)
     if run.fits:
         _print_fits(run.fits)
-    for remark in remarks(run):
+    for remark in verdict.remarks(run):
         _say(f"note: {remark}")
     if run.result is not None:
         if "serving" in run.result:
@@ -139,7 +138,7 @@ def print_run(path: Path) -> None:
 
 def print_stage(path: Path, stage: str) -> None:
     """Print what a stage that was done by itself gave, and what is out of date now."""
-    run = read_run(path)
+    run = RunRecord(path)
     record = run.stages[stage]
     if stage == "select":
         _say(f"chosen: layers {_spans(record['spans'])} of {record['num_layers']}")

@@ -23,7 +23,7 @@ from ghost_dist.pipeline.solving import Solver
 from ghost_dist.progress import Reporter
 from ghost_dist.report import text
 from ghost_dist.report.page import headline, write_report
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.run_folder import RunFolder, read_record
 from ghost_dist.spans import Span
 from ghost_dist.statistics.store import StatisticsStore
@@ -87,7 +87,7 @@ def test_ridge_beside_that_of_least_residual_keeps_the_whole_curve(made_runs):
     run = made_runs["map"]
     config = RunFolder.stored_config(run)
     inputs = open_inputs(config, quiet)
-    spans = tuple(Span(*span) for span in read_run(run).spans)
+    spans = tuple(Span(*span) for span in RunRecord(run).spans)
     store = StatisticsStore.open(run / "statistics.zarr")
     solver = Solver(inputs, spans, store, load_windows(run / "tokens.safetensors"), quiet)
     candidate = candidates_of(config.operator, spans, inputs.refittable)[0]
@@ -124,7 +124,7 @@ def test_result_stays_small_and_channels_are_in_the_record(made_runs):
 
 def test_unfinished_run_is_reported_as_far_as_it_is(make_config, tmp_path):
     recover(make_config(), again="solve")
-    run = read_run(tmp_path / "run")
+    run = RunRecord(tmp_path / "run")
     assert run.result is None
     assert headline(run) == "2 of 8 layers removed; not finished"
     page = page_of(tmp_path / "run", tmp_path)
@@ -166,7 +166,7 @@ def test_a_refinement_without_a_finite_loss_has_a_report(runs, tmp_path, losses)
 
 
 def test_agreement_has_the_interval_of_its_windows(made_runs, tmp_path):
-    run = read_run(made_runs["joint"])
+    run = RunRecord(made_runs["joint"])
     windows = run.stages["evaluate"]["agreement_per_window"]["text"]["recovered"]["kl"]
     mean, error = np.mean(windows), np.std(windows) / len(windows) ** 0.5
     assert run.agreement["text"]["recovered"]["kl"] == pytest.approx(mean)

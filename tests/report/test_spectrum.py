@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ghost_dist.report.record import read_run
+from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra, spectrum_of
 
 
@@ -37,7 +37,7 @@ def test_share_norm_and_rank(matrix_CC, share, largest, rank):
 
 
 def test_of_a_run_is_that_of_its_operator_and_is_computed_once(runs):
-    run = read_run(runs["map"])
+    run = RunRecord(runs["map"])
     (runs["map"] / "report.json").unlink()
     found = spectra(run)
     assert set(found) == {f"[{start}, {stop})" for start, stop in run.spans}
