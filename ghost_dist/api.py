@@ -294,8 +294,7 @@ def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = Non
         if record.stages["solve"]:
             return Repair()  # a plain cut
         raise ConfigError(f"The run in {run} has no operators yet. Continue it with recover.")
-    path, sha256 = files[str(wanted)]
-    return _load_operator(path.parent, wanted, sha256)
+    return _load_operator(*files[str(wanted)])
 
 
 def run_config(

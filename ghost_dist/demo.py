@@ -33,7 +33,17 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
     checkpoint = PICO if pico else real_model(model, reporter.say)
     out = Path(tempfile.mkdtemp(prefix="ghost-dist-demo-")) if out is None else out.expanduser()
     reporter.say(f"RUN folder: {out}")
-    texts = _source_code() if pico else _english()
+    if pico:
+        texts = {
+            "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
+            "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
+        }
+    else:
+        texts = {
+            "calibration": stdlib_text.reference_text(stdlib_text.CALIBRATION_TOPICS),
+            "python-reference": stdlib_text.reference_text(stdlib_text.EVALUATION_TOPICS),
+            "docstrings": stdlib_text.docstring_text(stdlib_text.DOCSTRING_MODULES),
+        }
     paths = {name: str(out.absolute() / "texts" / f"{name}.txt") for name in texts}
     windows, length, evaluated = _PICO_WINDOWS if pico else _ENGLISH_WINDOWS
     shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -61,18 +71,3 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
                 Path(path).parent.mkdir(exist_ok=True)
                 write_bytes(Path(path), texts[name].encode())
     print_result(recover(config, reporter), out)
-
-
-def _source_code() -> dict[str, str]:
-    return {
-        "calibration": stdlib_text.stdlib_text(stdlib_text.CALIBRATION_MODULES),
-        "python-stdlib": stdlib_text.stdlib_text(stdlib_text.EVALUATION_MODULES),
-    }
-
-
-def _english() -> dict[str, str]:
-    return {
-        "calibration": stdlib_text.reference_text(stdlib_text.CALIBRATION_TOPICS),
-        "python-reference": stdlib_text.reference_text(stdlib_text.EVALUATION_TOPICS),
-        "docstrings": stdlib_text.docstring_text(stdlib_text.DOCSTRING_MODULES),
-    }

@@ -6,6 +6,7 @@ are carried over, because they hold for what is made from it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping
@@ -41,8 +42,9 @@ def model_card(
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base is not None:
         metadata["base_model"] = base
-    card = _front_matter(source.path / CARD)
-    metadata |= {key: card[key] for key in _CARRIED if key in card}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # there is no card to be read
+        card = metadata_load(source.path / CARD) or {}
+        metadata |= {key: card[key] for key in _CARRIED if key in card}
     if "license" not in metadata:
         metadata |= _licence_of_file(source.path)
     if dataset is not None:
@@ -102,14 +104,6 @@ def _dataset(source: str) -> str | None:
 def _is_hub_id(name: str) -> bool:
     is_one = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     return is_one is not None and not Path(name).expanduser().exists()
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    """Metadata of a card; empty if there are none, or none that can be read."""
-    try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
 
 
 def _licence_of_file(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from ghost_dist import __version__
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.spans import kept_layers, operator_positions
 
@@ -60,10 +59,18 @@ def ghost_config(
             "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
         },
         **({"ghost_sublayers": sublayers} if sublayers else {}),
+        # What the modeling file builds operators from before their weights are loaded.
         "ghost_operators": [
-            _entry(position, variant.operators[span])
-            for span, position in operator_positions(variant.spans).items()
+            {
+                "boundary": boundary,
+                "linear": operator.weight_CC is not None,
+                "norm_linear": operator.norm_weight_CC is not None,
+                "rank": 0 if operator.low_rank is None else int(operator.low_rank[0].shape[1]),
+                "norm_eps": operator.norm_eps,
+            }
+            for span, boundary in operator_positions(variant.spans).items()
             if span in variant.at_boundary
+            for operator in [variant.operators[span]]
         ],
         "model_type": f"ghost_{architecture.model_type}",
     }
@@ -83,14 +90,3 @@ def _sublayers(architecture: Architecture, variant: Variant) -> list[dict[str, A
         }
         for one, half in halves
     ]
-
-
-def _entry(boundary: int, operator: Repair) -> dict[str, Any]:
-    """What the modeling file builds an operator from before its weights are loaded."""
-    return {
-        "boundary": boundary,
-        "linear": operator.weight_CC is not None,
-        "norm_linear": operator.norm_weight_CC is not None,
-        "rank": 0 if operator.low_rank is None else int(operator.low_rank[0].shape[1]),
-        "norm_eps": operator.norm_eps,
-    }

@@ -23,21 +23,10 @@ _RECORDED = ("chosen", "candidates", "fits", "gaps")
 _ADVICE = "ghost-dist recover RUN/config.yaml makes it again from what is stored."
 
 
-def save_operator(folder: Path, span: Span, operator: Repair) -> str:
-    """Write ``folder/START-STOP.safetensors``; returns the sha256 of the file."""
-    description = {
-        "span": [span.start, span.stop],
-        "form": "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out; "
-        "down replaces the down_proj of layer start - 1, in by out",
-        "norm_eps": operator.norm_eps,
-    }
-    return _save(operator_path(folder, span), operator.parts(), description)
-
-
-def load_operator(folder: Path, span: Span, sha256: str | None = None) -> Repair:
-    """Read what :func:`save_operator` wrote; an error if its sha256 is not the one given."""
-    parts, description = read_parts(operator_path(folder, span), sha256)
-    return Repair.from_parts(parts, float(description.get("norm_eps", 0.0)))
+def load_operator(path: Path, sha256: str) -> Repair:
+    """One of :func:`save_operators`; CorruptStoreError if its sha256 is not the one given."""
+    parts, description = read_parts(path, sha256)
+    return Repair.from_parts(parts, float(description["norm_eps"]))
 
 
 def save_output(folder: Path, sublayer: Sublayer, weight_FC: Tensor) -> str:
@@ -64,14 +53,14 @@ def _save(path: Path, parts: dict[str, Tensor], description: dict[str, object]) 
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_parts(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_parts(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a file by name; errors as for :func:`load_operator`."""
     try:
-        if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise CorruptStoreError(f"Operator {path} is not the one that was solved. {_ADVICE}")
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            description = json.loads((file.metadata() or {}).get("ghost_dist", "{}"))
+            description = json.loads(file.metadata()["ghost_dist"])
     except (OSError, SafetensorError, ValueError) as error:
         raise CorruptStoreError(f"Operator {path} cannot be read: {error}. {_ADVICE}") from error
     return parts, description
@@ -118,20 +107,26 @@ class Solution:
 
 
 def save_operators(folder: Path, operators: Mapping[Span, Repair]) -> dict[str, str]:
-    """The sha256 of each file, by span; a plain cut has none."""
+    """Write ``START-STOP.safetensors``; the sha256 of each, by span; a plain cut has none."""
     folder.mkdir(exist_ok=True)
-    return {
-        str(span): save_operator(folder, span, repair)
-        for span, repair in operators.items()
-        if repair.parts()
-    }
+    form = (
+        "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out; "
+        "down replaces the down_proj of layer start - 1, in by out"
+    )
+    files = {}
+    for span, repair in operators.items():
+        if parts := repair.parts():
+            of = {"span": [span.start, span.stop], "form": form, "norm_eps": repair.norm_eps}
+            files[str(span)] = _save(operator_path(folder, span), parts, of)
+    return files
 
 
 def load_operators(
     folder: Path, spans: Sequence[Span], files: Mapping[str, str]
 ) -> dict[Span, Repair]:
     """Inverse of :func:`save_operators`."""
-    return {
-        span: load_operator(folder, span, files[str(span)]) if str(span) in files else Repair()
-        for span in spans
-    }
+    found = dict.fromkeys(spans, Repair())
+    for span in spans:
+        if str(span) in files:
+            found[span] = load_operator(operator_path(folder, span), files[str(span)])
+    return found

@@ -42,8 +42,7 @@ def plan_shards(
 ) -> dict[str, tuple[NewTensor, ...]]:
     """Deal tensors, in order, to files of so many bytes, or of one tensor; transformers' names.
 
-    New ones come last; if there are several files, in files of their own, so that the others are
-    the same whatever is new.
+    New ones come last, in files of their own, so that the others are the same whatever is new.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0

@@ -42,10 +42,9 @@ def copy_side_files(source: Checkpoint, folder: Path) -> None:
 def keep_tokenizer(tokenizer: Any, folder: Path, *, new_model_type: bool) -> None:
     """Have transformers make the same tokenizer of ``folder`` as of the original.
 
-    It chooses the class by the model type first, by the name in ``tokenizer_config.json`` only for
-    model types that it does not know, such as ours; and many checkpoints name a class there that
-    their family does not use. So with a new model type the class that was chosen for the original
-    is written there. Code of the tokenizer goes along if it was run for the original.
+    For a model type that it does not know, such as ours, it takes the class that
+    ``tokenizer_config.json`` names, and many checkpoints name one that their family does not use:
+    the class that was chosen for the original is written there. Code goes along if it was run.
     """
     path = folder / "tokenizer_config.json"
     content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}

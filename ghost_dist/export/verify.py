@@ -1,8 +1,7 @@
 """Proof that an exported folder is the recovered model: a fresh process loads it and uses it.
 
-It tokenises, computes logits, and generates with a cache. The process imports torch and
-transformers only. The one Python file of the folder that it may run is the modeling file that the
-export wrote; beside it only code of a tokenizer that the run itself trusted.
+The one Python file of the folder that it may run is the modeling file that the export wrote; beside
+it only code of a tokenizer that the run itself trusted.
 """
 
 from __future__ import annotations
@@ -59,16 +58,14 @@ def verify_reload(
 ) -> float:
     """Compare ``folder``, loaded by plain transformers, with the recovered model and its tokenizer.
 
-    Both compute on the same device in the same dtype, window by window, so they usually agree
-    bitwise; a library that sums in another order from one process to the next may differ by
-    rounding. Every layer adds about one rounding, relative, and independent ones add in quadrature,
-    so 4 sqrt(layers) eps max|logit| is allowed. Tokens that are chosen with a cache must be those
+    Both usually agree bitwise; a library may sum in another order from one process to the next.
+    Every layer adds about one rounding, relative, and independent ones add in quadrature, so
+    4 sqrt(layers) eps max|logit| is allowed. Tokens that are chosen with a cache must be those
     that the model chooses without one, or be as good within the same bound, or those that the
     recovered model in memory generates with a cache: ``generate``, asked only where that is needed.
 
-    ``expected``: logits of the recovered model, float32 on the CPU, (windows, T, vocabulary).
-    ``tokens``: (windows, T), a few hundred are enough. ``asked``: as :func:`reload` takes it.
-    Returns the largest difference of a logit.
+    ``expected``: logits, float32 on the CPU, (windows, T, vocabulary), of ``tokens``, (windows, T).
+    ``asked``: as :func:`reload` takes it. Returns the largest difference of a logit.
     """
     found = reload(folder, tokens, dtype=dtype, device=device, **asked)
     difference = check_same_logits(folder, found.logits, expected, num_layers, dtype)
@@ -127,10 +124,7 @@ class FreshProcess:
 
 @contextlib.contextmanager
 def fresh_process(device: torch.device | None = None) -> Iterator[FreshProcess]:
-    """Start one, for a single check; it begins CUDA too if that is on a GPU.
-
-    It reaches no network and keeps its copy of the modeling file in a temporary folder.
-    """
+    """Start one without network, for a single check; it begins CUDA too if that is on a GPU."""
     with tempfile.TemporaryDirectory(prefix="ghost-reload-") as name:
         start = {
             # Without the code of checkpoints that this process keeps: the script keeps its own.

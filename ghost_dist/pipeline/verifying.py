@@ -10,7 +10,6 @@ from ghost_dist.errors import CorruptStoreError
 from ghost_dist.export.operator_files import load_operator
 from ghost_dist.pipeline.exporting import file_sizes
 from ghost_dist.report.record import RunRecord
-from ghost_dist.spans import parse_spans
 from ghost_dist.statistics.store import StatisticsStore
 
 
@@ -32,7 +31,7 @@ def verify_run(run: Path) -> Verified:
     broken = []
     for span, (path, sha256) in operators.items():
         try:
-            load_operator(path.parent, parse_spans(span.strip("[)").replace(", ", ":"))[0], sha256)
+            load_operator(path, sha256)
         except CorruptStoreError as error:
             broken.append(f"operator {span}: DAMAGED. {error}")
     if operators:
