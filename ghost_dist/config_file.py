@@ -74,8 +74,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
     """Lay ``section.field`` on nested dictionaries.
 
-    What is below a field takes the place of the whole field: ``operator.ridge.relative`` that of
-    ``{absolute: 1e-6}``. Only where a field holds names (``evaluation.corpora``) one is added.
+    What is below a field takes the place of the whole field (``operator.ridge.relative``), but one
+    is added where a field holds names (``evaluation.corpora``).
     """
     section, *path = key.split(".")
     if not path:

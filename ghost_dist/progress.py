@@ -129,20 +129,17 @@ class Reporter:
         if time.monotonic() - gauge.began >= SHORT_S:
             self._line(name, gauge.summary())
 
-    def _shown(self, name: str, gauge: Gauge) -> contextlib.AbstractContextManager[None]:
-        return self._bar(name, gauge) if self.console.is_terminal else self._lines(name, gauge)
-
     @contextlib.contextmanager
-    def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
-        columns = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
-        with progress.Progress(
-            *columns, _Words(gauge), console=self.console, transient=True
-        ) as bars:
-            bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
-            yield
-
-    @contextlib.contextmanager
-    def _lines(self, name: str, gauge: Gauge) -> Iterator[None]:
+    def _shown(self, name: str, gauge: Gauge) -> Iterator[None]:
+        if self.console.is_terminal:
+            left = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
+            columns = (*left, _Words(gauge))
+            with progress.Progress(*columns, console=self.console, transient=True) as bars:
+                bars.add_task(
+                    f"{self._part}{name}", total=gauge.total or None, completed=gauge.done
+                )
+                yield
+            return
         over = threading.Event()
 
         def tell() -> None:

@@ -79,9 +79,9 @@ class RunFolder:
             self._lock = None
 
     def begin(self) -> None:
-        """Bind the folder to this configuration; call it once the inputs have been checked.
+        """Bind the folder to this configuration, once the inputs have been checked.
 
-        Before that nothing is bound, so a mistake can be corrected under the same ``--out``.
+        Before that a mistake can be corrected under the same ``--out``.
         """
         path, evaluation = self.path / "config.yaml", self.config.evaluation
         if not create_bytes(path, config_yaml(self.config)):

@@ -32,8 +32,7 @@ EVALUATION_MODULES = (
 def stdlib_text(modules: Sequence[str], *, root: Path | None = None) -> str:
     """The source of modules of the running Python (or below ``root``), in the order given.
 
-    A dotted name is a file in a package's folder, a package is its `__init__.py`. A module without
-    a source file raises: a text with a part missing would give other figures unnoticed.
+    One without a source file raises: a text with a part missing would give other figures unnoticed.
     """
     root, texts = root or Path(sysconfig.get_path("stdlib")), []
     for name in modules:

@@ -1,8 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness on models in memory, through its own API.
 
-The only module that imports ``lm_eval``, inside functions: it is the extra ``harness``, and its
-import takes seconds. Tasks are opened, with their data, before a run starts; each is then run on
-one model at a time, so that what is done need not be run again.
+``lm_eval`` (the extra ``harness``) is imported inside functions, as that takes seconds. Tasks are
+opened, with their data, before a run starts; each is then run on one model at a time.
 """
 
 from __future__ import annotations

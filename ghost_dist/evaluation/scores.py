@@ -1,9 +1,8 @@
 """How well variants of a model predict windows, and how far they are from the first one.
 
-Log-likelihood, KL divergence and top-1 agreement, as a tap of the last streams of a sweep. Logits
-are computed in the model's dtype, of a few tokens at a time, since those of a window may be larger
-than the model's layers (2048 tokens x 128k entries are 1 GiB in float32); they are turned into nats
-in float32 and added up in float64. A window of T tokens predicts its last T - 1 tokens.
+Logits are computed in the model's dtype, of a few tokens at a time, since those of a window may be
+larger than the model's layers; they are turned into nats in float32 and added up in float64. A
+window of T tokens predicts its last T - 1 tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import GhostDistError
+from ghost_dist.evaluation.bootstrap import FloatArray
 from ghost_dist.progress import Advance
 
 # Shapes: B windows of a batch, T tokens of a window, W all windows, V entries of the vocabulary.
 
 _LOGITS_AT_ONCE = 1 << 25  # entries: 128 MiB in float32
 _FIGURES = 5  # nats, divergence, agreed, weighted divergence, weights
-FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class NonFiniteLossError(GhostDistError):
@@ -49,15 +48,6 @@ class Scores:
     def perplexity(self) -> float:
         nats_per_token = math.fsum(self.nats) / self.num_tokens
         return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
-
-    def check(self, windows: TokenWindows) -> None:
-        bad = np.flatnonzero(~np.isfinite(self.nats))
-        if bad.size:
-            raise NonFiniteLossError(
-                f"The loss of window {bad[0]} of {windows.source} is not finite (NaN or Inf). The "
-                "weights may be damaged, or the dtype may overflow: try model.dtype=float32 or "
-                "bfloat16."
-            )
 
     def __getitem__(self, part: slice) -> Scores:
         nats = self.nats[part]
@@ -113,7 +103,13 @@ def corpus_scores(
             first = part.stop
     for name, of_corpus in found.items():
         for of_variant in of_corpus:
-            of_variant.check(corpora[name])
+            bad = np.flatnonzero(~np.isfinite(of_variant.nats))
+            if bad.size:
+                raise NonFiniteLossError(
+                    f"The loss of window {bad[0]} of {corpora[name].source} is not finite (NaN or "
+                    "Inf). The weights may be damaged, or the dtype may overflow: try "
+                    "model.dtype=float32 or bfloat16."
+                )
     return found
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ghost_dist.durable import fingerprint
-from ghost_dist.evaluation.scores import FloatArray, Scores
+from ghost_dist.evaluation.bootstrap import FloatArray
+from ghost_dist.evaluation.scores import Scores
 from ghost_dist.run_folder import RunFolder
 
 _RECORD = "solve-scores"

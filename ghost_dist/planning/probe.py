@@ -7,6 +7,7 @@ smaller, or left to that rate. B windows of a batch, T tokens, C hidden width, F
 from __future__ import annotations
 
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -102,8 +103,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
         work()
         synchronize(device)
         spent.append(time.perf_counter() - began)
-    warm = sorted(spent[1:])
-    return max(1e-9, warm[len(warm) // 2])
+    return max(1e-9, statistics.median_high(spent[1:]))
 
 
 def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
