@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ class CollectOnCluster:
         pool.begin(1 if config.engine.replicas == "auto" else config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
-        work = ray.put(Work(place, tokens.tokens, collectors, keep))
+        work = ray.put(Work(uuid.uuid4().hex, place, tokens.tokens, collectors, keep))
         queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)
         total = int(tokens.tokens.size)
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
@@ -84,14 +84,13 @@ class _Filling:
     _keep: bool
     _committed: int  # tokens that count
     _shown: int
-    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def lease(self, replica: Replica) -> None:
         if replica.state != "idle":
             return
         lease = self._queue.lease(Worker(replica.number), time.monotonic())
         if lease is not None:
-            replica.run(self._id, self._work, lease, partial(self._commit, replica))
+            replica.run(self._work, lease, partial(self._commit, replica))
             self._event("range-leased", replica, lease)
 
     def show(self, advance: Advance) -> int:

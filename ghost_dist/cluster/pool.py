@@ -66,8 +66,7 @@ class Pool:
         """The driver's loop: take what replicas have finished, give them more, until all is done.
 
         ``lease`` gives one replica something to do; ``ranks``: items that a replica does at a time.
-        ``show`` tells what is done: tokens that count, or None while spans are fitted. What a lost
-        replica was at goes back to the queue.
+        ``show`` tells what is done: tokens that count, or None while spans are fitted.
         """
         self._queue = queue
         while not queue.done:

@@ -79,6 +79,7 @@ class StoreOfRun:
 class Work:
     """One store to fill; the same for all leases of a stage."""
 
+    id: str
     store: StoreOfRun
     tokens: Tokens
     collectors: Collectors
@@ -110,7 +111,7 @@ class Rank:
         self._rank = rank
         self._heartbeat = ("", 0)
         self._engine: ResidentEngine | OffloadedEngine | None = None
-        self._inputs: RunInputs | None = None
+        self._inputs: RunInputs  # once it is loaded
         self._device = torch.device("cpu")
         self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
@@ -195,16 +196,16 @@ class Rank:
             timeout=dt.timedelta(seconds=self._timeout_s),
         )
 
-    def run(self, work_id: str, work: Work, range_id: int, attempt: str) -> RangeTimes:
+    def run(self, work: Work, range_id: int, attempt: str) -> RangeTimes:
         """Run a range from zero, to the device's end; its sums wait on the host for ``write``."""
         assert self._engine is not None, "run comes after load"
         self._heartbeat = (attempt, 0)
-        if self._work is None or self._work[0] != work_id:
+        if self._work is None or self._work[0] != work.id:
             store = work.store.open()
             # An offloaded engine says how many passes fit once the rows are where they stay.
             streams = isinstance(self._engine, OffloadedEngine)
-            self._work = (work_id, store, [] if streams else self._passes(work.collectors))
-            self._running = RunningSums(self._of_run.config.folds) if work.keep else None
+            self._work = (work.id, store, [] if streams else self._passes(work.collectors))
+            self._running = RunningSums(self._inputs.config.folds) if work.keep else None
         _, store, passes = self._work
         windows, advance = store.plan.ranges[range_id], partial(self._advance, attempt)
         with torch.inference_mode():
@@ -253,7 +254,7 @@ class Rank:
     def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""
         self._heartbeat = (task, 0)
-        running, self._running = self._running or RunningSums(self._of_run.config.folds), None
+        running, self._running = self._running or RunningSums(self._inputs.config.folds), None
         if running.kept != dict(spec.kept):
             raise ReductionError(
                 f"This rank has kept ranges {sorted(running.kept.items())}, but the driver counts "
@@ -290,20 +291,15 @@ class Rank:
         return self._heartbeat
 
     @property
-    def _of_run(self) -> RunInputs:
-        assert self._inputs is not None, "comes after load"
-        return self._inputs
-
-    @property
     def _timeout_s(self) -> float:
-        return self._of_run.config.cluster.progress_timeout_s
+        return self._inputs.config.cluster.progress_timeout_s
 
     def _advance(self, task: str, amount: int) -> None:
         self._heartbeat = (task, self._heartbeat[1] + amount)
 
     def _fits_of(self, place: StoreOfRun) -> tuple[StatisticsStore, FitHere]:
         if self._fits is None or self._fits[0] != place:
-            inputs = self._of_run
+            inputs = self._inputs
             room = inputs.fit_room or fit_room(self._device)  # 0: the driver has no GPU
             of_run = (inputs.source, inputs.architecture, inputs.config.folds)
             self._fits = (place, place.open(), FitHere(*of_run, self._device, room))

@@ -102,10 +102,8 @@ class Replica:
 
     @property
     def free_ranks(self) -> list[int]:
-        if self.state != "unloaded":
-            return []
-        taken = {call.rank for call in self._calls}
-        return [number for number in range(len(self._ranks)) if number not in taken]
+        ranks = range(len(self._ranks)) if self.state == "unloaded" else ()
+        return [rank for rank in ranks if all(call.rank != rank for call in self._calls)]
 
     def poll(self) -> None:
         """Hand on what has come back. Raises ReplicaLost, or what every replica would meet."""
@@ -117,7 +115,7 @@ class Replica:
                 call.then([values[ref] for ref in call.refs])
         self._check_alive()
 
-    def run(self, work_id: str, work: Any, lease: Lease[int], written: Written) -> None:
+    def run(self, work: Any, lease: Lease[int], written: Written) -> None:
         """Begin a range of a ``Work``; ``written`` is told once its blocks are on the disk."""
         assert self.state == "idle"
         self._running, self.state = lease, "busy"
@@ -126,7 +124,7 @@ class Replica:
             self.state, self._unwritten = "full", (lease, times, written)
             self._write()
 
-        self._ask("run", work_id, work, lease.item, lease.attempt, then=ran, task=lease.attempt)
+        self._ask("run", work, lease.item, lease.attempt, then=ran, task=lease.attempt)
 
     def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
         """Tell the ranks whether an attempt that they have written is to be in their sums."""

@@ -49,8 +49,7 @@ class Session:
                 "engine.device=cuda, but no node of the Ray cluster has a GPU that Ray knows of. "
                 "Start the nodes with --num-gpus, or set engine.device=cpu."
             )
-        use_gpu = gpus and wanted != "cpu"
-        return torch.device("cuda" if use_gpu else "cpu")
+        return torch.device("cuda" if gpus and wanted != "cpu" else "cpu")
 
     def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
         """What fills the stores of the run, on replicas of this cluster."""
@@ -61,29 +60,18 @@ class Session:
         return FitOnCluster(self._pool_of(inputs, reporter))
 
     def _pool_of(self, inputs: RunInputs, reporter: Reporter) -> Pool:
-        if self._pool is not None:
-            return self._pool
-        self._connect()
-        engine = self._config.engine
-        shape = Shape(
-            ranks=engine.ranks,
-            cpus_per_rank=self._config.cluster.cpus_per_rank,
-            gpus_per_rank=int(inputs.worker_device.type == "cuda"),
-            setting=f"engine.{'data' if engine.data_parallel > 1 else 'tensor'}_parallel",
-        )
-        self._pool = Pool(inputs, reporter, shape, self.nodes)
+        if self._pool is None:
+            self._connect()
+            engine, cpus = self._config.engine, self._config.cluster.cpus_per_rank
+            gpus = int(inputs.worker_device.type == "cuda")
+            setting = f"engine.{'data' if engine.data_parallel > 1 else 'tensor'}_parallel"
+            shape = Shape(engine.ranks, cpus, gpus, setting)
+            self._pool = Pool(inputs, reporter, shape, self.nodes)
         return self._pool
 
     def nodes(self) -> list[Node]:
-        return [
-            Node(
-                node["NodeManagerHostname"],
-                node["Resources"].get("CPU", 0.0),
-                node["Resources"].get("GPU", 0.0),
-            )
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
+        alive = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+        return [Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0)) for name, has in alive]
 
     def _connect(self) -> None:
         if self._connected or ray.is_initialized():

@@ -127,7 +127,15 @@ class _Trial:
         children = list(with_weights)
         roots = [name for name, kind in with_weights.items() if "norm" not in kind]
         self._outputs: dict[str, int] = {}
-        whole_BTC = self._noting_outputs(roots, x_BTC)
+
+        def note(name: str, _: Any, __: Any, output: Any) -> None:
+            self._outputs[name] = len(output) if isinstance(output, tuple) else 0
+
+        with contextlib.ExitStack() as hooks:
+            for name in roots:
+                module = self.layer.get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
+            whole_BTC = self.run(x_BTC)
         mixers = [name for name in roots if self._mixes_tokens(name, x_BTC)]
         if len(mixers) != 1:
             return f"{len(mixers)} modules of a layer mix its tokens, not one"
@@ -151,16 +159,6 @@ class _Trial:
             )
             for part, root in zip(PARTS, (attention, mlp), strict=True)
         }
-
-    def _noting_outputs(self, roots: Sequence[str], x_BTC: Tensor) -> Tensor:
-        def note(name: str, _: Any, __: Any, output: Any) -> None:
-            self._outputs[name] = len(output) if isinstance(output, tuple) else 0
-
-        with contextlib.ExitStack() as hooks:
-            for name in roots:
-                module = self.layer.get_submodule(name)
-                hooks.enter_context(module.register_forward_hook(partial(note, name)))
-            return self.run(x_BTC)
 
     def _mixes_tokens(self, name: str, x_BTC: Tensor) -> bool:
         """Whether later tokens do not see the first one without this module."""
