@@ -55,7 +55,7 @@ class CollectOnCluster:
         keep = to_fit and config.engine.reduction == "all-reduce"
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
         work = ray.put(Work(uuid.uuid4().hex, place, tokens.tokens, collectors, keep))
-        queue: LeaseQueue[int] = LeaseQueue(missing, twice=True)
+        queue: LeaseQueue[int] = LeaseQueue(missing)
         total = int(tokens.tokens.size)
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
         with pool.reporter.stage(stage, total, "tokens", done) as advance:

@@ -38,7 +38,7 @@ Keys = dict[Span, list[tuple[str, ...]]]
 class Part:
     """The ranges of one replica: in its running sums, and to be read."""
 
-    kept: dict[int, str] = field(default_factory=dict)
+    kept: dict[int, str]
     read: list[int] = field(default_factory=list)
 
 
@@ -48,7 +48,7 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
     ``live``: the attempts in the running sums of each replica; one that does not count cannot be
     taken out and is an error. What nobody has is dealt to those with the least to read.
     """
-    parts = {replica: Part() for replica in live}
+    parts = {replica: Part(dict(ranges)) for replica, ranges in live.items()}
     for replica, ranges in live.items():
         for range_id, attempt in ranges.items():
             if committed[range_id] != attempt:
@@ -56,7 +56,6 @@ def divide(committed: dict[int, str], live: dict[int, dict[int, str]]) -> dict[i
                     f"Replica {replica} has kept attempt {attempt} of range {range_id}, but "
                     f"{committed[range_id]} was committed."
                 )
-            parts[replica].kept[range_id] = attempt
     kept = {range_id for part in parts.values() for range_id in part.kept}
     for range_id in committed:
         if range_id not in kept:

@@ -68,14 +68,11 @@ class Holders(dict[Item, Worker]):
 
 
 class LeaseQueue(Generic[Item]):
-    """Leases of items in order; ``holders``: an item's only worker; ``twice``: stragglers again."""
+    """Leases of items in order, to their ``holders`` alone; without any, stragglers go twice."""
 
-    def __init__(
-        self, items: Iterable[Item], holders: Holders[Item] | None = None, *, twice: bool = False
-    ) -> None:
-        self._pending = list(items)
+    def __init__(self, items: Iterable[Item], holders: Holders[Item] | None = None) -> None:
+        self._pending, self._holders = list(items), holders
         self._left = set(self._pending)
-        self._holders, self._twice = holders, twice
         self._leases: dict[str, Lease[Item]] = {}
         self._durations: list[float] = []
 
@@ -100,7 +97,7 @@ class LeaseQueue(Generic[Item]):
         item = next(iter((*own, *free)), None)
         if item is not None:
             self._pending.remove(item)
-        elif self._twice and not self._pending:
+        elif self._holders is None:
             item = self._straggler(worker, now)
         if item is None:
             return None
@@ -128,10 +125,10 @@ class LeaseQueue(Generic[Item]):
         if not self._durations:
             return None
         limit = STRAGGLER * statistics.median(self._durations)
-        items = [lease.item for lease in self._leases.values()]
+        items = [lease.item for lease in self.leases]
         slow = [
             lease
-            for lease in self._leases.values()
+            for lease in self.leases
             if items.count(lease.item) == 1 and lease.worker != worker and now - lease.since > limit
         ]
         return min(slow, key=lambda lease: lease.since).item if slow else None

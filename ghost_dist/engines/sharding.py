@@ -118,11 +118,7 @@ def shard_wide_norms(model: nn.Module, sharding: Sharding) -> None:
             weight = whole._parameters.get("weight")
             if weight is None or tuple(weight.shape) != (linear.out_features,):
                 continue  # one norm per head: the heads of a rank have all they need
-            epsilon = next(
-                value
-                for name in ("variance_epsilon", "eps")
-                if (value := getattr(whole, name, 0.0))
-            )
+            epsilon: Any = getattr(whole, "variance_epsilon", None) or whole.eps
             narrow = _WideRMSNorm(weight, epsilon, linear.out_features)
             piece = sharding.even_piece(linear.out_features)
             sharding.split(narrow, f"{path}.{norm}", "weight", Shard(0, (piece,)))

@@ -17,7 +17,7 @@ from ghost_dist.statistics.sums import ColumnBlock
 
 
 def ranges_to_run(missing):
-    return LeaseQueue(missing, twice=True)
+    return LeaseQueue(missing)
 
 
 def test_ranges_are_handed_out_once_in_order():
