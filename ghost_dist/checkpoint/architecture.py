@@ -24,11 +24,11 @@ from ghost_dist.checkpoint.conversions import Place
 from ghost_dist.checkpoint.layer_fields import (
     MTP_COUNTS,
     LayerFields,
+    cut_config,
     descriptions,
     find_layer_fields,
     read_config,
 )
-from ghost_dist.checkpoint.layer_fields import cut_config as cut_fields
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.tensor_check import check_tensors
 from ghost_dist.checkpoint.twin import cut_difference, empty_model
@@ -176,19 +176,12 @@ def layer_sizes(
     return tuple(numbers), tuple(nbytes)
 
 
-def cut_config(
-    config: Mapping[str, Any], spans: Sequence[Span], architecture: Architecture
-) -> dict[str, Any]:
-    """``config`` (of the uncut model) with every per-layer field cut; pure."""
-    return cut_fields(config, spans, architecture.fields)
-
-
 def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
     """Prove, without weights, that the cut configuration describes the layers that stay."""
     reason = why_not(architecture, config, spans)
     if reason is None:
         before, _ = _built(architecture, config)
-        after, _ = _built(architecture, cut_config(config, spans, architecture))
+        after, _ = _built(architecture, cut_config(config, spans, architecture.fields))
         if cache_problem(before) is None and cache_problem(after) is not None:
             reason = (
                 f"without layers {', '.join(map(str, spans))} no attention layer is left, and "
@@ -205,7 +198,7 @@ def why_not(
     """Why the cut configuration does not describe the layers that stay; None if it does."""
     cut = ", ".join(map(str, spans))
     try:
-        after, twins = _built(architecture, cut_config(config, spans, architecture))
+        after, twins = _built(architecture, cut_config(config, spans, architecture.fields))
     except Exception as error:
         return f"no model can be built without layers {cut}: {error}"
     before, layers = _built(architecture, config)

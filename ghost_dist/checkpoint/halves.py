@@ -12,8 +12,8 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import Architecture, cache_problem, cut_config
-from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.architecture import Architecture, cache_problem
+from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, Sublayer, kept_layers
 
@@ -76,7 +76,7 @@ def check_halves(
     gone = {kept.index(one.layer) for one in sublayers if one.part == "attention"}
     if gone:
         config_class = getattr(transformers, architecture.config_class)
-        cut = read_config(config_class, cut_config(config, spans, architecture))
+        cut = read_config(config_class, cut_config(config, spans, architecture.fields))
         cut.__class__ = _uncached(config_class, gone)
         if (problem := cache_problem(cut)) is not None:
             raise UnsupportedArchitectureError(

@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ghost_dist.checkpoint.architecture import Architecture, causal_lm_class, cut_config, why_not
+from ghost_dist.checkpoint.architecture import Architecture, causal_lm_class, why_not
 from ghost_dist.checkpoint.conversions import quiet_loading
-from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.checkpoint.reader import Checkpoint, lazy_tensors, open_checkpoint
 from ghost_dist.checkpoint.surgery import note_return_type
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
@@ -97,7 +97,7 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
     config_class, whole = getattr(transformers, architecture.config_class), architecture.num_layers
     cuts = [(Span(kept, whole),) for kept in range(num_layers, whole)]
     above = next((cut for cut in cuts if why_not(architecture, checkpoint.config, cut) is None), ())
-    return read_config(config_class, cut_config(checkpoint.config, above, architecture))
+    return read_config(config_class, cut_config(checkpoint.config, above, architecture.fields))
 
 
 def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -67,11 +67,6 @@ class Repair:
         """Numbers that the recovered checkpoint holds on top of the pruned one."""
         return sum(part.numel() for part in self.boundary_parts().values())
 
-    @property
-    def added_flops(self) -> int:
-        """Multiplications and additions per token on top of the pruned model's."""
-        return 2 * self.added_parameters
-
 
 def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
     """The repaired stream (..., C), computed operation by operation as the exported file does."""

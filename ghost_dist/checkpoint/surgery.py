@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import Architecture, cut_config
+from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.halves import remove_halves
-from ghost_dist.checkpoint.layer_fields import descriptions
+from ghost_dist.checkpoint.layer_fields import cut_config, descriptions
 from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
 from ghost_dist.checkpoint.variant import Variant
@@ -30,7 +30,7 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
     taken over from a twin that is built from the cut configuration.
     """
     uncut = model.get_submodule(architecture.layers)
-    cut = cut_config(model.config.to_dict(), spans, architecture)
+    cut = cut_config(model.config.to_dict(), spans, architecture.fields)
     config = type(model.config).from_dict(cut)
     for name in ("_attn_implementation", "_experts_implementation"):
         if hasattr(model.config, name):

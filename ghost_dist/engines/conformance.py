@@ -22,9 +22,9 @@ import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
-from ghost_dist.checkpoint.architecture import Architecture, cut_config, inspect_architecture
+from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.conversions import save_model
-from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
@@ -198,7 +198,7 @@ def _small_config(
     config_class = getattr(transformers, architecture.config_class)
     kept = _one_layer_of_each_kind(checkpoint.config, architecture)
     gone = [Span(la, la + 1) for la in range(architecture.num_layers) if la not in kept]
-    config = read_config(config_class, cut_config(checkpoint.config, gone, architecture))
+    config = read_config(config_class, cut_config(checkpoint.config, gone, architecture.fields))
     sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
     for name in sizes.keys() & set(_INNER):
         # What the degree leaves over is kept: an uneven split is one more case.

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost_dist.checkpoint.architecture import Architecture, check_cut, cut_config
+from ghost_dist.checkpoint.architecture import Architecture, check_cut
 from ghost_dist.checkpoint.halves import check_halves
+from ghost_dist.checkpoint.layer_fields import cut_config
 from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
@@ -243,7 +244,7 @@ def _write_weights(
 def _write_config(
     folder: Path, source: Checkpoint, architecture: Architecture, variant: Variant
 ) -> None:
-    config = cut_config(source.config, variant.spans, architecture)
+    config = cut_config(source.config, variant.spans, architecture.fields)
     config.pop("auto_map", None)
     if variant.has_code:
         config = ghost_config(config, architecture, variant)

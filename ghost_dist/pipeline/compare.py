@@ -230,14 +230,15 @@ def _outcome(
     kl = None
     if operators is solved.operators:
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
+    added = sum(repair.added_parameters for repair in operators.values())
     return {
         "perplexity": _perplexities(inputs, model, Variant(cut.spans, operators)),
         "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
         "chosen": solved.candidate.described(),
-        "parameters": total - removed + sum(r.added_parameters for r in operators.values()),
-        "added_flops": sum(r.added_flops for r in operators.values()),
+        "parameters": total - removed + added,
+        "added_flops": 2 * added,  # per token
     }
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.engines.memory import DeviceNeeds, Residency
 from ghost_dist.engines.model_sizes import ModelSizes
-from ghost_dist.solver.least_squares import RIDGE_GRID, num_steps, step_flops
+from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
 from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS
 
@@ -36,7 +36,7 @@ class Fits:
     @staticmethod
     def of(kind: str, size: int, targets: int, ridges: int, folds: int) -> Fits:
         """One, with all ridges held out on all folds."""
-        return Fits(kind, num_steps(ridges, folds), step_flops(size, targets))
+        return Fits(kind, ridges * folds + 1, step_flops(size, targets))
 
     @staticmethod
     def of_grid(kind: str, size: int, targets: int, folds: int) -> list[Fits]:

@@ -21,8 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import cut_config
-from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.checkpoint.twin import shapes_only
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import device_name, synchronize
@@ -161,7 +160,7 @@ def _one_layer(
     inputs, total = run.inputs, run.num_layers
     architecture, device = inputs.architecture, inputs.device
     others = [span for span in (Span(0, number), Span(number + 1, total)) if len(span)]
-    raw = cut_config(inputs.source.config, others, architecture)
+    raw = cut_config(inputs.source.config, others, architecture.fields)
     config = read_config(getattr(transformers, architecture.config_class), raw)
     config.vocab_size, config.pad_token_id = entries, None
     causal_lm_class = getattr(transformers, architecture.causal_lm_class)

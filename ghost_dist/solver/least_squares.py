@@ -384,7 +384,3 @@ def step_flops(num_regressors: int, num_targets: int) -> int:
     """One ridge on one fold: a Cholesky factor, two triangular solves, a product for the error."""
     z, n = num_regressors, num_targets
     return z**3 // 3 + 4 * z * z * n
-
-
-def num_steps(num_ridges: int, num_folds: int) -> int:
-    return num_ridges * num_folds + 1

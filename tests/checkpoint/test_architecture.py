@@ -9,13 +9,8 @@ import transformers
 from all_families import small_config
 from families import CUTS, FAMILIES, NUM_LAYERS, VOCAB, save_checkpoint
 
-from ghost_dist.checkpoint.architecture import (
-    check_cut,
-    check_some_cut,
-    cut_config,
-    inspect_architecture,
-)
-from ghost_dist.checkpoint.layer_fields import read_config
+from ghost_dist.checkpoint.architecture import check_cut, check_some_cut, inspect_architecture
+from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers
@@ -56,7 +51,7 @@ def test_parts_are_found(checkpoint, family):
 def test_cut_config_describes_the_layers_that_stay(checkpoint, family, cut):
     source, architecture = checkpoint(family)
     before = json.dumps(source.config)
-    config = cut_config(source.config, CUTS[cut], architecture)
+    config = cut_config(source.config, CUTS[cut], architecture.fields)
     assert json.dumps(source.config) == before
     check_cut(architecture, source.config, CUTS[cut])
     kept = kept_layers(CUTS[cut], NUM_LAYERS)
@@ -73,22 +68,22 @@ def test_known_fields(checkpoint):
     """Values worked out by hand for the cut [1, 2), [3, 5): layers 0, 2, 5 stay."""
     spans = CUTS["two"]
     source, architecture = checkpoint("qwen3_moe")  # sparse step 2, layer 3 dense: sparse are 1, 5
-    config = cut_config(source.config, spans, architecture)
+    config = cut_config(source.config, spans, architecture.fields)
     assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([0, 1], 1)
     source, architecture = checkpoint("deepseek_v3")  # the first two are dense
-    assert cut_config(source.config, spans, architecture)["first_k_dense_replace"] == 1
+    assert cut_config(source.config, spans, architecture.fields)["first_k_dense_replace"] == 1
     source, architecture = checkpoint("qwen2")  # sliding from layer 3 on
-    config = cut_config(source.config, spans, architecture)
+    config = cut_config(source.config, spans, architecture.fields)
     assert config["max_window_layers"] == 2
     assert config["layer_types"] == ["full_attention", "full_attention", "sliding_attention"]
     source, architecture = checkpoint("gpt2")
-    config = cut_config(source.config, spans, architecture)
+    config = cut_config(source.config, spans, architecture.fields)
     assert config["n_layer"] == 3
     assert "num_hidden_layers" not in config
     source, architecture = checkpoint("smollm3")  # no rotary embedding in layers 2 and 5
-    assert cut_config(source.config, spans, architecture)["no_rope_layers"] == [1, 0, 0]
+    assert cut_config(source.config, spans, architecture.fields)["no_rope_layers"] == [1, 0, 0]
     source, architecture = checkpoint("gemma3")
-    assert "sliding_window_pattern" not in cut_config(source.config, spans, architecture)
+    assert "sliding_window_pattern" not in cut_config(source.config, spans, architecture.fields)
 
 
 def test_a_pattern_that_is_not_cut_is_found(checkpoint):
@@ -191,7 +186,7 @@ MIDDLE, FIRST, LAST = (Span(2, 4),), (Span(0, 1),), (Span(4, 6),)
 def test_the_requested_cut_decides(small, family, fields, spans, expected):
     source, architecture = small(family, **fields)
     check_cut(architecture, source.config, spans)
-    cut = cut_config(source.config, spans, architecture)
+    cut = cut_config(source.config, spans, architecture.fields)
     assert {name: cut[name] for name in expected} == expected
 
 
