@@ -198,7 +198,7 @@ def check_stream(decoder: Decoder, architecture: Architecture) -> None:
 
     def after(module: Any, __: Any, output: Any) -> None:
         if module is not decoder._norm:
-            note_return_type(type(module), output)
+            note_return_type(module, None, output)
         if isinstance(output, tuple):
             beside.extend(value for value in output[1:] if isinstance(value, Tensor))
         outputs.append(output[0] if isinstance(output, tuple) else output)

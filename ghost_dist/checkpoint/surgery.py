@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,8 +75,8 @@ def insert_operators(model: Any, architecture: Architecture, variant: Variant) -
         path = architecture.final_norm if last else f"{architecture.layers}.{positions[span]}"
         module = model.get_submodule(path)
         parameter = next(module.parameters())
-        hook = _repair_hook(operator_as_computed(repair, parameter.dtype, parameter.device))
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        computed = operator_as_computed(repair, parameter.dtype, parameter.device)
+        module.register_forward_pre_hook(partial(_repair_hook, computed), with_kwargs=True)
     for layer, down_FC in variant.downs.items():
         set_weight(layers[kept.index(layer)].get_submodule(down_path(architecture)), down_FC)
     for one, weight_FC in variant.outputs.items():
@@ -93,8 +94,9 @@ _TUPLE_LENGTH: dict[type, int] = {}
 """Length of the tuple in which a class of decoder layers returns its stream first; 0: alone."""
 
 
-def note_return_type(layer_class: type, output: Any) -> None:
-    _TUPLE_LENGTH[layer_class] = len(output) if isinstance(output, tuple) else 0
+def note_return_type(layer: nn.Module, _: Any, output: Any) -> None:
+    """A forward hook."""
+    _TUPLE_LENGTH[type(layer)] = len(output) if isinstance(output, tuple) else 0
 
 
 def handing_on(layer_class: type) -> Callable[..., Any]:
@@ -114,13 +116,9 @@ def learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
     unknown = [layer for layer in layers if type(layer) not in _TUPLE_LENGTH]
     if not unknown:
         return
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        note_return_type(type(module), output)
-
     with contextlib.ExitStack() as hooks:
         for layer in unknown:
-            hooks.enter_context(layer.register_forward_hook(note))
+            hooks.enter_context(layer.register_forward_hook(note_return_type))
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
 
 
@@ -144,12 +142,10 @@ def repair_stream(repair: Repair, x_BTC: Tensor) -> Tensor:
     return apply_repair(repair, x_BTC).to(x_BTC.dtype)
 
 
-def _repair_hook(repair: Repair) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x_BTC = args[0] if args else kwargs["hidden_states"]
-        y_BTC = repair_stream(repair, x_BTC)
-        if args:
-            return (y_BTC, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": y_BTC}
-
-    return hook
+def _repair_hook(
+    repair: Repair, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    y_BTC = repair_stream(repair, args[0] if args else kwargs["hidden_states"])
+    if args:
+        return (y_BTC, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": y_BTC}
