@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.halves import zeros
 from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer, routed_experts
 from ghost_dist.spans import Sublayer
 
@@ -138,21 +139,21 @@ class LayerwiseModel:
         """What a tap gets of a down_proj: its input, and its output without the bias."""
         return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
 
-    def with_down(
-        self, layer: int, down_FC: Tensor | None
-    ) -> contextlib.AbstractContextManager[None]:
-        """A layer, which must be at hand, with another down_proj; None: its own."""
-        if down_FC is None:
-            return contextlib.nullcontext()
-        return _with_weight(self.down_projection(layer), down_FC)
-
     @contextlib.contextmanager
-    def with_outputs(self, outputs: Mapping[Sublayer, Tensor]) -> Iterator[None]:
-        """Halves of a layer, which must be at hand, that end in other matrices (in, C)."""
-        with contextlib.ExitStack() as stack:
-            for one, weight_FC in outputs.items():
-                stack.enter_context(_with_weight(self.writer(one), weight_FC))
+    def as_in(self, variant: Variant, layer: int) -> Iterator[None]:
+        """A layer, which must be at hand, with the matrices that it has in a variant."""
+        changed = {}
+        if layer in variant.downs:
+            changed[self.down_projection(layer)] = variant.downs[layer]
+        changed |= {self.writer(one): new_FC for one, new_FC in variant.outputs_of(layer).items()}
+        own = {module: module.weight for module in changed}
+        for module, weight_FC in changed.items():
+            set_weight(module, weight_FC)
+        try:
             yield
+        finally:
+            for module, weight in own.items():
+                module.weight = weight
 
     def writer(self, sublayer: Sublayer) -> Any:
         """The linear module that ends a half."""
@@ -283,16 +284,6 @@ def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
     product = kept[0].double().reshape(change.shape)  # some families flatten it
     slack = 1e-3 * product.norm() + 8 * torch.finfo(layers.dtype).eps * whole_BTC.norm()
     return bool((change - product).norm() <= slack)
-
-
-@contextlib.contextmanager
-def _with_weight(module: Any, weight_FC: Tensor) -> Iterator[None]:
-    own = module.weight
-    set_weight(module, weight_FC)
-    try:
-        yield
-    finally:
-        module.weight = own
 
 
 def _hand_on(layer: Any) -> Callable[[], None]:

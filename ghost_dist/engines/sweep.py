@@ -250,11 +250,9 @@ class _Streams:
                 self._model.running(layer, inputs, tapped=bool(taps or gone)) as run,
             ):
                 for stream, number in others:
-                    variant = self._variants[number]
                     with (
                         self._mlp_tapped(layer, taps if stream == 0 else []),
-                        self._model.with_down(layer, variant.downs.get(layer)),
-                        self._model.with_outputs(variant.outputs_of(layer)),
+                        self._model.as_in(self._variants[number], layer),
                     ):
                         self._change(stream, layer + 1, run)
                 for first in range(0, len(alike), self.together):

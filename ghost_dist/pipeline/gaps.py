@@ -144,8 +144,7 @@ class CloseGaps(LayerWalk):
         with (
             self.layers.without(gone),
             self.layers.running(layer, self._inputs(streams), tapped=True) as run,
-            self.layers.with_down(layer, variant.downs.get(layer)),
-            self.layers.with_outputs(variant.outputs_of(layer)),
+            self.layers.as_in(variant, layer),
         ):
             yield run
 

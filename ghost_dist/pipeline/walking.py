@@ -196,12 +196,9 @@ class Walk(LayerWalk):
             if dense:
                 self._dense = self._through(run, self._dense)
             if recovered:
-                with self.layers.with_down(layer, self._downs.get(layer)):
+                variant = Variant(tuple(self.spans), self.operators)
+                with self.layers.as_in(variant, layer):
                     self._recovered = self._through(run, self._recovered)
-
-    @property
-    def _downs(self) -> Mapping[int, Tensor]:
-        return Variant(tuple(self.spans), self.operators).downs
 
     def _apply(self, span: Span) -> None:
         """Let an operator act on the recovered stream at its boundary."""
