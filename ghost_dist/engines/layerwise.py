@@ -22,6 +22,7 @@ from ghost_dist.checkpoint.halves import zeros
 from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer, routed_experts
+from ghost_dist.engines.sharding import gather_width, local_tensor
 from ghost_dist.spans import Sublayer
 
 Group = int | Literal["embeddings", "head"]
@@ -130,14 +131,12 @@ class LayerwiseModel:
         return self.layers[layer].get_submodule(self.architecture.down_projections[layer])
 
     def mlp_streams(
-        self,
-        layer: int,  # noqa: ARG002 - who holds a part of a layer needs to know which
-        module: Any,
-        input_BTF: Tensor,
-        output_BTC: Tensor,
+        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What a tap gets of a down_proj: its input, and its output without the bias."""
-        return input_BTF, output_BTC if module.bias is None else output_BTC - module.bias
+        """What a tap gets of a down_proj: its whole input, and its output without the bias."""
+        if module.bias is not None:
+            output_BTC = output_BTC - local_tensor(module.bias)
+        return gather_width(input_BTF, self.architecture.inner_sizes[layer]), output_BTC
 
     @contextlib.contextmanager
     def as_in(self, variant: Variant, layer: int) -> Iterator[None]:

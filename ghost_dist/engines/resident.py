@@ -39,7 +39,12 @@ class Engine(Protocol):
 
 
 class ResidentEngine(Engine):
-    """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``."""
+    """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``.
+
+    Ranks of a torch.distributed world that share the decoder are given the same batches.
+    """
+
+    read_bytes: int | None = None  # by this rank of what is shared; None: not known
 
     def __init__(self, decoder: Decoder, batch: int, *, compiled: bool = False) -> None:
         self.decoder, self._batch = decoder, batch

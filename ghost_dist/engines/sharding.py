@@ -187,7 +187,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:
-    """Join the columns (..., n) of the ranks in their order to (..., width), on every rank."""
+    """Join the columns (..., n) of ranks that share them, in order, to (..., width); collective."""
     if local.shape[-1] == width:
         return local
     # Ranks may differ by one column, and gather takes equal shapes only.

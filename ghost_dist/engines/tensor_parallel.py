@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ghost_dist.checkpoint.architecture import Architecture
@@ -32,13 +32,11 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.conformance import check_conformance
-from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import (
     Shard,
     Sharding,
     check_degree,
-    gather_width,
     kept_whole,
     load_shards,
     local_tensor,
@@ -52,31 +50,6 @@ from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 Backend = Literal["deepspeed", "transformers"]
 
 
-class _ShardedLayers(LayerwiseModel):
-    """Layers of which this rank holds a part; their input and their streams are whole."""
-
-    def mlp_streams(
-        self, layer: int, module: Any, input_BTF: Tensor, output_BTC: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The input gathered to its full width; the output is summed over the ranks already."""
-        if module.bias is not None:
-            output_BTC = output_BTC - local_tensor(module.bias)
-        return gather_width(input_BTF, self.architecture.inner_sizes[layer]), output_BTC
-
-
-class TensorParallelEngine(ResidentEngine):
-    """Runs a decoder that the ranks of a torch.distributed world share; batches are alike on all.
-
-    ``read_bytes``: that this rank read; None if transformers did.
-    """
-
-    def __init__(self, decoder: Decoder, read_bytes: int | None, batch: int) -> None:
-        super().__init__(decoder, batch)
-        self._layers = _ShardedLayers(decoder.model, decoder.architecture)
-        self.read_bytes = read_bytes
-        self.parameter_bytes = sum(local_tensor(p).nbytes for p in decoder.model.parameters())
-
-
 def open_tensor_parallel(
     path: Path,
     architecture: Architecture,
@@ -87,7 +60,7 @@ def open_tensor_parallel(
     degree: int,
     batch: int,
     backend: Backend = "deepspeed",
-) -> TensorParallelEngine:
+) -> ResidentEngine:
     """Share layers ``0 .. num_layers - 1`` of a checkpoint over the torch.distributed world.
 
     Collective: first a small random model of the family is run sharded and unsharded; then each
@@ -109,12 +82,15 @@ def open_tensor_parallel(
 
     def load(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
-    ) -> TensorParallelEngine:
+    ) -> ResidentEngine:
         by = _load_by_deepspeed if backend == "deepspeed" else _load_by_transformers
         model, read_bytes = by(path, architecture, num_layers, dtype, device)
         decoder = Decoder(model, architecture)
         check_stream(decoder, architecture)
-        return TensorParallelEngine(decoder, read_bytes, batch)
+        engine = ResidentEngine(decoder, batch)
+        engine.read_bytes = read_bytes
+        engine.parameter_bytes = sum(local_tensor(p).nbytes for p in model.parameters())
+        return engine
 
     other = "transformers" if backend == "deepspeed" else "deepspeed"
     difference = check_conformance(
