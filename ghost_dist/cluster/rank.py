@@ -141,10 +141,7 @@ class Rank:
         )
 
     def load(self, address: str, port: int, spec: EngineSpec) -> tuple[int, float | None]:
-        """Join the replica's torch.distributed world and load this rank's part of the model.
-
-        Gives its bytes, and the largest relative difference of the small random model.
-        """
+        """Join the replica's world and load this rank's part: its bytes, and its conformance."""
         inputs, engine = spec.inputs, spec.inputs.config.engine
         torch.set_num_threads(inputs.config.cluster.cpus_per_rank)
         self._block = ColumnBlock(self._rank, engine.ranks)

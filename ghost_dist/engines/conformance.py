@@ -169,10 +169,7 @@ def _files(model: Any) -> dict[str, bytes]:
 def with_small_model(
     checkpoint: Checkpoint, architecture: Architecture, degree: int, use: Callable[[Any], Used]
 ) -> Used:
-    """What ``use`` makes of a random causal LM with the code paths of a real one.
-
-    No tensor of the checkpoint is read. The model can be shared over ``degree`` ranks.
-    """
+    """What ``use`` makes of a random LM like the checkpoint's, which ``degree`` ranks can share."""
     reasons = []
     for small_heads in (True, False):
         try:

@@ -224,10 +224,7 @@ class _Checks(Tap):
 
 @functools.cache
 def prove_offloaded(path: Path, device: torch.device, experts: int | None = None) -> float:
-    """Once in a process, before real layers are read: see :func:`check_conformance`.
-
-    ``experts``: of a part, as ``OffloadedModel.hold`` gives them.
-    """
+    """:func:`check_conformance`, once in a process; ``experts`` as ``hold`` has chosen them."""
     checkpoint = open_checkpoint(path)
 
     def load(

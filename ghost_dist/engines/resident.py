@@ -39,10 +39,7 @@ class Engine(Protocol):
 
 
 class ResidentEngine(Engine):
-    """Runs a loaded decoder, ``batch`` windows at a time; ``compiled``: by ``torch.compile``.
-
-    Ranks of a torch.distributed world that share the decoder are given the same batches.
-    """
+    """Runs a loaded decoder, which ranks may share, ``batch`` windows at a time."""
 
     read_bytes: int | None = None  # by this rank of what is shared; None: not known
 
