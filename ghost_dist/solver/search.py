@@ -135,7 +135,7 @@ class ScoredSearch:
             self._mean(best),
             tuple(self._of_sources(best)),
             self.evaluations,
-            len(self._asked),
+            sum(map(bool, self._asked.values())),
             tuple(self._generations),
         )
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ghost_dist.errors import ConfigError
 from ghost_dist.solver.removals import Removal, Score
 from ghost_dist.solver.search import Found, Judges, ScoredSearch, Table, num_kept
 
@@ -40,7 +41,8 @@ class UnitSearch(ScoredSearch):
         after_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
         super().__init__(score, judges, table, after_generation)
-        self._units, self._net, self._most = units, net, target + slack
+        self._units, self._net = units, net
+        self._target, self._most = target, target + slack
         self._width, self._exchanges, self._allow = width, exchanges, allow
         self._cost: dict[Removal, float] = {}  # of units, per parameter, when last looked at
         self._asked[()] = set()
@@ -54,6 +56,13 @@ class UnitSearch(ScoredSearch):
 
     def run(self) -> Found:
         best = self._filled((), "greedy")
+        if not best:
+            least = min(map(self._net, self._units), default=0)
+            raise ConfigError(
+                f"selection.remove is {self._target:,} parameters, and there is no attention or "
+                f"MLP to go of which that would be half: the smallest has {least:,}. Raise it, or "
+                "protect fewer layers."
+            )
         tried, improved = 0, True
         while improved and tried < self._exchanges:
             improved = False

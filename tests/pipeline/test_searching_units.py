@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.searching_units import UnitScoring
 from ghost_dist.solver.search import Judges
@@ -47,6 +48,7 @@ def test_what_costs_least_per_parameter_goes_until_nothing_fits():
     found = one.run()
     # By cost per parameter: 3 (0.05), 2 and 5 (0.1); then 22 parameters have gone.
     assert found.removal == (2, 3, 5)
+    assert found.candidates == 6 + 5 + 2  # beside 3 and 5 only 0 and 2 fit
     assert found.score == pytest.approx(1.7, abs=0.02)
     whole, _ = search([*halves, (2, 3), (4, 5)], 15)
     assert whole.run().removal == (2, 3)
@@ -59,6 +61,13 @@ def test_an_exchange_undoes_what_was_greedy():
     assert greedy.run().removal == (2, 3)
     other, _ = search(halves, 18, exchanges=4)
     assert other.run().score <= search(halves, 18)[0].run().score
+
+
+def test_what_is_less_than_half_a_unit_is_refused():
+    """4 parameters, and 5 with the slack, are less than these."""
+    nothing, _ = search([(1,), (3,)], 4)
+    with pytest.raises(ConfigError, match=r"remove is 4 parameters.*the smallest has 9.*Raise it"):
+        nothing.run()
 
 
 def test_a_stopped_search_scores_nothing_again():
