@@ -153,8 +153,9 @@ TEXT
 wait_for() {
   local wanted=$1 address=$2 deadline=$((SECONDS + wait_s)) alive=0
   while :; do
-    # Connecting is the check: it needs the token, the head and a node.
-    read -r alive dashboard < <(python - "$address" 2>/dev/null <<'PY' || echo 0 -
+    # Connecting is the check: it needs the token, the head and a node. Ray tries for ever to reach a
+    # head that has ended.
+    read -r alive dashboard < <(timeout 30 python - "$address" 2>/dev/null <<'PY' || echo 0 -
 import sys
 import ray
 

@@ -32,7 +32,6 @@ class CollectOnCluster:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._num_layers = 0
 
     def __call__(
         self,
@@ -47,10 +46,9 @@ class CollectOnCluster:
         pool, config, missing = self._pool, self._pool.inputs.config, store.missing()
         if not missing:
             return
-        if collectors.last_boundary > self._num_layers:
-            self.release()  # what is loaded ends too early
-            self._num_layers = collectors.last_boundary
-        pool.num_layers = self._num_layers
+        if collectors.last_boundary > pool.num_layers:
+            self.release()  # what is loaded ends too early, or was dropped to fit
+            pool.num_layers = collectors.last_boundary
         pool.begin(1 if config.engine.replicas == "auto" else config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
@@ -69,7 +67,7 @@ class CollectOnCluster:
 
     def release(self) -> None:
         self._pool.release()
-        self._num_layers = 0
+        self._pool.num_layers = 0
 
 
 @dataclass

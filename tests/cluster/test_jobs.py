@@ -1,7 +1,9 @@
 """Submission to a cluster that launch/local_cluster.sh starts, with a token, by the command."""
 
+import contextlib
 import json
 import os
+import random
 import shlex
 import socket
 import subprocess
@@ -21,9 +23,16 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "local_cluster.sh"
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that is free, and the next one, which the head's Ray client takes.
+
+    Not of those that the kernel gives to connections, one of which may have it a moment later.
+    """
+    while True:
+        port = random.randrange(20000, 30000, 2)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as next_one:
+            one.bind(("", port))
+            next_one.bind(("", port + 1))
+            return port
 
 
 @pytest.fixture(scope="module")

@@ -132,14 +132,14 @@ def test_a_run_goes_on_with_other_parts(of_mixture, tmp_path):
 
 
 def test_a_run_of_a_family_that_cannot_be_split_is_refused(of_mixture, monkeypatch):
-    from ghost_dist.engines import offloaded
+    from ghost_dist.engines import layerwise
 
-    found = offloaded.routed_experts
+    found = layerwise.routed_experts
 
     def other(layer):
         experts = found(layer)
         return experts and experts.__class__(experts.path, experts.count, experts.parameters, "why")
 
-    monkeypatch.setattr(offloaded, "routed_experts", other)
+    monkeypatch.setattr(layerwise, "routed_experts", other)
     with pytest.raises(UnsupportedArchitectureError, match=r"Family deepseek_v3: .*\(why\)"):
         recover(of_mixture("run", engine__kind="streaming", engine__experts=2))
