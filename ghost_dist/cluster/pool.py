@@ -25,6 +25,7 @@ from ghost_dist.progress import Reporter
 
 POLL_S = 0.5  # longest that the driver sleeps while nothing comes back
 LOOK_FOR_ROOM_S = 5.0  # how often it looks for nodes that have joined
+ASK_AGAIN_S = 60.0  # for room: Ray has lost requests when a node came back with another address
 METRICS_S = 2.0
 
 
@@ -47,11 +48,13 @@ class Pool:
         self._failures: Counter[Failure] = Counter()
         self._last_loss = ""
         self._looked, self._room = -math.inf, 0
+        self._placed = 0.0  # when a replica was there last, or was not waited for
 
     def begin(self, needed: int) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
         self.shape.check_room(self._nodes(), needed)
         self._failures.clear()
+        self._placed = time.monotonic()
         for replica in self.replicas.values():
             replica.restart_timeouts()
 
@@ -106,13 +109,18 @@ class Pool:
             self._looked, self._room = now, self.shape.fitting(self._nodes())
         target = min(self._room if wanted == "auto" else wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]
-        if len(placing) == len(self.replicas) and any(now - r.began > wait_s for r in placing):
+        if not placing or len(placing) < len(self.replicas):
+            self._placed = now
+        elif now - self._placed > wait_s:
             self.shape.check_room(self._nodes(), 1)
             raise ClusterError(
                 f"No replica could be placed within cluster.wait_s={wait_s:g} s: the cluster has "
                 "the resources but others hold them, or its nodes are going. Wait for them, or add "
                 f"nodes. {self._last_loss}"
             )
+        for replica in placing:
+            if now - replica.began > ASK_AGAIN_S:
+                self.drop(replica)
         while len(self.replicas) < max(1, target):
             number = next(self._numbers)
             how = self.shape.strategy(self._nodes())

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def test_a_node_that_joins_is_used(make_config, cluster, tmp_path, monkeypatch):
     finally:
         cluster.remove_node(joined[0])
     assert len(events(tmp_path / "run", "replica-start")) == 4
+
+
+def test_room_that_was_never_given_is_asked_for_again(make_config, cluster, tmp_path, monkeypatch):
+    """Ray has lost a request for room; the run does not wait for it until it gives up."""
+
+    class Lost(replica_module.Replica):
+        def __init__(self, number, spec, shape, *arguments):
+            if number == 0:  # a bundle of what no node has
+                shape = replace(shape, gpus_per_rank=1)
+            super().__init__(number, spec, shape, *arguments)
+
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Lost)
+    monkeypatch.setattr("ghost_dist.cluster.pool.ASK_AGAIN_S", 2.0)
+    config = make_config(cluster__address=cluster.address, engine__kind="resident")
+    recover_on_cluster(config, again="calibrate")
+    assert [one["replica"] for one in events(tmp_path / "run", "replica-start")] == [0, 1]
+    assert [one["replica"] for one in events(tmp_path / "run", "replica-ready")] == [1]
 
 
 def test_a_straggler_of_a_stage_that_is_over_writes_nothing(
