@@ -31,6 +31,8 @@ tokens the logits ask for a stronger ridge than the squared error of the stream 
 a weaker one (``docs/choices.md``)."""
 FINE_SHIFTS = (0.5, -0.5)
 """Tried then around the best one."""
+FAR_BEHIND = 1.15
+"""Times the least KL on the first source, above which a candidate is not tried on the others."""
 _REFIT_TOKENS = 8  # for each regressor
 
 
@@ -217,6 +219,18 @@ def least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
         return "failed" in table[i], harms, not math.isfinite(means[i]), means[i], i
 
     return min(range(len(table)), key=rank)
+
+
+def not_far_behind(
+    candidates: Sequence[Candidate], scores: Sequence[Tensor], than: float
+) -> list[int]:
+    """Those that are tried on the other sources too: always the plain cut, which none may harm."""
+    bound = FAR_BEHIND * min(than, *(float(score[0]) for score in scores))
+    return [
+        i
+        for i, (one, score) in enumerate(zip(candidates, scores, strict=True))
+        if one.kind() is None or float(score[0]) <= bound
+    ]
 
 
 def strongest_ridge(

@@ -23,6 +23,7 @@ from ghost_dist.pipeline.candidates import (
     Candidate,
     candidates_of,
     least,
+    not_far_behind,
     samples_of,
     searches_ridge,
     stored_keys,
@@ -46,8 +47,6 @@ from ghost_dist.statistics.store_plan import StatisticsPlan
 
 HELD_OUT_TOKENS = 16384
 """Tokens that a choice by KL is judged by, where there are as many."""
-FAR_BEHIND = 1.15
-"""Times the least KL on the first source, above which a candidate is not tried on the others."""
 REFIT_ERRORS = 1.0
 """Standard errors by which fits on the recovered stream must be better to be taken."""
 
@@ -271,7 +270,7 @@ class Solver:
                     }
                 )
             if not number:
-                running = _not_far_behind(candidates, scores, than)
+                running = not_far_behind(candidates, scores, than)
         for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
             if "failed" in row:
                 del row["left_out"]
@@ -378,18 +377,6 @@ class Solver:
             for range_id, windows in enumerate(self._store.plan.ranges)
             for window in windows
         ]
-
-
-def _not_far_behind(
-    candidates: Sequence[Candidate], scores: Sequence[Tensor], than: float
-) -> list[int]:
-    """Those that are tried on the other sources too: always the plain cut, which none may harm."""
-    bound = FAR_BEHIND * min(than, *(float(score[0]) for score in scores))
-    return [
-        i
-        for i, (one, score) in enumerate(zip(candidates, scores, strict=True))
-        if one.kind() is None or float(score[0]) <= bound
-    ]
 
 
 def _fitted(outcome: Outcome) -> Fitted:

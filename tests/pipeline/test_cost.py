@@ -103,7 +103,7 @@ def test_layers_and_fits_are_counted_as_the_stages_run_them(
         names = (candidates[0].operator, "none")
         return [i for i, candidate in enumerate(candidates) if candidate.operator in names]
 
-    monkeypatch.setattr(solving, "_not_far_behind", of_first)
+    monkeypatch.setattr(solving, "not_far_behind", of_first)
     config = make_config(**RUNS[name])
     run, costs = planned_costs(config)
     for stage in ("calibrate", "solve"):

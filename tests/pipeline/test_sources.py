@@ -15,7 +15,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import CalibrationError, ConfigError
 from ghost_dist.evaluation.scores import window_scores
-from ghost_dist.pipeline import solving
+from ghost_dist.pipeline import candidates
 from ghost_dist.pipeline.candidates import FINE_SHIFTS, SHIFTS, Candidate
 from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs
 from ghost_dist.pipeline.recover import recover
@@ -66,7 +66,7 @@ def test_windows_are_of_each_source_by_its_share(mixed, text_file, other, tmp_pa
 
 def test_what_is_far_behind_on_one_source_is_not_tried_on_others(mixed, monkeypatch, tmp_path):
     def rows(bound):
-        monkeypatch.setattr(solving, "FAR_BEHIND", bound)
+        monkeypatch.setattr(candidates, "FAR_BEHIND", bound)
         found = recover(mixed(output__path=str(tmp_path / str(bound))), QUIET)["candidates"]
         assert sum(row["chosen"] for row in found) == 1
         return found
