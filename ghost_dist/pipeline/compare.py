@@ -23,6 +23,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config, Criterion, OperatorConfig, OperatorName
 from ghost_dist.durable import fingerprint, write_bytes, write_json
 from ghost_dist.errors import ConfigError, SingularGramError
+from ghost_dist.evaluation.bootstrap import interval, resampled_perplexities
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import entries_of, open_store, plan_of
@@ -51,7 +52,10 @@ from ghost_dist.statistics.span_sums import Regressors
 Row = Literal["default", "refine", "ghost+norm"] | OperatorName
 """``default``: as configured; ``refine``: the same followed by training."""
 
-SELECTIONS: tuple[Criterion, ...] = get_args(Criterion)
+Selection = Criterion | Literal["search-unrepaired"]
+"""``search-unrepaired``: a search that judges plain cuts, as EvoPress does."""
+
+SELECTIONS: tuple[Selection, ...] = (*get_args(Criterion), "search-unrepaired")
 TRAINING_FREE: tuple[Row, ...] = (*OPERATORS, "ghost+norm", "default")
 ROWS: tuple[Row, ...] = (*TRAINING_FREE, "refine")
 DEFAULT_REFINE_STEPS = 300
@@ -68,15 +72,17 @@ def compare(
     config: Config,
     removes: Sequence[int],
     rows: Sequence[Row],
-    selections: Sequence[Criterion],
+    selections: Sequence[Selection],
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Fill and write ``OUT/compare.json`` and ``OUT/compare.md``; returns what the former holds.
 
     ``config`` is what all rows share; criterion, number of layers, operator and features come from
     ``selections``, ``removes`` and ``rows``. ``dense`` is perplexity by corpus; each of ``rows``
-    has ``selection``, ``remove``, ``spans``, ``operator``, ``perplexity``, ``kl``, ``residual``,
-    ``parameters``, ``added_flops``. What is finished is kept if another row fails.
+    has ``selection``, ``remove``, ``spans``, ``operator``, ``perplexity``, ``intervals``, ``kl``,
+    ``residual``, ``parameters``, ``added_flops``. ``intervals`` are by corpus: what 95 % of
+    resampled evaluation windows give for the perplexity, and for its ratio to the least of all
+    rows with as many layers removed. What is finished is kept if another row fails.
     """
     if config.on_cluster:
         raise ConfigError(
@@ -113,7 +119,7 @@ def _select(
     run: RunFolder,
     tokens: TokenWindows,
     removes: Sequence[int],
-    selections: Sequence[Criterion],
+    selections: Sequence[Selection],
     reporter: Reporter,
 ) -> list[_Cut]:
     """Spans of every criterion and number of layers; one pass for all that need sums."""
@@ -129,7 +135,7 @@ def _select(
         )
         for criterion in selections
         for remove in removes
-        if criterion != "search"
+        if criterion not in ("search", "search-unrepaired")
     }
     decided: dict[str, tuple[Span, ...]] = {}
     if selectors:
@@ -143,9 +149,13 @@ def _select(
         collect(store, tokens, CollectorsTogether(selectors), "select")
         for name, selector in selectors.items():
             decided[name], _ = selector.decide(store, folds, inputs.device)
-    for remove in removes if "search" in selections else ():
-        found = search_spans(replace(inputs, remove=remove), tokens, run, reporter)
-        decided[f"search-{remove}"], _ = found
+    for criterion in selections:
+        config = inputs.config
+        if criterion == "search-unrepaired":
+            config = config.model_copy(update={"operator": OperatorConfig(name="none")})
+        for remove in removes if criterion.startswith("search") else ():
+            searched = replace(inputs, remove=remove, config=config)
+            decided[f"{criterion}-{remove}"], _ = search_spans(searched, tokens, run, reporter)
     return [
         _Cut(criterion, remove, decided[f"{criterion}-{remove}"])
         for criterion in selections
@@ -183,7 +193,7 @@ def _fill(
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
         store.flush()
     model = None if inputs.streaming else open_causal_lm(inputs, own=True)
-    table.dense(lambda: _perplexities(inputs, model, Variant()))
+    table.dense(lambda: _scored(inputs, model, Variant())["perplexity"])
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
@@ -232,7 +242,7 @@ def _outcome(
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
     added = sum(repair.added_parameters for repair in operators.values())
     return {
-        "perplexity": _perplexities(inputs, model, Variant(cut.spans, operators)),
+        **_scored(inputs, model, Variant(cut.spans, operators)),
         "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
@@ -242,10 +252,17 @@ def _outcome(
     }
 
 
-def _perplexities(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, float]:
+def _scored(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, dict[str, Any]]:
+    """By corpus: its perplexity, and the nats of a token in every window."""
     with layers_of(inputs, evaluation_shape(inputs), 1, model=model) as layers:
         found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
-    return {name: of_corpus.perplexity for name, [of_corpus] in found.items()}
+    return {
+        "perplexity": {name: of_corpus.perplexity for name, [of_corpus] in found.items()},
+        "nats": {
+            name: (of_corpus.nats * len(of_corpus.nats) / of_corpus.num_tokens).tolist()
+            for name, [of_corpus] in found.items()
+        },
+    }
 
 
 def _config(inputs: RunInputs, row: Row) -> Config:
@@ -279,6 +296,7 @@ class _Table:
                 "model": inputs.model_fingerprint,
                 "tokens": tokens.fingerprint,
                 "evaluation": {n: w.fingerprint for n, w in inputs.evaluation.items()},
+                "figures": ["perplexity", "nats"],
                 **inputs.numerics,
             }
         )
@@ -306,6 +324,7 @@ class _Table:
             }
             for cut, row in wanted
         ]
+        _add_intervals(rows)
         table: dict[str, Any] = {"dense": self._run.outputs("compare-dense"), "rows": rows}
         write_json(self._run.path / "compare.json", table)
         write_bytes(self._run.path / "compare.md", markdown(**table).encode())
@@ -317,11 +336,35 @@ class _Table:
         return f"compare-{fingerprint([pairs_of(cut.spans), row, config, refine])[:24]}"
 
 
+def _add_intervals(rows: Sequence[dict[str, Any]]) -> None:
+    """In the place of the nats of windows, which are drawn alike for all rows."""
+    measured = [row for row in rows if "refused" not in row]
+    for row in measured:
+        row["intervals"] = {}
+    nats = [row.pop("nats") for row in measured]
+    for corpus in nats[0] if nats else ():
+        resampled = resampled_perplexities(
+            {str(i): of_row[corpus] for i, of_row in enumerate(nats)}, tokens_per_window=1
+        )
+        for i, row in enumerate(measured):
+            alike = [j for j, other in enumerate(measured) if other["remove"] == row["remove"]]
+            best = min(alike, key=lambda j: measured[j]["perplexity"][corpus])
+            of_best = resampled[str(i)] / resampled[str(best)]
+            row["intervals"][corpus] = {
+                "perplexity": _plain(interval(resampled[str(i)])),
+                "of_best": [1.0, 1.0] if i == best else _plain(interval(of_best)),
+            }
+
+
+def _plain(pair: tuple[float, float] | None) -> list[float] | None:
+    return None if pair is None else list(pair)
+
+
 def markdown(dense: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
     corpora = list(dense)
     titles = [
         *("layers", "selection", "spans", "operator"),
-        *(f"perplexity {name}" for name in corpora),
+        *(title for name in corpora for title in (f"perplexity {name}", "of the best, 95 %")),
         *("KL", "residual", "parameters", "added MFLOP / token"),
     ]
     lines = [
@@ -336,7 +379,10 @@ def markdown(dense: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> s
             cells += ["-"] * (len(titles) - len(cells))
         else:
             kl = row["kl"]
-            cells += [f"{row['perplexity'][name]:.2f}" for name in corpora]
+            for name in corpora:
+                between = row["intervals"][name]["of_best"]
+                cells.append(f"{row['perplexity'][name]:.2f}")
+                cells.append("-" if between is None else f"{between[0]:.3f} to {between[1]:.3f}")
             cells.append("-" if kl is None else f"{kl:.3f}")
             cells.append(", ".join(f"{r:.3f}" for r in row["residual"]) or "-")
             cells += [f"{row['parameters']:,}", f"{row['added_flops'] / 1e6:.2f}"]

@@ -99,6 +99,17 @@ class DenseFits:
         return cross_fit_start(start, stops, parts, _RIDGES)
 
 
+class PlainCuts:
+    """No operators at all, in the place of fits."""
+
+    def fit(self, removals: Collection[Spans]) -> None:
+        """Nothing to do."""
+
+    def variants(self, removals: Sequence[Spans], _: int) -> list[Variant]:
+        """Removals as they are."""
+        return [Variant(spans) for spans in removals]
+
+
 class SequentialFits:
     """``ghost`` operators of removals, each fitted on the stream that those before it have made.
 

@@ -38,6 +38,7 @@ from ghost_dist.pipeline.search_fits import (
     SHARE_OF_MEMORY,
     WALKED_TOKENS,
     DenseFits,
+    PlainCuts,
     SequentialFits,
     dense_streams,
 )
@@ -84,11 +85,13 @@ class Effort:
             length //= 2
         return min(length, calibration.window_length)
 
-    def judges(self, calibration: CalibrationConfig, sources: int, of_source: int) -> Judges:
+    def judges(
+        self, calibration: CalibrationConfig, sources: int, of_source: int, rough: bool
+    ) -> Judges:
         """Judging windows, of so many calibration windows of every source."""
         length = self.length(calibration, sources)
         most = max(1, self.tokens(calibration) // (sources * length))
-        return Judges(sources, min(of_source * _pieces(calibration, length), most), rough=True)
+        return Judges(sources, min(of_source * _pieces(calibration, length), most), rough)
 
     def tokens(self, calibration: CalibrationConfig) -> int:
         """Most tokens of all judging windows."""
@@ -119,18 +122,22 @@ def search_shape(config: Config, remove: int, architecture: Architecture) -> Sea
     selection, calibration = config.selection, config.calibration
     effort, sources = _effort(selection), len(config.left_out)
     each = calibration.windows // sources
-    fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
-    judges = effort.judges(calibration, sources, each)
+    judges = effort.judges(calibration, sources, each, repairs(config))
     rules = rules_of(selection, remove, architecture.num_layers)
     greedy = greedy_evaluations(rules, judges, effort.width)
     budget = math.ceil(effort.rounds * greedy)
     if isinstance(selection.effort, int):
         budget = selection.effort
     closely = sum(map(judges.more, greedy_counts(rules, effort.width))) * budget / greedy
-    fitted_tokens = min(-(-fitted // sources), each) * sources * calibration.window_length
+    fitted_tokens = walked_tokens = 0
+    if repairs(config):
+        fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
+        fitted_tokens = min(-(-fitted // sources), each) * sources * calibration.window_length
+        share = closely / len(judges.windows)
+        walked_tokens = int(share * min(fitted_tokens, WALKED_TOKENS))
     return SearchShape(
         fitted_tokens=fitted_tokens,
-        walked_tokens=int(closely / len(judges.windows) * min(fitted_tokens, WALKED_TOKENS)),
+        walked_tokens=walked_tokens,
         evaluations=budget,
         length=effort.length(calibration, sources),
         sweeps=math.ceil((sources + _PARTS_LEFT_OUT + 1) * effort.rounds * remove),
@@ -185,6 +192,7 @@ def search_spans(
             "selection": selection.model_dump(mode="json", exclude={"criterion", "spans"}),
             "effort": str(_effort(selection)),
             "score": "sure_kl",
+            "repairs": repairs(inputs.config),
             "remove": inputs.remove,
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
@@ -237,7 +245,7 @@ def search_spans(
             "evaluations": found.evaluations,
             "candidates": found.candidates,
             "judged_tokens": int(score.windows.judged.size),
-            "fitted_tokens": int(score.windows.fitted.size),
+            "fitted_tokens": int(score.windows.fitted.size) if repairs(inputs.config) else 0,
             "generations": list(found.generations),
         }
     }
@@ -245,7 +253,12 @@ def search_spans(
 
 def record_of(inputs: RunInputs) -> str:
     """Name of the record of the scores so far, in ``RUN/stages`` until it is forgotten."""
-    return f"search-{inputs.remove}"
+    return f"search-{inputs.remove}{'' if repairs(inputs.config) else '-unrepaired'}"
+
+
+def repairs(config: Config) -> bool:
+    """Whether removals are judged with operators in place; not where none will be there."""
+    return config.operator.name != "none" or config.selection.has_halves
 
 
 @contextlib.contextmanager
@@ -256,6 +269,9 @@ def scoring(inputs: RunInputs, tokens: TokenWindows, reporter: Reporter) -> Iter
     at_once = _variants_at_once(inputs, shape)
     batch = max(1, inputs.batch * tokens.window_length // shape[1])
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
+        if not repairs(inputs.config):
+            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch)
+            return
         with reporter.stage("dense streams", int(windows.fitted.size), "tokens") as advance:
             streams = dense_streams(model, windows.fitted, inputs.batch, advance)
         dense = DenseFits(streams, windows.source_of, model)
@@ -286,7 +302,7 @@ class Windows:
         used = length * _pieces(config.calibration, length)
         most = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
         fitted = [spread(windows, -(-most // sources)) for windows in of_source]
-        judges = effort.judges(config.calibration, sources, fewest)
+        judges = effort.judges(config.calibration, sources, fewest, repairs(config))
         pieces = [tokens.tokens[windows, :used].reshape(-1, length) for windows in of_source]
         numbers = judging_pieces(pieces, judges.pieces)
         judged = [part[chosen] for part, chosen in zip(pieces, numbers, strict=True)]
@@ -307,8 +323,8 @@ class Scoring:
 
     model: LayerwiseModel
     windows: Windows
-    dense: DenseFits
-    sequential: SequentialFits
+    dense: DenseFits | PlainCuts
+    sequential: SequentialFits | PlainCuts
     at_once: int  # variants of a sweep
     batch: int  # judging windows of a forward
 

@@ -33,6 +33,7 @@ from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.gaps import gaps
 from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.search_fits import DenseFits
 from ghost_dist.pipeline.searching import EFFORTS, Scoring, record_of, scoring
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -157,6 +158,7 @@ class HalfRepairs:
     """Matrices before halves that go, one for each source without it, fitted once."""
 
     def __init__(self, scoring: Scoring) -> None:
+        assert isinstance(scoring.dense, DenseFits)
         self._model, self._streams = scoring.model, scoring.dense.streams
         self._source_of = scoring.windows.source_of
         self._sources = sorted(set(self._source_of))

@@ -1,4 +1,4 @@
-"""The default against the paper's settings, every cell a ``ghost-dist recover`` of its own.
+"""The default against the paper's settings and plain cuts, every cell a ``recover`` of its own.
 
     python tests/benchmarks/default_table.py smollm2:4,7,10,12 gemma3-270m:2,4,6,7 FOLDER:8,11 \
         --calibration natural.txt --text wikitext2=wikitext2-test.txt --text ptb=ptb-test.txt \
@@ -6,7 +6,9 @@
 
 A model is a checkpoint folder or a name of ghost_dist.real_models, with the numbers of layers to
 remove. Rows go into OUT/table.md as runs end, so a stopped table keeps what it has; the same
-command continues. More than four runs at once on a GPU hardly gain. Without a GPU: --gpus 0.
+command continues. ``unrepaired`` is a search of plain cuts (EvoPress-style). Intervals: 95 % of
+resampled windows; in OUT/ratios.md those of each perplexity over the default's, windows drawn
+alike. More than four runs at once on a GPU hardly gain. Without a GPU: --gpus 0.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 
+import numpy as np
+
+from ghost_dist.evaluation.bootstrap import interval
 from ghost_dist.real_models import REAL_MODELS, real_model
+from ghost_dist.report.record import RunRecord
 
 PAPER = (
     *("--operator", "ghost", "--set", "selection.criterion=paper"),
     *("--set", "operator.ridge={absolute: 1e-6}", "--set", "operator.choose=residual"),
     *("--set", "operator.features=stream"),
 )
-SETTINGS = {"default": (), "paper": PAPER}
+SETTINGS = {"default": (), "paper": PAPER, "unrepaired": ("--operator", "none")}
 
 
 def arguments() -> argparse.Namespace:
@@ -72,12 +78,40 @@ def main() -> None:
         jobs += [(model, int(n), name) for n in removes.split(",") for name in given.settings]
     with ThreadPoolExecutor(number) as threads:
         list(threads.map(cell, jobs))
+    ratios = "".join(of_default(*job, given) for job in jobs if job[2] != "default")
+    (given.out / "ratios.md").write_text(ratios)
+    print(ratios, end="")
+
+
+def folders(model: str, remove: int, name: str, out: Path) -> tuple[Path, Path]:
+    """Of the model, and of a run."""
+    folder = real_model(model) if model in REAL_MODELS else Path(model)
+    return folder, out / f"{folder.name}-{remove}-{name}"
+
+
+def of_default(model: str, remove: int, name: str, given: argparse.Namespace) -> str:
+    """A row of ratios, where both runs have ended."""
+    folder, run = folders(model, remove, name, given.out)
+    _, default = folders(model, remove, "default", given.out)
+    if not all((one / "result.json").exists() for one in (run, default)):
+        return ""
+    mine, reference = RunRecord(run), RunRecord(default)
+    cells = []
+    for corpus, variants in mine.perplexity.items():
+        ratio = variants["recovered"] / reference.perplexity[corpus]["recovered"]
+        drawn = (one.resampled[corpus]["recovered"] for one in (mine, reference))
+        between = interval(np.divide(*drawn))
+        cells.append(f"{ratio:.3f} {shown(between, 3)}")
+    return f"| {folder.name} | {remove} | {name} | {' / '.join(cells)} |\n"
+
+
+def shown(between: tuple[float, float] | None, digits: int) -> str:
+    return "" if between is None else f"({between[0]:.{digits}f} to {between[1]:.{digits}f})"
 
 
 def measured(model: str, remove: int, name: str, gpu: str, given: argparse.Namespace) -> str:
     """A row of the table; of a run that fails the end of what it said."""
-    folder = real_model(model) if model in REAL_MODELS else Path(model)
-    run = given.out / f"{folder.name}-{remove}-{name}"
+    folder, run = folders(model, remove, name, given.out)
     bos = model in REAL_MODELS and REAL_MODELS[model].window_bos
     corpora = ", ".join(text.replace("=", ": ", 1) for text in given.text)
     fields = {
@@ -105,8 +139,11 @@ def measured(model: str, remove: int, name: str, gpu: str, given: argparse.Names
     title = f"| {folder.name} | {remove} | {name} |"
     if done.returncode:
         return f"{title} failed: {done.stderr.strip()[-300:]} |"
-    result = json.loads((run / "result.json").read_text())
-    values = " / ".join(f"{of['recovered']:.2f}" for of in result["perplexity"].values())
+    result, record = json.loads((run / "result.json").read_text()), RunRecord(run)
+    values = " / ".join(
+        f"{of['recovered']:.2f} {shown(record.intervals[corpus]['recovered'], 2)}"
+        for corpus, of in result["perplexity"].items()
+    )
     spans = ", ".join(f"[{start}, {stop})" for start, stop in result["spans"])
     return f"{title} {values} | {spans} | {result['operator']} |"
 

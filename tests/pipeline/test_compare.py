@@ -1,7 +1,9 @@
 """The comparison: its figures are those of single runs, and it never does a row twice."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from ghost_dist.errors import ConfigError
@@ -76,6 +78,38 @@ def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
         compare(make_shared(engine__kind="streaming"), [2], ["refine"], ["recoverability"])
 
 
+def test_rows_have_paired_intervals(make_shared):
+    rows = compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])["rows"]
+    best = min(rows, key=lambda row: row["perplexity"]["text"])
+    for row in rows:
+        low, high = row["intervals"]["text"]["perplexity"]
+        assert low < row["perplexity"]["text"] < high
+        low, high = row["intervals"]["text"]["of_best"]
+        assert low <= row["perplexity"]["text"] / best["perplexity"]["text"] <= high
+    assert best["intervals"]["text"]["of_best"] == [1, 1]
+
+
+def test_a_ratio_is_known_where_windows_differ_alike():
+    """Windows of 2 to 6 nats, 0.1 more in the second row: the ratio is exp(0.1), the first's open.
+
+    A row with fewer layers removed is no reference.
+    """
+    nats = np.linspace(2, 6, 16)
+    noise = np.resize([1e-3, -1e-3], 16)
+    rows = [
+        {"remove": remove, "perplexity": {"a": math.exp(n.mean())}, "nats": {"a": n.tolist()}}
+        for remove, n in ((7, nats), (7, nats + 0.1 + noise), (5, nats - 1))
+    ]
+    module._add_intervals(rows)
+    low, high = rows[0]["intervals"]["a"]["perplexity"]
+    assert high / low > 2
+    assert rows[1]["intervals"]["a"]["of_best"] == pytest.approx([math.exp(0.1)] * 2, rel=1e-3)
+    assert [rows[0]["intervals"]["a"]["of_best"], rows[2]["intervals"]["a"]["of_best"]] == [
+        [1, 1],
+        [1, 1],
+    ]
+
+
 def test_a_row_that_cannot_be_fitted_leaves_the_others(make_shared):
     """32 tokens for 48 channels and no ridge: the Gram matrix is singular."""
     result = compare(
@@ -105,7 +139,8 @@ def test_only_what_is_new_is_computed(make_shared, monkeypatch):
     assert solved == ["none", "ghost"]
     second = compare(config, [2], ["none", "ghost", "fold"], ["recoverability"])
     assert solved == ["none", "ghost", "fold"]
-    assert second["rows"][:2] == first["rows"]
+    for old, new in zip(first["rows"], second["rows"], strict=False):
+        assert {**new, "intervals": {}} == {**old, "intervals": {}}
 
 
 def test_a_stopped_comparison_continues(make_shared, monkeypatch):

@@ -112,6 +112,23 @@ def layers_of(spans):
     return [layer for span in spans for layer in range(*span)]
 
 
+def test_without_an_operator_plain_cuts_are_judged(searched, make_config, tmp_path):
+    """The table of all plain cuts has the removal first that the search finds."""
+    spans, found = searched("cut", operator__name="none", selection__effort="thorough")
+    assert found["fitted_tokens"] == 0
+    inputs = open_inputs(make_config(**SEARCH, operator__name="none"), QUIET)
+    tokens = load_windows(tmp_path / "cut" / "tokens.safetensors")
+    with searching.scoring(inputs, tokens, QUIET) as score:
+        table = exhaustive(Rules(8, 2), score, score.windows.judges.windows)
+        judged = score.windows.judged
+        cut = Variant((Span(3, 4), Span(6, 7)))
+        _, scores = window_scores(score.model, [Variant(), cut], judged, batch=1)
+    [kl] = [kl for kl, removal in table if removal == (3, 6)]
+    assert kl == pytest.approx(scores.sure_kl.mean(), rel=1e-5)
+    removed = tuple(layer for start, stop in spans for layer in range(start, stop))
+    assert removed in [removal for _, removal in table[:2]]
+
+
 def test_stopped_after_each_generation_it_goes_on_to_the_same(
     searched, make_config, tmp_path, monkeypatch
 ):
@@ -197,9 +214,12 @@ def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
         evaluation__windows=1,
         evaluation__window_length=64,
     )
-    rows = compare(config, [2], ["none"], ["search", "paper"], QUIET)["rows"]
-    assert [row["selection"] for row in rows] == ["search", "paper"]
+    unrepaired = "search-unrepaired"
+    rows = compare(config, [2], ["none"], ["search", "paper", unrepaired], QUIET)["rows"]
+    assert [row["selection"] for row in rows] == ["search", "paper", unrepaired]
     assert rows[0]["spans"] == spans != rows[1]["spans"]
+    plain, _ = searched("plain", operator__name="none")
+    assert rows[2]["spans"] == plain
 
 
 @pytest.mark.parametrize(
