@@ -147,7 +147,8 @@ def _load(
         with contextlib.ExitStack() as files, quiet_loading() as reports:
             if not checkpoint.as_in_files:
                 # transformers knows FP8, but takes every block for 128 x 128 of whole ones.
-                arguments["state_dict"] = lazy_tensors(checkpoint, checkpoint.tensors, files)
+                tensors = lazy_tensors(checkpoint, checkpoint.tensors, files, device)
+                arguments["state_dict"] = tensors
                 source = None
             model = model_class.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, local_files_only=True, **arguments

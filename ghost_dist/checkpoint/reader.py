@@ -16,7 +16,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,29 +181,60 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _LazyTensor:
+class _ScaledTensor:
+    """A weight in FP8: bfloat16 on ``device`` when indexed, of which only whole blocks are read."""
+
     checkpoint: Checkpoint
     name: str
+    opened: Callable[[str], Any]  # a shard, by its file name
+    device: torch.device
 
     def __getitem__(self, index: Any) -> Tensor:
-        return read_tensor(self.checkpoint, self.name)[index]
+        info, scales = self.checkpoint.tensors[self.name], self.checkpoint.scales[self.name]
+        asked = index if isinstance(index, tuple) else (index,)
+        slices = [part for part in asked if part is not Ellipsis]
+        slices += [slice(None)] * (len(info.shape) - len(slices))
+        read, within, blocks = [], [], []
+        for part, size, block in zip(slices, info.shape, scales.block, strict=True):
+            start, stop, _ = part.indices(size)
+            first = start // block * block
+            last = min(size, -(-stop // block) * block)
+            read.append(slice(first, last))
+            within.append(slice(start - first, stop - first))
+            blocks.append(slice(first // block, -(-last // block)))
+        stored_OI = self.opened(info.file).get_slice(info.name)[tuple(read)]
+        scale = self.opened(scales.info.file).get_tensor(scales.info.name)
+        grid = [-(-size // block) for size, block in zip(info.shape, scales.block, strict=True)]
+        scale = scale.reshape(grid)[tuple(blocks)]
+        weight_OI = dequantised(stored_OI.to(self.device), scale.to(self.device), scales.block)
+        return weight_OI[tuple(within)]
 
 
 def lazy_tensors(
-    checkpoint: Checkpoint, names: Iterable[str], files: contextlib.ExitStack
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    files: contextlib.ExitStack,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Tensors that are read when indexed, in part if not FP8; ``files`` keeps the shards open."""
-    opened: dict[str, Any] = {}
+    """Tensors that are read when indexed, in part; ``files`` keeps the shards open.
+
+    On the CPU, but those in FP8 on ``device``, which scales them.
+    """
+    shards: dict[str, Any] = {}
+
+    def opened(file: str) -> Any:
+        if file not in shards:
+            shard = safe_open(checkpoint.path / file, framework="pt")
+            shards[file] = files.enter_context(shard)
+        return shards[file]
+
     found: dict[str, Any] = {}
     for name in names:
-        info = checkpoint.tensors[name]
         if name in checkpoint.scales:
-            found[name] = _LazyTensor(checkpoint, name)
-            continue
-        if info.file not in opened:
-            shard = safe_open(checkpoint.path / info.file, framework="pt")
-            opened[info.file] = files.enter_context(shard)
-        found[name] = opened[info.file].get_slice(info.name)
+            found[name] = _ScaledTensor(checkpoint, name, opened, device)
+        else:
+            info = checkpoint.tensors[name]
+            found[name] = opened(info.file).get_slice(info.name)
     return found
 
 

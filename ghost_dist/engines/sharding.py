@@ -267,13 +267,12 @@ def load_shards(
     merged = any(place.pattern is not None for place in needed.values())
     found: dict[str, _SlicedTensor] = {}
     with contextlib.ExitStack() as files:
-        sources = lazy_tensors(checkpoint, needed, files)
+        sources = lazy_tensors(checkpoint, needed, files, device)
         for key, place in needed.items():
             shard = sharding.shards.get(place.target)
             if place.pattern is not None and shard is not None:
                 shape, info = shapes[place.target], checkpoint.tensors[key]
                 shard = _source_shard(model.config.model_type, place, shard, shape, info)
-            # One in FP8 is whole for a moment, since the rank's slice may begin within a block.
             found[key] = _SlicedTensor(sources[key], shard, on_cpu)
         convert_and_load(model, checkpoint, found, dtype, device, one_by_one=on_cpu or merged)
     check_finite(checkpoint.path, model, dtype)

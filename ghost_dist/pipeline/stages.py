@@ -411,7 +411,7 @@ class Stages:
         seconds = time.monotonic() - began - (self._seconds - within)  # but those of stages within
         self._seconds += seconds
         outputs["seconds"] = round(seconds, 3)
-        if share is not None:
+        if share is not None and not self._inputs.config.on_cluster:  # the ranks' GPUs work there
             outputs["gpu_idle"] = round(share, 3)
         outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)

@@ -1,5 +1,6 @@
 """FP8 with scales: numbers against a loop over blocks, files against their bfloat16 twin."""
 
+import contextlib
 import json
 
 import pytest
@@ -11,7 +12,12 @@ from safetensors.torch import load_file, save_file
 from ghost_dist.checkpoint import tensor_files
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.reader import model_fingerprint, open_checkpoint, read_tensor
+from ghost_dist.checkpoint.reader import (
+    lazy_tensors,
+    model_fingerprint,
+    open_checkpoint,
+    read_tensor,
+)
 from ghost_dist.checkpoint.tensor_files import dequantised, weight_block
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines.model_sizes import model_sizes
@@ -46,6 +52,32 @@ def pair(tmp_path):
         return stored, twin
 
     return make
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_part_is_that_of_the_whole(pair, form, monkeypatch):
+    """Any part, also one that begins and ends within blocks; no more than its blocks is scaled."""
+    stored, _ = map(open_checkpoint, pair("llama", form))
+    sizes, scaled = [], []
+    monkeypatch.setattr(
+        "ghost_dist.checkpoint.reader.dequantised",
+        lambda *given: scaled.append(given[0].shape) or dequantised(*given),
+    )
+    whole = read_tensor(stored, UP)
+    rows, columns = whole.shape
+    parts = [slice(0, rows // 2), slice(rows // 2, rows), slice(41, 83), slice(7, 8)]
+    with contextlib.ExitStack() as files:
+        lazy = lazy_tensors(stored, [UP], files, CPU)[UP]
+        assert torch.equal(lazy[...], whole)
+        assert torch.equal(lazy[:], whole)
+        for part in parts:
+            for index in (part, (slice(None), part), (part, slice(3, columns - 1))):
+                assert torch.equal(lazy[index], whole[index])
+                sizes.append((whole[index].shape, scaled[-1]))
+    if form is None:
+        assert all(
+            got[dim] <= asked[dim] + 2 * BLOCK[dim] for asked, got in sizes for dim in (0, 1)
+        )
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,18 @@ def test_selection_on_a_cluster(make_config, cluster, tmp_path, criterion):
     assert found == recover(alone, again="select")
 
 
-def test_resident_replicas_give_the_bits_of_one_process(make_config, cluster, tmp_path):
+def test_resident_replicas_give_the_bits_of_one_process(
+    make_config, cluster, tmp_path, monkeypatch
+):
+    watched = contextlib.nullcontext(lambda: 0.5)  # as a GPU of this process
+    monkeypatch.setattr("ghost_dist.pipeline.stages.watched_idle", lambda _: watched)
     config = make_config(
         cluster__address=cluster.address, engine__kind="resident", engine__replicas=2
     )
     result = recover_on_cluster(config)
     alone = make_config(output__path=str(tmp_path / "alone"))
-    recover(alone)
+    assert recover(alone)["gpu_idle"]["all"] == 0.5
+    assert "gpu_idle" not in result  # those of the ranks are not watched
     assert (
         worst_difference(operator_tensors(tmp_path / "run"), operator_tensors(tmp_path / "alone"))
         == 0
