@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,19 @@ def fsync_file(path: Path) -> None:
 
 
 fsync_folder = fsync_file
+
+
+def fsync_in(pool: Executor, path: Path) -> Future[None]:
+    """Let a pool force a file to the disk, whatever name it has by then."""
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def force() -> None:
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    return pool.submit(force)
 
 
 def fsync_tree(path: Path) -> None:

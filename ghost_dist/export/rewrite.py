@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.durable import fsync_file, json_bytes
+from ghost_dist.durable import json_bytes
 from ghost_dist.errors import ExportError
 from ghost_dist.export.modeling import ghost_config, modeling_file_name, modeling_source
 from ghost_dist.export.shards import New, NewTensor, plan_shards, put_values, write_shard
@@ -196,12 +196,12 @@ class Copied:
         shards = plan_shards(_new_tensors(source, architecture, cut), max_bytes)
         return Copied(folder, shards if len(shards) > 1 else {})
 
-    def write(self, advance: Advance) -> None:
-        """Copy them, and bring them to the disk; what ``advance`` raises stops it."""
+    def write(self, advance: Advance) -> Iterator[Path]:
+        """Copy one after the other; what ``advance`` raises stops it."""
         for file, tensors in self.shards.items():
             self.folder.mkdir(exist_ok=True)
             write_shard(self.folder / file, tensors, advance)
-            fsync_file(self.folder / file)
+            yield self.folder / file
 
     def of(self, shards: Shards) -> dict[str, Path]:
         """The files that shards with the same tensors may be made of, by their names."""

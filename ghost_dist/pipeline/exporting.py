@@ -18,7 +18,7 @@ from ghost_dist.calibration.windows import load_windows
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import release_cached
-from ghost_dist.durable import fsync_folder, fsync_tree
+from ghost_dist.durable import fsync_folder, fsync_in, fsync_tree
 from ghost_dist.errors import GhostDistError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.model_card import CARD, model_card
@@ -77,7 +77,7 @@ def export_recovered(
                     copied=begun.copied(),
                 )
             with ThreadPoolExecutor(1) as thread:
-                synced = thread.submit(fsync_tree, unverified)
+                synced = thread.submit(begun.sync, unverified)
                 given = (inputs, unverified, recovered, run, reporter, begun.process, beside)
                 difference = _verify(*given)
                 try:
@@ -111,6 +111,7 @@ class ExportAhead:
         self._inputs, self._folder = inputs, run.path / "checkpoint.ahead"
         self._stack, self._ended = ExitStack(), threading.Event()
         self._copying: Future[Copied] | None = None
+        self._syncing: list[Future[None]] = []
 
     def __enter__(self) -> ExportAhead:
         shutil.rmtree(self._folder, ignore_errors=True)  # of a killed run
@@ -132,10 +133,18 @@ class ExportAhead:
         def work() -> Copied:
             most = inputs.config.export.max_shard_bytes
             plan = Copied.plan(inputs.source, inputs.architecture, cut, self._folder, most)
-            plan.write(self._check)
+            for path in plan.write(self._check):  # a disk is slower than the page cache
+                self._syncing.append(fsync_in(disk, path))
             return plan
 
+        disk = self._stack.enter_context(ThreadPoolExecutor(1))
         self._copying = self._stack.enter_context(ThreadPoolExecutor(1)).submit(work)
+
+    def sync(self, exported: Path) -> None:
+        """Wait until the disk has what was copied, and all else of the export."""
+        for file in self._syncing:
+            file.result()
+        fsync_tree(exported)
 
     def copied(self) -> Copied | None:
         """What was copied, once that is done; None if it could not be: the export will say why."""
@@ -145,6 +154,7 @@ class ExportAhead:
             return self._copying.result()
         except (OSError, GhostDistError):
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._syncing.clear()
             return None
 
     def _check(self, _: int) -> None:

@@ -116,7 +116,7 @@ def test_what_was_copied_ahead_is_taken_where_it_is_of_the_same_cut(source, tmp_
     new = {SPANS[0]: replace(OPERATORS[SPANS[0]], down_FC=torch.rand(*down_FC))}
     whole = export(source, tmp_path / "whole", OPERATORS | new)
     copied = Copied.plan(*source, Variant(spans), tmp_path / "ahead", 70_000)
-    copied.write(lambda _: None)
+    assert set(copied.write(lambda _: None)) == set((tmp_path / "ahead").iterdir())
     inodes = {path.stat().st_ino for path in (tmp_path / "ahead").iterdir()}
     written = []
     export(source, tmp_path / "out", OPERATORS | new, copied=copied, advance=written.append)

@@ -15,6 +15,7 @@ from ghost_dist.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    ExportError,
     RunFolderError,
     RunMismatchError,
 )
@@ -230,6 +231,22 @@ def test_failed_export_leaves_nothing_that_looks_complete(make_config, tmp_path,
     monkeypatch.undo()
     assert recover(config)["spans"] == [[3, 5]]
     assert {path.name for path in (run / "checkpoint").glob("*.safetensors")} > set(taken)
+
+
+def test_a_disk_that_fails_behind_a_copy_is_told(make_config, tmp_path, monkeypatch):
+    """The copy is forced to the disk by its own thread, whose error nobody would see otherwise."""
+    pools = []
+
+    def full(pool, path):
+        pools.append(path)
+        return pool.submit(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    config = make_config(export__max_shard_bytes=50_000)
+    monkeypatch.setattr("ghost_dist.pipeline.exporting.fsync_in", full)
+    with pytest.raises(ExportError, match="No space left"):
+        recover(config)
+    assert len(pools) > 1
+    assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_evaluation_beside_the_check_may_fail(make_config, text_file, tmp_path, monkeypatch):
