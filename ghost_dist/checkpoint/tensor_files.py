@@ -87,7 +87,8 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 SUFFIXES = ("_scale_inv", "_scale")
 _SCALE_DTYPES = ("F32", "BF16", "F16")
 _OF_ACTIVATIONS = re.compile(r"\.(input|activation|output|q|k|v)_scale$")
-_NUMBERS_AT_ONCE = 1 << 20  # 4 MiB in float32, which a cache holds
+_NUMBERS_AT_ONCE = {"cpu": 1 << 20}  # 4 MiB in float32, which a cache holds
+_MOST_AT_ONCE = 1 << 24  # elsewhere
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def dequantised(stored_OI: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
     scales = scales.float().reshape(-(-rows // high), -(-columns // wide))
     scales_BI = scales.repeat_interleave(wide, 1)[:, :columns]  # B: blocks of rows
     weight_OI = torch.empty(rows, columns, dtype=torch.bfloat16, device=stored_OI.device)
-    step = high * max(1, _NUMBERS_AT_ONCE // max(1, high * columns))
+    at_once = _NUMBERS_AT_ONCE.get(stored_OI.device.type, _MOST_AT_ONCE)
+    step = high * max(1, at_once // max(1, high * columns))
     whole = rows // high * high
     for first in range(0, whole, step):
         last = min(first + step, whole)

@@ -34,7 +34,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     "shape", [(160, 129), (129, 160), (256, 384), (1, 1), (128, 300), (127, 1)]
 )
 def test_each_number_times_the_scale_of_its_block(shape, block, at_once, monkeypatch):
-    monkeypatch.setattr(tensor_files, "_NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setitem(tensor_files._NUMBERS_AT_ONCE, "cpu", at_once)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 3, shape[0])[:, None]  # scales of neighbours differ
     numbers, scales, twin = quantise(weight, block)
