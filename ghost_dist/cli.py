@@ -194,7 +194,9 @@ def compare(
     operators: Annotated[
         str, Option(help="Names, comma-separated; all: every one that needs no training.")
     ] = "all",
-    selection: Annotated[str, Option(help="Criteria, comma-separated; or all.")] = "search",
+    selection: Annotated[
+        str, Option(help="Criteria, also search-unrepaired, comma-separated; or all.")
+    ] = "search",
     assignments: Set = None,
 ) -> None:
     """One table of perplexities: selections by operators, from one set of statistics."""
