@@ -207,7 +207,7 @@ class _ScaledTensor:
         grid = [-(-size // block) for size, block in zip(info.shape, scales.block, strict=True)]
         scale = scale.reshape(grid)[tuple(blocks)]
         weight_OI = dequantised(stored_OI.to(self.device), scale.to(self.device), scales.block)
-        return weight_OI[tuple(within)]
+        return weight_OI[tuple(within)].contiguous()  # a view would keep its whole blocks
 
 
 def lazy_tensors(

@@ -192,7 +192,7 @@ def search_spans(
             "selection": selection.model_dump(mode="json", exclude={"criterion", "spans"}),
             "effort": str(_effort(selection)),
             "score": "sure_kl",
-            "repairs": repairs(inputs.config),
+            **unrepaired(inputs.config),
             "remove": inputs.remove,
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
@@ -259,6 +259,11 @@ def record_of(inputs: RunInputs) -> str:
 def repairs(config: Config) -> bool:
     """Whether removals are judged with operators in place; not where none will be there."""
     return config.operator.name != "none" or config.selection.has_halves
+
+
+def unrepaired(config: Config) -> dict[str, bool]:
+    """What a search depends on besides its section; nothing where it has operators."""
+    return {} if repairs(config) else {"repairs": False}
 
 
 @contextlib.contextmanager

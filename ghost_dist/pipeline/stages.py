@@ -35,7 +35,7 @@ from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
-from ghost_dist.pipeline.searching import record_of, search_spans
+from ghost_dist.pipeline.searching import record_of, search_spans, unrepaired
 from ghost_dist.pipeline.searching_units import search_units
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
@@ -118,6 +118,7 @@ class Stages:
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
             "folds": inputs.config.folds,
+            **(unrepaired(inputs.config) if selection.searches else {}),
             **inputs.numerics,
         }
 

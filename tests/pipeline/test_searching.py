@@ -14,7 +14,7 @@ from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline import search_fits, searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
-from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -127,6 +127,15 @@ def test_without_an_operator_plain_cuts_are_judged(searched, make_config, tmp_pa
     assert kl == pytest.approx(scores.sure_kl.mean(), rel=1e-5)
     removed = tuple(layer for start, stop in spans for layer in range(start, stop))
     assert removed in [removal for _, removal in table[:2]]
+
+
+def test_a_run_that_loses_its_operator_is_searched_again(searched, tmp_path):
+    """What goes is that of the configuration, not of the one that the run had before."""
+    searched("run")
+    run_stage_again(tmp_path / "run", "calibrate", ["operator.name=none"], QUIET)
+    record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
+    spans, found = searched("fresh", operator__name="none")
+    assert (record["spans"], record["search"]) == (spans, found)
 
 
 def test_stopped_after_each_generation_it_goes_on_to_the_same(
