@@ -61,7 +61,7 @@ def main() -> None:
         places.put(str(place % given.gpus) if given.gpus else "")
     table, lock = given.out / "table.md", Lock()
 
-    def cell(job: tuple[str, int, str]) -> None:
+    def cell(job: tuple[str, str, str]) -> None:
         gpu = places.get()
         began = time.monotonic()
         try:
@@ -75,7 +75,7 @@ def main() -> None:
     jobs = []
     for text in given.models:
         model, _, removes = text.rpartition(":")
-        jobs += [(model, int(n), name) for n in removes.split(",") for name in given.settings]
+        jobs += [(model, n, name) for n in removes.split(",") for name in given.settings]
     with ThreadPoolExecutor(number) as threads:
         list(threads.map(cell, jobs))
     ratios = "".join(of_default(*job, given) for job in jobs if job[2] != "default")
@@ -83,13 +83,13 @@ def main() -> None:
     print(ratios, end="")
 
 
-def folders(model: str, remove: int, name: str, out: Path) -> tuple[Path, Path]:
+def folders(model: str, remove: str, name: str, out: Path) -> tuple[Path, Path]:
     """Of the model, and of a run."""
     folder = real_model(model) if model in REAL_MODELS else Path(model)
     return folder, out / f"{folder.name}-{remove}-{name}"
 
 
-def of_default(model: str, remove: int, name: str, given: argparse.Namespace) -> str:
+def of_default(model: str, remove: str, name: str, given: argparse.Namespace) -> str:
     """A row of ratios, where both runs have ended."""
     folder, run = folders(model, remove, name, given.out)
     _, default = folders(model, remove, "default", given.out)
@@ -109,7 +109,7 @@ def shown(between: tuple[float, float] | None, digits: int) -> str:
     return "" if between is None else f"({between[0]:.{digits}f} to {between[1]:.{digits}f})"
 
 
-def measured(model: str, remove: int, name: str, gpu: str, given: argparse.Namespace) -> str:
+def measured(model: str, remove: str, name: str, gpu: str, given: argparse.Namespace) -> str:
     """A row of the table; of a run that fails the end of what it said."""
     folder, run = folders(model, remove, name, given.out)
     bos = model in REAL_MODELS and REAL_MODELS[model].window_bos
@@ -128,7 +128,7 @@ def measured(model: str, remove: int, name: str, gpu: str, given: argparse.Names
     done = subprocess.run(
         [
             *(sys.executable, "-m", "ghost_dist", "recover", str(folder)),
-            *("--remove", str(remove), "--out", str(run), *SETTINGS[name]),
+            *("--remove", remove, "--out", str(run), *SETTINGS[name]),
             *(part for one in sets for part in ("--set", one)),
         ],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
