@@ -121,9 +121,6 @@ class SelectionConfig(Section):
     sublayers: tuple[str, ...] = ()
     """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
     alone; overrides criterion and remove."""
-    units: Literal["layers", "sublayers", "auto"] = "layers"
-    """search: what goes at a time: whole layers, attentions and MLPs by themselves, or both, by the
-    score per parameter. Other than layers ``remove`` is met in parameters."""
     max_spans: int | None = Field(default=None, ge=1)
     """Most separate spans to remove; null: 1 of recoverability, any number of search. The other
     criteria decide it themselves."""
@@ -172,11 +169,6 @@ class SelectionConfig(Section):
     def given(self) -> bool:
         """Whether what goes is said, and not chosen."""
         return self.spans is not None or bool(self.sublayers)
-
-    @property
-    def has_halves(self) -> bool:
-        """Whether attentions and MLPs may go by themselves."""
-        return bool(self.sublayers) or (self.searches and self.units != "layers")
 
     @property
     def searches(self) -> bool:
@@ -349,7 +341,7 @@ class Config(Section):
                     f"{self.calibration.windows} windows, and it needs {pieces}: raise it, or "
                     "calibration.windows"
                 )
-        if self.selection.has_halves and self.refine.steps > 0:
+        if self.selection.sublayers and self.refine.steps > 0:
             raise ValueError(
                 "refine.steps trains the operators of whole layers, and attentions and MLPs are "
                 "removed by themselves: give refine.steps=0"
@@ -393,7 +385,7 @@ class Config(Section):
     @property
     def judges_behind_the_fit(self) -> bool:
         """Whether what comes behind the fit is judged by held-out windows: one fold is kept off."""
-        return self.selection.has_halves or self.refine.steps > 0
+        return bool(self.selection.sublayers) or self.refine.steps > 0
 
     @property
     def on_cluster(self) -> bool:

@@ -44,7 +44,6 @@ class Half:
     outputs: int  # length of the tuple that it returns, what is added first; 0: that alone
     idle: tuple[str, ...]  # names in the layer of what only the half needs, such as a norm
     tensors: tuple[str, ...] = ()  # their names in the files
-    numbers: int = 0  # parameters
     writer: str = ""  # name in the layer of the linear module whose output is added as it is,
     writer_tensor: str = ""  # and of its weight in the files; empty: none can be replaced
 

@@ -9,7 +9,6 @@ module, an attention that adds the residual itself), the family has no halves th
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +67,7 @@ def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
         reasons = "; ".join(sorted({why for why in of_kind.values() if isinstance(why, str)}))
         raise UnsupportedArchitectureError(
             f"Family {architecture.model_type}: attentions and MLPs cannot be removed by "
-            f"themselves: {reasons}. Remove whole layers (selection.units=layers)."
+            f"themselves: {reasons}. Remove whole layers (selection.spans)."
         )
     return replace(architecture, halves=halves)
 
@@ -92,16 +91,14 @@ def _tensors_of_layers(
 def _with_tensors(half: Half, paths: dict[str, str], source: Checkpoint, width: int) -> Half:
     owners = tuple(f"{owner}." for owner in (half.root, *half.idle))
     names = tuple(name for name, path in paths.items() if path.startswith(owners))
-    shapes = {name: source.tensors[name].shape for name in names}
     weights = [
         name
         for name, path in paths.items()
-        if path == f"{half.writer}.weight" and shapes[name][0] == width
+        if path == f"{half.writer}.weight" and source.tensors[name].shape[0] == width
     ]
     return replace(
         half,
         tensors=names,
-        numbers=sum(map(math.prod, shapes.values())),
         writer=half.writer if weights else "",
         writer_tensor=weights[0] if weights else "",
     )

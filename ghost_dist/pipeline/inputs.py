@@ -251,7 +251,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
     source = open_checkpoint(path)
     architecture = inspect_architecture(source)
     selection, remove = config.selection, None
-    if selection.has_halves:
+    if selection.sublayers:
         architecture = with_halves(source, architecture)
     if selection.given:
         spans, halves = selection.removal(architecture.num_layers)

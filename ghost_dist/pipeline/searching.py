@@ -258,7 +258,7 @@ def record_of(inputs: RunInputs) -> str:
 
 def repairs(config: Config) -> bool:
     """Whether removals are judged with operators in place; not where none will be there."""
-    return config.operator.name != "none" or config.selection.has_halves
+    return config.operator.name != "none"
 
 
 def unrepaired(config: Config) -> dict[str, bool]:

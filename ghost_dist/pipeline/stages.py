@@ -36,7 +36,6 @@ from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, 
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import record_of, search_spans, unrepaired
-from ghost_dist.pipeline.searching_units import search_units
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
@@ -127,9 +126,6 @@ class Stages:
             halves: tuple[Sublayer, ...] = ()
             if selection.given:
                 spans, halves = selection.removal(inputs.architecture.num_layers)
-            elif selection.searches and selection.units != "layers":
-                spans, halves, scores = search_units(inputs, tokens, self._run, self._reporter)
-                release_cached(inputs.device)
             elif selection.searches:
                 spans, scores = search_spans(inputs, tokens, self._run, self._reporter)
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now

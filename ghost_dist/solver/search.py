@@ -70,77 +70,7 @@ class Found:
     generations: tuple[dict[str, Any], ...]  # what was done, evaluations up to then, the best
 
 
-class ScoredSearch:
-    """Scores of removals, asked for where the table of a stopped search does not have them."""
-
-    def __init__(
-        self,
-        score: Score,
-        judges: Judges,
-        table: Table | None,
-        after_generation: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.table = {removal: dict(scores) for removal, scores in (table or {}).items()}
-        self._score, self._judges, self._told = score, judges, after_generation
-        self._asked: dict[Removal, set[int]] = {}
-        self._generations: list[dict[str, Any]] = []
-
-    @property
-    def evaluations(self) -> int:
-        """Removals times windows so far, whether they were scored now or in the table before."""
-        return sum(map(len, self._asked.values()))
-
-    @property
-    def _part(self) -> list[int]:
-        """The windows that all of the next generation are scored on."""
-        return self._judges.part(len(self._generations))
-
-    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
-        """Have removals scored on these windows, where they are not yet."""
-        missing: dict[tuple[int, ...], list[Removal]] = {}
-        for removal in removals:
-            self._asked.setdefault(removal, set()).update(windows)
-            have = self.table.setdefault(removal, {})
-            if lacks := tuple(window for window in windows if window not in have):
-                missing.setdefault(lacks, []).append(removal)
-        for lacks, some in missing.items():
-            for removal, scores in zip(some, self._score(some, lacks), strict=True):
-                self.table[removal].update(zip(lacks, scores, strict=True))
-
-    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
-        windows = self._judges.windows if windows is None else windows
-        return math.fsum(self.table[removal][window] for window in windows) / len(windows)
-
-    def _of_sources(self, removal: Removal) -> list[float]:
-        step = self._judges.sources
-        return [self._mean(removal, self._judges.windows[first::step]) for first in range(step)]
-
-    def _tell(
-        self, step: str, best: Removal, windows: Sequence[int] | None = None, **more: int
-    ) -> None:
-        self._generations.append(
-            {
-                "step": step,
-                "evaluations": self.evaluations,
-                "removed": list(best),
-                "score": _plain(self._mean(best, windows)),
-                **more,
-            }
-        )
-        self._told(self._generations[-1])
-
-    def _found(self, best: Removal) -> Found:
-        return Found(
-            best,
-            self._mean(best),
-            tuple(self._of_sources(best)),
-            self.evaluations,
-            sum(map(bool, self._asked.values())),
-            tuple(self._generations),
-        )
-
-
-class Search(ScoredSearch):
+class Search:
     """One search; it is run once.
 
     No generation begins after ``budget`` evaluations; None: ``effort`` times as many as the greedy
@@ -162,7 +92,10 @@ class Search(ScoredSearch):
         possible: Callable[[Removal], bool] = lambda _: True,
         after_generation: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
-        super().__init__(score, judges, table, after_generation)
+        self.table = {removal: dict(scores) for removal, scores in (table or {}).items()}
+        self._score, self._judges, self._told = score, judges, after_generation
+        self._asked: dict[Removal, set[int]] = {}
+        self._generations: list[dict[str, Any]] = []
         self.rules, self._possible, self._width = rules, possible, width
         self._random = random.Random(seed)
         self._cost: dict[int, float] = {}  # of units, when they were last looked at
@@ -294,6 +227,57 @@ class Search(ScoredSearch):
         pairs = zip(self._of_sources(than), self._of_sources(removal), strict=True)
         spread = statistics.stdev(old - new for old, new in pairs)
         return improvement > _ERRORS * spread / math.sqrt(self._judges.sources)
+
+    @property
+    def evaluations(self) -> int:
+        """Removals times windows so far, whether they were scored now or in the table before."""
+        return sum(map(len, self._asked.values()))
+
+    @property
+    def _part(self) -> list[int]:
+        """The windows that all of the next generation are scored on."""
+        return self._judges.part(len(self._generations))
+
+    def _ask(self, removals: Sequence[Removal], windows: Sequence[int]) -> None:
+        """Have removals scored on these windows, where they are not yet."""
+        missing: dict[tuple[int, ...], list[Removal]] = {}
+        for removal in removals:
+            self._asked.setdefault(removal, set()).update(windows)
+            have = self.table.setdefault(removal, {})
+            if lacks := tuple(window for window in windows if window not in have):
+                missing.setdefault(lacks, []).append(removal)
+        for lacks, some in missing.items():
+            for removal, scores in zip(some, self._score(some, lacks), strict=True):
+                self.table[removal].update(zip(lacks, scores, strict=True))
+
+    def _mean(self, removal: Removal, windows: Sequence[int] | None = None) -> float:
+        windows = self._judges.windows if windows is None else windows
+        return math.fsum(self.table[removal][window] for window in windows) / len(windows)
+
+    def _of_sources(self, removal: Removal) -> list[float]:
+        step = self._judges.sources
+        return [self._mean(removal, self._judges.windows[first::step]) for first in range(step)]
+
+    def _tell(self, step: str, best: Removal, windows: Sequence[int] | None = None) -> None:
+        self._generations.append(
+            {
+                "step": step,
+                "evaluations": self.evaluations,
+                "removed": list(best),
+                "score": _plain(self._mean(best, windows)),
+            }
+        )
+        self._told(self._generations[-1])
+
+    def _found(self, best: Removal) -> Found:
+        return Found(
+            best,
+            self._mean(best),
+            tuple(self._of_sources(best)),
+            self.evaluations,
+            sum(map(bool, self._asked.values())),
+            tuple(self._generations),
+        )
 
 
 def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
