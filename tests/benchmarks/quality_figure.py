@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 ROW = re.compile(
     r"\| (?P<model>[^,|]+), (?P<layers>\d+)(?: layers)?; (?P<text>[^/]+) / .*; "
     r"dense (?P<dense>[\d.]+) .*? \| (?P<removed>\d+) \| "
-    r"(?P<paper>[\d.]+) / .*? \| \*\*(?P<default>[\d.]+) / "
+    r"(?P<paper>[\d.]+) / .*? \| (?P<cuts>[\d.]+) / .*? \| \*\*(?P<default>[\d.]+) / "
 )
 LINES = {
+    "cuts": ("plain cuts, searched", "^-.", "#6b7280"),
     "paper": ("the paper's settings", "s--", "#b45309"),
     "default": ("default", "o-", "#1d4ed8"),
 }
