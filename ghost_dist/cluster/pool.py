@@ -50,6 +50,14 @@ class Pool:
         self._looked, self._room = -math.inf, 0
         self._placed = 0.0  # when a replica was there last, or was not waited for
 
+    @property
+    def wanted(self) -> int:
+        """Replicas: as configured, or as many as there is room for."""
+        wanted, now = self.inputs.config.engine.replicas, time.monotonic()
+        if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
+            self._looked, self._room = now, self.shape.fitting(self._nodes())
+        return max(1, self._room) if wanted == "auto" else wanted
+
     def begin(self, needed: int) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
         self.shape.check_room(self._nodes(), needed)
@@ -104,10 +112,7 @@ class Pool:
     def grow(self, useful: int) -> None:
         """Add replicas where there is room, up to what is useful and wanted."""
         now, config = time.monotonic(), self.inputs.config
-        wanted, wait_s = config.engine.replicas, config.cluster.wait_s
-        if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
-            self._looked, self._room = now, self.shape.fitting(self._nodes())
-        target = min(self._room if wanted == "auto" else wanted, useful)
+        wait_s, target = config.cluster.wait_s, min(self.wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]
         if not placing or len(placing) < len(self.replicas):
             self._placed = now

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,9 +39,12 @@ from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, MakeCollector, RangeTimes, sums_of_range
+from ghost_dist.pipeline.engine import holds_search
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
+from ghost_dist.pipeline.searching import Windows, scoring
+from ghost_dist.solver.removals import Removal, Score
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
 
@@ -119,6 +123,8 @@ class Rank:
         self._unacknowledged: dict[str, dict[str, Sums]] = {}
         self._meeting: Any = None
         self._fits: tuple[StoreOfRun, StatisticsStore, FitHere] | None = None
+        self._search: tuple[str, Score] | None = None
+        self._scoring = ExitStack()  # holds the model of a search
         self._block = ColumnBlock()
         faulthandler.register(signal.SIGUSR1, file=2)  # cluster/failures.py asks for it
         if threading.current_thread() is threading.main_thread():
@@ -247,6 +253,31 @@ class Rank:
         self._heartbeat = (task, 0)
         self._meeting = running_sums.host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
         return int(self._meeting.port)
+
+    def score(
+        self,
+        task: str,
+        name: str,
+        of_search: Windows,
+        removals: Sequence[Removal],
+        windows: Sequence[int],
+    ) -> list[list[float]]:
+        """Scores of removals by this rank alone, with a model of its own that stays.
+
+        ``name``: of the search.
+        """
+        self._heartbeat = (task, 0)
+        if self._search is None or self._search[0] != name:
+            self._scoring.close()
+            inputs = self._inputs
+            inputs = replace(inputs, streaming=inputs.streaming or not holds_search(inputs))
+
+            def advance(tokens: int) -> None:
+                self._advance(self._heartbeat[0], tokens)
+
+            opened = scoring(inputs, of_search, lambda *_: nullcontext(advance), advance)
+            self._search = (name, self._scoring.enter_context(opened))
+        return self._search[1](removals, windows)
 
     def reduce(self, task: str, place: StoreOfRun, spec: ReduceSpec) -> None:
         """Sum what all replicas have kept; what this rank is to own is held for :meth:`fit`."""

@@ -179,6 +179,7 @@ class Replica:
             "run": (config.progress_timeout_s, "finish a batch"),
             "write": (config.progress_timeout_s, "write a range"),
             "acknowledge": (config.progress_timeout_s, "add the sums of a range"),
+            "score": (config.fit_timeout_s, "score removals"),
         }.get(method, (config.fit_timeout_s, "get the sums of a span, or to fit it once"))
         ranks = self._ranks if rank is None else [self._ranks[rank]]
         refs = [getattr(actor, method).remote(*arguments) for actor in ranks]

@@ -13,10 +13,12 @@ from ghost_dist.cluster.collect import CollectOnCluster
 from ghost_dist.cluster.fit import FitOnCluster
 from ghost_dist.cluster.leases import Node, Shape
 from ghost_dist.cluster.pool import Pool
+from ghost_dist.cluster.scoring import ScoreOnCluster
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.recover import Stage, recover
+from ghost_dist.pipeline.searching import Scorer
 from ghost_dist.progress import Reporter
 
 _PROBE_S = 10.0
@@ -54,6 +56,14 @@ class Session:
     def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
         """What fills the stores of the run, on replicas of this cluster."""
         return CollectOnCluster(self._pool_of(inputs, reporter))
+
+    def scorer(self, inputs: RunInputs, reporter: Reporter) -> Scorer | None:
+        """What scores removals, on the same replicas; None: the driver alone has a GPU."""
+        if inputs.device.type == "cuda" and inputs.worker_device.type == "cpu":
+            return None
+        return lambda _inputs, windows, _stage: ScoreOnCluster(
+            self._pool_of(inputs, reporter), windows
+        )
 
     def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitOnCluster:
         """What fits spans from the run's store, on the same replicas or in the driver."""

@@ -7,11 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
-from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -44,19 +41,6 @@ class Collect(Protocol):
     def release(self) -> None:
         """Nothing more will be collected for now: give back what is kept between stages."""
         return
-
-
-class Workers(Protocol):
-    """Other processes, perhaps of other machines, that run the windows of a run."""
-
-    def device(self) -> torch.device:
-        """The kind of device that they compute on."""
-
-    def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
-        """What fills the stores of one run."""
-
-    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitSpans:
-        """What fits the spans of one run from its store; ``release`` of ``collect`` is for both."""
 
 
 class CollectHere(Collect):

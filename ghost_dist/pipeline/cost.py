@@ -65,6 +65,7 @@ class Cost:
     fits: list[Fits] = field(default_factory=list)
     # Files
     ranges: int = 0  # of windows, each committed; replicas share them; 0: the driver does it
+    leased: bool = False  # to ranks, each of which has a model of its own
     commit_bytes: int = 0  # of all ranges
     sums_read_bytes: int = 0
     written_bytes: int = 0  # of a checkpoint, which a fresh process loads again

@@ -47,13 +47,6 @@ def with_engine(
         if inputs.streaming or inputs.device.type == "cpu":
             return inputs
         holds = known["driver"] == "cuda" if known else _driver_holds(inputs, reporter)
-        if not holds and not known and config.selection.searches:
-            raise ConfigError(
-                "selection.criterion=search runs in the driver, whose GPU cannot hold the model, "
-                "and its CPU would take days. Give engine.kind=streaming, which reads it layer by "
-                "layer, selection.criterion=recoverability, which runs on the replicas, or "
-                "selection.spans."
-            )
         return inputs if holds else replace(inputs, device=torch.device("cpu"))
     if config.engine.kind != "auto":
         return inputs
@@ -91,11 +84,21 @@ def decide(
         ) from error
 
 
+def holds_search(inputs: RunInputs) -> bool:
+    """Whether the device holds the whole model and what a search needs beside it."""
+    run = shape_of(inputs)
+    return search_cost(run).resident_bytes(run.sizes) <= SHARE_OF_FREE_MEMORY * run.free_bytes
+
+
 def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
     """Whether the driver of a cluster can run the whole model on its GPU, for what comes last."""
     run = shape_of(inputs)
     costs, free = costs_of(run), run.free_bytes
-    needs = {n: cost.resident_bytes(run.sizes) for n, cost in costs.items() if not cost.ranges}
+    needs = {
+        name: cost.resident_bytes(run.sizes)
+        for name, cost in costs.items()
+        if not cost.ranges and not cost.leased
+    }
     stage = max(needs, key=lambda name: needs[name])
     if needs[stage] <= SHARE_OF_FREE_MEMORY * free:
         return True

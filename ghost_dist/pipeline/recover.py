@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -32,10 +32,12 @@ from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.export.model_card import CARD, model_card
 from ghost_dist.export.operator_files import Solution
 from ghost_dist.pipeline.bench_serving import SERVING
-from ghost_dist.pipeline.collecting import Workers
+from ghost_dist.pipeline.collecting import Collect
 from ghost_dist.pipeline.engine import ENGINE, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT, ExportAhead
+from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
+from ghost_dist.pipeline.searching import Scorer
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
@@ -47,6 +49,22 @@ from ghost_dist.spans import Span, pairs_of
 
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
 _LIBRARIES = ("torch", "transformers", "datasets", "zarr", "safetensors", "numpy")
+
+
+class Workers(Protocol):
+    """Other processes, perhaps of other machines, that run the windows of a run."""
+
+    def device(self) -> torch.device:
+        """The kind of device that they compute on."""
+
+    def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
+        """What fills the stores of one run."""
+
+    def scorer(self, inputs: RunInputs, reporter: Reporter) -> Scorer | None:
+        """What scores the removals of a search; None: this process is better at it."""
+
+    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitSpans:
+        """What fits the spans of one run from its store; ``release`` of ``collect`` is for both."""
 
 
 def recover(
@@ -86,10 +104,11 @@ def recover(
             run.forget(again)
         collect = workers.collect(inputs, reporter) if workers is not None else None
         fit_spans = workers.fit_spans(inputs, reporter) if workers is not None else None
+        scorer = workers.scorer(inputs, reporter) if workers is not None else None
         ahead = None
         if again in (None, "export") and not run.outputs("export"):
             ahead = beside.enter_context(ExportAhead(inputs, run))
-        stages = Stages(inputs, run, reporter, again, collect, fit_spans, ahead)
+        stages = Stages(inputs, run, reporter, again, collect, fit_spans, ahead, scorer)
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)

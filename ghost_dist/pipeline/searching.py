@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,9 @@ from ghost_dist.pipeline.search_fits import (
 )
 from ghost_dist.pipeline.selecting import rules_of
 from ghost_dist.pipeline.texts import windows_of_folds
-from ghost_dist.progress import Reporter
+from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.removals import Removal
+from ghost_dist.solver.removals import Removal, Score
 from ghost_dist.solver.search import (
     Judges,
     Search,
@@ -98,6 +99,12 @@ class Effort:
         there = calibration.windows * calibration.window_length
         return max(_FEWEST_TOKENS, int(self.judged * min(there, _MOST_TOKENS)))
 
+
+Stage = Callable[[str, int, str], AbstractContextManager[Advance]]
+"""As ``Reporter.stage``."""
+
+Scorer = Callable[[RunInputs, "Windows", Stage], AbstractContextManager[Score]]
+"""Opens what scores removals: :func:`scoring`, or the ranks of a cluster."""
 
 EFFORTS = {
     "quick": Effort(1.25, 1 / 8, 16, 1 << 10, 12),
@@ -167,6 +174,7 @@ def search_cost(run: RunShape) -> Cost:
         sums_bytes=SMALL_BYTES,
         host_bytes=(run.num_layers + 1) * sizes.stream_bytes(search.fitted_tokens),
         running_bytes=sizes.stream_bytes(run.num_tokens),
+        leased=True,
     )
     cost.pass_tokens(layers, search.fitted_tokens)
     cost.pass_tokens(layers[inputs.remove // 2 :], judged_tokens)
@@ -179,10 +187,11 @@ def search_spans(
     tokens: TokenWindows,
     run: RunFolder,
     reporter: Reporter,
+    scorer: Scorer | None = None,
 ) -> tuple[tuple[Span, ...], dict[str, Any]]:
     """The spans that go, and what was searched as plain values.
 
-    A search that was stopped goes on from what RUN holds.
+    A search that was stopped goes on from what RUN holds. ``scorer``: None is this process.
     """
     selection, architecture = inputs.config.selection, inputs.architecture
     assert inputs.remove is not None
@@ -223,11 +232,12 @@ def search_spans(
             spans = ", ".join(map(str, _spans(removed)))
             reporter.say(f"search: KL {kl:.4f} where the model is sure, without {spans}")
 
-    with scoring(inputs, tokens, reporter) as score:
+    windows = Windows.of(inputs, tokens)
+    with (scorer or scoring)(inputs, windows, reporter.stage) as score:
         search = Search(
             rules_of(selection, inputs.remove, architecture.num_layers),
             score,
-            score.windows.judges,
+            windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
             effort=_effort(selection).rounds,
             width=_effort(selection).width,
@@ -244,8 +254,8 @@ def search_spans(
             "kl_left_out": list(found.scores),
             "evaluations": found.evaluations,
             "candidates": found.candidates,
-            "judged_tokens": int(score.windows.judged.size),
-            "fitted_tokens": int(score.windows.fitted.size) if repairs(inputs.config) else 0,
+            "judged_tokens": int(windows.judged.size),
+            "fitted_tokens": int(windows.fitted.size) if repairs(inputs.config) else 0,
             "generations": list(found.generations),
         }
     }
@@ -267,21 +277,25 @@ def unrepaired(config: Config) -> dict[str, bool]:
 
 
 @contextlib.contextmanager
-def scoring(inputs: RunInputs, tokens: TokenWindows, reporter: Reporter) -> Iterator[Scoring]:
-    """What scores removals, with the model at hand."""
-    windows = Windows.of(inputs, tokens)
+def scoring(
+    inputs: RunInputs,
+    windows: Windows,
+    stage: Stage,
+    advance: Advance = lambda _: None,
+) -> Iterator[Scoring]:
+    """What scores removals, with the model at hand; ``advance`` hears of tokens on their way."""
     shape = windows.judged.shape
     at_once = _variants_at_once(inputs, shape)
-    batch = max(1, inputs.batch * tokens.window_length // shape[1])
+    batch = max(1, inputs.batch * windows.fitted.shape[1] // shape[1])
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
         if not repairs(inputs.config):
-            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch)
+            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, advance)
             return
-        with reporter.stage("dense streams", int(windows.fitted.size), "tokens") as advance:
-            streams = dense_streams(model, windows.fitted, inputs.batch, advance)
+        with stage("dense streams", int(windows.fitted.size), "tokens") as passed:
+            streams = dense_streams(model, windows.fitted, inputs.batch, passed)
         dense = DenseFits(streams, windows.source_of, model)
         sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
-        yield Scoring(model, windows, dense, sequential, at_once, batch)
+        yield Scoring(model, windows, dense, sequential, at_once, batch, advance)
 
 
 @dataclass(frozen=True)
@@ -332,6 +346,7 @@ class Scoring:
     sequential: SequentialFits | PlainCuts
     at_once: int  # variants of a sweep
     batch: int  # judging windows of a forward
+    advance: Advance
 
     def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         """``Scores.sure_kl`` per removal and window; inf where it is not finite."""
@@ -348,7 +363,9 @@ class Scoring:
                     rows = slice(first, first + self.at_once)
                     fits.fit(spans[rows])
                     variants = [Variant(), *fits.variants(spans[rows], without)]
-                    scores = window_scores(self.model, variants, judged, batch=self.batch)
+                    scores = window_scores(
+                        self.model, variants, judged, batch=self.batch, advance=self.advance
+                    )
                     found[rows, columns] = [one.sure_kl for one in scores[1:]]
         found[~np.isfinite(found)] = math.inf
         return found.tolist()

@@ -35,7 +35,7 @@ from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
-from ghost_dist.pipeline.searching import record_of, search_spans, unrepaired
+from ghost_dist.pipeline.searching import Scorer, record_of, search_spans, unrepaired
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
@@ -59,8 +59,9 @@ _T = TypeVar("_T")
 class Stages:
     """The stages of one run, on an opened RUN folder and checked inputs.
 
-    ``again``: stage that is done again. ``collect``, ``fit_spans``: who fills the stores, and who
-    fits from them; None: this process. ``ahead``: what an export may begin before it is its turn.
+    ``again``: stage that is done again. ``collect``, ``fit_spans``, ``scorer``: who fills the
+    stores, who fits from them, and who scores removals; None: this process. ``ahead``: what an
+    export may begin before it is its turn.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Stages:
         collect: Collect | None = None,
         fit_spans: FitSpans | None = None,
         ahead: ExportAhead | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         self._inputs, self._run, self._reporter, self._ahead = inputs, run, reporter, ahead
         self._again = again
         self._collect = collect or collect_here(inputs, reporter, run.path)
-        self._fit_spans = fit_spans
+        self._fit_spans, self._scorer = fit_spans, scorer
         self._store: StoreAtHand | None = None
         self._seconds = 0.0  # of all stages so far
         self.sublayers: tuple[Sublayer, ...] = ()  # that go; known behind select
@@ -127,7 +129,9 @@ class Stages:
             if selection.given:
                 spans, halves = selection.removal(inputs.architecture.num_layers)
             elif selection.searches:
-                spans, scores = search_spans(inputs, tokens, self._run, self._reporter)
+                spans, scores = search_spans(
+                    inputs, tokens, self._run, self._reporter, self._scorer
+                )
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now
             else:
                 spans, scores = self._by_criterion(tokens, path)

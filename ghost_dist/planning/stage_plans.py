@@ -124,9 +124,13 @@ def stage_seconds(
 def _shared(run: RunShape, choice: EngineChoice, cost: Cost) -> dict[str, float]:
     """What a replica has of each part of a stage, and its sweeps over the layers (offloaded)."""
     engine, alone = run.inputs.config.engine, dict.fromkeys(("forward", "sums", "store"), 1.0)
-    if not (run.inputs.config.on_cluster and cost.ranges):
+    if not (run.inputs.config.on_cluster and (cost.ranges or cost.leased)):
         return {**alone, "sweeps": cost.reads if choice.kind == "streaming" else 1}
     replicas = num_replicas(run)
+    if cost.leased:
+        share = 1 / (replicas * engine.ranks)
+        whole = cost.resident_bytes(run.sizes) <= SHARE_OF_FREE_MEMORY * run.free_bytes
+        return {**alone, "forward": share, "sums": share, "sweeps": 1 if whole else cost.reads}
     if choice.kind == "streaming":
         # Of the replica with most ranges, whose ranks share the windows and one reading.
         sweeps = -(-cost.ranges // replicas)

@@ -69,8 +69,9 @@ def measured(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         num_layers = inputs.architecture.num_layers
         free = spread(range(num_layers), given.layers)
         rules = Rules(num_layers, given.remove, tuple(set(range(num_layers)) - set(free)))
-        with searching.scoring(inputs, tokens, QUIET) as score:
-            judges = score.windows.judges
+        windows = searching.Windows.of(inputs, tokens)
+        judges = windows.judges
+        with searching.scoring(inputs, windows, QUIET.stage) as score:
             table = exhaustive(rules, score, judges.windows)
             kl_of = {removal: kl for kl, removal in table}
             spans = [kl_of[span] for span in single_spans(rules) if span in kl_of]

@@ -44,9 +44,10 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
     spans, found = searched("a")
     inputs = open_inputs(make_config(**SEARCH), QUIET)
     tokens = load_windows(tmp_path / "a" / "tokens.safetensors")
-    with searching.scoring(inputs, tokens, QUIET) as score:
-        table = exhaustive(Rules(8, 2), score, score.windows.judges.windows)
-        windows, kl = score.windows, []
+    windows = searching.Windows.of(inputs, tokens)
+    with searching.scoring(inputs, windows, QUIET.stage) as score:
+        table = exhaustive(Rules(8, 2), score, windows.judges.windows)
+        kl = []
         first, second = removed = Span(2, 3), Span(5, 6)
         for part in (0, 1):
             [variant] = score.sequential.variants([removed], part)
@@ -118,9 +119,10 @@ def test_without_an_operator_plain_cuts_are_judged(searched, make_config, tmp_pa
     assert found["fitted_tokens"] == 0
     inputs = open_inputs(make_config(**SEARCH, operator__name="none"), QUIET)
     tokens = load_windows(tmp_path / "cut" / "tokens.safetensors")
-    with searching.scoring(inputs, tokens, QUIET) as score:
-        table = exhaustive(Rules(8, 2), score, score.windows.judges.windows)
-        judged = score.windows.judged
+    windows = searching.Windows.of(inputs, tokens)
+    with searching.scoring(inputs, windows, QUIET.stage) as score:
+        table = exhaustive(Rules(8, 2), score, windows.judges.windows)
+        judged = windows.judged
         cut = Variant((Span(3, 4), Span(6, 7)))
         _, scores = window_scores(score.model, [Variant(), cut], judged, batch=1)
     [kl] = [kl for kl, removal in table if removal == (3, 6)]
