@@ -1,4 +1,8 @@
-"""A few texts continued greedily, so that a person sees how a model answers."""
+"""Texts continued greedily: how each model answers, and whether it still generates.
+
+Perplexity sees one token behind text of people. Behind its own tokens a model may repeat itself, or
+be another one soon, which a person who talks to it sees first.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,31 @@ import transformers
 
 from ghost_dist.calibration.windows import TokenWindows
 
-PROMPT_TOKENS, NEW_TOKENS, MOST_TEXTS = 24, 32, 3
+PROMPT_TOKENS, NEW_TOKENS, MOST_TEXTS, MOST_PROMPTS = 24, 32, 3, 12
+_GRAM = 4  # tokens that were there before are a repetition
 
 
-def prompts(corpora: Mapping[str, TokenWindows]) -> dict[str, torch.Tensor]:
-    """Beginnings of the first window of the first corpora, int64, (T,); all of one length."""
+def prompts(corpora: Mapping[str, TokenWindows]) -> list[tuple[str, torch.Tensor]]:
+    """Beginnings of windows that are spread over the first corpora, int64, (T,), of one length.
+
+    The first windows of all corpora come first.
+    """
     first = list(corpora.items())[:MOST_TEXTS]
     length = min((windows.window_length // 2 for _, windows in first), default=0)
-    return {
-        name: torch.from_numpy(windows.tokens[0, : min(length, PROMPT_TOKENS)].astype("int64"))
+    each = MOST_PROMPTS // max(1, len(first))
+    places = {
+        (number, name): number * windows.num_windows // each
+        for number in range(each)
         for name, windows in first
+        if number < windows.num_windows
     }
+    return [
+        (
+            name,
+            torch.from_numpy(corpora[name].tokens[window, :length][:PROMPT_TOKENS].astype("int64")),
+        )
+        for (_, name), window in places.items()
+    ]
 
 
 @torch.inference_mode()
@@ -37,3 +55,31 @@ def continued(model: Any, prompts_BT: torch.Tensor) -> torch.Tensor:
         model.generation_config = before
     new: torch.Tensor = found[:, prompts_BT.shape[1] :].cpu()
     return new
+
+
+def generation(said: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Of greedy continuations (B, new) by model, ``dense`` among them, means over the prompts.
+
+    ``same``: tokens, from the first on, that are the dense model's; ``repeated``: share of the runs
+    of 4 tokens that the same continuation has had before.
+    """
+    dense_BT = said["dense"]
+    return {
+        "prompts": len(dense_BT),
+        "tokens": dense_BT.shape[1],
+        **{
+            model: {
+                "same": float((ids_BT == dense_BT).cumprod(1).sum(1).double().mean()),
+                "repeated": _repeated(ids_BT),
+            }
+            for model, ids_BT in said.items()
+        },
+    }
+
+
+def _repeated(ids_BT: torch.Tensor) -> float:
+    shares = []
+    for ids in ids_BT.tolist():
+        grams = [tuple(ids[at : at + _GRAM]) for at in range(len(ids) - _GRAM + 1)]
+        shares.append(1 - len(set(grams)) / max(1, len(grams)))
+    return sum(shares) / len(shares)

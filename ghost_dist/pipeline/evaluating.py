@@ -1,12 +1,12 @@
-"""What the evaluate stage measures: perplexity, agreement with the dense model, harness tasks;
+"""What the evaluate stage measures: perplexity, agreement with the dense model, tasks, and what
 
-and a few texts that the three models continue.
+the three models say behind a few texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
-from ghost_dist.evaluation.samples import continued, prompts
+from ghost_dist.evaluation.samples import continued, generation, prompts
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.pipeline.cost import Cost
@@ -54,7 +54,7 @@ class Evaluation:
         """All figures, as the record of the stage holds them."""
         inputs = self._inputs
         if inputs.streaming:  # a token generated would be a model read
-            return {**_figures(self._scores(None)), "tasks": {}, "samples": []}
+            return {**_figures(self._scores(None)), "tasks": {}, "samples": [], "generation": {}}
         model = open_causal_lm(inputs, own=True)
         return {**_figures(self._scores(model)), **self._used(model)}
 
@@ -74,35 +74,46 @@ class Evaluation:
         """Tasks and samples; the model is uncut before and the recovered one after."""
         inputs = self._inputs
         tasks: dict[str, dict[str, Any]] = {}
-        samples = [
-            {"text": name, "prompt": inputs.tokenizer.decode(ids), "ids": ids}
-            for name, ids in prompts(inputs.evaluation).items()
-        ]
+        asked, said = prompts(inputs.evaluation), dict[str, torch.Tensor]()
         for variant in VARIANTS:
             if variant == "pruned":
                 remove_layers(model, inputs.architecture, self._recovered.spans)
                 insert_operators(model, inputs.architecture, self._recovered.cut)
             if variant == "recovered":
                 insert_operators(model, inputs.architecture, self._recovered)
-            samples = self._continued(model, variant, samples)
+            if asked and (found := self._continued(model, variant, asked)) is not None:
+                said[variant] = found
+            else:
+                asked = []
             for row, figures in self._tasks(model, variant).items():
                 tasks.setdefault(row, {})[variant] = figures
-        return {"tasks": tasks, "samples": [{**one, "ids": one["ids"].tolist()} for one in samples]}
+        decode = inputs.tokenizer.decode
+        samples = [
+            {
+                "text": name,
+                "prompt": decode(ids),
+                "ids": ids.tolist(),
+                **{variant: decode(found[number]) for variant, found in said.items()},
+            }
+            for number, (name, ids) in enumerate(asked)
+            if name not in [before for before, _ in asked[:number]]
+        ]
+        return {
+            "tasks": tasks,
+            "samples": samples,
+            "generation": generation(said) if asked else {},
+        }
 
     def _continued(
-        self, model: Any, variant: str, samples: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """The samples with what this model says; none where its class cannot generate."""
-        if not samples:
-            return []
+        self, model: Any, variant: str, asked: Sequence[tuple[str, torch.Tensor]]
+    ) -> torch.Tensor | None:
+        """What this model says behind the texts; None where its class cannot generate."""
         try:
             with self._reporter.waiting(f"{variant} model continues texts"):
-                found = continued(model, torch.stack([one["ids"] for one in samples]))
-        except Exception as error:  # an illustration; all that is measured is there
+                return continued(model, torch.stack([ids for _, ids in asked]))
+        except Exception as error:  # all else that is measured is there
             self._reporter.warn(f"No text is continued: {type(error).__name__}: {error}")
-            return []
-        said = [self._inputs.tokenizer.decode(ids) for ids in found]
-        return [{**one, variant: text} for one, text in zip(samples, said, strict=True)]
+            return None
 
     def _tasks(self, model: Any, variant: str) -> dict[str, dict[str, Any]]:
         """Row to figures; recorded task by task, so that a stage that is stopped goes on there."""

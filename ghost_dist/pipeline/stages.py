@@ -354,7 +354,7 @@ class Stages:
             **inputs.numerics,
         }
         if not inputs.evaluation and not inputs.tasks:
-            return {"perplexity": {}, "agreement": {}, "tasks": {}, "samples": []}
+            return {"perplexity": {}, "agreement": {}, "tasks": {}, "samples": [], "generation": {}}
         given = (inputs, self._run, self._reporter, self.as_exported(spans, solution), decisive)
         return self._stage("evaluate", wanted, Evaluation(*given).measure)
 

@@ -61,6 +61,7 @@ class RunRecord:
         self.agreement: dict[str, dict[str, dict[str, float]]] = last.get("agreement", {})
         self.tasks: dict[str, dict[str, Any]] = last.get("tasks", {})  # task to variant to metrics
         self.samples: list[dict[str, Any]] = last.get("samples", [])  # texts, and how models go on
+        self.generation: dict[str, Any] = last.get("generation", {})  # ``samples.generation``
 
     @property
     def name(self) -> str:
