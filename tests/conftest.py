@@ -9,7 +9,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -216,3 +218,26 @@ def config_at(model_folder, text_file):
 def make_config(config_at, tmp_path):
     """The same in the test's own folder."""
     return functools.partial(config_at, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium: GHOST_DIST_CHROMIUM, one on the PATH, or playwright's own."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright; pip install -e '.[browser]'"
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = [os.environ.get("GHOST_DIST_CHROMIUM"), *map(shutil.which, names)]
+    with playwright.sync_playwright() as running:
+        found.append(running.chromium.executable_path)
+        paths = [path for path in found if path and Path(path).exists()]
+        if not paths:
+            pytest.skip(
+                "no Chromium on the PATH or in GHOST_DIST_CHROMIUM; apt-get install chromium, or "
+                "playwright install chromium"
+            )
+        # Chromium refuses its sandbox to root; it only opens files that the tests made.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = running.chromium.launch(executable_path=paths[0], args=arguments)
+        yield opened
+        opened.close()

@@ -127,3 +127,32 @@ def test_docstrings_are_read_as_text(site):
     text = (site / "api.html").read_text(encoding="utf-8")
     assert "ghost_dist.config_file.load_config" in text
     assert ":class:" not in text
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_site_opens_from_the_file_system_and_is_searched_there(browser, site, width, scheme):
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto((site / "index.html").as_uri())
+    if width < 1000:
+        page.locator("label[for=__search].md-header__button").click()
+    page.locator(".md-search__input").click()
+    page.keyboard.type("held-out")
+    page.locator(".md-search-result__link").first.wait_for(timeout=20_000)
+    assert complaints == []
+    page.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "dark")])
+@pytest.mark.parametrize("name", ["index", "start", "tutorial", "serving"])
+def test_axe_finds_nothing_serious(browser, site, name, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.goto((site / f"{name}.html").as_uri())
+    found = axe.Axe().run(page).response
+    assert len(found["passes"]) > 20  # it did look
+    grave = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in grave] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.close()

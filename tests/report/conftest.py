@@ -1,6 +1,5 @@
 """Three small runs, made once: with candidates and a joint fit, with a map, and a plain cut."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -59,26 +58,3 @@ def runs(made_runs, tmp_path):
     return {
         name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in made_runs.items()
     }
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium: GHOST_DIST_CHROMIUM, one on the PATH, or playwright's own."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="no playwright; pip install -e '.[browser]'"
-    )
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = [os.environ.get("GHOST_DIST_CHROMIUM"), *map(shutil.which, names)]
-    with playwright.sync_playwright() as running:
-        found.append(running.chromium.executable_path)
-        paths = [path for path in found if path and Path(path).exists()]
-        if not paths:
-            pytest.skip(
-                "no Chromium on the PATH or in GHOST_DIST_CHROMIUM; apt-get install chromium, or "
-                "playwright install chromium"
-            )
-        # Chromium refuses its sandbox to root; it only opens files that the tests made.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = running.chromium.launch(executable_path=paths[0], args=arguments)
-        yield opened
-        opened.close()
