@@ -43,6 +43,7 @@ from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
 from ghost_dist.pipeline.texts import calibration_ranges
 from ghost_dist.progress import Reporter
+from ghost_dist.report.page import write_comparison
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.operators import OPERATORS
@@ -75,7 +76,7 @@ def compare(
     selections: Sequence[Selection],
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Fill and write ``OUT/compare.json`` and ``OUT/compare.md``; returns what the former holds.
+    """Fill and write ``OUT/compare.json``, ``.md`` and ``.html``; returns what the first holds.
 
     ``config`` is what all rows share; criterion, number of layers, operator and features come from
     ``selections``, ``removes`` and ``rows``. ``dense`` is perplexity by corpus; each of ``rows``
@@ -328,6 +329,7 @@ class _Table:
         table: dict[str, Any] = {"dense": self._run.outputs("compare-dense"), "rows": rows}
         write_json(self._run.path / "compare.json", table)
         write_bytes(self._run.path / "compare.md", markdown(**table).encode())
+        write_comparison(table, self._run.path / "compare.html")
         return table
 
     def _key(self, cut: _Cut, row: Row) -> str:

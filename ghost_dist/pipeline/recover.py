@@ -174,7 +174,7 @@ def _result(
     records = {stage: run.outputs(stage) for stage in STAGES}
     exported = open_checkpoint(run.checkpoint)
     trained, device = records["refine"], f"{platform.machine()} CPU, "
-    device += f"{torch.get_num_threads()} threads"
+    device += f"threads: {torch.get_num_threads()}"
     if inputs.device.type == "cuda":
         device = gpu_name(inputs.device)
     result = {

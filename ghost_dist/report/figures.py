@@ -15,7 +15,7 @@ from ghost_dist.report.spectrum import Spectrum
 
 _LOGARITHMIC_FROM = 20.0  # ratio of bars, from which on a linear scale one would not be seen
 _LABEL_DISTANCE = 0.075  # share of the width that two numbers below the stack must be apart
-_STYLES = ("s0", "s1", "s2", "s3")
+_STYLES = tuple(f"s{number}" for number in range(8))  # of templates/page.css
 _CRITERIA = {
     "cosine": "cosine similarity of the streams before and behind the gap",
     "angular": "angular distance of the streams before and behind the gap",

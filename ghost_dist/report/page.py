@@ -1,12 +1,14 @@
-"""``report.html``: one file that opens anywhere, of one run or of several side by side.
+"""``report.html``: one file that opens anywhere, of one run, of several, or of a ``compare``.
 
 The templates say what is on it and hold its tables; ``figures`` makes the charts.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,26 @@ def write_report(
     page = _pages().get_template(template).render(content, headings=[])
     write_bytes(out, page.encode())
     return out
+
+
+def write_comparison(table: Mapping[str, Any], out: Path) -> None:
+    """Write the page of what ``compare`` measured, which ``compare.json`` holds."""
+    measured = [row for row in table["rows"] if "refused" not in row]
+    first = next(iter(table["dense"]))
+    measured.sort(key=lambda row: (row["remove"], row["perplexity"][first]))
+    best = {row["remove"]: row for row in reversed(measured)}  # the first of each stays
+    said = [f"{n} layers {best[n]['operator']} ({best[n]['selection']})" for n in sorted(best)]
+    content = {
+        "title": f"Lowest perplexity on {first}: without {text.join_words(said)}"
+        if said
+        else "No row was possible",
+        "name": out.absolute().parent.name,
+        "dense": table["dense"],
+        "rows": measured,
+        "refused": [row for row in table["rows"] if "refused" in row],
+    }
+    page = _pages().get_template("compare.html.j2").render(content, headings=[])
+    write_bytes(out, page.encode())
 
 
 def _of_one(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
@@ -94,6 +116,7 @@ def headline(run: RunRecord) -> str:
 @functools.cache  # with its templates: compiling them takes longer than filling them
 def _pages() -> jinja2.Environment:
     import jinja2
+    import markupsafe
 
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
@@ -106,7 +129,16 @@ def _pages() -> jinja2.Environment:
     pages.filters["tenths"] = "{:.1f}".format
     for module in (figures, plot, task_rows):
         pages.globals[module.__name__.rpartition(".")[2]] = module
-    pages.globals |= {"version": __version__, "zip": zip}
+    loader = pages.loader
+    assert loader is not None
+    script, _, _ = loader.get_source(pages, "choose.js")
+    pages.globals |= {
+        "version": __version__,
+        "zip": zip,
+        "script": markupsafe.Markup(script),
+        # The page runs this script and no other.
+        "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
     return pages
 
 

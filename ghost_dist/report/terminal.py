@@ -173,7 +173,7 @@ def print_comparison(result: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     for reason in dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row):
         console.print(f"not possible: {reason}", markup=False, soft_wrap=True)
-    _say(f"written: {folder / 'compare.md'}, {folder / 'compare.json'}")
+    _say(f"written: {folder / 'compare.html'}, compare.md and compare.json")
 
 
 def print_serving(measured: Mapping[str, Any]) -> None:

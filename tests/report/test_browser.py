@@ -2,7 +2,8 @@
 
 import pytest
 
-from ghost_dist.report.page import write_report
+from ghost_dist.report.page import write_comparison, write_report
+from ghost_dist.report.text import DASH
 
 FACTS = {"Time and memory", "Configuration", "Provenance"}
 EVERY = FACTS | {"What was removed", "Perplexity", "Why these layers", "What the operator does"}
@@ -13,17 +14,34 @@ SECTIONS = {
     "comparison": {
         "The runs", "Perplexity", "What was removed", "Where they are configured differently",
     },
+    "compare": {"The rows", "Not possible"},
 }  # fmt: skip
+TABLE = {
+    "dense": {"text": 8.0},
+    "rows": [
+        {
+            "selection": "search", "remove": 2, "spans": [[3, 5]], "operator": operator,
+            "perplexity": {"text": perplexity}, "intervals": {"text": {"of_best": ratio}},
+            "kl": kl, "parameters": 1_000_000,
+        }
+        for operator, perplexity, ratio, kl in [
+            ("fold", 12.5, [1.1, 1.3], 0.4), ("ghost-joint", 10.0, [1, 1], None),
+        ]
+    ] + [{"selection": "search", "remove": 2, "spans": [], "operator": "ghost", "refused": "<b>"}],
+}  # fmt: skip
+"""What ``compare`` writes."""
+STOPS = "a[href], summary, input, [tabindex='0']"
 WIDTHS = {"desktop": (1280, 860), "phone": (375, 812)}
 
 
 @pytest.fixture(scope="session")
 def pages(made_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    found = {name: folder / f"{name}.html" for name in (*made_runs, "comparison")}
+    found = {name: folder / f"{name}.html" for name in SECTIONS}
     for name, run in made_runs.items():
         write_report([run], found[name])
     write_report(list(made_runs.values()), found["comparison"])
+    write_comparison(TABLE, found["compare"])
     return found
 
 
@@ -106,7 +124,7 @@ def test_letters_in_drawings_can_be_read(page):
 
 
 def test_keyboard_reaches_everything_and_shows_where_it_is(page):
-    expected = page.locator("a[href], summary, [tabindex='0']").count()
+    expected = page.locator(STOPS).count()
     reached, outlined = set(), set()
     for _ in range(expected + 1):
         page.keyboard.press("Tab")
@@ -118,13 +136,38 @@ def test_keyboard_reaches_everything_and_shows_where_it_is(page):
         if focused[1] != "none":
             outlined.add(focused[0])
         reached.add(focused[0])
-    shown = page.locator("a[href], summary, [tabindex='0']").evaluate_all(
+    shown = page.locator(STOPS).evaluate_all(
         "all => all.filter(e => e.checkVisibility({contentVisibilityAuto: true})).length"
     )
     assert len(outlined) >= shown > 5
     assert reached - outlined <= {
         page.evaluate("[...document.querySelectorAll('*')].indexOf(document.body)")
     }
+
+
+@pytest.mark.parametrize("name", ["comparison", "compare"])
+def test_two_rows_are_chosen_and_their_difference_is_shown(page, name):
+    rows, difference = page.locator(".choose tbody tr"), page.locator("#difference tr")
+    rows.nth(0).click()
+    assert difference.count() == 0
+    page.keyboard.press("Tab")
+    rows.nth(1).locator("input").focus()
+    page.keyboard.press("Space")
+    assert difference.first.inner_text().endswith("Second less first")
+    if name == "compare":
+        told = [row.split("\t") for row in difference.all_inner_texts()]
+        assert told == [
+            ["Operator", "ghost-joint", "fold", "Second less first"],  # the best stands first
+            ["text", "10.00", f"12.50 (1.100 {DASH} 1.300)", "+2.5 (25.0 %)"],
+            ["KL, nats / token", DASH, "0.400", ""],
+        ]
+    rows.nth(0).click()
+    assert difference.count() == 0
+    rows.nth(0).click()
+    if rows.count() > 2:  # a third one takes the place of the one that was chosen first
+        rows.nth(2).locator("input").click()
+        assert page.locator(".choose :checked").count() == 2
+        assert not rows.nth(1).locator("input").is_checked()
 
 
 def test_names_from_outside_are_text(page, name):

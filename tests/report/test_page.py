@@ -1,5 +1,7 @@
 """What the page says, judged against the run's own record; what it does with what is not there."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -21,7 +23,9 @@ from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.progress import Reporter
+from ghost_dist.report import page as page_module
 from ghost_dist.report import text
+from ghost_dist.report.figures import _STYLES
 from ghost_dist.report.page import headline, write_report
 from ghost_dist.report.record import RunRecord
 from ghost_dist.run_folder import RunFolder, read_record
@@ -59,6 +63,19 @@ def test_page_asks_for_nothing_and_runs_nothing(made_runs):
         assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
         assert not re.findall(r"url\(|@import", page)
         assert len(page) < 400_000
+
+
+def test_a_page_with_a_table_to_choose_in_runs_its_script_and_no_other(made_runs, tmp_path):
+    page = write_report(list(made_runs.values()), tmp_path / "all.html").read_text()
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{sha256}'" in page
+
+
+def test_lines_of_a_chart_differ():
+    css = (Path(page_module.__file__).parent / "templates" / "page.css").read_text()
+    tones = re.findall(r"^\.s\d.*?--tone: (.*?);(?: --dash: (.*?);)?", css, re.MULTILINE)
+    assert len(tones) == len(set(tones)) == len(_STYLES)
 
 
 def test_wheel_has_every_file_of_the_package():
