@@ -30,6 +30,8 @@ console = Console()  # where everything is printed
 def print_result(result: Mapping[str, Any], run: Path) -> None:
     """Print what a run gave, from the content of result.json: what counts most stands last."""
     _print_samples(result["samples"][:1])
+    if result["generation"]:
+        _say(text.generation(result["generation"]))
     if result["perplexity"]:
         _print_perplexity(result)
     if result["tasks"]:

@@ -5,6 +5,7 @@ import json
 import random
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from ghost_dist.demo import PICO
 from ghost_dist.pipeline.candidates import least
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.report import terminal, text
+from ghost_dist.report import terminal, text, verdict
 from ghost_dist.report.page import write_report
 from ghost_dist.report.terminal import print_result, print_run
 from ghost_dist.report.verdict import no_better_than_cut, remedies, sentences
@@ -66,6 +67,7 @@ def test_a_repair_that_cannot_help(make_config, noise, text_file, tmp_path, monk
         show()
         printed = console.file.getvalue()
         rows = printed[printed.index("text continued") :]
+        assert "texts continued greedily by 32 tokens: the first " in printed
         assert all(name in rows for name in ("dense", "pruned", "recovered"))
         assert "NO BETTER THAN THE PLAIN CUT" in printed
         words = [text.perplexity(value[variant]) for variant in ("recovered", "pruned")]
@@ -204,3 +206,14 @@ def test_a_joint_fit_counts_its_mlp_channels(make_config, tmp_path):
     assert printed.count(note) == 1
     assert printed.index(note) < printed.rindex("removing layers")  # of the second run
     assert "--set calibration.windows=9" in printed
+
+
+@pytest.mark.parametrize(("repeated", "warned"), [(0.25, False), (0.45, True)])
+def test_a_model_that_repeats_itself_is_said(repeated, warned):
+    models = {"dense": 0.1, "pruned": 0.9, "recovered": repeated}
+    found = {name: {"same": 3.0, "repeated": share} for name, share in models.items()}
+    run = SimpleNamespace(generation={"prompts": 12, "tokens": 32, **found})
+    said = verdict.repeats(run)
+    assert bool(said) == warned
+    assert all("45% of its runs of 4 tokens" in words and "(dense: 10%)" in words for words in said)
+    assert verdict.repeats(SimpleNamespace(generation={})) == []
