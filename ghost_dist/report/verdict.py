@@ -139,13 +139,12 @@ def repeats(run: RunRecord) -> list[str]:
     found = run.generation
     if not found or found["recovered"]["repeated"] <= found["dense"]["repeated"] + _REPEATS_MORE:
         return []
-    return [
-        (
-            "The recovered model repeats itself where the dense one does not, whatever its perplexity: "
-            f"{found['recovered']['repeated']:.0%} of its runs of 4 tokens were there before in the "
-            f"same text (dense: {found['dense']['repeated']:.0%}). Try fewer layers, or refine.steps."
-        )
-    ]
+    said = (
+        "The recovered model repeats itself where the dense one does not, whatever its perplexity: "
+        f"{found['recovered']['repeated']:.0%} of its runs of 4 tokens were there before in the "
+        f"same text (dense: {found['dense']['repeated']:.0%}). Try fewer layers, or refine.steps."
+    )
+    return [said]
 
 
 def _fits(run: RunRecord) -> list[str]:
