@@ -219,14 +219,22 @@ def report(
     out: Annotated[
         Path | None, Option(help="File; RUN/report.html, or comparison.html for several RUNs.")
     ] = None,
+    trace: Annotated[
+        Path | None, Option(metavar="FILE", help="Also a trace for Perfetto, of one RUN.")
+    ] = None,
 ) -> None:
     """Write what a run did, finished or not, as one HTML file; or a comparison of several."""
     from ghost_dist.report.page import write_report
     from ghost_dist.report.terminal import print_run
+    from ghost_dist.report.trace import write_trace
 
+    if trace is not None and len(runs) > 1:
+        raise ConfigError("--trace is of one RUN.")
     page = write_report(runs, out)
     if len(runs) == 1:
         print_run(runs[0])
+    if trace is not None:
+        write_trace(runs[0], trace)
     Console().print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -126,7 +126,9 @@ class Reporter:
         gauge = Gauge(0, "")
         with self._shown(name, gauge):
             yield
-        if time.monotonic() - gauge.began >= SHORT_S:
+        seconds = time.monotonic() - gauge.began
+        self.event("waited", what=name, seconds=round(seconds, 3))
+        if seconds >= SHORT_S:
             self._line(name, gauge.summary())
 
     @contextlib.contextmanager

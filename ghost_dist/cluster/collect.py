@@ -19,7 +19,7 @@ from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.rank import StoreOfRun, Work
 from ghost_dist.cluster.replica import Replica
-from ghost_dist.pipeline.collectors import Collectors, RangeTimes
+from ghost_dist.pipeline.collectors import Collectors
 from ghost_dist.progress import Advance
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 
@@ -106,13 +106,7 @@ class _Filling:
             self._shown = now
         return self._committed
 
-    def _commit(
-        self,
-        replica: Replica,
-        lease: Lease[int],
-        blocks: list[WrittenBlock],
-        times: list[RangeTimes],
-    ) -> None:
+    def _commit(self, replica: Replica, lease: Lease[int], blocks: list[WrittenBlock]) -> None:
         won = False
         if lease not in self._queue.leases:
             # Another replica was first, or it is of a stage that is over: it never counts.
@@ -128,8 +122,6 @@ class _Filling:
                 replica,
                 lease,
                 seconds=round(now - lease.since, 3),
-                forward_s=[round(of_rank.forward_s, 3) for of_rank in times],
-                sums_s=[round(of_rank.sums_s, 3) for of_rank in times],
             )
         if self._keep:
             replica.acknowledge(lease, committed=won)

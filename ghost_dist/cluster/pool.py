@@ -163,6 +163,7 @@ class Pool:
     def drop(self, replica: Replica) -> None:
         """Close a replica; what it was at is done by others."""
         replica.close()
+        self.reporter.event("replica-end", replica=replica.number)
         del self.replicas[replica.number]
         self._queue.lost(replica.number)
         self.holders.lost(replica.number)

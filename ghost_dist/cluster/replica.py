@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -30,7 +31,7 @@ State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unload
 """full: a range is run, but the one before it is still being written. unloaded: without the model;
 each rank takes tasks of its own."""
 
-Written = Callable[[Lease[int], list[WrittenBlock], list[RangeTimes]], None]
+Written = Callable[[Lease[int], list[WrittenBlock]], None]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of the store that another replica would meet too."""
@@ -74,7 +75,7 @@ class Replica:
         self.began = self._asked = time.monotonic()
         self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
         self._running: Lease[int] | None = None
-        self._unwritten: tuple[Lease[int], list[RangeTimes], Written] | None = None
+        self._unwritten: tuple[Lease[int], Written] | None = None
         self._writing: Lease[int] | None = None
         self._ranks: list[Any] = []
         self._heartbeats: dict[int, Any] = {}
@@ -121,7 +122,9 @@ class Replica:
         self._running, self.state = lease, "busy"
 
         def ran(times: list[RangeTimes]) -> None:
-            self.state, self._unwritten = "full", (lease, times, written)
+            self.state, self._unwritten = "full", (lease, written)
+            of_lease = {"range": lease.item, "attempt": lease.attempt, "replica": self.number}
+            self._reporter.event("range-ran", **of_lease, **RangeTimes.told(times))
             self._write()
 
         self._ask("run", work, lease.item, lease.attempt, then=ran, task=lease.attempt)
@@ -213,16 +216,19 @@ class Replica:
                     f"Node {place.node} has other versions than the driver: {', '.join(differing)}."
                     " Sums of different versions must not be mixed: install the same on all nodes."
                 )
-        self._ask("load", places[0].address, places[0].port, self.spec, then=self._loaded)
+        then = partial(self._loaded, time.monotonic())
+        self._ask("load", places[0].address, places[0].port, self.spec, then=then)
         self._answered = dict.fromkeys(range(len(self._ranks)), time.monotonic())
         self.state = "loading"
 
-    def _loaded(self, loaded: list[tuple[int, float | None]]) -> None:
+    def _loaded(self, joined: float, loaded: list[tuple[int, float | None]]) -> None:
         self.state = "idle" if self.spec.num_layers else "unloaded"
+        now = time.monotonic()
         self._reporter.event(
             "replica-ready",
             replica=self.number,
-            seconds=round(time.monotonic() - self.began, 3),
+            seconds=round(now - self.began, 3),
+            load_s=round(now - joined, 3),
             nodes=[place.node for place in self.places],
             pids=[place.pid for place in self.places],
             parameter_bytes=[nbytes for nbytes, _ in loaded],
@@ -233,12 +239,12 @@ class Replica:
         """Let the ranks write the range that they have run, once the one before it is written."""
         if self._unwritten is None or self._writing is not None:
             return
-        lease, times, written = self._unwritten
+        lease, written = self._unwritten
 
         def wrote(blocks: list[WrittenBlock]) -> None:
             self._writing = None
             self._write()
-            written(lease, blocks, times)
+            written(lease, blocks)
 
         self._running = self._unwritten = None
         self._writing, self.state = lease, "idle"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.pipeline.collectors import Collectors, passes_here, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, RangeTimes, passes_here, sums_of_range
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -78,18 +78,13 @@ class CollectHere(Collect):
                 sums, times = sums_of_range(
                     engine, tokens.tokens, ranges[range_id], passes, advance
                 )
+                of_range = {"stage": stage, "range": range_id}
+                self._reporter.event("range-ran", **of_range, **RangeTimes.told([times]))
                 took_s = times.forward_s + times.sums_s
                 nbytes = sum(part.nbytes for part in sums.values())
                 unwritten_s += took_s
                 write = nbytes / WRITTEN_PER_S < took_s / 10 or unwritten_s > UNWRITTEN_S
-                committed = partial(
-                    self._reporter.event,
-                    "range-committed",
-                    stage=stage,
-                    range=range_id,
-                    forward_s=round(times.forward_s, 3),
-                    sums_s=round(times.sums_s, 3),
-                )
+                committed = partial(self._reporter.event, "range-committed", **of_range)
                 store.keep(range_id, sums, committed, write=to_fit or write)
         if not to_fit:
             store.flush()

@@ -42,6 +42,14 @@ class RangeTimes:
     forward_s: float
     sums_s: float
 
+    @staticmethod
+    def told(of_ranks: Sequence[RangeTimes]) -> dict[str, list[float]]:
+        """As events have them: of every rank."""
+        return {
+            "forward_s": [round(times.forward_s, 3) for times in of_ranks],
+            "sums_s": [round(times.sums_s, 3) for times in of_ranks],
+        }
+
 
 class Stopwatch:
     """Adds up intervals of a device's time; on CUDA by events, so that nothing is waited for."""

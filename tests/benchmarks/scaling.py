@@ -94,7 +94,8 @@ def run(folder, arguments, replicas):
     events = [json.loads(line) for line in (folder / f"run{replicas}" / "events.jsonl").open()]
     leased = [event["time"] for event in events if event["event"] == "range-leased"]
     committed = [event for event in events if event["event"] == "range-committed"]
-    forward, sums = (sum(sum(e[key]) for e in committed) for key in ("forward_s", "sums_s"))
+    ran = [event for event in events if event["event"] == "range-ran"]
+    forward, sums = (sum(sum(e[key]) for e in ran) for key in ("forward_s", "sums_s"))
     return committed[-1]["time"] - leased[0], forward, sums
 
 

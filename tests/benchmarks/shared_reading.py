@@ -85,11 +85,9 @@ def main():
         drop_cache(checkpoint)
         recover_on_cluster(config, again="calibrate")
         events = [json.loads(line) for line in (run / "events.jsonl").open()]
-        committed = [event for event in events if event["event"] == "range-committed"]
-        assert len(committed) == RANGES
-        rows[ranks] = [
-            (max(event["forward_s"]), max(event["sums_s"]), event["seconds"]) for event in committed
-        ]
+        ran = [event for event in events if event["event"] == "range-ran"]
+        assert len(ran) == RANGES
+        rows[ranks] = [(max(event["forward_s"]), max(event["sums_s"])) for event in ran]
         store = StatisticsStore.open(run / "statistics.zarr")
         sums[ranks] = next(iter(store.read(0).values())).arrays()
     print(
@@ -103,8 +101,8 @@ def main():
     means = {}
     for ranks, of_ranges in rows.items():
         later = of_ranges[1:]
-        means[ranks] = sum(forward for forward, _, _ in later) / len(later)
-        of_sums = sum(seconds for _, seconds, _ in later) / len(later)
+        means[ranks] = sum(forward for forward, _ in later) / len(later)
+        of_sums = sum(seconds for _, seconds in later) / len(later)
         print(
             f"| {ranks} | {of_ranges[0][0]:.2f} | {means[ranks]:.2f} | {of_sums:.3f} | "
             f"{means[1] / means[ranks]:.2f} times |"

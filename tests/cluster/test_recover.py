@@ -1,6 +1,7 @@
 """A run on three nodes against the same run in one process, and what it refuses."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from live_sums import use_rank, waiting
 from ray_processes import NODE, nothing_leaked, rank_pids
 from run_files import events, operator_tensors, worst_difference
 from safetensors.torch import load_file
+from trace_files import check_format, named
 
 from ghost_dist.cluster import failures
 from ghost_dist.cluster import replica as replica_module
@@ -30,6 +32,8 @@ from ghost_dist.errors import (
     RunMismatchError,
 )
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.report.record import RunRecord
+from ghost_dist.report.trace import trace_of
 from ghost_dist.statistics.store import StatisticsStore
 
 SPANS = [[1, 3], [5, 6]]
@@ -77,6 +81,17 @@ def test_two_replicas_of_two_ranks_equal_one_process(
     assert len(set(half)) == 1
     committed = [event["range"] for event in events(run, "range-committed")]
     assert sorted(committed) == list(range(4))
+    trace = trace_of(RunRecord(run).events)
+    check_format(trace)
+    of_track = named(trace)
+    for replica, rank in itertools.product(range(2), range(2)):
+        spans = of_track[f"replica {replica}", f"rank {rank}"]
+        assert [name for name, *_ in spans][:2] == ["start", "load"]
+        mine = sum(event["replica"] == replica for event in events(run, "range-committed"))
+        assert [name for name, *_ in spans].count("forward") == mine
+        assert len(of_track[f"replica {replica}", f"rank {rank} writes"]) == mine
+    fits = [span for spans in of_track.values() for span in spans if span[0] == "fit"]
+    assert len(fits) == len(events(run, "span-fitted")) > 0
     clean, left = nothing_leaked(cluster)
     assert clean, left
 
