@@ -167,6 +167,7 @@ class Pool:
         del self.replicas[replica.number]
         self._queue.lost(replica.number)
         self.holders.lost(replica.number)
+        self._metrics.show_replicas(self.replicas)
 
     def release(self) -> None:
         for replica in list(self.replicas.values()):
@@ -198,25 +199,33 @@ class _Metrics:
             "ghost_dist_replicas_lost_total", "Replicas lost, by failure.", tag_keys=("failure",)
         )
         self._shown = 0.0
+        self._rates: dict[int, float] = {}
 
     def show(
         self, queue: LeaseQueue[Any], replicas: dict[int, Replica], committed: int | None
     ) -> None:
         """Set the gauges, every METRICS_S seconds at most; of spans where no tokens are given."""
         now = time.monotonic()
-        if now - self._shown < METRICS_S:
+        if now - self._shown < METRICS_S and not queue.done:
             return
         self._shown = now
-        for replica in replicas.values():
-            for lease, tokens in replica.under_way:
-                if tokens is not None:
-                    rate = tokens / max(now - lease.since, 1e-9)
-                    self._rate.set(rate, {"replica": str(replica.number)})
-        states = Counter(replica.state for replica in replicas.values())
-        for state in get_args(State):
-            self._replicas.set(states[state], {"state": state})
+        self.show_replicas(replicas)
         items = self._spans if committed is None else self._ranges
         items.set(queue.num_pending, {"state": "pending"})
         items.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
         if committed is not None:
             self._tokens.set(committed)
+
+    def show_replicas(self, replicas: dict[int, Replica]) -> None:
+        """Their states and rates. A gauge keeps its value: those that run nothing are set to 0."""
+        now = time.monotonic()
+        self._rates = dict.fromkeys(self._rates, 0.0)
+        for replica in replicas.values():
+            for lease, tokens in replica.under_way:
+                if tokens is not None:
+                    self._rates[replica.number] = tokens / max(now - lease.since, 1e-9)
+        for number, rate in self._rates.items():
+            self._rate.set(rate, {"replica": str(number)})
+        states = Counter(replica.state for replica in replicas.values())
+        for state in get_args(State):
+            self._replicas.set(states[state], {"state": state})
