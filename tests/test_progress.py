@@ -68,7 +68,7 @@ def test_a_log_has_a_line_with_the_time_while_nothing_is_finished(monkeypatch, t
     assert all(re.match(r"\d\d:\d\d:\d\d (2/6 )?(solve|soon)", line) for line in lines)
     assert re.search(r"2/6 solve: 4 fits in \d\.\d s$", lines[-1])  # what was soon done has none
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["stage-start", "stage-end"]
+    assert [event["event"] for event in events] == ["stage-start", "stage-end", "waited"]
     assert events[0]["stage"] == "solve"
 
 

@@ -84,7 +84,7 @@ class _Trace:
             self._doing[track] = (now, "start", {})
 
     def on_replica_ready(self, event: Args, now: float) -> None:
-        load_s = event.get("load_s", event["seconds"])  # older runs have not told
+        load_s = event["load_s"] if "load_s" in event else event["seconds"]  # of an older version
         for rank, track in enumerate(self._tracks(event)):
             self._done(track, now - load_s)
             of_rank = {key: of[rank] for key, of in event.items() if isinstance(of, list)}

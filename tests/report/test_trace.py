@@ -5,8 +5,10 @@ import json
 import pytest
 from trace_files import check_format, named
 
+from ghost_dist.cli import app
+from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.report.trace import trace_of, write_trace
+from ghost_dist.report.trace import trace_of
 
 
 def told(time, event, **fields):
@@ -110,9 +112,12 @@ def test_trace_of_a_real_run(make_config, tmp_path):
         selection__spans=None, selection__criterion="recoverability", selection__remove=1
     )
     recover(config)
-    write_trace(tmp_path / "run", tmp_path / "trace.json")
+    run, file = str(tmp_path / "run"), str(tmp_path / "trace.json")
+    app(["report", run, "--trace", file], standalone_mode=False)
     trace = json.loads((tmp_path / "trace.json").read_bytes())
     check_format(trace)
+    with pytest.raises(ConfigError, match="one RUN"):
+        app(["report", run, run, "--trace", file], standalone_mode=False)
     tracks = named(trace)
     ((_, began, ended),) = tracks["driver", "run"]
     stages = tracks["driver", "stages"]
