@@ -1,4 +1,4 @@
-"""``events.jsonl`` of a run as a trace: who did what, when; Perfetto and chrome://tracing open it.
+"""``events.jsonl`` of a run as a trace that Perfetto opens: who did what, when.
 
 The driver is one process of the trace and every replica is one, with a track for each rank and one
 for what it writes beside the next range. Begin and end are of the driver's clock, so hosts may have
