@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -65,6 +65,11 @@ Model = Annotated[
 ]
 Out = Annotated[str | None, Option(help="RUN folder.")]
 Remove = Annotated[str | None, Option(help="How much to remove: 7 layers, 20%, or 4GB.")]
+Speedup = Annotated[
+    str | None, Option("--target-speedup", help='Times dense: 1.3, "1.3 prefill", "1.3 decode".')
+]
+Kv = Annotated[str | None, Option("--target-kv", help="Of the KV cache that is left: 60%.")]
+Bytes = Annotated[str | None, Option("--target-bytes", help="Largest checkpoint: 20GB.")]
 Spans = Annotated[str | None, Option(help="Layers to remove: 11:18 or 3:5,11:18.")]
 Operator = Annotated[str | None, Option(help="auto, ghost, ghost-joint, fold, ...")]
 
@@ -74,6 +79,9 @@ def recover(
     model: Model,
     out: Out = None,
     remove: Remove = None,
+    target_speedup: Speedup = None,
+    target_kv: Kv = None,
+    target_bytes: Bytes = None,
     spans: Spans = None,
     operator: Operator = None,
     assignments: Set = None,
@@ -82,7 +90,9 @@ def recover(
     from ghost_dist.api import run_config
     from ghost_dist.report.terminal import print_result
 
-    config = _run_config(model, assignments, out=out, remove=remove, spans=spans, operator=operator)
+    targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
+    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
+    config = _run_config(model, assignments, targets, **fields)
     print_result(run_config(config), Path(config.output.path))
 
 
@@ -91,6 +101,9 @@ def plan(
     model: Model,
     out: Out = None,
     remove: Remove = None,
+    target_speedup: Speedup = None,
+    target_kv: Kv = None,
+    target_bytes: Bytes = None,
     spans: Spans = None,
     operator: Operator = None,
     assignments: Set = None,
@@ -103,7 +116,9 @@ def plan(
     from ghost_dist import api
     from ghost_dist.report.terminal import print_plan
 
-    config = _run_config(model, assignments, out=out, remove=remove, spans=spans, operator=operator)
+    targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
+    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
+    config = _run_config(model, assignments, targets, **fields)
     _show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
 
 
@@ -351,12 +366,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _run_config(model: str, assignments: Sequence[str] | None, **fields: Any) -> Any:
+def _run_config(
+    model: str,
+    assignments: Sequence[str] | None,
+    targets: Mapping[str, str | None] | None = None,
+    **fields: Any,
+) -> Any:
     """The configuration that the arguments of a run make."""
     from ghost_dist.api import make_config
     from ghost_dist.config_file import parse_set
 
-    return make_config(model, settings=dict(map(parse_set, assignments or ())), **fields)
+    settings = dict(map(parse_set, assignments or ()))
+    given = [f"{kind} {value}" for kind, value in (targets or {}).items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"One target at a time, and these were given: {', '.join(given)}.")
+    if given:
+        settings["selection.target"] = given[0]
+    return make_config(model, settings=settings, **fields)
 
 
 def _show(found: Any, as_json: bool, show: Callable[[Any], None]) -> None:

@@ -114,7 +114,11 @@ class SelectionConfig(Section):
     the last start)."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
-    checkpoint (``4GB``, ``512MiB``)."""
+    exported checkpoint (``4GB``, ``512MiB``); net of the operators that come back."""
+    target: str | None = None
+    """In the place of ``remove``, what should come out: ``speedup 1.3`` times dense, measured at
+    the beginning, of a request or of its ``prefill`` or ``decode`` (``speedup 1.3 decode``); at
+    most ``kv 60%`` of the cache; a checkpoint of at most ``bytes 20GB``."""
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
     last layer; overrides criterion and remove."""
@@ -141,6 +145,13 @@ class SelectionConfig(Section):
     def _size(cls, value: Any) -> Any:
         if isinstance(value, str):
             parse_size(value)
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_target(value)
         return value
 
     @field_validator("spans", mode="before")
@@ -182,9 +193,15 @@ class SelectionConfig(Section):
 
     @model_validator(mode="after")
     def _spans_or_number(self) -> SelectionConfig:
-        if not self.given and self.remove is None:
+        if self.target is not None and (self.given or self.remove is not None):
             raise ValueError(
-                "say which layers go: spans (--spans 11:18) or their number (--remove 7)"
+                f"target={self.target} says how much is removed, and spans, sublayers or remove "
+                "say it too: give one of them"
+            )
+        if not self.given and self.remove is None and self.target is None:
+            raise ValueError(
+                "say which layers go: spans (--spans 11:18), their number (--remove 7), or what "
+                "is wanted (--target-speedup 1.3, --target-kv 60%, --target-bytes 20GB)"
             )
         if self.spans is not None and not self.spans:
             raise ValueError("spans is empty; give at least one [start, stop]")
@@ -410,3 +427,17 @@ def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
         return "fraction", float(match[1]) / 100
     power = " kMGT".index(match[3] or " ")
     return "bytes", float(match[1]) * (1024 if match[4] else 1000) ** power
+
+
+def parse_target(text: str) -> tuple[Literal["speedup", "kv", "bytes"], float, str]:
+    """``speedup 1.3 [prefill|decode]``, ``kv 60%``, ``bytes 20GB``: kind, number, part or empty."""
+    if match := re.fullmatch(r"speedup (\d+(?:\.\d+)?)(?: (prefill|decode))?", text.strip()):
+        if float(match[1]) > 1:
+            return "speedup", float(match[1]), match[2] or ""
+    elif match := re.fullmatch(r"(kv .*%|bytes .*B)", text.strip()):
+        kind, _, size = match[1].partition(" ")
+        return "kv" if kind == "kv" else "bytes", parse_size(size)[1], ""
+    raise ValueError(
+        "give speedup 1.3 (more than 1, of a whole request), speedup 1.3 prefill, speedup 1.3 "
+        "decode, kv 60%, or bytes 20GB"
+    )

@@ -18,6 +18,7 @@ from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.spans import Span
 
 MINIMAL = {"model.path": "m", "selection.remove": 3, "output.path": "r"}
+TARGET = {"selection.remove": None}
 
 
 def test_file_and_overrides_make_one_configuration(tmp_path):
@@ -45,6 +46,14 @@ def test_tree_round_trips_through_yaml():
         ({"operator.name": "ghst"}, "ghst.*Did you mean ghost"),
         ({"selection.remove": 0}, r"selection\.remove.*got 0"),
         ({"selection.remove": None}, "which layers go"),
+        ({"selection.target": "kv 60%"}, "remove say it too"),
+        ({**TARGET, "selection.target": "kv 60%", "selection.spans": "3:5"}, "give one of them"),
+        ({**TARGET, "selection.target": "speedup 1"}, "give speedup 1.3"),
+        ({**TARGET, "selection.target": "speedup 1.3 training"}, "give speedup 1.3"),
+        ({**TARGET, "selection.target": "kv 100%"}, "a share"),
+        ({**TARGET, "selection.target": "kv 4GB"}, "give speedup 1.3"),
+        ({**TARGET, "selection.target": "bytes 20%"}, "give speedup 1.3"),
+        ({**TARGET, "selection.target": "1.3"}, "give speedup 1.3"),
         ({"selection.spans": [[3]]}, "pair of integers"),
         ({"selection.spans": []}, "spans is empty"),
         ({"selection.spans": "5:3"}, "empty"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ghost_dist.spans import Span, kept_layers
 
 _PLAIN = (bool, int, float, str, type(None))
+_FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay different
 
 
 def empty_model(model_class: type[Any], config: Any) -> Any:
@@ -33,6 +34,29 @@ def shapes_only(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class._from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval()
+
+
+def random_model(model_class: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model with small random numbers as weights, to time what one of its shapes does."""
+    model = shapes_only(model_class, config, dtype)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = random_tensor(parameter.shape, dtype, device)
+            module._parameters[name] = nn.Parameter(full, requires_grad=False)
+    return model.to(device)
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Small random numbers, a stretch of them over and over: drawing them all would take longer."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    flat = tensor.view(-1)
+    generator = torch.Generator().manual_seed(0)
+    length = min(_FILL, len(flat))
+    some = (torch.randn(length, generator=generator) * 0.05).to(device, dtype)
+    for first in range(0, len(flat), length):
+        part = flat[first : first + length]
+        part.copy_(some[: len(part)])
+    return tensor
 
 
 def restore_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:

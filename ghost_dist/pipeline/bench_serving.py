@@ -1,17 +1,13 @@
 """``ghost-dist bench-serving``: tokens a second of the dense, the pruned and the recovered model.
 
-All three are in memory of one process and take turns, in another order every round, so that
-whatever else the machine does hits all alike. Each is run by transformers' own ``generate``; the
-clock is read as each step's logits come out.
+All three are in memory of one process and take turns (``turns.py``).
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +20,33 @@ from ghost_dist.calibration.windows import TokenWindows, load_windows
 from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.surgery import remove_layers
-from ghost_dist.devices import (
-    allocated_bytes,
-    device_name,
-    open_device,
-    peak_bytes,
-    reset_peak,
-    synchronize,
-)
+from ghost_dist.config import parse_target
+from ghost_dist.devices import device_name, open_device
 from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.inputs import open_model
+from ghost_dist.pipeline.targets import kept_aim, kv_numbers
+from ghost_dist.pipeline.turns import BATCH, NEW, PROMPT, Turn, take_turns, weight_bytes
 from ghost_dist.report.page import write_report
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.spans import Span
+from ghost_dist.spans import Span, kept_layers
 
 SERVING = "serving"
 
 
-@dataclass(frozen=True)
-class Turn:
-    prefill_s: float  # until the logits of the first new token
-    decode_s: float  # from there to those of the last
-    tokens: Tensor  # generated, int64, (batch, new)
-    peak_bytes: int | None  # of this model and what it computed; on a CPU it cannot be told apart
-
-
 def bench_serving(
-    run: Path, *, batch: int = 1, prompt: int = 512, new: int = 64, rounds: int = 5
+    run: Path, *, batch: int = BATCH, prompt: int = PROMPT, new: int = NEW, rounds: int = 5
 ) -> dict[str, Any]:
     """Measure the models of a finished run, on the device and in the dtype of the run.
 
     ``batch`` sequences at once, of ``prompt`` tokens of the calibration text; ``new`` tokens, 2 at
     least, are generated for each, in ``rounds`` turns of each model and one before that does not
-    count. Under ``variants`` by name: for ``prefill`` and ``decode`` tokens a second (``median``,
-    ``low``, ``high``) and ``ratio``, the median over rounds of the dense model's time by this
-    one's. Also kept in ``RUN/result.json``, under ``serving``, and shown in the report.
+    count. Under ``variants`` by name: for ``prefill``, ``decode`` and the whole ``request`` tokens
+    a second (``median``, ``low``, ``high``) and ``ratio``, the median over rounds of the dense
+    model's time by this one's. Under ``target``, of a run that has one, what was predicted and
+    what is. Also kept in ``RUN/result.json``, under ``serving``, and shown in the report.
     """
     config = RunFolder.stored_config(run)
     checkpoint, result = run / "checkpoint", run / "result.json"
@@ -72,7 +57,7 @@ def bench_serving(
         )
     content = json.loads(result.read_bytes())
     spans = [Span(*span) for span in content["spans"]]
-    source, architecture, _ = open_model(config)
+    source, architecture, _ = open_model(config, kept_aim(run, config))
     limit = source.config.get("max_position_embeddings")
     if min(batch, prompt, rounds) < 1 or new < 2:
         raise ConfigError(
@@ -94,7 +79,7 @@ def bench_serving(
     }
     ids_BT = _prompts(load_windows(run / "tokens.safetensors"), batch, prompt).to(device)
     turns = take_turns(models, ids_BT, new, rounds)
-    measured = {
+    measured: dict[str, Any] = {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -106,66 +91,33 @@ def bench_serving(
             name: {
                 "layers": model.config.num_hidden_layers,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "weight_bytes": _weight_bytes(model),
+                "weight_bytes": weight_bytes(model),
                 "peak_bytes": turns[name][0].peak_bytes,
+                "cache_bytes": turns[name][0].cache_bytes,
                 "prefill": _rates(batch * prompt, turns, name, "prefill_s"),
                 "decode": _rates(batch * (new - 1), turns, name, "decode_s"),
+                "request": _rates(batch * new, turns, name, "request_s"),
             }
             for name, model in models.items()
         },
     }
+    if (target := content.get("target")) is not None:
+        kind, _, part = parse_target(target["target"])
+        dense, recovered = (measured["variants"][name] for name in ("dense", "recovered"))
+        found = recovered[part or "request"]["ratio"]
+        if kind == "bytes":
+            found = content["bytes"]["after"]
+        if kind == "kv":  # of this length: windows that slide keep another share of a longer text
+            found = recovered["cache_bytes"] / dense["cache_bytes"]
+            kept = kv_numbers(source, architecture, prompt + new - 1)
+            stay = kept_layers(spans, architecture.num_layers)
+            target |= {"predicted": sum(kept[layer] for layer in stay) / sum(kept)}
+        measured["target"] = {**target, "measured": found}
     with RunFolder(config) as folder:
         folder.finish(SERVING, content["fingerprint"], measured)
         write_bytes(folder.result, json_bytes({**content, SERVING: measured}))
     write_report([run])
     return measured
-
-
-def take_turns(
-    models: Mapping[str, Any], ids_BT: Tensor, new: int, rounds: int
-) -> dict[str, list[Turn]]:
-    """Let each model generate ``new`` tokens after ``ids_BT`` in every round; the first is dropped.
-
-    The order is turned by one place from round to round.
-    """
-    names = list(models)
-    turns: dict[str, list[Turn]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        first = number % len(names)
-        for name in (*names[first:], *names[:first]):
-            turn = _turn(models[name], ids_BT, new)
-            if number > 0:
-                turns[name].append(turn)
-    return turns
-
-
-def _turn(model: Any, ids_BT: Tensor, new: int) -> Turn:
-    marks: list[float] = []
-    device = ids_BT.device
-    cuda = device.type == "cuda"
-
-    def now() -> float:
-        synchronize(device)
-        return time.perf_counter()
-
-    def mark(_: Tensor, scores: Tensor) -> Tensor:
-        marks.append(now())
-        return scores
-
-    model.generation_config = transformers.GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    others = 0
-    if cuda:
-        reset_peak(device)
-        others = allocated_bytes(device) - _weight_bytes(model)
-    began = now()
-    found = model.generate(
-        ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=[mark], use_cache=True
-    )
-    peak = peak_bytes(device) - others if cuda else None
-    assert len(marks) == new, "one forward a token"
-    return Turn(marks[0] - began, marks[-1] - marks[0], found[:, ids_BT.shape[1] :].cpu(), peak)
 
 
 def _rates(
@@ -194,9 +146,3 @@ def _prompts(windows: TokenWindows, batch: int, length: int) -> Tensor:
     """Consecutive calibration tokens, from the start again where they end; (batch, length)."""
     flat = np.resize(windows.tokens.reshape(-1), batch * length)
     return torch.from_numpy(flat.astype(np.int64)).reshape(batch, length)
-
-
-def _weight_bytes(model: Any) -> int:
-    """Of parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -18,7 +18,6 @@ from ghost_dist.checkpoint.architecture import (
     check_cut,
     check_some_cut,
     inspect_architecture,
-    layer_sizes,
 )
 from ghost_dist.checkpoint.halves import check_halves
 from ghost_dist.checkpoint.load import (
@@ -34,7 +33,7 @@ from ghost_dist.checkpoint.reader import (
     open_checkpoint,
     resolve_checkpoint,
 )
-from ghost_dist.config import Config, parse_size
+from ghost_dist.config import Config
 from ghost_dist.devices import free_bytes, open_device, total_bytes
 from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.find_halves import with_halves
@@ -47,8 +46,8 @@ from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_ridge
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.selecting import Selector, rules_of
+from ghost_dist.pipeline.targets import Aim, Amount, aim_of, amount_of
 from ghost_dist.progress import Reporter
-from ghost_dist.solver.criteria import layers_of_size
 from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span
 
@@ -74,7 +73,9 @@ class RunInputs:
     batch: int
     num_ranges: int
     remove: int | None
-    """Number of layers to remove, where no spans are given."""
+    """Number of layers to remove, where no spans are given, and ..."""
+    aim: Aim | None
+    """... what they are to free; None: nothing but their number is asked for."""
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
@@ -85,6 +86,14 @@ class RunInputs:
     ``engine.with_engine`` has decided."""
     loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The whole uncut model, while it is kept between stages."""
+
+    @property
+    def described_amount(self) -> str:
+        """How much goes for what is wanted."""
+        assert self.aim is not None
+        most = self.config.selection.max_spans
+        spans = "" if most is None else f", in {most} span{'s' if most > 1 else ''} at most"
+        return f"{self.aim.wanted}: {self.remove} layers go{spans}"
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -137,14 +146,16 @@ def open_inputs(
     any_operator: bool = False,
     evaluates: bool = True,
     worker_device: Callable[[], torch.device] | None = None,
+    aim: Aim | None = None,
 ) -> RunInputs:
     """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
 
     With ``any_operator`` operators other than the configured one are going to be asked for; texts
     and tasks of the evaluation are only opened where it ``evaluates``.
     ``worker_device`` says what other processes compute on; None: this process runs the windows.
+    ``aim``: what was measured for the target before.
     """
-    source, architecture, remove = open_model(config)
+    source, architecture, amount = open_model(config, aim)
     for note in source.notes:
         reporter.warn(note)
     if worker_device is None:
@@ -178,7 +189,7 @@ def open_inputs(
         config,
         source,
         architecture,
-        remove,
+        amount,
         device,
         workers,
         tokenizer=tokenizer,
@@ -193,14 +204,14 @@ def assembled(
     config: Config,
     source: Checkpoint,
     architecture: Architecture,
-    remove: int | None,
+    amount: Amount,
     device: torch.device,
     workers: torch.device,
     **opened: Any,
 ) -> RunInputs:
     """The inputs, with what follows from the configuration and the devices; for ``plan`` too."""
     return RunInputs(
-        config=config,
+        config=_bounded(config, amount),
         source=source,
         architecture=architecture,
         device=device,
@@ -210,7 +221,8 @@ def assembled(
         dtype=compute_dtype(config, source, workers),
         batch=batch_of(config, workers),
         num_ranges=count_ranges(config),
-        remove=remove,
+        remove=amount.layers,
+        aim=amount.aim,
         streaming=config.engine.kind == "streaming",
         **opened,
     )
@@ -241,16 +253,16 @@ def _evaluation_windows(
     )
 
 
-def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
+def open_model(config: Config, aim: Aim | None = None) -> tuple[Checkpoint, Architecture, Amount]:
     """Headers and architecture of the model, checked against what is to be removed.
 
-    And the number of layers to remove; None where spans are given.
+    And how much that is; of an ``aim`` that is known already nothing is measured again.
     """
     model = config.model
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     source = open_checkpoint(path)
     architecture = inspect_architecture(source)
-    selection, remove = config.selection, None
+    selection, amount = config.selection, Amount(None, None)
     if selection.sublayers:
         architecture = with_halves(source, architecture)
     if selection.given:
@@ -258,17 +270,27 @@ def open_model(config: Config) -> tuple[Checkpoint, Architecture, int | None]:
         check_cut(architecture, source.config, spans)
         check_halves(architecture, source.config, spans, halves)
     else:
-        remove = _number_of_layers(config, source, architecture)
-        if config.selection.criterion == "search":
-            rules_of(config.selection, remove, architecture.num_layers)
-        elif config.selection.criterion != "block-influence":
-            candidates = Selector(config.selection, remove, architecture).candidates()
-            if config.selection.most_spans == 1:
+        amount = _amount(config, source, architecture, aim)
+        selection = _bounded(config, amount).selection
+        assert amount.layers is not None
+        if selection.criterion == "search":
+            rules_of(selection, amount.layers, architecture.num_layers, amount.aim)
+        elif selection.criterion != "block-influence":
+            candidates = Selector(selection, amount.layers, architecture).candidates()
+            if selection.most_spans == 1:
                 check_some_cut(architecture, source.config, ([span] for span in candidates))
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)
         check_degree(whole, config.engine.tensor_parallel)
-    return source, architecture, remove
+    return source, architecture, amount
+
+
+def _bounded(config: Config, amount: Amount) -> Config:
+    """With no more spans than there is room for their operators."""
+    if amount.aim is None:
+        return config
+    selection = config.selection.model_copy(update={"max_spans": amount.max_spans})
+    return config.model_copy(update={"selection": selection})
 
 
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
@@ -323,7 +345,9 @@ def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
         )
 
 
-def _number_of_layers(config: Config, source: Checkpoint, architecture: Architecture) -> int:
+def _amount(
+    config: Config, source: Checkpoint, architecture: Architecture, aim: Aim | None
+) -> Amount:
     selection, num_layers = config.selection, architecture.num_layers
     remove, protect = selection.remove, selection.protect
     unknown = [layer for layer in protect if layer >= num_layers]
@@ -332,16 +356,16 @@ def _number_of_layers(config: Config, source: Checkpoint, architecture: Architec
             f"selection.protect names layers {unknown}, but the model has layers 0 to "
             f"{num_layers - 1}."
         )
-    assert remove is not None
-    if isinstance(remove, str):
-        unit, size = parse_size(remove)
-        numbers, nbytes = layer_sizes(source, architecture)
-        if unit == "fraction":
-            size *= sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-            return layers_of_size(size, numbers, protect)
-        return layers_of_size(size, nbytes, protect)
-    check_remove(remove, num_layers, protect)
-    return remove
+    if isinstance(remove, int):
+        check_remove(remove, num_layers, protect)
+        return Amount(remove, selection.max_spans)
+    if aim is None:
+        try:
+            refittable = refittable_layers(config, source, architecture, reads=False)
+        except UnsupportedArchitectureError:
+            refittable = frozenset()  # the larger operators
+        aim = aim_of(config, source, architecture, refittable)
+    return amount_of(aim, selection)
 
 
 def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None:

@@ -39,6 +39,7 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.searching import Scorer
 from ghost_dist.pipeline.stages import Stages
+from ghost_dist.pipeline.targets import keep_aim, kept_aim
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_report
 from ghost_dist.report.record import RunRecord
@@ -98,6 +99,7 @@ def recover(
                 reporter,
                 evaluates=again not in ("select", "calibrate", "solve") or not run.outputs(ENGINE),
                 worker_device=None if workers is None else workers.device,
+                aim=kept_aim(run.path, config),
             )
         inputs = with_engine(inputs, run, reporter)
         if again is not None:
@@ -112,6 +114,9 @@ def recover(
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)
+        keep_aim(run, inputs.aim)
+        if inputs.aim is not None:
+            reporter.say(inputs.described_amount)
         spans = stages.select(tokens)
         if spans:
             reporter.say(f"removing layers {', '.join(map(str, spans))}")
@@ -177,10 +182,12 @@ def _result(
     device += f"threads: {torch.get_num_threads()}"
     if inputs.device.type == "cuda":
         device = gpu_name(inputs.device)
+    config, aim = inputs.config, inputs.aim
     result = {
         "spans": pairs_of(spans),
         "sublayers": records["select"]["sublayers"],
         "num_layers": inputs.architecture.num_layers,
+        "target": aim.as_plain(spans) if aim and config.selection.target else None,
         "operator": solution.operator,
         "ridge": [fit["ridge"] for fit in solution.record["fits"]],
         "fit": solution.record["fits"],
@@ -222,7 +229,7 @@ def _result(
             {
                 "statistics": statistics,
                 "operators": solution.all_files,
-                "config": decisive_tree(inputs.config),
+                "config": decisive_tree(config),
             }
         ),
     }

@@ -235,7 +235,7 @@ def search_spans(
     windows = Windows.of(inputs, tokens)
     with (scorer or scoring)(inputs, windows, reporter.stage) as score:
         search = Search(
-            rules_of(selection, inputs.remove, architecture.num_layers),
+            rules_of(selection, inputs.remove, architecture.num_layers, inputs.aim),
             score,
             windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,

@@ -41,6 +41,7 @@ from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
 if TYPE_CHECKING:
     from ghost_dist.pipeline.run_shape import RunShape
+    from ghost_dist.pipeline.targets import Aim
 
 _SHARE_FOR_SUMS = 0.7
 
@@ -226,8 +227,11 @@ class Selector:
         return found
 
 
-def rules_of(selection: SelectionConfig, remove: int, num_layers: int) -> Rules:
+def rules_of(
+    selection: SelectionConfig, remove: int, num_layers: int, aim: Aim | None = None
+) -> Rules:
     """What may be removed; ConfigError if that is nothing."""
+    gaps = min(selection.max_spans or remove, remove)
     return Rules(
         num_layers,
         remove,
@@ -235,6 +239,8 @@ def rules_of(selection: SelectionConfig, remove: int, num_layers: int) -> Rules:
         selection.min_length,
         selection.max_length,
         selection.max_spans,
+        aim.frees if aim else (),
+        aim.least(gaps) if aim else 0.0,
     )
 
 

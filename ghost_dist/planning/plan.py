@@ -98,8 +98,10 @@ def plan_run(
             "the spans are not known before they are selected; reckoned with "
             f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
         )
+    if inputs.aim is not None:
+        notes.append(inputs.described_amount)
     if config.selection.searches:
-        shape = search_shape(config, inputs.remove or 0, inputs.architecture)
+        shape = search_shape(inputs.config, inputs.remove or 0, inputs.architecture)
         notes.append(
             f"select is reckoned with all of its budget, {shape.evaluations:,} evaluations on "
             f"{shape.length} tokens each in about {shape.sweeps} sweeps over the layers; a search "
@@ -157,7 +159,7 @@ def plan_run(
 
 def _open(config: Config) -> tuple[RunInputs, list[str], float]:
     """Inputs as a run has them, as far as headers give them; notes; seconds of stage tokens."""
-    source, architecture, remove = open_model(config)
+    source, architecture, amount = open_model(config)
     notes = [*source.notes]
     device = open_device(config.engine.device)
     try:
@@ -168,7 +170,7 @@ def _open(config: Config) -> tuple[RunInputs, list[str], float]:
     tokens_s, evaluation = _texts(config, source, architecture, notes)
     opened: dict[str, Any] = {"refittable": refittable, "evaluation": evaluation, "tasks": ()}
     opened |= {"tokenizer": None, "model_fingerprint": ""}
-    inputs = assembled(config, source, architecture, remove, device, device, **opened)
+    inputs = assembled(config, source, architecture, amount, device, device, **opened)
     return inputs, notes, tokens_s
 
 

@@ -7,11 +7,10 @@ smaller, or left to that rate. B windows of a batch, T tokens, C hidden width, F
 from __future__ import annotations
 
 import math
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
 
 from ghost_dist.checkpoint.layer_fields import cut_config, read_config
-from ghost_dist.checkpoint.twin import shapes_only
+from ghost_dist.checkpoint.twin import random_model, random_tensor
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.devices import device_name, synchronize
+from ghost_dist.devices import device_name
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.model_sizes import LayerSizes
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.turns import timed
 from ghost_dist.planning.rates import Rates, measure_files
 from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
@@ -46,12 +45,10 @@ from ghost_dist.statistics.sum_costs import (
 )
 
 _LONGEST_S = 1.0
-_REPEATED_S = 0.2
 _SHARE_OF_MEMORY = 0.5
 _FEWEST_TOKENS = 64
 _MOST_ENTRIES = 8192  # of the vocabulary: the FLOP/s of a head are those of a part of it
 _FOLDS = 3
-_FILL = (1 << 20) - 3  # a length that no matrix's rows divide: rows stay different
 
 
 def circumstances(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> dict[str, Any]:
@@ -93,18 +90,6 @@ def measure(run: RunShape, costs: Mapping[str, Cost], folder: Path) -> Rates:
     )
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of some work, warm; work that takes long is done four times in all."""
-    spent: list[float] = []
-    while len(spent) < 4 or (sum(spent) < _REPEATED_S and len(spent) < 50):
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        spent.append(time.perf_counter() - began)
-    return max(1e-9, statistics.median_high(spent[1:]))
-
-
 def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
     sums = {kind for cost in costs.values() for kind in cost.sums}
     return sorted(sums), sorted({fit.kind for cost in costs.values() for fit in cost.fits})
@@ -126,7 +111,10 @@ def _plain(run: RunShape, dtype: torch.dtype) -> float:
     most = 1 << 30 if device.type == "cuda" else 2048
     tokens, width = min(run.batch_tokens, most // 2), min(sizes.hidden_size, most)
     inner = min(sizes.widest, most)
-    a, b = _random((tokens, width), dtype, device), _random((width, inner), dtype, device)
+    a, b = (
+        random_tensor((tokens, width), dtype, device),
+        random_tensor((width, inner), dtype, device),
+    )
     return 2 * tokens * width * inner / timed(lambda: a @ b, device)
 
 
@@ -164,12 +152,8 @@ def _one_layer(
     config = read_config(getattr(transformers, architecture.config_class), raw)
     config.vocab_size, config.pad_token_id = entries, None
     causal_lm_class = getattr(transformers, architecture.causal_lm_class)
-    causal_lm = shapes_only(causal_lm_class, config, inputs.dtype)
-    for module in causal_lm.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full = _random(parameter.shape, inputs.dtype, device)
-            module._parameters[name] = nn.Parameter(full, requires_grad=False)
-    model = LayerwiseModel(causal_lm.to(device), replace(architecture, vocab_size=entries))
+    causal_lm = random_model(causal_lm_class, config, inputs.dtype, device)
+    model = LayerwiseModel(causal_lm, replace(architecture, vocab_size=entries))
     ids_BT = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with model.entered():
         stream_BTC = model.embed(ids_BT)
@@ -246,22 +230,9 @@ def _factors(run: RunShape, kind: Regressors) -> float:
 
 def _random_moments(regressors: int, targets: int, device: torch.device) -> Moments:
     """Sums of independent rows, near enough: a unit matrix with a little noise."""
-    gram_ZZ = _random((regressors, regressors), torch.float64, device)
+    gram_ZZ = random_tensor((regressors, regressors), torch.float64, device)
     gram_ZZ = (gram_ZZ + gram_ZZ.T) / math.sqrt(regressors)
     gram_ZZ.diagonal().add_(2.0)
     cross_ZC = gram_ZZ[:, :targets].clone()
     ones = torch.ones(regressors, dtype=torch.float64, device=device)
     return Moments(4 * regressors, gram_ZZ, cross_ZC, ones, ones[:targets], ones[:targets] * 3)
-
-
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Small random numbers, a stretch of them over and over: drawing them all would take longer."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    flat = tensor.view(-1)
-    generator = torch.Generator().manual_seed(0)
-    length = min(_FILL, len(flat))
-    some = (torch.randn(length, generator=generator) * 0.05).to(device, dtype)
-    for first in range(0, len(flat), length):
-        part = flat[first : first + length]
-        part.copy_(some[: len(part)])
-    return tensor

@@ -46,6 +46,8 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
         f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
     )
+    if (target := result.get("target")) is not None:
+        _say(f"target {text.target_words(target)}")
     _say(f"checkpoint: {run / 'checkpoint'}")
     _say(f"load it: {text.load_words(run / 'checkpoint')}")
     config = config_tree(load_config(run / "config.yaml", {}))
@@ -191,12 +193,14 @@ def print_serving(measured: Mapping[str, Any]) -> None:
     table.add_row("weights, GB", *(f"{v['weight_bytes'] / 1e9:.3f}" for v in variants))
     if all(v["peak_bytes"] is not None for v in variants):
         table.add_row("peak memory, GB", *(f"{v['peak_bytes'] / 1e9:.3f}" for v in variants))
-    for part in ("prefill", "decode"):
+    for part in ("prefill", "decode", "request"):
         rates = [v[part] for v in variants]
         table.add_row(f"{part}, tokens/s", *(f"{r['median']:,.1f}" for r in rates))
         table.add_row("  range", *(f"{r['low']:,.1f} to {r['high']:,.1f}" for r in rates))
         table.add_row("  times dense", *(f"{r['ratio']:.2f}" for r in rates))
     console.print(table)
+    if "target" in measured:
+        _say(f"target {text.target_words(measured['target'])}")
 
 
 def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:

@@ -54,6 +54,20 @@ def nbytes(value: float) -> str:
     return f"{scaled or f'{value:.0f}{NARROW}'}B"
 
 
+def target_value(wanted: str, value: float) -> str:
+    """What a target or size is said to come to, in its own terms."""
+    if wanted.startswith("speedup"):
+        return f"{value:.3f} times"
+    return f"{value:.1%}" if wanted.endswith("%") else f"{value / 1e9:.4g} GB"
+
+
+def target_words(found: Mapping[str, Any]) -> str:
+    """A target with what was predicted, and measured if it was."""
+    wanted = found["target"]
+    said = (f"{key} {target_value(wanted, found[key])}" for key in found if key != "target")
+    return f"{wanted}: {', '.join(said)}"
+
+
 def _scaled(value: float, prefixes: str) -> str:
     """In the largest unit that it has; empty below a thousand."""
     for power, prefix in zip((12, 9, 6, 3), prefixes, strict=True):

@@ -1,4 +1,4 @@
-"""From streamed scores to spans, and from a size to a number of layers; pure functions.
+"""From streamed scores to spans; pure functions.
 
 Legend: L layers, n layers to remove.
 """
@@ -50,18 +50,3 @@ def least_influential(
         )
     taken = sorted(free, key=lambda layer: (influences[layer], layer))[:remove]
     return check_spans((Span(layer, layer + 1) for layer in taken), len(influences))
-
-
-def layers_of_size(size: float, layer_sizes: Sequence[float], protect: Collection[int] = ()) -> int:
-    """Least number of layers that hold ``size``, each counted as the mean of those that may go."""
-    free = [float(s) for layer, s in enumerate(layer_sizes) if layer not in protect]
-    mean = math.fsum(free) / len(free) if free else 0.0
-    # A tolerance of 1e-9 layers: a target written as 7 / 32 of the layers must not need 8.
-    remove = max(1, math.ceil(size / mean - 1e-9)) if mean > 0 else 0
-    if not 0 < remove <= min(len(free), len(layer_sizes) - 1) or size <= 0:
-        raise ConfigError(
-            f"Removing {size:.6g} is not possible: the {len(free)} layers that may go hold "
-            f"{math.fsum(free):.6g} in all, and at least one of {len(layer_sizes)} must be kept. "
-            "Give a smaller selection.remove, greater than 0."
-        )
-    return remove

@@ -23,6 +23,8 @@ class Rules:
     min_length: int = 1  # of a run of neighbours that go
     max_length: int | None = None  # None: no bound
     max_spans: int | None = None  # most such runs; None: no bound
+    frees: Sequence[float] = ()  # by each unit; empty: it does not matter
+    least: float = 0.0  # that those that go free together
 
     def __post_init__(self) -> None:
         if not 0 < self.remove < self.num_units or not self.allow(()):
@@ -37,6 +39,12 @@ class Rules:
     def allow(self, removal: Collection[int]) -> bool:
         """Whether a removal keeps to the rules, or one that is not whole may still come to."""
         gone = frozenset(removal)
+        if self.frees:
+            later = {*range(self.num_units)} - gone - {*self.protect}
+            most = sorted((self.frees[unit] for unit in later), reverse=True)
+            freed = [*(self.frees[unit] for unit in gone), *most[: self.remove - len(gone)]]
+            if math.fsum(freed) < self.least:
+                return False
         longest = self.max_length or self.remove
         # (spans, units of the last one) to the numbers of removed units, as bits of an integer
         states = {(0, 0): 1}

@@ -1,11 +1,11 @@
-"""Scores to spans, sizes to numbers of layers."""
+"""Scores to spans."""
 
 import math
 
 import pytest
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.solver.criteria import best_span, layers_of_size, least_influential
+from ghost_dist.solver.criteria import best_span, least_influential
 from ghost_dist.spans import Span
 
 NAN = math.nan
@@ -38,31 +38,3 @@ def test_more_layers_than_can_go():
         least_influential([0.1, 0.2, 0.3], 3)
     with pytest.raises(ConfigError, match="2 are not protected"):
         least_influential([0.1, 0.2, 0.3, 0.4], 3, protect=(0, 1))
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [(1, 1), (100, 1), (100.001, 2), (250, 3), (300, 3), ((0.1 + 0.2) * 1000, 3)],
-)
-def test_least_number_of_layers_that_saves_a_size(size, expected):
-    assert layers_of_size(size, [100] * 10) == expected
-
-
-def test_fractions_need_no_extra_layer_for_rounding():
-    for remove in range(1, 32):
-        assert layers_of_size(remove / 32 * (32 * 4_735_891), [4_735_891] * 32) == remove
-
-
-def test_layers_of_different_sizes_count_as_their_mean():
-    assert layers_of_size(60, [10, 10, 50, 50], protect=(0,)) == 2  # mean 36.7
-
-
-@pytest.mark.parametrize("size", [0, -1, 351, 400])
-def test_sizes_that_cannot_be_saved(size):
-    with pytest.raises(ConfigError, match="is not possible"):
-        layers_of_size(size, [100] * 4, protect=(3,) if size == 351 else ())
-
-
-def test_all_layers_protected():
-    with pytest.raises(ConfigError, match="the 0 layers that may go"):
-        layers_of_size(1, [10, 10], protect=(0, 1))

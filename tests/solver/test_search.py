@@ -58,6 +58,8 @@ def test_greedy_alone_is_worse_somewhere_and_swaps_mend_it():
         {"max_length": 1},
         {"min_length": 2, "max_length": 3, "protect": (5,)},
         {"min_length": 5},
+        # Mean 1.6: greedy alone, which sees no sizes, would come to removals that free too little.
+        {"frees": (1, 1, 1, 1, 1, 1, 1, 3, 3, 3), "least": 9},
     ],
 )
 def test_it_keeps_to_bounds_and_loses_nothing_by_them(bounds):
@@ -72,6 +74,8 @@ def test_it_keeps_to_bounds_and_loses_nothing_by_them(bounds):
             and len(runs) <= bounds.get("max_spans", 10)
             and min(runs) >= bounds.get("min_length", 1)
             and max(runs) <= bounds.get("max_length", 10)
+            and sum(bounds.get("frees", [1] * 10)[unit] for unit in removal)
+            >= bounds.get("least", 0)
         ):
             by_hand.append(removal)
     assert sorted(allowed) == by_hand
