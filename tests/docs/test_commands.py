@@ -19,6 +19,8 @@ OURS = [(block, words) for block, words in CASES if words[0] == "ghost-dist"]
 
 FORM = re.compile(r"\b(MODEL|RUN\d*|CONFIG|FILE|FOLDER|OUT|HEAD|PATH)\b")
 """A word that stands for what a reader puts there."""
+HOW_MUCH = ("selection.remove", "selection.spans", "selection.target")
+"""One of these is in every configuration."""
 RUN_BY_TESTS = {"launch/demo.sh", "launch/test.sh", "launch/docs.sh"}
 """The tutorial's test and CI run them (docs.sh: what it does is what tests/docs/test_site.py and
 test_reference.py do)."""
@@ -109,6 +111,8 @@ def check_configuration(block, command, model, given):
         if name == "--remove":
             first = value.split(",")[0] if command == "compare" else value
             overrides["selection.remove"] = int(first) if first.isdigit() else first
+        elif name.startswith("--target-"):
+            overrides["selection.target"] = f"{name.removeprefix('--target-')} {value}"
         elif name == "--spans":
             overrides["selection.spans"] = value
         elif name == "--operator":
@@ -116,7 +120,7 @@ def check_configuration(block, command, model, given):
         elif name == "--set" and value != "...":
             key, parsed = parse_set(value)
             overrides[key] = parsed
-    if path is None and not {"selection.remove", "selection.spans"} & set(overrides):
+    if path is None and not set(HOW_MUCH) & set(overrides):
         overrides["selection.remove"] = 7  # "MODEL ..." leaves it out
     try:
         load_config(path, overrides)

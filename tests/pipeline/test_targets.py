@@ -232,6 +232,8 @@ def test_a_speedup_is_measured_once_and_compared_with_what_comes(
         "predicted": pytest.approx(10 / (7 + 0.05 * len(result["spans"]))),
     }
     assert result["target"]["predicted"] >= 1.4
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"predicted {result['target']['predicted']:.3f} times" in page
     assert recover(config, QUIET) == result  # nothing was left to pop
     served = bench_serving(tmp_path / "run", prompt=20, new=4, rounds=2)
     ratio = served["variants"]["recovered"]["decode"]["ratio"]
