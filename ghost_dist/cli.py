@@ -244,7 +244,9 @@ def report(
     from ghost_dist.report.trace import write_trace
 
     if trace is not None and len(runs) > 1:
-        raise ConfigError("--trace is of one RUN.")
+        raise ConfigError(f"--trace is of one RUN, and {len(runs)} are given: call it for each.")
+    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+        raise ConfigError(f"--trace {trace}: give a file, in a folder that exists.")
     page = write_report(runs, out)
     if len(runs) == 1:
         print_run(runs[0])
@@ -341,16 +343,19 @@ for _stage in ("select", "calibrate", "solve", "export", "evaluate"):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``ghost-dist`` command; never returns."""
 
+    stopped_by: list[int] = []
+
     def stop(number: int, _: Any) -> NoReturn:
+        stopped_by.append(number)
         raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
         app(arguments)
-    except SystemExit as stopped:
-        if stopped.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            _fail("stopped. The same command continues.", int(stopped.code))
+    except SystemExit:
+        if stopped_by:  # Ray may have made another status of it
+            _fail("stopped. The same command continues.", 128 + stopped_by[0])
         raise
     except (ConfigError, RunMismatchError) as error:
         _fail(str(error), 2)

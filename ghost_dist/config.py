@@ -7,6 +7,7 @@ on the model (number of layers, hidden size) is checked where the model's header
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -434,10 +435,12 @@ def parse_target(text: str) -> tuple[Literal["speedup", "kv", "bytes"], float, s
     if match := re.fullmatch(r"speedup (\d+(?:\.\d+)?)(?: (prefill|decode))?", text.strip()):
         if float(match[1]) > 1:
             return "speedup", float(match[1]), match[2] or ""
-    elif match := re.fullmatch(r"(kv .*%|bytes .*B)", text.strip()):
-        kind, _, size = match[1].partition(" ")
-        return "kv" if kind == "kv" else "bytes", parse_size(size)[1], ""
+    elif match := re.fullmatch(r"(kv|bytes) (\S+)", text.strip()):
+        with contextlib.suppress(ValueError):
+            unit, size = parse_size(match[2])
+            if unit == ("fraction" if match[1] == "kv" else "bytes"):
+                return "kv" if match[1] == "kv" else "bytes", size, ""
     raise ValueError(
         "give speedup 1.3 (more than 1, of a whole request), speedup 1.3 prefill, speedup 1.3 "
-        "decode, kv 60%, or bytes 20GB"
+        "decode, kv 60% (more than 0, less than 100), or bytes 20GB"
     )

@@ -109,10 +109,20 @@ def parse_set(assignment: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
 
 
+_GONE = {"selection.units": "layers", "operator.heal": False}
+"""Fields of earlier versions, which a RUN of then names: the value that is as if it were absent."""
+
+
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
     """Validate plain nested dictionaries; see :func:`load_config` for what is raised."""
+    known = {
+        section: {k: v for k, v in fields.items() if v != _GONE.get(f"{section}.{k}", ...)}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in tree.items()
+    }
     try:
-        return Config.model_validate({"model": {}, "selection": {}, "output": {}, **tree})
+        return Config.model_validate({"model": {}, "selection": {}, "output": {}, **known})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from None
 
@@ -169,6 +179,8 @@ def _describe(error: ValidationError) -> str:
             known = list(model.model_fields) if model else []
             near = _nearest(location[-1], known)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
+            if where in _GONE:
+                hint = "what it asks for was of an earlier version and is gone. Remove the line."
             lines.append(f"Unknown configuration key {where}: {hint}")
         elif item["type"] == "missing":
             arguments = {"model.path": " (the MODEL argument)", "output.path": " (--out RUN)"}

@@ -50,7 +50,10 @@ def test_tree_round_trips_through_yaml():
         ({**TARGET, "selection.target": "kv 60%", "selection.spans": "3:5"}, "give one of them"),
         ({**TARGET, "selection.target": "speedup 1"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "speedup 1.3 training"}, "give speedup 1.3"),
-        ({**TARGET, "selection.target": "kv 100%"}, "a share"),
+        ({**TARGET, "selection.target": "kv 100%"}, "kv 60% .more than 0, less than 100"),
+        ({**TARGET, "selection.target": "kv 0%"}, "kv 60% .more than 0, less than 100"),
+        ({**TARGET, "selection.target": "bytes 20XB"}, "or bytes 20GB"),
+        ({"selection.units": "auto"}, "selection.units: what it asks for .* is gone. Remove"),
         ({**TARGET, "selection.target": "kv 4GB"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "bytes 20%"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "1.3"}, "give speedup 1.3"),
@@ -196,3 +199,9 @@ def test_yaml_quotes_what_would_be_read_as_a_number():
     tree = yaml.safe_load(config_yaml(config))
     assert tree["model"]["revision"] == "12345e6"
     assert parse_set(f"a.b={config_yaml(config).decode()}")[1] == config_tree(config)
+
+
+def test_fields_of_earlier_versions_are_left_out_where_they_asked_for_nothing():
+    tree = config_tree(load_config(None, MINIMAL))
+    tree["selection"]["units"], tree["operator"]["heal"] = "layers", False
+    assert config_from_tree(tree) == load_config(None, MINIMAL)

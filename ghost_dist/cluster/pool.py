@@ -132,6 +132,7 @@ class Pool:
             replica = Replica(number, self._spec(), self.shape, how, self.reporter)
             self.replicas[number] = replica
             self.reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
+            self.reporter.say(f"starting replica {number}, of {self.shape.ranks} rank(s)")
 
     def lose(self, replica: Replica, lost: ReplicaLost) -> None:
         """Close a lost replica, and stop the run if a budget of losses is spent."""

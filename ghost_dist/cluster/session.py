@@ -15,7 +15,7 @@ from ghost_dist.cluster.leases import Node, Shape
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.scoring import ScoreOnCluster
 from ghost_dist.config import Config
-from ghost_dist.errors import ConfigError
+from ghost_dist.errors import ClusterError, ConfigError
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.recover import Stage, recover
 from ghost_dist.pipeline.searching import Scorer
@@ -96,9 +96,14 @@ class Session:
                 configure_logging=False,
                 **({} if address else {"include_dashboard": False}),
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises several kinds, some of no class of their own
+            if address is None:
+                raise ClusterError(
+                    f"Ray did not start on this machine: {error} The same command tries again; "
+                    "what Ray wrote is in /tmp/ray/session_latest/logs."
+                ) from error
             raise ConfigError(
-                f"The Ray cluster at {address or 'this machine'} cannot be used: {error}. Check "
+                f"The Ray cluster at {address} cannot be used: {error}. Check "
                 "cluster.address, that the head node runs (ray status), and that RAY_AUTH_MODE and "
                 "RAY_AUTH_TOKEN_PATH are those of the cluster."
             ) from error

@@ -95,7 +95,8 @@ def amount_of(aim: Aim, selection: SelectionConfig) -> Amount:
     free = sorted(f for layer, f in enumerate(aim.frees) if layer not in selection.protect)
     goes = min(len(free), len(aim.frees) - 1)
     if aim.total <= aim.most:
-        raise ConfigError(f"{aim.wanted}: the model is so already, and nothing needs to go.")
+        has = target_value(aim.wanted, aim.given(0.0, 0))
+        raise ConfigError(f"{aim.wanted}: the model has {has} as it is. Ask for less than that.")
     held, gaps = 0.0, 0
     for layers in range(1, goes + 1):
         held = math.fsum(free[:layers])

@@ -105,7 +105,8 @@ def plan_run(
         notes.append(
             f"select is reckoned with all of its budget, {shape.evaluations:,} evaluations on "
             f"{shape.length} tokens each in about {shape.sweeps} sweeps over the layers; a search "
-            "may end before. Less: --set selection.effort=quick"
+            "may end before."
+            + (" Less: --set selection.effort=quick" * (config.selection.effort != "quick"))
         )
     of_fits = (config.calibration, run.candidates, run.spans, inputs.architecture)
     few = few_tokens(*of_fits, inputs.refittable)

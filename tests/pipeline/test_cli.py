@@ -1,9 +1,12 @@
 """The ghost-dist command: exit codes and messages. The demo: tests/docs/test_tutorial.py."""
 
+import contextlib
 import json
+import signal
 
 import pytest
 
+from ghost_dist import cli
 from ghost_dist.cli import main
 from ghost_dist.config_file import config_tree
 from ghost_dist.pipeline.recover import recover
@@ -156,3 +159,24 @@ def test_what_cannot_be_set_with_a_stage(tmp_path, make_config, capsys, assignme
     assert code == 2
     assert said in err
     assert RunFolder.stored_config(tmp_path / "run") == make_config()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_said_whatever_a_library_makes_of_it(number, monkeypatch, capsys):
+    """Ray ends a wait that a signal interrupts with a status of its own."""
+
+    def waits(_):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(number)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(cli, "app", waits)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert stopped.value.code == 128 + number
+    assert "stopped. The same command continues." in capsys.readouterr().err
