@@ -58,7 +58,7 @@ def target_value(wanted: str, value: float) -> str:
     """What a target or size is said to come to, in its own terms."""
     if wanted.startswith("speedup"):
         return f"{value:.3f} times"
-    return f"{value:.1%}" if wanted.endswith("%") else f"{value / 1e9:.4g} GB"
+    return f"{value:.1%}" if wanted.endswith("%") else nbytes(value)
 
 
 def target_words(found: Mapping[str, Any]) -> str:
