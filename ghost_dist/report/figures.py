@@ -30,6 +30,30 @@ class Figure(NamedTuple):
     plot: Plot
 
 
+def quality(rows: Sequence[Mapping[str, Any]], corpus: str) -> Figure | None:
+    """Perplexity against size, a line a method, best first; None: one number of layers."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points = lines.setdefault(f"{row['operator']}, {row['selection']}", [])
+        points.append((row["parameters"] / 1e6, row["perplexity"][corpus]))
+    several = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+    if not several:
+        return None
+    best = sorted(several, key=lambda name: math.fsum(math.log(y) for _, y in several[name]))
+    shown = best[: len(_STYLES)]
+    words = "The lower, the better. " + (
+        f"The best {len(shown)} of {len(best)} methods." if len(best) > len(shown) else ""
+    )
+    drawing = line_chart(
+        f"Perplexity on {corpus} against the parameters that are left, by operator and selection; "
+        f"best: {best[0]}.",
+        [Series(n, several[n], style, dots=True) for n, style in zip(shown, _STYLES, strict=False)],
+        Axis("parameters left, millions"),
+        Axis(f"perplexity, {corpus}", log=True),
+    )
+    return Figure("Quality against size", words.strip(), drawing)
+
+
 def recoverability(run: RunRecord) -> Figure:
     """What is left after repair: a curve over first layers, or a map over these and lengths."""
     rows = run.selection["recoverability"]

@@ -14,18 +14,20 @@ SECTIONS = {
     "comparison": {
         "The runs", "Perplexity", "What was removed", "Where they are configured differently",
     },
-    "compare": {"The rows", "Not possible"},
+    "compare": {"The rows", "Quality against size", "Not possible"},
 }  # fmt: skip
 TABLE = {
     "dense": {"text": 8.0},
     "rows": [
         {
-            "selection": "search", "remove": 2, "spans": [[3, 5]], "operator": operator,
-            "perplexity": {"text": perplexity}, "intervals": {"text": {"of_best": ratio}},
-            "kl": kl, "parameters": 1_000_000,
+            "selection": "search", "remove": remove, "spans": [[3, 3 + remove]],
+            "operator": operator, "perplexity": {"text": remove * perplexity / 2},
+            "intervals": {"text": {"of_best": ratio}}, "kl": kl,
+            "parameters": 2_000_000 - remove * 500_000,
         }
-        for operator, perplexity, ratio, kl in [
-            ("fold", 12.5, [1.1, 1.3], 0.4), ("ghost-joint", 10.0, [1, 1], None),
+        for operator, perplexity, ratio, kl, remove in [
+            ("fold", 12.5, [1.1, 1.3], 0.4, 2), ("ghost-joint", 10.0, [1, 1], None, 2),
+            ("fold", 12.5, [1.1, 1.3], 0.4, 3), ("ghost-joint", 10.0, [1, 1], None, 3),
         ]
     ] + [{"selection": "search", "remove": 2, "spans": [], "operator": "ghost", "refused": "<b>"}],
 }  # fmt: skip
