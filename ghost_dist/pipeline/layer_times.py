@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ghost_dist.checkpoint.layer_fields import cut_config, read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import random_model, random_tensor
 from ghost_dist.config import Config
-from ghost_dist.devices import free_bytes, open_device
+from ghost_dist.devices import free_bytes, open_device, release_cached
 from ghost_dist.engines.model_sizes import model_sizes
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.automatic import compute_dtype
@@ -83,6 +84,9 @@ def request_seconds(
     weight_CC = random_tensor((width, width), dtype, device)
     streams = [random_tensor((rows, width), dtype, device) for rows in (BATCH * length, BATCH)]
     prefill_s, step_s = (timed(lambda x=x: x @ weight_CC, device) for x in streams)  # type: ignore[misc]
+    models.clear()
+    gc.collect()
+    release_cached(device)  # what is free there decides which engine the run gets
     product = Turn(prefill_s, (_TIMED_NEW - 1) * step_s, ids_BT, None)
     return frees, total, _seconds([product], part)
 
