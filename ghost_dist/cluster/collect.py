@@ -115,7 +115,7 @@ class _Filling:
             now = time.monotonic()
             won = self._store.commit_attempt(lease.item, lease.attempt, blocks)
             self._queue.finished(lease, now)
-            self._pool.progressed()
+            self._pool.progressed(replica.number)
             self._committed += self._tokens_of(lease)
             self._event(
                 "range-committed",

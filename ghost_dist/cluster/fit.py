@@ -204,7 +204,7 @@ class FitOnCluster:
 
         def take(lease: Lease[Span], found: list[Outcome]) -> None:
             queue.finished(lease, time.monotonic())
-            self._pool.progressed()
+            self._pool.progressed(lease.worker.replica)
             self._event("span-fitted", lease, fits=len(found))
             outcomes.update(zip(of_span[lease.item], found, strict=True))
             advance(len(found))

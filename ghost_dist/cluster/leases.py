@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import uuid
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -19,6 +20,8 @@ from ghost_dist.errors import ConfigError
 
 Item = TypeVar("Item", bound=Hashable)
 
+LOSSES = 2
+"""A node that lost so many replicas in a row, for reasons of its own, gets no more."""
 STRAGGLER = 2.0
 """A lease older than this many median durations is given to a second worker, if one is idle."""
 
@@ -144,6 +147,7 @@ class Node:
     name: str
     cpus: float
     gpus: float
+    id: str = ""  # Ray's; a node that comes back has another one
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,26 @@ class Shape:
             f"but the cluster has room for {fitting} such replicas ({found}). {advice}, or add "
             "nodes."
         )
+
+
+class Losses:
+    """Replicas that each node has lost since one there finished something, by the node's id."""
+
+    def __init__(self) -> None:
+        self._lost: Counter[str] = Counter()
+
+    def lost(self, node: str, times: int = 1) -> None:
+        self._lost[node] += times
+
+    def worked(self, nodes: Iterable[str]) -> None:
+        for node in nodes:
+            del self._lost[node]
+
+    def left_out(self, nodes: Sequence[Node], shape: Shape) -> tuple[str, ...]:
+        """Living nodes that get no new replica; none if the others have no room for one."""
+        out = tuple(sorted(node.id for node in nodes if self._lost[node.id] >= LOSSES))
+        others = [node for node in nodes if node.id not in out]
+        return out if shape.fitting(others) else ()
 
 
 def may_go_on(failures: Mapping[Failure, int], config: ClusterConfig) -> bool:

@@ -16,7 +16,16 @@ import ray
 from ray.util import metrics
 
 from ghost_dist.cluster.failures import keep_failure
-from ghost_dist.cluster.leases import Failure, Holders, LeaseQueue, Node, Shape, may_go_on
+from ghost_dist.cluster.leases import (
+    LOSSES,
+    Failure,
+    Holders,
+    LeaseQueue,
+    Losses,
+    Node,
+    Shape,
+    may_go_on,
+)
 from ghost_dist.cluster.rank import EngineSpec
 from ghost_dist.cluster.replica import Replica, ReplicaLost, State
 from ghost_dist.errors import ClusterError
@@ -47,6 +56,8 @@ class Pool:
         self._numbers = itertools.count()
         self._failures: Counter[Failure] = Counter()
         self._last_loss = ""
+        self._losses, self._full = Losses(), set[str]()  # by id of the node
+        self._left_out: tuple[str, ...] = ()
         self._looked, self._room = -math.inf, 0
         self._placed = 0.0  # when a replica was there last, or was not waited for
 
@@ -55,8 +66,23 @@ class Pool:
         """Replicas: as configured, or as many as there is room for."""
         wanted, now = self.inputs.config.engine.replicas, time.monotonic()
         if now - self._looked > LOOK_FOR_ROOM_S or not self._room:
-            self._looked, self._room = now, self.shape.fitting(self._nodes())
+            self._looked, self._room = now, self.shape.fitting(self._usable())
         return max(1, self._room) if wanted == "auto" else wanted
+
+    def _usable(self) -> list[Node]:
+        """Living nodes but those that are left out, which is told when it changes."""
+        nodes = self._nodes()
+        out = self._losses.left_out(nodes, self.shape)
+        for node in nodes:
+            if node.id in set(out) - set(self._left_out):
+                self.reporter.warn(
+                    f"node {node.name} is left out, as it loses replicas and finishes nothing. It "
+                    "gets a new one only if no other node has room, or once Ray was started on it "
+                    f"again. The last was {self._last_loss}"
+                )
+                self.reporter.event("node-left-out", node=node.name, node_id=node.id)
+        self._left_out = out
+        return [node for node in nodes if node.id not in out]
 
     def begin(self, needed: int) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
@@ -105,9 +131,11 @@ class Pool:
         else:
             time.sleep(POLL_S)
 
-    def progressed(self) -> None:
-        """Something was finished: what was lost before it does not count."""
+    def progressed(self, replica: int) -> None:
+        """A replica has finished something: what was lost before it does not count."""
         self._failures.clear()
+        self._full.clear()
+        self._losses.worked(self.replicas[replica].node_ids)
 
     def grow(self, useful: int) -> None:
         """Add replicas where there is room, up to what is useful and wanted."""
@@ -124,21 +152,30 @@ class Pool:
                 f"nodes. {self._last_loss}"
             )
         for replica in placing:
-            if now - replica.began > ASK_AGAIN_S:
+            if now - replica.began > ASK_AGAIN_S or replica.left_out != self._left_out:
                 self.drop(replica)
         while len(self.replicas) < max(1, target):
             number = next(self._numbers)
-            how = self.shape.strategy(self._nodes())
-            replica = Replica(number, self._spec(), self.shape, how, self.reporter)
+            how = self.shape.strategy(self._usable())
+            out = self._left_out
+            replica = Replica(number, self._spec(), self.shape, how, self.reporter, out)
             self.replicas[number] = replica
             self.reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
             self.reporter.say(f"starting replica {number}, of {self.shape.ranks} rank(s)")
 
     def lose(self, replica: Replica, lost: ReplicaLost) -> None:
         """Close a lost replica, and stop the run if a budget of losses is spent."""
+        node = replica.node_of(lost)
+        if lost.disk is not None:
+            self._stop_if_full(node, lost.disk)
+        if node is not None and lost.failure != "preemption":
+            # A full disk stays full.
+            self._losses.lost(node, LOSSES if lost.disk else 1)
         self._failures[lost.failure] += 1
         self._metrics.lost.inc(1, {"failure": lost.failure})
-        nodes = ", ".join(dict.fromkeys(place.node for place in replica.places)) or "no node yet"
+        names = {node.id: node.name for node in self._nodes()}
+        found = (names.get(i, f"node {i[:8]}, which is gone") for i in replica.node_ids)
+        nodes = ", ".join(dict.fromkeys(found)) or "no node yet"
         self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
         with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
             run = Path(self.inputs.config.output.path)
@@ -148,7 +185,11 @@ class Pool:
             other.restart_timeouts()
         self.reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
         self.reporter.event(
-            "replica-lost", replica=replica.number, failure=lost.failure, detail=lost.detail
+            "replica-lost",
+            replica=replica.number,
+            failure=lost.failure,
+            detail=lost.detail,
+            nodes=nodes,
         )
         self.drop(replica)
         if not may_go_on(self._failures, self.inputs.config.cluster):
@@ -160,6 +201,13 @@ class Pool:
                 "cluster.max_crashes, cluster.max_hangs, cluster.heartbeat_timeout_s or "
                 "cluster.progress_timeout_s."
             )
+
+    def _stop_if_full(self, node: str | None, error: OSError) -> None:
+        """Raise what a disk said unless it is of one node alone, and another has room."""
+        self._full.add(node or "")
+        others = [other for other in self._nodes() if other.id not in self._full]
+        if len(self._full) > 1 or not self.shape.fitting(others):
+            raise error
 
     def drop(self, replica: Replica) -> None:
         """Close a replica; what it was at is done by others."""

@@ -10,14 +10,18 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ghost_dist.cluster.leases import Failure, Lease, Shape
@@ -34,16 +38,21 @@ each rank takes tasks of its own."""
 Written = Callable[[Lease[int], list[WrittenBlock]], None]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-"""Errors of the store that another replica would meet too."""
+"""Errors of a disk: the node's own, or of one that every replica would meet."""
 
 
 class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
-    """A rank crashed, hung or was preempted; the replica is of no use any more."""
+    """A rank crashed, hung or was preempted; the replica is of no use any more.
 
-    def __init__(self, failure: Failure, detail: str) -> None:
+    ``rank``: which one it was, if that is known; ``disk``: what a disk said to it.
+    """
+
+    def __init__(
+        self, failure: Failure, detail: str, rank: int | None = None, disk: OSError | None = None
+    ) -> None:
         super().__init__(detail)
         self.failure: Failure = failure
-        self.detail = detail
+        self.detail, self.rank, self.disk = detail, rank, disk
 
 
 @dataclass
@@ -65,13 +74,21 @@ class Replica:
     """One copy of the model on ``shape.ranks`` actors."""
 
     def __init__(
-        self, number: int, spec: EngineSpec, shape: Shape, strategy: str, reporter: Reporter
+        self,
+        number: int,
+        spec: EngineSpec,
+        shape: Shape,
+        strategy: str,
+        reporter: Reporter,
+        left_out: Sequence[str] = (),
     ) -> None:
-        self.number, self.spec = number, spec
+        self.number, self.spec, self.left_out = number, spec, left_out
         self.state: State = "placing"
         self.live: dict[int, str] = {}
         """Committed attempt of each range that its ranks have in their running sums."""
         self.places: list[Place] = []
+        self.node_ids: list[str] = []
+        """Of each rank, once there is room for it."""
         self.began = self._asked = time.monotonic()
         self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
         self._running: Lease[int] | None = None
@@ -80,7 +97,12 @@ class Replica:
         self._ranks: list[Any] = []
         self._heartbeats: dict[int, Any] = {}
         self._answered: dict[int, float] = {}
-        self._group = placement_group([shape.bundle] * shape.ranks, strategy=strategy)
+        elsewhere = {"ray.io/node-id": f"!in({','.join(left_out)})"} if left_out else {}
+        self._group = placement_group(
+            [shape.bundle] * shape.ranks,
+            strategy=strategy,
+            bundle_label_selector=[elsewhere] * shape.ranks,
+        )
         # How long it waits for resources is the pool's to judge.
         ready = _Call([self._group.ready()], self._start_ranks, math.inf, "", self.began)
         self._calls = [ready]
@@ -106,11 +128,18 @@ class Replica:
         ranks = range(len(self._ranks)) if self.state == "unloaded" else ()
         return [rank for rank in ranks if all(call.rank != rank for call in self._calls)]
 
+    def node_of(self, lost: ReplicaLost) -> str | None:
+        """Id of the node that a loss was of: its rank's, or that of all; None: not known."""
+        one = lost.rank is not None and self.node_ids[lost.rank : lost.rank + 1]
+        nodes = set(one or self.node_ids)
+        return nodes.pop() if len(nodes) == 1 else None
+
     def poll(self) -> None:
         """Hand on what has come back. Raises ReplicaLost, or what every replica would meet."""
         for call in list(self._calls):
             done, waiting = ray.wait(call.refs, num_returns=len(call.refs), timeout=0)
-            values = {ref: self._get(ref) for ref in done}  # an error of one counts at once
+            # An error of one counts at once.
+            values = {ref: self._get(ref, call.rank or call.refs.index(ref)) for ref in done}
             if not waiting:
                 self._calls.remove(call)
                 call.then([values[ref] for ref in call.refs])
@@ -190,6 +219,8 @@ class Replica:
         self._calls.append(_Call(refs, then, limit_s, doing, now, method, rank, task))
 
     def _start_ranks(self, _: list[Any]) -> None:
+        where = placement_group_table(self._group)["bundles_to_node_id"]
+        self.node_ids = [where[index] for index in range(self._shape.ranks)]
         self._ranks = [
             remote_rank(
                 index,
@@ -255,7 +286,7 @@ class Replica:
         now, patience_s = time.monotonic(), self._config.heartbeat_timeout_s
         for number, ref in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
-                task, done = self._get(ref)
+                task, done = self._get(ref, number)
                 del self._heartbeats[number]
                 self._answered[number] = now
                 for call in self._calls:
@@ -266,28 +297,33 @@ class Replica:
             if now - call.moved > call.limit_s:
                 who = "it" if call.rank is None else f"rank {call.rank}"
                 what = f"{who} took more than {call.limit_s:g} s to {call.doing}"
-                raise ReplicaLost("hang", what)
+                raise ReplicaLost("hang", what, call.rank)
         for number, since in self._answered.items():
             if now - since > patience_s:
-                raise ReplicaLost("hang", f"rank {number} has not answered for {patience_s:g} s")
+                what = f"rank {number} has not answered for {patience_s:g} s"
+                raise ReplicaLost("hang", what, number)
         if now - self._asked > min(1.0, patience_s / 4):
             self._asked = now
             for number in self._answered.keys() - self._heartbeats.keys():
                 self._heartbeats[number] = self._ranks[number].heartbeat.remote()
 
-    def _get(self, ref: Any) -> Any:
-        """The value of a finished call, or what its failure means."""
+    def _get(self, ref: Any, rank: int) -> Any:
+        """The value of a finished call of a rank, or what its failure means."""
         try:
             return ray.get(ref)
         except RayActorError as error:
             preempted = isinstance(error, ActorDiedError) and error.preempted
-            raise ReplicaLost("preemption" if preempted else "crash", self._death(error)) from error
+            failure: Failure = "preemption" if preempted else "crash"
+            raise ReplicaLost(failure, self._death(error), rank) from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, GhostDistError):
                 raise cause from error
             if isinstance(cause, OSError) and cause.errno in _DISK:
-                raise OSError(cause.errno, cause.strerror, cause.filename) from error
+                disk = OSError(cause.errno, cause.strerror, cause.filename)
+                what = f"rank {rank}: {_first_line(cause)}"
+                raise ReplicaLost("crash", what, rank, disk) from error
+            # Not the rank's own, maybe: the others of its world get errors when one dies.
             raise ReplicaLost("crash", f"{type(cause).__name__}: {_first_line(cause)}") from error
         except RayError as error:
             raise ReplicaLost("crash", _first_line(error)) from error

@@ -47,7 +47,7 @@ class ScoreOnCluster:
 
         def take(lease: Lease[int], scores: list[list[float]]) -> None:
             queue.finished(lease, time.monotonic())
-            self._pool.progressed()
+            self._pool.progressed(lease.worker.replica)
             found.update(zip(parts[lease.item], scores, strict=True))
 
         def give(replica: Replica) -> None:

@@ -80,8 +80,11 @@ class Session:
         return self._pool
 
     def nodes(self) -> list[Node]:
-        alive = [(n["NodeManagerHostname"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
-        return [Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0)) for name, has in alive]
+        def of(node: dict[str, Any]) -> Node:
+            name, has = node["NodeManagerHostname"], node["Resources"]
+            return Node(name, has.get("CPU", 0.0), has.get("GPU", 0.0), node["NodeID"])
+
+        return [of(node) for node in ray.nodes() if node["Alive"]]
 
     def _connect(self) -> None:
         if self._connected or ray.is_initialized():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ghost_dist.cluster.leases import Node, Shape, may_go_on
+from ghost_dist.cluster.leases import Losses, Node, Shape, may_go_on
 from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
@@ -60,3 +60,20 @@ def test_budgets_are_separate(failures, goes_on):
 
 def test_preemptions_may_have_a_budget():
     assert not may_go_on({"preemption": 2}, ClusterConfig(max_preemptions=1))
+
+
+def test_a_node_that_fails_twice_in_a_row_is_left_out_while_another_has_room():
+    a, b, small = Node("a", 2, 0, "A"), Node("b", 2, 0, "B"), Node("c", 1, 0, "C")
+    shape, losses = Shape(2, 1, 0), Losses()
+    losses.lost("A")
+    losses.worked(["A", "B"])
+    losses.lost("A")
+    assert losses.left_out([a, b, small], shape) == ()  # once since it worked
+    losses.lost("A")
+    assert losses.left_out([a, b, small], shape) == ("A",)
+    assert losses.left_out([a, small], shape) == ()
+    back = Node("a", 2, 0, "D")
+    assert losses.left_out([back, b], shape) == ()
+    losses.lost("B", 2)
+    assert losses.left_out([a, b, small], shape) == ()
+    assert losses.left_out([a, b, back], shape) == ("A", "B")

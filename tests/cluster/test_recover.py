@@ -1,6 +1,7 @@
 """A run on three nodes against the same run in one process, and what it refuses."""
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import ray
 import torch
 from live_sums import use_rank, waiting
 from ray_processes import NODE, nothing_leaked, rank_pids
@@ -338,6 +340,56 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
     assert all("died: its worker" in text and '"replica-start"' in text for text in kept)
     monkeypatch.undo()
     assert recover_on_cluster(config)["tokens"] == 16 * 64
+
+
+@pytest.mark.parametrize("fault", ["crash", "full disk", "full disks"])
+def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
+    make_config, cluster, tmp_path, monkeypatch, fault
+):
+    """The others wait until it is; a disk that two nodes find full is full for all."""
+    sick = {
+        node.node_id for node in list(cluster.worker_nodes)[: 2 if fault == "full disks" else 1]
+    }
+    run = tmp_path / "run"
+
+    class OfSickNode(Rank):
+        def run(self, *arguments):
+            if self.place().node_id not in sick:
+                while '"node-left-out"' not in (run / "events.jsonl").read_text():
+                    time.sleep(0.1)
+            elif fault == "crash":
+                os._exit(1)
+            return super().run(*arguments)
+
+        @ray.method(concurrency_group="write")
+        def write(self, *arguments):
+            if self.place().node_id in sick:
+                raise OSError(errno.ENOSPC, "No space left on device", "/its/own")
+            return super().write(*arguments)
+
+    use_rank(monkeypatch, OfSickNode)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__cpus_per_rank=2,  # a node has room for one
+        engine__kind="resident",
+        engine__replicas=3,
+    )
+    if fault == "full disks":
+        with pytest.raises(OSError, match=r"No space left on device: '/its/own'"):
+            recover_on_cluster(config, again="calibrate")
+        assert len(events(run, "replica-lost")) == 1
+        return
+    recover_on_cluster(config, again="calibrate")
+    [out] = events(run, "node-left-out")
+    assert {out["node_id"]} == sick
+    lost = events(run, "replica-lost")
+    assert len(lost) == (2 if fault == "crash" else 1)
+    assert all(one["failure"] == "crash" for one in lost)
+    assert ("No space left" in lost[0]["detail"]) == (fault == "full disk")
+    [warning] = [one["message"] for one in events(run, "warning") if "left out" in one["message"]]
+    assert lost[-1]["detail"] in warning
+    clean, left = nothing_leaked(cluster)
+    assert clean, left
 
 
 @pytest.mark.parametrize("where", ["here", "on another node"])
