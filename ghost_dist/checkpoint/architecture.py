@@ -175,6 +175,14 @@ def layer_sizes(
     return tuple(numbers), tuple(nbytes)
 
 
+def exported_sizes(checkpoint: Checkpoint, architecture: Architecture) -> tuple[int, ...]:
+    """Bytes of every layer in an exported checkpoint: what was FP8 is bfloat16 there."""
+    numbers, nbytes = layer_sizes(checkpoint, architecture)
+    if not checkpoint.scales:
+        return nbytes
+    return tuple(checkpoint.dtype.itemsize * count for count in numbers)
+
+
 def check_cut(architecture: Architecture, config: Mapping[str, Any], spans: Sequence[Span]) -> None:
     """Prove, without weights, that the cut configuration describes the layers that stay."""
     reason = why_not(architecture, config, spans)

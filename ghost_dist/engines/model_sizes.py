@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from ghost_dist.checkpoint.architecture import Architecture, layer_sizes
+from ghost_dist.checkpoint.architecture import Architecture, exported_sizes, layer_sizes
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
@@ -154,10 +154,8 @@ def model_sizes(
     config = read_config(config_class, checkpoint.config)
     model = empty_model(getattr(transformers, architecture.causal_lm_class), config)
     loaded = loaded_sizes(model, architecture, dtype)
-    numbers, stored = layer_sizes(checkpoint, architecture)
-    exported = stored
-    if checkpoint.scales:
-        exported = tuple(torch.bfloat16.itemsize * count for count in numbers)
+    _, stored = layer_sizes(checkpoint, architecture)
+    exported = exported_sizes(checkpoint, architecture)
     above_stored = sum(map(checkpoint.stored_bytes, architecture.above_in_files))
     unused = sum(map(checkpoint.stored_bytes, architecture.unused))
     return replace(

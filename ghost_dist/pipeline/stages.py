@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from ghost_dist.calibration.windows import TokenWindows, load_windows, save_windows
-from ghost_dist.checkpoint.architecture import check_cut
+from ghost_dist.checkpoint.architecture import check_cut, exported_sizes
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
@@ -205,8 +205,10 @@ class Stages:
         def work() -> dict[str, Any]:
             collectors = SpanCollectors(tuple(samples), inputs.architecture)
             nbytes = len(missing) * collectors.stored_bytes(plan.blocks)
-            width, exported = inputs.architecture.hidden_size, inputs.source.bytes_once_read
-            check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, exported))
+            of_layers = exported_sizes(inputs.source, inputs.architecture)
+            cut = sum(of_layers[layer] for layer in Variant(spans).removed)
+            kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
+            check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
             if self._ahead is not None:
                 self._ahead.copy(Variant(spans, sublayers=self.sublayers))
             if not samples:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from ghost_dist.checkpoint.architecture import Architecture, layer_sizes
+from ghost_dist.checkpoint.architecture import Architecture, exported_sizes, layer_sizes
 from ghost_dist.checkpoint.layer_fields import read_config
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.twin import empty_model
@@ -138,13 +138,12 @@ def aim_of(
         seconds, total, product_s = request_seconds(config, source, architecture, part)
         gap_s = product_s / architecture.hidden_size**2
         return Aim(wanted, seconds, gap_s * each, gap_s * alone, total, total / value)
-    numbers, nbytes = layer_sizes(source, architecture)
     if kind == "fraction":
+        numbers, _ = layer_sizes(source, architecture)
         total = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
         return Aim(wanted, numbers, each, alone, total, (1 - value) * total)
     total, itemsize = source.bytes_once_read, source.dtype.itemsize
-    if source.scales:
-        nbytes = tuple(itemsize * count for count in numbers)
+    nbytes = exported_sizes(source, architecture)
     if config.operator.dtype == "float32":
         itemsize = 4
     most = value if selection.target else total - value
