@@ -69,8 +69,9 @@ class CalibrationConfig(Section):
     """Places of spread windows; order of the documents of a ``datasets`` source."""
     special_tokens: bool = False
     """Whether the tokenizer adds its own special tokens (BOS, EOS) to every document."""
-    window_bos: bool = False
-    """Whether each window, also in evaluation, begins with the BOS token (Gemma needs it)."""
+    window_bos: Literal["auto"] | bool = "auto"
+    """Whether each window, also in evaluation, begins with the BOS token; auto: of Gemma, which is
+    at a loss without it."""
     ranges: int | None = Field(default=None, ge=1)
     """Window ranges, the unit of commit and retry; null: one per fold,
     two where a fold has more than 65,536 tokens."""

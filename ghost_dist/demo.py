@@ -16,7 +16,7 @@ from ghost_dist.config_file import config_from_tree
 from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.real_models import REAL_MODELS, real_model
+from ghost_dist.real_models import real_model
 from ghost_dist.report.terminal import print_result
 from ghost_dist.run_folder import RunFolder
 
@@ -54,7 +54,6 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
                 "source": paths["calibration"],
                 "windows": windows,
                 "window_length": length,
-                "window_bos": not pico and REAL_MODELS[model].window_bos,
             },
             "selection": {"remove": shape["num_hidden_layers"] // 4, "effort": "quick"},
             "evaluation": {

@@ -43,7 +43,6 @@ class RealModel:
     sha256: str  # of the joined GGUF
     licence: str
     split_digits: bool = False  # one by one, which transformers does not take from a GGUF
-    window_bos: bool = False  # a window has to begin with BOS
     token_ids: tuple[int, ...] | None = None  # of :data:`SENTENCE`, which the original makes of it
 
 
@@ -67,7 +66,6 @@ REAL_MODELS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
-        window_bos=True,
         token_ids=(236778, 236812, 120362, 159564, 107, 255968, 236762, 236779, 236778),
     ),
 }

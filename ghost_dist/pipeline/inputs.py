@@ -122,6 +122,19 @@ class RunInputs:
         return self.config.engine.compile and self.worker_device.type == "cuda"
 
 
+def with_bos(config: Config, architecture: Architecture, warn: Callable[[str], None]) -> Config:
+    """Gemma's residual stream is degenerate without BOS, and nothing else would say so."""
+    wanted, gemma = config.calibration.window_bos, "gemma" in architecture.model_type
+    if gemma and wanted is False:
+        warn(
+            f"{architecture.model_type} models expect every window to begin with BOS; their "
+            "perplexity without it means little. Leave calibration.window_bos at auto."
+        )
+    begins = gemma if wanted == "auto" else wanted
+    calibration = config.calibration.model_copy(update={"window_bos": begins})
+    return config.model_copy(update={"calibration": calibration})
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The configuration of the same local files from any working directory, as RUN keeps it."""
     model = Path(config.model.path).expanduser()
@@ -156,6 +169,7 @@ def open_inputs(
     ``aim``: what was measured for the target before.
     """
     source, architecture, amount = open_model(config, aim)
+    config = with_bos(config, architecture, reporter.warn)
     for note in source.notes:
         reporter.warn(note)
     if worker_device is None:
@@ -174,7 +188,6 @@ def open_inputs(
         num_fewshot=config.evaluation.num_fewshot,
         limit=config.evaluation.limit,
     )
-    _warn_without_bos(config, architecture, tokenizer, reporter)
     chooses = config.selection.searches or searches_ridge(config.operator)
     if len(config.calibration.sources) < 2 and not any_operator and chooses:
         reporter.warn(
@@ -247,7 +260,7 @@ def _evaluation_windows(
         window_length=window_length,
         seed=None,
         special_tokens=False,
-        window_bos=config.calibration.window_bos,
+        window_bos=config.calibration.window_bos is True,
         vocab_size=vocab_size,
         split="test",
     )
@@ -432,15 +445,3 @@ def _say_if_few_tokens(
     candidates = candidates_of(config.operator, spans, refittable)
     if few := few_tokens(config.calibration, candidates, spans, architecture, refittable):
         reporter.say(f"note: {few}")
-
-
-def _warn_without_bos(
-    config: Config, architecture: Architecture, tokenizer: Any, reporter: Reporter
-) -> None:
-    """Gemma's residual stream is degenerate without BOS, and nothing else would say so."""
-    expects_bos = "gemma" in architecture.model_type and tokenizer.bos_token_id is not None
-    if expects_bos and not config.calibration.window_bos:
-        reporter.warn(
-            f"{architecture.model_type} models expect every window to begin with BOS; their "
-            "perplexity without it means little. Set calibration.window_bos=true."
-        )

@@ -373,7 +373,7 @@ class Scoring:
 
 def _pieces(calibration: CalibrationConfig, length: int) -> int:
     """Judging windows that one of calibration gives; a piece inside it has no BOS."""
-    return 1 if calibration.window_bos else max(1, calibration.window_length // length)
+    return 1 if calibration.window_bos is True else max(1, calibration.window_length // length)
 
 
 def _spans(removal: Removal) -> tuple[Span, ...]:

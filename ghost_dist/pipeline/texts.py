@@ -35,7 +35,7 @@ def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
                 window_length=calibration.window_length,
                 seed=calibration.seed,
                 special_tokens=calibration.special_tokens,
-                window_bos=calibration.window_bos,
+                window_bos=calibration.window_bos is True,
                 sampling=calibration.sampling,
                 vocab_size=inputs.architecture.vocab_size,
                 on_progress=on_progress,

@@ -41,6 +41,7 @@ from ghost_dist.pipeline.inputs import (
     disk_needs,
     open_model,
     refittable_layers,
+    with_bos,
 )
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_shape
@@ -162,6 +163,7 @@ def _open(config: Config) -> tuple[RunInputs, list[str], float]:
     """Inputs as a run has them, as far as headers give them; notes; seconds of stage tokens."""
     source, architecture, amount = open_model(config)
     notes = [*source.notes]
+    config = with_bos(config, architecture, notes.append)
     device = open_device(config.engine.device)
     try:
         refittable = refittable_layers(config, source, architecture, reads=False)

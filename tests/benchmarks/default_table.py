@@ -112,14 +112,12 @@ def shown(between: tuple[float, float] | None, digits: int) -> str:
 def measured(model: str, remove: str, name: str, gpu: str, given: argparse.Namespace) -> str:
     """A row of the table; of a run that fails the end of what it said."""
     folder, run = folders(model, remove, name, given.out)
-    bos = model in REAL_MODELS and REAL_MODELS[model].window_bos
     corpora = ", ".join(text.replace("=", ": ", 1) for text in given.text)
     fields = {
         "model.dtype": "float32",
         "calibration.source": given.calibration,
         "calibration.windows": given.windows,
         "calibration.window_length": 1024,
-        "calibration.window_bos": str(bos).lower(),
         "evaluation.corpora": f"{{{corpora}}}",
         "evaluation.windows": 32,
         "evaluation.window_length": 1024,

@@ -90,15 +90,12 @@ def measured(folder: Path, out: Path, given: argparse.Namespace) -> dict[str, ob
 
 
 def configuration(folder, remove, operator, out, given):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    needs_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
     tree = {
         "model": {"path": str(folder), "dtype": "float32"},
         "calibration": {
             "source": given.calibration,
             "windows": given.windows,
             "window_length": given.window_length,
-            "window_bos": needs_bos,
         },
         "selection": {"remove": remove},
         "operator": operator,

@@ -367,10 +367,12 @@ def test_a_norm_behind_the_mlp_is_refused_for_fold_and_ghost_is_the_default(tmp_
         return load_config(None, {
             "model.path": str(model), "calibration.source": str(tmp_path / "text.txt"),
             "calibration.windows": 16, "calibration.window_length": 64,
-            "calibration.window_bos": True, "selection.spans": [[2, 4]], "operator.name": name,
-            "engine.device": "cpu", "output.path": str(tmp_path / name),
+            "selection.spans": [[2, 4]], "operator.name": name, "engine.device": "cpu",
+            "output.path": str(tmp_path / name),
         })  # fmt: skip
 
     with pytest.raises(ConfigError, match="refits the down_proj of layer 1.*norm or a scale"):
         recover(config("fold"))
     assert recover(config("auto"), again="solve")["operator"] == "ghost"
+    tokens_WT = load_file(tmp_path / "auto" / "tokens.safetensors")["tokens"]
+    assert (tokens_WT[:, 0] == 1).all(), "Gemma's windows begin with BOS"
