@@ -2,17 +2,22 @@
 
 Ray removes the logs when the cluster goes, and a rank is killed when its replica is given up, so
 both are looked at before. Each rank's process has a handler that writes the stacks of all of its
-threads to its log, even where one of them holds the interpreter (``faulthandler``).
+threads to its log, even where one of them holds the interpreter (``faulthandler``). One that is
+stopped, or that the kernel holds, cannot: py-spy reads its memory, where it is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,22 +29,32 @@ from ghost_dist.durable import write_bytes
 if TYPE_CHECKING:  # a process that looks starts without torch
     from ghost_dist.cluster.rank import Place
 
-_LINES, _RAYLET_LINES, _EVENTS = 200, 20, 20
+_LINES, _RAYLET_LINES, _EVENTS = 200, 40, 20
 _STACKS_S = 1.0  # that a process has to write its stacks
+_PY_SPY_S = 5.0
 _ANSWER_S = 20.0  # that another node has to answer; a new process starts there
 
 
-def keep_failure(run: Path, number: int, places: Iterable[Place], said: str) -> Path:
-    """Write ``RUN/failures/TIME-replica-NUMBER.txt`` before the ranks are killed."""
+def keep_failure(
+    run: Path, number: int, node_ids: Sequence[str], places: Sequence[Place], said: str
+) -> Path:
+    """Write ``RUN/failures/TIME-replica-NUMBER.txt`` before the ranks are killed.
+
+    ``node_ids``: of each rank; ``places``: the same, once the ranks have told them.
+    """
     remote = ray.remote(num_cpus=0, max_retries=0)(look_at)
-    parts, elsewhere = [said, *_tail(run / "events.jsonl", _EVENTS)], {}
-    for rank, place in enumerate(places):
-        title = f"\n=== rank {rank}, process {place.pid} on {place.node} ({place.address})"
-        if _is_here(place):
-            parts += [title, look_at(place.pid, place.log)]
+    parts, elsewhere = [said, "\n--- last events", *_last_events(run)], {}
+    for rank, node_id in enumerate(node_ids):
+        place = places[rank] if places else None
+        title = f"\n=== rank {rank}, on node {node_id}, has not started"
+        if place is not None:
+            title = f"\n=== rank {rank}, process {place.pid} on {place.node} ({place.address})"
+        of_rank = (place.pid, place.log) if place is not None else ()
+        if place is not None and _is_here(place):
+            parts += [title, look_at(time.time(), *of_rank)]
         else:
-            there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-            ref = remote.options(scheduling_strategy=there).remote(place.pid, place.log)
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            ref = remote.options(scheduling_strategy=there).remote(time.time(), *of_rank)
             elsewhere[ref] = title
     done, _ = ray.wait(list(elsewhere), num_returns=len(elsewhere), timeout=_ANSWER_S)
     for ref, title in elsewhere.items():
@@ -48,7 +63,10 @@ def keep_failure(run: Path, number: int, places: Iterable[Place], said: str) -> 
             try:
                 found = ray.get(ref)
             except ray.exceptions.RayError as error:
-                found = f"the node cannot be asked: {type(error).__name__}"
+                found = (
+                    f"the node cannot be asked ({type(error).__name__}): it is gone, or no process "
+                    "can start there, for a full disk or memory"
+                )
         parts += [title, found]
     name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-replica-{number}.txt"
     path = run / "failures" / name
@@ -61,18 +79,40 @@ def _is_here(place: Place) -> bool:
     return place.address == ray.util.get_node_ip_address() and Path(place.log).exists()
 
 
-def look_at(pid: int, log: str) -> str:
-    """State of a process of this node, its stacks if it can write them, and the ends of its log and
-    the raylet's."""
-    path = Path(log)
-    found = [f"state: {_state(pid)}"]
-    with contextlib.suppress(OSError):  # it is gone, or is another's by now
-        if os.readlink(f"/proc/{pid}/fd/2") == log:
-            os.kill(pid, signal.SIGUSR1)
-            time.sleep(_STACKS_S)
-    found += [f"--- end of {path}", *_tail(path, _LINES)]
-    raylet = path.with_name("raylet.out")
+def look_at(asked: float, pid: int | None = None, log: str | None = None) -> str:
+    """Clock and disk of this node, and the end of its raylet's log; of a process of it the state,
+    the stacks if it can write them, and the end of its log. ``asked``: when, by the driver's clock.
+    """
+    logs = Path(log or os.path.realpath("/proc/self/fd/2")).parent  # where Ray has all of the node
+    disk, behind = shutil.disk_usage(logs), time.time() - asked
+    found = [
+        f"clock: {behind:+.1f} s from the driver's when it asked",
+        f"disk of {logs}: {disk.free / 1e9:.2f} of {disk.total / 1e9:.2f} GB free",
+    ]
+    if pid is not None and log is not None:
+        state = _state(pid)
+        found += [f"state: {state}"]
+        if state[0] in "TD":
+            found += [_read_stacks(pid)]
+        with contextlib.suppress(OSError):  # it is gone, or is another's by now
+            if os.readlink(f"/proc/{pid}/fd/2") == log:
+                os.kill(pid, signal.SIGUSR1)
+                time.sleep(_STACKS_S)
+        found += [f"--- end of {log}", *_tail(Path(log), _LINES)]
+    raylet = logs / "raylet.out"
     return "\n".join([*found, f"--- end of {raylet}", *_tail(raylet, _RAYLET_LINES)])
+
+
+def _last_events(run: Path) -> list[str]:
+    """As a person reads them: time of day (UTC), event, fields."""
+    lines = []
+    for line in _tail(run / "events.jsonl", _EVENTS):
+        with contextlib.suppress(ValueError):  # a line that was cut off
+            event = json.loads(line)
+            at = time.strftime("%H:%M:%S", time.gmtime(event.pop("time")))
+            fields = " ".join(f"{name}={value}" for name, value in event.items() if name != "event")
+            lines.append(f"{at} {event['event']} {fields}")
+    return lines
 
 
 def _state(pid: int) -> str:
@@ -81,7 +121,26 @@ def _state(pid: int) -> str:
     except OSError:
         return "there is no such process any more"
     [line] = [line for line in status.splitlines() if line.startswith("State:")]
-    return line.partition(":")[2].strip()
+    state = line.partition(":")[2].strip()
+    with contextlib.suppress(OSError):  # what the kernel waits for, where it tells
+        waits = Path(f"/proc/{pid}/wchan").read_text()
+        state += f", in the kernel's {waits}" if waits.strip("0") else ""
+    return state
+
+
+def _read_stacks(pid: int) -> str:
+    places = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    py_spy = shutil.which("py-spy", path=places)
+    if py_spy is None:
+        return "its stacks could be read by py-spy, which is not installed here"
+    command = [py_spy, "dump", "--nonblocking", "--pid", str(pid)]  # it would stop it with ptrace
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=_PY_SPY_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"py-spy has not read its stacks within {_PY_SPY_S:g} s"
+    return f"--- py-spy\n{done.stdout}{done.stderr.partition('Stack backtrace')[0]}".rstrip()
 
 
 def _tail(path: Path, lines: int) -> list[str]:

@@ -179,7 +179,8 @@ class Pool:
         self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
         with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
             run = Path(self.inputs.config.output.path)
-            kept = keep_failure(run, replica.number, replica.places, f"lost {self._last_loss}")
+            said = f"lost {self._last_loss}\n\n--- what Ray says\n{lost.__cause__ or 'nothing'}"
+            kept = keep_failure(run, replica.number, replica.node_ids, replica.places, said)
             self._last_loss += f" (logs and stacks: {kept})"
         for other in self.replicas.values():
             other.restart_timeouts()

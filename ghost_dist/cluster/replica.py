@@ -89,7 +89,7 @@ class Replica:
         self.places: list[Place] = []
         self.node_ids: list[str] = []
         """Of each rank, once there is room for it."""
-        self.began = self._asked = time.monotonic()
+        self.began = self._asked = self._checked = time.monotonic()
         self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
         self._running: Lease[int] | None = None
         self._unwritten: tuple[Lease[int], Written] | None = None
@@ -284,6 +284,9 @@ class Replica:
     def _check_alive(self) -> None:
         """Raise ReplicaLost for what takes too long or does not answer."""
         now, patience_s = time.monotonic(), self._config.heartbeat_timeout_s
+        if now - self._checked > patience_s / 2:  # a file system has held the driver, say
+            self.restart_timeouts()
+        self._checked = now
         for number, ref in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
                 task, done = self._get(ref, number)

@@ -337,7 +337,8 @@ def test_a_run_that_only_crashes_stops_and_says_so(make_config, cluster, tmp_pat
     assert all(re.fullmatch(said, one["detail"]) for one in lost), lost
     kept = [path.read_text() for path in (tmp_path / "run" / "failures").iterdir()]
     assert len(kept) == 2
-    assert all("died: its worker" in text and '"replica-start"' in text for text in kept)
+    told = ("died: its worker", " replica-start replica=", "--- what Ray says", "disk of /")
+    assert all(part in text for text in kept for part in told), kept
     monkeypatch.undo()
     assert recover_on_cluster(config)["tokens"] == 16 * 64
 
@@ -392,17 +393,44 @@ def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
     assert clean, left
 
 
-@pytest.mark.parametrize("where", ["here", "on another node"])
+def test_a_driver_that_was_held_blames_no_rank(make_config, cluster, tmp_path, monkeypatch):
+    """The file system of RUN answers late: the ranks would have answered."""
+
+    class Held(session_module.CollectOnCluster):
+        def __call__(self, *arguments, **more):
+            events, told = self._pool.reporter.event, []
+
+            def late(kind, **fields):
+                if kind == "range-ran" and not told:
+                    told.append(kind)
+                    time.sleep(6)
+                events(kind, **fields)
+
+            monkeypatch.setattr(self._pool.reporter, "event", late)
+            super().__call__(*arguments, **more)
+            assert told
+
+    monkeypatch.setattr("ghost_dist.cluster.session.CollectOnCluster", Held)
+    config = make_config(
+        cluster__address=cluster.address, cluster__heartbeat_timeout_s=4, engine__kind="resident"
+    )
+    recover_on_cluster(config, again="calibrate")
+    assert events(tmp_path / "run", "replica-lost") == []
+
+
+@pytest.mark.parametrize("where", ["here", "on another node", "stopped"])
 def test_what_a_hung_rank_did_is_kept(make_config, cluster, tmp_path, monkeypatch, where):
     """Its stacks and the end of its log, though Ray and all of its files may be gone tomorrow."""
 
     class Stuck(Rank):
         def run(self, *arguments):
             print("so far so good", file=sys.stderr, flush=True)
+            if where == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(1000)
 
     use_rank(monkeypatch, Stuck)
-    if where != "here":
+    if where == "on another node":
         monkeypatch.setattr(failures, "_is_here", lambda _: False)
     config = make_config(
         cluster__address=cluster.address,
@@ -416,8 +444,11 @@ def test_what_a_hung_rank_did_is_kept(make_config, cluster, tmp_path, monkeypatc
     [file] = (tmp_path / "run" / "failures").iterdir()
     assert f"logs and stacks: {file}" in str(e.value)
     text = file.read_text()
-    assert re.search(r"state: [SR] .*so far so good.*test_recover.py.*in run\n", text, re.DOTALL)
-    assert "range-leased" in text
+    stacks = r"state: [SR] .*so far so good.*test_recover.py.*in run\n"
+    if where == "stopped":  # it can do nothing itself
+        stacks = r"state: T .*--- py-spy.*[. ]run \(test_recover.py:\d+\).*so far so good"
+    assert re.search(stacks, text, re.DOTALL), text
+    assert re.search(r" range-leased .*\nclock: \+\d+\.\d s from", text, re.DOTALL), text
 
 
 def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_path, monkeypatch):
