@@ -85,15 +85,20 @@ def recover(
     spans: Spans = None,
     operator: Operator = None,
     assignments: Set = None,
+    status: Annotated[
+        Path | None, Option(metavar="FILE", help="Keep what it is at there, as JSON.")
+    ] = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
     from ghost_dist.api import run_config
+    from ghost_dist.progress import Reporter, StatusFile
     from ghost_dist.report.terminal import print_result
 
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
     config = _run_config(model, assignments, targets, **fields)
-    print_result(run_config(config), Path(config.output.path))
+    reporter = Reporter(listeners=[] if status is None else [StatusFile(status)])
+    print_result(run_config(config, reporter), Path(config.output.path))
 
 
 @app.command()
@@ -133,7 +138,7 @@ def submit(
     retries: Annotated[int, Option(min=0, help="Submit again this often if it fails.")] = 0,
     python: Annotated[str, Option(help="Interpreter on the head node.")] = "python",
     env: Annotated[
-        list[str] | None, Option(metavar="NAME=VALUE", help="Of the job; repeat.")
+        list[str] | None, Option(metavar="NAME=VALUE", help="Of the job, no secret; repeat.")
     ] = None,
     allow_unauthenticated: Unauthenticated = False,
 ) -> None:
@@ -175,10 +180,17 @@ def list_jobs(address: Address = None, unauthenticated: Unauthenticated = False)
 
 
 @jobs_app.command()
-def status(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """What a job is doing, as JSON."""
+def status(
+    job: Job,
+    address: Address = None,
+    unauthenticated: Unauthenticated = False,
+    as_json: Json = False,
+) -> None:
+    """What a job is doing: stage, replicas, time left, what happened last."""
+    from ghost_dist.report.terminal import print_job
+
     jobs = _jobs(address, unauthenticated)
-    Console().print_json(data=jobs.status(jobs.find(job)))
+    _show(jobs.status(jobs.find(job)), as_json, print_job)
 
 
 @jobs_app.command()

@@ -20,7 +20,7 @@ from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.spans import pairs_of
 
 MAY_DIFFER = (
-    *("output.path", "engine.kind", "engine.replicas", "engine.experts", "cluster.", "evaluation."),
+    *("output.", "engine.kind", "engine.replicas", "engine.experts", "cluster.", "evaluation."),
 )
 """Fields, or beginnings of their names, that may differ when a run is continued: nothing before
 depends on what the finished model is measured on; and where it runs, on how many copies of the

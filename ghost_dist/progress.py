@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import runpy
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,15 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
+from ghost_dist.errors import ConfigError
+
 PLAIN_LINE_EVERY_S = 5.0
 SHORT_S = 2.0  # what takes less is not worth a line
+_KEPT_EVENTS = 5
 
 Advance = Callable[[int], None]
+Listener = Callable[[dict[str, Any]], None]
+"""Is given each event, as ``events.jsonl`` has it, in the process that runs the stages."""
 
 
 class Gauge:
@@ -39,17 +46,25 @@ class Gauge:
 
     def words(self) -> str:
         """``8,192 of 32,768 tokens, 909/s, 27 s left``; an estimate goes on counting."""
-        now = self.clock()
-        so_far = f"{duration(now - self.began)} so far"
+        so_far = f"{duration(self.clock() - self.began)} so far"
         if not self.total:
             return so_far
+        now = self.numbers()
         counted = f"{self._number(self.done)} of {self._amount(self.total)}"
+        if now["per_second"] is None:
+            return f"{counted}, {so_far}"
+        left = now["seconds_left"]
+        after = f"{duration(left)} left" if left >= 1 else so_far
+        return f"{counted}, {self._rate(now['per_second'])}, {after}"
+
+    def numbers(self) -> dict[str, Any]:
+        """The same for programs; a rate of None: nothing is known yet."""
+        counted = {"done": self.done, "total": self.total, "unit": self.unit}
         moved, elapsed = self.done - self.first, self.latest - self.began
         if moved <= 0 or elapsed <= 0:
-            return f"{counted}, {so_far}"
-        left = (self.total - self.done) * elapsed / moved - (now - self.latest)
-        after = f"{duration(left)} left" if left >= 1 else so_far
-        return f"{counted}, {self._rate(moved / elapsed)}, {after}"
+            return {**counted, "per_second": None, "seconds_left": None}
+        left = (self.total - self.done) * elapsed / moved - (self.clock() - self.latest)
+        return {**counted, "per_second": moved / elapsed, "seconds_left": max(0.0, left)}
 
     def summary(self) -> str:
         """``32,768 tokens in 36.0 s``, once it is over."""
@@ -73,20 +88,47 @@ class Gauge:
 
 
 class Reporter:
-    """Progress and messages for a person (on standard error), and events, a JSON object a line."""
+    """Progress and messages for a person (on standard error), and events, a JSON object a line.
 
-    def __init__(self, events_path: Path | None = None, console: Console | None = None) -> None:
+    ``listeners`` are called with each event, and every few seconds with one of the kind
+    ``progress``: the numbers of the stage, and what else is kept in :attr:`at_work`.
+    """
+
+    def __init__(
+        self,
+        events_path: Path | None = None,
+        console: Console | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
         self.console = console or Console(stderr=True)
+        self.listeners = tuple(listeners)
+        self.at_work: dict[str, Any] = {}
         self._part = ""
         self._events_path = events_path
+        self._telling, self._failed = threading.RLock(), set[Listener]()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with the time in seconds since 1970."""
-        if self._events_path is None:
-            return
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields})
-        with self._events_path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        event = {"time": round(time.time(), 3), "event": kind, **fields}
+        if self._events_path is not None:
+            with self._events_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        self._tell(event)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Call the listeners, one at a time; what goes wrong in one is said once."""
+        with self._telling:
+            for listener in self.listeners:
+                try:
+                    listener(dict(event))
+                except Exception as error:
+                    if listener not in self._failed:
+                        self._failed.add(listener)
+                        self.warn(
+                            f"output.callback failed at the event {event['event']} "
+                            f"({type(error).__name__}: {error}). The run goes on, and so do its "
+                            "calls; what else goes wrong there is not said."
+                        )
 
     def say(self, message: str) -> None:
         """One plain line for the person."""
@@ -133,31 +175,74 @@ class Reporter:
 
     @contextlib.contextmanager
     def _shown(self, name: str, gauge: Gauge) -> Iterator[None]:
-        if self.console.is_terminal:
-            left = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
-            columns = (*left, _Words(gauge))
-            with progress.Progress(*columns, console=self.console, transient=True) as bars:
-                bars.add_task(
-                    f"{self._part}{name}", total=gauge.total or None, completed=gauge.done
-                )
-                yield
-            return
-        over = threading.Event()
+        over, terminal = threading.Event(), self.console.is_terminal
+
+        def numbers() -> None:
+            now = {"part": self._part.strip(), "stage": name, "words": gauge.words()}
+            now |= {**gauge.numbers(), **self.at_work}
+            self._tell({"time": round(time.time(), 3), "event": "progress", **now})
 
         def tell() -> None:
             while not over.wait(PLAIN_LINE_EVERY_S):
-                self._line(name, gauge.words())
+                if not terminal:
+                    self._line(name, gauge.words())
+                numbers()
 
+        numbers()
         teller = threading.Thread(target=tell, name="progress", daemon=True)
         teller.start()
         try:
-            yield
+            with self._bar(name, gauge) if terminal else contextlib.nullcontext():
+                yield
         finally:
             over.set()
             teller.join()
+            numbers()
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
+        left = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
+        columns = (*left, _Words(gauge))
+        with progress.Progress(*columns, console=self.console, transient=True) as bars:
+            bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
+            yield
 
     def _line(self, name: str, words: str) -> None:
         self.say(f"{time.strftime('%H:%M:%S')} {self._part}{name}: {words}")
+
+
+class StatusFile:
+    """A listener that keeps in a file, as JSON in one line, what the run is at and how it fares."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._status = path, dict[str, Any](progress=None, lost=0, failures=[])
+        self._events: deque[dict[str, Any]] = deque(maxlen=_KEPT_EVENTS)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            self._status["progress"] = event
+        else:
+            self._events.append(event)
+        if event["event"] == "replica-lost":
+            self._status["lost"] += 1
+            self._status["failures"] += [event["file"]] if event["file"] else []
+        beside = self._path.with_name(f"{self._path.name}.new")
+        with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
+            beside.write_text(json.dumps({**self._status, "events": list(self._events)}) + "\n")
+            beside.replace(self._path)
+
+
+def callback_of(path: str) -> Listener:
+    """The function that ``FILE.py:NAME`` is."""
+    file, _, name = path.rpartition(":")
+    try:
+        function: Listener = runpy.run_path(file)[name]
+    except Exception as error:  # whatever that file does
+        raise ConfigError(
+            f"output.callback={path} cannot be used ({type(error).__name__}: {error}). Expected "
+            "FILE.py:FUNCTION, a function of one event."
+        ) from error
+    return function
 
 
 class _Words(progress.ProgressColumn):

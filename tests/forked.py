@@ -84,9 +84,9 @@ def asking_program(socket_path, program):
 
 
 @contextlib.contextmanager
-def started_server(socket_path, prefix=()):
+def started_server(socket_path, python=sys.executable, prefix=()):
     """The server's process id; ``prefix``: a command that runs it elsewhere, by exec."""
-    command = [*prefix, sys.executable, __file__, "serve", str(socket_path)]
+    command = [*prefix, str(python), __file__, "serve", str(socket_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
         while not socket_path.exists():
             assert server.poll() is None, "the server of forked processes has ended"

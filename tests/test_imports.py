@@ -29,7 +29,7 @@ ROWS = [
     {"cluster", "demo"},
     {"api"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "job"},
 ]
 """Lowest first. A part may import parts of lower rows and itself."""
 

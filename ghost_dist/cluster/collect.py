@@ -58,7 +58,7 @@ class CollectOnCluster:
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
         with pool.reporter.stage(stage, total, "tokens", done) as advance:
             filling = _Filling(pool, store, stage, queue, work, keep, done, done)
-            pool.work_off(queue, filling.lease, show=lambda: filling.show(advance))
+            pool.work_off(queue, filling.lease, "ranges", show=lambda: filling.show(advance))
         # Those that still run a range which another has committed would write into a store that
         # the next stage may have removed.
         for replica in list(pool.replicas.values()):

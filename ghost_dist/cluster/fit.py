@@ -219,7 +219,7 @@ class FitOnCluster:
                     replica.ask(rank, "fit", lease.attempt, place, of_lease, then=then)
                     self._event("span-leased", lease)
 
-        self._pool.work_off(queue, fit, ranks=self._pool.shape.ranks)
+        self._pool.work_off(queue, fit, "spans", ranks=self._pool.shape.ranks)
         return [outcomes[number] for number in range(len(jobs))]
 
     def _unload(self) -> None:

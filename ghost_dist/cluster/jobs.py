@@ -1,25 +1,32 @@
 """Runs as Ray jobs: submitted with their whole configuration, found again by their RUN folder.
 
-A job is ``ghost-dist recover`` on the cluster, so what holds there holds here: a job that failed is
-submitted again by the same command and continues.
+The package itself goes with a job, for its driver and its ranks: the cluster needs the libraries
+alone. A job is ``ghost-dist recover`` on the cluster, so what holds there holds here: a job that
+failed is submitted again by the same command and continues.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.metadata
+import json
 import logging
+import re
 import shlex
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+import ghost_dist
 from ghost_dist.config import Config
 from ghost_dist.config_file import config_yaml
 from ghost_dist.errors import ClusterError, ConfigError
@@ -51,9 +58,10 @@ class Jobs:
                 "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) to its token."
             ) from error
 
-        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+        sdk, job_sdk = "dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"
+        for name in (sdk, job_sdk, "_private.runtime_env.packaging"):
             # Uploads and closed sockets are no news to a user; Ray sets these levels itself.
-            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
 
     def submit(
         self, config: Config, *, python: str = "python", env: Mapping[str, str] | None = None
@@ -61,9 +69,10 @@ class Jobs:
         """Submit a run, unless a job of the same RUN is under way: its id, and whether it is new.
 
         Paths are those of the cluster's nodes, so they must be absolute; ``python`` is looked up in
-        the PATH of Ray on the head node.
+        the PATH of Ray on the head node; names in ``env`` that secrets have are refused.
         """
         _check_paths(config)
+        _check_secrets(env or {})
         earlier = self._jobs_of(config.output.path)
         for job in earlier:
             if job.status in _UNDER_WAY:
@@ -71,11 +80,14 @@ class Jobs:
         name = f"{_name(config.output.path)}-{len(earlier) + 1}"
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.yaml").write_bytes(config_yaml(config))
+            Path(folder, "requirements.txt").write_text("\n".join(_requirements(config)))
+            package = str(Path(ghost_dist.__file__).parent)
+            parts = {"working_dir": folder, "py_modules": [package], "excludes": ["__pycache__"]}
             variables = {"env_vars": dict(env)} if env else {}
             self._client.submit_job(
-                entrypoint=f"{shlex.quote(python)} -m ghost_dist recover config.yaml",
+                entrypoint=f"{shlex.quote(python)} -m ghost_dist.job",
                 submission_id=name,
-                runtime_env={"working_dir": folder, **variables},
+                runtime_env={**parts, **variables},
                 metadata={"run": config.output.path},
             )
         return name, True
@@ -96,9 +108,16 @@ class Jobs:
         return [_described(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
 
     def status(self, job: str) -> dict[str, Any]:
+        """How a job fares: the content of its ``recover --status``, and what Ray knows."""
         info = self._client.get_job_info(job)
         lines = ["", *filter(str.strip, self._client.get_job_logs(job).splitlines())]
-        return {**_described(info), "message": info.message, "last_line": lines[-1]}
+        about = {**_described(info), "message": info.message, "last_line": lines[-1]}
+        # Beside the job's log, which Ray serves in the same way; RUN is on the cluster's disk.
+        where = {"node_id": info.driver_node_id or "", "filename": f"job-driver-{job}.json"}
+        answer = self._client._do_request(
+            "GET", f"/api/v0/logs/file?{urllib.parse.urlencode(where)}"
+        )
+        return about | (json.loads(answer.text) if answer.status_code == 200 else {})
 
     def stop(self, job: str) -> str:
         """Ask a job to stop and wait for it; what it has finished is kept. Returns its status."""
@@ -180,12 +199,42 @@ def _name(run: str) -> str:
     return f"{_PREFIX}-{hashlib.sha256(run.encode()).hexdigest()[:10]}"
 
 
+def _requirements(config: Config) -> list[str]:
+    """What the package needs for this run, as it was installed here, in the words of pip."""
+    extras, engine = [""], config.engine
+    if config.evaluation.tasks:
+        extras.append("harness")
+    if config.on_cluster:
+        extras.append("cluster")
+    by_deepspeed = engine.kind in ("auto", "tensor_parallel") and engine.backend == "deepspeed"
+    needed = []
+    for requirement in map(Requirement, importlib.metadata.requires("ghost_dist") or ()):
+        marker, requirement.marker = requirement.marker, None
+        wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
+        if wanted and (requirement.name != "deepspeed" or by_deepspeed):
+            needed.append(str(requirement))
+    return needed
+
+
+def _check_secrets(env: Iterable[str]) -> None:
+    """Nothing that Ray would show: environments of jobs stand in logs of every node."""
+    for name in env:
+        if re.search("(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()):
+            raise ConfigError(
+                f"--env {name}: Ray writes the environment of a job into its logs, in clear, and "
+                "shows it to all who may ask for jobs. Put the secret into a file of the head that "
+                "only you can read, and give its path where the library takes one (for the Hub "
+                "--env HF_TOKEN_PATH=FILE), or set it where the head is started."
+            )
+
+
 def _check_paths(config: Config) -> None:
     """A job starts in a folder of its own, so a relative path would mean another file there."""
     relative = {"output.path": config.output.path}
     here = {"model.path": config.model.path, "calibration.source": config.calibration.source}
     here |= {f"evaluation.corpora.{k}": path for k, path in config.evaluation.corpora.items()}
     relative |= {name: path for name, path in here.items() if Path(path).exists()}
+    relative |= {"output.callback": config.output.callback} if config.output.callback else {}
     for name, path in relative.items():
         if not path.startswith("/"):
             raise ConfigError(

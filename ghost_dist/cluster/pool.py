@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import ray
 from ray.util import metrics
@@ -36,6 +36,9 @@ POLL_S = 0.5  # longest that the driver sleeps while nothing comes back
 LOOK_FOR_ROOM_S = 5.0  # how often it looks for nodes that have joined
 ASK_AGAIN_S = 60.0  # for room: Ray has lost requests when a node came back with another address
 METRICS_S = 2.0
+
+Items = Literal["ranges", "search_parts", "spans"]
+"""What a queue holds: ranges to run, parts of a generation of a search to score, spans to fit."""
 
 
 class Pool:
@@ -96,6 +99,7 @@ class Pool:
         self,
         queue: LeaseQueue[Any],
         lease: Callable[[Replica], None],
+        items: Items,
         *,
         ranks: int = 1,
         show: Callable[[], int | None] = lambda: None,
@@ -103,16 +107,19 @@ class Pool:
         """The driver's loop: take what replicas have finished, give them more, until all is done.
 
         ``lease`` gives one replica something to do; ``ranks``: items that a replica does at a time.
-        ``show`` tells what is done: tokens that count, or None while spans are fitted.
+        ``show`` tells the tokens that count, where items have such.
         """
         self._queue = queue
         while not queue.done:
             # More replicas than there is to do would be idle.
             self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks))
             self.poll(lease)
-            self._metrics.show(queue, self.replicas, show())
+            committed = show()
+            self._metrics.show(items, queue, self.replicas, committed)
+            self.reporter.at_work["committed"] = committed
             if not queue.done:
                 self.wait()
+        self.reporter.at_work["committed"] = None  # what follows has other tokens, or none
 
     def poll(self, then: Callable[[Replica], None] = lambda _: None) -> None:
         """Look what has come back from every replica; the lost ones go."""
@@ -122,6 +129,13 @@ class Pool:
                 then(replica)
             except ReplicaLost as error:
                 self.lose(replica, error)
+        self._tell_replicas()
+
+    def _tell_replicas(self) -> None:
+        self.reporter.at_work["replicas"] = [
+            {"replica": number, "state": replica.state, "nodes": [p.node for p in replica.places]}
+            for number, replica in self.replicas.items()
+        ]
 
     def wait(self) -> None:
         """Until something comes back, or for a while."""
@@ -177,6 +191,7 @@ class Pool:
         found = (names.get(i, f"node {i[:8]}, which is gone") for i in replica.node_ids)
         nodes = ", ".join(dict.fromkeys(found)) or "no node yet"
         self._last_loss = f"replica {replica.number} on {nodes}: {lost.failure}, {lost.detail}"
+        kept = None
         with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
             run = Path(self.inputs.config.output.path)
             said = f"lost {self._last_loss}\n\n--- what Ray says\n{lost.__cause__ or 'nothing'}"
@@ -185,13 +200,8 @@ class Pool:
         for other in self.replicas.values():
             other.restart_timeouts()
         self.reporter.warn(f"lost {self._last_loss}. What it had committed is kept.")
-        self.reporter.event(
-            "replica-lost",
-            replica=replica.number,
-            failure=lost.failure,
-            detail=lost.detail,
-            nodes=nodes,
-        )
+        what = {"failure": lost.failure, "detail": lost.detail, "file": kept and str(kept)}
+        self.reporter.event("replica-lost", replica=replica.number, nodes=nodes, **what)
         self.drop(replica)
         if not may_go_on(self._failures, self.inputs.config.cluster):
             counts = ", ".join(f"{count} x {kind}" for kind, count in self._failures.items())
@@ -218,6 +228,7 @@ class Pool:
         self._queue.lost(replica.number)
         self.holders.lost(replica.number)
         self._metrics.show_replicas(self.replicas)
+        self._tell_replicas()
 
     def release(self) -> None:
         for replica in list(self.replicas.values()):
@@ -240,6 +251,8 @@ class _Metrics:
             return metrics.Gauge(f"ghost_dist_{name}", what, tag_keys=keys)
 
         self._ranges = gauge("ranges", "Window ranges of the stage, by state.", "state")
+        searched = "Parts of the removals that a search scores next, by state."
+        self._search_parts = gauge("search_parts", searched, "state")
         self._spans = gauge("spans", "Spans to fit, by state.", "state")
         self._replicas = gauge("replicas", "Copies of the model, by state.", "state")
         self._tokens = gauge("tokens", "Tokens of the stage that are committed.")
@@ -252,17 +265,21 @@ class _Metrics:
         self._rates: dict[int, float] = {}
 
     def show(
-        self, queue: LeaseQueue[Any], replicas: dict[int, Replica], committed: int | None
+        self,
+        items: Items,
+        queue: LeaseQueue[Any],
+        replicas: dict[int, Replica],
+        committed: int | None,
     ) -> None:
-        """Set the gauges, every METRICS_S seconds at most; of spans where no tokens are given."""
+        """Set the gauges, every METRICS_S seconds at most."""
         now = time.monotonic()
         if now - self._shown < METRICS_S and not queue.done:
             return
         self._shown = now
         self.show_replicas(replicas)
-        items = self._spans if committed is None else self._ranges
-        items.set(queue.num_pending, {"state": "pending"})
-        items.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
+        gauge: metrics.Gauge = getattr(self, f"_{items}")
+        gauge.set(queue.num_pending, {"state": "pending"})
+        gauge.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
         if committed is not None:
             self._tokens.set(committed)
 

@@ -58,5 +58,5 @@ class ScoreOnCluster:
                     asked = (*self._search, some, windows)
                     replica.ask(rank, "score", lease.attempt, *asked, then=partial(take, lease))
 
-        self._pool.work_off(queue, give, ranks=self._pool.shape.ranks)
+        self._pool.work_off(queue, give, "search_parts", ranks=self._pool.shape.ranks)
         return [found[number] for number in range(len(removals))]

@@ -139,10 +139,12 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration of the same local files from any working directory, as RUN keeps it."""
     model = Path(config.model.path).expanduser()
     corpora = {name: absolute_source(text) for name, text in config.evaluation.corpora.items()}
+    path = config.output.callback
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(model.absolute())} if model.is_dir() else {},
         "calibration": {"source": absolute_source(config.calibration.source)},
         "evaluation": {"corpora": corpora},
+        "output": {"callback": path and absolute_source(path)},
     }
     return config.model_copy(
         update={

@@ -40,7 +40,7 @@ from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_pat
 from ghost_dist.pipeline.searching import Scorer
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.pipeline.targets import keep_aim, kept_aim
-from ghost_dist.progress import Reporter
+from ghost_dist.progress import Reporter, callback_of
 from ghost_dist.report.page import write_report
 from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
@@ -88,8 +88,9 @@ def recover(
             "cluster.address): call ghost_dist.cluster.session.recover_on_cluster."
         )
     config, reporter = with_absolute_paths(config), reporter or Reporter()
+    callback = [callback_of(path)] if (path := config.output.callback) else []
     with RunFolder(config) as run, ExitStack() as beside:
-        reporter = Reporter(run.events, reporter.console)
+        reporter = Reporter(run.events, reporter.console, [*reporter.listeners, *callback])
         program, *arguments = sys.argv
         command = shlex.join([Path(program).name, *arguments])
         reporter.event("run-start", version=__version__, command=command)
@@ -150,7 +151,7 @@ def recover(
         write_bytes(run.result, content)
         card = model_card(inputs.source, config, stages.as_exported(spans, solution), result)
         write_bytes(run.checkpoint / CARD, card.encode())
-        reporter.event("run-end")
+        reporter.event("run-end", perplexity=result["perplexity"])
         _report(run, inputs.device, reporter)
         return result
 

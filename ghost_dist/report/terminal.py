@@ -212,6 +212,34 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def print_job(job: Mapping[str, Any]) -> None:
+    """Print what one job of a cluster does, as ``Jobs.status`` gives it; times in UTC."""
+    table = Table("job", Column(job["job"], overflow="fold"))
+    began, ended = (text.date(job[when]) if job[when] else "-" for when in ("started", "ended"))
+    table.add_row("status", f"{job['status']}, began {began}, ended {ended}")
+    table.add_row("RUN", Text(job["run"]))
+    now = job.get("progress")
+    if now is not None:
+        at = text.clock(now["time"])
+        table.add_row(f"stage {now['part']}", f"{now['stage']}: {now['words']} (at {at})")
+        if now.get("committed") is not None:
+            table.add_row("committed", f"{now['committed']:,} of {now['total']:,} {now['unit']}")
+        for replica in now.get("replicas", ()):
+            nodes = ", ".join(dict.fromkeys(replica["nodes"]))
+            where = f" on {nodes}" if nodes else ""
+            table.add_row(f"replica {replica['replica']}", f"{replica['state']}{where}")
+    if job.get("lost"):
+        table.add_row("replicas lost", str(job["lost"]))
+    for path in job.get("failures", ()):
+        table.add_row("logs and stacks", Text(path))
+    for event in job.get("events", ()):
+        fields = {k: v for k, v in event.items() if k not in ("time", "event", "attempt")}
+        told = " ".join(f"{name}={value}" for name, value in fields.items())
+        table.add_row(text.clock(event["time"]), Text(_short(f"{event['event']} {told}")))
+    table.add_row("last line", Text(job["last_line"]))
+    console.print(table)
+
+
 def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -> None:
     """Print what would be sent to the Hub, and what to look at before."""
     table = Table(Column("file", overflow="fold"), Column("size", justify="right"), title=repo_id)
@@ -355,6 +383,10 @@ def _bar(share: float) -> str:
 def _say(words: str) -> None:
     """Print text as it is, in one line however long."""
     console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(words: str, most: int = 120) -> str:
+    return words if len(words) <= most else f"{words[:most]}..."
 
 
 def _line(words: str) -> str:

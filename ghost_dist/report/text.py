@@ -81,6 +81,11 @@ def date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
+def clock(seconds: float) -> str:
+    """The same, without the day."""
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
 def load_words(checkpoint: Path) -> str:
     """The call of transformers that loads a checkpoint."""
     trusted = ", trust_remote_code=True" if has_our_code(checkpoint) else ""

@@ -5,6 +5,7 @@ import json
 import signal
 
 import pytest
+import yaml
 
 from ghost_dist import cli
 from ghost_dist.cli import main
@@ -88,6 +89,50 @@ def test_solve_again_prints_the_fit(solved, capsys):
     assert last == f"Checkpoint and result are older than solve. To renew: {again}"
     assert run(capsys, "recover", solved / "config.yaml")[0] == 0
     assert "older" not in run(capsys, "verify", solved)[1]
+
+
+CALLBACK = """
+import json
+from pathlib import Path
+
+def keep(event):
+    with Path(__file__).with_name("seen.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\\n")
+    if event["event"] in ("stage-end", "warning"):
+        raise RuntimeError("no network")
+"""
+
+
+def test_a_callback_sees_every_event_and_may_fail(make_config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(CALLBACK)
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(config_tree(make_config())))
+    mine = ("--set", "output.callback=mine.py:keep", "--status", tmp_path / "status.json")
+    code, _, err = run(capsys, "recover", config, *mine)
+    assert code == 0
+    assert (
+        err.count("output.callback failed at the event stage-end (RuntimeError: no network)") == 1
+    )
+    seen = list(map(json.loads, (tmp_path / "seen.jsonl").read_text().splitlines()))
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    told = [event for event in seen if event["event"] != "progress"]
+    # A warning is told to it before the event at which it failed is over.
+    by_time = sorted(told, key=lambda event: event["time"])
+    assert by_time == sorted(map(json.loads, events), key=lambda event: event["time"])
+    progress = [event for event in seen if event.get("stage") == "calibrate" and "part" in event]
+    assert (progress[0]["done"], progress[-1]["done"]) == (0, 1024)
+    assert {event["total"] for event in progress} == {1024}
+    assert progress[-1]["per_second"] > 0
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["progress"] == [event for event in seen if event["event"] == "progress"][-1]
+    assert status["events"] == list(map(json.loads, events))[-5:]
+
+    (tmp_path / "mine.py").write_text("keep = 1 / 0")
+    code, _, err = run(capsys, "recover", config, *mine)
+    assert code == 2
+    assert "output.callback=" in err
+    assert "mine.py:keep cannot be used (ZeroDivisionError" in err
 
 
 def test_evaluation_may_change_from_one_call_to_the_next(make_config, text_file, tmp_path, capsys):
