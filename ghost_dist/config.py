@@ -20,16 +20,7 @@ from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sub
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Criterion = Literal["search", "recoverability", "cosine", "angular", "block-influence", "paper"]
-OperatorName = Literal[
-    "ghost",
-    "ghost-joint",
-    "fold",
-    "replaceme",
-    "linear-patch",
-    "linear-patch-hadamard",
-    "low-rank",
-    "none",
-]
+OperatorName = Literal["ghost", "ghost-joint", "fold", "none"]
 _SHARES_TOLERANCE = 1e-6
 
 
@@ -226,8 +217,7 @@ class OperatorConfig(Section):
     name: Literal["auto"] | OperatorName = "auto"
     """auto: what ``choose`` prefers of ghost-joint and fold (ghost, where the layer before the gap
     does not allow them) and none; ghost: x -> x W (the paper); ghost-joint: that and a new
-    down_proj before the gap; fold, replaceme: only that; low-rank: x -> x + x U V; linear-patch,
-    linear-patch-hadamard: a diagonal; none: no operator."""
+    down_proj before the gap; fold: only that; none: no operator."""
     ridge: Ridge = "auto"
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""
@@ -237,9 +227,6 @@ class OperatorConfig(Section):
     features: Literal["auto", "stream", "stream+norm"] = "auto"
     """ghost: regress on x, or on [x, rmsnorm(x)] with a matrix for each; auto: what ``choose``
     prefers."""
-    rank: int | None = Field(default=None, ge=1)
-    """low-rank: rank of U V; null: the least within 1 % of the best held-out residual, at most
-    C / 2."""
     choose: Literal["kl", "residual"] = "kl"
     """How settings that are auto are chosen: kl, by the divergence from the dense model on held-out
     windows; residual, by the held-out residual at the boundary."""
@@ -254,8 +241,6 @@ class OperatorConfig(Section):
     def _fitting_together(self) -> OperatorConfig:
         if self.features == "stream+norm" and self.name != "ghost":
             raise ValueError(f"features=stream+norm needs name=ghost, not {self.name}")
-        if self.rank is not None and self.name != "low-rank":
-            raise ValueError(f"rank={self.rank} needs name=low-rank, not {self.name}")
         if self.choose == "kl" and self.folds < 3:
             raise ValueError(
                 f"choose=kl holds out one of {self.folds} folds and fits on the others, which need "

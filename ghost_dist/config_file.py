@@ -109,8 +109,14 @@ def parse_set(assignment: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
 
 
-_GONE = {"selection.units": "layers", "operator.heal": False}
+_GONE = {"selection.units": "layers", "operator.heal": False, "operator.rank": None}
 """Fields of earlier versions, which a RUN of then names: the value that is as if it were absent."""
+
+_INSTEAD = {
+    **dict.fromkeys(("linear-patch", "linear-patch-hadamard", "low-rank"), "ghost"),
+    "replaceme": "fold",
+}
+"""Values of earlier versions, and what to give now."""
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
@@ -200,6 +206,8 @@ def _describe(error: ValidationError) -> str:
         allowed = " or ".join(words)
         near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
         hint = f" Did you mean {near}?" if near else ""
+        if isinstance(got, str) and got in _INSTEAD:
+            hint = f" It was of an earlier version and is gone: give {_INSTEAD[got]}."
         lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
     return "\n".join(dict.fromkeys(lines))
 

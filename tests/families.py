@@ -196,7 +196,7 @@ def random_operators(spans, dtype=torch.float32):
     return operators
 
 
-REPAIR_KINDS = ("ghost-joint", "fold", "low-rank", "stream+norm")
+REPAIR_KINDS = ("ghost-joint", "fold", "stream+norm")
 
 
 def random_repairs(kind, spans, architecture, dtype=torch.float32):
@@ -209,9 +209,6 @@ def random_repairs(kind, spans, architecture, dtype=torch.float32):
         if kind in ("ghost-joint", "fold") and size is not None:
             down_FC = (draw(size, HIDDEN) / 12).to(dtype)
             repairs[span] = Repair(None if kind == "fold" else weight_CC, down_FC=down_FC)
-        elif kind == "low-rank":
-            pair = (draw(HIDDEN, 5).to(dtype) / 4, draw(5, HIDDEN).to(dtype) / 4)
-            repairs[span] = Repair(low_rank=pair)
         elif kind == "stream+norm":
             normed_CC = (draw(HIDDEN, HIDDEN) / 8).to(dtype)
             repairs[span] = Repair(weight_CC, normed_CC, norm_eps=1e-5)
@@ -289,8 +286,6 @@ def _repaired(repair, x):
     if repair.norm_weight_CC is not None:
         normed = x / (x.square().mean(-1, keepdim=True) + repair.norm_eps).sqrt()
         y = y + normed @ repair.norm_weight_CC.to(x.dtype)
-    if repair.low_rank is not None:
-        y = y + x @ (repair.low_rank[0] @ repair.low_rank[1]).to(x.dtype)
     return y
 
 

@@ -54,6 +54,9 @@ def test_tree_round_trips_through_yaml():
         ({**TARGET, "selection.target": "kv 0%"}, "kv 60% .more than 0, less than 100"),
         ({**TARGET, "selection.target": "bytes 20XB"}, "or bytes 20GB"),
         ({"selection.units": "auto"}, "selection.units: what it asks for .* is gone. Remove"),
+        ({"operator.rank": 4}, "operator.rank: what it asks for .* is gone. Remove"),
+        ({"operator.name": "replaceme"}, "got 'replaceme', .* It was of .* is gone: give fold."),
+        ({"operator.name": "low-rank"}, "got 'low-rank', .* It was of .* is gone: give ghost."),
         ({**TARGET, "selection.target": "kv 4GB"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "bytes 20%"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "1.3"}, "give speedup 1.3"),
@@ -203,5 +206,6 @@ def test_yaml_quotes_what_would_be_read_as_a_number():
 
 def test_fields_of_earlier_versions_are_left_out_where_they_asked_for_nothing():
     tree = config_tree(load_config(None, MINIMAL))
-    tree["selection"]["units"], tree["operator"]["heal"] = "layers", False
+    tree["selection"]["units"] = "layers"
+    tree["operator"] |= {"heal": False, "rank": None}
     assert config_from_tree(tree) == load_config(None, MINIMAL)

@@ -1,6 +1,6 @@
 """What is put in the place of a removed span, whichever operator it is.
 
-Legend: T tokens, C hidden width, F width of the MLP's inner layer, r rank. Rows are tokens:
+Legend: T tokens, C hidden width, F width of the MLP's inner layer. Rows are tokens:
 ``Y_TC = X_TC @ W_CC``, W is (in, out); export transposes for ``nn.Linear``.
 """
 
@@ -16,22 +16,16 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Repair:
-    """The stream x at the boundary becomes ``x W + rmsnorm(x) N + x U V``; float64 as solved."""
+    """The stream x at the boundary becomes ``x W + rmsnorm(x) N``; float64 as solved."""
 
     weight_CC: Tensor | None = None  # None: x itself; others: no such term
     norm_weight_CC: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None  # U (C, r), V (r, C)
     down_FC: Tensor | None = None  # replaces the down_proj of layer start - 1; its bias stays
     norm_eps: float = 0.0
 
     def boundary_parts(self) -> dict[str, Tensor]:
         """What acts at the boundary, by name: matrices (in, out)."""
-        parts = {
-            "linear": self.weight_CC,
-            "norm_linear": self.norm_weight_CC,
-            "low_rank_in": None if self.low_rank is None else self.low_rank[0],
-            "low_rank_out": None if self.low_rank is None else self.low_rank[1],
-        }
+        parts = {"linear": self.weight_CC, "norm_linear": self.norm_weight_CC}
         return {name: part for name, part in parts.items() if part is not None}
 
     def parts(self) -> dict[str, Tensor]:
@@ -40,11 +34,8 @@ class Repair:
 
     @staticmethod
     def from_parts(parts: Mapping[str, Tensor], norm_eps: float = 0.0) -> Repair:
-        low_rank = None
-        if "low_rank_in" in parts:
-            low_rank = (parts["low_rank_in"], parts["low_rank_out"])
-        square = parts.get("linear"), parts.get("norm_linear")
-        return Repair(*square, low_rank, parts.get("down"), norm_eps)
+        weight_CC, norm_weight_CC, down_FC = map(parts.get, ("linear", "norm_linear", "down"))
+        return Repair(weight_CC, norm_weight_CC, down_FC, norm_eps)
 
     def stored(self, dtype: torch.dtype, down_dtype: torch.dtype) -> Repair:
         parts = {
@@ -79,6 +70,4 @@ def apply_repair(repair: Repair, x_TC: Tensor) -> Tensor:
         scale_T1 = torch.rsqrt(wide_TC.square().mean(-1, keepdim=True) + repair.norm_eps)
         normed_TC = (wide_TC * scale_T1).to(x_TC.dtype)
         y_TC = y_TC + linear(normed_TC, repair.norm_weight_CC.T)
-    if repair.low_rank is not None:
-        y_TC = y_TC + linear(linear(x_TC, repair.low_rank[0].T), repair.low_rank[1].T)
     return y_TC

@@ -65,7 +65,6 @@ def ghost_config(
                 "boundary": boundary,
                 "linear": operator.weight_CC is not None,
                 "norm_linear": operator.norm_weight_CC is not None,
-                "rank": 0 if operator.low_rank is None else int(operator.low_rank[0].shape[1]),
                 "norm_eps": operator.norm_eps,
             }
             for span, boundary in operator_positions(variant.spans).items()

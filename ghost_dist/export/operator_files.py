@@ -110,7 +110,7 @@ def save_operators(folder: Path, operators: Mapping[Span, Repair]) -> dict[str, 
     """Write ``START-STOP.safetensors``; the sha256 of each, by span; a plain cut has none."""
     folder.mkdir(exist_ok=True)
     form = (
-        "x @ linear + rmsnorm(x) @ norm_linear + x @ low_rank_in @ low_rank_out; "
+        "x @ linear + rmsnorm(x) @ norm_linear; "
         "down replaces the down_proj of layer start - 1, in by out"
     )
     files = {}

@@ -145,16 +145,12 @@ def _new_tensors(
 def _operator_tensors(
     span: Span, operator: Repair, path: str, architecture: Architecture, dtype: torch.dtype
 ) -> list[NewTensor]:
-    width = architecture.hidden_size
-    rank = 0 if operator.low_rank is None else operator.low_rank[0].shape[-1]
-    square = (width, width)
-    shapes = {"linear": square, "norm_linear": square}
-    shapes |= {"low_rank_in": (width, rank), "low_rank_out": (rank, width)}
+    square = (architecture.hidden_size, architecture.hidden_size)
     tensors = []
     for part, value in operator.boundary_parts().items():
         where = f"The part {part} of the operator of span {span}"
         name = f"{path}.ghost.{part}.weight"
-        tensors.append(_tensor(where, name, value, shapes[part], dtype, "yes"))
+        tensors.append(_tensor(where, name, value, square, dtype, "yes"))
     return tensors
 
 

@@ -45,7 +45,6 @@ class Candidate:
     ridge: Ridge = "auto"  # that of least held-out residual, times 10^shift
     shift: float = 0.0
     around: float | None = None  # where that ridge is, relative and about, if it is known
-    rank: int | None = None
 
     def kind(self) -> Regressors | None:
         """The sums that a span of it is fitted from; None: none."""
@@ -54,10 +53,9 @@ class Candidate:
 
     def num_regressors(self, width: int, inner: int) -> int:
         """Regressors of its least squares at a span behind an MLP of that inner width."""
-        operator, kind = OPERATORS[self.operator], self.kind()
-        if kind is None or not operator.has_ridge:
+        size, kind = OPERATORS[self.operator].size, self.kind()
+        if kind is None:
             return 0
-        size = operator.size
         return size(width, inner) if size else num_regressors(kind, width, inner)
 
     def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
@@ -88,7 +86,7 @@ def candidates_of(
         _check_refittable(config.name, spans, refittable)
     shifts = SHIFTS if searches_ridge(config) else (0.0,)
     fitted = [
-        Candidate(operator, features, config.ridge, shift, None, config.rank)
+        Candidate(operator, features, config.ridge, shift)
         for operator, features in _forms(config, spans, refittable)
         for shift in shifts
     ]
@@ -160,9 +158,8 @@ def _forms(
 
 def searches_ridge(config: OperatorConfig) -> bool:
     """Whether ridges other than that of least residual are tried."""
-    has_ridge = config.name == "auto" or OPERATORS[config.name].has_ridge
-    by_kl = config.choose == "kl" and has_ridge
-    return by_kl and config.ridge == "auto"
+    fitted = config.name == "auto" or OPERATORS[config.name].regressors is not None
+    return fitted and config.choose == "kl" and config.ridge == "auto"
 
 
 def samples_of(

@@ -121,7 +121,4 @@ def plan_of(
 
 def entries_of(samples: Sequence[tuple[Span, Regressors]]) -> dict[str, str]:
     """Names and kinds of the sums of spans, as a plan has them."""
-    return {
-        sums_key(span, kind): "absolute" if kind == "absolute" else "moments"
-        for span, kind in samples
-    }
+    return {sums_key(span, kind): "moments" for span, kind in samples}

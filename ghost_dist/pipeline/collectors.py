@@ -178,8 +178,6 @@ class SpanCollectors:
         for span, kind in self.samples:
             inner = run.inner_size(span)
             cost.sums_bytes += moments_bytes(kind, width, inner)
-            if kind == "absolute":
-                continue
             regressors = num_regressors(kind, width, inner)
             cost.sums[kind] += tokens * moments_flops(regressors, width)
             product = product_bytes(regressors, width, run.window_length)

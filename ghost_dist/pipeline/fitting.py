@@ -107,11 +107,7 @@ class RidgeFits:
         kind = candidate.kind()
         if kind is None:
             return Repair(), None
-        sums: list[Sums]
-        if kind == "absolute":
-            sums = [fold[sums_key(span, kind)] for n, fold in enumerate(folds) if n != judge]
-        else:
-            sums = [_moments(fold, span, kind, down_FC) for fold in folds]
+        sums = [_moments(fold, span, kind, down_FC) for fold in folds]
         of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
         if self._shared[0] != of_grid:
             self.drop()
@@ -127,7 +123,6 @@ class RidgeFits:
                 options={**options, "kept": self._shared[1]},
                 down_FC=down_FC,
                 norm_eps=self._norm_eps,
-                rank=candidate.rank,
             )
             return OPERATORS[candidate.operator].fit(given)
 

@@ -130,7 +130,7 @@ def _walk(cost: Cost, run: RunShape, *, known: bool = False) -> None:
             continue
         inner = inputs.architecture.inner_sizes.get(step.group, 0)
         for span, kind in run.samples:
-            if span != step.span or kind == "absolute":
+            if span != step.span:
                 continue
             regressors = num_regressors(kind, width, inner)
             cost.sums[kind] += tokens * moments_flops(regressors, width)

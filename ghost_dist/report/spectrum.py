@@ -41,12 +41,11 @@ class Spectrum:
         return f"{self.effective_rank} of {len(self.singular_values)}"
 
 
-def spectrum_of(matrix_CC: Tensor, rank: int | None = None) -> Spectrum:
-    """Spectrum of a matrix; at most its first ``rank`` singular values."""
+def spectrum_of(matrix_CC: Tensor) -> Spectrum:
     energy = float(matrix_CC.square().sum())
     half_CC = (matrix_CC - matrix_CC.T) / 2
     return Spectrum(
-        singular_values=torch.linalg.svdvals(matrix_CC).tolist()[:rank],
+        singular_values=torch.linalg.svdvals(matrix_CC).tolist(),
         antisymmetric_share=float(half_CC.square().sum()) / energy if energy > 0 else 0.0,
         relative_norm=(energy / matrix_CC.shape[0]) ** 0.5,
     )
@@ -66,8 +65,8 @@ def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dic
             of_parts = {name: Spectrum(**row) for name, row in stored[sha256].items()}
         else:
             of_parts = {
-                name: spectrum_of(matrix_CC.to(device or "cpu"), rank)
-                for name, (matrix_CC, rank) in _matrices(read_parts(path, sha256)[0]).items()
+                name: spectrum_of(matrix_CC.to(device or "cpu"))
+                for name, matrix_CC in _matrices(read_parts(path, sha256)[0]).items()
             }
         fresh[sha256] = {name: asdict(of) for name, of in of_parts.items()}
         if of_parts:
@@ -78,15 +77,12 @@ def spectra(run: RunRecord, device: torch.device | None = None) -> dict[str, dic
     return found
 
 
-def _matrices(parts: dict[str, Tensor]) -> dict[str, tuple[Tensor, int | None]]:
-    """What acts at the boundary, by name, and its largest possible rank."""
-    found: dict[str, tuple[Tensor, int | None]] = {}
+def _matrices(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What acts at the boundary, by name."""
+    found = {}
     if "linear" in parts:
         weight_CC = parts["linear"].double()
-        found["M"] = weight_CC - torch.eye(weight_CC.shape[0], dtype=torch.float64), None
-    if "low_rank_in" in parts:
-        u_Cr, v_rC = parts["low_rank_in"].double(), parts["low_rank_out"].double()
-        found["M"] = u_Cr @ v_rC, u_Cr.shape[1]
+        found["M"] = weight_CC - torch.eye(weight_CC.shape[0], dtype=torch.float64)
     if "norm_linear" in parts:
-        found["N"] = parts["norm_linear"].double(), None
+        found["N"] = parts["norm_linear"].double()
     return found

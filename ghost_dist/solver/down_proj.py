@@ -1,4 +1,4 @@
-"""Operators that refit a down_proj: `ghost-joint`, `fold`, `replaceme`.
+"""Operators that refit a down_proj: `ghost-joint`, `fold`.
 
 Legend: C hidden width, F width of the MLP's inner layer. ``X = A + H @ down`` is the stream
 entering layer ``start``: H (T, F) the input of the down_proj of layer ``start - 1``, A (T, C) what
@@ -9,11 +9,10 @@ Notes
 -----
 The classes of maps are nested, so fitted on the same rows without a ridge the errors are too::
 
-    replaceme    Y ~ A + H down T            T (C, C)
     fold         Y ~ A + H D                 D (F, C)
     ghost-joint  Y ~ A P + H Q               W = P, down = Q P^-1
 
-Each shrinks to the plain cut: T to I, D to down, (P, Q) to (I, down). So few samples per feature
+Each shrinks to the plain cut: D to down, (P, Q) to (I, down). So few samples per feature
 give the original model back and not zero. None of this holds where the model norms the MLP's
 output before adding it (Gemma 2 and 3): there X is not linear in H.
 """
@@ -32,7 +31,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
 from ghost_dist.ridge import Ridge
 from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
-from ghost_dist.statistics.moments import Moments, combine, take
+from ghost_dist.statistics.moments import Moments, take
 
 MAX_CONDITION = 1e6
 """Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new
@@ -109,23 +108,6 @@ def fit_fold(
 ) -> tuple[Repair, Fit]:
     """``Y - A ~ H D``: only the down_proj changes, no parameter is added."""
     return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, **options)
-
-
-def fit_replaceme(
-    span: str,
-    folds: Sequence[Moments],
-    down_FC: Tensor,
-    ridge: Ridge,
-    **options: Unpack[FitOptions],
-) -> tuple[Repair, Fit]:
-    """ReplaceMe (arXiv 2505.02819, equation 5): ``Y - A ~ (H down) T``, folded: down <- down T.
-
-    Its published form shrinks T to zero with ``alpha``, 0 by default; here T shrinks to I.
-    """
-    outputs = (combine(fold, down_FC) for fold in fold_targets(folds, down_FC))
-    eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
-    map_CC, fit = fit_least_squares(span, outputs, eye_CC, ridge, **options)
-    return Repair(down_FC=down_FC @ map_CC), fit
 
 
 def refit_down(

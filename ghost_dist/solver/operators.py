@@ -6,8 +6,6 @@ An operator is a function in a file of its own, its name in ``config.OperatorNam
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +14,10 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import OperatorName
-from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint, fit_replaceme
+from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint
 from ghost_dist.solver.ghost import fit_ghost, fit_stream_norm
 from ghost_dist.solver.least_squares import Fit, FitOptions
-from ghost_dist.solver.linear_patch import fit_linear_patch
-from ghost_dist.solver.low_rank import fit_low_rank
+from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.span_sums import Regressors
 
 
@@ -30,12 +27,11 @@ class FitInput:
 
     span: str
     regressors: Regressors
-    folds: Sequence[Any]  # Moments of disjoint windows; AbsoluteSums where regressors say so
+    folds: Sequence[Moments]  # of disjoint windows
     ridge: Any  # "auto", RelativeRidge or AbsoluteRidge
     options: FitOptions
     down_FC: Tensor | None  # the model's down_proj of layer start - 1, where regressors are joint
     norm_eps: float
-    rank: int | None
 
 
 Fitting = Callable[[FitInput], tuple[Repair, Fit | None]]
@@ -52,15 +48,6 @@ class Operator(NamedTuple):
         """Whether the down_proj of the layer before the gap is replaced."""
         return self.regressors == "joint"
 
-    @property
-    def has_ridge(self) -> bool:
-        return self.regressors not in (None, "absolute")
-
-
-def _patch(given: FitInput, *, hadamard: bool = False) -> tuple[Repair, None]:
-    total = functools.reduce(operator.add, given.folds)
-    return fit_linear_patch(given.span, total, hadamard=hadamard), None
-
 
 def _ghost(given: FitInput) -> tuple[Repair, Fit]:
     arguments = (given.span, given.folds, given.ridge)
@@ -69,22 +56,13 @@ def _ghost(given: FitInput) -> tuple[Repair, Fit]:
     return fit_stream_norm(*arguments, norm_eps=given.norm_eps, **given.options)
 
 
-def _low_rank(given: FitInput) -> tuple[Repair, Fit]:
-    arguments = (given.span, given.folds, given.ridge)
-    return fit_low_rank(*arguments, rank=given.rank, judge=given.options.get("judge"))
-
-
 def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
     return lambda g: solve(g.span, g.folds, g.down_FC, g.ridge, **g.options)
 
 
 OPERATORS: dict[OperatorName, Operator] = {
     "none": Operator(lambda _: (Repair(), None), None, acts=False),
-    "linear-patch": Operator(_patch, "absolute"),
-    "linear-patch-hadamard": Operator(functools.partial(_patch, hadamard=True), "absolute"),
-    "replaceme": Operator(_with_down(fit_replaceme), "joint", lambda c, _: c, acts=False),
     "fold": Operator(_with_down(fit_fold), "joint", lambda _, f: f, acts=False),
-    "low-rank": Operator(_low_rank),
     "ghost": Operator(_ghost),
     "ghost-joint": Operator(_with_down(fit_ghost_joint), "joint"),
 }

@@ -3,10 +3,10 @@
 Legend: T tokens (rows), C hidden width, F width of an MLP's inner layer, Z number of regressors.
 ``x_TC`` enters layer ``start``, ``y_TC`` enters layer ``stop`` of the unpruned model. Regressors:
 
-- ``Z = x`` (width C): `ghost`, `low-rank`;
+- ``Z = x`` (width C): `ghost`;
 - ``Z = [x, rmsnorm(x)]`` (width 2 C): `features: stream+norm`;
-- ``Z = [A, H]`` (width C + F): `ghost-joint`, `fold` and `replaceme`. H is the input of the
-  down_proj of layer ``start - 1``, and A what enters layer ``start`` less ``H @ down``, so that
+- ``Z = [A, H]`` (width C + F): `ghost-joint` and `fold`. H is the input of the down_proj of
+  layer ``start - 1``, and A what enters layer ``start`` less ``H @ down``, so that
   ``x = A + H @ down``, down being (F, C), in by out; a bias of down_proj belongs to A;
 - ``Z = H`` with the target ``Y - A``: refitting a single down_proj.
 
@@ -149,16 +149,6 @@ def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x_TC, (x32_TC * scale_T1).to(x_TC.dtype)
 
 
-def combine(moments: Moments, mix_ZV: Tensor) -> Moments:
-    """Moments of the regressors ``Z @ mix`` (T, V) against the same targets."""
-    return replace(
-        moments,
-        gram_ZZ=mix_ZV.T @ moments.gram_ZZ @ mix_ZV,
-        cross_ZC=mix_ZV.T @ moments.cross_ZC,
-        sum_z_Z=mix_ZV.T @ moments.sum_z_Z,
-    )
-
-
 def take(moments: Moments, columns: slice) -> Moments:
     """Moments of some of the regressors against the same targets; views, no copy."""
     return replace(
@@ -184,4 +174,10 @@ def retarget(moments: Moments, map_ZC: Tensor) -> Moments:
 def stream_moments(joint: Moments, down_FC: Tensor) -> Moments:
     """Moments of a span's stream ``x = A + H @ down``, unrounded, from those of ``[A, H]``."""
     eye_CC = torch.eye(down_FC.shape[1], dtype=down_FC.dtype, device=down_FC.device)
-    return combine(joint, torch.cat((eye_CC, down_FC)))
+    mix_ZC = torch.cat((eye_CC, down_FC))
+    return replace(
+        joint,
+        gram_ZZ=mix_ZC.T @ joint.gram_ZZ @ mix_ZC,
+        cross_ZC=mix_ZC.T @ joint.cross_ZC,
+        sum_z_Z=mix_ZC.T @ joint.sum_z_Z,
+    )

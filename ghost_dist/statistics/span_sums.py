@@ -7,9 +7,7 @@ for the device: whether a stream was finite is noted there and asked for once, a
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -21,10 +19,9 @@ from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
-Regressors = Literal["stream", "stream+norm", "joint", "absolute"]
+Regressors = Literal["stream", "stream+norm", "joint"]
 """Which sums of a span are taken. ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)];
-``joint``: Z = [A, H], what enters ``start`` taken apart at the down_proj before it; ``absolute``:
-sums of absolute values."""
+``joint``: Z = [A, H], what enters ``start`` taken apart at the down_proj before it."""
 
 
 class Sink(Protocol):
@@ -79,11 +76,8 @@ class SpanCollector(Collector):
     ) -> None:
         self._kinds: dict[Span, list[Regressors]] = {}
         self._accumulators: dict[str, MomentsAccumulator] = {}
-        self._absolute: dict[str, AbsoluteSums] = {}
         for span, kind in samples:
             self._kinds.setdefault(span, []).append(kind)
-            if kind == "absolute":
-                continue
             width = {"stream": hidden_size, "stream+norm": 2 * hidden_size}.get(kind)
             if width is None:
                 assert inner_size is not None, "joint sums need the width of the inner layer"
@@ -128,11 +122,6 @@ class SpanCollector(Collector):
         parts: tuple[Tensor, Tensor] | None,
         y_TC: Tensor,
     ) -> None:
-        key = sums_key(span, kind)
-        if kind == "absolute":
-            sums = absolute_sums(x_TC, y_TC)
-            self._absolute[key] = self._absolute[key] + sums if key in self._absolute else sums
-            return
         if kind == "joint":
             assert parts is not None, f"no down_proj input came before boundary {span.start}"
             regressors: tuple[Tensor, ...] = parts
@@ -140,13 +129,12 @@ class SpanCollector(Collector):
             regressors = norm_features(x_TC, self._norm_eps)
         else:
             regressors = (x_TC,)
-        self._accumulators[key].add(regressors, y_TC)
+        self._accumulators[sums_key(span, kind)].add(regressors, y_TC)
 
     def result(self) -> dict[str, Sums]:
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
-        moments = {key: accumulator.result() for key, accumulator in self._accumulators.items()}
-        return {**moments, **self._absolute}
+        return {key: accumulator.result() for key, accumulator in self._accumulators.items()}
 
 
 class Together(Collector):
@@ -219,39 +207,3 @@ class FlagsOnTheWay:
         arrived(self._copied)
         flags: list[bool] = self._flags.tolist()
         return flags
-
-
-@dataclass(frozen=True)
-class AbsoluteSums(Sums):
-    """Column sums of absolute values over ``num_tokens`` rows; all of shape (C,), float64."""
-
-    sum_abs_x_C: Tensor
-    sum_abs_y_C: Tensor
-    sum_abs_rotated_x_C: Tensor  # of rotate(x)
-    sum_abs_rotated_y_C: Tensor
-
-
-def absolute_sums(x_TC: Tensor, y_TC: Tensor) -> AbsoluteSums:
-    streams = (x_TC, y_TC, rotate(x_TC.float()), rotate(y_TC.float()))
-    sums = (stream_TC.abs().sum(0, dtype=torch.float64) for stream_TC in streams)
-    return AbsoluteSums(x_TC.shape[0], *sums)
-
-
-def rotate(rows_TC: Tensor) -> Tensor:
-    """``rows @ H`` with the orthonormal, symmetric block Hadamard matrix of width C.
-
-    H has Sylvester-Hadamard blocks of width B, the largest power of two that divides C. Applying
-    it twice gives the rows back. Cost T C log2(B) additions.
-    """
-    num_rows, width = rows_TC.shape
-    block = width & -width
-    # Axes: rows, blocks, then one of length 2 per bit of the index within the block; the
-    # transform is (a, b) -> (a + b, a - b) along each of these bits.
-    rotated = rows_TC
-    half = 1
-    while half < block:
-        pairs = rotated.reshape(num_rows, width // (2 * half), 2, half)
-        low, high = pairs.unbind(2)
-        rotated = torch.stack((low + high, low - high), dim=2)
-        half *= 2
-    return rotated.reshape(num_rows, width) / math.sqrt(block)

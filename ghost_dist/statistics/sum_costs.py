@@ -14,15 +14,13 @@ _FLOAT64_BYTES = 8
 
 
 def num_regressors(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
-    """Z of one kind of moments; not of ``absolute``, which has none."""
+    """Z of one kind of moments."""
     widths = {"stream": hidden_size, "stream+norm": 2 * hidden_size}
     return widths.get(regressors, hidden_size + inner_size)
 
 
 def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
     c = hidden_size
-    if regressors == "absolute":
-        return 4 * c * _FLOAT64_BYTES
     z = num_regressors(regressors, c, inner_size)
     return (z * z + z * c + z + 2 * c) * _FLOAT64_BYTES
 
@@ -30,8 +28,6 @@ def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> 
 def stored_bytes(regressors: Regressors, hidden_size: int, inner_size: int, blocks: int) -> int:
     """The same in the store, where ranks keep so many blocks of columns."""
     nbytes = moments_bytes(regressors, hidden_size, inner_size)
-    if regressors == "absolute":
-        return nbytes
     return nbytes - saved_by_strips(num_regressors(regressors, hidden_size, inner_size), blocks)
 
 

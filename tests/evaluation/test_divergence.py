@@ -38,7 +38,7 @@ def candidates_of(spans, architecture):
         {},
         random_operators(spans),
         joint,
-        random_repairs("low-rank", spans, architecture),
+        random_repairs("stream+norm", spans, architecture),
         {spans[-1]: joint[spans[-1]]},
     ]
 

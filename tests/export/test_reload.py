@@ -40,7 +40,7 @@ from ghost_dist.spans import parse_sublayers
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens()
-MATRIX_KINDS = ("ghost-joint", "fold", "low-rank")
+MATRIX_KINDS = ("ghost-joint", "fold")
 MATRIX_CUTS = ("middle", "two", "second")  # one span, two spans, a span at layer 1
 GRID = [(family, cut) for family in FAMILIES for cut in CUTS]
 NOT_REFITTED = {
@@ -55,7 +55,7 @@ REPAIRS = [
         for family in FAMILIES
         for kind in MATRIX_KINDS
         for cut in MATRIX_CUTS
-        if kind == "low-rank" or (family, cut) not in NOT_REFITTED
+        if (family, cut) not in NOT_REFITTED
     ),
     *((family, "stream+norm", "two") for family in FAMILIES),
 ]

@@ -31,7 +31,7 @@ def make_shared(make_config, text_file):
 
 
 def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
-    rows = ["none", "fold", "ghost", "low-rank"]
+    rows = ["none", "fold", "ghost", "ghost-joint"]
     result = compare(make_shared(), [2, 3], rows, ["recoverability", "block-influence"])
     assert len(result["rows"]) == 2 * 2 * 4
     for row in result["rows"]:

@@ -56,7 +56,7 @@ def test_a_stage_done_again_goes_on_from_every_step(small, tmp_path, full):
     shutil.copytree(calm, run)
 
     def other_statistics(path):
-        run_stage_again(path, "calibrate", ["operator.name=linear-patch"], QUIET)
+        run_stage_again(path, "calibrate", ["operator.name=ghost-joint"], QUIET)
 
     other_statistics(calm)
     run_stage_again(calm, "solve", [], QUIET)

@@ -27,7 +27,6 @@ from ghost_dist.progress import Reporter
         {"operator__name": "ghost", "operator__choose": "kl", "operator__features": "auto"},
         {"operator__name": "fold", "selection__spans": None, "selection__remove": 3},
         {"operator__name": "none", "selection__spans": [[0, 2]]},
-        {"operator__name": "low-rank", "operator__rank": 8},
         {
             "operator__name": "ghost-joint",
             "operator__refit": "sequential",

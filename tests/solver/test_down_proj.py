@@ -13,7 +13,6 @@ from ghost_dist.solver.down_proj import (
     SingularOperatorError,
     fit_fold,
     fit_ghost_joint,
-    fit_replaceme,
     refit_down,
 )
 
@@ -54,13 +53,6 @@ def test_fold_is_least_squares_on_rows(rows, problem):
     assert repair.added_parameters == 0
 
 
-def test_replaceme_is_least_squares_on_the_mlp_output(rows, problem):
-    a, h, down, y = problem
-    repair, _ = fit_replaceme(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
-    expected = down @ lstsq(h @ down, y - a)
-    torch.testing.assert_close(repair.down_FC, expected, rtol=1e-8, atol=1e-8)
-
-
 def test_joint_is_least_squares_over_both_and_reproduces_its_prediction(rows, problem):
     a, h, down, y = problem
     repair, _ = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
@@ -80,23 +72,22 @@ def test_joint_finds_a_planted_pair(rows, problem):
 
 
 def test_classes_are_nested(rows, problem):
-    """In-sample errors of replaceme >= fold >= joint, and ghost >= joint."""
+    """In-sample errors of fold >= joint, and ghost >= joint."""
     a, h, down, y = problem
     folds = folds_of(rows, a, h, y)
 
     def error(repair):
         return float((y - recovered(repair, a, h)).square().sum())
 
-    replaceme = error(fit_replaceme(SPAN, folds, down, NO_RIDGE)[0])
     fold = error(fit_fold(SPAN, folds, down, NO_RIDGE)[0])
     joint = error(fit_ghost_joint(SPAN, folds, down, NO_RIDGE)[0])
     x = a + h @ down
     ghost = float((y - x @ lstsq(x, y)).square().sum())
-    assert joint < fold < replaceme
+    assert joint < fold
     assert joint < ghost
 
 
-@pytest.mark.parametrize("fit_operator", [fit_fold, fit_replaceme, fit_ghost_joint])
+@pytest.mark.parametrize("fit_operator", [fit_fold, fit_ghost_joint])
 def test_a_huge_ridge_is_the_plain_cut(rows, problem, fit_operator):
     a, h, down, y = problem
     repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), down, AbsoluteRidge(absolute=1e14))
@@ -135,13 +126,12 @@ def test_refit_down_is_scikit_learns_ridge_around_the_original(rows, problem):
     assert fit.residual < 1
 
 
-@pytest.mark.parametrize("fit_operator", [fit_fold, fit_replaceme, fit_ghost_joint])
+@pytest.mark.parametrize("fit_operator", [fit_fold, fit_ghost_joint])
 def test_fits_against_numpy(rows, problem, fit_operator):
     a, h, down, y = problem
     repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
     z, target, rest = {
         "fit_fold": (h, y - a, a),
-        "fit_replaceme": (h @ down, y - a, a),
         "fit_ghost_joint": (torch.cat((a, h), 1), y, 0),
     }[fit_operator.__name__]
     expected = rest + z @ lstsq(z, target)

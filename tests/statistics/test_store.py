@@ -18,8 +18,8 @@ from run_files import flip
 
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import CorruptStoreError, RunMismatchError
+from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.span_sums import AbsoluteSums
 from ghost_dist.statistics.store import StatisticsStore, remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
 from ghost_dist.statistics.sums import LEAST_ROWS, ColumnBlock, num_numbers
@@ -27,7 +27,7 @@ from ghost_dist.statistics.sums import LEAST_ROWS, ColumnBlock, num_numbers
 C, LENGTH = 8, 16
 PLAN = StatisticsPlan(
     inputs={"model": "m", "tokens": "t", "batch": 1},
-    entries={"1-3/stream": "moments", "4-5/absolute": "absolute"},
+    entries={"1-3/stream": "moments", "all/scores": "scores"},
     ranges=((0, 1), (2, 3), (4,)),
     window_length=LENGTH,
 )
@@ -42,7 +42,7 @@ def moments(seed, windows=2):
     tokens, gram = windows * LENGTH, draw(C, C)
     return {
         "1-3/stream": Moments(tokens, gram + gram.T, draw(C, C), draw(C), draw(C), draw(C)),
-        "4-5/absolute": AbsoluteSums(tokens, draw(C), draw(C), draw(C), draw(C)),
+        "all/scores": ScoreSums(tokens, draw(C), draw(1)),
     }
 
 
@@ -179,7 +179,7 @@ def test_small_arrays_are_one_file(shared_store, monkeypatch):
     for store, arrays in ((whole, {"packed", "cross_ZC", "0"}), (shared_store, {"packed"})):
         assert {path.parent.name for path in store.path.rglob("*/zarr.json")} == arrays
         assert equal(store.read(0), moments(0))
-        assert equal(store.read(0, ["4-5/absolute"]), {"4-5/absolute": moments(0)["4-5/absolute"]})
+        assert equal(store.read(0, ["all/scores"]), {"all/scores": moments(0)["all/scores"]})
         assert store.sums_bytes(PLAN.entries) == sum(
             array.nbytes for sums in moments(0).values() for array in sums.arrays().values()
         )
@@ -231,10 +231,10 @@ def test_attempt_without_manifest_is_rubbish(store):
 
 DAMAGE = {
     "flipped bit": lambda store: flip(array_file(store, 1, "1-3/stream/gram_ZZ/0"), 40),
-    "truncated chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(
+    "truncated chunk": lambda store: array_file(store, 1, "all/scores/sums_S").write_bytes(
         b"1234567890"
     ),
-    "empty chunk": lambda store: array_file(store, 1, "4-5/absolute/sum_abs_x_C").write_bytes(b""),
+    "empty chunk": lambda store: array_file(store, 1, "all/scores/sums_S").write_bytes(b""),
     "deleted chunk": lambda store: array_file(store, 1, "1-3/stream/sum_z_Z").unlink(),
     "deleted array": lambda store: next(
         (store.path / "ranges" / "00001").glob("*/0/1-3/stream/sumsq_y_C/zarr.json")
@@ -266,7 +266,7 @@ def test_damage_is_named_and_only_that_range_is_run_again(store, kind):
     ("field", "value"),
     [
         ("windows", [0, 1]),
-        ("num_tokens", {"1-3/stream": 32, "4-5/absolute": 64}),
+        ("num_tokens", {"1-3/stream": 32, "all/scores": 64}),
         ("plan", "x"),
         ("range", 0),
     ],
@@ -314,8 +314,8 @@ def test_a_missing_chunk_is_nan_for_who_reads_without_our_ledger(store):
     assert torch.isnan(torch.tensor(float(array.fill_value)))
 
 
-TINY = replace(PLAN, entries={"4-5/absolute": "absolute"}, ranges=((0, 1),))
-OLDER = replace(TINY, entries={"1-3/absolute": "absolute"})
+TINY = replace(PLAN, entries={"all/scores": "scores"}, ranges=((0, 1),))
+OLDER = replace(TINY, entries={"old/scores": "scores"})
 
 
 def filled(path, plan=TINY):
@@ -325,7 +325,7 @@ def filled(path, plan=TINY):
     store = StatisticsStore(path, plan)
     store.sweep()
     assert store.damaged() == {}  # what is there counts or is rubbish; nothing is complained of
-    sums = dict.fromkeys(plan.entries, moments(0)["4-5/absolute"])
+    sums = dict.fromkeys(plan.entries, moments(0)["all/scores"])
     for range_id in store.missing():
         store.commit(range_id, sums)
     return store
