@@ -19,7 +19,7 @@ from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Criterion = Literal["search", "recoverability", "cosine", "angular", "block-influence", "paper"]
+Criterion = Literal["search", "recoverability", "paper"]
 OperatorName = Literal["ghost", "ghost-joint", "fold", "none"]
 _SHARES_TOLERANCE = 1e-6
 
@@ -102,9 +102,7 @@ class SelectionConfig(Section):
     criterion: Criterion = "search"
     """search: least KL divergence of the recovered model where the dense one is sure, searched for
     layer by layer, with operators in place; recoverability: least held-out residual after repair;
-    cosine (LLM-Streamline), angular (PruneMe, ReplaceMe), block-influence (ShortGPT, single layers,
-    neighbours joined), paper (the published code's score, along the sequence, never the first or
-    the last start)."""
+    paper: the published code's score, along the sequence, never the first or the last start."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     exported checkpoint (``4GB``, ``512MiB``); net of the operators that come back."""
@@ -119,8 +117,8 @@ class SelectionConfig(Section):
     """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
     alone; overrides criterion and remove."""
     max_spans: int | None = Field(default=None, ge=1)
-    """Most separate spans to remove; null: 1 of recoverability, any number of search. The other
-    criteria decide it themselves."""
+    """Most separate spans to remove; null: 1 of recoverability, any number of search. paper removes
+    one."""
     min_length: int = Field(default=1, ge=1)
     """recoverability, search: fewest layers of a span."""
     max_length: int | None = Field(default=None, ge=1)
@@ -199,10 +197,10 @@ class SelectionConfig(Section):
         if self.spans is not None and not self.spans:
             raise ValueError("spans is empty; give at least one [start, stop]")
         self.removal(1 << 30)  # the model is not known yet
-        if (self.max_spans or 1) > 1 and self.criterion not in ("recoverability", "search"):
+        if (self.max_spans or 1) > 1 and self.criterion == "paper":
             raise ValueError(
-                f"max_spans={self.max_spans} needs criterion=recoverability or search; "
-                f"{self.criterion} decides the number of spans itself"
+                f"max_spans={self.max_spans} needs criterion=recoverability or search; paper "
+                "removes one span"
             )
         if self.max_length is not None and self.max_length < self.min_length:
             raise ValueError(

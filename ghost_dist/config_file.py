@@ -115,6 +115,7 @@ _GONE = {"selection.units": "layers", "operator.heal": False, "operator.rank": N
 _INSTEAD = {
     **dict.fromkeys(("linear-patch", "linear-patch-hadamard", "low-rank"), "ghost"),
     "replaceme": "fold",
+    **dict.fromkeys(("cosine", "angular", "block-influence"), "search, or paper"),
 }
 """Values of earlier versions, and what to give now."""
 

@@ -56,6 +56,7 @@ def test_tree_round_trips_through_yaml():
         ({"selection.units": "auto"}, "selection.units: what it asks for .* is gone. Remove"),
         ({"operator.rank": 4}, "operator.rank: what it asks for .* is gone. Remove"),
         ({"operator.name": "replaceme"}, "got 'replaceme', .* It was of .* is gone: give fold."),
+        ({"selection.criterion": "cosine"}, "got 'cosine', .* is gone: give search, or paper."),
         ({"operator.name": "low-rank"}, "got 'low-rank', .* It was of .* is gone: give ghost."),
         ({**TARGET, "selection.target": "kv 4GB"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "bytes 20%"}, "give speedup 1.3"),

@@ -290,7 +290,7 @@ def open_model(config: Config, aim: Aim | None = None) -> tuple[Checkpoint, Arch
         assert amount.layers is not None
         if selection.criterion == "search":
             rules_of(selection, amount.layers, architecture.num_layers, amount.aim)
-        elif selection.criterion != "block-influence":
+        else:
             candidates = Selector(selection, amount.layers, architecture).candidates()
             if selection.most_spans == 1:
                 check_some_cut(architecture, source.config, ([span] for span in candidates))

@@ -14,7 +14,6 @@ from ghost_dist.config import SelectionConfig
 from ghost_dist.pipeline.collectors import MakeCollector, kept_numbers
 from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.progress import Advance
-from ghost_dist.solver.criteria import best_span, least_influential, paper_candidates
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
 from ghost_dist.solver.removals import Rules
 from ghost_dist.solver.span_selection import (
@@ -23,6 +22,7 @@ from ghost_dist.solver.span_selection import (
     cost_map,
     held_out_of_start,
     lost_log_energy,
+    paper_span,
 )
 from ghost_dist.spans import Span
 from ghost_dist.statistics.layer_scores import ScoreCollector, ScoreSums
@@ -112,10 +112,8 @@ class Selector:
         self, device: torch.device, free_bytes: int, block: ColumnBlock
     ) -> list[MakeCollector]:
         """A factory per pass over the windows; see ``pipeline.collectors.Collectors``."""
-        num_layers = self.architecture.num_layers
-        criterion = self.config.criterion
-        if criterion != "recoverability":
-            return [lambda: ScoreCollector(criterion, num_layers, self.remove, device)]
+        if self.config.criterion != "recoverability":
+            return [lambda: ScoreCollector(self.architecture.num_layers, self.remove, device)]
         starts = sorted({span.start for span in self.candidates()})
         at_once = self.starts_at_once(free_bytes, block)
         groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]
@@ -181,8 +179,7 @@ class Selector:
 
         ``advance`` is told of every candidate that is scored.
         """
-        criterion, protect = self.config.criterion, self.config.protect
-        if criterion == "recoverability":
+        if self.config.criterion == "recoverability":
             held_out = self._held_out(store, folds, device, advance)
             cost_LB = cost_map(self.architecture.num_layers, held_out)
             spans = choose_spans(cost_LB, self.remove, self._max_spans)
@@ -191,14 +188,8 @@ class Selector:
         sums = store.total(None, [key])[key]
         assert isinstance(sums, ScoreSums)
         scores = sums.mean()
-        if criterion == "paper":
-            scores = paper_candidates(scores)
-        if criterion == "block-influence":
-            spans = least_influential(scores, self.remove, protect)
-        else:
-            largest = criterion != "angular"
-            spans = (best_span(scores, self.remove, largest=largest, protect=protect),)
-        return spans, {"scores": [None if score != score else score for score in scores]}
+        span = paper_span(scores, self.remove, self.config.protect)
+        return (span,), {"scores": [None, *scores[1:-1], None]}
 
     def _held_out(
         self, store: StatisticsStore, folds: int, device: torch.device, advance: Advance

@@ -103,8 +103,6 @@ def amount_of(aim: Aim, selection: SelectionConfig) -> Amount:
         if selection.searches:
             held = layers * (math.fsum(free) / len(free))
         gaps = min(selection.max_spans or 1, layers)
-        if selection.criterion == "block-influence":
-            gaps = layers
         if held < aim.least(gaps):
             continue
         if not selection.searches or selection.max_spans or not aim.gap:

@@ -16,12 +16,6 @@ from ghost_dist.report.spectrum import Spectrum
 _LOGARITHMIC_FROM = 20.0  # ratio of bars, from which on a linear scale one would not be seen
 _LABEL_DISTANCE = 0.075  # share of the width that two numbers below the stack must be apart
 _STYLES = tuple(f"s{number}" for number in range(8))  # of templates/page.css
-_CRITERIA = {
-    "cosine": "cosine similarity of the streams before and behind the gap",
-    "angular": "angular distance of the streams before and behind the gap",
-    "paper": "cosine similarity as in the published code",
-    "block-influence": "1 - cosine similarity of a layer's input and output",
-}
 
 
 class Figure(NamedTuple):
@@ -95,22 +89,18 @@ def recoverability(run: RunRecord) -> Figure:
 
 
 def layer_scores(run: RunRecord) -> Figure:
-    """Scores of another criterion, by layer or first layer."""
-    criterion = run.config["selection"]["criterion"]
-    meaning = _CRITERIA[criterion]
-    of_layers = criterion == "block-influence"
-    where = "layer" if of_layers else "first layer removed"
+    """The paper's scores by first layer."""
+    meaning = "Cosine similarity as in the published code"
     points = [(i, s) for i, s in enumerate(run.selection["scores"]) if s is not None]
-    starts = [i for span in run.spans for i in (range(*span) if of_layers else span[:1])]
+    starts = [start for start, _ in run.spans]
     drawing = line_chart(
-        f"{meaning} by {where}; chosen {text.spans(run.spans)}.",
+        f"{meaning} by first layer removed; chosen {text.spans(run.spans)}.",
         [Series(meaning, points, "dense", dots=True)],
-        Axis(where, whole=True),
-        Axis(meaning if len(meaning) < 30 else criterion),
+        Axis("first layer removed", whole=True),
+        Axis("cosine similarity"),
         [Mark((x, y), str(x), "recovered") for x, y in points if x in starts],
     )
-    wanted = "least" if criterion in ("angular", "block-influence") else "largest"
-    words = f"{meaning.capitalize()}; the {wanted} is taken, marked by a ring."
+    words = f"{meaning}; the largest is taken, marked by a ring."
     return Figure("Layer similarity", words, drawing)
 
 

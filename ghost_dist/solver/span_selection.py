@@ -1,4 +1,4 @@
-"""Which spans go, by the held-out residual that is left after repair.
+"""Which spans go, by the held-out residual that is left after repair, or by the paper's score.
 
 Legend: L layers, B = L + 1 boundaries, C hidden width, P stops of one start, r projected columns.
 A map is (L, B), indexed [start, stop], NaN where no number was computed.
@@ -7,7 +7,7 @@ A map is (L, B), indexed [start, stop], NaN where no number was computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -211,6 +211,25 @@ def choose_spans(cost_LB: Tensor, remove: int, max_spans: int) -> tuple[Span, ..
             "selection.max_length) or protect fewer (selection.protect)."
         )
     return min(finished)[2]
+
+
+def paper_span(scores: Sequence[float], remove: int, protect: Collection[int] = ()) -> Span:
+    """The span of the largest score of starts 0 to L - n, the first of equals.
+
+    The code of arXiv 2605.15491 never tries the first start and the last.
+    """
+    starts = [
+        start
+        for start in range(1, len(scores) - 1)
+        if not any(start <= layer < start + remove for layer in protect)
+    ]
+    if not starts:
+        raise ConfigError(
+            f"No span of {remove} layers is a candidate with {len(set(protect))} protected "
+            "layers. Remove fewer layers or protect fewer (selection.protect)."
+        )
+    start = max(starts, key=scores.__getitem__)
+    return Span(start, start + remove)
 
 
 def _projected_change(fold: PairMoments, projection_Cr: Tensor | None) -> Moments:

@@ -3,9 +3,9 @@
     python tests/benchmarks/selection.py MODEL --calibration FILE --evaluation FILE --remove N
 
 One pass takes the exact statistics of every span of N layers, those of all spans of 1 to N layers
-with a random projection, and the cosine of LLM-Streamline. Every span of N layers is then cut,
+with a random projection, and the paper's score. Every span of N layers is then cut,
 repaired with ``ghost`` and evaluated. Printed: per span the exact and the projected held-out
-residual, cosine and perplexity; then what each criterion picks, and the rank correlations.
+residual, score and perplexity; then what each criterion picks, and the rank correlations.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
             "exact": SpanCollector([(span, STREAM) for span in fixed], width, device),
             "pairs": PairCollector(fixed, width, device, None),
             "map": PairCollector(pairs, width, device),
-            "cosine": ScoreCollector("cosine", layers, arguments.remove, device),
+            "paper": ScoreCollector(layers, arguments.remove, device),
         }
         together = Together(parts)
         engine.run(calibration.tokens, windows, together, lambda _: None)
@@ -99,16 +99,16 @@ def main() -> None:
     for start, of_start in stops.items():
         key = f"map/{start_key(start)}"
         estimate |= held_out_of_start(start, of_start, [f[key] for f in folds], project)
-    total = folds[0]["cosine/scores"]
+    total = folds[0]["paper/scores"]
     for fold in folds[1:]:
-        total = total + fold["cosine/scores"]
-    cosine = dict(zip(fixed, total.mean(), strict=True))
+        total = total + fold["paper/scores"]
+    paper = dict(zip(fixed, total.mean(), strict=True))
 
     print(
         f"{arguments.model.name}: remove {arguments.remove} of {layers} layers; {device.type}, "
         f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
-    print("\n| span | residual | projected (standard error) | cosine | perplexity |")
+    print("\n| span | residual | projected (standard error) | paper | perplexity |")
     print("|---|---|---|---|---|")
     measured: dict[Span, float] = {}
     for span in fixed:
@@ -120,24 +120,24 @@ def main() -> None:
         error = estimate[span].standard_error / estimate[span].energy
         print(
             f"| {span} | {relative_residual(exact[span]):.5f} | "
-            f"{relative_residual(estimate[span]):.5f} ({error:.5f}) | {cosine[span]:.4f} | "
+            f"{relative_residual(estimate[span]):.5f} ({error:.5f}) | {paper[span]:.4f} | "
             f"{measured[span]:.2f} |",
             flush=True,
         )
     best = min(fixed, key=lambda s: relative_residual(exact[s]))
     picked = min(fixed, key=lambda s: relative_residual(estimate[s]))
-    alike = max(fixed, key=lambda s: cosine[s])
+    alike = max(fixed, key=lambda s: paper[s])
     least = min(fixed, key=lambda s: measured[s])
     excess = relative_residual(exact[picked]) / relative_residual(exact[best]) - 1
     print(f"\nleast residual: {best}, perplexity {measured[best]:.2f}")
     print(f"projected map picks {picked}; its true residual is {excess:.2%} above the least")
-    print(f"cosine picks {alike}, perplexity {measured[alike]:.2f}")
+    print(f"the paper's score picks {alike}, perplexity {measured[alike]:.2f}")
     print(f"least perplexity of all: {least}, {measured[least]:.2f}")
     order = [measured[s] for s in fixed]
     for name, scores in (
         ("residual", [relative_residual(exact[s]) for s in fixed]),
         ("projected residual", [relative_residual(estimate[s]) for s in fixed]),
-        ("1 - cosine", [1 - cosine[s] for s in fixed]),
+        ("1 - paper", [1 - paper[s] for s in fixed]),
     ):
         print(f"Spearman of {name} with perplexity: {spearman(scores, order):.3f}")
 

@@ -32,7 +32,7 @@ def make_shared(make_config, text_file):
 
 def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
     rows = ["none", "fold", "ghost", "ghost-joint"]
-    result = compare(make_shared(), [2, 3], rows, ["recoverability", "block-influence"])
+    result = compare(make_shared(), [2, 3], rows, ["recoverability", "paper"])
     assert len(result["rows"]) == 2 * 2 * 4
     for row in result["rows"]:
         plain = row["selection"] == "recoverability" and row["remove"] == 2
@@ -84,7 +84,7 @@ def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
 
 
 def test_rows_have_paired_intervals(make_shared):
-    rows = compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])["rows"]
+    rows = compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])["rows"]
     best = min(rows, key=lambda row: row["perplexity"]["text"])
     for row in rows:
         low, high = row["intervals"]["text"]["perplexity"]
@@ -123,7 +123,7 @@ def test_a_row_that_cannot_be_fitted_leaves_the_others(make_shared):
         ),
         [2],
         ["ghost", "none"],
-        ["cosine"],
+        ["recoverability"],
     )
     failed, plain = result["rows"]
     assert "ridge" in failed["refused"]
@@ -159,15 +159,17 @@ def test_a_stopped_comparison_continues(make_shared, monkeypatch):
 
     monkeypatch.setattr(module.Solver, "solve", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])
-    result = compare(make_shared(), [2], ["none", "ghost", "fold"], ["cosine"])
+        compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])
+    result = compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])
     assert calls == ["none", "ghost", "ghost", "fold"]
     assert [row["operator"] for row in result["rows"]] == ["none", "ghost", "fold"]
 
 
 def test_what_a_cut_does_not_allow_is_a_row_that_says_so(make_shared):
     """Seven of eight layers: the span begins at 0, so nothing can be folded before it."""
-    result = compare(make_shared(selection__protect=[7]), [7], ["fold", "ghost"], ["cosine"])
+    result = compare(
+        make_shared(selection__protect=[7]), [7], ["fold", "ghost"], ["recoverability"]
+    )
     assert result["rows"][0]["spans"] == [[0, 7]]
     assert "needs a layer before" in result["rows"][0]["refused"]
     assert result["rows"][1]["perplexity"]["text"] > 1
@@ -175,6 +177,6 @@ def test_what_a_cut_does_not_allow_is_a_row_that_says_so(make_shared):
 
 def test_a_comparison_needs_a_text_and_possible_sizes(make_shared):
     with pytest.raises(ConfigError, match="needs a text"):
-        compare(make_shared(evaluation__corpora={}), [2], ["ghost"], ["cosine"])
+        compare(make_shared(evaluation__corpora={}), [2], ["ghost"], ["recoverability"])
     with pytest.raises(ConfigError, match="selection.remove=8"):
-        compare(make_shared(), [8], ["ghost"], ["cosine"])
+        compare(make_shared(), [8], ["ghost"], ["recoverability"])

@@ -121,8 +121,7 @@ def test_layers_and_fits_are_counted_as_the_stages_run_them(
     [
         {"selection__remove": 2},
         {"selection__remove": 3, "selection__max_spans": 2},
-        {"selection__remove": 2, "selection__criterion": "cosine"},
-        {"selection__remove": 2, "selection__criterion": "block-influence"},
+        {"selection__remove": 2, "selection__criterion": "paper"},
     ],
     ids=str,
 )

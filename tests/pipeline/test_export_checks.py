@@ -135,8 +135,8 @@ def test_layers_that_a_criterion_chose_are_judged_as_well(tmp_path):
     config = configuration(model, tmp_path / "run", None, "resident", text, **chosen)
     with pytest.raises(UnsupportedArchitectureError, match="diffllama.*lambda_init"):
         plan_run(config)
-    one_by_one = {**chosen, "selection.criterion": "block-influence"}
-    config = configuration(model, tmp_path / "run", None, "resident", text, **one_by_one)
+    several = {**chosen, "selection.max_spans": 2}
+    config = configuration(model, tmp_path / "run", None, "resident", text, **several)
     with pytest.raises(UnsupportedArchitectureError, match=r"lambda_init.*selection\.protect"):
         recover(config)
     assert not (tmp_path / "run" / "statistics.zarr").exists()

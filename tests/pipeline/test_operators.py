@@ -331,13 +331,13 @@ def test_sums_of_the_stream_are_not_taken_beside_those_they_follow_from():
     ("fields", "message"),
     [
         ({"operator__name": "gost"}, "Did you mean ghost"),
-        ({"selection__criterion": "cosin"}, "Did you mean cosine"),
+        ({"selection__criterion": "papr"}, "Did you mean paper"),
         ({"operator__name": "auto", "operator__features": "stream+norm"}, "needs name=ghost"),
         ({"operator__affine": True}, "Unknown configuration key operator.affine"),
         ({"operator__choose": "kl", "operator__folds": 2}, "folds >= 3"),
         ({"refine__steps": 1, "operator__folds": 2}, "hold out one of 2.*folds >= 3"),
         ({"operator__name": "fold", "selection__spans": [[0, 2]]}, "needs a layer before"),
-        ({"selection__max_spans": 2, "selection__criterion": "cosine"}, "max_spans=2 needs"),
+        ({"selection__max_spans": 2, "selection__criterion": "paper"}, "max_spans=2 needs"),
         ({"selection__remove": "7 layers", "selection__spans": None}, "give a number of layers"),
         (
             {"selection__remove": 2, "selection__spans": None, "selection__protect": [99]},

@@ -121,7 +121,7 @@ def test_evaluated_perplexity_is_that_of_the_exported_checkpoint(make_config, te
     assert result["perplexity"]["text"]["recovered"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
-def test_cosine_selection_finds_the_span_that_does_nothing(model_folder, make_config, tmp_path):
+def test_selection_finds_the_span_that_does_nothing(model_folder, make_config, tmp_path):
     dense = tmp_path / "idle"
     shutil.copytree(model_folder, dense)
     weights = load_file(dense / "model.safetensors")

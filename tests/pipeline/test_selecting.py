@@ -29,7 +29,7 @@ def selected(config, tmp_path):
     return spans, record
 
 
-def test_recoverability_finds_what_repair_can_undo_and_cosine_does_not(
+def test_recoverability_finds_what_repair_can_undo_and_the_paper_does_not(
     planted, make_config, tmp_path
 ):
     common = {"model__path": str(planted), "selection__spans": None, "selection__remove": 2}
@@ -43,7 +43,7 @@ def test_recoverability_finds_what_repair_can_undo_and_cosine_does_not(
     assert all(row["residual"] > 1e-3 for span, row in rows.items() if span[1] > 3)
     assert all(row["standard_error"] == 0 for row in rows.values())
     assert not (tmp_path / "run" / "selection.zarr").exists()
-    other = make_config(**common, selection__criterion="cosine", output__path=str(tmp_path / "o"))
+    other = make_config(**common, selection__criterion="paper", output__path=str(tmp_path / "o"))
     assert recover(other, again="select")["spans"][0][0] > 2
 
 
@@ -71,17 +71,18 @@ def test_passes_when_memory_is_short_change_nothing(planted, make_config, tmp_pa
     assert record["recoverability"] == whole["recoverability"]
 
 
-@pytest.mark.parametrize("criterion", ["cosine", "angular", "block-influence", "paper"])
-def test_every_criterion_decides(make_config, tmp_path, criterion):
-    config = make_config(selection__spans=None, selection__remove=3, selection__criterion=criterion)
+def test_the_papers_score_decides(make_config, tmp_path):
+    config = make_config(selection__spans=None, selection__remove=3, selection__criterion="paper")
     spans, record = selected(config, tmp_path)
-    assert sum(stop - start for start, stop in spans) == 3
-    assert len(record["scores"]) == (8 if criterion == "block-influence" else 6)
-    assert (record["scores"][0] is None) == (criterion == "paper")
+    first, *scores, last = record["scores"]
+    assert first is last is None
+    assert len(scores) == 4
+    start = 1 + scores.index(max(scores))
+    assert spans == [[start, start + 3]]
     protected = make_config(
         selection__spans=None,
         selection__remove=3,
-        selection__criterion=criterion,
+        selection__criterion="paper",
         selection__protect=[spans[0][0]],
         output__path=str(tmp_path / "protected"),
     )
@@ -105,7 +106,7 @@ def test_a_share_and_bytes_as_targets(make_config, model_folder, tmp_path):
         config = make_config(
             selection__spans=None,
             selection__remove=remove,
-            selection__criterion="cosine",
+            selection__criterion="paper",
             output__path=str(tmp_path / f"{number}"),
         )
         spans = recover(config, again="select")["spans"]

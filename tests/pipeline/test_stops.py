@@ -29,7 +29,7 @@ def small(make_config):
             calibration__window_length=32,
             selection__spans=None,
             selection__remove=2,
-            selection__criterion="cosine",
+            selection__criterion="paper",
             operator__folds=2,
             output__path=str(run),
             **overrides,

@@ -51,9 +51,7 @@ def test_the_fewest_layers_with_their_operators_and_the_spans_that_are_left():
     assert layers_and_spans(replace(aim, gap=0, alone=0)) == (4, None)
     assert layers_and_spans(aim, max_spans=1) == (5, 1)
     assert layers_and_spans(aim, max_spans=4) == (6, 4)  # 500 - 4 x 30 = 380
-    assert layers_and_spans(aim, criterion="cosine") == (5, None)
-    assert layers_and_spans(aim, criterion="block-influence") == (6, None)  # any number of gaps
-    assert layers_and_spans(replace(aim, gap=10), criterion="block-influence") == (5, None)
+    assert layers_and_spans(aim, criterion="paper") == (5, None)
 
 
 def test_shares_need_no_extra_layer_for_rounding():
@@ -66,8 +64,8 @@ def test_shares_need_no_extra_layer_for_rounding():
 def test_layers_of_two_kinds():
     aim = Aim("bytes 1GB", [10, 10, 50, 50], 0, 0, 120, 60)
     assert layers_and_spans(aim, protect=(0,)) == (2, None)  # of 36.7 each
-    assert layers_and_spans(aim, protect=(0,), criterion="cosine") == (2, None)  # 10 and 50
-    assert layers_and_spans(aim, criterion="cosine") == (3, None)  # any three hold 60
+    assert layers_and_spans(aim, protect=(0,), criterion="paper") == (2, None)  # 10 and 50
+    assert layers_and_spans(aim, criterion="paper") == (3, None)  # any three hold 60
     assert aim.given(100, 1) == 20
 
 

@@ -24,7 +24,7 @@ RUNS = {
         "operator.features": "stream",
         "operator.choose": "residual",
     },
-    "cut": {"selection.remove": 2, "selection.criterion": "cosine", "operator.name": "none"},
+    "cut": {"selection.remove": 2, "selection.criterion": "paper", "operator.name": "none"},
 }
 
 

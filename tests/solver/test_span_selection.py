@@ -17,6 +17,7 @@ from ghost_dist.solver.span_selection import (
     cost_map,
     held_out_of_start,
     lost_log_energy,
+    paper_span,
     relative_residual,
 )
 from ghost_dist.spans import Span
@@ -268,3 +269,11 @@ def test_eighty_layers_take_no_time():
     cost = torch.rand(80, 81, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spans = choose_spans(cost, 24, 4)
     assert sum(map(len, spans)) == 24
+
+
+def test_the_papers_span_is_of_the_largest_score_but_for_the_ends():
+    assert paper_span([9.0, -0.9, -0.5, -0.5, 9.0], 2) == Span(2, 4)
+    assert paper_span([0.1, 0.4, 0.2, 0.3, 0.5], 2, protect=(1,)) == Span(3, 5)
+    for scores, protect in (([0.1, 0.2, 0.3, 0.4], (2,)), ([0.1, 0.2], ())):
+        with pytest.raises(ConfigError, match="No span of 2 layers"):
+            paper_span(scores, 2, protect)
