@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from ghost_dist.devices import free_bytes, mark
 from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector, Together
+from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector
 from ghost_dist.statistics.sum_costs import (
     moments_bytes,
     moments_flops,
@@ -185,30 +185,6 @@ class SpanCollectors:
             if kind == "joint":
                 cost.batch_bytes += run.batch_tokens * (4 * width + inner * sizes.itemsize)
         return cost
-
-
-@dataclass(frozen=True)
-class CollectorsTogether:
-    """Several, by name, fed by the same passes; one with more passes has the rest for itself."""
-
-    parts: Mapping[str, Collectors]
-
-    @property
-    def last_boundary(self) -> int:
-        return max(part.last_boundary for part in self.parts.values())
-
-    def passes(
-        self, device: torch.device, free_bytes: int, block: ColumnBlock
-    ) -> list[MakeCollector]:
-        """As many passes as the part with the most; see :class:`Collectors`."""
-        makers = {name: part.passes(device, free_bytes, block) for name, part in self.parts.items()}
-        depth = max(len(of_part) for of_part in makers.values())
-        return [
-            lambda turn=turn: Together(  # type: ignore[misc]
-                {name: of_part[turn]() for name, of_part in makers.items() if turn < len(of_part)}
-            )
-            for turn in range(depth)
-        ]
 
 
 def sums_of_range(

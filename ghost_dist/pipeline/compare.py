@@ -1,13 +1,14 @@
 """Selections and operators side by side on one model: one table from one set of statistics.
 
-All selections take their scores in one pass over the calibration windows, all spans they find take
-their sums in a second one, and one model in memory is evaluated with every repair in turn. Rows are
+All spans that the selections find take their sums in one pass over the calibration windows, and one
+model in memory is evaluated with every repair in turn. Rows are
 written as they are done, so a stopped comparison continues, and one that asks for more only does
 what is new.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from ghost_dist.evaluation.bootstrap import interval, resampled_perplexities
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import entries_of, open_store, plan_of
-from ghost_dist.pipeline.collectors import CollectorsTogether, SpanCollectors
+from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
     RunInputs,
@@ -38,7 +39,6 @@ from ghost_dist.pipeline.inputs import (
 )
 from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
-from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
 from ghost_dist.pipeline.texts import calibration_ranges
@@ -123,45 +123,23 @@ def _select(
     selections: Sequence[Selection],
     reporter: Reporter,
 ) -> list[_Cut]:
-    """Spans of every criterion and number of layers; one pass for all that need sums."""
-    folds = inputs.config.folds
-    selectors = {
-        f"{criterion}-{remove}": Selector(
-            inputs.config.selection.model_copy(
-                update={"criterion": criterion, "remove": remove, "spans": None}
-            ),
-            remove,
-            inputs.architecture,
-            f"{criterion}-{remove}/",
-        )
-        for criterion in selections
-        for remove in removes
-        if criterion not in ("search", "search-unrepaired")
-    }
-    decided: dict[str, tuple[Span, ...]] = {}
-    if selectors:
-        entries: dict[str, str] = {}
-        for selector in selectors.values():
-            entries |= selector.entries()
-        plan = plan_of(inputs, tokens, entries, calibration_ranges(inputs, tokens, folds))
-        name = f"selection-{fingerprint(entries)[:12]}.zarr"
-        store = open_store(run.path / name, plan, reporter)
-        collect = collect_here(inputs, reporter, run.path)
-        collect(store, tokens, CollectorsTogether(selectors), "select")
-        for name, selector in selectors.items():
-            decided[name], _ = selector.decide(store, folds, inputs.device)
-    for criterion in selections:
-        config = inputs.config
+    """Spans of every criterion and number of layers."""
+    cuts = []
+    for criterion, remove in itertools.product(selections, removes):
+        update: dict[str, Any] = {}
         if criterion == "search-unrepaired":
-            config = config.model_copy(update={"operator": OperatorConfig(name="none")})
-        for remove in removes if criterion.startswith("search") else ():
-            searched = replace(inputs, remove=remove, config=config)
-            decided[f"{criterion}-{remove}"], _ = search_spans(searched, tokens, run, reporter)
-    return [
-        _Cut(criterion, remove, decided[f"{criterion}-{remove}"])
-        for criterion in selections
-        for remove in removes
-    ]
+            update = {"operator": OperatorConfig(name="none")}
+        elif criterion != "search":
+            scored = {"criterion": criterion, "remove": remove, "spans": None}
+            update = {"selection": inputs.config.selection.model_copy(update=scored)}
+        of_cut = replace(inputs, remove=remove, config=inputs.config.model_copy(update=update))
+        if "selection" in update:
+            path = run.path / f"selection-{criterion}-{remove}.zarr"
+            spans, _ = Stages(of_cut, run, reporter).by_criterion(tokens, path)
+        else:
+            spans, _ = search_spans(of_cut, tokens, run, reporter)
+        cuts.append(_Cut(criterion, remove, spans))
+    return cuts
 
 
 def _fill(

@@ -48,15 +48,11 @@ _SHARE_FOR_SUMS = 0.7
 
 @dataclass(frozen=True)
 class Selector:
-    """One selection: its criterion, and how many layers go.
-
-    ``prefix`` is before the names of its sums in a store that holds those of several selections.
-    """
+    """One selection: its criterion, and how many layers go."""
 
     config: SelectionConfig
     remove: int
     architecture: Architecture
-    prefix: str = ""
 
     @property
     def columns(self) -> int | None:
@@ -79,11 +75,8 @@ class Selector:
     def entries(self) -> dict[str, str]:
         """Names and kinds of the sums that the criterion needs."""
         if self.config.criterion != "recoverability":
-            return {f"{self.prefix}scores": "scores"}
-        return {
-            f"{self.prefix}{start_key(start)}": "pairs"
-            for start in sorted({s.start for s in self.candidates()})
-        }
+            return {"scores": "scores"}
+        return {start_key(start): "pairs" for start in self.stops_of()}
 
     def start_bytes(self) -> int:
         """Bytes of the sums of the start with the most stops."""
@@ -114,7 +107,7 @@ class Selector:
         """A factory per pass over the windows; see ``pipeline.collectors.Collectors``."""
         if self.config.criterion != "recoverability":
             return [lambda: ScoreCollector(self.architecture.num_layers, self.remove, device)]
-        starts = sorted({span.start for span in self.candidates()})
+        starts = list(self.stops_of())
         at_once = self.starts_at_once(free_bytes, block)
         groups = [starts[i : i + at_once] for i in range(0, len(starts), at_once)]
         return [
@@ -184,8 +177,7 @@ class Selector:
             cost_LB = cost_map(self.architecture.num_layers, held_out)
             spans = choose_spans(cost_LB, self.remove, self._max_spans)
             return spans, {"recoverability": [_row(s, h) for s, h in sorted(held_out.items())]}
-        key = f"{self.prefix}scores"
-        sums = store.total(None, [key])[key]
+        sums = store.total(None, ["scores"])["scores"]
         assert isinstance(sums, ScoreSums)
         scores = sums.mean()
         span = paper_span(scores, self.remove, self.config.protect)
@@ -205,7 +197,7 @@ class Selector:
         found: dict[Span, HeldOut] = {}
         around = None  # of the start before: neighbours have about the same
         for start, stops in stops_of.items():
-            key = f"{self.prefix}{start_key(start)}"
+            key = start_key(start)
             parts: list[PairMoments] = []
             for fold in range(folds):
                 of_fold = [i for i in ids if fold_of_range(i, folds) == fold]

@@ -134,7 +134,8 @@ class Stages:
                 )
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now
             else:
-                spans, scores = self._by_criterion(tokens, path)
+                spans, scores = self.by_criterion(tokens, path)
+                check_cut(inputs.architecture, inputs.source.config, spans)
             return {
                 "spans": pairs_of(spans),
                 "sublayers": list(map(str, halves)),
@@ -150,7 +151,7 @@ class Stages:
         self._inputs = replace(inputs, refittable=inputs.refittable - without)
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
-    def _by_criterion(
+    def by_criterion(
         self, tokens: TokenWindows, path: Path
     ) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The spans, and the scores behind the choice, from sums in a store of their own."""
@@ -169,9 +170,7 @@ class Stages:
         self._collect(store, tokens, selector, "select")
         total = len(selector.candidates()) if maps else 0
         with self._reporter.stage("score spans", total, "spans") as advance:
-            spans, scores = selector.decide(store, folds, inputs.device, advance)
-        check_cut(inputs.architecture, inputs.source.config, spans)
-        return spans, scores
+            return selector.decide(store, folds, inputs.device, advance)
 
     def statistics(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsPlan:
         """What the run's statistics count: those that are there, if they are of the same inputs.

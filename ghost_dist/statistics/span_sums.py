@@ -137,33 +137,6 @@ class SpanCollector(Collector):
         return {key: accumulator.result() for key, accumulator in self._accumulators.items()}
 
 
-class Together(Collector):
-    """Several collectors fed by one pass; their sums get the name of theirs before them."""
-
-    def __init__(self, parts: Mapping[str, Collector]) -> None:
-        self._parts = dict(parts)
-        self._wanted = {name: frozenset(part.boundaries) for name, part in parts.items()}
-        self.boundaries = tuple(sorted({b for part in parts.values() for b in part.boundaries}))
-        self.mlp_layers = tuple(sorted({la for part in parts.values() for la in part.mlp_layers}))
-
-    def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        for name, part in self._parts.items():
-            if boundary in self._wanted[name]:
-                part(boundary, window, stream_TC)
-
-    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        for part in self._parts.values():
-            if layer in part.mlp_layers:
-                part.take_mlp(layer, window, input_TF, product_TC)
-
-    def result(self) -> dict[str, Sums]:
-        return {
-            f"{name}/{key}": sums
-            for name, part in self._parts.items()
-            for key, sums in part.result().items()
-        }
-
-
 class FiniteCheck:
     """Remembers on the device whether each stream was finite; reads it back once."""
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/selection.py MODEL --calibration FILE --evaluation FILE --remove N
 
-One pass takes the exact statistics of every span of N layers, those of all spans of 1 to N layers
-with a random projection, and the paper's score. Every span of N layers is then cut,
+A pass each takes the exact statistics of every span of N layers, those of all spans of 1 to N
+layers with a random projection, and the paper's score. Every span of N layers is then cut,
 repaired with ``ghost`` and evaluated. Printed: per span the exact and the projected held-out
 residual, score and perplexity; then what each criterion picks, and the rank correlations.
 """
@@ -37,7 +37,7 @@ from ghost_dist.statistics.pair_sums import (
     projection,
     start_key,
 )
-from ghost_dist.statistics.span_sums import SpanCollector, Together, sums_key
+from ghost_dist.statistics.span_sums import SpanCollector, sums_key
 
 FOLDS = 4
 STREAM = "stream"
@@ -87,9 +87,10 @@ def main() -> None:
             "map": PairCollector(pairs, width, device),
             "paper": ScoreCollector(layers, arguments.remove, device),
         }
-        together = Together(parts)
-        engine.run(calibration.tokens, windows, together, lambda _: None)
-        folds.append(together.result())
+        folds.append({})
+        for name, part in parts.items():
+            engine.run(calibration.tokens, windows, part, lambda _: None)
+            folds[-1] |= {f"{name}/{key}": sums for key, sums in part.result().items()}
     stops = {s: [p.stop for p in pairs if p.start == s] for s in {p.start for p in pairs}}
     exact, estimate = {}, {}
     for span in fixed:

@@ -7,7 +7,7 @@ from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
 from ghost_dist.statistics import moments as moments_module
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator
-from ghost_dist.statistics.span_sums import SpanCollector, Together, sums_key
+from ghost_dist.statistics.span_sums import SpanCollector, sums_key
 
 C, T, WINDOWS = 24, 40, 6
 CPU = torch.device("cpu")
@@ -153,23 +153,3 @@ def test_every_kind_of_sums_from_one_pass():
 def direct_of(z, y):
     z, y = z.reshape(-1, z.shape[-1]).double(), y.reshape(-1, C).double()
     return Moments(len(z), z.T @ z, z.T @ y, z.sum(0), y.sum(0), (y * y).sum(0))
-
-
-def test_collectors_together_are_each_by_itself():
-    streams = torch.stack([rows(seed)[0] for seed in range(4)])
-    one, two = [(Span(0, 2), STREAM)], [(Span(1, 3), STREAM), (Span(1, 3), "stream+norm")]
-    together = Together({"a": SpanCollector(one, C, CPU), "b": SpanCollector(two, C, CPU)})
-    alone = {"a": SpanCollector(one, C, CPU), "b": SpanCollector(two, C, CPU)}
-    assert together.boundaries == (0, 1, 2, 3)
-    for window in range(WINDOWS):
-        for boundary in together.boundaries:
-            together(boundary, window, streams[boundary, window])
-            for part in alone.values():
-                if boundary in part.boundaries:
-                    part(boundary, window, streams[boundary, window])
-    found = together.result()
-    assert found.keys() == {"a/0-2/stream", "b/1-3/stream", "b/1-3/stream+norm"}
-    for name, part in alone.items():
-        for key, sums in part.result().items():
-            for array, values in sums.arrays().items():
-                assert torch.equal(found[f"{name}/{key}"].arrays()[array], values)
