@@ -104,8 +104,8 @@ class RidgeFits:
         is not fitted on; None: each judges fits on the others. ``detail``: as
         ``fit_least_squares`` says.
         """
-        kind = candidate.kind()
-        if kind is None:
+        kind, fit_operator = candidate.kind(), OPERATORS[candidate.operator].fit
+        if kind is None or fit_operator is None:
             return Repair(), None
         sums = [_moments(fold, span, kind, down_FC) for fold in folds]
         of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
@@ -113,7 +113,7 @@ class RidgeFits:
             self.drop()
             self._shared = of_grid, {}
 
-        def fit(candidate: Candidate) -> tuple[Repair, Fit | None]:
+        def fit(candidate: Candidate) -> tuple[Repair, Fit]:
             options: FitOptions = {"judge": judge, "detail": detail, "around": candidate.around}
             given = FitInput(
                 span=str(span),
@@ -124,20 +124,18 @@ class RidgeFits:
                 down_FC=down_FC,
                 norm_eps=self._norm_eps,
             )
-            return OPERATORS[candidate.operator].fit(given)
+            return fit_operator(given)
 
         if candidate.ridge != "auto":
             return fit(candidate)
         least = self._least_residual.get(of_grid)
         if least is None:
             repair, least = fit(of_grid[0])
-            if least is not None:
-                self._least_residual[of_grid] = least
-            if least is None or candidate.shift == 0:
+            self._least_residual[of_grid] = least
+            if candidate.shift == 0:
                 return repair, least
         ridge = RelativeRidge(relative=on_grid(least.relative_ridge * 10**candidate.shift))
         repair, found = fit(replace(candidate, shift=0.0, ridge=ridge))
-        assert found is not None
         return repair, on_curve(found, least)
 
     def drop(self) -> None:

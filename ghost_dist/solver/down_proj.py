@@ -31,7 +31,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
 from ghost_dist.ridge import Ridge
 from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
-from ghost_dist.statistics.moments import Moments, take
+from ghost_dist.statistics.moments import Moments
 
 MAX_CONDITION = 1e6
 """Largest 2-norm condition number of P with which ``Q P^-1`` is formed: stored in bf16 the new
@@ -129,14 +129,15 @@ def refit_down(
 def fold_targets(folds: Iterable[Moments], down_FC: Tensor) -> Iterator[Moments]:
     """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y."""
     width = down_FC.shape[1]
-    a = slice(0, width)
+    a, h = slice(0, width), slice(width, None)
     for fold in folds:
         # ``retarget`` to Y - A, whose product with Z is there already.
         change_C = fold.gram_ZZ[a, a].diagonal() - 2 * fold.cross_ZC[a].diagonal()
-        left = replace(
+        yield replace(
             fold,
-            cross_ZC=fold.cross_ZC - fold.gram_ZZ[:, a],
+            gram_ZZ=fold.gram_ZZ[h, h],
+            cross_ZC=fold.cross_ZC[h] - fold.gram_ZZ[h, a],
+            sum_z_Z=fold.sum_z_Z[h],
             sum_y_C=fold.sum_y_C - fold.sum_z_Z[a],
             sumsq_y_C=fold.sumsq_y_C + change_C,
         )
-        yield take(left, slice(width, None))

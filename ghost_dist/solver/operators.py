@@ -34,12 +34,12 @@ class FitInput:
     norm_eps: float
 
 
-Fitting = Callable[[FitInput], tuple[Repair, Fit | None]]
+Fitting = Callable[[FitInput], tuple[Repair, Fit]]
 
 
 class Operator(NamedTuple):
-    fit: Fitting
-    regressors: Regressors | None = "stream"  # of the sums; None: nothing is fitted
+    fit: Fitting | None  # None: nothing is fitted
+    regressors: Regressors | None = "stream"  # of the sums; None then, too
     size: Callable[[int, int], int] | None = None  # of its least squares, by C and F; None: of all
     acts: bool = True  # at the gap, and not only in the layer before it
 
@@ -61,7 +61,7 @@ def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
 
 
 OPERATORS: dict[OperatorName, Operator] = {
-    "none": Operator(lambda _: (Repair(), None), None, acts=False),
+    "none": Operator(None, None, acts=False),
     "fold": Operator(_with_down(fit_fold), "joint", lambda _, f: f, acts=False),
     "ghost": Operator(_ghost),
     "ghost-joint": Operator(_with_down(fit_ghost_joint), "joint"),

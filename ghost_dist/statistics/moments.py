@@ -149,16 +149,6 @@ def norm_features(x_TC: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x_TC, (x32_TC * scale_T1).to(x_TC.dtype)
 
 
-def take(moments: Moments, columns: slice) -> Moments:
-    """Moments of some of the regressors against the same targets; views, no copy."""
-    return replace(
-        moments,
-        gram_ZZ=moments.gram_ZZ[columns, columns],
-        cross_ZC=moments.cross_ZC[columns],
-        sum_z_Z=moments.sum_z_Z[columns],
-    )
-
-
 def retarget(moments: Moments, map_ZC: Tensor) -> Moments:
     """Moments of the same regressors against the targets ``Y - Z @ map``."""
     product_ZC = moments.gram_ZZ @ map_ZC
