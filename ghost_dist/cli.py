@@ -352,6 +352,17 @@ for _stage in ("select", "calibrate", "solve", "export", "evaluate"):
     _add_stage(_stage)
 
 
+@app.command("export-deci")
+def export_deci(
+    run: Run,
+    out: Annotated[Path, Argument(metavar="FOLDER", help="That is not there yet.")],
+) -> None:
+    """Write a Llama's recovered checkpoint in DeciLM's layout, for llama.cpp's converter."""
+    from ghost_dist.export.deci import export_deci
+
+    export_deci(run / "checkpoint", out)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``ghost-dist`` command; never returns."""
 

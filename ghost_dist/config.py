@@ -20,7 +20,7 @@ from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sub
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Criterion = Literal["search", "recoverability", "paper"]
-OperatorName = Literal["ghost", "ghost-joint", "fold", "none"]
+OperatorName = Literal["ghost", "ghost-joint", "fold", "norm-linear", "none"]
 _SHARES_TOLERANCE = 1e-6
 
 
@@ -215,7 +215,8 @@ class OperatorConfig(Section):
     name: Literal["auto"] | OperatorName = "auto"
     """auto: what ``choose`` prefers of ghost-joint and fold (ghost, where the layer before the gap
     does not allow them) and none; ghost: x -> x W (the paper); ghost-joint: that and a new
-    down_proj before the gap; fold: only that; none: no operator."""
+    down_proj before the gap; fold: only that; norm-linear: x -> x + rmsnorm(x) N; none: no
+    operator."""
     ridge: Ridge = "auto"
     """auto: chosen on held-out windows; ``{relative: 1e-4}``, times the median of the Gram's
     diagonal; ``{absolute: 1e-6}``, as it is (the paper's)."""

@@ -69,7 +69,7 @@ def export_checkpoint(
         _check_target(out, sum(t.nbytes for file in shards.keys() - there for t in shards[file]))
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _write_weights(out, shards, there, advance or (lambda _: None))
+            write_weights(out, shards, there, advance or (lambda _: None))
             copy_side_files(source, out)
             _write_config(out, source, architecture, variant)
             if tokenizer is not None:
@@ -210,7 +210,7 @@ class Copied:
         return {file: mine[one] for file, one in wanted.items() if one in mine}
 
 
-def _write_weights(
+def write_weights(
     folder: Path, shards: Shards, there: Mapping[str, Path], advance: Advance
 ) -> None:
     lock = threading.Lock()

@@ -107,7 +107,7 @@ def fit_fold(
     **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """``Y - A ~ H D``: only the down_proj changes, no parameter is added."""
-    return refit_down(span, fold_targets(folds, down_FC), down_FC, ridge, **options)
+    return refit_down(span, fold_targets(folds), down_FC, ridge, **options)
 
 
 def refit_down(
@@ -126,11 +126,11 @@ def refit_down(
     return Repair(down_FC=new_down_FC), fit
 
 
-def fold_targets(folds: Iterable[Moments], down_FC: Tensor) -> Iterator[Moments]:
-    """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y."""
-    width = down_FC.shape[1]
-    a, h = slice(0, width), slice(width, None)
+def fold_targets(folds: Iterable[Moments]) -> Iterator[Moments]:
+    """Moments of H against ``Y - A`` from those of ``[A, H]`` against Y, A as wide as Y."""
     for fold in folds:
+        width = fold.cross_ZC.shape[1]
+        a, h = slice(0, width), slice(width, None)
         # ``retarget`` to Y - A, whose product with Z is there already.
         change_C = fold.gram_ZZ[a, a].diagonal() - 2 * fold.cross_ZC[a].diagonal()
         yield replace(

@@ -1,8 +1,9 @@
-"""`ghost` (arXiv 2605.15491), ``x -> x W``, and ``x -> x W + rmsnorm(x) N`` of its stream+norm.
+"""`ghost` (arXiv 2605.15491), ``x -> x W``, and what has ``rmsnorm(x)`` beside or instead of x.
 
-Legend: C hidden width. Rows are tokens: ``Y_TC = X_TC @ W_CC``, W is (in, out). The second is for
-what a linear map of x cannot do, which is to divide by a token's norm. An infinite ridge is the
-plain cut, W = I and N = 0. Memory beside the folds: 3 Z^2 float64, Z = C or 2 C.
+Legend: C hidden width. Rows are tokens: ``Y_TC = X_TC @ W_CC``, W is (in, out). stream+norm,
+``x -> x W + rmsnorm(x) N``, is for what a linear map of x cannot do, which is to divide by the norm
+of a token; `norm-linear`, ``x -> x + rmsnorm(x) N``, is what llama.cpp can run. An infinite ridge
+is the plain cut, W = I and N = 0. Memory beside the folds: 3 Z^2 float64, Z = C or 2 C.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.ridge import Ridge
+from ghost_dist.solver.down_proj import fold_targets
 from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 
@@ -47,3 +49,18 @@ def fit_stream_norm(
     map_ZC, fit = fit_least_squares(span, folds, prior_ZC, ridge, blocks=(width, width), **options)
     repair = Repair(weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], norm_eps=norm_eps)
     return repair, fit
+
+
+def fit_norm_linear(
+    span: str,
+    folds: Sequence[Moments],
+    ridge: Ridge,
+    *,
+    norm_eps: float,
+    **options: Unpack[FitOptions],
+) -> tuple[Repair, Fit]:
+    """Fit N of ``Y - x ~ rmsnorm(x) N`` from moments with ``Z = [x, rmsnorm(x)]``."""
+    width = folds[0].cross_ZC.shape[1]
+    zero_CC = folds[0].cross_ZC.new_zeros(width, width)
+    map_CC, fit = fit_least_squares(span, fold_targets(folds), zero_CC, ridge, **options)
+    return Repair(norm_weight_CC=map_CC, norm_eps=norm_eps), fit

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import OperatorName
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint
-from ghost_dist.solver.ghost import fit_ghost, fit_stream_norm
+from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear, fit_stream_norm
 from ghost_dist.solver.least_squares import Fit, FitOptions
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.span_sums import Regressors
@@ -56,6 +56,11 @@ def _ghost(given: FitInput) -> tuple[Repair, Fit]:
     return fit_stream_norm(*arguments, norm_eps=given.norm_eps, **given.options)
 
 
+def _norm_linear(given: FitInput) -> tuple[Repair, Fit]:
+    arguments = (given.span, given.folds, given.ridge)
+    return fit_norm_linear(*arguments, norm_eps=given.norm_eps, **given.options)
+
+
 def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
     return lambda g: solve(g.span, g.folds, g.down_FC, g.ridge, **g.options)
 
@@ -63,6 +68,7 @@ def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
 OPERATORS: dict[OperatorName, Operator] = {
     "none": Operator(None, None, acts=False),
     "fold": Operator(_with_down(fit_fold), "joint", lambda _, f: f, acts=False),
+    "norm-linear": Operator(_norm_linear, "stream+norm", lambda c, _: c),
     "ghost": Operator(_ghost),
     "ghost-joint": Operator(_with_down(fit_ghost_joint), "joint"),
 }

@@ -1,11 +1,11 @@
-"""`stream+norm` against planted maps."""
+"""`stream+norm` and `norm-linear` against planted maps."""
 
 import pytest
 import torch
 
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.ghost import fit_ghost, fit_stream_norm
+from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear, fit_stream_norm
 from ghost_dist.statistics.moments import norm_features
 
 T, C, FOLDS, EPS = 300, 9, 4, 1e-5
@@ -63,3 +63,25 @@ def test_ridge_scales_with_each_block(rows, stream):
     torch.testing.assert_close(one.weight_CC - eye, 1000 * (two.weight_CC - eye),
                                rtol=1e-4, atol=1e-6)  # fmt: skip
     torch.testing.assert_close(one.norm_weight_CC, two.norm_weight_CC, rtol=1e-4, atol=1e-6)
+
+
+def test_norm_linear_is_ridge_regression_of_the_change_on_the_normed_stream(rows, stream):
+    y = rows.normal(T, C, seed=7)
+    folds = rows.in_folds(rows.moments_of, FOLDS, features(stream), y)
+    repair, fit = fit_norm_linear("[1, 2)", folds, AbsoluteRidge(absolute=3), norm_eps=EPS)
+    normed = features(stream)[:, C:].double()
+    rows_of_ridge = 3**0.5 * torch.eye(C, dtype=torch.float64)
+    design = torch.cat((normed, rows_of_ridge))
+    target = torch.cat((y - stream, torch.zeros(C, C, dtype=torch.float64)))
+    n = torch.linalg.lstsq(design, target).solution
+    torch.testing.assert_close(repair.norm_weight_CC, n, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(apply_repair(repair, stream), stream + normed @ n,
+                               rtol=1e-5, atol=1e-5)  # fmt: skip
+    held_out = 0.0
+    for fold in range(FOLDS):
+        kept = torch.arange(T) % FOLDS != fold
+        part = torch.cat((normed[kept], rows_of_ridge)), torch.cat((target[:T][kept], target[T:]))
+        left = target[:T][~kept] - normed[~kept] @ torch.linalg.lstsq(*part).solution
+        held_out += float(left.square().sum())
+    assert fit.residual == pytest.approx(held_out / float((y - stream).square().sum()), rel=1e-6)
+    assert repair.added_parameters == C * C

@@ -1,0 +1,151 @@
+"""A recovered Llama in the layout of DeciLM, of which llama.cpp's converter makes a GGUF.
+
+There a layer may lack its attention, or have a matrix in its place, ``x + rmsnorm(x) @ N``: what
+`norm-linear` does at a gap. It becomes a layer of its own, or the attention of the layer behind the
+gap if that has none. llama.cpp leaves out the attention, too, of a layer without MLP; so there the
+MLP is of zeros, of the least width that the layout can express.
+
+Legend: C hidden width, F inner width of an MLP.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghost_dist.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
+from ghost_dist.errors import ExportError
+from ghost_dist.export.rewrite import not_written, write_weights
+from ghost_dist.export.shards import NewTensor, plan_shards
+from ghost_dist.export.side_files import copy_side_files
+
+_STEP = 256  # inner widths are multiples of it
+_GHOST = re.compile(r"(?:model\.layers\.(\d+)|model\.norm)\.ghost\.norm_linear\.weight")
+_OF_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
+
+
+def export_deci(checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write the folder ``out`` from an exported checkpoint, byte by byte; it must not be there yet.
+
+    Raises ExportError where the layout cannot say what the checkpoint computes.
+    """
+    source = open_checkpoint(checkpoint)
+    _check(source)
+    config, tensors = _rewritten(source)
+    try:
+        out.mkdir(parents=True)
+        try:
+            write_weights(out, plan_shards(tensors, max_shard_bytes), {}, lambda _: None)
+            copy_side_files(source, out)
+            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise not_written(out, error) from error
+
+
+def _check(source: Checkpoint) -> None:
+    """Refuse what a GGUF of ``deci`` would silently compute otherwise."""
+    config = source.config
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type")
+    operators = config.get("ghost_operators") or []
+    removed = config.get("ghost_sublayers") or []
+    inner, first = config["intermediate_size"], {"layer": 0, "part": "attention"}
+    problems = {
+        f"its model_type is {config['model_type']}": config["model_type"] != "ghost_llama",
+        "it has an operator other than norm-linear": any(
+            one["linear"] or not one["norm_linear"] or one["norm_eps"] != config["rms_norm_eps"]
+            for one in operators
+        ),
+        "layer 0 has no attention": any(first.items() <= one.items() for one in removed),
+        f"MLPs are {inner} wide, no multiple of {_STEP}": inner % _STEP,
+        f"head_dim is not {width // heads}": config.get("head_dim", width // heads) * heads
+        != width,
+        "it has biases": any(name.endswith(".bias") for name in source.tensors),
+        f"rope_type is {rope_type}": rope_type not in (None, "default", "llama3"),
+    }
+    found = [problem for problem, true in problems.items() if true]
+    if found:
+        raise ExportError(
+            f"{source.path} cannot be written in DeciLM's layout: {'; '.join(found)}. That takes a "
+            "Llama (model_type ghost_llama) with operator.name=norm-linear, or without attentions "
+            "or MLPs. If only whole layers went, with fold or no operator, llama.cpp's converter "
+            "takes the checkpoint as it is."
+        )
+
+
+def _rewritten(source: Checkpoint) -> tuple[dict[str, Any], list[NewTensor]]:
+    """Its ``config.json`` and its tensors, renumbered, with what fills layers up."""
+    config = dict(source.config)
+    num_layers, width = config["num_hidden_layers"], config["hidden_size"]
+    gone = {(one["layer"], one["part"]) for one in config.pop("ghost_sublayers", None) or ()}
+    operators = {one["boundary"] for one in config.pop("ghost_operators", None) or ()}
+    config.pop("auto_map", None)
+    blocks: list[dict[str, Any]] = []
+    position, of_operator, filled = {}, {}, []
+
+    def add(attention: str, inner: int) -> None:
+        layer = f"model.layers.{len(blocks)}"
+        group = config["num_attention_heads"] // config["num_key_value_heads"]
+        blocks.append({
+            "attention": {
+                "n_heads_in_group": group if attention == "full" else None,
+                "no_op": attention == "none",
+                "replace_with_linear": attention == "linear",
+            },
+            "ffn": {
+                "ffn_mult": 3 * (inner or _STEP) / (2 * width),
+                "no_op": False,
+                "replace_with_linear": False,
+            },
+        })  # fmt: skip
+        if attention == "linear":
+            filled.append(_constant(source, f"{layer}.input_layernorm.weight", 1, width))
+        if not inner:
+            filled.append(_constant(source, f"{layer}.post_attention_layernorm.weight", 1, width))
+            for name in ("gate_proj", "up_proj"):
+                filled.append(_constant(source, f"{layer}.mlp.{name}.weight", 0, _STEP, width))
+            filled.append(_constant(source, f"{layer}.mlp.down_proj.weight", 0, width, _STEP))
+
+    for layer in range(num_layers + 1):
+        free = (layer, "attention") in gone
+        if layer in operators:
+            of_operator[layer] = len(blocks)
+            if not free:
+                add("linear", 0)
+        if layer < num_layers:
+            position[layer] = len(blocks)
+            attention = "full" if not free else "linear" if layer in operators else "none"
+            add(attention, 0 if (layer, "mlp") in gone else config["intermediate_size"])
+
+    tensors = []
+    for name, tensor in source.tensors.items():
+        ghost, of_layer = _GHOST.fullmatch(name), _OF_LAYER.fullmatch(name)
+        if ghost:
+            number = of_operator[int(ghost[1]) if ghost[1] else num_layers]
+            name = f"model.layers.{number}.self_attn.linear_attn.weight"
+        elif of_layer:
+            name = f"{of_layer[1]}{position[int(of_layer[2])]}{of_layer[3]}"
+        place = (source.path / tensor.file, tensor.offset)
+        tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
+    config |= {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "num_hidden_layers": len(blocks),
+        "block_configs": blocks,
+    }
+    return config, [*tensors, *filled]
+
+
+def _constant(source: Checkpoint, name: str, value: int, *shape: int) -> NewTensor:
+    whole = torch.full(shape, value, dtype=source.dtype)
+    content = whole.view(torch.uint8).numpy().tobytes
+    stored_as = next(name for name, known in FLOATS.items() if known == source.dtype)
+    return NewTensor(name, stored_as, shape, whole.nbytes, content)
