@@ -70,6 +70,9 @@ Speedup = Annotated[
 ]
 Kv = Annotated[str | None, Option("--target-kv", help="Of the KV cache that is left: 60%.")]
 Bytes = Annotated[str | None, Option("--target-bytes", help="Largest checkpoint: 20GB.")]
+Pareto = Annotated[
+    str | None, Option(help="Search for these too, in one table with the chosen one: 2,4,20%.")
+]
 Spans = Annotated[str | None, Option(help="Layers to remove: 11:18 or 3:5,11:18.")]
 Operator = Annotated[str | None, Option(help="auto, ghost, ghost-joint, fold, ...")]
 
@@ -82,6 +85,7 @@ def recover(
     target_speedup: Speedup = None,
     target_kv: Kv = None,
     target_bytes: Bytes = None,
+    pareto: Pareto = None,
     spans: Spans = None,
     operator: Operator = None,
     assignments: Set = None,
@@ -96,7 +100,7 @@ def recover(
 
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, targets, **fields)
+    config = _run_config(model, assignments, targets, pareto, **fields)
     reporter = Reporter(listeners=[] if status is None else [StatusFile(status)])
     print_result(run_config(config, reporter), Path(config.output.path))
 
@@ -109,6 +113,7 @@ def plan(
     target_speedup: Speedup = None,
     target_kv: Kv = None,
     target_bytes: Bytes = None,
+    pareto: Pareto = None,
     spans: Spans = None,
     operator: Operator = None,
     assignments: Set = None,
@@ -123,7 +128,7 @@ def plan(
 
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, targets, **fields)
+    config = _run_config(model, assignments, targets, pareto, **fields)
     _show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
 
 
@@ -398,6 +403,7 @@ def _run_config(
     model: str,
     assignments: Sequence[str] | None,
     targets: Mapping[str, str | None] | None = None,
+    pareto: str | None = None,
     **fields: Any,
 ) -> Any:
     """The configuration that the arguments of a run make."""
@@ -410,6 +416,8 @@ def _run_config(
         raise ConfigError(f"One target at a time, and these were given: {', '.join(given)}.")
     if given:
         settings["selection.target"] = given[0]
+    if pareto is not None:
+        settings["selection.pareto"] = pareto
     return make_config(model, settings=settings, **fields)
 
 

@@ -7,13 +7,12 @@ on the model (number of layers, hidden size) is checked where the model's header
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from ghost_dist.amounts import parse_size, parse_target
 from ghost_dist.engine_config import ClusterConfig, EngineConfig, Section
 from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
@@ -110,6 +109,10 @@ class SelectionConfig(Section):
     """In the place of ``remove``, what should come out: ``speedup 1.3`` times dense, measured at
     the beginning, of a request or of its ``prefill`` or ``decode`` (``speedup 1.3 decode``); at
     most ``kv 60%`` of the cache; a checkpoint of at most ``bytes 20GB``."""
+    pareto: tuple[int | str, ...] = ()
+    """search: other sizes and targets, as ``remove`` or ``target`` takes them (``2,20%,kv 60%``),
+    that are searched for too and stand in one table with the chosen one. In the same RUN another
+    one can then be chosen by ``remove`` or ``target``, and is not searched for again."""
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
     last layer; overrides criterion and remove."""
@@ -144,6 +147,29 @@ class SelectionConfig(Section):
         if value is not None:
             parse_target(value)
         return value
+
+    @field_validator("pareto", mode="before")
+    @classmethod
+    def _read_pareto(cls, value: Any) -> Any:
+        listed = value if isinstance(value, list | tuple) else str(value).split(",")
+        points = [str(one).strip() for one in listed]
+        for point in points:
+            if not point.isdigit():
+                (parse_size if point[:1].isdigit() else parse_target)(point)
+        return [int(point) if point.isdigit() else point for point in points]
+
+    @property
+    def points(self) -> tuple[SelectionConfig, ...]:
+        """The same for each of ``pareto`` in the place of what is chosen."""
+        names = ["remove" if str(point)[0].isdigit() else "target" for point in self.pareto]
+        none: dict[str, Any] = {"remove": None, "target": None, "pareto": ()}
+        of = zip(names, self.pareto, strict=True)
+        return tuple(self.model_copy(update={**none, name: point}) for name, point in of)
+
+    @property
+    def wanted(self) -> str:
+        """What is chosen, in words: ``7``, ``20%`` or ``kv 60%``."""
+        return self.target or str(self.remove)
 
     @field_validator("spans", mode="before")
     @classmethod
@@ -202,6 +228,8 @@ class SelectionConfig(Section):
                 f"max_spans={self.max_spans} needs criterion=recoverability or search; paper "
                 "removes one span"
             )
+        if self.pareto and not self.searches:
+            raise ValueError("pareto needs criterion=search, and spans and sublayers left out")
         if self.max_length is not None and self.max_length < self.min_length:
             raise ValueError(
                 f"max_length={self.max_length} is less than min_length={self.min_length}"
@@ -402,32 +430,3 @@ class Config(Section):
             or engine.replicas != 1
             or self.cluster.address is not None
         )
-
-
-def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:
-    """``"20%"`` as a fraction, or ``"4GB"``, ``"512MiB"`` as bytes; ValueError if it is neither."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(%)|([kMGT]?)(i?)B)", text.strip())
-    if match is None or float(match[1]) <= 0 or (match[2] and float(match[1]) >= 100):
-        raise ValueError(
-            "give a number of layers (7), a share of the parameters (20%), or bytes (4GB, 512MiB)"
-        )
-    if match[2]:
-        return "fraction", float(match[1]) / 100
-    power = " kMGT".index(match[3] or " ")
-    return "bytes", float(match[1]) * (1024 if match[4] else 1000) ** power
-
-
-def parse_target(text: str) -> tuple[Literal["speedup", "kv", "bytes"], float, str]:
-    """``speedup 1.3 [prefill|decode]``, ``kv 60%``, ``bytes 20GB``: kind, number, part or empty."""
-    if match := re.fullmatch(r"speedup (\d+(?:\.\d+)?)(?: (prefill|decode))?", text.strip()):
-        if float(match[1]) > 1:
-            return "speedup", float(match[1]), match[2] or ""
-    elif match := re.fullmatch(r"(kv|bytes) (\S+)", text.strip()):
-        with contextlib.suppress(ValueError):
-            unit, size = parse_size(match[2])
-            if unit == ("fraction" if match[1] == "kv" else "bytes"):
-                return "kv" if match[1] == "kv" else "bytes", size, ""
-    raise ValueError(
-        "give speedup 1.3 (more than 1, of a whole request), speedup 1.3 prefill, speedup 1.3 "
-        "decode, kv 60% (more than 0, less than 100), or bytes 20GB"
-    )

@@ -28,6 +28,10 @@ model, and how much of it is at hand changes its sums by last bits at most (expe
 CPU). Sums of ranks that share layers are others, and are told apart by the statistics."""
 
 
+AMOUNTS = ("selection.remove", "selection.target", "selection.pareto")
+"""The same with ``selection.pareto``: another amount is chosen of what was searched for."""
+
+
 def decisive_tree(config: Config) -> dict[str, Any]:
     """:func:`config_tree` without what may differ between two runs with the same result."""
     tree = config_tree(config)

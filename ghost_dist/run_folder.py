@@ -6,14 +6,17 @@ written last, so a stage killed half way is simply run again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ghost_dist.config import Config
 from ghost_dist.config_file import (
+    AMOUNTS,
     MAY_DIFFER,
     config_tree,
     config_yaml,
@@ -40,6 +43,7 @@ class RunFolder:
         self.result = self.path / "result.json"
         self._stages = self.path / "stages"
         self._lock: int | None = None
+        self._fresh, self._made = False, list[Path]()  # empty before, and folders made for it
 
     @staticmethod
     def stored_config(path: Path) -> Config:
@@ -74,21 +78,37 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
+        if self._lock is None:
+            return
+        try:
+            if self._fresh and not ((self.path / "config.yaml").exists() or self.tokens.exists()):
+                self._clear()
+        finally:
             os.close(self._lock)
             self._lock = None
+
+    def _clear(self) -> None:
+        """Leave nothing of a run that was refused before any work."""
+        for folder in (self.operators, self._stages):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.events, self.path / ".lock"):
+            file.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def begin(self) -> None:
         """Bind the folder to this configuration, once the inputs have been checked.
 
         Before that a mistake can be corrected under the same ``--out``.
         """
-        path, evaluation = self.path / "config.yaml", self.config.evaluation
+        path = self.path / "config.yaml"
         if not create_bytes(path, config_yaml(self.config)):
             stored = self.stored_config(self.path)
-            if stored.evaluation != evaluation:
-                # No earlier stage depends on it, so it may change from one call to the next.
-                write_bytes(path, config_yaml(stored.model_copy(update={"evaluation": evaluation})))
+            # What may change from one call to the next, and is read back by other commands.
+            update = {name: getattr(self.config, name) for name in ("evaluation", "selection")}
+            if (changed := stored.model_copy(update=update)) != stored:
+                write_bytes(path, config_yaml(changed))
 
     def record(self, stage: str, inputs: str) -> dict[str, Any] | None:
         """Outputs recorded for a stage with these inputs (a fingerprint), None if not done."""
@@ -114,6 +134,7 @@ class RunFolder:
                 f"The output folder {self.path} is not empty and is no RUN folder of ghost_dist. "
                 "Nothing was changed; choose another one with --out."
             )
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -124,6 +145,7 @@ class RunFolder:
                 f"Another process ({holder}) works on {self.path}. Wait for it, or stop it; its "
                 "finished work is kept either way."
             ) from None
+        self._fresh, self._made = fresh, made
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
 
@@ -132,7 +154,8 @@ class RunFolder:
             return
         stored = config_tree(self.stored_config(self.path))
         differing = differing_fields(stored, config_tree(self.config))
-        differing = [line for line in differing if not line.startswith(MAY_DIFFER)]
+        may = (*MAY_DIFFER, *(AMOUNTS if self.config.selection.pareto else ()))
+        differing = [line for line in differing if not line.startswith(may)]
         if differing:
             raise RunMismatchError(
                 f"{self.path} holds a run of another configuration:\n  "

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ghost_dist"
 
 ROWS = [
     {"errors"},
-    {"devices", "durable", "ridge", "spans"},
+    {"amounts", "devices", "durable", "ridge", "spans"},
     {"engine_config"},
     {"config"},
     {"config_file"},

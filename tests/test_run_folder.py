@@ -45,6 +45,26 @@ def test_a_run_that_never_began_binds_nothing(tmp_path):
         run.begin()
 
 
+def test_what_was_refused_leaves_nothing_behind(tmp_path):
+    """But what others have put there, and what was done before."""
+    for path in (tmp_path / "new" / "run", tmp_path):
+        with RunFolder(config(path)) as run:
+            run.events.write_text("{}\n")
+            run.finish("anything", "a", {})
+        assert not os.listdir(tmp_path)
+    with RunFolder(config(tmp_path / "new" / "run")) as run:
+        run.tokens.write_text("packed")
+    with RunFolder(config(tmp_path / "new" / "other")) as run:
+        (run.path / "notes").write_text("x")
+    assert run.path.is_dir()
+    assert (tmp_path / "new" / "run" / ".lock").exists()
+    with RunFolder(config(tmp_path / "new" / "run")) as run:
+        run.begin()
+    with pytest.raises(RunMismatchError), RunFolder(config(run.path, **{"calibration.seed": 1})):
+        pass
+    assert (run.path / ".lock").exists()
+
+
 def test_a_moved_run_is_still_the_same(tmp_path):
     with RunFolder(config(tmp_path / "run")) as run:
         run.begin()

@@ -8,7 +8,10 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
+from ghost_dist.checkpoint.architecture import Architecture
+from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.cluster.collect import CollectOnCluster
 from ghost_dist.cluster.fit import FitOnCluster
 from ghost_dist.cluster.leases import Node, Shape
@@ -16,9 +19,11 @@ from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.scoring import ScoreOnCluster
 from ghost_dist.config import Config
 from ghost_dist.errors import ClusterError, ConfigError
+from ghost_dist.pipeline import layer_times
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.recover import Stage, recover
 from ghost_dist.pipeline.searching import Scorer
+from ghost_dist.pipeline.targets import Times
 from ghost_dist.progress import Reporter
 
 _PROBE_S = 10.0
@@ -53,6 +58,28 @@ class Session:
             )
         return torch.device("cuda" if gpus and wanted != "cpu" else "cpu")
 
+    def request_seconds(
+        self, config: Config, source: Checkpoint, architecture: Architecture
+    ) -> Times:
+        """Of layers, on one device as a rank has it."""
+        gpus, cluster = int(self.device().type == "cuda"), self._config.cluster
+        self._shape(gpus).check_room(self.nodes(), 1)
+        asked = {"num_cpus": cluster.cpus_per_rank, "num_gpus": gpus, "max_retries": 0}
+        task = ray.remote(layer_times.request_seconds).options(**asked)
+        found = task.remote(config, source, architecture)
+        try:
+            times: Times = ray.get(found, timeout=cluster.wait_s + cluster.progress_timeout_s)
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayError as error:
+            ray.cancel(found, force=True)
+            raise ClusterError(
+                "The seconds of layers for selection.target could not be measured on the cluster "
+                f"({type(error).__name__}: {error}). The same command tries again; selection."
+                "remove needs none."
+            ) from error
+        return times
+
     def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
         """What fills the stores of the run, on replicas of this cluster."""
         return CollectOnCluster(self._pool_of(inputs, reporter))
@@ -72,12 +99,14 @@ class Session:
     def _pool_of(self, inputs: RunInputs, reporter: Reporter) -> Pool:
         if self._pool is None:
             self._connect()
-            engine, cpus = self._config.engine, self._config.cluster.cpus_per_rank
-            gpus = int(inputs.worker_device.type == "cuda")
-            setting = f"engine.{'data' if engine.data_parallel > 1 else 'tensor'}_parallel"
-            shape = Shape(engine.ranks, cpus, gpus, setting)
+            shape = self._shape(int(inputs.worker_device.type == "cuda"))
             self._pool = Pool(inputs, reporter, shape, self.nodes)
         return self._pool
+
+    def _shape(self, gpus: int) -> Shape:
+        engine, cpus = self._config.engine, self._config.cluster.cpus_per_rank
+        setting = f"engine.{'data' if engine.data_parallel > 1 else 'tensor'}_parallel"
+        return Shape(engine.ranks, cpus, gpus, setting)
 
     def nodes(self) -> list[Node]:
         def of(node: dict[str, Any]) -> Node:

@@ -32,7 +32,6 @@ from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
     RunInputs,
-    check_remove,
     open_causal_lm,
     open_inputs,
     with_absolute_paths,
@@ -41,6 +40,7 @@ from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layer
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
+from ghost_dist.pipeline.targets import check_remove
 from ghost_dist.pipeline.texts import calibration_ranges
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_comparison
@@ -132,7 +132,9 @@ def _select(
         elif criterion != "search":
             scored = {"criterion": criterion, "remove": remove, "spans": None}
             update = {"selection": inputs.config.selection.model_copy(update=scored)}
-        of_cut = replace(inputs, remove=remove, config=inputs.config.model_copy(update=update))
+        of_cut = replace(
+            inputs, remove=remove, others=(), config=inputs.config.model_copy(update=update)
+        )
         if "selection" in update:
             path = run.path / f"selection-{criterion}-{remove}.zarr"
             spans, _ = Stages(of_cut, run, reporter).by_criterion(tokens, path)

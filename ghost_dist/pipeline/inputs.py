@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,18 @@ from ghost_dist.checkpoint.reader import (
 )
 from ghost_dist.config import Config
 from ghost_dist.devices import free_bytes, open_device, total_bytes
-from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.find_halves import with_halves
-from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.sharding import check_degree
-from ghost_dist.errors import ConfigError, RunFolderError, UnsupportedArchitectureError
+from ghost_dist.errors import RunFolderError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
 from ghost_dist.pipeline.automatic import batch_of, compute_dtype, count_ranges
 from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_ridge
 from ghost_dist.pipeline.fitting import fit_room
-from ghost_dist.pipeline.selecting import Selector, rules_of
-from ghost_dist.pipeline.targets import Aim, Amount, aim_of, amount_of
+from ghost_dist.pipeline.layer_times import request_seconds
+from ghost_dist.pipeline.refittable import refittable_layers
+from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.targets import Aim, Amount, Times, open_amount, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span
@@ -76,6 +76,10 @@ class RunInputs:
     """Number of layers to remove, where no spans are given, and ..."""
     aim: Aim | None
     """... what they are to free; None: nothing but their number is asked for."""
+    others: tuple[Amount, ...]
+    """Other amounts to search for, of ``selection.pareto``."""
+    times: Times | None
+    """Seconds of layers, where a target or ``pareto`` asks for them."""
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
@@ -86,6 +90,16 @@ class RunInputs:
     ``engine.with_engine`` has decided."""
     loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The whole uncut model, while it is kept between stages."""
+
+    def at(self, amount: Amount) -> RunInputs:
+        """The same where another amount goes."""
+        config = self.config.model_copy(update={"selection": amount.selection})
+        return replace(self, config=config, remove=amount.layers, aim=amount.aim)
+
+    @property
+    def amount(self) -> Amount:
+        """How much goes."""
+        return Amount(self.remove, self.config.selection, self.aim)
 
     @property
     def described_amount(self) -> str:
@@ -161,16 +175,18 @@ def open_inputs(
     any_operator: bool = False,
     evaluates: bool = True,
     worker_device: Callable[[], torch.device] | None = None,
-    aim: Aim | None = None,
+    times: Times | None = None,
+    measure: Callable[[Config, Checkpoint, Architecture], Times] = request_seconds,
 ) -> RunInputs:
     """Open the checkpoint, the tokenizer and the evaluation texts, and check all of the config.
 
     With ``any_operator`` operators other than the configured one are going to be asked for; texts
     and tasks of the evaluation are only opened where it ``evaluates``.
     ``worker_device`` says what other processes compute on; None: this process runs the windows.
-    ``aim``: what was measured for the target before.
+    ``times``: of layers, where they were measured before; else ``measure`` does where they are
+    needed.
     """
-    source, architecture, amount = open_model(config, aim)
+    source, architecture, amount = open_model(config, times, measure)
     config = with_bos(config, architecture, reporter.warn)
     for note in source.notes:
         reporter.warn(note)
@@ -226,7 +242,7 @@ def assembled(
 ) -> RunInputs:
     """The inputs, with what follows from the configuration and the devices; for ``plan`` too."""
     return RunInputs(
-        config=_bounded(config, amount),
+        config=config.model_copy(update={"selection": amount.selection}),
         source=source,
         architecture=architecture,
         device=device,
@@ -238,6 +254,8 @@ def assembled(
         num_ranges=count_ranges(config),
         remove=amount.layers,
         aim=amount.aim,
+        others=amount.others,
+        times=amount.times,
         streaming=config.engine.kind == "streaming",
         **opened,
     )
@@ -268,16 +286,21 @@ def _evaluation_windows(
     )
 
 
-def open_model(config: Config, aim: Aim | None = None) -> tuple[Checkpoint, Architecture, Amount]:
+def open_model(
+    config: Config,
+    times: Times | None = None,
+    measure: Callable[[Config, Checkpoint, Architecture], Times] = request_seconds,
+) -> tuple[Checkpoint, Architecture, Amount]:
     """Headers and architecture of the model, checked against what is to be removed.
 
-    And how much that is; of an ``aim`` that is known already nothing is measured again.
+    And how much that is; ``times`` of layers that are known already are not measured again.
     """
     model = config.model
     path = resolve_checkpoint(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     source = open_checkpoint(path)
     architecture = inspect_architecture(source)
-    selection, amount = config.selection, Amount(None, None)
+    selection = config.selection
+    amount = Amount(None, selection)
     if selection.sublayers:
         architecture = with_halves(source, architecture)
     if selection.given:
@@ -285,27 +308,19 @@ def open_model(config: Config, aim: Aim | None = None) -> tuple[Checkpoint, Arch
         check_cut(architecture, source.config, spans)
         check_halves(architecture, source.config, spans, halves)
     else:
-        amount = _amount(config, source, architecture, aim)
-        selection = _bounded(config, amount).selection
+        amount = open_amount(config, source, architecture, times, measure)
         assert amount.layers is not None
         if selection.criterion == "search":
-            rules_of(selection, amount.layers, architecture.num_layers, amount.aim)
+            for one in (amount, *amount.others):
+                rules_of(one, architecture.num_layers)
         else:
-            candidates = Selector(selection, amount.layers, architecture).candidates()
+            candidates = Selector(amount.selection, amount.layers, architecture).candidates()
             if selection.most_spans == 1:
                 check_some_cut(architecture, source.config, ([span] for span in candidates))
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)
         check_degree(whole, config.engine.tensor_parallel)
     return source, architecture, amount
-
-
-def _bounded(config: Config, amount: Amount) -> Config:
-    """With no more spans than there is room for their operators."""
-    if amount.aim is None:
-        return config
-    selection = config.selection.model_copy(update={"max_spans": amount.max_spans})
-    return config.model_copy(update={"selection": selection})
 
 
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
@@ -358,78 +373,6 @@ def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
             f"{free / 1e9:.2f} GB free. Free some, choose another --out, or give fewer "
             "calibration.ranges."
         )
-
-
-def _amount(
-    config: Config, source: Checkpoint, architecture: Architecture, aim: Aim | None
-) -> Amount:
-    selection, num_layers = config.selection, architecture.num_layers
-    remove, protect = selection.remove, selection.protect
-    unknown = [layer for layer in protect if layer >= num_layers]
-    if unknown:
-        raise ConfigError(
-            f"selection.protect names layers {unknown}, but the model has layers 0 to "
-            f"{num_layers - 1}."
-        )
-    if isinstance(remove, int):
-        check_remove(remove, num_layers, protect)
-        return Amount(remove, selection.max_spans)
-    if aim is None:
-        try:
-            refittable = refittable_layers(config, source, architecture, reads=False)
-        except UnsupportedArchitectureError:
-            refittable = frozenset()  # the larger operators
-        aim = aim_of(config, source, architecture, refittable)
-    return amount_of(aim, selection)
-
-
-def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None:
-    """Refuse to remove more layers than can go."""
-    most = num_layers - max(1, len(set(protect)))
-    if not 0 < remove <= most:
-        raise ConfigError(
-            f"selection.remove={remove}, but the model has {num_layers} layers, "
-            f"{len(set(protect))} of them protected, and at least one must be kept: give 1 to "
-            f"{most}."
-        )
-
-
-def refittable_layers(
-    config: Config,
-    source: Checkpoint,
-    architecture: Architecture,
-    *,
-    any_operator: bool = False,
-    reads: bool = True,
-) -> frozenset[int]:
-    """Layers whose down_proj can be refitted, found on a small random model of the family.
-
-    The classes decide, not the weights: one real layer may be larger than memory. Where no small
-    model can be built the first real layer that has one is looked at, or nothing if not ``reads``.
-    """
-    operator, downs = config.operator, architecture.down_projections
-    wanted = any_operator or operator.name == "auto" or refits_down(operator.name)
-    if not wanted or not downs:
-        return frozenset()
-
-    def added(model: Any) -> bool:
-        small = {
-            number: path
-            for number, layer in enumerate(model.get_submodule(architecture.layers))
-            for path in set(downs.values()) & {path for path, _ in layer.named_modules()}
-        }
-        layers = LayerwiseModel(model, replace(architecture, down_projections=small))
-        return adds_mlp_output(layers, min(small))
-
-    try:
-        found = with_small_model(source, architecture, 1, added)
-    except UnsupportedArchitectureError:
-        if not reads:
-            raise
-        cpu, first = torch.device("cpu"), min(downs)
-        decoder = load_decoder(source.path, architecture, first + 1, torch.float32, cpu)
-        found = adds_mlp_output(LayerwiseModel(decoder.model, decoder.architecture), first)
-    return frozenset(downs) if found else frozenset()
 
 
 def _say_if_few_tokens(

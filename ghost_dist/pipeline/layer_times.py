@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,20 +28,24 @@ _ROUNDS = 5
 _SHARE_OF_MEMORY = 0.5
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Of a request, or of a part of it."""
+
+    layers: Sequence[float]  # every layer
+    total: float  # the dense model
+    product: float  # of the stream with a C x C matrix
+
+
 def request_seconds(
-    config: Config, source: Checkpoint, architecture: Architecture, part: str
-) -> tuple[tuple[float, ...], float, float]:
-    """Seconds of every layer, of the dense model, and of a product with C x C, in a request.
+    config: Config, source: Checkpoint, architecture: Architecture
+) -> dict[str, Seconds]:
+    """Of a whole request, by the name of ``""``, of its ``prefill`` and of its ``decode``.
 
     By models of random weights that generate in turns as ``bench-serving`` lets them: a whole one,
     or as many of its layers as there is room for, and for each kind of layers one with half as many
     of them. What these are faster by is the time of the layers.
     """
-    if config.on_cluster:
-        raise ConfigError(
-            "selection.target=speedup is measured in this process, and the run is on a cluster. "
-            "Let plan say on one such device how many layers that takes, and give selection.remove."
-        )
     device = open_device(config.engine.device)
     dtype = compute_dtype(config, source, device)
     sizes, of_kind = model_sizes(source, architecture, dtype), dict[str, list[int]]()
@@ -68,18 +73,6 @@ def request_seconds(
     length = min(PROMPT, source.config.get("max_position_embeddings", math.inf) - _TIMED_NEW)
     ids_BT = torch.zeros(BATCH, length, dtype=torch.int64, device=device)
     turns = take_turns(models, ids_BT, _TIMED_NEW, _ROUNDS)
-    seconds = {kind: _seconds(turns[kind], part) for kind in models}
-    total, layer_s = seconds[""], {}
-    for kind, without in gone.items():
-        layer_s[kind] = (total - seconds[kind]) / len(without)
-        if layer_s[kind] <= 0:
-            raise ConfigError(
-                f"selection.target=speedup: a model with {len(without)} layers fewer was no faster "
-                f"on {device}, so other programs must be busy there. Try again when they are not."
-            )
-    frees = tuple(layer_s[layer.kind] for layer in sizes.layers)
-    absent = set(range(len(frees))) - first(count)
-    total += math.fsum(frees[layer] for layer in absent)
     width = architecture.hidden_size
     weight_CC = random_tensor((width, width), dtype, device)
     streams = [random_tensor((rows, width), dtype, device) for rows in (BATCH * length, BATCH)]
@@ -88,7 +81,19 @@ def request_seconds(
     gc.collect()
     release_cached(device)  # what is free there decides which engine the run gets
     product = Turn(prefill_s, (_TIMED_NEW - 1) * step_s, ids_BT, None)
-    return frees, total, _seconds([product], part)
+
+    def of_part(part: str) -> Seconds:
+        total = _seconds(turns[""], part)
+        layer_s = {
+            kind: (total - _seconds(turns[kind], part)) / len(without)
+            for kind, without in gone.items()
+        }
+        layers = tuple(layer_s[layer.kind] for layer in sizes.layers)
+        absent = set(range(len(layers))) - first(count)
+        total += math.fsum(layers[layer] for layer in absent)
+        return Seconds(layers, total, _seconds([product], part))
+
+    return {part: of_part(part) for part in ("", "prefill", "decode")}
 
 
 def _of_layers(

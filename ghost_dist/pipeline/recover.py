@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ghost_dist import __version__
+from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.config import Config
 from ghost_dist.config_file import (
@@ -37,9 +38,10 @@ from ghost_dist.pipeline.engine import ENGINE, record_engine, with_engine
 from ghost_dist.pipeline.exporting import RESULT, ExportAhead
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
+from ghost_dist.pipeline.layer_times import request_seconds
 from ghost_dist.pipeline.searching import Scorer
 from ghost_dist.pipeline.stages import Stages
-from ghost_dist.pipeline.targets import keep_aim, kept_aim
+from ghost_dist.pipeline.targets import Times, keep_times, kept_times
 from ghost_dist.progress import Reporter, callback_of
 from ghost_dist.report.page import write_report
 from ghost_dist.report.record import RunRecord
@@ -57,6 +59,11 @@ class Workers(Protocol):
 
     def device(self) -> torch.device:
         """The kind of device that they compute on."""
+
+    def request_seconds(
+        self, config: Config, source: Checkpoint, architecture: Architecture
+    ) -> Times:
+        """As ``layer_times.request_seconds``, on one of their devices."""
 
     def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
         """What fills the stores of one run."""
@@ -100,7 +107,8 @@ def recover(
                 reporter,
                 evaluates=again not in ("select", "calibrate", "solve") or not run.outputs(ENGINE),
                 worker_device=None if workers is None else workers.device,
-                aim=kept_aim(run.path, config),
+                times=kept_times(run.path),
+                measure=request_seconds if workers is None else workers.request_seconds,
             )
         inputs = with_engine(inputs, run, reporter)
         if again is not None:
@@ -115,7 +123,7 @@ def recover(
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)
-        keep_aim(run, inputs.aim)
+        keep_times(run, inputs.times)
         if inputs.aim is not None:
             reporter.say(inputs.described_amount)
         spans = stages.select(tokens)
@@ -188,7 +196,9 @@ def _result(
         "spans": pairs_of(spans),
         "sublayers": records["select"]["sublayers"],
         "num_layers": inputs.architecture.num_layers,
-        "target": aim.as_plain(spans) if aim and config.selection.target else None,
+        "target": {"target": aim.wanted, "predicted": aim.predicted(spans)}
+        if aim and config.selection.target
+        else None,
         "operator": solution.operator,
         "ridge": [fit["ridge"] for fit in solution.record["fits"]],
         "fit": solution.record["fits"],
@@ -199,7 +209,7 @@ def _result(
         "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
             key: records["select"][key]
-            for key in ("scores", "recoverability", "search")
+            for key in ("scores", "recoverability", "search", "pareto")
             if key in records["select"]
         },
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks", "samples")},

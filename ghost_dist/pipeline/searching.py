@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from ghost_dist.calibration.split import judging_pieces, spread
 from ghost_dist.calibration.windows import Tokens, TokenWindows
-from ghost_dist.checkpoint.architecture import Architecture, check_cut
+from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import CalibrationConfig, Config, SelectionConfig
 from ghost_dist.devices import free_bytes
@@ -43,7 +43,7 @@ from ghost_dist.pipeline.search_fits import (
     SequentialFits,
     dense_streams,
 )
-from ghost_dist.pipeline.selecting import rules_of
+from ghost_dist.pipeline.targets import comes_to, rules_of
 from ghost_dist.pipeline.texts import windows_of_folds
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
@@ -56,7 +56,7 @@ from ghost_dist.solver.search import (
     table_as_plain,
     table_from_plain,
 )
-from ghost_dist.spans import Span, check_spans
+from ghost_dist.spans import Span, check_spans, pairs_of
 
 _LONGEST, _SHORTEST = 512, 128  # tokens of a judging window
 _PIECES = 4  # of these that every source should give
@@ -124,30 +124,33 @@ class SearchShape:
     sweeps: int
 
 
-def search_shape(config: Config, remove: int, architecture: Architecture) -> SearchShape:
-    """Of a search for so many layers."""
-    selection, calibration = config.selection, config.calibration
-    effort, sources = _effort(selection), len(config.left_out)
-    each = calibration.windows // sources
-    judges = effort.judges(calibration, sources, each, repairs(config))
-    rules = rules_of(selection, remove, architecture.num_layers)
-    greedy = greedy_evaluations(rules, judges, effort.width)
-    budget = math.ceil(effort.rounds * greedy)
+def search_shape(inputs: RunInputs) -> SearchShape:
+    """Of the searches for all amounts; layers go one at a time once, for the largest of them."""
+    selection, calibration = inputs.config.selection, inputs.config.calibration
+    effort, sources = _effort(selection), len(inputs.config.left_out)
+    each, width = calibration.windows // sources, inputs.architecture.hidden_size
+    judges = effort.judges(calibration, sources, each, repairs(inputs.config))
+    amounts = {amount.selection.wanted: amount for amount in (inputs.amount, *inputs.others)}
+    rules = [rules_of(amount, inputs.architecture.num_layers) for amount in amounts.values()]
+    greedy = [greedy_evaluations(rule, judges, effort.width) for rule in rules]
+    budget = sum(math.ceil(effort.rounds * least) for least in greedy)
     if isinstance(selection.effort, int):
-        budget = selection.effort
-    closely = sum(map(judges.more, greedy_counts(rules, effort.width))) * budget / greedy
+        budget = selection.effort * len(greedy)
+    largest = rules.pop(greedy.index(max(greedy)))
+    budget -= sum(greedy_evaluations(rule, judges, effort.width, spans=False) for rule in rules)
+    more, rounds = map(judges.more, greedy_counts(largest, effort.width)), budget / max(greedy)
     fitted_tokens = walked_tokens = 0
-    if repairs(config):
-        fitted = effort.fit_windows(architecture.hidden_size, calibration.window_length)
+    if repairs(inputs.config):
+        fitted = effort.fit_windows(width, calibration.window_length)
         fitted_tokens = min(-(-fitted // sources), each) * sources * calibration.window_length
-        share = closely / len(judges.windows)
+        share = sum(more) * rounds / len(judges.windows)
         walked_tokens = int(share * min(fitted_tokens, WALKED_TOKENS))
     return SearchShape(
         fitted_tokens=fitted_tokens,
         walked_tokens=walked_tokens,
         evaluations=budget,
         length=effort.length(calibration, sources),
-        sweeps=math.ceil((sources + _PARTS_LEFT_OUT + 1) * effort.rounds * remove),
+        sweeps=math.ceil((sources + _PARTS_LEFT_OUT + 1) * rounds * largest.remove),
     )
 
 
@@ -159,7 +162,7 @@ def search_cost(run: RunShape) -> Cost:
     """
     inputs, sizes, layers = run.inputs, run.sizes, range(run.num_layers)
     assert inputs.remove is not None
-    search = search_shape(inputs.config, inputs.remove, inputs.architecture)
+    search = search_shape(inputs)
     judged_tokens = search.evaluations * search.length
     cost = Cost(
         below=run.num_layers,
@@ -189,81 +192,115 @@ def search_spans(
     reporter: Reporter,
     scorer: Scorer | None = None,
 ) -> tuple[tuple[Span, ...], dict[str, Any]]:
-    """The spans that go, and what was searched as plain values.
+    """The spans that go, and what was searched as plain values; under ``pareto`` all amounts.
 
-    A search that was stopped goes on from what RUN holds. ``scorer``: None is this process.
+    What removals have scored is kept in RUN, whatever amount was searched for: a search that was
+    stopped goes on from there, and one for another amount scores what is new to it.
     """
-    selection, architecture = inputs.config.selection, inputs.architecture
-    assert inputs.remove is not None
-    record = record_of(inputs)
-    identity = fingerprint(
-        {
-            "selection": selection.model_dump(mode="json", exclude={"criterion", "spans"}),
-            "effort": str(_effort(selection)),
-            "score": "sure_kl",
-            **unrepaired(inputs.config),
-            "remove": inputs.remove,
-            "model": inputs.model_fingerprint,
-            "tokens": tokens.fingerprint,
-            "left_out": inputs.config.left_out,
-            **inputs.numerics,
-        }
-    )
-    kept = run.record(record, identity) or {"table": {}}
+    with Searches(inputs, tokens, run, reporter, scorer) as search:
+        spans, found = search(inputs)
+        wanted = inputs.config.selection.wanted
+        kl_of = {wanted: (spans, found["kl"])}
+        for amount in inputs.others:
+            if amount.selection.wanted not in kl_of:
+                others, of_other = search(inputs.at(amount))
+                kl_of[amount.selection.wanted] = others, of_other["kl"]
+    if not inputs.others:
+        return spans, {"search": found}
+    rows = [
+        {"wanted": wanted, "spans": pairs_of(removed), "kl": kl, **comes_to(inputs, removed)}
+        for wanted, (removed, kl) in kl_of.items()
+    ]
+    return spans, {"search": found, "pareto": sorted(rows, key=lambda row: row["removed"])}
 
-    def possible(removal: Removal) -> bool:
-        try:
-            check_cut(architecture, inputs.source.config, _spans(removal))
-        except UnsupportedArchitectureError:
-            return False
-        return True
 
-    shown, best = 0, math.inf
+class Searches(ExitStack):
+    """Searches of one run; what removals have scored is the same for all of them.
 
-    def told(generation: dict[str, Any]) -> None:
-        nonlocal shown, best
-        run.finish(record, identity, {"table": table_as_plain(search.table)})
-        reporter.event("search-generation", **generation)
-        advance(search.evaluations - shown)
-        shown = search.evaluations
-        removed, kl = generation["removed"], generation["score"]
-        if len(removed) == inputs.remove and kl is not None and kl < best:
-            best = kl
-            spans = ", ".join(map(str, _spans(removed)))
-            reporter.say(f"search: KL {kl:.4f} where the model is sure, without {spans}")
+    ``scorer``: None is this process. It is opened once there is something to score.
+    """
 
-    windows = Windows.of(inputs, tokens)
-    with (scorer or scoring)(inputs, windows, reporter.stage) as score:
+    def __init__(
+        self,
+        inputs: RunInputs,
+        tokens: TokenWindows,
+        run: RunFolder,
+        reporter: Reporter,
+        scorer: Scorer | None = None,
+    ) -> None:
+        super().__init__()
+        self._inputs, self._run, self._reporter = inputs, run, reporter
+        self._scorer = scorer or scoring
+        self._scores: Score | None = None
+        self._windows = Windows.of(inputs, tokens)
+        self._record = f"search{'' if repairs(inputs.config) else '-unrepaired'}"
+        self._identity = fingerprint(
+            {
+                "effort": str(_effort(inputs.config.selection)),
+                "score": "sure_kl",
+                **unrepaired(inputs.config),
+                "model": inputs.model_fingerprint,
+                "tokens": tokens.fingerprint,
+                "left_out": inputs.config.left_out,
+                **inputs.numerics,
+            }
+        )
+        kept = run.record(self._record, self._identity) or {"table": {}}
+        self._table = table_from_plain(kept["table"])
+
+    def _score(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
+        if self._scores is None:
+            opened = self._scorer(self._inputs, self._windows, self._reporter.stage)
+            self._scores = self.enter_context(opened)
+        return self._scores(removals, windows)
+
+    def __call__(self, inputs: RunInputs) -> tuple[tuple[Span, ...], dict[str, Any]]:
+        """The spans of an amount that goes, and how they were found."""
+        selection, reporter, shown, best = inputs.config.selection, self._reporter, 0, math.inf
+
+        def possible(removal: Removal) -> bool:
+            try:
+                check_cut(inputs.architecture, inputs.source.config, _spans(removal))
+            except UnsupportedArchitectureError:
+                return False
+            return True
+
+        def told(generation: dict[str, Any]) -> None:
+            nonlocal shown, best
+            self._run.finish(self._record, self._identity, {"table": table_as_plain(search.table)})
+            reporter.event("search-generation", **generation)
+            advance(search.evaluations - shown)
+            shown = search.evaluations
+            removed, kl = generation["removed"], generation["score"]
+            if len(removed) == inputs.remove and kl is not None and kl < best:
+                best = kl
+                spans = ", ".join(map(str, _spans(removed)))
+                reporter.say(f"search: KL {kl:.4f} where the model is sure, without {spans}")
+
         search = Search(
-            rules_of(selection, inputs.remove, architecture.num_layers, inputs.aim),
-            score,
-            windows.judges,
+            rules_of(inputs.amount, inputs.architecture.num_layers),
+            self._score,
+            self._windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
             effort=_effort(selection).rounds,
             width=_effort(selection).width,
             seed=inputs.config.calibration.seed,
-            table=table_from_plain(kept["table"]),
+            table=self._table,
             possible=possible,
             after_generation=told,
         )
         with reporter.stage("search", search.budget, "evaluations") as advance:
             found = search.run()
-    return _spans(found.removal), {
-        "search": {
+        self._table = search.table
+        return _spans(found.removal), {
             "kl": found.score,
             "kl_left_out": list(found.scores),
             "evaluations": found.evaluations,
             "candidates": found.candidates,
-            "judged_tokens": int(windows.judged.size),
-            "fitted_tokens": int(windows.fitted.size) if repairs(inputs.config) else 0,
+            "judged_tokens": int(self._windows.judged.size),
+            "fitted_tokens": int(self._windows.fitted.size) if repairs(inputs.config) else 0,
             "generations": list(found.generations),
         }
-    }
-
-
-def record_of(inputs: RunInputs) -> str:
-    """Name of the record of the scores so far, in ``RUN/stages`` until it is forgotten."""
-    return f"search-{inputs.remove}{'' if repairs(inputs.config) else '-unrepaired'}"
 
 
 def repairs(config: Config) -> bool:

@@ -15,7 +15,6 @@ from ghost_dist.pipeline.collectors import MakeCollector, kept_numbers
 from ghost_dist.pipeline.cost import AROUND, SMALL_BYTES, Cost, Fits
 from ghost_dist.progress import Advance
 from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
-from ghost_dist.solver.removals import Rules
 from ghost_dist.solver.span_selection import (
     HeldOut,
     choose_spans,
@@ -41,7 +40,6 @@ from ghost_dist.statistics.sums import WHOLE, ColumnBlock
 
 if TYPE_CHECKING:
     from ghost_dist.pipeline.run_shape import RunShape
-    from ghost_dist.pipeline.targets import Aim
 
 _SHARE_FOR_SUMS = 0.7
 
@@ -208,23 +206,6 @@ class Selector:
             around = found[Span(start, stops[0])].relative_ridge
             advance(len(stops))
         return found
-
-
-def rules_of(
-    selection: SelectionConfig, remove: int, num_layers: int, aim: Aim | None = None
-) -> Rules:
-    """What may be removed; ConfigError if that is nothing."""
-    gaps = min(selection.max_spans or remove, remove)
-    return Rules(
-        num_layers,
-        remove,
-        selection.protect,
-        selection.min_length,
-        selection.max_length,
-        selection.max_spans,
-        aim.frees if aim else (),
-        aim.least(gaps) if aim else 0.0,
-    )
 
 
 def _row(span: Span, held_out: HeldOut) -> dict[str, Any]:

@@ -6,6 +6,7 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import shutil
 import time
@@ -23,7 +24,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
 from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
 from ghost_dist.durable import fingerprint
-from ghost_dist.errors import CorruptStoreError
+from ghost_dist.errors import ConfigError, CorruptStoreError
 from ghost_dist.export.operator_files import Solution, load_operators, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
@@ -35,7 +36,7 @@ from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
-from ghost_dist.pipeline.searching import Scorer, record_of, search_spans, unrepaired
+from ghost_dist.pipeline.searching import Scorer, search_spans, unrepaired
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
@@ -129,9 +130,8 @@ class Stages:
             if selection.given:
                 spans, halves = selection.removal(inputs.architecture.num_layers)
             elif selection.searches:
-                spans, scores = search_spans(
-                    inputs, tokens, self._run, self._reporter, self._scorer
-                )
+                given = (inputs, tokens, self._run, self._reporter, self._scorer)
+                spans, scores = search_spans(*given)
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now
             else:
                 spans, scores = self.by_criterion(tokens, path)
@@ -145,7 +145,6 @@ class Stages:
 
         recorded = self._stage("select", wanted, work)
         remove_store(path)  # all is in the record
-        self._run.forget(record_of(inputs))
         self.sublayers = parse_sublayers(",".join(recorded["sublayers"]))
         without = {one.layer for one in self.sublayers if one.part == "mlp"}
         self._inputs = replace(inputs, refittable=inputs.refittable - without)
@@ -184,8 +183,10 @@ class Stages:
         plan = plan_of(inputs, tokens, entries_of(samples), ranges)
         found = None if self._again == "calibrate" else stored_plan(self._run.statistics)
         if found is not None and replace(found, entries=plan.entries) == plan:
-            plan = found  # of other spans or operators, perhaps; check_store says so
-        check_store(plan, candidates, spans, inputs)
+            renewed = (ConfigError,) if inputs.others else ()  # those of another amount
+            with contextlib.suppress(*renewed):
+                check_store(found, candidates, spans, inputs)
+                return found
         return plan
 
     def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StoreAtHand:
@@ -196,7 +197,7 @@ class Stages:
         candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
         samples = samples_of(candidates, spans, inputs.refittable)
         plan = self.statistics(tokens, spans)
-        if self._again == "calibrate" and stored_plan(path) not in (None, plan):
+        if stored_plan(path) not in (None, plan) and (self._again == "calibrate" or inputs.others):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
         missing = store.missing() if samples else ()

@@ -40,9 +40,9 @@ from ghost_dist.pipeline.inputs import (
     check_disk_space,
     disk_needs,
     open_model,
-    refittable_layers,
     with_bos,
 )
+from ghost_dist.pipeline.refittable import refittable_layers
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.planning.probe import circumstances, measure
@@ -102,7 +102,7 @@ def plan_run(
     if inputs.aim is not None:
         notes.append(inputs.described_amount)
     if config.selection.searches:
-        shape = search_shape(inputs.config, inputs.remove or 0, inputs.architecture)
+        shape = search_shape(inputs)
         notes.append(
             f"select is reckoned with all of its budget, {shape.evaluations:,} evaluations on "
             f"{shape.length} tokens each in about {shape.sweeps} sweeps over the layers; a search "

@@ -48,6 +48,28 @@ def quality(rows: Sequence[Mapping[str, Any]], corpus: str) -> Figure | None:
     return Figure("Quality against size", words.strip(), drawing)
 
 
+def pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[int]]) -> Figure:
+    """Divergence of all that was searched for, against speed, or size where that is not known."""
+    fast = all(row["speedup"] is not None for row in rows)
+    across = "predicted speed-up" if fast else "share of the parameters removed"
+    points = [(row["speedup" if fast else "removed"], row["kl"]) for row in rows]
+    drawing = line_chart(
+        f"KL divergence from the dense model against the {across}; chosen {text.spans(chosen)}.",
+        [Series("best found", sorted(points), "recovered", dots=True)],
+        Axis(across),
+        Axis("KL where the dense model is sure, nats", low=0.0),
+        [
+            Mark(point, row["wanted"], "recovered")
+            for point, row in zip(points, rows, strict=True)
+            if row["spans"] == chosen
+        ],
+    )
+    title = f"Quality against {'speed' if fast else 'size'}"
+    return Figure(
+        title, "The lower and the further right, the better. The ring is exported.", drawing
+    )
+
+
 def recoverability(run: RunRecord) -> Figure:
     """What is left after repair: a curve over first layers, or a map over these and lengths."""
     rows = run.selection["recoverability"]

@@ -127,7 +127,7 @@ def _pages() -> jinja2.Environment:
     )
     pages.filters |= {name: words for name, words in vars(text).items() if isfunction(words)}
     pages.filters["tenths"] = "{:.1f}".format
-    for module in (figures, plot, task_rows):
+    for module in (figures, plot, task_rows, text):
         pages.globals[module.__name__.rpartition(".")[2]] = module
     loader = pages.loader
     assert loader is not None

@@ -46,6 +46,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
         f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
     )
+    _print_pareto(result["selection"].get("pareto", ()), result["spans"])
     if (target := result.get("target")) is not None:
         _say(f"target {text.target_words(target)}")
     _say(f"checkpoint: {run / 'checkpoint'}")
@@ -65,6 +66,17 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
     )
     for what, command in remedies:
         _say(f"{what}:\n    {command}")
+
+
+def _print_pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[int]]) -> None:
+    """All that was searched for."""
+    table = Table(*text.PARETO)
+    for row in rows:
+        style = "bold green" if row["spans"] == chosen else None
+        table.add_row(*map(escape, text.pareto_cells(row)), style=style)
+    if rows:
+        console.print(table)
+        _say("another of these: the same command with another --remove or --target")
 
 
 def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
@@ -145,6 +157,7 @@ def print_stage(path: Path, stage: str) -> None:
     run = RunRecord(path)
     record = run.stages[stage]
     if stage == "select":
+        _print_pareto(record.get("pareto", ()), record["spans"])
         _say(f"chosen: layers {_spans(record['spans'])} of {record['num_layers']}")
     if stage == "calibrate":
         _say(f"sums of {record['ranges']} ranges are there")
@@ -198,6 +211,9 @@ def print_serving(measured: Mapping[str, Any]) -> None:
         table.add_row(f"{part}, tokens/s", *(f"{r['median']:,.1f}" for r in rates))
         table.add_row("  range", *(f"{r['low']:,.1f} to {r['high']:,.1f}" for r in rates))
         table.add_row("  times dense", *(f"{r['ratio']:.2f}" for r in rates))
+        ranges = [r.get("ratio_range") for r in rates]  # not of records before 2026-12
+        if all(ranges):
+            table.add_row("  range", *(f"{low:.2f} to {high:.2f}" for low, high in ranges))
     console.print(table)
     if "target" in measured:
         _say(f"target {text.target_words(measured['target'])}")

@@ -63,9 +63,29 @@ def target_value(wanted: str, value: float) -> str:
 
 def target_words(found: Mapping[str, Any]) -> str:
     """A target with what was predicted, and measured if it was."""
-    wanted = found["target"]
-    said = (f"{key} {target_value(wanted, found[key])}" for key in found if key != "target")
+    wanted, said = found["target"], []
+    for key in ("predicted", "measured"):
+        if key in found:
+            said.append(f"{key} {target_value(wanted, found[key])}")
+    if "range" in found:
+        said[-1] += f" (rounds {found['range'][0]:.3f} to {found['range'][1]:.3f})"
     return f"{wanted}: {', '.join(said)}"
+
+
+PARETO = ("Asked for", "Layers removed", "KL, nats", "Parameters", "Bytes", "KV cache", "Speed-up")
+
+
+def pareto_cells(row: Mapping[str, Any]) -> list[str]:
+    """What was searched for and what is predicted of it."""
+    return [
+        row["wanted"],
+        spans(row["spans"]),
+        number(row["kl"], 4),
+        percent(-row["removed"], 1, sign=True),
+        nbytes(row["bytes"]),
+        DASH if row["kv"] is None else percent(row["kv"], 1),
+        DASH if row["speedup"] is None else number(row["speedup"]),
+    ]
 
 
 def _scaled(value: float, prefixes: str) -> str:

@@ -287,9 +287,12 @@ def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
     return [free, *later, len(single_spans(rules))]
 
 
-def greedy_evaluations(rules: Rules, judges: Judges, width: int | None = None) -> int:
-    """What it takes at most until then."""
+def greedy_evaluations(
+    rules: Rules, judges: Judges, width: int | None = None, *, spans: bool = True
+) -> int:
+    """What it takes at most until then, or before the ``spans``: a larger removal begins so."""
     part, counts = len(judges.part(0)), greedy_counts(rules, width)
+    counts = counts if spans else counts[:-1]
     again = (rules.remove - 1) * part if judges.rough else 0  # what more is removed from
     return again + sum(count * part + judges.more(count) for count in counts)
 

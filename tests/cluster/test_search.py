@@ -10,6 +10,8 @@ from run_files import events
 
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster.session import recover_on_cluster
+from ghost_dist.errors import ConfigError
+from ghost_dist.pipeline import layer_times
 from ghost_dist.pipeline.recover import recover
 
 SEARCH = {
@@ -38,7 +40,8 @@ def searched(config, run):
     """Spans and record of a search; ``run`` is what does it."""
     spans = run(config, again="select")["spans"]
     with open(f"{config.output.path}/stages/select.json") as file:
-        return spans, json.load(file)["outputs"]["search"]
+        found = json.load(file)["outputs"]
+        return spans, found["search"], found.get("pareto")
 
 
 def test_any_number_of_replicas_finds_the_bits_of_one_process(
@@ -70,3 +73,34 @@ def test_any_number_of_replicas_finds_the_bits_of_one_process(
     assert two == ranks == offloaded == expected
     clean, left = nothing_leaked(cluster)
     assert clean, left
+
+
+def test_targets_take_the_layers_that_they_take_in_one_process(make, make_config, tmp_path):
+    """Seconds are measured on a rank's device: here made up, by a process that is not this one."""
+    driver = os.getpid()
+
+    def made_up(elsewhere):
+        def request_seconds(config, source, architecture):
+            assert (os.getpid() != driver) == elsewhere
+            seconds = layer_times.Seconds((1.0,) * architecture.num_layers, 10.0, 0.05)
+            return dict.fromkeys(("", "prefill", "decode"), seconds)
+
+        return request_seconds
+
+    def refused(*_):
+        raise ConfigError("two layers do not fit")
+
+    fields = {"selection__remove": None, "selection__pareto": "1,kv 75%"}
+    target = {**SEARCH, **fields, "selection__target": "speedup 1.3"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ghost_dist.pipeline.recover.request_seconds", made_up(False))
+        alone = make_config(**target, output__path=str(tmp_path / "alone"))
+        expected = searched(alone, recover)
+        patch.setattr(layer_times, "request_seconds", made_up(True))
+        assert searched(make("two", engine__replicas=2, **target), recover_on_cluster) == expected
+        patch.setattr(layer_times, "request_seconds", refused)
+        with pytest.raises(ConfigError, match="two layers do not fit"):
+            recover_on_cluster(make("refused", **target))
+    assert not (tmp_path / "refused").exists()
+    assert sum(b - a for a, b in expected[0]) == 3  # 10 / (10 - 2) is 1.25
+    assert [row["wanted"] for row in expected[2]] == ["1", "kv 75%", "speedup 1.3"]

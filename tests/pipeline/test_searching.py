@@ -8,12 +8,14 @@ import torch
 from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
+from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.errors import ConfigError
+from ghost_dist.errors import ConfigError, RunMismatchError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline import search_fits, searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.layer_times import Seconds
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
@@ -34,7 +36,6 @@ def searched(make_config, tmp_path):
         spans = recover(config, QUIET, again="select")["spans"]
         record = json.loads((tmp_path / name / "stages" / "select.json").read_text())["outputs"]
         assert record["spans"] == spans
-        assert not list((tmp_path / name / "stages").glob("search-*"))
         return spans, record["search"]
 
     return search
@@ -150,7 +151,7 @@ def test_stopped_after_each_generation_it_goes_on_to_the_same(
     def stop(self, stage, inputs, outputs):
         nonlocal left
         finish(self, stage, inputs, outputs)
-        left -= stage == "search-3"
+        left -= stage == "search"
         if left == 0:
             raise KeyboardInterrupt
 
@@ -169,6 +170,74 @@ def test_stopped_after_each_generation_it_goes_on_to_the_same(
     record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
     assert (record["spans"], record["search"]) == whole
     assert not scored
+
+
+def test_every_amount_is_what_a_search_for_it_alone_finds(make_config, tmp_path, monkeypatch):
+    """And another one is exported from the same RUN, without a search or a measurement."""
+    seconds = Seconds((1.0,) * 8, 10.0, 0.05)
+    measured = []
+
+    def measure(*_):
+        measured.append(1)
+        return dict.fromkeys(("", "prefill", "decode"), seconds)
+
+    monkeypatch.setattr("ghost_dist.pipeline.recover.request_seconds", measure)
+    scored = []
+    scoring, streams = searching.window_scores, searching.dense_streams
+    for name in ("window_scores", "dense_streams"):
+        of = {"window_scores": scoring, "dense_streams": streams}[name]
+        monkeypatch.setattr(searching, name, lambda *a, of=of, **k: scored.append(1) or of(*a, **k))
+
+    def run(folder, **amount):
+        fields = {**SEARCH, "selection__remove": None, "output__path": str(tmp_path / folder)}
+        return recover(make_config(**{**fields, **amount}), QUIET)
+
+    pareto = {"selection__pareto": ["kv 75%", 1, "speedup 1.4"]}
+    asked = ["target", "speedup 1.4"], ["remove", 2]
+    alone, together = [], []
+    for number, (field, value) in enumerate(asked):
+        alone.append(run(f"alone-{number}", **{f"selection__{field}": value}))
+    measured.clear()
+    for field, value in reversed(asked):
+        together.insert(0, run("run", **pareto, **{f"selection__{field}": value}))
+        if value == 2:
+            assert len(scored) > 0
+            scored.clear()
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "Quality against speed" in page
+        exported = open_checkpoint(tmp_path / "run" / "checkpoint").config["num_hidden_layers"]
+        gone = sum(stop - start for start, stop in together[0]["spans"])
+        assert exported == 8 - gone
+    assert (scored, measured) == ([], [1])
+    config = make_config(**{**SEARCH, **pareto})
+    planned = searching.search_shape(open_inputs(config, QUIET, measure=measure)).evaluations
+    table = json.loads((tmp_path / "run" / "stages" / "search.json").read_text())["outputs"][
+        "table"
+    ]
+    assert 0.5 < sum(map(len, table.values())) / planned <= 1
+    for one, same in zip(alone, together, strict=True):
+        for figure in ("spans", "fit", "target", "parameters", "bytes"):
+            assert one[figure] == same[figure]
+        assert one["selection"]["search"] == same["selection"]["search"]
+        rows = {row["wanted"]: row for row in same["selection"]["pareto"]}
+        row = rows[same["target"]["target"] if same["target"] else "2"]
+        assert (row["spans"], row["kl"]) == (one["spans"], one["selection"]["search"]["kl"])
+        gaps = len(row["spans"])
+        assert row["bytes"] >= one["bytes"]["after"] > row["bytes"] - gaps * 2 * 48 * 48 * 4
+        left = one["parameters"]["after"] / one["parameters"]["before"]
+        assert 0 <= 1 - left - row["removed"] < 0.02 * gaps
+    assert list(rows) == ["1", "2", "kv 75%", "speedup 1.4"]
+    assert rows["2"]["spans"] == rows["kv 75%"]["spans"]  # the same by another name
+    for gone, row in zip((1, 2, 2, 3), rows.values(), strict=True):
+        assert sum(stop - start for start, stop in row["spans"]) == gone
+        assert row["speedup"] == pytest.approx(10 / (10 - gone + 0.05 * len(row["spans"])))
+        assert row["kv"] == 1 - gone / 8
+    with pytest.raises(RunMismatchError, match="selection.pareto: .* in RUN"):
+        run("run", selection__remove=2)
+    with pytest.raises(ConfigError, match="give speedup 1.3"):
+        run("other", selection__remove=2, selection__pareto="2,kv 3")
+    with pytest.raises(ConfigError, match="pareto needs criterion=search"):
+        run("other", selection__remove=2, selection__pareto="2", selection__criterion="paper")
 
 
 def test_streamed_and_in_parts_it_is_the_same(searched, monkeypatch):
@@ -206,7 +275,7 @@ def test_what_is_planned_is_the_most_that_is_done(searched, make_config, monkeyp
     _, found = searched("a")
     planned = plan_run(make_config(**SEARCH), QUIET)
     inputs = open_inputs(make_config(**SEARCH), QUIET)
-    search = searching.search_shape(inputs.config, 2, inputs.architecture)
+    search = searching.search_shape(inputs)
     assert search.length == 32
     assert search.fitted_tokens == found["fitted_tokens"]
     assert found["judged_tokens"] == 16 * 64
