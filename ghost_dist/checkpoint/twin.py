@@ -48,15 +48,9 @@ def random_model(model_class: Any, config: Any, dtype: torch.dtype, device: torc
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Small random numbers, a stretch of them over and over: drawing them all would take longer."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    flat = tensor.view(-1)
-    generator = torch.Generator().manual_seed(0)
-    length = min(_FILL, len(flat))
-    some = (torch.randn(length, generator=generator) * 0.05).to(device, dtype)
-    for first in range(0, len(flat), length):
-        part = flat[first : first + length]
-        part.copy_(some[: len(part)])
-    return tensor
+    count, generator = math.prod(shape), torch.Generator().manual_seed(0)
+    some = (torch.randn(min(_FILL, count), generator=generator) * 0.05).to(device, dtype)
+    return some.repeat(-(-count // len(some)))[:count].view(shape)
 
 
 def restore_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:

@@ -21,34 +21,27 @@ from ghost_dist.statistics.moments import Moments
 
 
 def fit_ghost(
-    span: str, folds: Sequence[Moments], ridge: Ridge, **options: Unpack[FitOptions]
-) -> tuple[Repair, Fit]:
-    """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``."""
-    width = folds[0].cross_ZC.shape[1]
-    eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
-    weight_CC, fit = fit_least_squares(span, folds, eye_CC, ridge, **options)
-    return Repair(weight_CC=weight_CC), fit
-
-
-def fit_stream_norm(
     span: str,
     folds: Sequence[Moments],
     ridge: Ridge,
     *,
-    norm_eps: float,
+    norm_eps: float | None = None,
     **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
-    """Fit (W, N) from moments with ``Z = [x, rmsnorm(x)]``, see ``moments.norm_features``.
+    """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``.
 
-    A relative ridge is relative to the median diagonal of each of the two grams, because their
+    With ``norm_eps`` W and N, of moments with ``Z = [x, rmsnorm(x)]``, see ``norm_features``. A
+    relative ridge is then relative to the median diagonal of each of the two grams, because their
     scales differ by the norm of the stream.
     """
     width = folds[0].cross_ZC.shape[1]
     eye_CC = torch.eye(width, dtype=torch.float64, device=folds[0].cross_ZC.device)
+    if norm_eps is None:
+        weight_CC, fit = fit_least_squares(span, folds, eye_CC, ridge, **options)
+        return Repair(weight_CC), fit
     prior_ZC = torch.cat((eye_CC, torch.zeros_like(eye_CC)))
     map_ZC, fit = fit_least_squares(span, folds, prior_ZC, ridge, blocks=(width, width), **options)
-    repair = Repair(weight_CC=map_ZC[:width], norm_weight_CC=map_ZC[width:], norm_eps=norm_eps)
-    return repair, fit
+    return Repair(map_ZC[:width], map_ZC[width:], norm_eps=norm_eps), fit
 
 
 def fit_norm_linear(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import OperatorName
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint
-from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear, fit_stream_norm
+from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear
 from ghost_dist.solver.least_squares import Fit, FitOptions
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.span_sums import Regressors
@@ -50,10 +50,8 @@ class Operator(NamedTuple):
 
 
 def _ghost(given: FitInput) -> tuple[Repair, Fit]:
-    arguments = (given.span, given.folds, given.ridge)
-    if given.regressors == "stream":
-        return fit_ghost(*arguments, **given.options)
-    return fit_stream_norm(*arguments, norm_eps=given.norm_eps, **given.options)
+    norm_eps = given.norm_eps if given.regressors == "stream+norm" else None
+    return fit_ghost(given.span, given.folds, given.ridge, norm_eps=norm_eps, **given.options)
 
 
 def _norm_linear(given: FitInput) -> tuple[Repair, Fit]:

@@ -5,7 +5,7 @@ import torch
 
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear, fit_stream_norm
+from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear
 from ghost_dist.statistics.moments import norm_features
 
 T, C, FOLDS, EPS = 300, 9, 4, 1e-5
@@ -27,7 +27,7 @@ def test_planted_pair_is_found_and_applied(rows, stream):
     z = features(stream)
     y = z @ torch.cat((w, n))
     folds = rows.in_folds(rows.moments_of, FOLDS, z, y)
-    repair, fit = fit_stream_norm("[1, 2)", folds, AbsoluteRidge(absolute=0), norm_eps=EPS)
+    repair, fit = fit_ghost("[1, 2)", folds, AbsoluteRidge(absolute=0), norm_eps=EPS)
     # rmsnorm's features are float32: its rounding enters the design only, not the targets.
     torch.testing.assert_close(repair.weight_CC, w, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(repair.norm_weight_CC, n, rtol=1e-6, atol=1e-6)
@@ -40,14 +40,14 @@ def test_the_norm_explains_what_the_stream_cannot(rows, stream):
     y = stream + 4 * torch.tanh(features(stream)[:, C:] @ rows.normal(C, C, seed=4))
     z = features(stream)
     folds = rows.in_folds(rows.moments_of, FOLDS, z, y)
-    _, both = fit_stream_norm("[1, 2)", folds, "auto", norm_eps=EPS)
+    _, both = fit_ghost("[1, 2)", folds, "auto", norm_eps=EPS)
     _, one = fit_ghost("[1, 2)", rows.in_folds(rows.moments_of, FOLDS, stream, y), "auto")
     assert both.residual < 0.6 * one.residual
 
 
 def test_a_huge_ridge_is_the_plain_cut(rows, stream):
     folds = rows.in_folds(rows.moments_of, FOLDS, features(stream), rows.normal(T, C, seed=5))
-    repair, _ = fit_stream_norm("[1, 2)", folds, RelativeRidge(relative=1e12), norm_eps=EPS)
+    repair, _ = fit_ghost("[1, 2)", folds, RelativeRidge(relative=1e12), norm_eps=EPS)
     torch.testing.assert_close(apply_repair(repair, stream), stream, rtol=1e-6, atol=1e-6)
 
 
@@ -57,8 +57,8 @@ def test_ridge_scales_with_each_block(rows, stream):
     ridge = RelativeRidge(relative=0.1)
     change = rows.in_folds(rows.moments_of, FOLDS, features(stream, 0), y + stream)
     large = rows.in_folds(rows.moments_of, FOLDS, features(1000 * stream, 0), y + 1000 * stream)
-    one, _ = fit_stream_norm("[1, 2)", change, ridge, norm_eps=0)
-    two, _ = fit_stream_norm("[1, 2)", large, ridge, norm_eps=0)
+    one, _ = fit_ghost("[1, 2)", change, ridge, norm_eps=0)
+    two, _ = fit_ghost("[1, 2)", large, ridge, norm_eps=0)
     eye = torch.eye(C, dtype=torch.float64)
     torch.testing.assert_close(one.weight_CC - eye, 1000 * (two.weight_CC - eye),
                                rtol=1e-4, atol=1e-6)  # fmt: skip
