@@ -1,12 +1,16 @@
-"""Hosts with addresses of their own on one kernel: network namespaces on a bridge, Ray in each.
+"""Hosts on one kernel: namespaces for network and mounts, a clock and a disk of their own, Ray.
 
-A link can be cut, which is a partition: both sides live and neither hears of the other. For root.
+They have one file system in common. A link can be cut, which is a partition: both sides live and
+neither hears of the other. The clock of a host is shifted for all of its processes, by a library
+that is loaded before others. For root.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from forked import asking_program, started_server
+from shared_files import do, freeze, hold, mounted
 
 # Ray finds a silent node after 30 s by default, most of which a test would wait.
 NODE_ENVIRONMENT = {
@@ -34,6 +39,43 @@ from ray.scripts.scripts import cli
 cli()
 """
 PROBE = "import socket, sys; socket.create_connection((f'{sys.argv[1]}.10', 6379), 2)"
+# What time(2), gettimeofday and clock_gettime say, shifted by the seconds in a mapped file.
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static volatile long *offset;
+static long shift(void) {
+  if (!offset) {
+    int file = open(getenv("CLOCK_OFFSET"), O_RDONLY);
+    offset = mmap(0, sizeof(long), PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+  }
+  return *offset;
+}
+__attribute__((constructor)) static void begin(void) { shift(); }
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int result = syscall(SYS_clock_gettime, clock, now);
+  if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += shift();
+  return result;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+  int result = syscall(SYS_gettimeofday, now, zone);
+  now->tv_sec += shift();
+  return result;
+}
+time_t time(time_t *out) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (out) *out = now.tv_sec;
+  return now.tv_sec;
+}
+"""
 LEFT = """
 import json, ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
@@ -42,8 +84,7 @@ print(json.dumps([group["state"] for group in groups if group["state"] != "REMOV
 """
 
 
-def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+ip = functools.partial(do, "ip")
 
 
 @contextlib.contextmanager
@@ -51,9 +92,10 @@ def three_hosts():
     """A head without ranks and two workers of one rank each; skipped where none can be made."""
     name = f"gd{os.getpid() % 100000}"
     try:
+        do("cc", "--version")
         ip("link", "add", name, "type", "bridge")
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"network namespaces cannot be made here (root and iproute2 needed): {error}")
+        pytest.skip(f"no hosts can be made here (root, iproute2 and a C compiler needed): {error}")
     with tempfile.TemporaryDirectory() as folder:  # a short path: Ray's sockets lie below it
         hosts = Hosts(name, Path(folder))
         try:
@@ -72,8 +114,15 @@ class Hosts:
         self.address = f"{self.net}.10:6379"
         self._stack = contextlib.ExitStack()
         self._nodes, self._forked, self._numbers = {}, {}, {}
+        self.shared = folder / "shared"  # the file system in common
 
     def begin(self):
+        library, source = self.folder / "clock.so", self.folder / "clock.c"
+        source.write_text(CLOCK)
+        do("cc", "-shared", "-fPIC", "-O2", "-o", library, source)
+        if not self._stack.enter_context(mounted(self.shared)):
+            pytest.skip("no file system can be mounted here (root and mkfs.ext4 needed)")
+        Path("/tmp/ray").mkdir(exist_ok=True)
         ip("addr", "add", f"{self.net}.1/24", "dev", self.name)
         ip("link", "set", self.name, "up")
         for host in range(3):
@@ -83,9 +132,13 @@ class Hosts:
             ip("-n", space, "link", "set", "lo", "up")
             self.plug_in(host, 10 + host)
             socket = self.folder / f"socket{host}"
-            server = started_server(socket, prefix=("ip", "netns", "exec", space))
+            self.set_clock(host, 0)
+            clock = [f"{name}={value}" for name, value in self.clock(host).items()]
+            server = started_server(socket, prefix=("ip", "netns", "exec", space, "env", *clock))
             pid = self._stack.enter_context(server)
             self._forked[host] = asking_program(socket, self.folder / f"python{host}"), pid
+            disk = "size=64m,mode=1777"
+            do(*self.inside(host), "mount", "-t", "tmpfs", "-o", disk, "ray", "/tmp/ray")
         for host in range(3):
             self.start_node(host)
 
@@ -98,6 +151,34 @@ class Hosts:
 
     def space(self, host):
         return f"{self.name}-{host}"
+
+    def inside(self, host):
+        """What runs a command on the host, by exec."""
+        return "nsenter", "-t", str(self._forked[host][1]), "--net", "--mount"
+
+    def clock(self, host):
+        """Variables with which a program has the host's clock."""
+        library, offset = self.folder / "clock.so", self.folder / f"clock{host}"
+        return {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}
+
+    def set_clock(self, host, seconds):
+        """Put it forward, or back, for whatever runs there."""
+        offset = self.folder / f"clock{host}"
+        with offset.open("r+b" if offset.exists() else "wb") as file:
+            file.write(struct.pack("q", seconds))
+
+    def fill(self, host):
+        """No byte is left on its disk, where Ray has its files, until what this returns runs."""
+        full = "dd if=/dev/zero of=/tmp/ray/full bs=64k || test -s /tmp/ray/full"
+        do(*self.inside(host), "sh", "-c", full)
+        return functools.partial(do, *self.inside(host), "rm", "/tmp/ray/full")
+
+    def hold(self, host, late_s=0.0):
+        """As :func:`shared_files.hold`, for this host alone."""
+        return hold(self.shared, late_s, self.inside(host))
+
+    def freeze(self):
+        return freeze(self.shared)
 
     def plug_in(self, host, number):
         """Give the host a link, and the address that ends with ``number``."""
@@ -132,13 +213,18 @@ class Hosts:
         log = self._stack.enter_context((self.folder / f"node{host}.log").open("ab"))
         self._nodes[host] = subprocess.Popen(
             [
-                *("ip", "netns", "exec", self.space(host), sys.executable, "-c", RAY),
+                *(*self.inside(host), sys.executable, "-c", RAY),
                 *(str(self._forked[host][0]), "start", "--block", "--disable-usage-stats"),
                 "--object-store-memory=83886080",
                 f"--node-ip-address={self.net}.{self._numbers[host]}",
                 *role,
             ],
-            env={**os.environ, **NODE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **os.environ,
+                **NODE_ENVIRONMENT,
+                **self.clock(host),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -9,16 +9,19 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 from children import child
 from ray_hosts import three_hosts
 from ray_processes import NODE, nothing_leaked, rank_pids
 from run_files import operators
+from shared_files import freeze, hold, mounted
 
 from ghost_dist.config_file import config_tree
 from ghost_dist.statistics.store import StatisticsStore
@@ -33,7 +36,8 @@ class Chaos:
         self.cluster, self.make_config, self.root = cluster, make_config, root
         self.random = random.Random(seed)
         self.injected = Counter()
-        self.runs = 0
+        self.runs, self.timers = 0, []
+        root.mkdir(exist_ok=True)
 
     def config(self, name, **overrides):
         fields = {
@@ -92,6 +96,8 @@ class Chaos:
             node = self.random.choice(sorted(self.cluster.worker_nodes, key=str))
             self.cluster.remove_node(node, allow_graceful=False)
             self.cluster.add_node(**NODE)
+        elif kind in ("held files", "frozen files"):  # of all: this is one host
+            self.later(2.0, (hold if kind == "held files" else freeze)(self.root.parent))
         elif ranks:
             number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[kind]
             try:
@@ -102,6 +108,11 @@ class Chaos:
             return False
         self.injected[kind] += 1
         return True
+
+    def later(self, seconds, do):
+        timer = threading.Timer(seconds, do)
+        timer.start()
+        self.timers.append(timer)
 
 
 DRIVE = """
@@ -115,11 +126,20 @@ recover_on_cluster(config_from_tree(json.load(open(sys.argv[1]))), again="solve"
 
 
 class HostChaos(Chaos):
-    """The driver is a process of the head's host; faults are also those of a network."""
+    """The driver is a process of the head's host; faults are also those of a network, of disks and
+    of clocks."""
 
     def __init__(self, hosts, make_config, root, seed):
         super().__init__(hosts, make_config, root, seed)
-        self.timers, self.numbers = [], iter(range(20, 250))
+        self.numbers = iter(range(20, 250))
+
+    def config(self, name, **overrides):
+        hung = {"cluster__progress_timeout_s": 15}  # a rank that waits for a file answers
+        config = super().config(name, **hung, **overrides)
+        model = self.root / "model"
+        if not model.exists():
+            shutil.copytree(config.model.path, model)
+        return super().config(name, model__path=str(model), **hung, **overrides)
 
     def start(self, config):
         given = self.root / "config.json"
@@ -129,19 +149,29 @@ class HostChaos(Chaos):
         return Driver(driver)
 
     def hit(self, kind, driver):
-        if kind not in ("partition", "partition of the head", "move"):
+        if kind not in HOSTS:
             return super().hit(kind, driver)
-        host = 0 if kind == "partition of the head" else self.random.choice((1, 2))
+        host = 0 if kind.endswith("of the head") else self.random.choice((1, 2))
         if not rank_pids(self.cluster) or any(timer.is_alive() for timer in self.timers):
             return False  # one at a time: with both workers gone there is nothing to hit
+        hosts, ends = self.cluster, None
         if kind == "move":
-            self.cluster.move(host, next(self.numbers))
+            hosts.move(host, next(self.numbers))
+        elif kind.startswith("clock"):
+            hosts.set_clock(host, self.random.randint(-172800, 172800))  # two days
+        elif kind == "full disk":
+            ends = hosts.fill(host)
+        elif kind == "frozen files":
+            ends = hosts.freeze()
+        elif kind.startswith("partition"):
+            hosts.cut(host)
+            ends = partial(self.come_back, host)
         else:
-            self.cluster.cut(host)
-            seconds = 90 ** self.random.random()  # 1 to 90 s, short ones as often as long ones
-            timer = threading.Timer(seconds, self.come_back, (host,))
-            timer.start()
-            self.timers.append(timer)
+            late_s = self.random.choice((0.05, 0.5)) if kind == "late files" else 0.0
+            ends = hosts.hold(host, late_s)
+        if ends is not None:
+            # 1 to 90 s, short ones as often as long ones.
+            self.later(90 ** self.random.random(), ends)
         self.injected[kind] += 1
         return True
 
@@ -184,7 +214,7 @@ def check_counted_once(run):
 def storm(chaos, kinds, **overrides):
     expected = chaos.calm("calm", **overrides)
     faults = chaos.random.sample(kinds, len(kinds))
-    while faults:
+    while faults or any(timer.is_alive() for timer in chaos.timers):
         name = f"run{chaos.runs}"
         found = chaos.disturbed(name, faults, **overrides)
         assert found == expected, f"{name} after {dict(chaos.injected)}"
@@ -195,16 +225,17 @@ def storm(chaos, kinds, **overrides):
 
 
 ALL = ("kill", "kill", "kill", "stop", "term", "driver", "node")
+FILES = ("held files", "frozen files")  # where they can be
 
 
 @pytest.mark.timeout(900)
 def test_twenty_faults(cluster, make_config, tmp_path):
     """Replicas of one rank, which load fast: more faults hit work."""
-    chaos = Chaos(cluster, make_config, tmp_path, seed=0)
-    storm(chaos, 2 * ALL, engine__kind="resident")
-    shared = Chaos(cluster, make_config, tmp_path / "shared", seed=1)
-    shared.root.mkdir()
-    storm(shared, 2 * ("kill", "stop", "driver"), engine__tensor_parallel=2)
+    with mounted(tmp_path / "mounted") as files:
+        chaos = Chaos(cluster, make_config, (files or tmp_path) / "whole", seed=0)
+        storm(chaos, (*2 * ALL, *(FILES if files else ())), engine__kind="resident")
+        shared = Chaos(cluster, make_config, tmp_path / "shared", seed=1)
+        storm(shared, 2 * ("kill", "stop", "driver"), engine__tensor_parallel=2)
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +244,18 @@ def hosts():
         yield hosts
 
 
-NETWORK = ("partition", "partition", "partition of the head", "move", "kill", "kill", "driver")
+HOSTS = (
+    *("partition", "partition", "partition of the head", "move"),
+    *("full disk", "full disk", "clock", "clock of the head"),
+    *("late files", "held files", "held files of the head", "frozen files"),
+)
 
 
 @pytest.mark.chaos_nightly
 @pytest.mark.timeout(3600)
-def test_faults_of_hosts(hosts, make_config, tmp_path):
-    chaos = HostChaos(hosts, make_config, tmp_path, seed=0)
-    storm(chaos, 3 * NETWORK, engine__kind="resident")
+def test_faults_of_hosts(hosts, make_config):
+    chaos = HostChaos(hosts, make_config, hosts.shared / "nightly", seed=0)
+    storm(chaos, 3 * (*HOSTS, "kill", "kill", "kill", "driver"), engine__kind="resident")
 
 
 @pytest.mark.chaos_nightly
@@ -230,7 +265,5 @@ def test_two_hundred_faults(cluster, make_config, tmp_path):
     for number, overrides in enumerate(
         ({"engine__kind": "resident"}, {"engine__tensor_parallel": 2})
     ):
-        root = tmp_path / str(number)
-        root.mkdir()
-        chaos = Chaos(cluster, make_config, root, seed=2 + number)
+        chaos = Chaos(cluster, make_config, tmp_path / str(number), seed=2 + number)
         storm(chaos, chaos.random.choices(ALL, k=100), **overrides)
