@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -391,6 +392,15 @@ def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
     assert lost[-1]["detail"] in warning
     clean, left = nothing_leaked(cluster)
     assert clean, left
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rank", "blamed"),
+    [("ab", 1, "b"), ("ab", 0, "a"), ("ab", None, None), ("aa", None, "a"), ("", 0, None)],
+)
+def test_a_loss_is_of_one_node_or_of_none(nodes, rank, blamed):
+    lost = replica_module.ReplicaLost("hang", "no answer", rank)
+    assert replica_module.Replica.node_of(SimpleNamespace(node_ids=list(nodes)), lost) == blamed
 
 
 def test_a_driver_that_was_held_blames_no_rank(make_config, cluster, tmp_path, monkeypatch):
