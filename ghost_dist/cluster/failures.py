@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # a process that looks starts without torch
     from ghost_dist.cluster.rank import Place
 
 _LINES, _RAYLET_LINES, _EVENTS = 200, 40, 20
+_NOISE = ("[state-dump]", "- ", "\n")  # statistics that a raylet writes every minute
 _STACKS_S = 1.0  # that a process has to write its stacks
 _PY_SPY_S = 5.0
 _ANSWER_S = 20.0  # that another node has to answer; a new process starts there
@@ -100,7 +101,7 @@ def look_at(asked: float, pid: int | None = None, log: str | None = None) -> str
                 time.sleep(_STACKS_S)
         found += [f"--- end of {log}", *_tail(Path(log), _LINES)]
     raylet = logs / "raylet.out"
-    return "\n".join([*found, f"--- end of {raylet}", *_tail(raylet, _RAYLET_LINES)])
+    return "\n".join([*found, f"--- end of {raylet}", *_tail(raylet, _RAYLET_LINES, _NOISE)])
 
 
 def _last_events(run: Path) -> list[str]:
@@ -143,9 +144,10 @@ def _read_stacks(pid: int) -> str:
     return f"--- py-spy\n{done.stdout}{done.stderr.partition('Stack backtrace')[0]}".rstrip()
 
 
-def _tail(path: Path, lines: int) -> list[str]:
+def _tail(path: Path, lines: int, without: tuple[str, ...] = ()) -> list[str]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return [line.rstrip("\n") for line in deque(file, lines)]
+            kept = (line for line in file if not line.startswith(without))
+            return [line.rstrip("\n") for line in deque(kept, lines)]
     except OSError as error:
         return [f"cannot be read: {error}"]

@@ -153,6 +153,10 @@ class Pool:
 
     def grow(self, useful: int) -> None:
         """Add replicas where there is room, up to what is useful and wanted."""
+        for replica in [r for r in self.replicas.values() if r.state == "joining"]:
+            # Ray has forgotten actors that were about to start on a node that died.
+            if not {node.id for node in self._nodes()}.issuperset(replica.node_ids):
+                self.lose(replica, ReplicaLost("crash", "its node died before the ranks started"))
         now, config = time.monotonic(), self.inputs.config
         wait_s, target = config.cluster.wait_s, min(self.wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]

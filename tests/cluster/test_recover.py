@@ -403,6 +403,26 @@ def test_a_loss_is_of_one_node_or_of_none(nodes, rank, blamed):
     assert replica_module.Replica.node_of(SimpleNamespace(node_ids=list(nodes)), lost) == blamed
 
 
+def test_ranks_that_ray_has_forgotten_with_their_node(make_config, cluster, tmp_path, monkeypatch):
+    """As it did when a node moved to another address between placement and start."""
+
+    class Forgotten(replica_module.Replica):
+        def _start_ranks(self, answers):
+            super()._start_ranks(answers)
+            if self.number == 0:
+                self.node_ids = ["0" * 56]
+                self._calls.clear()
+
+    monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Forgotten)
+    config = make_config(
+        cluster__address=cluster.address, engine__kind="resident", engine__replicas=1
+    )
+    recover_on_cluster(config, again="calibrate")
+    [lost] = events(tmp_path / "run", "replica-lost")
+    assert lost["detail"] == "its node died before the ranks started"
+    assert lost["nodes"] == "node 00000000, which is gone"
+
+
 def test_a_driver_that_was_held_blames_no_rank(make_config, cluster, tmp_path, monkeypatch):
     """The file system of RUN answers late: the ranks would have answered."""
 
