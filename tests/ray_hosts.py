@@ -132,7 +132,7 @@ class Hosts:
             ip("-n", space, "link", "set", "lo", "up")
             self.plug_in(host, 10 + host)
             socket = self.folder / f"socket{host}"
-            self.set_clock(host, 0)
+            self.set_clock(host, (7200, 0, -86400)[host])
             clock = [f"{name}={value}" for name, value in self.clock(host).items()]
             server = started_server(socket, prefix=("ip", "netns", "exec", space, "env", *clock))
             pid = self._stack.enter_context(server)
@@ -162,7 +162,7 @@ class Hosts:
         return {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}
 
     def set_clock(self, host, seconds):
-        """Put it forward, or back, for whatever runs there."""
+        """Put it forward, or back, for what will run there: Ray's own timers stop at a jump."""
         offset = self.folder / f"clock{host}"
         with offset.open("r+b" if offset.exists() else "wb") as file:
             file.write(struct.pack("q", seconds))
@@ -197,11 +197,14 @@ class Hosts:
     def mend(self, host):
         ip("link", "set", f"{self.name}h{host}", "up")
 
-    def move(self, host, number):
-        """The host comes back with another address, and a node of its own."""
+    def come_back(self, host, number=None, clock_s=None):
+        """The host comes back with another address or clock, and a node of its own."""
         self.kill_node(host)
-        ip("link", "del", f"{self.name}h{host}")
-        self.plug_in(host, number)
+        if number is not None:
+            ip("link", "del", f"{self.name}h{host}")
+            self.plug_in(host, number)
+        if clock_s is not None:
+            self.set_clock(host, clock_s)
         self.start_node(host)
 
     def start_node(self, host):
