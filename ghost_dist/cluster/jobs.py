@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shlex
+import sys
 import tempfile
 import time
 import urllib.error
@@ -207,8 +208,15 @@ def _requirements(config: Config) -> list[str]:
     if config.on_cluster:
         extras.append("cluster")
     by_deepspeed = engine.kind in ("auto", "tensor_parallel") and engine.backend == "deepspeed"
+    try:
+        requirements = importlib.metadata.requires("ghost_dist") or ()
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "submit takes what a job needs from the installed package, and ghost_dist is not "
+            f"installed in {sys.executable}. In the checkout: pip install -e '.[cluster]'."
+        ) from error
     needed = []
-    for requirement in map(Requirement, importlib.metadata.requires("ghost_dist") or ()):
+    for requirement in map(Requirement, requirements):
         marker, requirement.marker = requirement.marker, None
         wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
         if wanted and (requirement.name != "deepspeed" or by_deepspeed):
@@ -232,6 +240,10 @@ def _check_paths(config: Config) -> None:
     """A job starts in a folder of its own, so a relative path would mean another file there."""
     relative = {"output.path": config.output.path}
     here = {"model.path": config.model.path, "calibration.source": config.calibration.source}
+    here |= {
+        f"calibration.sources[{number}]": path
+        for number, path in enumerate(config.calibration.sources)
+    }
     here |= {f"evaluation.corpora.{k}": path for k, path in config.evaluation.corpora.items()}
     relative |= {name: path for name, path in here.items() if Path(path).exists()}
     relative |= {"output.callback": config.output.callback} if config.output.callback else {}

@@ -153,10 +153,11 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration of the same local files from any working directory, as RUN keeps it."""
     model = Path(config.model.path).expanduser()
     corpora = {name: absolute_source(text) for name, text in config.evaluation.corpora.items()}
-    path = config.output.callback
+    calibration, path = config.calibration, config.output.callback
+    sources = {absolute_source(text): share for text, share in calibration.sources.items()}
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(model.absolute())} if model.is_dir() else {},
-        "calibration": {"source": absolute_source(config.calibration.source)},
+        "calibration": {"source": absolute_source(calibration.source), "sources": sources},
         "evaluation": {"corpora": corpora},
         "output": {"callback": path and absolute_source(path)},
     }

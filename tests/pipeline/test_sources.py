@@ -17,7 +17,7 @@ from ghost_dist.errors import CalibrationError, ConfigError
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline import candidates
 from ghost_dist.pipeline.candidates import FINE_SHIFTS, SHIFTS, Candidate
-from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs
+from ghost_dist.pipeline.inputs import open_causal_lm, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.pipeline.stages import Stages
@@ -194,3 +194,13 @@ def test_the_word_about_other_text_stands_before_any_pass(make_config, tmp_path)
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     assert sum("never occur" in event.get("message", "") for event in events) == 1
+
+
+def test_sources_are_the_same_files_from_anywhere(make_config, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    config = make_config(calibration__sources={"a.txt": 0.5, "c4": 0.5})
+    assert with_absolute_paths(config).calibration.sources == {
+        str(tmp_path / "a.txt"): 0.5,
+        "c4": 0.5,
+    }
