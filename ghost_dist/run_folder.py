@@ -27,6 +27,7 @@ from ghost_dist.durable import create_bytes, read_sealed, sweep_partial, write_b
 from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
+_FIRST = {".lock", "events.jsonl", "operators", "stages"}  # before the inputs have been checked
 
 
 class RunFolder:
@@ -81,14 +82,16 @@ class RunFolder:
         if self._lock is None:
             return
         try:
-            if self._fresh and not ((self.path / "config.yaml").exists() or self.tokens.exists()):
+            if self._fresh:
                 self._clear()
         finally:
             os.close(self._lock)
             self._lock = None
 
     def _clear(self) -> None:
-        """Leave nothing of a run that was refused before any work."""
+        """Leave nothing of a run that was refused before any work; what others put there stays."""
+        if {path.name for path in self.path.iterdir()} - _FIRST:
+            return
         for folder in (self.operators, self._stages):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.events, self.path / ".lock"):

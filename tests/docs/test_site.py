@@ -138,7 +138,7 @@ def test_site_opens_from_the_file_system_and_is_searched_there(browser, site, wi
     if width < 1000:
         page.locator("label[for=__search].md-header__button").click()
     page.locator(".md-search__input").click()
-    page.keyboard.type("held-out")
+    page.keyboard.type("residual")
     page.locator(".md-search-result__link").first.wait_for(timeout=20_000)
     assert complaints == []
     page.close()

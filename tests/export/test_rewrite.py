@@ -134,7 +134,7 @@ def test_config(source, tmp_path):
     exported = export(source, tmp_path / "out").config
     assert exported["num_hidden_layers"] == 3
     assert exported["model_type"] == "ghost_llama"
-    parts = {"linear": True, "norm_linear": False, "rank": 0, "norm_eps": 0.0}
+    parts = {"linear": True, "norm_linear": False, "norm_eps": 0.0}
     assert exported["ghost_operators"] == [
         {"boundary": 2, **parts},
         {"boundary": 3, **parts},
