@@ -331,7 +331,8 @@ class OutputConfig(Section):
     path: str = Field(min_length=1)
     """The RUN folder: statistics, operators, checkpoint, result.json."""
     callback: str | None = None
-    """FILE.py:FUNCTION, which is called with each [event](cluster.md#your-own-callback)."""
+    """FILE.py:FUNCTION, which is called with each [event](cluster.md#your-own-callback), and waited
+    for."""
 
 
 class Config(Section):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import runpy
+import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -121,7 +123,9 @@ class Reporter:
             for listener in self.listeners:
                 try:
                     listener(dict(event))
-                except Exception as error:
+                except (Exception, SystemExit) as error:
+                    if _stopped(error):
+                        raise
                     if listener not in self._failed:
                         self._failed.add(listener)
                         self.warn(
@@ -235,14 +239,27 @@ class StatusFile:
 def callback_of(path: str) -> Listener:
     """The function that ``FILE.py:NAME`` is."""
     file, _, name = path.rpartition(":")
+    cause: BaseException | None = None
     try:
-        function: Listener = runpy.run_path(file)[name]
-    except Exception as error:  # whatever that file does
-        raise ConfigError(
-            f"output.callback={path} cannot be used ({type(error).__name__}: {error}). Expected "
-            "FILE.py:FUNCTION, a function of one event."
-        ) from error
-    return function
+        function: Listener | None = runpy.run_path(file).get(name) if file else None
+        if callable(function):
+            return function
+        why = f"{file} has no function {name}" if file else "it names no file"
+    except (Exception, SystemExit) as error:  # whatever that file does
+        if _stopped(error):
+            raise
+        cause, why = error, f"{type(error).__name__}: {error}"
+    raise ConfigError(
+        f"output.callback={path} cannot be used ({why}). Expected FILE.py:FUNCTION, a function of "
+        "one event."
+    ) from cause
+
+
+def _stopped(error: BaseException) -> bool:
+    """Whether a signal's handler raised it (the CLI's, Ray's), and not what was interrupted."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    handlers = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
+    return frame.f_code in [getattr(handler, "__code__", None) for handler in handlers]
 
 
 class _Words(progress.ProgressColumn):

@@ -109,7 +109,8 @@ class RunFolder:
         if not create_bytes(path, config_yaml(self.config)):
             stored = self.stored_config(self.path)
             # What may change from one call to the next, and is read back by other commands.
-            update = {name: getattr(self.config, name) for name in ("evaluation", "selection")}
+            sections = ("evaluation", "selection", "output")
+            update = {name: getattr(self.config, name) for name in sections}
             if (changed := stored.model_copy(update=update)) != stored:
                 write_bytes(path, config_yaml(changed))
 

@@ -312,7 +312,8 @@ def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config
         keys.append(key)
     config = with_absolute_paths(config_from_tree(tree))
     for key in keys:
-        if not any(f"{key}.".startswith(f"{field}.") for field in OPEN_FIELDS[stage]):
+        open_fields = (*OPEN_FIELDS[stage], "output.callback")
+        if not any(f"{key}.".startswith(f"{field}.") for field in open_fields):
             allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage])
             raise ConfigError(
                 f"--set {key} cannot be changed with {stage}: earlier stages depend on it "

@@ -40,6 +40,7 @@ from ghost_dist.pipeline.inputs import (
     check_disk_space,
     disk_needs,
     open_model,
+    with_absolute_paths,
     with_bos,
 )
 from ghost_dist.pipeline.refittable import refittable_layers
@@ -48,7 +49,7 @@ from ghost_dist.pipeline.searching import search_shape
 from ghost_dist.planning.probe import circumstances, measure
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
 from ghost_dist.planning.stage_plans import KEPT_BY_SHARDING, StagePlan, num_replicas, plan_stages
-from ghost_dist.progress import Reporter
+from ghost_dist.progress import Reporter, callback_of
 from ghost_dist.spans import Span, pairs_of
 
 TOKENS_PER_BYTE = 0.25  # of text whose tokens cannot be counted
@@ -91,6 +92,8 @@ def plan_run(
 ) -> Plan:
     """Plan a run as ``recover`` takes it, or refuse it with the bytes needed and free."""
     reporter = reporter or Reporter()
+    if path := with_absolute_paths(config).output.callback:
+        callback_of(path)  # refused here as by a run
     inputs, notes, tokens_s = _open(config)
     run = shape_of(inputs)
     costs = costs_of(run)

@@ -127,11 +127,64 @@ def test_a_callback_sees_every_event_and_may_fail(make_config, tmp_path, capsys,
     assert status["progress"] == [event for event in seen if event["event"] == "progress"][-1]
     assert status["events"] == list(map(json.loads, events))[-5:]
 
+    (tmp_path / "other.py").write_text("def quits(event):\n    raise SystemExit(3)\n")
+    code, _, err = run(
+        capsys, "evaluate", tmp_path / "run", "--set", "output.callback=other.py:quits"
+    )
+    assert code == 0
+    assert err.count("failed at the event run-start (SystemExit: 3). The run goes on") == 1
+    assert RunFolder.stored_config(tmp_path / "run").output.callback.endswith("other.py:quits")
+    assert run(capsys, "recover", config)[0] == 0  # without any
+    assert RunFolder.stored_config(tmp_path / "run").output.callback is None
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("mine.py:keep", "(ZeroDivisionError: "),
+        ("quits.py:keep", "(SystemExit: 3)"),
+        ("one.py:keep", "one.py has no function keep)"),
+        ("one.py:one", "one.py has no function one)"),
+        ("none.py:keep", "(FileNotFoundError: "),
+        ("mine", "(it names no file)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["recover", "plan"])
+def test_a_callback_that_is_none_is_refused(
+    make_config, tmp_path, capsys, monkeypatch, command, named, why
+):
     (tmp_path / "mine.py").write_text("keep = 1 / 0")
-    code, _, err = run(capsys, "recover", config, *mine)
+    (tmp_path / "quits.py").write_text("raise SystemExit(3)")
+    (tmp_path / "one.py").write_text("one = 1")
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(config_tree(make_config())))
+    code, _, err = run(capsys, command, config, "--set", f"output.callback={named}")
     assert code == 2
     assert "output.callback=" in err
-    assert "mine.py:keep cannot be used (ZeroDivisionError" in err
+    assert f"{named} cannot be used (" in err
+    assert why in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_within_its_callback(
+    make_config, tmp_path, capsys, monkeypatch, number
+):
+    """The handler of the command line raises SystemExit, as a callback may."""
+    monkeypatch.chdir(tmp_path)
+    code = f"import os\ndef kill(event):\n    os.kill(os.getpid(), {int(number)})\n"
+    (tmp_path / "mine.py").write_text(code)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(config_tree(make_config())))
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code, _, err = run(capsys, "recover", config, "--set", "output.callback=mine.py:kill")
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert code == 128 + number
+    assert "stopped. The same command continues." in err
 
 
 def test_evaluation_may_change_from_one_call_to_the_next(make_config, text_file, tmp_path, capsys):
