@@ -20,7 +20,8 @@ from ghost_dist.amounts import parse_target
 from ghost_dist.calibration.windows import TokenWindows, load_windows
 from ghost_dist.checkpoint.conversions import quiet_loading
 from ghost_dist.checkpoint.load import load_causal_lm
-from ghost_dist.checkpoint.surgery import remove_layers
+from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
+from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import device_name, open_device
 from ghost_dist.durable import json_bytes, write_bytes
 from ghost_dist.errors import ConfigError, RunFolderError
@@ -30,8 +31,8 @@ from ghost_dist.pipeline.inputs import open_model
 from ghost_dist.pipeline.targets import kept_times, kv_numbers
 from ghost_dist.pipeline.turns import BATCH, NEW, PROMPT, Turn, take_turns, weight_bytes
 from ghost_dist.report.page import write_report
-from ghost_dist.run_folder import RunFolder
-from ghost_dist.spans import Span, kept_layers
+from ghost_dist.run_folder import RunFolder, read_record
+from ghost_dist.spans import Span, kept_layers, parse_sublayers
 
 SERVING = "serving"
 
@@ -50,14 +51,10 @@ def bench_serving(
     is. Also kept in ``RUN/result.json``, under ``serving``, and shown in the report.
     """
     config = RunFolder.stored_config(run)
-    checkpoint, result = run / "checkpoint", run / "result.json"
-    if not checkpoint.is_dir() or not result.is_file():
-        raise RunFolderError(
-            f"{run} has no recovered checkpoint yet. Finish it first: ghost-dist recover "
-            f"{run / 'config.yaml'} --out {run}"
-        )
-    content = json.loads(result.read_bytes())
-    spans = [Span(*span) for span in content["spans"]]
+    checkpoint, result = finished_checkpoint(run), run / "result.json"
+    before, content = _state(run), json.loads(result.read_bytes())
+    spans = tuple(Span(*span) for span in content["spans"])
+    cut = Variant(spans, sublayers=parse_sublayers(",".join(content.get("sublayers", ()))))
     source, architecture, _ = open_model(config, kept_times(run))
     limit = source.config.get("max_position_embeddings")
     if min(batch, prompt, rounds) < 1 or new < 2:
@@ -73,6 +70,7 @@ def bench_serving(
     dtype = compute_dtype(config, source, device)
     pruned = load_causal_lm(source.path, dtype=dtype, device=device)
     remove_layers(pruned, architecture, spans)
+    insert_operators(pruned, architecture, cut)
     models = {
         "dense": load_causal_lm(source.path, dtype=dtype, device=device),
         "pruned": pruned,
@@ -116,11 +114,42 @@ def bench_serving(
             stay = kept_layers(spans, architecture.num_layers)
             target |= {"predicted": sum(kept[layer] for layer in stay) / sum(kept)}
         measured["target"] = {**target, "measured": found}
-    with RunFolder(config) as folder:
-        folder.finish(SERVING, content["fingerprint"], measured)
-        write_bytes(folder.result, json_bytes({**content, SERVING: measured}))
+    _keep(RunFolder(config), before, measured)
     write_report([run])
     return measured
+
+
+def finished_checkpoint(run: Path) -> Path:
+    """Where the recovered checkpoint of a finished run is; RunFolderError if there is none."""
+    checkpoint = run / "checkpoint"
+    if not checkpoint.is_dir() or not (run / "result.json").is_file():
+        raise RunFolderError(
+            f"{run} has no recovered checkpoint yet. Finish it first: ghost-dist recover "
+            f"{run / 'config.yaml'} --out {run}"
+        )
+    return checkpoint
+
+
+def exported(result: Path) -> dict[str, Any]:
+    """What is known of a run when it is exported, of a result.json; speed is measured later."""
+    return {k: v for k, v in json.loads(result.read_bytes()).items() if k != SERVING}
+
+
+def _state(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What changes when a run is done again."""
+    return exported(run / "result.json"), read_record(run, "export")
+
+
+def _keep(run: RunFolder, before: object, measured: Mapping[str, Any]) -> None:
+    with run:
+        if _state(run.path) != before:
+            raise RunFolderError(
+                f"The run in {run.path} was done again while its models were measured: the figures "
+                "are of the models before, and were not kept. Run bench-serving again."
+            )
+        content = exported(run.result)
+        run.finish(SERVING, content["fingerprint"], measured)
+        write_bytes(run.result, json_bytes({**content, SERVING: measured}))
 
 
 def _rates(

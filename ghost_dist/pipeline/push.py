@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError, GhostDistError, RunFolderError
 from ghost_dist.export.model_card import CARD
-from ghost_dist.pipeline.bench_serving import SERVING
+from ghost_dist.pipeline.bench_serving import exported
 from ghost_dist.report.record import RunRecord
 from ghost_dist.run_folder import RunFolder
 
@@ -48,7 +47,7 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
         raise RunFolderError(f"The run in {run} is not finished. {again}")
     open_checkpoint(folder)
     of_checkpoint = folder / "result.json"
-    if not of_checkpoint.exists() or _exported(of_checkpoint) != _exported(run / "result.json"):
+    if not of_checkpoint.exists() or exported(of_checkpoint) != exported(run / "result.json"):
         raise RunFolderError(f"{folder} does not belong to {run / 'result.json'}. {again}")
     card = (folder / CARD).read_text(encoding="utf-8")
     front = _FRONT_MATTER.match(card)
@@ -64,11 +63,6 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
     message = f"Layers {spans} removed and recovered ({record.result['operator']})"
     notes = _notes(RunFolder.stored_config(run), metadata)
     return Upload(repo_id, folder, files, metadata, message, notes)
-
-
-def _exported(result: Path) -> dict[str, Any]:
-    """What is known of a run when it is exported; speed is measured later."""
-    return {k: v for k, v in json.loads(result.read_bytes()).items() if k != SERVING}
 
 
 def upload(what: Upload, *, private: bool, pull_request: bool, revision: str | None = None) -> str:

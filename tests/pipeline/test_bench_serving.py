@@ -14,7 +14,8 @@ from ghost_dist.report.terminal import print_serving
 
 
 def test_measured(make_config, model_folder, tmp_path, capsys):
-    result = recover(make_config())
+    halves = {"selection__sublayers": "attention:1,mlp:6"}
+    result = recover(make_config(**halves))
     run = tmp_path / "run"
     measured = bench_serving(run, batch=2, prompt=70, new=5, rounds=2)  # more than one window
     json.dumps(measured)
@@ -40,7 +41,7 @@ def test_measured(make_config, model_folder, tmp_path, capsys):
     assert kept == {**result, "serving": json.loads(json.dumps(measured))}
     assert "times dense" in (run / "report.html").read_text()
     (run / "report.html").unlink()
-    assert recover(make_config())["serving"] == kept["serving"]  # nothing else was done
+    assert recover(make_config(**halves))["serving"] == kept["serving"]  # nothing else was done
 
     print_serving(measured)
     assert f"{variants['recovered']['decode']['median']:,.1f}" in capsys.readouterr().out
@@ -51,6 +52,23 @@ def test_measured(make_config, model_folder, tmp_path, capsys):
     shutil.rmtree(unfinished / "checkpoint")
     with pytest.raises(RunFolderError, match="no recovered checkpoint yet"):
         bench_serving(unfinished)
+
+
+def test_a_run_done_again_meanwhile_keeps_its_result(make_config, text_file, tmp_path, monkeypatch):
+    recover(make_config())
+    measured = {"evaluation__corpora": {"other": str(text_file)}, "evaluation__window_length": 64}
+    run, found = tmp_path / "run", {}
+
+    def turns(*arguments):
+        found.update(recover(make_config(**measured)))
+        return take_turns(*arguments)
+
+    monkeypatch.setattr("ghost_dist.pipeline.bench_serving.take_turns", turns)
+    with pytest.raises(RunFolderError, match="was done again while its models were measured"):
+        bench_serving(run, prompt=8, new=2, rounds=1)
+    assert json.loads((run / "result.json").read_text()) == found
+    bench_serving(run, prompt=8, new=2, rounds=1)  # a run with nothing to do changes nothing
+    assert json.loads((run / "result.json").read_text()).keys() == {*found, "serving"}
 
 
 def test_turns_generate_greedily_and_go_on_behind_an_end_of_text(model_folder):
