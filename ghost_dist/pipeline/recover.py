@@ -39,7 +39,7 @@ from ghost_dist.pipeline.exporting import RESULT, ExportAhead
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.layer_times import request_seconds
-from ghost_dist.pipeline.searching import Scorer
+from ghost_dist.pipeline.searching import Scorer, search_shape
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.pipeline.targets import Times, keep_times, kept_times
 from ghost_dist.progress import Reporter, callback_of
@@ -110,6 +110,8 @@ def recover(
                 times=kept_times(run.path),
                 measure=request_seconds if workers is None else workers.request_seconds,
             )
+        if inputs.config.selection.searches:
+            search_shape(inputs)  # refused before any work
         inputs = with_engine(inputs, run, reporter)
         if again is not None:
             run.forget(again)

@@ -53,6 +53,7 @@ from ghost_dist.solver.search import (
     Search,
     greedy_counts,
     greedy_evaluations,
+    search_budget,
     table_as_plain,
     table_from_plain,
 )
@@ -125,7 +126,10 @@ class SearchShape:
 
 
 def search_shape(inputs: RunInputs) -> SearchShape:
-    """Of the searches for all amounts; layers go one at a time once, for the largest of them."""
+    """Of the searches for all amounts; layers go one at a time once, for the largest of them.
+
+    ConfigError where ``selection.effort`` is too little for one.
+    """
     selection, calibration = inputs.config.selection, inputs.config.calibration
     effort, sources = _effort(selection), len(inputs.config.left_out)
     each, width = calibration.windows // sources, inputs.architecture.hidden_size
@@ -133,9 +137,9 @@ def search_shape(inputs: RunInputs) -> SearchShape:
     amounts = {amount.selection.wanted: amount for amount in (inputs.amount, *inputs.others)}
     rules = [rules_of(amount, inputs.architecture.num_layers) for amount in amounts.values()]
     greedy = [greedy_evaluations(rule, judges, effort.width) for rule in rules]
-    budget = sum(math.ceil(effort.rounds * least) for least in greedy)
-    if isinstance(selection.effort, int):
-        budget = selection.effort * len(greedy)
+    given = selection.effort if isinstance(selection.effort, int) else None
+    of_rules = (search_budget(r, judges, given, effort.rounds, effort.width) for r in rules)
+    budget = sum(of_rules)
     largest = rules.pop(greedy.index(max(greedy)))
     budget -= sum(greedy_evaluations(rule, judges, effort.width, spans=False) for rule in rules)
     more, rounds = map(judges.more, greedy_counts(largest, effort.width)), budget / max(greedy)

@@ -99,14 +99,7 @@ class Search:
         self.rules, self._possible, self._width = rules, possible, width
         self._random = random.Random(seed)
         self._cost: dict[int, float] = {}  # of units, when they were last looked at
-        least = greedy_evaluations(rules, judges, width)
-        self.budget = budget if budget is not None else math.ceil(effort * least)
-        if self.budget < least:
-            raise ConfigError(
-                f"A budget of {self.budget} evaluations is too small: to remove {rules.remove} of "
-                f"{rules.num_units} layers one at a time takes up to {least}. Raise "
-                "selection.effort, or remove fewer layers."
-            )
+        self.budget = search_budget(rules, judges, budget, effort, width)
 
     def run(self) -> Found:
         best = self._greedy()
@@ -295,6 +288,21 @@ def greedy_evaluations(
     counts = counts if spans else counts[:-1]
     again = (rules.remove - 1) * part if judges.rough else 0  # what more is removed from
     return again + sum(count * part + judges.more(count) for count in counts)
+
+
+def search_budget(
+    rules: Rules, judges: Judges, budget: int | None, effort: float, width: int | None = None
+) -> int:
+    """Evaluations of a :class:`Search` at most; ConfigError where it could not end."""
+    least = greedy_evaluations(rules, judges, width)
+    budget = budget if budget is not None else math.ceil(effort * least)
+    if budget < least:
+        raise ConfigError(
+            f"A budget of {budget} evaluations is too small: to remove {rules.remove} of "
+            f"{rules.num_units} layers one at a time takes up to {least}. Raise "
+            "selection.effort, or remove fewer layers."
+        )
+    return budget
 
 
 def table_as_plain(table: Table) -> dict[str, Any]:

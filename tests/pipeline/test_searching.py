@@ -306,14 +306,17 @@ def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
     ("fields", "message"),
     [
         ({"selection__effort": 3}, "budget of 3 evaluations is too small.*Raise selection.effort"),
+        ({"selection__effort": 600, "selection__pareto": "2,2,5"}, "to remove 5 of 8 layers one"),
         ({"selection__remove": 8}, "give 1 to 7"),
         ({"selection__remove": 7, "selection__max_length": 2}, "No removal of 7 of 8 layers keeps"),
         ({"selection__effort": "much"}, "selection.effort"),
     ],
 )
-def test_what_cannot_be_searched_is_named(make_config, fields, message):
-    with pytest.raises(ConfigError, match=message):
-        recover(make_config(**{**SEARCH, **fields}), QUIET)
+def test_what_cannot_be_searched_is_named(make_config, tmp_path, fields, message):
+    for refuses in (recover, plan_run):
+        with pytest.raises(ConfigError, match=message):
+            refuses(make_config(**{**SEARCH, **fields}), QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_streams_that_fit_nowhere_are_named(make_config, monkeypatch):
