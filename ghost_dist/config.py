@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ghost_dist.amounts import parse_size, parse_target
+from ghost_dist.amounts import parse_amount, parse_size, parse_target
 from ghost_dist.engine_config import ClusterConfig, EngineConfig, Section
 from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
@@ -152,11 +152,7 @@ class SelectionConfig(Section):
     @classmethod
     def _read_pareto(cls, value: Any) -> Any:
         listed = value if isinstance(value, list | tuple) else str(value).split(",")
-        points = [str(one).strip() for one in listed]
-        for point in points:
-            if not point.isdigit():
-                (parse_size if point[:1].isdigit() else parse_target)(point)
-        return [int(point) if point.isdigit() else point for point in points]
+        return [parse_amount(str(one).strip()) for one in listed]
 
     @property
     def points(self) -> tuple[SelectionConfig, ...]:

@@ -127,8 +127,9 @@ def amount_of(aim: Aim, selection: SelectionConfig) -> Amount:
             return found
         fewest = fewest or layers
     if fewest:
+        values = selection.model_dump(mode="json")  # as they may be given
         bounds = ", ".join(
-            f"selection.{name}={getattr(selection, name)}" for name in _in_the_way(aim, selection)
+            f"selection.{name}={values[name]}" for name in _in_the_way(aim, selection)
         )
         raise ConfigError(
             f"{aim.wanted} takes {fewest} layers at least, and no such removal keeps to {bounds}. "
@@ -189,7 +190,9 @@ def open_amount(
 
     def amount(selection: SelectionConfig) -> Amount:
         if isinstance(selection.remove, int):
-            check_remove(selection.remove, architecture.num_layers, selection.protect)
+            field = "remove" if selection is config.selection else "pareto"
+            given = selection.remove, architecture.num_layers, selection.protect
+            check_remove(*given, f"selection.{field}")
             return Amount(selection.remove, selection)
         of = config.model_copy(update={"selection": selection})
         return amount_of(aim_of(of, source, architecture, refittable(), times), selection)
@@ -225,12 +228,14 @@ def _times(
     return times
 
 
-def check_remove(remove: int, num_layers: int, protect: Collection[int]) -> None:
-    """Refuse to remove more layers than can go."""
+def check_remove(
+    remove: int, num_layers: int, protect: Collection[int], field: str = "selection.remove"
+) -> None:
+    """Refuse to remove more layers than can go; ``field`` says so many."""
     most = num_layers - max(1, len(set(protect)))
     if not 0 < remove <= most:
         raise ConfigError(
-            f"selection.remove={remove}, but the model has {num_layers} layers, "
+            f"{field}={remove}, but the model has {num_layers} layers, "
             f"{len(set(protect))} of them protected, and at least one must be kept: give 1 to "
             f"{most}."
         )

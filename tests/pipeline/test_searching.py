@@ -307,7 +307,12 @@ def test_compare_has_it_too(searched, make_config, text_file, tmp_path):
     [
         ({"selection__effort": 3}, "budget of 3 evaluations is too small.*Raise selection.effort"),
         ({"selection__effort": 600, "selection__pareto": "2,2,5"}, "to remove 5 of 8 layers one"),
-        ({"selection__remove": 8}, "give 1 to 7"),
+        ({"selection__remove": 8}, "selection.remove=8, .* give 1 to 7"),
+        ({"selection__pareto": "0"}, "selection.pareto=0, .* give 1 to 7"),
+        (
+            {"selection__pareto": "1,6", "selection__protect": [0, 1, 2]},
+            "selection.pareto=6, .* 3 of them protected, .* give 1 to 5",
+        ),
         ({"selection__remove": 7, "selection__max_length": 2}, "No removal of 7 of 8 layers keeps"),
         ({"selection__effort": "much"}, "selection.effort"),
     ],

@@ -95,8 +95,8 @@ def test_what_cannot_be_had_is_refused_with_what_can(wanted, most, said):
     [
         ({"max_length": 2, "max_spans": 2}, "selection.max_length=2, selection.max_spans=2"),
         ({"max_length": 1, "protect": (0,)}, "selection.max_length=1"),
-        ({"min_length": 4, "protect": (3, 7)}, "selection.protect=(3, 7), selection.min_length=4"),
-        ({"criterion": "paper", "protect": (4,), "min_length": 9}, "selection.protect=(4,)"),
+        ({"min_length": 4, "protect": (3, 7)}, "selection.protect=[3, 7], selection.min_length=4"),
+        ({"criterion": "paper", "protect": (4,), "min_length": 9}, "selection.protect=[4]"),
         (
             {"criterion": "recoverability", "max_spans": 2, "max_length": 2},
             "selection.max_length=2, selection.max_spans=2",
