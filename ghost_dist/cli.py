@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -269,6 +270,7 @@ def report(
         print_run(runs[0])
     if trace is not None:
         write_trace(runs[0], trace)
+        typer.echo(f"trace: {trace} (open it at https://ui.perfetto.dev)")
     Console().print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -285,6 +287,7 @@ def bench_serving(
     from ghost_dist.pipeline.bench_serving import bench_serving as measure
     from ghost_dist.report.terminal import print_serving
 
+    _finished(run)
     measured = measure(run, batch=batch, prompt=prompt, new=new, rounds=rounds)
     _show(measured, as_json, print_serving)
 
@@ -365,7 +368,11 @@ def export_deci(
     """Write a Llama's recovered checkpoint in DeciLM's layout, for llama.cpp's converter."""
     from ghost_dist.export.deci import export_deci
 
-    export_deci(run / "checkpoint", out)
+    export_deci(_finished(run), out)
+    typer.echo(
+        f"written: {out}\na GGUF of it: python llama.cpp/convert_hf_to_gguf.py {quote(str(out))} "
+        "--outfile model.gguf --outtype bf16"
+    )
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -397,6 +404,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             1,
         )
     sys.exit(0)
+
+
+def _finished(run: Path) -> Path:
+    """The checkpoint of a finished run; what is out of date there is said on stderr."""
+    from ghost_dist.pipeline.bench_serving import finished_checkpoint
+    from ghost_dist.report.record import RunRecord
+
+    record = RunRecord(run)
+    checkpoint = finished_checkpoint(run)
+    for said in record.out_of_date:
+        typer.echo(said, err=True)
+    return checkpoint
 
 
 def _run_config(

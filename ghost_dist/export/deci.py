@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ghost_dist.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
-from ghost_dist.errors import ExportError
+from ghost_dist.errors import ConfigError, ExportError
 from ghost_dist.export.rewrite import not_written, write_weights
 from ghost_dist.export.shards import NewTensor, plan_shards
 from ghost_dist.export.side_files import copy_side_files
@@ -32,8 +32,11 @@ _OF_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 def export_deci(checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the folder ``out`` from an exported checkpoint, byte by byte; it must not be there yet.
 
-    Raises ExportError where the layout cannot say what the checkpoint computes.
+    Raises ExportError where the layout cannot say what the checkpoint computes, ConfigError where
+    ``out`` is there.
     """
+    if out.exists():
+        raise ConfigError(f"{out} exists. Give a folder that is not there yet.")
     source = open_checkpoint(checkpoint)
     _check(source)
     config, tensors = _rewritten(source)
@@ -52,6 +55,19 @@ def export_deci(checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_00
 
 def _check(source: Checkpoint) -> None:
     """Refuse what a GGUF of ``deci`` would silently compute otherwise."""
+    family = source.config["model_type"]
+    other = [f"its model_type is {family}"] if family != "ghost_llama" else []
+    if found := other or _problems(source):
+        raise ExportError(
+            f"{source.path} cannot be written in DeciLM's layout: {'; '.join(found)}. That takes a "
+            "Llama (model_type ghost_llama) with operator.name=norm-linear, or without attentions "
+            "or MLPs. If only whole layers went, with fold or no operator, llama.cpp's converter "
+            "takes the checkpoint as it is."
+        )
+
+
+def _problems(source: Checkpoint) -> list[str]:
+    """What the layout cannot say of a Llama."""
     config = source.config
     width, heads = config["hidden_size"], config["num_attention_heads"]
     rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type")
@@ -59,7 +75,6 @@ def _check(source: Checkpoint) -> None:
     removed = config.get("ghost_sublayers") or []
     inner, first = config["intermediate_size"], {"layer": 0, "part": "attention"}
     problems = {
-        f"its model_type is {config['model_type']}": config["model_type"] != "ghost_llama",
         "it has an operator other than norm-linear": any(
             one["linear"] or not one["norm_linear"] or one["norm_eps"] != config["rms_norm_eps"]
             for one in operators
@@ -71,14 +86,7 @@ def _check(source: Checkpoint) -> None:
         "it has biases": any(name.endswith(".bias") for name in source.tensors),
         f"rope_type is {rope_type}": rope_type not in (None, "default", "llama3"),
     }
-    found = [problem for problem, true in problems.items() if true]
-    if found:
-        raise ExportError(
-            f"{source.path} cannot be written in DeciLM's layout: {'; '.join(found)}. That takes a "
-            "Llama (model_type ghost_llama) with operator.name=norm-linear, or without attentions "
-            "or MLPs. If only whole layers went, with fold or no operator, llama.cpp's converter "
-            "takes the checkpoint as it is."
-        )
+    return [problem for problem, true in problems.items() if true]
 
 
 def _rewritten(source: Checkpoint) -> tuple[dict[str, Any], list[NewTensor]]:

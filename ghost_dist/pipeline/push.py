@@ -45,6 +45,8 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
     again = f"Finish the run first: ghost-dist recover {run / 'config.yaml'}"
     if record.result is None:
         raise RunFolderError(f"The run in {run} is not finished. {again}")
+    if record.stale:
+        raise RunFolderError(f"{folder} is of another state of the run. {record.out_of_date[0]}")
     open_checkpoint(folder)
     of_checkpoint = folder / "result.json"
     if not of_checkpoint.exists() or exported(of_checkpoint) != exported(run / "result.json"):

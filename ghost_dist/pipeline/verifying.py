@@ -11,6 +11,7 @@ from ghost_dist.export.operator_files import load_operator
 from ghost_dist.pipeline.exporting import file_sizes
 from ghost_dist.report.record import RunRecord
 from ghost_dist.statistics.store import StatisticsStore
+from ghost_dist.statistics.store_plan import plan_path
 
 
 class Verified(NamedTuple):
@@ -52,7 +53,7 @@ def verify_run(run: Path) -> Verified:
 
 def _statistics(run: Path) -> tuple[list[str], bool, bool]:
     """Words, whether ranges are damaged, whether some are missing."""
-    if not (run / "statistics.zarr").exists():
+    if not plan_path(run / "statistics.zarr").exists():  # before it a store holds nothing
         return ["No statistics are there yet."], False, True
     store = StatisticsStore.open(run / "statistics.zarr")
     damaged, missing = store.damaged(), store.missing()

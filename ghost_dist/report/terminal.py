@@ -150,6 +150,8 @@ def print_run(path: Path) -> None:
         if "serving" in run.result:
             print_serving(run.result["serving"])
         print_result(run.result, path)
+    for said in run.out_of_date:
+        _say(said)
 
 
 def print_stage(path: Path, stage: str) -> None:

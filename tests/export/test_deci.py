@@ -17,7 +17,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.find_halves import with_halves
-from ghost_dist.errors import ExportError
+from ghost_dist.errors import ConfigError, ExportError
 from ghost_dist.export.deci import export_deci
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.spans import Span, parse_sublayers
@@ -152,6 +152,9 @@ def test_what_the_layout_cannot_say_is_refused(llama, tmp_path):
         "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4,
     })  # fmt: skip
     refused("it has biases", gap, "", attention_bias=True)
-    plain = llama()
-    with pytest.raises(ExportError, match="model_type is llama"):
+    plain = llama(head_dim=16)  # of another family nothing else is said
+    with pytest.raises(ExportError, match=r"model_type is llama\. That"):
+        export_deci(plain, tmp_path / "deci")
+    (tmp_path / "deci").mkdir()
+    with pytest.raises(ConfigError, match=r"deci exists\. Give a folder"):
         export_deci(plain, tmp_path / "deci")

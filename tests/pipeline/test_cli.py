@@ -44,6 +44,12 @@ def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
     assert "not yet run: ranges 5" in out
     assert "6 of 8 ranges are sound" in out
     assert f"ghost-dist recover {solved / 'config.yaml'}" in out
+    (solved / "statistics.zarr" / "ledger" / "plan.json").unlink()  # as where calibrate begins
+    code, out, _ = run(capsys, "verify", solved)
+    assert code == 0
+    first, second, *_, last = out.splitlines()
+    assert (first, second) == ("No statistics are there yet.", "1 of 1 operators are sound.")
+    assert last.startswith("Not done yet: export.")
 
 
 def test_the_command_that_verify_prints_repairs(solved, capsys):
@@ -75,6 +81,21 @@ def test_verify_looks_at_operators_and_checkpoint(make_config, tmp_path, capsys)
     assert run(capsys, "verify", folder)[0] == 0
 
 
+def test_a_checkpoint_in_the_layout_of_decilm(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ghost_dist.export.deci._STEP", 16)  # the model's MLPs are narrow
+    config, folder = make_config(operator__name="norm-linear"), tmp_path / "run"
+    recover(config, again="solve")
+    code, _, err = run(capsys, "export-deci", folder, tmp_path / "deci")
+    assert code == 1
+    assert "no recovered checkpoint yet. Finish it first: ghost-dist recover" in err
+    recover(config)
+    code, out, _ = run(capsys, "export-deci", folder, tmp_path / "deci")
+    assert code == 0
+    assert f"convert_hf_to_gguf.py {tmp_path / 'deci'} --outfile" in out
+    assert (tmp_path / "deci" / "config.json").is_file()
+    assert run(capsys, "export-deci", folder, tmp_path / "deci")[0] == 2
+
+
 def test_solve_again_prints_the_fit(solved, capsys):
     code, out, _ = run(capsys, "solve", solved, "--set", "operator.ridge.relative=0.7", "--json")
     assert code == 0
@@ -87,6 +108,15 @@ def test_solve_again_prints_the_fit(solved, capsys):
     *_, last = out.splitlines()
     again = f"ghost-dist recover {solved / 'config.yaml'}"
     assert last == f"Checkpoint and result are older than solve. To renew: {again}"
+    for command, *rest in (
+        ["report"],
+        ["bench-serving", "--prompt", 8, "--new", 2, "--rounds", 1],
+        ["export-deci", solved / "deci"],
+        ["push", "me/model", "--dry-run"],
+    ):
+        code, out, err = run(capsys, command, solved, *rest)
+        assert last in out + err
+        assert code == (command in ("export-deci", "push"))
     assert run(capsys, "recover", solved / "config.yaml")[0] == 0
     assert "older" not in run(capsys, "verify", solved)[1]
 

@@ -107,13 +107,14 @@ def test_a_run_that_was_killed_and_continued():
 
 
 @pytest.mark.model
-def test_trace_of_a_real_run(make_config, tmp_path):
+def test_trace_of_a_real_run(make_config, tmp_path, capsys):
     config = make_config(
         selection__spans=None, selection__criterion="recoverability", selection__remove=1
     )
     recover(config)
     run, file = str(tmp_path / "run"), str(tmp_path / "trace.json")
     app(["report", run, "--trace", file], standalone_mode=False)
+    assert f"trace: {file} (open it at https://ui.perfetto.dev)" in capsys.readouterr().out
     trace = json.loads((tmp_path / "trace.json").read_bytes())
     check_format(trace)
     with pytest.raises(ConfigError, match="one RUN"):
