@@ -65,7 +65,7 @@ def test_tree_round_trips_through_yaml():
         ({"selection.remove": "1KB"}, "units: B, kB .not KB., MB"),
         (
             {"selection.pareto": "-1"},
-            "'-1' is no size or target: .* layers .7.* 20%.*4GB.*, or speedup",
+            "'-1' is no size or target: .* layers .7.* .20%.*4GB.*, or speedup",
         ),
         ({"selection.pareto": ""}, "'' is no size or target"),
         ({"selection.pareto": "2,,4"}, "pareto: '' is no size or target"),
