@@ -211,11 +211,12 @@ def search_spans(
                 kl_of[amount.selection.wanted] = others, of_other["kl"]
     if not inputs.others:
         return spans, {"search": found}
-    rows = [
-        {"wanted": wanted, "spans": pairs_of(removed), "kl": kl, **comes_to(inputs, removed)}
-        for wanted, (removed, kl) in kl_of.items()
-    ]
-    return spans, {"search": found, "pareto": sorted(rows, key=lambda row: row["removed"])}
+    rows: dict[tuple[Span, ...], dict[str, Any]] = {}
+    for wanted, (removed, kl) in kl_of.items():
+        row = {"spans": pairs_of(removed), "kl": kl, **comes_to(inputs, removed)}
+        names = [rows[removed]["wanted"]] if removed in rows else []  # two may come to the same
+        rows[removed] = {"wanted": ", ".join([*names, wanted]), **row}
+    return spans, {"search": found, "pareto": sorted(rows.values(), key=lambda r: r["removed"])}
 
 
 class Searches(ExitStack):
@@ -236,13 +237,14 @@ class Searches(ExitStack):
         self._inputs, self._run, self._reporter = inputs, run, reporter
         self._scorer = scorer or scoring
         self._scores: Score | None = None
+        self._scored = False  # anything, since it was last looked at
         self._windows = Windows.of(inputs, tokens)
         self._record = f"search{'' if repairs(inputs.config) else '-unrepaired'}"
         self._identity = fingerprint(
             {
                 "effort": str(_effort(inputs.config.selection)),
                 "score": "sure_kl",
-                **unrepaired(inputs.config),
+                **({} if repairs(inputs.config) else {"repairs": False}),
                 "model": inputs.model_fingerprint,
                 "tokens": tokens.fingerprint,
                 "left_out": inputs.config.left_out,
@@ -256,11 +258,15 @@ class Searches(ExitStack):
         if self._scores is None:
             opened = self._scorer(self._inputs, self._windows, self._reporter.stage)
             self._scores = self.enter_context(opened)
+        self._scored = True
         return self._scores(removals, windows)
 
     def __call__(self, inputs: RunInputs) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The spans of an amount that goes, and how they were found."""
-        selection, reporter, shown, best = inputs.config.selection, self._reporter, 0, math.inf
+        selection, reporter, shown = inputs.config.selection, self._reporter, 0
+        best = said = math.inf
+        about = f"search for {inputs.remove} layer{'s' if inputs.remove != 1 else ''}"
+        self._scored = False
 
         def possible(removal: Removal) -> bool:
             try:
@@ -270,7 +276,7 @@ class Searches(ExitStack):
             return True
 
         def told(generation: dict[str, Any]) -> None:
-            nonlocal shown, best
+            nonlocal shown, best, said
             self._run.finish(self._record, self._identity, {"table": table_as_plain(search.table)})
             reporter.event("search-generation", **generation)
             advance(search.evaluations - shown)
@@ -278,8 +284,10 @@ class Searches(ExitStack):
             removed, kl = generation["removed"], generation["score"]
             if len(removed) == inputs.remove and kl is not None and kl < best:
                 best = kl
-                spans = ", ".join(map(str, _spans(removed)))
-                reporter.say(f"search: KL {kl:.4f} where the model is sure, without {spans}")
+                if self._scored:  # else it is known from before
+                    said, spans = kl, ", ".join(map(str, _spans(removed)))
+                    reporter.say(f"{about}: KL {kl:.4f} where the model is sure, without {spans}")
+            self._scored = False
 
         search = Search(
             rules_of(inputs.amount, inputs.architecture.num_layers),
@@ -295,8 +303,13 @@ class Searches(ExitStack):
         )
         with reporter.stage("search", search.budget, "evaluations") as advance:
             found = search.run()
-        self._table = search.table
-        return _spans(found.removal), {
+        self._table, removed = search.table, _spans(found.removal)
+        if said < found.score:
+            reporter.say(
+                f"{about}: {', '.join(map(str, removed))} taken, KL {found.score:.4f}: what scored "
+                "less is not better by more than the standard error"
+            )
+        return removed, {
             "kl": found.score,
             "kl_left_out": list(found.scores),
             "evaluations": found.evaluations,
@@ -310,11 +323,6 @@ class Searches(ExitStack):
 def repairs(config: Config) -> bool:
     """Whether removals are judged with operators in place; not where none will be there."""
     return config.operator.name != "none"
-
-
-def unrepaired(config: Config) -> dict[str, bool]:
-    """What a search depends on besides its section; nothing where it has operators."""
-    return {} if repairs(config) else {"repairs": False}
 
 
 @contextlib.contextmanager

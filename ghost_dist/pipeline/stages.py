@@ -36,7 +36,7 @@ from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
-from ghost_dist.pipeline.searching import Scorer, search_spans, unrepaired
+from ghost_dist.pipeline.searching import Scorer, search_spans
 from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
@@ -112,7 +112,11 @@ class Stages:
         return self._loaded("tokens", wanted, work, load)
 
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
-        """The spans to remove: as given, or as the criterion finds them."""
+        """The spans to remove: as given, or as the criterion finds them.
+
+        A search judges with operators if there will be any. But a run that gets others by a later
+        stage keeps its layers.
+        """
         inputs, selection = self._inputs, self._inputs.config.selection
         path = self._run.path / "selection.zarr"
         wanted = {
@@ -120,7 +124,6 @@ class Stages:
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
             "folds": inputs.config.folds,
-            **(unrepaired(inputs.config) if selection.searches else {}),
             **inputs.numerics,
         }
 

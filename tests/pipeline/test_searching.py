@@ -1,6 +1,7 @@
 """``selection.criterion=search`` through the whole stage: what it finds, stopped and streamed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,13 +133,47 @@ def test_without_an_operator_plain_cuts_are_judged(searched, make_config, tmp_pa
     assert removed in [removal for _, removal in table[:2]]
 
 
-def test_a_run_that_loses_its_operator_is_searched_again(searched, tmp_path):
-    """What goes is that of the configuration, not of the one that the run had before."""
-    searched("run")
-    run_stage_again(tmp_path / "run", "calibrate", ["operator.name=none"], QUIET)
-    record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
-    spans, found = searched("fresh", operator__name="none")
-    assert (record["spans"], record["search"]) == (spans, found)
+def test_a_run_that_loses_its_operator_keeps_its_layers(searched, make_config, tmp_path):
+    """Until they are selected again: then plain cuts are judged, as in a run without operators."""
+    spans, _ = searched("run")
+    folder = tmp_path / "run"
+    before = (folder / "stages" / "select.json").read_bytes()
+    run_stage_again(folder, "calibrate", [], QUIET)
+    assert run_stage_again(folder, "solve", ["operator.name=none"], QUIET)["operator"] == "none"
+    assert recover(RunFolder.stored_config(folder), QUIET)["spans"] == spans
+    run_stage_again(folder, "solve", ["operator.name=ghost"], QUIET)
+    assert recover(RunFolder.stored_config(folder), QUIET)["spans"] == spans
+    assert (folder / "stages" / "select.json").read_bytes() == before
+    run_stage_again(folder, "solve", ["operator.name=none"], QUIET)
+    again = run_stage_again(folder, "select", [], QUIET)["spans"]
+    plain, found = searched("fresh", operator__name="none")
+    record = json.loads((folder / "stages" / "select.json").read_text())["outputs"]
+    assert (again, record["search"]) == (plain, found)
+
+
+def test_a_search_says_which_size_it_is_about_and_what_is_new(make_config, capsys):
+    config = make_config(**SEARCH, selection__pareto="3", selection__effort="quick")
+    recover(config, Reporter(), again="select")
+    first = capsys.readouterr().err
+    for layers in (2, 3):
+        assert f"search for {layers} layers: KL " in first
+    recover(config, Reporter(), again="select")
+    again = capsys.readouterr().err
+    assert "removing layers" in again
+    assert "KL" not in again
+
+
+def test_it_says_why_the_least_is_not_taken(make_config, monkeypatch, capsys):
+    """A single span is taken, as nothing is better by so many standard errors."""
+    monkeypatch.setattr("ghost_dist.solver.search._ERRORS", 1e9)
+    config = make_config(**SEARCH, selection__protect=[6], selection__effort="quick")
+    [span] = recover(config, Reporter(), again="select")["spans"]
+    told = capsys.readouterr().err
+    [reason] = [line for line in told.splitlines() if "taken, KL" in line]
+    least = min(float(kl) for kl in re.findall(r": KL ([\d.]+) where", told))
+    assert f"search for 2 layers: [{span[0]}, {span[1]}) taken, KL" in reason
+    assert float(re.search(r"KL ([\d.]+):", reason)[1]) > least
+    assert reason.endswith("not better by more than the standard error")
 
 
 def test_stopped_after_each_generation_it_goes_on_to_the_same(
@@ -220,21 +255,20 @@ def test_every_amount_is_what_a_search_for_it_alone_finds(make_config, tmp_path,
             assert one[figure] == same[figure]
         assert one["selection"]["search"] == same["selection"]["search"]
         rows = {row["wanted"]: row for row in same["selection"]["pareto"]}
-        row = rows[same["target"]["target"] if same["target"] else "2"]
+        row = rows[same["target"]["target"] if same["target"] else "2, kv 75%"]
         assert (row["spans"], row["kl"]) == (one["spans"], one["selection"]["search"]["kl"])
         gaps = len(row["spans"])
         assert row["bytes"] >= one["bytes"]["after"] > row["bytes"] - gaps * 2 * 48 * 48 * 4
         left = one["parameters"]["after"] / one["parameters"]["before"]
         assert 0 <= 1 - left - row["removed"] < 0.02 * gaps
-    assert list(rows) == ["1", "2", "kv 75%", "speedup 1.4"]
-    assert rows["2"]["spans"] == rows["kv 75%"]["spans"]  # the same by another name
-    for gone, row in zip((1, 2, 2, 3), rows.values(), strict=True):
+    assert list(rows) == ["1", "2, kv 75%", "speedup 1.4"]
+    for gone, row in zip((1, 2, 3), rows.values(), strict=True):
         assert sum(stop - start for start, stop in row["spans"]) == gone
         assert row["speedup"] == pytest.approx(10 / (10 - gone + 0.05 * len(row["spans"])))
         assert row["kv"] == 1 - gone / 8
     with pytest.raises(RunMismatchError, match="selection.pareto: .* in RUN"):
         run("run", selection__remove=2)
-    with pytest.raises(ConfigError, match="give speedup 1.3"):
+    with pytest.raises(ConfigError, match="'kv 3' is no size or target"):
         run("other", selection__remove=2, selection__pareto="2,kv 3")
     with pytest.raises(ConfigError, match="pareto needs criterion=search"):
         run("other", selection__remove=2, selection__pareto="2", selection__criterion="paper")
