@@ -55,24 +55,40 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     Values of overrides that are strings are not parsed here. A ConfigError names the field, what
     was given, what is allowed, and for an unknown key the nearest known one.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
-        except OSError as error:
-            raise ConfigError(
-                f"Configuration file {path} cannot be read: {error.strerror}."
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
+    tree = {} if path is None else _read(path)
     for key, value in overrides.items():
         set_field(tree, key, value)
     try:
         return config_from_tree(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}" if path is not None else str(error)) from None
+
+
+def shown_tree(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`config_tree` of a file, to be shown: what of it is gone stands there as it was."""
+    tree, gone, now = _read(path), {}, {}
+    for key, valid in {"operator.name": "auto", "selection.criterion": "search", **_GONE}.items():
+        section, field = key.split(".")
+        fields = tree.get(section)
+        said = fields.get(field, valid) if isinstance(fields, dict) else valid
+        if said != valid and (key in _GONE or str(said) in INSTEAD):
+            gone[key], now[key] = said, valid
+    shown = config_tree(load_config(path, {**overrides, **now}))
+    for key, said in gone.items():
+        set_field(shown, key, said)
+    return shown
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+    except OSError as error:
+        raise ConfigError(f"Configuration file {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
+    return tree
 
 
 def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -116,7 +132,7 @@ def parse_set(assignment: str) -> tuple[str, Any]:
 _GONE = {"selection.units": "layers", "operator.heal": False, "operator.rank": None}
 """Fields of earlier versions, which a RUN of then names: the value that is as if it were absent."""
 
-_INSTEAD = {
+INSTEAD = {
     **dict.fromkeys(("linear-patch", "linear-patch-hadamard", "low-rank"), "ghost"),
     "replaceme": "fold",
     **dict.fromkeys(("cosine", "angular", "block-influence"), "search, or paper"),
@@ -211,8 +227,8 @@ def _describe(error: ValidationError) -> str:
         allowed = " or ".join(words)
         near = _nearest(got, re.findall(r"'(.*?)'", allowed)) if isinstance(got, str) else None
         hint = f" Did you mean {near}?" if near else ""
-        if isinstance(got, str) and got in _INSTEAD:
-            hint = f" It was of an earlier version and is gone: give {_INSTEAD[got]}."
+        if isinstance(got, str) and got in INSTEAD:
+            hint = f" It was of an earlier version and is gone: give {INSTEAD[got]}."
         lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
     return "\n".join(dict.fromkeys(lines))
 

@@ -10,9 +10,9 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ghost_dist.config import Config
 from ghost_dist.config_file import (
@@ -26,6 +26,7 @@ from ghost_dist.config_file import (
 from ghost_dist.durable import create_bytes, read_sealed, sweep_partial, write_bytes, write_sealed
 from ghost_dist.errors import ConfigError, RunFolderError, RunMismatchError
 
+Read = TypeVar("Read")
 STAGES = ("tokens", "select", "calibrate", "solve", "refine", "export", "evaluate")
 _FIRST = {".lock", "events.jsonl", "operators", "stages"}  # before the inputs have been checked
 
@@ -48,17 +49,7 @@ class RunFolder:
 
     @staticmethod
     def stored_config(path: Path) -> Config:
-        file = path / "config.yaml"
-        if not file.is_file():
-            raise RunFolderError(f"{path} is not a RUN folder: there is no {file}.")
-        try:
-            return load_config(file, {"output.path": str(path)})  # the folder may have been moved
-        except ConfigError as error:
-            raise RunFolderError(
-                f"The configuration of the run in {path} is damaged, or of another version of "
-                f"ghost_dist: {error}\nMend {file}; or remove it and run recover with the whole "
-                f"configuration and --out {path}, which keeps what is finished."
-            ) from error
+        return stored(path, load_config)
 
     def __enter__(self) -> RunFolder:
         try:
@@ -166,6 +157,21 @@ class RunFolder:
                 + "\n  ".join(differing)
                 + "\nUse another --out for this configuration, or the same one to continue."
             )
+
+
+def stored(path: Path, read: Callable[[Path, Mapping[str, Any]], Read]) -> Read:
+    """The configuration of the RUN folder, as ``read`` gives it of a file and overrides."""
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise RunFolderError(f"{path} is not a RUN folder: there is no {file}.")
+    try:
+        return read(file, {"output.path": str(path)})  # the folder may have been moved
+    except ConfigError as error:
+        raise RunFolderError(
+            f"The configuration of the run in {path} is damaged, or of another version of "
+            f"ghost_dist: {error}\nMend {file}; or remove it and run recover with the whole "
+            f"configuration and --out {path}, which keeps what is finished."
+        ) from error
 
 
 def read_record(path: Path, stage: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ghost_dist.config_file import (
     differing_fields,
     load_config,
     parse_set,
+    shown_tree,
 )
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import ConfigError
@@ -212,6 +213,21 @@ def test_yaml_quotes_what_would_be_read_as_a_number():
     tree = yaml.safe_load(config_yaml(config))
     assert tree["model"]["revision"] == "12345e6"
     assert parse_set(f"a.b={config_yaml(config).decode()}")[1] == config_tree(config)
+
+
+def test_what_is_gone_is_shown_as_it_stands(tmp_path):
+    file, gone = tmp_path / "config.yaml", {"name": "low-rank", "rank": 8}
+    tree = config_tree(load_config(None, MINIMAL))
+    old = {**tree, "operator": {**tree["operator"], **gone}}
+    old["selection"] = {**tree["selection"], "criterion": "cosine"}
+    file.write_text(yaml.safe_dump(old))
+    assert shown_tree(file, {"output.path": "moved"}) == {
+        **old,
+        "output": {**old["output"], "path": "moved"},
+    }
+    file.write_text(yaml.safe_dump({**old, "operator": {**gone, "folds": 1}}))
+    with pytest.raises(ConfigError, match="operator.folds"):
+        shown_tree(file, {})
 
 
 def test_fields_of_earlier_versions_are_left_out_where_they_asked_for_nothing():

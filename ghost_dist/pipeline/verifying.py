@@ -55,7 +55,10 @@ def _statistics(run: Path) -> tuple[list[str], bool, bool]:
     """Words, whether ranges are damaged, whether some are missing."""
     if not plan_path(run / "statistics.zarr").exists():  # before it a store holds nothing
         return ["No statistics are there yet."], False, True
-    store = StatisticsStore.open(run / "statistics.zarr")
+    try:
+        store = StatisticsStore.open(run / "statistics.zarr")
+    except CorruptStoreError as error:
+        return [f"statistics: DAMAGED. {error}"], True, False
     damaged, missing = store.damaged(), store.missing()
     lines = [f"range {range_id}: DAMAGED. {reason}" for range_id, reason in damaged.items()]
     if missing:

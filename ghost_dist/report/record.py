@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ghost_dist.config_file import config_tree
+from ghost_dist.config_file import INSTEAD, shown_tree
 from ghost_dist.errors import RunFolderError
 from ghost_dist.evaluation.bootstrap import (
     FloatArray,
@@ -20,7 +20,7 @@ from ghost_dist.evaluation.bootstrap import (
     resampled_means,
     resampled_perplexities,
 )
-from ghost_dist.run_folder import STAGES, RunFolder, read_record
+from ghost_dist.run_folder import STAGES, read_record, stored
 from ghost_dist.solver.operators import operator_of, refits_down
 
 Pair = tuple[float, float]
@@ -34,7 +34,7 @@ class RunRecord:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.config = path, config_tree(RunFolder.stored_config(path))
+        self.path, self.config = path, stored(path, shown_tree)
         self.events = _events(path / "events.jsonl")
         self.result = result = _json(path / "result.json")  # None while the run is not finished
         # Outputs of every stage; empty of one that is not done.
@@ -78,14 +78,19 @@ class RunRecord:
         return {layer for span in self.spans for layer in range(*span)}
 
     @property
+    def _kind(self) -> str | None:
+        """The operator, or of one that is gone another that acts in the same places."""
+        return INSTEAD.get(self.operator or "", self.operator)
+
+    @property
     def acting(self) -> bool:
         """Whether something acts at the gaps."""
-        found = operator_of(self.operator)
+        found = operator_of(self._kind)
         return found is not None and found.acts
 
     @property
     def refitted(self) -> list[int]:
-        before = refits_down(self.operator)
+        before = refits_down(self._kind)
         return [start - 1 for start, _ in self.spans if start > 0] if before else []
 
     @property

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from ghost_dist.config_file import config_tree, load_config
+from ghost_dist.config_file import shown_tree
 from ghost_dist.evaluation.task_rows import VARIANTS, task_rows
 from ghost_dist.progress import duration
 from ghost_dist.report import text, verdict
@@ -51,7 +51,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         _say(f"target {text.target_words(target)}")
     _say(f"checkpoint: {run / 'checkpoint'}")
     _say(f"load it: {text.load_words(run / 'checkpoint')}")
-    config = config_tree(load_config(run / "config.yaml", {}))
+    config = shown_tree(run / "config.yaml", {})
     remedies = verdict.remedies(config, run, helps=not result["no_better_than_cut"])
     if not result["no_better_than_cut"]:
         quoted = shlex.quote(str(run))

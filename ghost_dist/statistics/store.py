@@ -97,7 +97,7 @@ class StatisticsStore:
     def open(path: Path) -> StatisticsStore:
         """Open what is there, by its own plan; writes nothing."""
         plan = stored_plan(path)
-        if plan is None:
+        if plan is None or not KINDS.keys() >= {*plan.entries.values()}:
             raise CorruptStoreError(
                 f"{plan_path(path)} is absent, damaged, or of another version: recover writes it "
                 "anew and keeps the ranges that are of its run."

@@ -10,6 +10,7 @@ import yaml
 from ghost_dist import cli
 from ghost_dist.cli import main
 from ghost_dist.config_file import config_tree
+from ghost_dist.durable import read_sealed, write_sealed
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.run_folder import RunFolder
 
@@ -44,7 +45,14 @@ def test_verify_names_what_is_damaged_and_what_is_missing(solved, capsys):
     assert "not yet run: ranges 5" in out
     assert "6 of 8 ranges are sound" in out
     assert f"ghost-dist recover {solved / 'config.yaml'}" in out
-    (solved / "statistics.zarr" / "ledger" / "plan.json").unlink()  # as where calibrate begins
+    plan = solved / "statistics.zarr" / "ledger" / "plan.json"
+    tree = read_sealed(plan)
+    write_sealed(plan, {**tree, "entries": dict.fromkeys(tree["entries"], "of another version")})
+    code, out, _ = run(capsys, "verify", solved)
+    assert code == 1
+    assert "statistics: DAMAGED" in out
+    assert "1 of 1 operators are sound." in out
+    plan.unlink()  # as where calibrate begins
     code, out, _ = run(capsys, "verify", solved)
     assert code == 0
     first, second, *_, last = out.splitlines()

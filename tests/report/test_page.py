@@ -205,6 +205,29 @@ def test_run_without_nats_per_window_has_no_intervals_and_says_so(runs, tmp_path
     assert "were not recorded, so no interval" in page
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("low-rank", "Across each gap the operator low-rank carries the stream"),
+        ("replaceme", "refitted; nothing acts at the gap"),
+    ],
+)
+def test_a_run_with_what_is_gone_is_reported_and_verified(runs, capsys, gone, said):
+    run = runs["map"]
+    for file in (run / "config.yaml", run / "result.json"):
+        old = file.read_text().replace("name: ghost\n", f"name: {gone}\n  rank: 8\n")
+        old = old.replace("criterion: recoverability", "criterion: cosine")
+        file.write_text(old.replace('"operator": "ghost"', f'"operator": "{gone}"'))
+    for command in (["report", run], ["verify", run]):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in command])
+        assert not stopped.value.code
+    assert f"operator {gone};" in capsys.readouterr().out
+    assert said in (run / "report.html").read_text()
+    with pytest.raises(RunFolderError, match=f"got '{gone}', expected"):
+        RunFolder.stored_config(run)
+
+
 def test_damaged_operator_is_refused(runs, tmp_path):
     (runs["joint"] / "report.json").unlink()
     [file] = (runs["joint"] / "operators").glob("*.safetensors")
