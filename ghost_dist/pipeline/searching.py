@@ -301,7 +301,8 @@ class Searches(ExitStack):
             possible=possible,
             after_generation=told,
         )
-        with reporter.stage("search", search.budget, "evaluations") as advance:
+        name = f"search for {inputs.remove}" if inputs.others else "search"
+        with reporter.stage(name, search.budget, "evaluations") as advance:
             found = search.run()
         self._table, removed = search.table, _spans(found.removal)
         if said < found.score:

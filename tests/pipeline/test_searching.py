@@ -157,6 +157,7 @@ def test_a_search_says_which_size_it_is_about_and_what_is_new(make_config, capsy
     first = capsys.readouterr().err
     for layers in (2, 3):
         assert f"search for {layers} layers: KL " in first
+        assert re.search(rf" search for {layers}: [\d,]+ evaluations in ", first)
     recover(config, Reporter(), again="select")
     again = capsys.readouterr().err
     assert "removing layers" in again
