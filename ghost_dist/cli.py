@@ -318,7 +318,7 @@ def push(
 @app.command()
 def demo(
     model: Annotated[
-        Literal["pico", "smollm2", "gemma3-270m"],
+        Literal["pico", "smollm2", "gemma3-270m", "qwen2.5-coder-1.5b"],
         Option("--model", help="pico is shipped; the others come as a Python package."),
     ] = "pico",
     out: Annotated[str | None, Option(help="RUN folder; a temporary one if not given.")] = None,

