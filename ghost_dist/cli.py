@@ -388,21 +388,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         signal.signal(number, stop)
     try:
         app(arguments)
-    except SystemExit:
-        if stopped_by:  # Ray may have made another status of it
+    except (Exception, SystemExit) as error:
+        # The signal may have come inside a cleaning up, which then failed, or inside a wait of Ray,
+        # which makes another status of it.
+        if stopped_by:
             _fail("stopped. The same command continues.", 128 + stopped_by[0])
+        if isinstance(error, (ConfigError, RunMismatchError)):
+            _fail(str(error), 2)
+        if isinstance(error, GhostDistError):
+            _fail(str(error), 1)
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            _fail(
+                f"{error.strerror or error}{where}. What was finished is kept; the same command "
+                "continues once this is mended.",
+                1,
+            )
         raise
-    except (ConfigError, RunMismatchError) as error:
-        _fail(str(error), 2)
-    except GhostDistError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(
-            f"{error.strerror or error}{where}. What was finished is kept; the same command "
-            "continues once this is mended.",
-            1,
-        )
     sys.exit(0)
 
 

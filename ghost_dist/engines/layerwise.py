@@ -294,7 +294,7 @@ def _hand_on(layer: Any) -> Callable[[], None]:
     layer._forward_pre_hooks_with_kwargs = OrderedDict()
 
     def take_up() -> None:
-        del layer.__dict__["forward"]
+        layer.__dict__.pop("forward", None)  # twice where a stop came in between
         if forward is not None:
             layer.__dict__["forward"] = forward
         layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks

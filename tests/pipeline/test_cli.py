@@ -297,13 +297,14 @@ def test_what_cannot_be_set_with_a_stage(tmp_path, make_config, capsys, assignme
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_said_whatever_a_library_makes_of_it(number, monkeypatch, capsys):
-    """Ray ends a wait that a signal interrupts with a status of its own."""
+@pytest.mark.parametrize("left", [SystemExit(1), KeyError("forward"), OSError("a closed file")])
+def test_a_stop_is_said_whatever_comes_of_it(number, left, monkeypatch, capsys):
+    """Ray ends a wait that a signal interrupts with a status of its own; a cleanup may fail."""
 
     def waits(_):
         with contextlib.suppress(SystemExit):
             signal.raise_signal(number)
-        raise SystemExit(1)
+        raise left
 
     monkeypatch.setattr(cli, "app", waits)
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
