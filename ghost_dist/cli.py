@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from ghost_dist import __version__
+from ghost_dist import __version__, cli_jobs
+from ghost_dist.cli_jobs import Json, Set, show
 from ghost_dist.errors import ConfigError, GhostDistError, RunMismatchError
 
 app = typer.Typer(
@@ -30,7 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, Option("--json", help="For programs.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A RUN folder made by recover.")]
 
 
@@ -43,20 +43,6 @@ def _root(
         raise typer.Exit
 
 
-Address = Annotated[
-    str | None, Option(envvar="RAY_API_SERVER_ADDRESS", help="Such as http://head:8265.")
-]
-Unauthenticated = Annotated[
-    bool,
-    Option(
-        "--allow-unauthenticated", help="Use a cluster that takes jobs from anybody who reaches it."
-    ),
-]
-Job = Annotated[str, Argument(metavar="JOB", help="A job's id, or the path of its RUN.")]
-Set = Annotated[
-    list[str] | None,
-    Option("--set", metavar="SECTION.FIELD=VALUE", help="Any configuration field; repeat."),
-]
 Model = Annotated[
     str,
     Argument(
@@ -130,87 +116,11 @@ def plan(
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
     config = _run_config(model, assignments, targets, pareto, **fields)
-    _show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
+    show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
 
 
-@app.command()
-def submit(
-    config_file: Annotated[
-        Path, Argument(metavar="CONFIG.yaml", help="The whole run; paths of the cluster.")
-    ],
-    address: Address = None,
-    assignments: Set = None,
-    wait: Annotated[bool, Option("--wait/--no-wait", help="Follow its output.")] = True,
-    retries: Annotated[int, Option(min=0, help="Submit again this often if it fails.")] = 0,
-    python: Annotated[str, Option(help="Interpreter on the head node.")] = "python",
-    env: Annotated[
-        list[str] | None, Option(metavar="NAME=VALUE", help="Of the job, no secret; repeat.")
-    ] = None,
-    allow_unauthenticated: Unauthenticated = False,
-) -> None:
-    """Run recover as a Ray job; the same command follows it, or continues it after a failure."""
-    from ghost_dist.config_file import load_config, parse_set
-
-    config = load_config(config_file, dict(map(parse_set, assignments or ())))
-    variables = dict(item.partition("=")[::2] for item in env or ())
-    jobs = _jobs(address, allow_unauthenticated)
-    status = ""
-    for _ in range(1 + (retries if wait else 0)):
-        job, fresh = jobs.submit(config, python=python, env=variables)
-        say = Console(stderr=True).print
-        say(f"{'submitted' if fresh else 'already running:'} {job}", highlight=False)
-        if not wait:
-            typer.echo(job)
-            return
-        try:
-            status = jobs.follow(job, lambda text: typer.echo(text, nl=False))
-        except SystemExit:
-            say(f"{job} goes on. ghost-dist jobs stop {job} stops it.", highlight=False)
-            raise
-        if status != "FAILED":
-            break
-    if status != "SUCCEEDED":
-        raise GhostDistError(f"Job {job} ended as {status}. The same command continues it.")
-
-
-jobs_app = typer.Typer(help="Look at the Ray jobs of ghost-dist submit, or stop them.")
-app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
-
-
-@jobs_app.command(name="list")
-def list_jobs(address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """The jobs of ghost-dist on a cluster, oldest first."""
-    from ghost_dist.report.terminal import print_jobs
-
-    print_jobs(_jobs(address, unauthenticated).listed())
-
-
-@jobs_app.command()
-def status(
-    job: Job,
-    address: Address = None,
-    unauthenticated: Unauthenticated = False,
-    as_json: Json = False,
-) -> None:
-    """What a job is doing: stage, replicas, time left, what happened last."""
-    from ghost_dist.report.terminal import print_job
-
-    jobs = _jobs(address, unauthenticated)
-    _show(jobs.status(jobs.find(job)), as_json, print_job)
-
-
-@jobs_app.command()
-def logs(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """Everything a job has printed."""
-    jobs = _jobs(address, unauthenticated)
-    typer.echo(jobs.logs(jobs.find(job)), nl=False)
-
-
-@jobs_app.command()
-def stop(job: Job, address: Address = None, unauthenticated: Unauthenticated = False) -> None:
-    """Stop a job; what it has finished is kept."""
-    jobs = _jobs(address, unauthenticated)
-    typer.echo(jobs.stop(jobs.find(job)))
+app.command()(cli_jobs.submit)
+app.add_typer(cli_jobs.app, name="jobs", no_args_is_help=True)
 
 
 @app.command()
@@ -289,7 +199,7 @@ def bench_serving(
 
     _finished(run)
     measured = measure(run, batch=batch, prompt=prompt, new=new, rounds=rounds)
-    _show(measured, as_json, print_serving)
+    show(measured, as_json, print_serving)
 
 
 @app.command()
@@ -350,7 +260,7 @@ def _add_stage(stage: Any) -> None:
         from ghost_dist.report.terminal import print_stage
 
         done = run_stage_again(run, stage, assignments or (), run=run_config)
-        _show(done, as_json, lambda _: print_stage(run, stage))
+        show(done, as_json, lambda _: print_stage(run, stage))
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."
     app.command(name=stage)(command)
@@ -440,28 +350,6 @@ def _run_config(
     if pareto is not None:
         settings["selection.pareto"] = pareto
     return make_config(model, settings=settings, **fields)
-
-
-def _show(found: Any, as_json: bool, show: Callable[[Any], None]) -> None:
-    """What a command found, for programs or for a person."""
-    if as_json:
-        Console(soft_wrap=True).print_json(data=found)
-    else:
-        show(found)
-
-
-def _jobs(address: str | None, allow_unauthenticated: bool) -> Any:
-    """The jobs of a cluster."""
-    if address is None:
-        raise ConfigError(
-            "Say which cluster: --address http://head:8265, or RAY_API_SERVER_ADDRESS."
-        )
-    from ghost_dist.api import check_ray
-
-    check_ray("Jobs need")
-    from ghost_dist.cluster.jobs import Jobs
-
-    return Jobs(address, allow_unauthenticated=allow_unauthenticated)
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:

@@ -129,7 +129,12 @@ def parse_set(assignment: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
 
 
-_GONE = {"selection.units": "layers", "operator.heal": False, "operator.rank": None}
+_GONE = {
+    "selection.units": "layers",
+    "operator.heal": False,
+    "operator.rank": None,
+    "engine.backend": "deepspeed",
+}
 """Fields of earlier versions, which a RUN of then names: the value that is as if it were absent."""
 
 INSTEAD = {

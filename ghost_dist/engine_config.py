@@ -36,8 +36,6 @@ class EngineConfig(Section):
     replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """Copies of the model that share the windows; auto: as many as the cluster has room for. More
     than 1, or auto, needs Ray. May differ when a run is continued."""
-    backend: Literal["deepspeed", "transformers"] = "deepspeed"
-    """tensor_parallel: the library that shards the layers."""
     reduction: Literal["ordered", "all-reduce"] = "ordered"
     """How the sums of ranges become those of folds. ordered: read from the store and added in the
     order of their ids, bitwise the same after any failure. all-reduce: the replicas add what each

@@ -61,30 +61,13 @@ def load_decoder(
     device: torch.device,
 ) -> Decoder:
     """Read embeddings and the first layers only; each must hand its output to the next."""
-    decoder = Decoder(load_base_model(path, architecture, num_layers, dtype, device), architecture)
-    check_stream(decoder, architecture)
-    return decoder
-
-
-def load_base_model(
-    path: Path,
-    architecture: Architecture,
-    num_layers: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensor_parallel: int = 1,
-) -> Any:
-    """The truncated model without head, shared over so many ranks by transformers' plan for it."""
     model_class = getattr(transformers, architecture.base_class)
     config = truncated_config(open_checkpoint(path), architecture, num_layers)
-    arguments: dict[str, Any] = {"config": config}
-    if tensor_parallel > 1:
-        from transformers.distributed import DistributedConfig
-
-        arguments["distributed_config"] = DistributedConfig(tp_size=tensor_parallel, tp_plan="auto")
-    model = _load(model_class, path, dtype, device, **arguments)
+    model = _load(model_class, path, dtype, device, config)
     del model.get_submodule(architecture.in_base(architecture.layers))[num_layers:]
-    return model
+    decoder = Decoder(model, architecture)
+    check_stream(decoder, architecture)
+    return decoder
 
 
 def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> Any:
@@ -103,7 +86,7 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
 def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     raw = open_checkpoint(path).config
     config = read_config(CONFIG_MAPPING[raw["model_type"]], raw)
-    return _load(causal_lm_class(config), path, dtype, device, config=config)
+    return _load(causal_lm_class(config), path, dtype, device, config)
 
 
 def layers_of_causal_lm(model: Any, architecture: Architecture) -> Decoder:
@@ -136,9 +119,10 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _load(
-    model_class: Any, path: Path, dtype: torch.dtype, device: torch.device, **arguments: Any
+    model_class: Any, path: Path, dtype: torch.dtype, device: torch.device, config: Any
 ) -> Any:
-    if device.type != "cpu" and "distributed_config" not in arguments:
+    arguments: dict[str, Any] = {"config": config}
+    if device.type != "cpu":
         arguments["device_map"] = {"": device}
     source: Path | None = path
     checkpoint = open_checkpoint(path)
@@ -165,8 +149,7 @@ def _load(
 
 def check_finite(path: Path, model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        rows = local.detach() if local.ndim else local.detach()[None]
+        rows = parameter.detach() if parameter.ndim else parameter.detach()[None]
         # Piece by piece: isfinite makes two copies, which for embeddings are gigabytes.
         pieces = rows.chunk(1 + rows.numel() // _CHECKED_AT_ONCE)
         if not all(bool(torch.isfinite(piece).all()) for piece in pieces):

@@ -207,7 +207,7 @@ def _requirements(config: Config) -> list[str]:
         extras.append("harness")
     if config.on_cluster:
         extras.append("cluster")
-    by_deepspeed = engine.kind in ("auto", "tensor_parallel") and engine.backend == "deepspeed"
+    by_deepspeed = engine.kind in ("auto", "tensor_parallel")
     try:
         requirements = importlib.metadata.requires("ghost_dist") or ()
     except importlib.metadata.PackageNotFoundError as error:

@@ -181,7 +181,6 @@ class Rank:
                 device=device,
                 degree=engine.ranks,
                 batch=inputs.batch,
-                backend=engine.backend,
             )
         return self._engine.parameter_bytes, self._engine.conformance
 

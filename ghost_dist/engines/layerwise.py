@@ -22,7 +22,7 @@ from ghost_dist.checkpoint.halves import zeros
 from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer, routed_experts
-from ghost_dist.engines.sharding import gather_width, local_tensor
+from ghost_dist.engines.sharding import gather_width
 from ghost_dist.spans import Sublayer
 
 Group = int | Literal["embeddings", "head"]
@@ -135,7 +135,7 @@ class LayerwiseModel:
     ) -> tuple[Tensor, Tensor]:
         """What a tap gets of a down_proj: its whole input, and its output without the bias."""
         if module.bias is not None:
-            output_BTC = output_BTC - local_tensor(module.bias)
+            output_BTC = output_BTC - module.bias
         return gather_width(input_BTF, self.architecture.inner_sizes[layer]), output_BTC
 
     @contextlib.contextmanager

@@ -180,12 +180,6 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
 def gather_width(local: Tensor, width: int) -> Tensor:
     """Join the columns (..., n) of ranks that share them, in order, to (..., width); collective."""
     if local.shape[-1] == width:
@@ -298,7 +292,7 @@ def _source_shard(
         raise UnsupportedArchitectureError(
             f"Family {family} cannot be sharded by DeepSpeed: transformers makes {place.target} of "
             f"{len(sources)} tensors {place.pattern} by {', '.join(sorted(operations))}, "
-            "which cannot be done slice by slice. Set engine.backend=transformers."
+            "which cannot be done slice by slice. Set engine.tensor_parallel=1."
         )
     number = sources.index(place.pattern)
     start, stop = shard.pieces[number]

@@ -1,7 +1,7 @@
 """One replica of a model over several devices: a torch.distributed world shares every layer.
 
 DeepSpeed's AutoTP (``deepspeed.init_inference``) splits the linear layers; ``sharding.py`` splits
-what it leaves whole and reads each rank's slices. transformers' own plan is the second backend.
+what it leaves whole and reads each rank's slices.
 
 Every rank is given the same windows and pushes the same streams, so a sink may keep any part of
 the sums on each rank. All ranks of the world must call ``run`` alike: its sums are collective.
@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import environment
-from ghost_dist.checkpoint.load import Decoder, check_stream, load_base_model, truncated_config
+from ghost_dist.checkpoint.load import Decoder, check_stream, truncated_config
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
@@ -39,15 +39,12 @@ from ghost_dist.engines.sharding import (
     check_degree,
     kept_whole,
     load_shards,
-    local_tensor,
     narrow_fused_attention,
     shard_experts,
     shard_sinks,
     shard_wide_norms,
 )
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
-
-Backend = Literal["deepspeed", "transformers"]
 
 
 def open_tensor_parallel(
@@ -59,7 +56,6 @@ def open_tensor_parallel(
     device: torch.device,
     degree: int,
     batch: int,
-    backend: Backend = "deepspeed",
 ) -> ResidentEngine:
     """Share layers ``0 .. num_layers - 1`` of a checkpoint over the torch.distributed world.
 
@@ -77,61 +73,34 @@ def open_tensor_parallel(
     with errors_shared():
         checkpoint = open_checkpoint(path)
         check_degree(truncated_config(checkpoint, architecture, num_layers), degree)
-        if backend == "deepspeed":
-            _prepare_deepspeed(device)
+        _prepare_deepspeed(device)
 
     def load(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> ResidentEngine:
-        by = _load_by_deepspeed if backend == "deepspeed" else _load_by_transformers
-        model, read_bytes = by(path, architecture, num_layers, dtype, device)
+        model, read_bytes = _load(path, architecture, num_layers, dtype, device)
         decoder = Decoder(model, architecture)
         check_stream(decoder, architecture)
         engine = ResidentEngine(decoder, batch)
         engine.read_bytes = read_bytes
-        engine.parameter_bytes = sum(local_tensor(p).nbytes for p in model.parameters())
+        engine.parameter_bytes = sum(p.nbytes for p in model.parameters())
         return engine
 
-    other = "transformers" if backend == "deepspeed" else "deepspeed"
     difference = check_conformance(
         checkpoint,
         architecture,
         load,
         device,
         degree,
-        what=f"sharded over {degree} ranks by {backend}",
-        advice=f"Set engine.backend={other} or engine.tensor_parallel=1.",
+        what=f"sharded over {degree} ranks by deepspeed",
+        advice="Set engine.tensor_parallel=1.",
     )
     engine = load(path, architecture, num_layers, dtype)
     engine.conformance = difference
     return engine
 
 
-def _load_by_transformers(
-    path: Path, architecture: Architecture, stop: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, None]:
-    config_class, degree = getattr(transformers, architecture.config_class), dist.get_world_size()
-    if degree > 1 and not config_class.base_model_tp_plan:
-        raise UnsupportedArchitectureError(
-            f"Family {architecture.model_type} cannot be sharded by transformers, which has no "
-            "tensor-parallel plan for it. Set engine.backend=deepspeed or engine.tensor_parallel=1."
-        )
-    if degree > 1 and open_checkpoint(path).scales:
-        raise ConfigError(
-            f"{path} is in FP8, which engine.backend=transformers cannot shard. Set "
-            "engine.backend=deepspeed or engine.tensor_parallel=1."
-        )
-    if (found := torch._C._get_accelerator().type) != device.type:
-        raise ConfigError(
-            f"engine.backend=transformers shards on {found} with this build of torch, "
-            f"engine.device is {device}. Set engine.backend=deepspeed."
-        )
-    with _local_rank(device), errors_shared():
-        model = load_base_model(path, architecture, stop, dtype, device, degree)
-    return model, None
-
-
-def _load_by_deepspeed(
+def _load(
     path: Path, architecture: Architecture, stop: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, int]:
     checkpoint, degree = open_checkpoint(path), dist.get_world_size()
@@ -175,8 +144,8 @@ def _prepare_deepspeed(device: torch.device) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "engine.backend=deepspeed needs the package deepspeed, which is not installed. "
-            "In the checkout: pip install -e '.[cluster]'; or set engine.backend=transformers."
+            "Tensor parallelism needs the package deepspeed, which is not installed. In the "
+            "checkout: pip install -e '.[cluster]'."
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # read once, when it is first imported
     import deepspeed
@@ -257,7 +226,7 @@ def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: 
             if sizes is None:
                 raise UnsupportedArchitectureError(
                     f"Family {architecture.model_type} cannot be sharded by DeepSpeed: the fused "
-                    f"projection {path} is interleaved. Set engine.backend=transformers or "
+                    f"projection {path} is interleaved. Set "
                     "engine.tensor_parallel=1."
                 )
         else:
@@ -267,7 +236,7 @@ def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: 
             raise UnsupportedArchitectureError(
                 f"Family {architecture.model_type} cannot be sharded by DeepSpeed: {path}, of size "
                 f"{sum(sizes)}, leaves some of {sharding.degree} ranks without a part. Set "
-                "engine.backend=transformers or a smaller engine.tensor_parallel."
+                "a smaller engine.tensor_parallel."
             )
         pieces, offset = [], 0
         for size, width in zip(sizes, widths, strict=True):
@@ -285,7 +254,7 @@ def _note_linear_shards(model: nn.Module, architecture: Architecture, sharding: 
 
 @contextlib.contextmanager
 def _local_rank(device: torch.device) -> Iterator[None]:
-    """Both libraries choose the GPU by LOCAL_RANK; here the device was chosen already."""
+    """DeepSpeed chooses the GPU by LOCAL_RANK; here the device was chosen already."""
     number = os.environ.get("LOCAL_RANK", "0")
     if device.type == "cuda":
         begin(device)

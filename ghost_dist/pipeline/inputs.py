@@ -124,11 +124,11 @@ class RunInputs:
 
     @property
     def engine_kind(self) -> str:
-        """Whole layers (offloaded ones compute the same), or ``tensor_parallel`` by whom."""
+        """Whole layers (offloaded ones compute the same), or shards."""
         engine = self.config.engine
         if engine.kind in ("resident", "streaming") or not self.config.on_cluster:
             return "resident"
-        return f"tensor_parallel by {engine.backend}"
+        return "tensor_parallel by deepspeed"
 
     @property
     def compiled(self) -> bool:

@@ -47,7 +47,7 @@ class Recorder:
         self.seen["product", layer, window] = product_TC.clone()
 
 
-def open_engine(folder, degree, backend, dtype=torch.float32):
+def open_engine(folder, degree, dtype=torch.float32):
     architecture = inspect_architecture(open_checkpoint(folder))
     engine = tensor_parallel.open_tensor_parallel(
         folder,
@@ -57,7 +57,6 @@ def open_engine(folder, degree, backend, dtype=torch.float32):
         device=CPU,
         degree=degree,
         batch=2,
-        backend=backend,
     )
     return engine, architecture
 
@@ -83,9 +82,9 @@ def relative_error(got, expected):
     return (error / sum(float(expected[key].square().sum()) for key in keys)) ** 0.5
 
 
-def compare(folder, degree, backend, dtype):
+def compare(folder, degree, dtype):
     """Sharded in ``dtype`` against unsharded in float32."""
-    engine, architecture = open_engine(folder, degree, backend, dtype)
+    engine, architecture = open_engine(folder, degree, dtype)
     whole = load_whole(folder, architecture)
     # In bfloat16 a token may go to another expert: enough tokens that such cases even out.
     windows = 3 if dtype == torch.float32 else 40
@@ -181,20 +180,20 @@ def main(folder, rank, degree):
     plan = json.loads((folder / "plan.json").read_text())
     join_world(folder, "world", rank, degree)
     results = {}
-    for name, checkpoint, backend, dtype, sabotage in plan["runs"]:
+    for name, checkpoint, dtype, sabotage in plan["runs"]:
 
-        def run(checkpoint=checkpoint, backend=backend, dtype=dtype, sabotage=sabotage):
+        def run(checkpoint=checkpoint, dtype=dtype, sabotage=sabotage):
             fault = contextlib.nullcontext()
             if sabotage:
                 fault = mock.patch.object(*SABOTAGE[sabotage])
             with fault:
-                return compare(folder / checkpoint, degree, backend, getattr(torch, dtype))
+                return compare(folder / checkpoint, degree, getattr(torch, dtype))
 
         results[name] = attempt(run)
     dist.destroy_process_group()
     # A world of one in the same process: the rest of the program sees no difference.
     join_world(folder, f"alone{rank}", 0, 1)
-    results["alone"] = attempt(lambda: compare(folder / "llama", 1, "deepspeed", torch.float32))
+    results["alone"] = attempt(lambda: compare(folder / "llama", 1, torch.float32))
     dist.destroy_process_group()
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
 

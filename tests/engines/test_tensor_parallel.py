@@ -28,10 +28,7 @@ from ghost_dist.errors import ConfigError
 pytest.importorskip("deepspeed")
 
 DEGREE = 2
-BY_DEEPSPEED = {family for family in FAMILIES if family != "gpt2"}
-BY_TRANSFORMERS = {
-    family for family in FAMILIES if getattr(FAMILIES[family](), "base_model_tp_plan", None)
-}
+SHARDED = {family for family in FAMILIES if family != "gpt2"}
 SHARE = {"opt": 0.56, "deepseek_v3": 0.66, "bamba": 0.77, "falcon_h1": 0.75}
 """Largest share of the parameters per rank: learned positions, low-rank projections and
 state-space mixers are replicated."""
@@ -105,24 +102,19 @@ def ranks(tmp_path_factory, forked):
         fp8, twin = folder / f"{family} fp8", folder / f"{family} twin"
         save_in_fp8(folder / family, fp8, twin, (40, 28))
     damage(folder / "spoilt", spoil_second_rank)
-    runs = [
-        (f"{family} {backend}", family, backend, "float32", None)
-        for backend in ("deepspeed", "transformers")
-        for family in (*FAMILIES, "uneven", "spoilt")
-    ]
+    runs = [(family, family, "float32", None) for family in (*FAMILIES, "uneven", "spoilt")]
     runs += [
-        (f"{family} bfloat16", family, "deepspeed", "bfloat16", None)
+        (f"{family} bfloat16", family, "bfloat16", None)
         for family in ("llama", "gemma3", "mixtral")
     ]
     runs += [
-        (f"{family} {form} {backend}", f"{family} {form}", backend, "float32", None)
+        (f"{family} {form}", f"{family} {form}", "float32", None)
         for family in IN_FP8
         for form in ("fp8", "twin")
-        for backend in ("deepspeed", "transformers")
     ]
-    runs.append(("gated deepspeed", "gated", "deepspeed", "float32", None))
-    runs.append(("ungated", "gated", "deepspeed", "float32", "gates of one output are sharded"))
-    runs += [(why, family, "deepspeed", "float32", why) for why, family in SABOTAGED.items()]
+    runs.append(("gated", "gated", "float32", None))
+    runs.append(("ungated", "gated", "float32", "gates of one output are sharded"))
+    runs += [(why, family, "float32", why) for why, family in SABOTAGED.items()]
     (folder / "plan.json").write_text(json.dumps({"runs": runs}))
     script = Path(__file__).with_name("tensor_parallel_rank.py")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -151,18 +143,10 @@ def ranks(tmp_path_factory, forked):
 @pytest.mark.parametrize("family", IN_FP8)
 def test_slices_of_fp8_are_those_of_its_bfloat16_twin(ranks, family):
     """Slices that begin within a block, and experts that are merged."""
-    for stored, twin in zip(
-        ranks[f"{family} fp8 deepspeed"], ranks[f"{family} twin deepspeed"], strict=True
-    ):
+    for stored, twin in zip(ranks[f"{family} fp8"], ranks[f"{family} twin"], strict=True):
         assert stored["streams"] == twin["streams"]
         assert stored["parameter_bytes"] == twin["parameter_bytes"]
         assert stored["differences"]["boundary"] < 2e-5
-
-
-def test_fp8_is_refused_by_the_other_backend(ranks):
-    for result in ranks["llama fp8 transformers"]:
-        assert result["kind"] == "ConfigError"
-        assert "engine.backend=deepspeed" in result["message"]
 
 
 def check_alike(results, share, tolerance=2e-5):
@@ -178,44 +162,31 @@ def check_alike(results, share, tolerance=2e-5):
         assert sharded == whole
 
 
-@pytest.mark.parametrize("family", sorted(BY_DEEPSPEED))
+@pytest.mark.parametrize("family", sorted(SHARDED))
 def test_deepspeed_computes_what_one_device_computes(ranks, family):
-    results = ranks[f"{family} deepspeed"]
+    results = ranks[family]
     check_alike(results, SHARE.get(family, 0.535))
     buffers = {"deepseek_v3": 3 * 4 * 4}.get(family, 0)  # layers x experts x float32
     for result in results:  # nothing was read that is not kept
         assert result["read_bytes"] == result["parameter_bytes"] + buffers
 
 
-@pytest.mark.parametrize("family", sorted(BY_TRANSFORMERS))
-def test_transformers_computes_what_one_device_computes(ranks, family):
-    check_alike(ranks[f"{family} transformers"], SHARE.get(family, 0.535))
-
-
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - BY_DEEPSPEED))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - SHARDED))
 def test_what_deepspeed_shards_wrongly_is_refused(ranks, family):
-    for result in ranks[f"{family} deepspeed"]:
+    for result in ranks[family]:
         assert result["kind"] == "UnsupportedArchitectureError"
         assert f"Family {family} cannot be sharded by DeepSpeed" in result["message"]
         assert "engine.tensor_parallel=1" in result["message"]
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - BY_TRANSFORMERS))
-def test_families_without_a_plan_are_refused(ranks, family):
-    for result in ranks[f"{family} transformers"]:
-        assert result["kind"] == "UnsupportedArchitectureError"
-        assert "no tensor-parallel plan" in result["message"]
-
-
-@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
-def test_an_uneven_mlp_is_gathered_whole(ranks, backend):
-    results = ranks[f"uneven {backend}"]
+def test_an_uneven_mlp_is_gathered_whole(ranks):
+    results = ranks["uneven"]
     check_alike(results, share=0.54)
     assert [result["widest"] for result in results] == [97, 97]
 
 
 def test_gates_with_fewer_outputs_than_ranks_stay_whole(ranks):
-    check_alike(ranks["gated deepspeed"], share=0.75)
+    check_alike(ranks["gated"], share=0.75)
     for result in ranks["ungated"]:  # else one rank would stop where the other waits
         assert result["kind"] == "UnsupportedArchitectureError"
         assert "shared_expert_gate, of size 1, leaves some of 2 ranks" in result["message"]
@@ -234,12 +205,11 @@ def test_a_fault_is_found_before_real_weights_are_loaded(ranks, why):
     for result in ranks[why]:
         assert result.get("kind") == "UnsupportedArchitectureError", result
         assert "a small random model of it does not compute" in result["message"]
-        assert "engine.backend=transformers" in result["message"]
+        assert "engine.tensor_parallel=1" in result["message"]
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
-def test_a_damaged_checkpoint_stops_all_ranks(ranks, backend):
-    first, second = ranks[f"spoilt {backend}"]
+def test_a_damaged_checkpoint_stops_all_ranks(ranks):
+    first, second = ranks["spoilt"]
     for result in (first, second):
         assert result["kind"] == "CheckpointError"
         assert "layers.1.mlp.up_proj.weight holds NaN" in result["message"]
@@ -262,11 +232,9 @@ def test_degrees_that_do_not_divide_the_heads():
         check_degree(config, 8)
 
 
-def test_without_deepspeed_the_other_backend_is_named(monkeypatch):
+def test_without_deepspeed_its_extra_is_named(monkeypatch):
     monkeypatch.setattr(tensor_parallel.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        ConfigError, match=r"not installed. In the checkout: .*engine.backend=transformers"
-    ):
+    with pytest.raises(ConfigError, match=r"not installed. In the checkout: pip install"):
         tensor_parallel._prepare_deepspeed(torch.device("cpu"))
 
 
