@@ -28,6 +28,7 @@ ROWS = [
     {"assets", "real_models"},
     {"cluster", "demo"},
     {"api"},
+    {"cli_jobs"},
     {"cli"},
     {"__main__", "job"},
 ]
