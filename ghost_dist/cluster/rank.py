@@ -260,10 +260,11 @@ class Rank:
         of_search: Windows,
         removals: Sequence[Removal],
         windows: Sequence[int],
+        on_host: int,
     ) -> list[list[float]]:
         """Scores of removals by this rank alone, with a model of its own that stays.
 
-        ``name``: of the search.
+        ``name``: of the search. ``on_host``: ranks on the same host, this one among them.
         """
         self._heartbeat = (task, 0)
         if self._search is None or self._search[0] != name:
@@ -274,7 +275,7 @@ class Rank:
             def advance(tokens: int) -> None:
                 self._advance(self._heartbeat[0], tokens)
 
-            opened = scoring(inputs, of_search, lambda *_: nullcontext(advance), advance)
+            opened = scoring(inputs, of_search, lambda *_: nullcontext(advance), advance, on_host)
             self._search = (name, self._scoring.enter_context(opened))
         return self._search[1](removals, windows)
 

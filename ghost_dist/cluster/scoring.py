@@ -55,7 +55,9 @@ class ScoreOnCluster:
                 lease = queue.lease(Worker(replica.number, rank), time.monotonic())
                 if lease is not None:
                     some = [removals[number] for number in parts[lease.item]]
-                    asked = (*self._search, some, windows)
+                    node = replica.node_ids[rank]
+                    on_host = sum(r.node_ids.count(node) for r in self._pool.replicas.values())
+                    asked = (*self._search, some, windows, on_host)
                     replica.ask(rank, "score", lease.attempt, *asked, then=partial(take, lease))
 
         self._pool.work_off(queue, give, "search_parts", ranks=self._pool.shape.ranks)

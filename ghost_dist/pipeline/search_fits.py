@@ -248,21 +248,25 @@ class _Keep(Tap):
 
 
 def dense_streams(
-    model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance
+    model: LayerwiseModel, tokens: Tokens, batch: int, advance: Advance, on_host: int
 ) -> list[Tensor]:
-    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host."""
+    """Streams (W, T, C) of every boundary, on the device if they fit there, else on the host.
+
+    ``on_host``: processes that keep as much there.
+    """
     shape = (*tokens.shape, model.hidden_size)
     nbytes = (model.num_layers + 1) * math.prod(shape) * model.dtype.itemsize
-    place = model.device
+    place, host = model.device, torch.device("cpu")
     if nbytes + model.bytes_at_once() > SHARE_OF_MEMORY * free_bytes(place):
-        place = torch.device("cpu")
-        if nbytes > SHARE_OF_MEMORY * free_bytes(place):
-            raise ConfigError(
-                f"selection.criterion=search keeps the streams of {tokens.size:,} tokens at "
-                f"{model.num_layers + 1} boundaries, {nbytes / 1e9:.1f} GB, and the host has "
-                f"{free_bytes(place) / 1e9:.1f} GB free. Give selection.effort=quick, or another "
-                "criterion."
-            )
+        place = host
+    if place == host and on_host * nbytes > SHARE_OF_MEMORY * free_bytes(host):
+        raise ConfigError(
+            f"selection.criterion=search keeps the streams of {tokens.size:,} tokens at "
+            f"{model.num_layers + 1} boundaries, {nbytes / 1e9:.1f} GB"
+            f"{f' in each of {on_host} ranks' if on_host > 1 else ''}, and the host has "
+            f"{free_bytes(place) / 1e9:.1f} GB free. Give selection.effort=quick, fewer ranks "
+            "on a host, or another criterion."
+        )
     kept = [
         torch.empty(shape, dtype=model.dtype, device=place) for _ in range(model.num_layers + 1)
     ]

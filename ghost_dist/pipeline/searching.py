@@ -332,8 +332,12 @@ def scoring(
     windows: Windows,
     stage: Stage,
     advance: Advance = lambda _: None,
+    on_host: int = 1,
 ) -> Iterator[Scoring]:
-    """What scores removals, with the model at hand; ``advance`` hears of tokens on their way."""
+    """What scores removals, with the model at hand; ``advance`` hears of tokens on their way.
+
+    ``on_host``: processes of this run on the same host, which all score.
+    """
     shape = windows.judged.shape
     at_once = _variants_at_once(inputs, shape)
     batch = max(1, inputs.batch * windows.fitted.shape[1] // shape[1])
@@ -342,7 +346,7 @@ def scoring(
             yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, advance)
             return
         with stage("dense streams", int(windows.fitted.size), "tokens") as passed:
-            streams = dense_streams(model, windows.fitted, inputs.batch, passed)
+            streams = dense_streams(model, windows.fitted, inputs.batch, passed, on_host)
         dense = DenseFits(streams, windows.source_of, model)
         sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
         yield Scoring(model, windows, dense, sequential, at_once, batch, advance)

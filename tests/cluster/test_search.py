@@ -48,12 +48,13 @@ def test_any_number_of_replicas_finds_the_bits_of_one_process(
     make, make_config, cluster, tmp_path, monkeypatch
 ):
     """Rank 0 of the first replica is killed while it scores, and another takes its part."""
-    asked, killed = [], []
+    asked, killed, on_host = [], [], []
 
     class Watched(replica_module.Replica):
         def ask(self, rank, method, *arguments, then):
             super().ask(rank, method, *arguments, then=then)
             asked.append((self.number, rank, method))
+            on_host.append(arguments[-1])
             if len(asked) == 4 and not killed:
                 killed.append(self.places[rank].pid)
                 os.kill(killed[0], signal.SIGKILL)
@@ -66,9 +67,11 @@ def test_any_number_of_replicas_finds_the_bits_of_one_process(
     assert {method for *_, method in asked} == {"score"}
     assert len({number for number, *_ in asked}) > 2  # two, and one in the place of the lost one
     asked.clear()
+    on_host.clear()
     sharded = {"engine__kind": "tensor_parallel", "engine__tensor_parallel": 2}
     ranks = searched(make("ranks", **sharded), recover_on_cluster)
     assert {rank for _, rank, _ in asked} == {0, 1}
+    assert set(on_host) == {2}  # both ranks are of one node, and keep dense streams each
     offloaded = searched(make("offloaded", engine__kind="streaming"), recover_on_cluster)
     assert two == ranks == offloaded == expected
     clean, left = nothing_leaked(cluster)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -359,7 +360,15 @@ def test_what_cannot_be_searched_is_named(make_config, tmp_path, fields, message
     assert not (tmp_path / "run").exists()
 
 
-def test_streams_that_fit_nowhere_are_named(make_config, monkeypatch):
-    monkeypatch.setattr(search_fits, "free_bytes", lambda _: 1 << 20)
+@pytest.mark.parametrize(("room", "on_host"), [(0.99, 1), (3.99, 4), (4.01, 4)])
+def test_streams_that_fit_nowhere_are_named(room, on_host, make_config, monkeypatch):
+    """Ranks of one host do not see what the others are about to keep there."""
+    nbytes = 1024 * 9 * 48 * 4  # tokens, boundaries, channels, float32
+    free = int(room * nbytes / search_fits.SHARE_OF_MEMORY)
+    monkeypatch.setattr(search_fits, "free_bytes", lambda _: free)
+    monkeypatch.setattr(searching, "scoring", partial(searching.scoring, on_host=on_host))
+    if room > on_host:
+        recover(make_config(**SEARCH), QUIET, again="select")
+        return
     with pytest.raises(ConfigError, match=r"keeps the streams of 1,024 tokens at 9 boundaries"):
         recover(make_config(**SEARCH), QUIET)
