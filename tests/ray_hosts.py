@@ -24,6 +24,7 @@ from shared_files import do, freeze, hold, mounted
 # Ray finds a silent node after 30 s by default, most of which a test would wait.
 NODE_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
+    "RAY_TMPDIR": "/tmp",  # /tmp/ray is the host's own disk, wherever TMPDIR is
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
