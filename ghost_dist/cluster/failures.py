@@ -3,7 +3,8 @@
 Ray removes the logs when the cluster goes, and a rank is killed when its replica is given up, so
 both are looked at before. Each rank's process has a handler that writes the stacks of all of its
 threads to its log, even where one of them holds the interpreter (``faulthandler``). One that is
-stopped, or that the kernel holds, cannot: py-spy reads its memory, where it is installed.
+stopped, or that the kernel holds, cannot: py-spy reads its memory, where it is installed. What the
+ranks wait for of each other is in torch's flight recorder, of those that still answer.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -29,7 +31,7 @@ from ghost_dist.durable import write_bytes
 if TYPE_CHECKING:  # a process that looks starts without torch
     from ghost_dist.cluster.rank import Place
 
-_LINES, _RAYLET_LINES, _EVENTS = 200, 40, 20
+_LINES, _RAYLET_LINES, _EVENTS, _COLLECTIVES = 200, 40, 20, 10
 _NOISE = ("[state-dump]", "- ", "\n")  # statistics that a raylet writes every minute
 _STACKS_S = 1.0  # that a process has to write its stacks
 _PY_SPY_S = 5.0
@@ -37,12 +39,21 @@ _ANSWER_S = 20.0  # that another node has to answer; a new process starts there
 
 
 def keep_failure(
-    run: Path, number: int, node_ids: Sequence[str], places: Sequence[Place], said: str
+    run: Path,
+    number: int,
+    node_ids: Sequence[str],
+    places: Sequence[Place],
+    recorded: Mapping[int, bytes],
+    said: str,
 ) -> Path:
     """Write ``RUN/failures/TIME-replica-NUMBER.txt`` before the ranks are killed.
 
-    ``node_ids``: of each rank; ``places``: the same, once the ranks have told them.
+    ``node_ids``: of each rank; ``places``: the same, once the ranks have told them; ``recorded``:
+    dumps of flight recorders by rank, each written beside it as ``TIME-replica-NUMBER-rank-RANK``.
     """
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-replica-{number}"
+    path = run / "failures" / f"{name}.txt"
+    path.parent.mkdir(exist_ok=True)
     remote = ray.remote(num_cpus=0, max_retries=0)(look_at)
     parts, elsewhere = [said, "\n--- last events", *_last_events(run)], {}
     for rank, node_id in enumerate(node_ids):
@@ -69,9 +80,10 @@ def keep_failure(
                     "can start there, for a full disk or memory"
                 )
         parts += [title, found]
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-replica-{number}.txt"
-    path = run / "failures" / name
-    path.parent.mkdir(exist_ok=True)
+    for rank, dump in sorted(recorded.items()):
+        if lines := _last_collectives(dump):
+            write_bytes(path.with_name(f"{name}-rank-{rank}"), dump)
+            parts += [f"\n--- last collectives of rank {rank}", *lines]
     write_bytes(path, "\n".join(parts).encode() + b"\n")
     return path
 
@@ -114,6 +126,24 @@ def _last_events(run: Path) -> list[str]:
             fields = " ".join(f"{name}={value}" for name, value in event.items() if name != "event")
             lines.append(f"{at} {event['event']} {fields}")
     return lines
+
+
+def _last_collectives(dump: bytes) -> list[str]:
+    """Where the ranks differ, or the one that is not over, is where they wait for each other."""
+    try:
+        return [_as_line(entry) for entry in pickle.loads(dump)["entries"][-_COLLECTIVES:]]
+    except (LookupError, TypeError) as error:  # its form is torch's own
+        return [f"cannot be read: {error!r}"]
+
+
+def _as_line(entry: dict[str, Any]) -> str:
+    at = time.strftime("%H:%M:%S", time.gmtime(entry["time_created_ns"] / 1e9))
+    what = f"{entry['profiling_name']} {entry['input_dtypes']} {entry['input_sizes']}"
+    number, group = entry["collective_seq_id"], entry["process_group"][0]
+    state = f"{entry['state']}, {'over' if entry['retired'] else 'not over'}"
+    ours = (f for f in entry.get("frames", ()) if "/torch/distributed/" not in f["filename"])
+    where = next((f"{f['name']}, {f['filename']}:{f['line']}" for f in ours), "?")
+    return f"{at} {what}, number {number} of group {group}: {state}; in {where}"
 
 
 def _state(pid: int) -> str:

@@ -195,7 +195,8 @@ class Rank:
         )
         dist.init_process_group(
             "nccl" if self._device.type == "cuda" else "gloo",
-            timeout=dt.timedelta(seconds=self._timeout_s),
+            # The driver is first: it looks at ranks that NCCL would abort.
+            timeout=dt.timedelta(seconds=self._timeout_s + 10),
         )
 
     def run(self, work: Work, range_id: int, attempt: str) -> RangeTimes:
@@ -317,6 +318,13 @@ class Rank:
     def heartbeat(self) -> tuple[str, int]:
         """The attempt or task at hand, and how many tokens, fits, ranges or arrays are done."""
         return self._heartbeat
+
+    @ray.method(concurrency_group="heartbeat")  # type: ignore[untyped-decorator]
+    def collectives(self) -> bytes:
+        """What torch's flight recorder has of this rank, a pickle."""
+        c10d: Any = torch._C._distributed_c10d  # NCCL has a recorder of its own, where it is built
+        nccl = self._device.type == "cuda"
+        return bytes(c10d._dump_nccl_trace() if nccl else c10d._dump_fr_trace())
 
     @property
     def _timeout_s(self) -> float:

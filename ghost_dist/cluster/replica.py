@@ -7,6 +7,7 @@ place, in a placement group of its own: one that lost a node cannot be used agai
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import time
@@ -39,6 +40,8 @@ Written = Callable[[Lease[int], list[WrittenBlock]], None]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of a disk: the node's own, or of one that every replica would meet."""
+
+_RECORDER_S = 2.0
 
 
 class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
@@ -187,6 +190,16 @@ class Replica:
         self._answered = dict.fromkeys(self._answered, now)
         for call in self._calls:
             call.moved = now
+
+    def collectives(self) -> dict[int, bytes]:
+        """What the flight recorders of its ranks have, by rank: of those that answer soon."""
+        asked = self._ranks if self.places else []
+        refs = [rank.collectives.remote() for rank in asked]
+        found = {}
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=_RECORDER_S)[0]:
+            with contextlib.suppress(RayError):
+                found[refs.index(ref)] = ray.get(ref)
+        return found
 
     def close(self) -> None:
         """End every actor and give the resources back; may be called at any time."""

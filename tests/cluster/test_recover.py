@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -479,6 +480,42 @@ def test_what_a_hung_rank_did_is_kept(make_config, cluster, tmp_path, monkeypatc
         stacks = r"state: T .*--- py-spy.*[. ]run \(test_recover.py:\d+\).*so far so good"
     assert re.search(stacks, text, re.DOTALL), text
     assert re.search(r" range-leased .*\nclock: \+\d+\.\d s from", text, re.DOTALL), text
+
+
+def test_what_ranks_wait_for_of_each_other_is_kept(make_config, cluster, tmp_path, monkeypatch):
+    """The flight recorder's last collectives, of rank 0 one more than of rank 1."""
+
+    class Late(Rank):
+        def run(self, *arguments):
+            if self._rank == 1:
+                time.sleep(1000)
+            super().run(*arguments)
+
+    use_rank(monkeypatch, Late)
+    config = make_config(
+        cluster__address=cluster.address,
+        cluster__progress_timeout_s=2,
+        cluster__max_hangs=0,
+        engine__tensor_parallel=2,
+        engine__replicas=1,
+    )
+    with pytest.raises(ClusterError, match="took more than 2 s to finish a batch"):
+        recover_on_cluster(config)
+    *dumps, file = sorted(
+        (tmp_path / "run" / "failures").iterdir(), key=lambda path: (path.suffix, path.name)
+    )
+    of_ranks = re.split(r"\n--- last collectives of rank \d\n", file.read_text())[1:]
+    [[number, state], [other, over]] = (
+        re.findall(r" number (\d+) of group 0: .*, (over|not over); in \S+, \S+:\d+", said)[-1]
+        for said in of_ranks
+    )
+    assert (state, over) == ("not over", "over")
+    assert int(number) == int(other) + 1
+    assert "gloo:all_reduce ['Long'] [[1]]" in of_ranks[0].splitlines()[-1]
+    assert "in _free_everywhere, " in of_ranks[0].splitlines()[-1]
+    assert [path.name for path in dumps] == [f"{file.stem}-rank-{rank}" for rank in (0, 1)]
+    first, second = (pickle.loads(path.read_bytes())["entries"] for path in dumps)
+    assert len(first) == len(second) + 1
 
 
 def test_a_notice_of_preemption_ends_a_rank_at_once(make_config, cluster, tmp_path, monkeypatch):
