@@ -239,7 +239,7 @@ def test_twenty_faults(cluster, make_config, tmp_path):
         storm(shared, 2 * ("kill", "stop", "driver"), engine__tensor_parallel=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def hosts():
     with three_hosts() as hosts:
         yield hosts
@@ -252,11 +252,17 @@ HOSTS = (
 )
 
 
+# Storms of 50 faults each, on new hosts: 200 in an hour; 20 storms are a thousand.
+STORMS = int(os.environ.get("GHOST_DIST_HOST_STORMS", "4"))
+
+
 @pytest.mark.chaos_nightly
 @pytest.mark.timeout(3600)
-def test_faults_of_hosts(hosts, make_config):
-    chaos = HostChaos(hosts, make_config, hosts.shared / "nightly", seed=0)
-    storm(chaos, 2 * (*HOSTS, "kill", "kill", "driver", "driver"), engine__kind="resident")
+@pytest.mark.parametrize("seed", range(STORMS))
+def test_faults_of_hosts(hosts, make_config, seed):
+    chaos = HostChaos(hosts, make_config, hosts.shared / "nightly", seed)
+    kinds = (*HOSTS, "kill", "kill", "driver", "driver")
+    storm(chaos, (*3 * kinds, *chaos.random.sample(kinds, 5)), engine__kind="resident")
 
 
 @pytest.mark.chaos_nightly
