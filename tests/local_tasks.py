@@ -53,6 +53,20 @@ def write_choices(folder, rows, name="local_choice", **fields):
     )
 
 
+def write_generation(folder, rows, name="local_said"):
+    """Whether the 6 tokens generated behind ``given`` are ``wanted``."""
+    return write_task(
+        folder,
+        name,
+        rows,
+        ["exact_match"],
+        output_type="generate_until",
+        doc_to_text="{{given}}",
+        doc_to_target="{{wanted}}",
+        generation_kwargs={"until": ["@@@@"], "max_gen_toks": 6, "do_sample": False},
+    )
+
+
 def bos_windows(source, tokenizer, *, windows, window_length):
     """The windows that a run with ``calibration.window_bos`` evaluates, and texts of some of them.
 

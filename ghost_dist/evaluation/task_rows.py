@@ -1,4 +1,4 @@
-"""Results of harness tasks as rows of text, the same in terminal, page and model card."""
+"""Results of tasks, probes and generation in words, the same on terminal, page and model card."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 VARIANTS = ("dense", "pruned", "recovered")
 _AVERAGED = "acc"  # what the paper averages over its nine tasks
+_REPEATS_MORE = 0.2  # of the runs of tokens, than the dense model
+ANSWERS = 0.4  # share of a probe below which a dense model fails, and the probe says nothing
+_KEEPS = 0.5  # of what the dense model answers
 
 
 def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
@@ -33,6 +36,58 @@ def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, li
         means = [_cell(math.fsum(values) / number, None) for values in accuracies]
         rows.append((f"mean of {number} tasks", f"{_AVERAGED} ↑", means))
     return rows
+
+
+def generation(found: Mapping[str, Any]) -> str:
+    """What ``samples.generation`` measured, in two sentences."""
+    same = {model: f"{found[model]['same']:.1f}" for model in ("pruned", "recovered")}
+    again = {model: f"{found[model]['repeated']:.0%}" for model in VARIANTS}
+    return (
+        f"{found['prompts']} texts continued greedily by {found['tokens']} tokens: the first "
+        f"{same['recovered']} on average are those of the dense model (pruned: {same['pruned']}). "
+        f"Runs of 4 tokens that repeat: dense {again['dense']}, pruned {again['pruned']}, "
+        f"recovered {again['recovered']}."
+    )
+
+
+def probe_rows(probes: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row per probe that says something: name, number of questions, what each model has right."""
+    return [
+        [name, str(of["questions"]), *(f"{of[variant]:.0%}" for variant in VARIANTS)]
+        for name, of in probes.items()
+        if of["dense"] >= ANSWERS
+    ]
+
+
+def too_hard(probes: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on the probes that say nothing; empty where there are none."""
+    found = [f"{name} {of['dense']:.0%}" for name, of in probes.items() if of["dense"] < ANSWERS]
+    said = "Probes that say nothing, since the dense model fails too: {} right."
+    return said.format(", ".join(found)) if found else ""
+
+
+def broken(generation: Mapping[str, Any], probes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sentences on what the recovered model has lost, which perplexity does not show."""
+    said = []
+    if generation:
+        again = {model: generation[model]["repeated"] for model in ("dense", "recovered")}
+        if again["recovered"] > again["dense"] + _REPEATS_MORE:
+            said.append(
+                "The recovered model repeats itself where the dense one does not, whatever its "
+                f"perplexity: {again['recovered']:.0%} of its runs of 4 tokens were there before "
+                f"in the same text (dense: {again['dense']:.0%})."
+            )
+    lost = [
+        f"{name} {of['recovered']:.0%} (dense: {of['dense']:.0%})"
+        for name, of in probes.items()
+        if of["dense"] >= ANSWERS and of["recovered"] < _KEEPS * of["dense"]
+    ]
+    if lost:
+        said.append(
+            "The recovered model has lost abilities that the dense one has, whatever its "
+            f"perplexity: of the questions of a probe it answers right {', '.join(lost)}."
+        )
+    return said
 
 
 def shots_and_examples(tasks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,12 +1,12 @@
-"""What the evaluate stage measures: perplexity, agreement with the dense model, tasks, and what
+"""What the evaluate stage measures: perplexity, agreement with the dense model, tasks, probes, and
 
-the three models say behind a few texts.
+what the three models say behind a few texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
+from ghost_dist.evaluation.probes import probe, shares
 from ghost_dist.evaluation.samples import continued, generation, prompts
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.evaluation.task_rows import VARIANTS
@@ -26,6 +27,8 @@ from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import pairs_of
+
+NOT_USED: dict[str, Any] = {"tasks": {}, "samples": [], "generation": {}, "probes": {}}
 
 
 class Evaluation:
@@ -54,7 +57,7 @@ class Evaluation:
         """All figures, as the record of the stage holds them."""
         inputs = self._inputs
         if inputs.streaming:  # a token generated would be a model read
-            return {**_figures(self._scores(None)), "tasks": {}, "samples": [], "generation": {}}
+            return {**_figures(self._scores(None)), **NOT_USED}
         model = open_causal_lm(inputs, own=True)
         return {**_figures(self._scores(model)), **self._used(model)}
 
@@ -71,49 +74,48 @@ class Evaluation:
             return corpus_scores(layers, variants, corpora, batch=inputs.batch, advance=advance)
 
     def _used(self, model: Any) -> dict[str, Any]:
-        """Tasks and samples; the model is uncut before and the recovered one after."""
+        """Tasks, probes and samples; the model is uncut before and the recovered one after."""
         inputs = self._inputs
         tasks: dict[str, dict[str, Any]] = {}
-        asked, said = prompts(inputs.evaluation), dict[str, torch.Tensor]()
+        asked = prompts(inputs.evaluation)
+        works: dict[str, Callable[[], Any]] = {
+            "answers probes": lambda: probe(model, inputs.tokenizer)
+        }
+        if asked:
+            works["continues texts"] = lambda: continued(model, torch.stack([x for _, x in asked]))
+        said: dict[str, dict[str, Any]] = {what: {} for what in works}
         for variant in VARIANTS:
             if variant == "pruned":
                 remove_layers(model, inputs.architecture, self._recovered.spans)
                 insert_operators(model, inputs.architecture, self._recovered.cut)
             if variant == "recovered":
                 insert_operators(model, inputs.architecture, self._recovered)
-            if asked and (found := self._continued(model, variant, asked)) is not None:
-                said[variant] = found
-            else:
-                asked = []
+            for what in list(said):
+                try:
+                    with self._reporter.waiting(f"{variant} model {what}"):
+                        said[what][variant] = works[what]()
+                except Exception as error:  # all else that is measured is there
+                    self._reporter.warn(f"No model {what}: {type(error).__name__}: {error}")
+                    del said[what]
             for row, figures in self._tasks(model, variant).items():
                 tasks.setdefault(row, {})[variant] = figures
-        decode = inputs.tokenizer.decode
+        decode, goes_on = inputs.tokenizer.decode, said.get("continues texts", {})
         samples = [
             {
                 "text": name,
                 "prompt": decode(ids),
                 "ids": ids.tolist(),
-                **{variant: decode(found[number]) for variant, found in said.items()},
+                **{variant: decode(found[number]) for variant, found in goes_on.items()},
             }
-            for number, (name, ids) in enumerate(asked)
+            for number, (name, ids) in enumerate(asked if goes_on else [])
             if name not in [before for before, _ in asked[:number]]
         ]
         return {
             "tasks": tasks,
             "samples": samples,
-            "generation": generation(said) if asked else {},
+            "generation": generation(goes_on) if goes_on else {},
+            "probes": shares(said.get("answers probes", {})),
         }
-
-    def _continued(
-        self, model: Any, variant: str, asked: Sequence[tuple[str, torch.Tensor]]
-    ) -> torch.Tensor | None:
-        """What this model says behind the texts; None where its class cannot generate."""
-        try:
-            with self._reporter.waiting(f"{variant} model continues texts"):
-                return continued(model, torch.stack([ids for _, ids in asked]))
-        except Exception as error:  # all else that is measured is there
-            self._reporter.warn(f"No text is continued: {type(error).__name__}: {error}")
-            return None
 
     def _tasks(self, model: Any, variant: str) -> dict[str, dict[str, Any]]:
         """Row to figures; recorded task by task, so that a stage that is stopped goes on there."""

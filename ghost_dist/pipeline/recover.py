@@ -215,7 +215,8 @@ def _result(
             if key in records["select"]
         },
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks", "samples")},
-        "generation": evaluation.get("generation", {}),  # not of records before 2026-12
+        # Not of records before 2026-12.
+        **{key: evaluation.get(key, {}) for key in ("generation", "probes")},
         "no_better_than_cut": no_better_than_cut(
             solution.record["candidates"], evaluation["perplexity"]
         ),

@@ -29,7 +29,7 @@ from ghost_dist.export.operator_files import Solution, load_operators, save_oper
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
-from ghost_dist.pipeline.evaluating import Evaluation
+from ghost_dist.pipeline.evaluating import NOT_USED, Evaluation
 from ghost_dist.pipeline.exporting import ExportAhead, export_recovered, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
@@ -359,7 +359,7 @@ class Stages:
             **inputs.numerics,
         }
         if not inputs.evaluation and not inputs.tasks:
-            return {"perplexity": {}, "agreement": {}, "tasks": {}, "samples": [], "generation": {}}
+            return {"perplexity": {}, "agreement": {}, **NOT_USED}
         given = (inputs, self._run, self._reporter, self.as_exported(spans, solution), decisive)
         return self._stage("evaluate", wanted, Evaluation(*given).measure)
 

@@ -62,6 +62,7 @@ class RunRecord:
         self.tasks: dict[str, dict[str, Any]] = last.get("tasks", {})  # task to variant to metrics
         self.samples: list[dict[str, Any]] = last.get("samples", [])  # texts, and how models go on
         self.generation: dict[str, Any] = last.get("generation", {})  # ``samples.generation``
+        self.probes: dict[str, Any] = last.get("probes", {})  # ``probes.shares``
 
     @property
     def name(self) -> str:

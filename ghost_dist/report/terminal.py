@@ -15,7 +15,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ghost_dist.config_file import shown_tree
-from ghost_dist.evaluation.task_rows import VARIANTS, task_rows
+from ghost_dist.evaluation.task_rows import (
+    VARIANTS,
+    broken,
+    generation,
+    probe_rows,
+    task_rows,
+    too_hard,
+)
 from ghost_dist.progress import duration
 from ghost_dist.report import text, verdict
 from ghost_dist.report.record import RunRecord
@@ -30,8 +37,17 @@ console = Console()  # where everything is printed
 def print_result(result: Mapping[str, Any], run: Path) -> None:
     """Print what a run gave, from the content of result.json: what counts most stands last."""
     _print_samples(result["samples"][:1])
-    if result["generation"]:
-        _say(text.generation(result["generation"]))
+    # Not of results before 2026-12.
+    found, probes = result.get("generation", {}), result.get("probes", {})
+    if found:
+        _say(generation(found))
+    if rows := probe_rows(probes):
+        table = Table("probe, answered right", "questions", *VARIANTS)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if hard := too_hard(probes):
+        _say(hard)
     if result["perplexity"]:
         _print_perplexity(result)
     if result["tasks"]:
@@ -49,6 +65,8 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
     _print_pareto(result["selection"].get("pareto", ()), result["spans"])
     if (target := result.get("target")) is not None:
         _say(f"target {text.target_words(target)}")
+    for lost in broken(found, probes):
+        _say(lost, style="bold red")
     _say(f"checkpoint: {run / 'checkpoint'}")
     _say(f"load it: {text.load_words(run / 'checkpoint')}")
     config = shown_tree(run / "config.yaml", {})
@@ -398,9 +416,9 @@ def _bar(share: float) -> str:
     return "█" * whole + (_PARTS[rest] if rest else "")
 
 
-def _say(words: str) -> None:
+def _say(words: str, style: str | None = None) -> None:
     """Print text as it is, in one line however long."""
-    console.print(words, markup=False, highlight=False, soft_wrap=True)
+    console.print(words, markup=False, highlight=False, soft_wrap=True, style=style)
 
 
 def _short(words: str, most: int = 120) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ghost_dist import progress
-from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.export.verify import has_our_code
 
 MINUS = "\N{MINUS SIGN}"
@@ -152,15 +151,3 @@ def join_words(parts: Sequence[str]) -> str:
     if len(parts) < 2:
         return "".join(parts)
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def generation(found: Mapping[str, Any]) -> str:
-    """What ``evaluation/samples.py`` measured, in two sentences."""
-    same = {model: f"{found[model]['same']:.1f}" for model in ("pruned", "recovered")}
-    again = {model: f"{found[model]['repeated']:.0%}" for model in VARIANTS}
-    return (
-        f"{found['prompts']} texts continued greedily by {found['tokens']} tokens: the first "
-        f"{same['recovered']} on average are those of the dense model (pruned: {same['pruned']}). "
-        f"Runs of 4 tokens that repeat: dense {again['dense']}, pruned {again['pruned']}, "
-        f"recovered {again['recovered']}."
-    )

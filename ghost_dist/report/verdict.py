@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ghost_dist.evaluation.task_rows import broken
 from ghost_dist.report import text
 from ghost_dist.report.record import RunRecord
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
@@ -15,7 +16,6 @@ from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 FEW_WINDOWS, LARGE_CONDITION = 8, 1e12
 HELD_OUT = "held-out calibration windows"
 _APART = 2.0  # times the KL of another source
-_REPEATS_MORE = 0.2  # of the runs of tokens, than the dense model
 
 
 def no_better_than_cut(
@@ -102,7 +102,10 @@ def remarks(run: RunRecord) -> list[str]:
             f"{text.join_words(run.stale).capitalize()} was done again after this result was "
             "written; what follows is the older result. Run recover to bring it up to date."
         )
-    return list(dict.fromkeys([*said, *_perplexities(run), *repeats(run), *_fits(run)]))
+    said += _perplexities(run)
+    if lost := broken(run.generation, run.probes):
+        said.append(f"{' '.join(lost)} Try fewer layers, or refine.steps.")
+    return list(dict.fromkeys([*said, *_fits(run)]))
 
 
 def _perplexities(run: RunRecord) -> list[str]:
@@ -132,19 +135,6 @@ def _perplexities(run: RunRecord) -> list[str]:
         if not all(math.isfinite(v) for v in value.values()):
             found.append(f"{corpus}: a perplexity is beyond what can be written as a number.")
     return found
-
-
-def repeats(run: RunRecord) -> list[str]:
-    """Whether generation breaks, which perplexity does not show."""
-    found = run.generation
-    if not found or found["recovered"]["repeated"] <= found["dense"]["repeated"] + _REPEATS_MORE:
-        return []
-    said = (
-        "The recovered model repeats itself where the dense one does not, whatever its perplexity: "
-        f"{found['recovered']['repeated']:.0%} of its runs of 4 tokens were there before in the "
-        f"same text (dense: {found['dense']['repeated']:.0%}). Try fewer layers, or refine.steps."
-    )
-    return [said]
 
 
 def _fits(run: RunRecord) -> list[str]:

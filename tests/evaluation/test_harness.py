@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from local_tasks import bos_windows, write_choices, write_rolling
+from local_tasks import bos_windows, write_choices, write_generation, write_rolling
 
 from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.harness import HarnessError, open_tasks
@@ -43,11 +43,14 @@ def texts(model_folder, text_file):
 
 
 @pytest.fixture(scope="module")
-def finished(config_at, text_file, texts, tmp_path_factory):
-    """RUN folder and result of a run with two local tasks."""
+def finished(config_at, model_folder, text_file, texts, tmp_path_factory):
+    """RUN folder and result of a run with three local tasks."""
     folder, root = tmp_path_factory.mktemp("tasks"), tmp_path_factory.mktemp("harness")
     write_rolling(folder, texts.values())
     write_choices(folder, QUESTIONS)
+    wanted = continuations(model_folder)  # by the dense model itself
+    rows = [{"given": given, "wanted": words} for given, words in wanted.items()]
+    write_generation(folder, rows)
     (folder / "_shared.yaml").write_text("metadata: {version: 1}\n")  # included by others, no task
     config = config_at(
         root / "run",
@@ -59,6 +62,19 @@ def finished(config_at, text_file, texts, tmp_path_factory):
         evaluation__tasks=[f"{folder}/"],
     )
     return root / "run", recover(config)
+
+
+def continuations(folder):
+    """What the model of a folder says behind each question, in plain transformers."""
+    given = {"trust_remote_code": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **given)
+    said = {}
+    for question in (row["question"] for row in QUESTIONS):
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        said[question] = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return said
 
 
 def tasks_begun(run):
@@ -110,6 +126,16 @@ def test_multiple_choice_is_that_of_the_exported_checkpoint(finished):
     assert (found["examples"], found["shots"]) == (len(QUESTIONS), 0)
 
 
+def test_a_generative_task_compares_what_the_exported_checkpoint_says(finished, model_folder):
+    run, result = finished
+    dense, recovered = continuations(model_folder), continuations(run / "checkpoint")
+    same = sum(recovered[given] == words for given, words in dense.items()) / len(dense)
+    found = result["tasks"]["local_said"]
+    values = {name: of["metrics"]["exact_match"]["value"] for name, of in found.items()}
+    assert (values["dense"], values["recovered"]) == (1, same)
+    assert values["pruned"] < 1
+
+
 def test_results_are_in_page_and_card(finished):
     run, result = finished
     value = result["tasks"]["local_text"]["recovered"]["metrics"]["byte_perplexity"]["value"]
@@ -130,7 +156,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(finished, tmp_path):
     assert not tasks_begun(run)[before:]  # every task of every variant is on record
     (run / "stages" / "tasks-recovered.json").unlink()
     again = run_stage_again(run, "evaluate", [])
-    assert tasks_begun(run)[before:] == ["recovered local_choice", "recovered local_text"]
+    assert tasks_begun(run)[before:] == [
+        *("recovered local_choice", "recovered local_said", "recovered local_text"),
+    ]
     assert again["tasks"] == result["tasks"]
 
 

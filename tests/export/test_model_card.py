@@ -12,6 +12,7 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
+from ghost_dist.evaluation import task_rows
 from ghost_dist.export.model_card import model_card
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.spans import Span
@@ -29,7 +30,7 @@ def source(model_folder, tmp_path):
     return folder
 
 
-def card_of(source, path=None, calibration="c4"):
+def card_of(source, path=None, calibration="c4", result=None):
     config = load_config(
         None,
         {
@@ -39,7 +40,8 @@ def card_of(source, path=None, calibration="c4"):
             "output.path": "run",
         },
     )
-    return model_card(open_checkpoint(source), config, Variant(SPANS, {SPANS[0]: Repair()}))
+    variant = Variant(SPANS, {SPANS[0]: Repair()})
+    return model_card(open_checkpoint(source), config, variant, result)
 
 
 def metadata(card):
@@ -65,6 +67,9 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
     cells = [f"{one['kl']:.3f}" for one in found] + [f"{one['top1']:.1%}" for one in found]
     assert f"| text | {' | '.join(cells)} |" in text
     assert "`[3, 5)`" in text
+    # The needles are beyond the positions of this model, and it answers nothing.
+    assert set(result["probes"]) == {"brackets", "copying", "arithmetic"}
+    assert f"{task_rows.generation(result['generation'])}\n\nProbes that say nothing" in text
     assert f"{result['parameters']['after']:,} now" in text
     assert str(tmp_path) not in text
     data = ModelCard(text).data.to_dict()  # as the Hub's own library reads it
@@ -77,6 +82,17 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
     done = subprocess.run([forked.program, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once")
+
+
+def test_a_card_says_what_is_lost(source):
+    found = {"questions": 48, "dense": 0.9, "pruned": 0.1, "recovered": 0.2}
+    result = {key: {} for key in ("perplexity", "tasks", "generation", "refine", "fit")}
+    result |= {"parameters": {"before": 2, "after": 1}, "operator": "ghost"}
+    text = card_of(source, result=result | {"probes": {"copying": found}})
+    assert "copying 20% (dense: 90%).**" in text
+    assert "| copying | 48 | 90% | 10% | 20% |\n" in text
+    found["recovered"] = 0.8
+    assert "(dense: 90%)" not in card_of(source, result=result | {"probes": {"copying": found}})
 
 
 def test_plain_cut_needs_no_code(make_config, tmp_path):

@@ -5,7 +5,6 @@ import json
 import random
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from rich.console import Console
 
 from ghost_dist.config_file import config_tree, differing_fields, load_config, parse_set
 from ghost_dist.demo import PICO
+from ghost_dist.evaluation.task_rows import broken
 from ghost_dist.pipeline.candidates import least
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.report import terminal, text, verdict
+from ghost_dist.report import terminal, text
 from ghost_dist.report.page import write_report
 from ghost_dist.report.terminal import print_result, print_run
 from ghost_dist.report.verdict import no_better_than_cut, remedies, sentences
@@ -212,8 +212,7 @@ def test_a_joint_fit_counts_its_mlp_channels(make_config, tmp_path):
 def test_a_model_that_repeats_itself_is_said(repeated, warned):
     models = {"dense": 0.1, "pruned": 0.9, "recovered": repeated}
     found = {name: {"same": 3.0, "repeated": share} for name, share in models.items()}
-    run = SimpleNamespace(generation={"prompts": 12, "tokens": 32, **found})
-    said = verdict.repeats(run)
+    said = broken({"prompts": 12, "tokens": 32, **found}, {})
     assert bool(said) == warned
     assert all("45% of its runs of 4 tokens" in words and "(dense: 10%)" in words for words in said)
-    assert verdict.repeats(SimpleNamespace(generation={})) == []
+    assert broken({}, {}) == []

@@ -14,6 +14,8 @@ from ghost_dist.assets.stdlib_text import (
     docstring_text,
     reference_text,
 )
+from ghost_dist.evaluation import task_rows
+from ghost_dist.evaluation.probes import probe, shares
 from ghost_dist.real_models import REAL_MODELS, cache_folder
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
@@ -91,6 +93,15 @@ def test_the_checkpoint_is_the_recovered_model(source, by_hand, reloaded):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
     greedy = {"max_new_tokens": 16, "do_sample": False}
     assert torch.equal(reloaded.generate(**prompt, **greedy), by_hand.generate(**prompt, **greedy))
+
+
+def test_probes_are_in_reach_and_those_of_the_cut_made_by_hand(source, run, by_hand):
+    found = run.result["probes"]
+    assert min(of["dense"] for of in found.values()) > task_rows.ANSWERS
+    answers = shares({"dense": probe(by_hand, transformers.AutoTokenizer.from_pretrained(source))})
+    for name, of in found.items():
+        assert of["pruned"] < of["dense"]
+        assert of["recovered"] == pytest.approx(answers[name]["dense"], abs=1.5 / of["questions"])
 
 
 def test_recovered_is_better_than_cut_on_other_text(run):

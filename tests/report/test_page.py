@@ -24,7 +24,7 @@ from ghost_dist.pipeline.recover import recover
 from ghost_dist.pipeline.solving import Solver
 from ghost_dist.progress import Reporter
 from ghost_dist.report import page as page_module
-from ghost_dist.report import text
+from ghost_dist.report import terminal, text
 from ghost_dist.report.figures import _STYLES
 from ghost_dist.report.page import headline, write_report
 from ghost_dist.report.record import RunRecord
@@ -312,3 +312,22 @@ def test_what_to_beware_of_is_said_in_words(runs, tmp_path, change, said):
         rewrite(path, record)
     after = page_of(runs["map"], tmp_path)
     assert after.count(said) > before.count(said)
+
+
+def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys):
+    path = runs["map"] / "result.json"
+    result = json.loads(path.read_text())
+    assert set(result["probes"]) == {"brackets", "copying", "arithmetic"}
+    lost = {"questions": 48, "dense": 0.9, "pruned": 0.1, "recovered": 0.2}
+    assert "the dense model fails too: brackets 0%" in page_of(runs["map"], tmp_path)
+    rewrite(path, result | {"probes": {"copying": lost}})
+    page = page_of(runs["map"], tmp_path)
+    assert re.search(r"copying</th>\s*<td[^>]*>48<.*?>90%<.*?>10%<.*?>20%<", page, re.DOTALL)
+    assert "copying 20% (dense: 90%). Try fewer layers" in page
+    terminal.print_result(json.loads(path.read_text()), runs["map"])
+    said = capsys.readouterr().out
+    assert "copying 20% (dense: 90%)." in said
+    assert re.search(r"copying\W+48\W+90%\W+10%\W+20%", said)
+    old = {name: of for name, of in result.items() if name not in ("generation", "probes")}
+    terminal.print_result(old, runs["map"])
+    assert "copying" not in capsys.readouterr().out
