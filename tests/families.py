@@ -209,9 +209,10 @@ def random_repairs(kind, spans, architecture, dtype=torch.float32):
         if kind in ("ghost-joint", "fold") and size is not None:
             down_FC = (draw(size, HIDDEN) / 12).to(dtype)
             repairs[span] = Repair(None if kind == "fold" else weight_CC, down_FC=down_FC)
-        elif kind == "stream+norm":
+        elif kind in ("stream+norm", "norm-linear"):
             normed_CC = (draw(HIDDEN, HIDDEN) / 8).to(dtype)
-            repairs[span] = Repair(weight_CC, normed_CC, norm_eps=1e-5)
+            kept_CC = weight_CC if kind == "stream+norm" else None
+            repairs[span] = Repair(kept_CC, normed_CC, norm_eps=1e-5)
         else:
             repairs[span] = Repair(weight_CC)
     return repairs
