@@ -78,14 +78,14 @@ def broken(generation: Mapping[str, Any], probes: Mapping[str, Mapping[str, Any]
                 f"in the same text (dense: {again['dense']:.0%})."
             )
     lost = [
-        f"{name} {of['recovered']:.0%} (dense: {of['dense']:.0%})"
+        f"{of['recovered']:.0%} of {name} (dense: {of['dense']:.0%})"
         for name, of in probes.items()
         if of["dense"] >= ANSWERS and of["recovered"] < _KEEPS * of["dense"]
     ]
     if lost:
         said.append(
-            "The recovered model has lost abilities that the dense one has, whatever its "
-            f"perplexity: of the questions of a probe it answers right {', '.join(lost)}."
+            "The recovered model fails where the dense one does not, whatever its perplexity: of "
+            f"the questions of the probes it answers right {', '.join(lost)}."
         )
     return said
 

@@ -91,6 +91,8 @@ def remarks(run: RunRecord) -> list[str]:
     """Warnings of the run itself, then what its figures show; each a sentence or two."""
     no_better = no_better_than_cut(run.candidates, run.perplexity)
     said = sentences(no_better, run.operator)
+    if lost := broken(run.generation, run.probes):
+        said.append(f"{' '.join(lost)} Try fewer layers, or refine.steps.")
     said += [*sources_apart(run.candidates), *run.warnings]
     if run.missing:
         said.append(
@@ -102,10 +104,7 @@ def remarks(run: RunRecord) -> list[str]:
             f"{text.join_words(run.stale).capitalize()} was done again after this result was "
             "written; what follows is the older result. Run recover to bring it up to date."
         )
-    said += _perplexities(run)
-    if lost := broken(run.generation, run.probes):
-        said.append(f"{' '.join(lost)} Try fewer layers, or refine.steps.")
-    return list(dict.fromkeys([*said, *_fits(run)]))
+    return list(dict.fromkeys([*said, *_perplexities(run), *_fits(run)]))
 
 
 def _perplexities(run: RunRecord) -> list[str]:

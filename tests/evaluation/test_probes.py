@@ -173,6 +173,6 @@ def test_shares_rows_and_what_is_lost():
     assert "the dense model fails too: needle 25% right." in task_rows.too_hard(found)
     assert task_rows.too_hard({"copying": copying}) == ""
     [said] = task_rows.broken({}, found)
-    assert "copying 25% (dense: 100%)." in said
+    assert "25% of copying (dense: 100%)." in said
     assert "needle" not in said
     assert task_rows.broken({}, {"copying": copying | {"recovered": 0.5}}) == []

@@ -89,7 +89,7 @@ def test_a_card_says_what_is_lost(source):
     result = {key: {} for key in ("perplexity", "tasks", "generation", "refine", "fit")}
     result |= {"parameters": {"before": 2, "after": 1}, "operator": "ghost"}
     text = card_of(source, result=result | {"probes": {"copying": found}})
-    assert "copying 20% (dense: 90%).**" in text
+    assert "20% of copying (dense: 90%).**" in text
     assert "| copying | 48 | 90% | 10% | 20% |\n" in text
     found["recovered"] = 0.8
     assert "(dense: 90%)" not in card_of(source, result=result | {"probes": {"copying": found}})

@@ -323,10 +323,10 @@ def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys
     rewrite(path, result | {"probes": {"copying": lost}})
     page = page_of(runs["map"], tmp_path)
     assert re.search(r"copying</th>\s*<td[^>]*>48<.*?>90%<.*?>10%<.*?>20%<", page, re.DOTALL)
-    assert "copying 20% (dense: 90%). Try fewer layers" in page
+    assert "20% of copying (dense: 90%). Try fewer layers" in page
     terminal.print_result(json.loads(path.read_text()), runs["map"])
     said = capsys.readouterr().out
-    assert "copying 20% (dense: 90%)." in said
+    assert "20% of copying (dense: 90%)." in said
     assert re.search(r"copying\W+48\W+90%\W+10%\W+20%", said)
     old = {name: of for name, of in result.items() if name not in ("generation", "probes")}
     terminal.print_result(old, runs["map"])
