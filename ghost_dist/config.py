@@ -106,9 +106,12 @@ class SelectionConfig(Section):
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     exported checkpoint (``4GB``, ``512MiB``); net of the operators that come back."""
     target: str | None = None
-    """In the place of ``remove``, what should come out: ``speedup 1.3`` times dense, measured at
-    the beginning, of a request or of its ``prefill`` or ``decode`` (``speedup 1.3 decode``); at
-    most ``kv 60%`` of the cache; a checkpoint of at most ``bytes 20GB``."""
+    """In the place of ``remove``, what should come out: ``speedup 1.3`` times dense, of a request
+    or of its ``prefill`` or ``decode`` (``speedup 1.3 decode``); at most ``kv 60%`` of the cache; a
+    checkpoint of at most ``bytes 20GB``."""
+    layer_times: str | None = None
+    """For targets of speed, a file with what ``ghost-dist plan MODEL --target-speedup 1.3 --json``
+    printed on the machine that will serve; null: layers are timed on this run's device."""
     pareto: tuple[int | str, ...] = ()
     """search: other sizes and targets, as ``remove`` or ``target`` takes them (``2,20%,kv 60%``),
     that are searched for too and stand in one table with the chosen one. In the same RUN another

@@ -154,10 +154,12 @@ def with_absolute_paths(config: Config) -> Config:
     model = Path(config.model.path).expanduser()
     corpora = {name: absolute_source(text) for name, text in config.evaluation.corpora.items()}
     calibration, path = config.calibration, config.output.callback
+    times = config.selection.layer_times
     sources = {absolute_source(text): share for text, share in calibration.sources.items()}
     sections: dict[str, dict[str, Any]] = {
         "model": {"path": str(model.absolute())} if model.is_dir() else {},
         "calibration": {"source": absolute_source(calibration.source), "sources": sources},
+        "selection": {"layer_times": times and absolute_source(times)},
         "evaluation": {"corpora": corpora},
         "output": {"callback": path and absolute_source(path)},
     }

@@ -8,6 +8,7 @@ are chosen: of a search its rules see to that, for other criteria the least laye
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -84,6 +85,26 @@ def keep_times(run: RunFolder, times: Times | None) -> None:
 def kept_times(run: Path) -> Times | None:
     kept = read_record(run, _RECORD).get("outputs")
     return {part: Seconds(**seconds) for part, seconds in kept.items()} if kept else None
+
+
+def _times_of_plan(path: str, num_layers: int) -> Times:
+    """What ``plan --json`` of another machine says of each layer."""
+    file = Path(path).expanduser()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["layer_times"]
+        times = {part: Seconds(**found[part]) for part in ("", "prefill", "decode")}
+        layers = {len(seconds.layers) for seconds in times.values()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"selection.layer_times: {file} is not what ghost-dist plan MODEL --target-speedup 1.3 "
+            f"--json prints ({type(error).__name__}: {error})."
+        ) from None
+    if layers != {num_layers}:
+        raise ConfigError(
+            f"selection.layer_times: {file} is of a model of {max(layers)} layers, this one has "
+            f"{num_layers}."
+        )
+    return times
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,8 @@ def open_amount(
         raise ConfigError(
             f"selection.protect names layers {unknown}, but the model has layers 0 to {last}."
         )
+    if times is None and (path := config.selection.layer_times) is not None:
+        times = _times_of_plan(path, architecture.num_layers)
     times = _times(config, asked, times, partial(measure, config, source, architecture))
 
     @cache

@@ -46,6 +46,7 @@ from ghost_dist.pipeline.inputs import (
 from ghost_dist.pipeline.refittable import refittable_layers
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_shape
+from ghost_dist.pipeline.targets import Times
 from ghost_dist.planning.probe import circumstances, measure
 from ghost_dist.planning.rates import Rates, store_rates, stored_rates
 from ghost_dist.planning.stage_plans import KEPT_BY_SHARDING, StagePlan, num_replicas, plan_stages
@@ -78,6 +79,7 @@ class Plan:
     notes: tuple[str, ...]  # what was assumed
     off_by: float  # a run may take so many times the seconds planned, or a part of them
     rates: Rates  # what the seconds come from
+    layer_times: Times | None  # where a target asks for them
 
     def tree(self) -> dict[str, Any]:
         tree = dataclasses.asdict(self)
@@ -159,6 +161,7 @@ def plan_run(
         disk_bytes=disk,
         notes=tuple(notes),
         rates=rates,
+        layer_times=inputs.times,
     )
 
 

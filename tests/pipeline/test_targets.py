@@ -1,8 +1,10 @@
 """Targets: how many layers they take, what the checkpoint comes to, what is predicted of them."""
 
 import itertools
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +276,40 @@ def test_a_speedup_is_measured_once_and_compared_with_what_comes(
     said += f"(rounds {low:.3f} to {high:.3f})"
     assert said in " ".join(capsys.readouterr().out.split())
     assert said in write_report([tmp_path / "run"]).read_text()
+
+
+def test_seconds_of_another_machine(make_config, tmp_path, monkeypatch, capsys):
+    """What plan prints there counts here, where nothing is timed."""
+    seconds = dict.fromkeys(("", "prefill", "decode"), Seconds((1.0,) * 8, 10.0, 0.05))
+    monkeypatch.setattr(
+        "ghost_dist.pipeline.recover.request_seconds", lambda *_: pytest.fail("timed here")
+    )
+    monkeypatch.chdir(tmp_path)
+    config = make_config(**SEARCH, selection__target="speedup 1.4")
+    with monkeypatch.context() as there:
+        there.setattr(targets, "_times", lambda *_: seconds)
+        Path("there.json").write_text(json.dumps(plan_run(config, QUIET).tree()))
+    fields = {**SEARCH, "selection__target": "speedup 1.4"}
+    here = make_config(**fields, selection__layer_times="there.json")
+    spans = recover(here, QUIET, again="select")["spans"]
+    assert sum(stop - start for start, stop in spans) == 3  # 10 / (10 - 3 + 0.05 each)
+    monkeypatch.chdir("/")
+    Path(tmp_path, "there.json").unlink()  # RUN has them
+    kept = make_config(**fields, selection__layer_times=str(tmp_path / "there.json"))
+    assert recover(kept, QUIET, again="select")["spans"] == spans
+    other, of_two = tmp_path / "other.json", Seconds((1.0,) * 2, 4.0, 0.05)
+    fields |= {"selection__layer_times": str(other), "output__path": str(tmp_path / "new")}
+    for text, said in (
+        (None, "FileNotFoundError"),
+        ("[", "JSONDecodeError"),
+        ('{"layer_times": null}', "TypeError"),
+        (json.dumps({"layer_times": {part: asdict(of_two) for part in seconds}}), "of 2 layers"),
+    ):
+        if text is not None:
+            other.write_text(text)
+        with pytest.raises(ConfigError, match=f"selection.layer_times: .*other.json.*{said}"):
+            recover(make_config(**fields), QUIET)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_share_of_the_cache_is_what_is_measured(make_config, tmp_path):
