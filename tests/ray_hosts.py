@@ -39,7 +39,6 @@ ray._private.services.sys = Changed(sys, executable=sys.argv.pop(1))
 from ray.scripts.scripts import cli
 cli()
 """
-PROBE = "import socket, sys; socket.create_connection((f'{sys.argv[1]}.10', 6379), 2)"
 # What time(2), gettimeofday and clock_gettime say, shifted by the seconds in a mapped file.
 CLOCK = r"""
 #define _GNU_SOURCE
@@ -81,7 +80,7 @@ LEFT = """
 import json, ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
 groups = ray.util.placement_group_table().values()
-print(json.dumps([group["state"] for group in groups if group["state"] != "REMOVED"]))
+print("held", json.dumps([one["state"] for one in groups if one["state"] != "REMOVED"]))
 """
 
 
@@ -114,7 +113,7 @@ class Hosts:
         self.net = f"10.{os.getpid() % 200 + 20}.77"
         self.address = f"{self.net}.10:6379"
         self._stack = contextlib.ExitStack()
-        self._nodes, self._forked, self._numbers = {}, {}, {}
+        self._nodes, self._logs, self._forked, self._numbers = {}, {}, {}, {}
         self.shared = folder / "shared"  # the file system in common
 
     def begin(self):
@@ -142,6 +141,7 @@ class Hosts:
             do(*self.inside(host), "mount", "-t", "tmpfs", "-o", disk, "ray", "/tmp/ray")
         for host in range(3):
             self.start_node(host)
+            self.wait_for_node(host)
 
     def end(self):
         for host in list(self._nodes):
@@ -214,7 +214,8 @@ class Hosts:
             if host == 0
             else [f"--address={self.address}"]
         )
-        log = self._stack.enter_context((self.folder / f"node{host}.log").open("ab"))
+        self._logs[host] = self.folder / f"node{host}-{time.monotonic()}.log"
+        log = self._stack.enter_context(self._logs[host].open("wb"))
         self._nodes[host] = subprocess.Popen(
             [
                 *(*self.inside(host), sys.executable, "-c", RAY),
@@ -233,22 +234,18 @@ class Hosts:
             stderr=log,
             start_new_session=True,
         )
-        if host == 0:
-            self.wait_for_head()
 
-    def wait_for_head(self):
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            probe = subprocess.run(
-                [*("ip", "netns", "exec", self.space(0), sys.executable, "-c"), PROBE, self.net],
-                check=False,
-                capture_output=True,
-            )
-            if probe.returncode == 0:
-                return
-            assert self._nodes[0].poll() is None, (self.folder / "node0.log").read_text()[-2000:]
-            time.sleep(0.3)
-        raise AssertionError((self.folder / "node0.log").read_text()[-2000:])
+    def wait_for_node(self, host):
+        """Until Ray runs there. It gives up after 30 s, which a busy machine takes: then again."""
+        for _ in range(3):
+            node = self._nodes[host]
+            while node.poll() is None:
+                if b"Ray runtime started" in (said := self._logs[host].read_bytes()):
+                    return
+                time.sleep(0.3)
+            self.kill_node(host)
+            self.start_node(host)
+        raise AssertionError(said.decode()[-2000:])
 
     def kill_node(self, host):
         """Everything on the host: its Ray processes and the ranks that they started."""
@@ -275,7 +272,10 @@ class Hosts:
     def held_groups(self):
         """States of placement groups that are not removed."""
         asked = self.python(0, "-c", LEFT, self.address, stdout=subprocess.PIPE, text=True)
-        return json.loads(asked.communicate(timeout=60)[0].splitlines()[-1])
+        said = asked.communicate(timeout=300)[0]
+        held = [line[5:] for line in said.splitlines() if line.startswith("held ")]
+        assert len(held) == 1, f"said {said!r}, ended with {asked.returncode}"
+        return json.loads(held[0])
 
     def survives(self, host, seconds=20):
         """Whether the node is still up some time after its link was."""
