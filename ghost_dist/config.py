@@ -18,7 +18,7 @@ from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Criterion = Literal["search", "recoverability", "paper"]
+Criterion = Literal["search", "paper"]
 OperatorName = Literal["ghost", "ghost-joint", "fold", "norm-linear", "none"]
 _SHARES_TOLERANCE = 1e-6
 
@@ -100,8 +100,8 @@ class SelectionConfig(Section):
 
     criterion: Criterion = "search"
     """search: least KL divergence of the recovered model where the dense one is sure, searched for
-    layer by layer, with operators in place; recoverability: least held-out residual after repair;
-    paper: the published code's score, along the sequence, never the first or the last start."""
+    layer by layer, with operators in place; paper: the published code's score of one span, along
+    the sequence, never the first or the last start: much cheaper."""
     remove: Annotated[int, Field(ge=1)] | str | None = None
     """How much to remove: layers (``7``), a share of all parameters (``20%``), or bytes of the
     exported checkpoint (``4GB``, ``512MiB``); net of the operators that come back."""
@@ -123,12 +123,7 @@ class SelectionConfig(Section):
     """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
     alone; overrides criterion and remove."""
     max_spans: int | None = Field(default=None, ge=1)
-    """Most separate spans to remove; null: 1 of recoverability, any number of search. paper removes
-    one."""
-    min_length: int = Field(default=1, ge=1)
-    """recoverability, search: fewest layers of a span."""
-    max_length: int | None = Field(default=None, ge=1)
-    """recoverability, search: most layers of a span; null: all that are removed."""
+    """search: most separate spans to remove; null: any number. paper removes one."""
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
     """search: normal removes layers one at a time and then exchanges them for 0.6 times as long, by
     an eighth of the calibration text (of 65,536 tokens at most); quick looks at the 12 likeliest
@@ -224,15 +219,10 @@ class SelectionConfig(Section):
         self.removal(1 << 30)  # the model is not known yet
         if (self.max_spans or 1) > 1 and self.criterion == "paper":
             raise ValueError(
-                f"max_spans={self.max_spans} needs criterion=recoverability or search; paper "
-                "removes one span"
+                f"max_spans={self.max_spans} needs criterion=search; paper removes one span"
             )
         if self.pareto and not self.searches:
             raise ValueError("pareto needs criterion=search, and spans and sublayers left out")
-        if self.max_length is not None and self.max_length < self.min_length:
-            raise ValueError(
-                f"max_length={self.max_length} is less than min_length={self.min_length}"
-            )
         return self
 
 

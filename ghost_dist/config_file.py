@@ -131,6 +131,8 @@ def parse_set(assignment: str) -> tuple[str, Any]:
 
 _GONE = {
     "selection.units": "layers",
+    "selection.min_length": 1,
+    "selection.max_length": None,
     "operator.heal": False,
     "operator.rank": None,
     "engine.backend": "deepspeed",
@@ -141,6 +143,7 @@ INSTEAD = {
     **dict.fromkeys(("linear-patch", "linear-patch-hadamard", "low-rank"), "ghost"),
     "replaceme": "fold",
     **dict.fromkeys(("cosine", "angular", "block-influence"), "search, or paper"),
+    "recoverability": "search (of one span: selection.max_spans=1), or paper",
 }
 """Values of earlier versions, and what to give now."""
 

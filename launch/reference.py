@@ -112,10 +112,9 @@ def _meaning(field: FieldInfo) -> str:
     values = [v.strip("`") for v in _kinds(field.annotation) if v.startswith("`") and "{" not in v]
     if not values:
         return text
-    # A value that is explained ("kl: ...", "recoverability, search: ...") looks like one.
+    # A value that is explained ("kl: ...") looks like one.
     value = "|".join(sorted(map(re.escape, values), key=len, reverse=True))
-    explained = rf"(?<![\w`-])(?:{value})(?:, (?:{value}))*(?=:| \()"
-    return re.sub(explained, lambda m: re.sub(rf"(?:{value})", r"`\g<0>`", m[0]), text)
+    return re.sub(rf"(?<![\w`-])(?:{value})(?=:| \()", r"`\g<0>`", text)
 
 
 # --- commands -------------------------------------------------------------------------------------

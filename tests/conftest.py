@@ -201,7 +201,7 @@ def config_at(model_folder, text_file):
             "calibration.windows": 16,
             "calibration.window_length": 64,
             "selection.spans": [[3, 5]],
-            "selection.criterion": "recoverability",
+            "selection.criterion": "paper",
             "operator.name": "ghost",
             "operator.features": "stream",
             "operator.choose": "residual",

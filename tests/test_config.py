@@ -58,6 +58,8 @@ def test_tree_round_trips_through_yaml():
         ({"operator.rank": 4}, "operator.rank: what it asks for .* is gone. Remove"),
         ({"operator.name": "replaceme"}, "got 'replaceme', .* It was of .* is gone: give fold."),
         ({"selection.criterion": "cosine"}, "got 'cosine', .* is gone: give search, or paper."),
+        ({"selection.criterion": "recoverability"}, "give search .*max_spans=1.*, or paper."),
+        ({"selection.max_length": 2}, "selection.max_length: what it asks for .* is gone. Remove"),
         ({"operator.name": "low-rank"}, "got 'low-rank', .* It was of .* is gone: give ghost."),
         ({**TARGET, "selection.target": "kv 4GB"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "bytes 20%"}, "give speedup 1.3"),
@@ -138,7 +140,7 @@ def test_fingerprint_ignores_key_order_only():
 
 
 def test_a_reduction_needs_replicas():
-    minimal = {**MINIMAL, "selection.criterion": "recoverability"}
+    minimal = {**MINIMAL, "selection.criterion": "paper"}
     alone = {**minimal, "engine.reduction": "all-reduce"}
     with pytest.raises(ConfigError, match=r"^engine\.reduction=all-reduce is between.*=ordered\.$"):
         load_config(None, alone)
@@ -232,6 +234,6 @@ def test_what_is_gone_is_shown_as_it_stands(tmp_path):
 
 def test_fields_of_earlier_versions_are_left_out_where_they_asked_for_nothing():
     tree = config_tree(load_config(None, MINIMAL))
-    tree["selection"]["units"] = "layers"
+    tree["selection"] |= {"units": "layers", "min_length": 1, "max_length": None}
     tree["operator"] |= {"heal": False, "rank": None}
     assert config_from_tree(tree) == load_config(None, MINIMAL)

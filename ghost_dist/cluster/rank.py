@@ -38,7 +38,7 @@ from ghost_dist.engines.offloaded_rows import OffloadedEngine
 from ghost_dist.engines.resident import ResidentEngine
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
-from ghost_dist.pipeline.collectors import Collectors, MakeCollector, RangeTimes, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range
 from ghost_dist.pipeline.engine import holds_search
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.inputs import RunInputs
@@ -117,7 +117,7 @@ class Rank:
         self._engine: ResidentEngine | OffloadedEngine | None = None
         self._inputs: RunInputs  # once it is loaded
         self._device = torch.device("cpu")
-        self._work: tuple[str, StatisticsStore, list[MakeCollector]] | None = None
+        self._work: tuple[str, StatisticsStore] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
         self._running: RunningSums | None = None
         self._unacknowledged: dict[str, dict[str, Sums]] = {}
@@ -204,20 +204,16 @@ class Rank:
         assert self._engine is not None, "run comes after load"
         self._heartbeat = (attempt, 0)
         if self._work is None or self._work[0] != work.id:
-            store = work.store.open()
-            # An offloaded engine says how many passes fit once the rows are where they stay.
-            streams = isinstance(self._engine, OffloadedEngine)
-            self._work = (work.id, store, [] if streams else self._passes(work.collectors))
+            self._work = (work.id, work.store.open())
             self._running = RunningSums(self._inputs.config.folds) if work.keep else None
-        _, store, passes = self._work
+        _, store = self._work
         windows, advance = store.plan.ranges[range_id], partial(self._advance, attempt)
+        given = (work.tokens, windows, work.collectors, advance, self._block)
         with torch.inference_mode():
             if isinstance(self._engine, OffloadedEngine):
-                sums, times = offloaded_range(
-                    self._engine, work.tokens, windows, work.collectors, self._passes, advance
-                )
+                sums, times = offloaded_range(self._engine, *given)
             else:
-                sums, times = sums_of_range(self._engine, work.tokens, windows, passes, advance)
+                sums, times = sums_of_range(self._engine, *given)
             # Here and not in write: a copy from the device would queue behind the next range.
             on_host = {name: part.to(torch.device("cpu")) for name, part in sums.items()}
         self._unwritten[attempt] = (store, on_host)
@@ -340,10 +336,6 @@ class Rank:
             of_run = (inputs.source, inputs.architecture, inputs.config.folds)
             self._fits = (place, place.open(), FitHere(*of_run, self._device, room))
         return self._fits[1:]
-
-    def _passes(self, collectors: Collectors) -> list[MakeCollector]:
-        assert self._engine is not None
-        return collectors.passes(self._engine.device, self._free_everywhere(), self._block)
 
     def _free_everywhere(self) -> int:
         """Bytes that are free on the devices of all ranks, which must decide alike; collective."""

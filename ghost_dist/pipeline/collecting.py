@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.pipeline.collectors import Collectors, RangeTimes, passes_here, sums_of_range
+from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.store_plan import StatisticsPlan
-
-WRITTEN_PER_S = 1e9  # bytes, of a disk of today and its checksums
-UNWRITTEN_S = 30.0
 
 
 class Collect(Protocol):
@@ -58,34 +55,23 @@ class CollectHere(Collect):
         *,
         to_fit: bool = False,
     ) -> None:
-        """See :class:`Collect`.
-
-        Sums that nobody fits from are wanted by this process alone: where writing a range would
-        take more than a tenth of the time that it took, it is not written, until a kill would cost
-        more than UNWRITTEN_S.
-        """
+        """See :class:`Collect`."""
         missing = store.missing()
         if not missing:
             return
         engine = open_engine(self._inputs, collectors.last_boundary)
-        passes = passes_here(collectors, engine)
         ranges = store.plan.ranges
-        done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length * len(passes)
-        total = int(tokens.tokens.size) * len(passes)
-        unwritten_s = 0.0
+        done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length
+        total = int(tokens.tokens.size)
         with self._reporter.stage(stage, total, "tokens", done) as advance:
             for range_id in missing:
                 sums, times = sums_of_range(
-                    engine, tokens.tokens, ranges[range_id], passes, advance
+                    engine, tokens.tokens, ranges[range_id], collectors, advance
                 )
                 of_range = {"stage": stage, "range": range_id}
                 self._reporter.event("range-ran", **of_range, **RangeTimes.told([times]))
-                took_s = times.forward_s + times.sums_s
-                nbytes = sum(part.nbytes for part in sums.values())
-                unwritten_s += took_s
-                write = nbytes / WRITTEN_PER_S < took_s / 10 or unwritten_s > UNWRITTEN_S
                 committed = partial(self._reporter.event, "range-committed", **of_range)
-                store.keep(range_id, sums, committed, write=to_fit or write)
+                store.keep(range_id, sums, committed)
         if not to_fit:
             store.flush()
 

@@ -1,6 +1,6 @@
-"""Which collectors a pass over the windows feeds: plain values that travel to where the model is.
+"""Which collector a pass over the windows feeds: plain values that travel to where the model is.
 
-The same description makes the collectors of one process and those of every rank of a cluster, each
+The same description makes the collector of one process and those of every rank of a cluster, each
 of which keeps its block of columns.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.devices import free_bytes, mark
+from ghost_dist.devices import mark
 from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.spans import Span
@@ -107,8 +107,6 @@ class TimedCollector(Collector):
 if TYPE_CHECKING:
     from ghost_dist.pipeline.run_shape import RunShape
 
-MakeCollector = Callable[[], Collector]
-
 
 class Collectors(Protocol):
     """What is to be collected; can be pickled."""
@@ -117,19 +115,13 @@ class Collectors(Protocol):
     def last_boundary(self) -> int:
         """Layers that the engine must have."""
 
-    def passes(
-        self, device: torch.device, free_bytes: int, block: ColumnBlock
-    ) -> list[MakeCollector]:
-        """A factory per pass over the windows; their sums together are those of the plan.
-
-        More than one pass only where the sums of all do not fit on the device at once: with
-        ``free_bytes``, the same on all ranks of a replica, so that they agree.
-        """
+    def collector(self, device: torch.device, block: ColumnBlock) -> Collector:
+        """One for the windows of a range; its sums are those of the plan."""
 
 
 @dataclass(frozen=True)
 class SpanCollectors:
-    """Sums of chosen spans, all in one pass."""
+    """Sums of chosen spans."""
 
     samples: tuple[tuple[Span, Regressors], ...]
     architecture: Architecture
@@ -138,22 +130,15 @@ class SpanCollectors:
     def last_boundary(self) -> int:
         return max(span.stop for span, _ in self.samples)
 
-    def passes(
-        self,
-        device: torch.device,
-        free_bytes: int,  # noqa: ARG002 - the sums of a chosen span must fit
-        block: ColumnBlock,
-    ) -> list[MakeCollector]:
-        return [
-            lambda: SpanCollector(
-                self.samples,
-                self.architecture.hidden_size,
-                device,
-                inner_size=self.architecture.inner_sizes,
-                norm_eps=self.architecture.norm_eps,
-                block=block,
-            )
-        ]
+    def collector(self, device: torch.device, block: ColumnBlock) -> Collector:
+        return SpanCollector(
+            self.samples,
+            self.architecture.hidden_size,
+            device,
+            inner_size=self.architecture.inner_sizes,
+            norm_eps=self.architecture.norm_eps,
+            block=block,
+        )
 
     def stored_bytes(self, blocks: int) -> int:
         width, inner_sizes = self.architecture.hidden_size, self.architecture.inner_sizes
@@ -191,33 +176,25 @@ def sums_of_range(
     engine: Engine,
     tokens: Tokens,
     windows: Sequence[int],
-    passes: Sequence[MakeCollector],
+    collectors: Collectors,
     advance: Callable[[int], None],
+    block: ColumnBlock = WHOLE,
 ) -> tuple[dict[str, Sums], RangeTimes]:
     """Run the windows of one range, from zero; what a store commits as a whole."""
-    sums: dict[str, Sums] = {}
     watch = Stopwatch(engine.device)
     began = watch.now()
-    for make in passes:
-        collector = TimedCollector(make(), watch)
-        engine.run(tokens, windows, collector, advance)
-        sums |= collector.result()
+    collector = TimedCollector(collectors.collector(engine.device, block), watch)
+    engine.run(tokens, windows, collector, advance)
+    sums = collector.result()
     total_s = watch.until_now(began)
     sums_s = watch.seconds()
     return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
 
 
-def passes_here(collectors: Collectors, engine: Engine) -> list[MakeCollector]:
-    """The passes of one process that has the whole model."""
-    return collectors.passes(engine.device, free_bytes(engine.device), WHOLE)
-
-
 def wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Boundaries and MLP layers that any pass wants; collectors without storage say so."""
-    sinks = [make() for make in collectors.passes(torch.device("meta"), 1 << 62, WHOLE)]
-    boundaries = sorted({b for sink in sinks for b in sink.boundaries})
-    mlp_layers = sorted({layer for sink in sinks for layer in sink.mlp_layers})
-    return tuple(boundaries), tuple(mlp_layers)
+    """Boundaries and MLP layers that are wanted; a collector without storage says so."""
+    sink = collectors.collector(torch.device("meta"), WHOLE)
+    return sink.boundaries, sink.mlp_layers
 
 
 def kept_numbers(architecture: Architecture, collectors: Collectors) -> int:

@@ -137,7 +137,7 @@ def _select(
         )
         if "selection" in update:
             path = run.path / f"selection-{criterion}-{remove}.zarr"
-            spans, _ = Stages(of_cut, run, reporter).by_criterion(tokens, path)
+            spans, _ = Stages(of_cut, run, reporter).by_paper(tokens, path)
         else:
             spans, _ = search_spans(of_cut, tokens, run, reporter)
         cuts.append(_Cut(criterion, remove, spans))

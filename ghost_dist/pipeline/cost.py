@@ -17,9 +17,8 @@ from typing import Literal
 from ghost_dist.checkpoint.weight_reader import BLOCK_BYTES, READERS
 from ghost_dist.engines.memory import DeviceNeeds, Residency
 from ghost_dist.engines.model_sizes import ModelSizes
-from ghost_dist.solver.least_squares import RIDGE_GRID, step_flops
+from ghost_dist.solver.least_squares import MIXTURES, RIDGE_GRID, step_flops
 from ghost_dist.statistics.moments import BLOCK_COLUMNS
-from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS
 
 SMALL_BYTES = 64 << 20
 """For what is not counted one by one: scores of layers, masks, positions, a fit's small parts."""
@@ -41,9 +40,9 @@ class Fits:
     @staticmethod
     def of_grid(kind: str, size: int, targets: int, folds: int) -> list[Fits]:
         """One that looks for its ridge; of many targets the grid is tried with few."""
-        if targets <= PROJECTION_COLUMNS:
+        if targets <= MIXTURES:
             return [Fits.of(kind, size, targets, len(RIDGE_GRID), folds)]
-        grid = Fits(kind, len(RIDGE_GRID) * folds, step_flops(size, PROJECTION_COLUMNS))
+        grid = Fits(kind, len(RIDGE_GRID) * folds, step_flops(size, MIXTURES))
         return [grid, Fits.of(kind, size, targets, AROUND, folds)]
 
 
@@ -61,7 +60,7 @@ class Cost:
     length: int = 1  # tokens of a window
     layers: Counter[int] = field(default_factory=Counter)  # tokens through each
     scored: int = 0  # tokens whose distribution is computed, of all variants
-    sums: Counter[str] = field(default_factory=Counter)  # FLOPs by kind of regressors, and pairs
+    sums: Counter[str] = field(default_factory=Counter)  # FLOPs by kind of regressors
     fits: list[Fits] = field(default_factory=list)
     # Files
     ranges: int = 0  # of windows, each committed; replicas share them; 0: the driver does it

@@ -24,7 +24,7 @@ from ghost_dist.pipeline.exporting import export_cost
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.run_shape import RunShape
 from ghost_dist.pipeline.searching import search_cost
-from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.pipeline.solve_cost import solve_cost
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -123,7 +123,8 @@ def costs_of(run: RunShape) -> dict[str, Cost]:
     if selection.searches:
         costs["select"] = search_cost(run)
     elif inputs.remove is not None:
-        costs["select"] = Selector(selection, inputs.remove, inputs.architecture).cost(run)
+        scores = PaperScores(inputs.remove, selection.protect, inputs.architecture)
+        costs["select"] = scores.cost(run)
     collectors = SpanCollectors(tuple(run.samples), inputs.architecture)
     costs["calibrate"] = collectors.cost(run) if run.samples else Cost()
     costs |= {"solve": solve_cost(run), "export": export_cost(run)}

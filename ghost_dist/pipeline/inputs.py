@@ -45,7 +45,7 @@ from ghost_dist.pipeline.candidates import candidates_of, few_tokens, searches_r
 from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.layer_times import request_seconds
 from ghost_dist.pipeline.refittable import refittable_layers
-from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.pipeline.targets import Aim, Amount, Times, open_amount, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.operators import refits_down
@@ -317,9 +317,8 @@ def open_model(
             for one in (amount, *amount.others):
                 rules_of(one, architecture.num_layers)
         else:
-            candidates = Selector(amount.selection, amount.layers, architecture).candidates()
-            if selection.most_spans == 1:
-                check_some_cut(architecture, source.config, ([span] for span in candidates))
+            scores = PaperScores(amount.layers, selection.protect, architecture)
+            check_some_cut(architecture, source.config, ([span] for span in scores.candidates()))
     if config.engine.tensor_parallel > 1:
         whole = truncated_config(source, architecture, architecture.num_layers)
         check_degree(whole, config.engine.tensor_parallel)

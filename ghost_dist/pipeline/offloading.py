@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,16 @@ from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.collecting import Collect, CollectHere
 from ghost_dist.pipeline.collectors import (
     Collectors,
-    MakeCollector,
     RangeTimes,
     Stopwatch,
     kept_numbers,
-    passes_here,
     wanted,
 )
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.stream_state import StreamState
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
@@ -96,7 +94,6 @@ class CollectOffloaded(Collect):
                     state = StreamState(state.folder, fingerprint(identity), sorted(windows))
                     rows = sweep(advance, state)
             self._reporter.event("layers-read", stage=stage, bytes=engine.model.bytes_read)
-            passes = passes_here(collectors, engine)
             with self._reporter.stage(f"{stage}: sums", len(missing), "ranges") as advance:
                 for range_id in missing:
 
@@ -105,7 +102,7 @@ class CollectOffloaded(Collect):
                         if range_id == missing[-1]:
                             state.remove()
 
-                    sums = _sums_of_rows(rows, ranges[range_id], passes, engine.device)
+                    sums = _sums_of_rows(rows, ranges[range_id], collectors, engine.device)
                     store.keep(range_id, sums, committed)
                     advance(1)
         finally:
@@ -133,12 +130,11 @@ def offloaded_range(
     tokens: Tokens,
     windows: Sequence[int],
     collectors: Collectors,
-    make_passes: Callable[[Collectors], Sequence[MakeCollector]],
     advance: Advance,
+    block: ColumnBlock,
 ) -> tuple[dict[str, Sums], RangeTimes]:
-    """As ``collectors.sums_of_range``, each layer read once for all passes.
+    """As ``collectors.sums_of_range``, each layer read once.
 
-    ``make_passes`` is asked once the rows are where they stay, for what memory they leave.
     ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
     """
     boundaries, mlp_layers = wanted(collectors)
@@ -146,21 +142,22 @@ def offloaded_range(
     began = watch.now()
     rows = engine.sweep(tokens, windows, boundaries, mlp_layers, advance)
     with watch.lap():
-        sums = _sums_of_rows(rows, windows, make_passes(collectors), engine.device)
+        sums = _sums_of_rows(rows, windows, collectors, engine.device, block)
     total_s = watch.until_now(began)
     sums_s = watch.seconds()
     return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
 
 
 def _sums_of_rows(
-    rows: Rows, windows: Sequence[int], passes: Sequence[MakeCollector], device: torch.device
+    rows: Rows,
+    windows: Sequence[int],
+    collectors: Collectors,
+    device: torch.device,
+    block: ColumnBlock = WHOLE,
 ) -> dict[str, Sums]:
-    sums: dict[str, Sums] = {}
-    for make in passes:
-        collector = make()
-        rows.feed(windows, collector, device)
-        sums |= collector.result()
-    return sums
+    collector = collectors.collector(device, block)
+    rows.feed(windows, collector, device)
+    return collector.result()
 
 
 def open_offloaded_engine(

@@ -211,7 +211,7 @@ def _result(
         "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
             key: records["select"][key]
-            for key in ("scores", "recoverability", "search", "pareto")
+            for key in ("scores", "search", "pareto")
             if key in records["select"]
         },
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks", "samples")},

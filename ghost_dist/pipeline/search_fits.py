@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,16 +21,19 @@ from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError
 from ghost_dist.progress import Advance
-from ghost_dist.solver.least_squares import cholesky_factor, ridge_scale, singular
-from ghost_dist.solver.span_selection import cross_fit_start
+from ghost_dist.solver.least_squares import add_all, cholesky_factor, ridge_scale, singular
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import MomentsAccumulator
-from ghost_dist.statistics.pair_sums import PairCollector, PairMoments, start_key
+from ghost_dist.statistics.moments import Moments, MomentsAccumulator, add_product
+from ghost_dist.statistics.span_sums import FiniteCheck
+from ghost_dist.statistics.sums import mirror_
 
 SHARE_OF_MEMORY = 0.4  # for dense streams; for streams of variants; for operators
 WALKED_TOKENS = 1 << 15  # of dense streams, that are carried on
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # relative
 _OPERATORS_OF_LAYER = 8  # that should have room on the device
+_FLUSH_TOKENS = 8192
+"""Rows summed in float32 at a time on a GPU; windows are put together until there are as many. Its
+2e-5 of the correlation scale is enough to choose among spans."""
 
 Spans = tuple[Span, ...]
 
@@ -85,18 +89,96 @@ class DenseFits:
         ]
 
     def _fit_start(self, start: int, stops: list[int]) -> dict[Span, tuple[list[Tensor], float]]:
-        device = self.model.device
-        spans = [Span(start, stop) for stop in stops]
         parts = []
         for source in sorted(set(self.source_of)):
-            collector = PairCollector(spans, self.model.hidden_size, device, columns=None)
-            for window, of in enumerate(self.source_of):
-                for boundary in collector.boundaries if of == source else ():
-                    collector(boundary, window, self.streams[boundary][window].to(device))
-            pairs = collector.result()[start_key(start)]
-            assert isinstance(pairs, PairMoments)
-            parts.append(pairs)
+            windows = [window for window, of in enumerate(self.source_of) if of == source]
+            parts.append(self._changes(start, stops, windows))
         return cross_fit_start(start, stops, parts, _RIDGES)
+
+    def _changes(self, start: int, stops: Sequence[int], windows: list[int]) -> Moments:
+        """Of the stream entering ``start``, against its changes up to all stops side by side."""
+        device, width = self.model.device, self.model.hidden_size
+        num_targets = width * len(stops)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        gram_CC, cross_CN = zeros(width, width), zeros(width, num_targets)
+        sumsq_N, length = zeros(num_targets), self.streams[start].shape[1]
+        float64 = device.type != "cuda"
+        wide = torch.float64 if float64 else torch.float32
+        at_once = 1 if float64 else -(-_FLUSH_TOKENS // length)
+        add = partial(add_product, float64_products=float64, flush_tokens=_FLUSH_TOKENS)
+        for first in range(0, len(windows), at_once):
+            some = windows[first : first + at_once]
+            x_TC, *targets = (
+                self.streams[boundary][some].flatten(0, 1).to(device)
+                for boundary in (start, *stops)
+            )
+            targets_TN = torch.cat(targets, dim=1)
+            if float64:
+                x_TC, targets_TN = x_TC.double(), targets_TN.double()
+            add(gram_CC, x_TC, x_TC)
+            add(cross_CN, x_TC, targets_TN)
+            sumsq_N += torch.linalg.vector_norm(targets_TN, dim=0, dtype=wide).double().square()
+        mirror_(gram_CC)
+        of_stops = cross_CN.view(width, len(stops), width)
+        # ||Y - X||^2 = ||Y||^2 - 2 X'Y + X'X, column by column.
+        sumsq_PC = sumsq_N.view(len(stops), width) - 2 * of_stops.diagonal(dim1=0, dim2=2)
+        sumsq_PC += gram_CC.diagonal()
+        of_stops -= gram_CC.unsqueeze(1)
+        return Moments(
+            num_tokens=len(windows) * length,
+            gram_ZZ=gram_CC,
+            cross_ZC=cross_CN,
+            # Sums of the rows are not asked for: they are for the variance.
+            sum_z_Z=zeros(width),
+            sum_y_C=zeros(num_targets),
+            sumsq_y_C=sumsq_PC.flatten(),
+        )
+
+
+def cross_fit_start(
+    start: int, stops: Sequence[int], parts: Sequence[Moments], ridges: Sequence[float]
+) -> dict[Span, tuple[list[Tensor], float]]:
+    """W (C, C) of every span of one start, for each part one that is fitted on the other parts.
+
+    With it the relative ridge of least residual on the parts left out; or the plain cut. ``parts``:
+    sums of disjoint windows, with the changes up to all stops side by side as targets.
+    """
+    total = add_all(parts)
+    others = [total - part for part in parts]
+    scale_C = ridge_scale(total.gram_ZZ)
+    of_ridges = [
+        [cholesky_factor(one.gram_ZZ, ridge * scale_C) for one in others] for ridge in ridges
+    ]
+    failed = torch.stack([torch.stack([info for _, info in one]).sum() for one in of_ridges])
+    factors = {
+        ridge: [factor_CC for factor_CC, _ in of_ridge]
+        for ridge, of_ridge, failures in zip(ridges, of_ridges, failed.tolist(), strict=True)
+        if not failures
+    }
+    if not factors:
+        raise singular(f"[{start}, {stops[-1]})", others[0], ridges[-1])
+    width = len(scale_C)
+    eye_CC = torch.eye(width, dtype=torch.float64, device=scale_C.device)
+    found = {}
+    for number, stop in enumerate(stops):
+        columns = slice(number * width, (number + 1) * width)
+        # The plain cut, and the maps of each ridge; a device is waited for once.
+        tried = [[torch.zeros_like(eye_CC)] * len(parts)]
+        residuals = [total.sumsq_y_C[columns].sum()]
+        for factored in factors.values():
+            maps, of_parts = [], []
+            for part, other, factor_CC in zip(parts, others, factored, strict=True):
+                map_CC = torch.cholesky_solve(other.cross_ZC[:, columns], factor_CC)
+                maps.append(map_CC)
+                product_CC = part.gram_ZZ @ map_CC - 2 * part.cross_ZC[:, columns]
+                of_parts.append(part.sumsq_y_C[columns].sum() + (map_CC * product_CC).sum())
+            tried.append(maps)
+            residuals.append(torch.stack(of_parts).sum())
+        cut, *of_ridge = torch.stack(residuals).tolist()
+        best = of_ridge.index(min(of_ridge))
+        maps = tried[best + 1] if of_ridge[best] < cut else tried[0]
+        found[Span(start, stop)] = [eye_CC + map_CC for map_CC in maps], [*factors][best]
+    return found
 
 
 class PlainCuts:
@@ -240,10 +322,12 @@ class _Keep(Tap):
     """Copies the dense streams of every boundary."""
 
     def __init__(self, kept: Sequence[Tensor]) -> None:
-        self._kept = kept
+        self._kept, self.finite = kept, FiniteCheck()
 
     def stream(self, boundary: int, part: slice, stream_BTC: Tensor) -> None:
         """A batch."""
+        for window, stream_TC in zip(range(part.start, part.stop), stream_BTC, strict=True):
+            self.finite.note(boundary, window, stream_TC)
         self._kept[boundary][part] = stream_BTC.to(self._kept[boundary].device)
 
 
@@ -270,13 +354,8 @@ def dense_streams(
     kept = [
         torch.empty(shape, dtype=model.dtype, device=place) for _ in range(model.num_layers + 1)
     ]
-    sweep(
-        model,
-        [Variant()],
-        tokens,
-        [_Keep(kept)],
-        batch=batch,
-        stop=model.num_layers,
-        advance=advance,
-    )
+    keep = _Keep(kept)
+    stop = model.num_layers
+    sweep(model, [Variant()], tokens, [keep], batch=batch, stop=stop, advance=advance)
+    keep.finite.check()
     return kept

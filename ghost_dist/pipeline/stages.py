@@ -37,7 +37,7 @@ from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, 
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import Scorer, search_spans
-from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
 from ghost_dist.pipeline.texts import (
     calibration_ranges,
@@ -137,7 +137,7 @@ class Stages:
                 spans, scores = search_spans(*given)
                 release_cached(inputs.device)  # of a cluster, its ranks begin there now
             else:
-                spans, scores = self.by_criterion(tokens, path)
+                spans, scores = self.by_paper(tokens, path)
                 check_cut(inputs.architecture, inputs.source.config, spans)
             return {
                 "spans": pairs_of(spans),
@@ -153,26 +153,19 @@ class Stages:
         self._inputs = replace(inputs, refittable=inputs.refittable - without)
         return tuple(Span(start, stop) for start, stop in recorded["spans"])
 
-    def by_criterion(
-        self, tokens: TokenWindows, path: Path
-    ) -> tuple[tuple[Span, ...], dict[str, Any]]:
-        """The spans, and the scores behind the choice, from sums in a store of their own."""
-        inputs, folds = self._inputs, self._inputs.config.folds
+    def by_paper(self, tokens: TokenWindows, path: Path) -> tuple[tuple[Span, ...], dict[str, Any]]:
+        """The span, and the scores behind the choice, from sums in a store of their own."""
+        inputs, protect = self._inputs, self._inputs.config.selection.protect
         assert inputs.remove is not None
-        selector = Selector(inputs.config.selection, inputs.remove, inputs.architecture)
-        ranges = calibration_ranges(inputs, tokens, folds)
-        plan = plan_of(inputs, tokens, selector.entries(), ranges)
+        scores = PaperScores(inputs.remove, protect, inputs.architecture)
+        ranges = calibration_ranges(inputs, tokens, inputs.config.folds)
+        plan = plan_of(inputs, tokens, {"scores": "scores"}, ranges)
         if stored_plan(path) not in (None, plan):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
-        maps = inputs.config.selection.criterion == "recoverability"
-        if maps:
-            of_range = len(selector.entries()) * selector.start_stored_bytes(plan.blocks)
-            check_disk_space(self._run.path, {"selection": len(store.missing()) * of_range})
-        self._collect(store, tokens, selector, "select")
-        total = len(selector.candidates()) if maps else 0
-        with self._reporter.stage("score spans", total, "spans") as advance:
-            return selector.decide(store, folds, inputs.device, advance)
+        self._collect(store, tokens, scores, "select")
+        span, by_start = scores.decide(store)
+        return (span,), {"scores": by_start}
 
     def statistics(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StatisticsPlan:
         """What the run's statistics count: those that are there, if they are of the same inputs.

@@ -164,19 +164,17 @@ def amount_of(aim: Aim, selection: SelectionConfig) -> Amount:
 
 
 def rules_of(amount: Amount, num_layers: int) -> Rules:
-    """What may be removed by a criterion that has bounds; ConfigError if that is nothing."""
+    """What may be removed; ConfigError if that is nothing."""
     selection, remove, aim = amount.selection, amount.layers, amount.aim
     assert remove is not None
-    lengths: tuple[int, int | None, int | None] = 1, None, 1
-    if selection.searches or (selection.max_spans or 1) > 1:
-        lengths = selection.min_length, selection.max_length, selection.max_spans
-    least = aim.least(min(lengths[2] or remove, remove)) if aim else 0.0
-    return Rules(num_layers, remove, selection.protect, *lengths, aim.frees if aim else (), least)
+    most = selection.most_spans
+    least = aim.least(min(most or remove, remove)) if aim else 0.0
+    return Rules(num_layers, remove, selection.protect, most, aim.frees if aim else (), least)
 
 
 def _in_the_way(aim: Aim, selection: SelectionConfig) -> list[str]:
     """Bounds without each of which it could be; all that are set, if only together they are."""
-    names = ("protect", "min_length", "max_length", "max_spans")
+    names = ("protect", "max_spans")
     default = {name: SelectionConfig.model_fields[name].default for name in names}
     bounds = [name for name in names if getattr(selection, name) != default[name]]
     alone = []

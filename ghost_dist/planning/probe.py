@@ -28,21 +28,13 @@ from ghost_dist.engines.model_sizes import LayerSizes
 from ghost_dist.evaluation.scores import window_scores
 from ghost_dist.pipeline.cost import Cost, Fits
 from ghost_dist.pipeline.run_shape import RunShape
-from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.pipeline.turns import timed
 from ghost_dist.planning.rates import Rates, measure_files
 from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.pair_sums import FLUSH_TOKENS, PairCollector
-from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector
-from ghost_dist.statistics.sum_costs import (
-    moments_bytes,
-    moments_flops,
-    num_regressors,
-    pair_bytes,
-    pair_flops,
-)
+from ghost_dist.statistics.span_sums import Regressors, SpanCollector
+from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors
 
 _LONGEST_S = 1.0
 _SHARE_OF_MEMORY = 0.5
@@ -164,31 +156,19 @@ def _one_layer(
     return layer_s, max(1e-9, whole_s - layer_s)
 
 
-def _sums(run: RunShape, kind: Any, plain: float) -> float:
+def _sums(run: RunShape, kind: Regressors, plain: float) -> float:
     """FLOP/s of a collector, in smaller widths where the model's own take too long or too much."""
     inputs, tokens, width, inner = run.inputs, run.window_length, run.sizes.hidden_size, _inner(run)
-    columns: int | None = None
-    if kind == "pairs":
-        assert inputs.remove is not None
-        columns = Selector(inputs.config.selection, inputs.remove, inputs.architecture).columns
-        tokens = max(tokens, FLUSH_TOKENS)  # products are made of as many rows at once
     while True:
-        if kind == "pairs":
-            flops, nbytes = pair_flops(width, 1, columns), pair_bytes(width, 1, columns)
-        else:
-            flops = moments_flops(num_regressors(kind, width, inner), width)
-            nbytes = moments_bytes(kind, width, inner)
+        flops = moments_flops(num_regressors(kind, width, inner), width)
+        nbytes = moments_bytes(kind, width, inner)
         fits = 2 * nbytes < _SHARE_OF_MEMORY * run.free_bytes
         if fits and tokens * flops / plain < _LONGEST_S:
             break
         width, inner = width // 2, inner // 2
     span, device = Span(1, 2), inputs.device
-    collector: Collector
-    if kind == "pairs":
-        collector = PairCollector([span], width, device, columns)
-    else:
-        sample, eps = (span, kind), inputs.architecture.norm_eps
-        collector = SpanCollector([sample], width, device, inner_size={0: inner}, norm_eps=eps)
+    sample, eps = (span, kind), inputs.architecture.norm_eps
+    collector = SpanCollector([sample], width, device, inner_size={0: inner}, norm_eps=eps)
     stream_TC = torch.ones(tokens, width, dtype=inputs.dtype, device=device)
     inner_TF = torch.ones(tokens, inner, dtype=inputs.dtype, device=device)
 

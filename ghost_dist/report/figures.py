@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.report import text
-from ghost_dist.report.plot import Axis, Cell, Mark, Plot, Series, heat_map, line_chart
+from ghost_dist.report.plot import Axis, Mark, Plot, Series, line_chart
 from ghost_dist.report.record import Pair, RunRecord
 from ghost_dist.report.spectrum import Spectrum
 
@@ -68,46 +68,6 @@ def pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[int]]) -
     return Figure(
         title, "The lower and the further right, the better. The ring is exported.", drawing
     )
-
-
-def recoverability(run: RunRecord) -> Figure:
-    """What is left after repair: a curve over first layers, or a map over these and lengths."""
-    rows = run.selection["recoverability"]
-    lengths = {row["span"][1] - row["span"][0] for row in rows}
-    taken = text.spans(run.spans)
-    if len(lengths) > 1:
-        cells = []
-        for row in rows:
-            (start, stop), residual = row["span"], row["residual"]
-            told = f"{text.span(row['span'])}: {text.percent(residual, 2)}"
-            cells.append(Cell(start, stop - start, residual, told, row["span"] in run.spans))
-        drawing = heat_map(
-            "Unexplained share of the stream's energy after repair, by first layer and number of "
-            f"layers removed; chosen {taken}.",
-            cells,
-            ("first layer removed", "layers removed"),
-            "unexplained share:",
-        )
-        words = f"Stronger colour: easier to repair. Framed: chosen, {taken}."
-        return Figure("Recoverability map", words, drawing)
-    repaired = [(row["span"][0], row["residual"]) for row in rows]
-    drawing = line_chart(
-        f"Unexplained share of the stream's energy for spans of {lengths.pop()} layers by "
-        f"their first layer, after repair and for the plain cut; chosen {taken}.",
-        [
-            Series("after repair", repaired, "recovered", dots=True),
-            Series("cut", [(row["span"][0], row["cut"]) for row in rows], "pruned"),
-        ],
-        Axis("first layer removed", whole=True),
-        Axis("unexplained share of energy", log=min(residual for _, residual in repaired) > 0),
-        [
-            Mark((row["span"][0], row["residual"]), text.span(row["span"]), "recovered")
-            for row in rows
-            if row["span"] in run.spans
-        ],
-    )
-    words = "The lower, the better the gap can be repaired; the ring is what was chosen."
-    return Figure("Recoverability by first layer", words, drawing)
 
 
 def layer_scores(run: RunRecord) -> Figure:
@@ -205,12 +165,6 @@ def spread(length: int, wanted: int) -> list[int]:
         return list(range(length))
     ratio = math.log(length) / (wanted - 1)
     return sorted({min(length - 1, round(math.exp(ratio * i)) - 1) for i in range(wanted)})
-
-
-def candidate_spans(run: RunRecord, most: int) -> list[Mapping[str, Any]]:
-    """Of the recoverability map: the best, and the chosen ones wherever they are."""
-    best = sorted(run.selection["recoverability"], key=lambda row: row["cost"])
-    return best[:most] + [row for row in best[most:] if row["span"] in run.spans]
 
 
 def best_first(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ghost_dist.report.text import MINUS, number
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 46, 346, 14, 40  # RIGHT is a place, BOTTOM a margin
-_HEIGHT = 230
+HEIGHT = 230
 _MOST_POINTS = 240
 _CHARACTER = 5.9  # units, of a character in a chart
 
@@ -29,7 +28,6 @@ class Axis:
     low: float | None = None  # end; None: that of the data
     high: float | None = None
     whole: bool = False  # ticks at whole numbers only
-    every: int | None = None  # ticks at each so many whole numbers from the first
 
 
 class Series(NamedTuple):
@@ -43,14 +41,6 @@ class Mark(NamedTuple):
     point: Point
     label: str
     style: str
-
-
-class Cell(NamedTuple):
-    column: int
-    row: int
-    value: float
-    told: str  # to the pointer
-    chosen: bool
 
 
 class Scale:
@@ -83,9 +73,6 @@ class Scale:
                 return [(self(10.0**n), _power(n)) for n in decades if n % step == 0]
             values = _round_values(10**self.low, 10**self.high, about, whole=False)
             return [(self(value), number(value, 2)) for value in values]
-        if self.axis.every is not None:
-            whole = range(math.ceil(self.low), math.floor(self.high) + 1, self.axis.every)
-            return [(self(value), str(value)) for value in whole]
         values = _round_values(self.low, self.high, about, whole=self.axis.whole)
         return [(self(value), f"{value:.6g}".replace("-", MINUS)) for value in values]
 
@@ -95,35 +82,16 @@ class Plot:
     """A chart: what is drawn, and the scales that say where."""
 
     description: str  # what a screen reader says in its place
-    height: int
     x: Scale
     y: Scale
-    series: Sequence[Series] = ()
-    marks: Sequence[Mark] = ()
-    cells: Sequence[Cell] = ()
-    shades_title: str = ""
+    series: Sequence[Series]
+    marks: Sequence[Mark]
 
     def label_place(self, mark: Mark) -> Point:
         """Middle of its label, in units: above or below it, where there is room."""
         half = len(mark.label) * _CHARACTER / 2
         x, y = self.x(mark.point[0]), self.y(mark.point[1])
         return min(max(x, LEFT + half), WIDTH - 2 - half), y - 10 if y > TOP + 16 else y + 20
-
-    @cached_property
-    def _extremes(self) -> tuple[float, float]:
-        values = [cell.value for cell in self.cells]
-        return min(values), max(values)
-
-    def strength(self, value: float) -> float:
-        """Of the colour of a cell: the smaller its value, the stronger."""
-        least, most = self._extremes
-        return 1.0 if most == least else 0.06 + 0.94 * (most - value) / (most - least)
-
-    @property
-    def shades(self) -> list[float]:
-        """Values whose colours the key shows."""
-        least, most = self._extremes
-        return [least + (most - least) * i / 4 for i in range(5 if most > least else 1)]
 
 
 def line_chart(
@@ -142,34 +110,10 @@ def line_chart(
     everything = [p for one in series for p in one.points] + [mark.point for mark in marks]
     return Plot(
         description=description,
-        height=_HEIGHT,
         x=Scale(x, [p[0] for p in everything], LEFT, RIGHT),
-        y=Scale(y, [p[1] for p in everything], _HEIGHT - BOTTOM, TOP),
+        y=Scale(y, [p[1] for p in everything], HEIGHT - BOTTOM, TOP),
         series=[one._replace(points=_thinned(one.points)) for one in series],
         marks=marks,
-    )
-
-
-def heat_map(
-    description: str, cells: Sequence[Cell], titles: tuple[str, str], shades_title: str
-) -> Plot:
-    """Cells over whole numbers; the smaller the value, the stronger the colour."""
-    columns, rows = [cell.column for cell in cells], [cell.row for cell in cells]
-    num_columns, num_rows = (max(at) - min(at) + 1 for at in (columns, rows))
-    tall = min(24.0, max(4.0, 200 / num_rows))
-    height = round(TOP + BOTTOM + tall * num_rows)
-    every = math.ceil(num_columns / 9), math.ceil(12 / tall)
-    x, y = (
-        Axis(title, low=min(at) - 0.5, high=max(at) + 0.5, every=each)
-        for title, at, each in zip(titles, (columns, rows), every, strict=True)
-    )
-    return Plot(
-        description=description,
-        height=height,
-        x=Scale(x, columns, LEFT, RIGHT),
-        y=Scale(y, rows, height - BOTTOM, TOP),
-        cells=cells,
-        shades_title=shades_title,
     )
 
 

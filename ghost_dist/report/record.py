@@ -53,7 +53,7 @@ class RunRecord:
         self.fits: list[dict[str, Any]] = figures(solved, "fits", [], "fit")  # a row per span
         self.candidates: list[dict[str, Any]] = figures(solved, "candidates", [])
         selection = selected if result is None else result["selection"]
-        shown = ("scores", "recoverability", "search", "pareto")
+        shown = ("scores", "search", "pareto")
         self.selection: dict[str, Any] = {k: selection[k] for k in shown if k in selection}
         # Corpus to variant to perplexity, and to ``kl`` and ``top1`` against the dense model.
         self.perplexity: dict[str, dict[str, float]] = figures(evaluated, "perplexity", {})

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -29,7 +29,6 @@ from ghost_dist.report.record import RunRecord
 
 _BAR = 24  # characters
 _PARTS = " ▏▎▍▌▋▊▉█"
-_SHADES = " ░▒▓█"
 _STYLES = {"dense": "blue", "pruned": "red", "recovered": "green"}
 console = Console()  # where everything is printed
 
@@ -153,9 +152,9 @@ def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
 
 
 def print_run(path: Path) -> None:
-    """Print a run with charts: recoverability, what was tried, fits, what to beware of, result."""
+    """Print a run with charts: what was tried, fits, what to beware of, result."""
     run = RunRecord(path)
-    for chart in (_recoverability, _ridge_curves, _perplexity_bars):
+    for chart in (_ridge_curves, _perplexity_bars):
         if (drawn := chart(run)) is not None:
             console.print(drawn)
     if len(run.candidates) > 1:
@@ -343,47 +342,6 @@ def _perplexity_bars(run: RunRecord) -> RenderableType | None:
                 text.interval(intervals.get(corpus, {}).get(variant)),
             )
     return table
-
-
-def _recoverability(run: RunRecord) -> RenderableType | None:
-    """What is left after repair: bars by first layer, or a map over first layer and length."""
-    rows = run.selection.get("recoverability")
-    if not rows:
-        return None
-    if len({row["span"][1] - row["span"][0] for row in rows}) > 1:
-        return _map(run, {tuple(row["span"]): row["residual"] for row in rows})
-    most = max(row["residual"] for row in rows) or 1.0
-    table = Table("span", "unexplained after repair", "", "", box=None)
-    for row in rows:
-        taken = row["span"] in run.spans
-        table.add_row(
-            escape(text.span(row["span"])),
-            _bar(row["residual"] / most),
-            text.percent(row["residual"], 1),
-            "<- chosen" if taken else "",
-            style="bold green" if taken else None,
-        )
-    return table
-
-
-def _map(run: RunRecord, residuals: Mapping[tuple[int, ...], float]) -> RenderableType:
-    least, most = min(residuals.values()), max(residuals.values())
-    starts = range(min(residuals)[0], max(residuals)[0] + 1)
-    lines = [Text("unexplained after repair: darker is easier to repair, X chosen", style="bold")]
-    for length in sorted({stop - start for start, stop in residuals}, reverse=True):
-        line = Text(f"{length:>4} layers ")
-        for start in starts:
-            here = (start, start + length)
-            if list(here) in run.spans:
-                line.append("XX", style="bold green")
-            elif here in residuals:
-                strength = (most - residuals[here]) / ((most - least) or 1.0)
-                line.append(_SHADES[round(strength * (len(_SHADES) - 1))] * 2)
-            else:
-                line.append("  ")
-        lines.append(line)
-    lines.append(Text(f"from layer  {''.join(f'{n:<8}' for n in starts[::4])}"))
-    return Group(*lines)
 
 
 def _ridge_curves(run: RunRecord) -> RenderableType | None:

@@ -59,8 +59,6 @@ def fit_ghost_joint(
     folds: Sequence[Moments],
     down_FC: Tensor,
     ridge: Ridge,
-    *,
-    max_condition: float = MAX_CONDITION,
     **options: Unpack[FitOptions],
 ) -> tuple[Repair, Fit]:
     """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
@@ -80,11 +78,11 @@ def fit_ghost_joint(
         **options,
     )
     p_CC, q_FC = map_ZC[:width], map_ZC[width:]
-    if not _condition_bound(p_CC) <= max_condition:
+    if not _condition_bound(p_CC) <= MAX_CONDITION:
         singular_C = torch.linalg.svdvals(p_CC)
         condition = float(singular_C[0] / singular_C[-1])
-        if not condition <= max_condition:
-            raise SingularOperatorError(span, condition, max_condition)
+        if not condition <= MAX_CONDITION:
+            raise SingularOperatorError(span, condition, MAX_CONDITION)
     new_down_FC = torch.linalg.solve(p_CC, q_FC, left=False)
     return Repair(weight_CC=p_CC, down_FC=new_down_FC), fit
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge, Ridge
 from ghost_dist.statistics.moments import Moments, retarget
-from ghost_dist.statistics.pair_sums import PROJECTION_COLUMNS, projection
 
+MIXTURES = 64
+"""Of more targets than these the grid of ridges is tried with so many random mixtures of them."""
 RIDGE_GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridges relative to the median diagonal entry of the Gram matrix.
 
@@ -212,27 +213,34 @@ class Regression:
 
     def _about_least(self) -> float | None:
         """The ridge of the grid of least error of mixtures of the targets; None: of few targets."""
-        if len(self._variance_C) <= PROJECTION_COLUMNS:
+        if len(self._variance_C) <= MIXTURES:
             return None
         self._mixed = mixed_errors(self.judging, self.total, self.scale_Z)
         return min(self._mixed, key=self._mixed.__getitem__, default=None)
 
 
+def mixtures(num_targets: int, columns: int = MIXTURES) -> Tensor:
+    """(C, r) float64 on the CPU: independent signs over sqrt(r), the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    signs_Cr = torch.randint(0, 2, (num_targets, columns), generator=generator) * 2 - 1
+    return signs_Cr.double() / math.sqrt(columns)
+
+
 def mixed_errors(folds: Sequence[Moments], total: Moments, scale_Z: Tensor) -> dict[float, float]:
-    """Ridges of the grid to the held-out error of 64 random mixtures of the targets, summed.
+    """Ridges of the grid to the held-out error of MIXTURES of the targets, summed.
 
     Much less work than that of all targets, and the same expectation, less the same for all ridges.
     All ridges see the same mixtures, so where the least is hardly depends on them.
     """
-    mix_Cr = projection(total.cross_ZC.shape[1]).to(scale_Z.device)
+    mix_Cr = mixtures(total.cross_ZC.shape[1]).to(scale_Z.device)
     none_r = torch.zeros_like(mix_Cr[0])
 
     def mixed(moments: Moments) -> Moments:
         cross_Zr = moments.cross_ZC @ mix_Cr
         return replace(moments, cross_ZC=cross_Zr, sum_y_C=none_r, sumsq_y_C=none_r)
 
-    mixtures = [mixed(fold) for fold in folds]
-    return _totals(held_out_errors(mixtures, mixed(total), scale_Z, RIDGE_GRID))
+    of_folds = [mixed(fold) for fold in folds]
+    return _totals(held_out_errors(of_folds, mixed(total), scale_Z, RIDGE_GRID))
 
 
 def downhill(

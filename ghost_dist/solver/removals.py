@@ -20,9 +20,7 @@ class Rules:
     num_units: int  # of the model
     remove: int  # how many go
     protect: Collection[int] = ()  # units that stay
-    min_length: int = 1  # of a run of neighbours that go
-    max_length: int | None = None  # None: no bound
-    max_spans: int | None = None  # most such runs; None: no bound
+    max_spans: int | None = None  # most runs of neighbours that go; None: no bound
     frees: Sequence[float] = ()  # by each unit; empty: it does not matter
     least: float = 0.0  # that those that go free together
 
@@ -30,10 +28,9 @@ class Rules:
         if not 0 < self.remove < self.num_units or not self.allow(()):
             raise ConfigError(
                 f"No removal of {self.remove} of {self.num_units} layers keeps to the bounds: "
-                f"{len(set(self.protect))} layers protected, spans of {self.min_length} to "
-                f"{self.max_length or self.remove} layers, at most "
-                f"{self.max_spans or self.remove} of them. Remove fewer layers, protect fewer "
-                "(selection.protect), or widen selection.max_spans, min_length or max_length."
+                f"{len(set(self.protect))} layers protected, at most "
+                f"{self.max_spans or self.remove} spans. Remove fewer layers, protect fewer "
+                "(selection.protect), or allow more spans (selection.max_spans)."
             )
 
     def allow(self, removal: Collection[int]) -> bool:
@@ -45,26 +42,18 @@ class Rules:
             freed = [*(self.frees[unit] for unit in gone), *most[: self.remove - len(gone)]]
             if math.fsum(freed) < self.least:
                 return False
-        longest = self.max_length or self.remove
-        # (spans, units of the last one) to the numbers of removed units, as bits of an integer
-        states = {(0, 0): 1}
+        # (spans, whether the last unit went) to the numbers of removed units, as bits of an integer
+        states = {(0, False): 1}
         for unit in range(self.num_units):
-            after: dict[tuple[int, int], int] = {}
-            for (spans, length), counts in states.items():
-                if unit not in gone and (length == 0 or length >= self.min_length):
-                    after[spans, 0] = after.get((spans, 0), 0) | counts
-                begun = spans + (length == 0)
-                fits = length < longest and begun <= (self.max_spans or self.num_units)
-                if fits and unit not in self.protect:
-                    counted = length + 1 if self.max_length else min(length + 1, self.min_length)
-                    key = (begun if self.max_spans else 0, counted)
-                    after[key] = after.get(key, 0) | counts << 1
+            after: dict[tuple[int, bool], int] = {}
+            for (spans, inside), counts in states.items():
+                if unit not in gone:
+                    after[spans, False] = after.get((spans, False), 0) | counts
+                begun = 0 if self.max_spans is None else spans + (not inside)
+                if unit not in self.protect and begun <= (self.max_spans or 0):
+                    after[begun, True] = after.get((begun, True), 0) | counts << 1
             states = after
-        return any(
-            counts >> self.remove & 1
-            for (_, length), counts in states.items()
-            if length == 0 or length >= self.min_length
-        )
+        return any(counts >> self.remove & 1 for counts in states.values())
 
 
 def single_spans(rules: Rules) -> list[Removal]:

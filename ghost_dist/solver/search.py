@@ -122,7 +122,7 @@ class Search:
                 raise ConfigError(
                     f"The search came to {removal}, and none of the removals of "
                     f"{self.rules.remove} layers that contain it can be cut out of this model. "
-                    "Give selection.spans, or selection.criterion=recoverability."
+                    "Give selection.spans."
                 )
             part, before = self._part, removal
             removal = self._generation("greedy", candidates)

@@ -29,14 +29,7 @@ class StoreAtHand(StatisticsStore):
         self._writer = ThreadPoolExecutor(1)
         self._writes: list[Future[None]] = []
 
-    def keep(
-        self,
-        range_id: int,
-        sums: Mapping[str, Sums],
-        committed: Callable[[], None],
-        *,
-        write: bool = True,
-    ) -> None:
+    def keep(self, range_id: int, sums: Mapping[str, Sums], committed: Callable[[], None]) -> None:
         """Have the sums of a range at hand; commit it, then call ``committed``, in a thread.
 
         Without room for all ranges it is committed at once. An error of the thread is raised by the
@@ -65,8 +58,7 @@ class StoreAtHand(StatisticsStore):
             self.commit(range_id, on_host)
             committed()
 
-        if write:
-            self._writes.append(self._writer.submit(commit))
+        self._writes.append(self._writer.submit(commit))
 
     def flush(self) -> None:
         """Wait until everything that is to be written is on the disk."""

@@ -44,7 +44,6 @@ from ghost_dist.errors import CorruptStoreError
 from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.pair_sums import PairMoments
 from ghost_dist.statistics.store_plan import StatisticsPlan, check_same_plan, plan_path, stored_plan
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, from_strips, to_strips
 
@@ -57,7 +56,6 @@ PACKED_BYTES = 1 << 20
 
 KINDS: Mapping[str, type[Sums]] = {
     "moments": Moments,
-    "pairs": PairMoments,
     "scores": ScoreSums,
 }
 

@@ -1,7 +1,6 @@
 """What sums cost, from shapes alone: bytes held and stored, FLOPs per token.
 
-Legend: C hidden width, F inner width of an MLP, Z regressors, P stops of one start, r columns of
-the projection.
+Legend: C hidden width, F inner width of an MLP, Z regressors.
 """
 
 from __future__ import annotations
@@ -31,13 +30,6 @@ def stored_bytes(regressors: Regressors, hidden_size: int, inner_size: int, bloc
     return nbytes - saved_by_strips(num_regressors(regressors, hidden_size, inner_size), blocks)
 
 
-def pair_bytes(hidden_size: int, num_stops: int, columns: int | None) -> int:
-    """Bytes of the sums of one start and its stops; ``columns`` is r, None the whole cross."""
-    c = hidden_size
-    r = columns or c
-    return (c * c + c * num_stops * r + num_stops * r + 2 * num_stops) * _FLOAT64_BYTES
-
-
 def saved_by_strips(num_rows: int, blocks: int) -> int:
     """Bytes by which a symmetric matrix is smaller in the store; 0 where ranks share columns."""
     return (num_rows**2 - num_numbers(num_rows)) * _FLOAT64_BYTES if blocks == 1 else 0
@@ -49,11 +41,3 @@ def moments_flops(num_regressors: int, num_targets: int) -> int:
     widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
     gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))
     return 2 * gram + 2 * z * c
-
-
-def pair_flops(hidden_size: int, num_stops: int, columns: int | None) -> int:
-    """FLOPs per token of one start and its stops, as ``PairCollector`` computes them."""
-    c = hidden_size
-    if columns is None:
-        return 2 * c * c * (1 + num_stops)
-    return 2 * c * c + 4 * c * columns * num_stops  # the projection, and the cross with it

@@ -26,7 +26,7 @@ import transformers
 from ghost_dist.calibration.windows import load_windows
 from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.config_file import load_config
-from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
+from ghost_dist.pipeline.collectors import SpanCollectors, sums_of_range
 from ghost_dist.pipeline.inputs import open_engine, open_inputs
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import Span
@@ -83,7 +83,6 @@ def main() -> None:
     engine = open_engine(inputs, SPAN.stop)
     tokens = load_windows(run / "tokens.safetensors").tokens
     collectors = SpanCollectors(((SPAN, "stream"),), inputs.architecture)
-    passes = passes_here(collectors, engine)
     of_range = list(range(WINDOWS // RANGES))
 
     def timed(work):
@@ -104,7 +103,7 @@ def main() -> None:
     rows = {
         "bare forward": timed(forward),
         "resident engine, sums": timed(
-            lambda: sums_of_range(engine, tokens, of_range, passes, lambda _: None)
+            lambda: sums_of_range(engine, tokens, of_range, collectors, lambda _: None)
         ),
         f"Ray, DeepSpeed, {replicas} x tp {arguments.tensor_parallel}, sums, written and "
         "committed": (after[-1] - warm) / len(after),

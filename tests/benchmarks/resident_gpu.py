@@ -4,7 +4,7 @@
 
 FOLDER takes a checkpoint of random weights in the shape of Llama 3.1 8B (16 GB, made if absent).
 32 x 2048 tokens. In one run: plain bf16 matrix products, the bare forward (as it is, and with
-layers compiled), the pass for one span, the pass for all 24 starts of 7 layers, and a reference
+layers compiled), the pass for one span, the pass for the paper's scores, and a reference
 that does what the published code does: one pass that keeps the hidden states of all layers, a copy
 of the model, and for each removed layer a pass of both models that keeps all activations, whose
 moments are then computed in float64 on the device.
@@ -26,10 +26,9 @@ from random_checkpoint import write_random_checkpoint
 from ghost_dist.checkpoint.architecture import inspect_architecture
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.config import SelectionConfig
 from ghost_dist.engines.resident import ResidentEngine
-from ghost_dist.pipeline.collectors import SpanCollectors, passes_here, sums_of_range
-from ghost_dist.pipeline.selecting import Selector
+from ghost_dist.pipeline.collectors import SpanCollectors, sums_of_range
+from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.spans import Span
 
 WINDOWS, LENGTH, REMOVE = 32, 2048, 7
@@ -66,7 +65,7 @@ def main():
     scattered = SpanCollectors(
         tuple((Span(la, la + 1), "stream") for la in SCATTERED), architecture
     )
-    every = Selector(SelectionConfig(remove=REMOVE), REMOVE, architecture)
+    every = PaperScores(REMOVE, (), architecture)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def forward(last):
@@ -82,16 +81,14 @@ def main():
                     hook.remove()
 
     def collect(collectors):
-        passes = passes_here(collectors, engine)
-        sums_of_range(engine, tokens, range(WINDOWS), passes, lambda _: None)
-        return len(passes)
+        sums_of_range(engine, tokens, range(WINDOWS), collectors, lambda _: None)
 
     note("bare forward to layer 29", timed(lambda: forward(29)), 29)
     note("one span [22, 29), ghost", timed(lambda: collect(one)), 29)
     note("one span [22, 29), ghost-joint", timed(lambda: collect(joint)), 29)
     note("7 single layers, ghost", timed(lambda: collect(scattered)), 28)
     note("bare forward to the end", timed(lambda: forward(32)), 32)
-    note(f"all starts of {REMOVE} layers", timed(lambda: collect(every)), 32)
+    note(f"the paper's scores of {REMOVE} layers", timed(lambda: collect(every)), 32)
     began = time.monotonic()
     engine = ResidentEngine(decoder, given.batch, compiled=True)
     forward(29)
@@ -99,7 +96,7 @@ def main():
     compiling = time.monotonic() - began
     note("compiled: bare forward to layer 29", timed(lambda: forward(29)), 29)
     note("compiled: one span [22, 29), ghost", timed(lambda: collect(one)), 29)
-    note("compiled: all starts", timed(lambda: collect(every)), 32)
+    note("compiled: the paper's scores", timed(lambda: collect(every)), 32)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before, most = anonymous.stop()
     print(

@@ -1,7 +1,7 @@
 """Seconds of every stage of `ghost-dist recover`, from the shell, for one or several source trees.
 
     python tests/benchmarks/whole_run.py FOLDER [--tree NAME=FOLDER ...]
-        [--settings default paper recoverability] [--shape 8b|tiny] [--remove 7] [--gpus 1]
+        [--settings default paper] [--shape 8b|tiny] [--remove 7] [--gpus 1]
         [--threads N] [--set section.field=value ...]
     python tests/benchmarks/whole_run.py FOLDER --shape 70b --fp8 --layers 48 --gpus 2 \
         --gpus-each 2 --settings paper --remove 8 --set engine.tensor_parallel=2
@@ -40,7 +40,6 @@ from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, EVALUATION_MODULE
 
 SETTINGS = {
     "default": [],
-    "recoverability": ["--set", "selection.criterion=recoverability"],
     "paper": [
         *("--operator", "ghost", "--set", "selection.criterion=paper"),
         *("--set", "operator.ridge={absolute: 1e-6}", "--set", "operator.choose=residual"),

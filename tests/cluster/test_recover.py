@@ -112,13 +112,13 @@ def test_two_replicas_of_two_ranks_equal_one_process(
         recover_on_cluster(make(engine__tensor_parallel=1, output__path=str(again)))
 
 
-@pytest.mark.parametrize("criterion", ["recoverability", "search"])
-def test_selection_on_a_cluster(make_config, cluster, tmp_path, criterion):
+@pytest.mark.parametrize(("criterion", "spans"), [("paper", None), ("search", 2)])
+def test_selection_on_a_cluster(make_config, cluster, tmp_path, criterion, spans):
     fields = {
         "selection__spans": None,
         "selection__criterion": criterion,
         "selection__remove": 3,
-        "selection__max_spans": 2,
+        "selection__max_spans": spans,
         "calibration__windows": 8,
     }
     on_cluster = make_config(
@@ -511,8 +511,8 @@ def test_what_ranks_wait_for_of_each_other_is_kept(make_config, cluster, tmp_pat
     )
     assert (state, over) == ("not over", "over")
     assert int(number) == int(other) + 1
-    assert "gloo:all_reduce ['Long'] [[1]]" in of_ranks[0].splitlines()[-1]
-    assert "in _free_everywhere, " in of_ranks[0].splitlines()[-1]
+    assert "gloo:all_reduce ['Float']" in of_ranks[0].splitlines()[-1]
+    assert "in inference_all_reduce, " in of_ranks[0].splitlines()[-1]
     assert [path.name for path in dumps] == [f"{file.stem}-rank-{rank}" for rank in (0, 1)]
     first, second = (pickle.loads(path.read_bytes())["entries"] for path in dumps)
     assert len(first) == len(second) + 1

@@ -25,7 +25,6 @@ from ghost_dist.statistics.store import StatisticsStore
 FIELDS = {
     "selection__spans": None,
     "selection__remove": 3,
-    "selection__max_spans": 2,
     "operator__name": "ghost-joint",
     "operator__choose": "kl",
 }

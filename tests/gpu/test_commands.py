@@ -49,7 +49,7 @@ CHAIN = {
 """One after the other on one RUN, for each device and engine."""
 ALONE = {
     "compare": "compare {model} {settings} --remove 2 --operators none,ghost,default"
-    " --selection recoverability,paper --out OUT",
+    " --selection search,paper --out OUT",
     "demo": "demo --out OUT",
 }
 """Once for each device: they hold the model whole."""

@@ -32,10 +32,10 @@ def make_shared(make_config, text_file):
 
 def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
     rows = ["none", "fold", "ghost", "ghost-joint"]
-    result = compare(make_shared(), [2, 3], rows, ["recoverability", "paper"])
+    result = compare(make_shared(), [2, 3], rows, ["paper", "search"])
     assert len(result["rows"]) == 2 * 2 * 4
     for row in result["rows"]:
-        plain = row["selection"] == "recoverability" and row["remove"] == 2
+        plain = row["selection"] == "paper" and row["remove"] == 2
         if not plain and row["operator"] != "ghost":
             continue
         single = recover(
@@ -55,7 +55,7 @@ def test_rows_are_the_figures_of_single_runs(make_shared, tmp_path):
         assert result["dense"]["text"] == pytest.approx(single["perplexity"]["text"]["dense"])
         assert row["parameters"] == single["parameters"]["after"]
     text = (tmp_path / "run" / "compare.md").read_text()
-    assert text.count("| recoverability |") == 8
+    assert text.count("| paper |") == 8
     page = (tmp_path / "run" / "compare.html").read_text()
     rows, _, drawn = page.partition("Perplexity of the methods drawn")
     assert rows.count('<tr>\n<th scope="row">') == len(result["rows"])
@@ -70,7 +70,7 @@ def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
             make_shared(engine__kind=kind, output__path=str(tmp_path / kind)),
             [2],
             ["none", "ghost"],
-            ["recoverability"],
+            ["paper"],
         )
         for kind in ("resident", "streaming")
     }
@@ -80,11 +80,11 @@ def test_layer_by_layer_it_is_the_same_table(make_shared, tmp_path):
         assert new["perplexity"] == pytest.approx(old["perplexity"], rel=1e-5)
         assert {**new, "perplexity": 0, "kl": 0} == {**old, "perplexity": 0, "kl": 0}
     with pytest.raises(ConfigError, match="the row refine trains"):
-        compare(make_shared(engine__kind="streaming"), [2], ["refine"], ["recoverability"])
+        compare(make_shared(engine__kind="streaming"), [2], ["refine"], ["paper"])
 
 
 def test_rows_have_paired_intervals(make_shared):
-    rows = compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])["rows"]
+    rows = compare(make_shared(), [2], ["none", "ghost", "fold"], ["paper"])["rows"]
     best = min(rows, key=lambda row: row["perplexity"]["text"])
     for row in rows:
         low, high = row["intervals"]["text"]["perplexity"]
@@ -123,7 +123,7 @@ def test_a_row_that_cannot_be_fitted_leaves_the_others(make_shared):
         ),
         [2],
         ["ghost", "none"],
-        ["recoverability"],
+        ["paper"],
     )
     failed, plain = result["rows"]
     assert "ridge" in failed["refused"]
@@ -140,9 +140,9 @@ def test_only_what_is_new_is_computed(make_shared, monkeypatch):
 
     monkeypatch.setattr(module.Solver, "solve", counting)
     config = make_shared()
-    first = compare(config, [2], ["none", "ghost"], ["recoverability"])
+    first = compare(config, [2], ["none", "ghost"], ["paper"])
     assert solved == ["none", "ghost"]
-    second = compare(config, [2], ["none", "ghost", "fold"], ["recoverability"])
+    second = compare(config, [2], ["none", "ghost", "fold"], ["paper"])
     assert solved == ["none", "ghost", "fold"]
     for old, new in zip(first["rows"], second["rows"], strict=False):
         assert {**new, "intervals": {}} == {**old, "intervals": {}}
@@ -159,17 +159,15 @@ def test_a_stopped_comparison_continues(make_shared, monkeypatch):
 
     monkeypatch.setattr(module.Solver, "solve", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])
-    result = compare(make_shared(), [2], ["none", "ghost", "fold"], ["recoverability"])
+        compare(make_shared(), [2], ["none", "ghost", "fold"], ["paper"])
+    result = compare(make_shared(), [2], ["none", "ghost", "fold"], ["paper"])
     assert calls == ["none", "ghost", "ghost", "fold"]
     assert [row["operator"] for row in result["rows"]] == ["none", "ghost", "fold"]
 
 
 def test_what_a_cut_does_not_allow_is_a_row_that_says_so(make_shared):
     """Seven of eight layers: the span begins at 0, so nothing can be folded before it."""
-    result = compare(
-        make_shared(selection__protect=[7]), [7], ["fold", "ghost"], ["recoverability"]
-    )
+    result = compare(make_shared(selection__protect=[7]), [7], ["fold", "ghost"], ["search"])
     assert result["rows"][0]["spans"] == [[0, 7]]
     assert "needs a layer before" in result["rows"][0]["refused"]
     assert result["rows"][1]["perplexity"]["text"] > 1
@@ -177,6 +175,6 @@ def test_what_a_cut_does_not_allow_is_a_row_that_says_so(make_shared):
 
 def test_a_comparison_needs_a_text_and_possible_sizes(make_shared):
     with pytest.raises(ConfigError, match="needs a text"):
-        compare(make_shared(evaluation__corpora={}), [2], ["ghost"], ["recoverability"])
+        compare(make_shared(evaluation__corpora={}), [2], ["ghost"], ["paper"])
     with pytest.raises(ConfigError, match="selection.remove=8"):
-        compare(make_shared(), [8], ["ghost"], ["recoverability"])
+        compare(make_shared(), [8], ["ghost"], ["paper"])

@@ -14,15 +14,13 @@ from ghost_dist.pipeline.candidates import searches_ridge
 from ghost_dist.pipeline.engine import costs_of, shape_of
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover
-from ghost_dist.pipeline.selecting import Selector
 from ghost_dist.planning.plan import _open
 from ghost_dist.progress import Reporter
 from ghost_dist.solver import least_squares
 from ghost_dist.spans import Span
-from ghost_dist.statistics.pair_sums import PairCollector
 from ghost_dist.statistics.span_sums import SpanCollector
 from ghost_dist.statistics.store import StatisticsStore
-from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, pair_bytes, pair_flops
+from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops
 from ghost_dist.statistics.sums import ColumnBlock
 
 CPU = torch.device("cpu")
@@ -116,30 +114,11 @@ def test_layers_and_fits_are_counted_as_the_stages_run_them(
     assert reckoned - saved <= found["factors"] <= reckoned
 
 
-@pytest.mark.parametrize(
-    "selection",
-    [
-        {"selection__remove": 2},
-        {"selection__remove": 3, "selection__max_spans": 2},
-        {"selection__remove": 2, "selection__criterion": "paper"},
-    ],
-    ids=str,
-)
-def test_selection_runs_every_layer_once(make_config, counted, selection):
-    config = make_config(selection__spans=None, **selection)
+def test_the_papers_score_runs_every_layer_once(make_config, counted):
+    config = make_config(selection__spans=None, selection__remove=2)
     run, costs = planned_costs(config)
-    folds = config.folds
     found = counted(config, "select")
     assert costs["select"].layers.total() == found["tokens"] == run.num_tokens * run.num_layers
-    selector = Selector(config.selection, run.inputs.remove, run.inputs.architecture)
-    stops_of = selector.stops_of() if config.selection.criterion == "recoverability" else {}
-    width, columns = run.sizes.hidden_size, selector.columns or run.sizes.hidden_size
-    flops = sum(
-        13 * folds * (width**3 // 3 + 4 * width**2 * stops * columns) for stops in stops_of.values()
-    )
-    assert sum(f.steps * f.flops for f in costs["select"].fits) == flops
-    # 0: solver.span_selection has its own name for it
-    assert found["factors"] in (0, 13 * folds * len(stops_of))
 
 
 def test_evaluation_and_export(make_config, text_file, counted):
@@ -211,18 +190,6 @@ def test_ranks_share_the_products_without_symmetry(blocks):
             collector(2, 0, torch.randn(16, c))
         flops += counter.get_total_flops()
     assert flops == 16 * 2 * (z * z + z * c)
-
-
-@pytest.mark.parametrize("columns", [None, 8])
-def test_flops_and_bytes_of_pairs(columns):
-    collector = PairCollector([Span(1, 2), Span(1, 3)], 48, CPU, columns)
-    stream_TC = torch.randn(16, 48)
-    with counting() as counter:
-        for boundary in (1, 2, 3):
-            collector(boundary, 0, stream_TC)
-    assert counter.get_total_flops() == 16 * pair_flops(48, 2, columns)
-    sums = collector.result()["start-1"]
-    assert pair_bytes(48, 2, columns) == sum(a.nbytes for a in sums.arrays().values())
 
 
 def test_layers_in_parts_run_twice_but_for_their_experts(make_config, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ SHAPES = {
     ),
 }
 SETTINGS = {
-    "default": {"selection.remove": 5, "selection.criterion": "recoverability"},
+    "default": {"selection.remove": 5, "selection.criterion": "paper"},
     "spans": {"selection.spans": [[10, 15]], "operator.choose": "residual"},
     "whole": {"selection.spans": [[10, 15], [20, 22]], "operator.refit": "sequential"},
 }
@@ -221,7 +221,7 @@ def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_pa
         evaluation__window_length=32,
     )
     have(1_000_000)
-    compare(config, [2], ["none", "refine"], ["recoverability"])
+    compare(config, [2], ["none", "refine"], ["paper"])
     assert "the row refine needs the model whole" in (tmp_path / "run" / "events.jsonl").read_text()
 
 

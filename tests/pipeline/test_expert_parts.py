@@ -53,7 +53,7 @@ def test_a_run_in_parts_ends_as_a_resident_one(of_mixture, tmp_path, parts):
         "operator__choose": "kl",
         "selection__spans": None,
         "selection__remove": 2,
-        "selection__criterion": "recoverability",
+        "selection__criterion": "paper",
         "evaluation__corpora": {"a": str(tmp_path / "text.txt")},
         "evaluation__windows": 3,
         "evaluation__window_length": 24,

@@ -108,7 +108,7 @@ def test_an_operator_is_a_function_its_name_and_a_line_in_the_table(
     shared = make_config(
         selection__spans=None, selection__remove=2, output__path=str(tmp_path / "all"), **evaluation
     )
-    rows = compare(shared, [2], [halfway], ["recoverability"])["rows"]
+    rows = compare(shared, [2], [halfway], ["paper"])["rows"]
     assert [row["operator"] for row in rows] == [halfway]
     assert rows[0]["perplexity"]["text"] > 0
 

@@ -1,5 +1,7 @@
 """``engine.kind=streaming`` through the whole run: the same result as with the model in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from run_files import events, operators
@@ -7,10 +9,10 @@ from run_files import events, operators
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
-from ghost_dist.pipeline.collectors import passes_here
 from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
+from ghost_dist.statistics.sums import WHOLE
 
 
 @pytest.mark.parametrize(
@@ -174,23 +176,13 @@ def test_a_range_advances_layer_by_layer(make_config):
         def result(self):
             return {}
 
-    class OnePass:
-        def passes(self, *_):
-            return [Sink]
-
+    collectors = SimpleNamespace(collector=lambda *_: Sink())
     inputs = run_inputs.open_inputs(make_config(engine__kind="streaming"), Reporter())
     engine = open_offloaded_engine(inputs, 4)
     tokens = torch.arange(3 * 10, dtype=torch.int32).reshape(3, 10).numpy()
     told = []
     try:
-        offloaded_range(
-            engine,
-            tokens,
-            (0, 2),
-            OnePass(),
-            lambda collectors: passes_here(collectors, engine),
-            told.append,
-        )
+        offloaded_range(engine, tokens, (0, 2), collectors, told.append, WHOLE)
     finally:
         engine.model.close()
     assert [count for count in told if count] == [5, 5, 5, 5]

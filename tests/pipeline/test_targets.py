@@ -95,14 +95,12 @@ def test_what_cannot_be_had_is_refused_with_what_can(wanted, most, said):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"max_length": 2, "max_spans": 2}, "selection.max_length=2, selection.max_spans=2"),
-        ({"max_length": 1, "protect": (0,)}, "selection.max_length=1"),
-        ({"min_length": 4, "protect": (3, 7)}, "selection.protect=[3, 7], selection.min_length=4"),
-        ({"criterion": "paper", "protect": (4,), "min_length": 9}, "selection.protect=[4]"),
+        ({"max_spans": 1, "protect": (4,)}, "selection.protect=[4], selection.max_spans=1"),
         (
-            {"criterion": "recoverability", "max_spans": 2, "max_length": 2},
-            "selection.max_length=2, selection.max_spans=2",
+            {"max_spans": 2, "protect": (1, 3, 5)},
+            "selection.protect=[1, 3, 5], selection.max_spans=2",
         ),
+        ({"criterion": "paper", "protect": (4,)}, "selection.protect=[4]"),
     ],
 )
 def test_bounds_that_contradict_a_target_are_named(fields, named):
@@ -119,8 +117,7 @@ def test_bounds_that_contradict_a_target_are_named(fields, named):
 def test_more_layers_go_where_the_bounds_ask_for_more_gaps():
     aim = Aim("bytes 1GB", [100] * 20, 30, 30, 2200, 1800)  # 400 should go
     assert layers_and_spans(aim) == (5, 3)
-    assert layers_and_spans(aim, max_length=1) == (6, 6)
-    assert layers_and_spans(aim, min_length=7) == (7, 7)
+    assert layers_and_spans(aim, protect=tuple(range(0, 20, 2))) == (6, 6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -113,7 +113,7 @@ WAYS = {
     "streaming": lambda config: ghost_dist.recover(config, progress=False),
     "tensor_parallel": lambda config: ghost_dist.recover(config, progress=False),
     "plan": ghost_dist.plan,
-    "compare": lambda config: compare(config, [2], ["none"], ["recoverability"]),
+    "compare": lambda config: compare(config, [2], ["none"], ["paper"]),
 }
 
 

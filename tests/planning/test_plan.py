@@ -375,6 +375,7 @@ def test_spans_that_are_not_known_are_those_that_cost_most(make_config, gpu_of):
     several = plan_run(
         make_config(
             selection__spans=None,
+            selection__criterion="search",
             selection__remove=3,
             selection__max_spans=2,
             model__dtype="bfloat16",
@@ -410,15 +411,14 @@ def test_down_projections_are_judged_as_the_run_judges_them(checkpoint, tmp_path
 
 
 def test_the_probe_measures_this_machine_and_leaves_nothing(make_config, tmp_path):
-    several = {"selection__remove": 2, "selection__max_spans": 2}
-    config = make_config(**DEFAULTS, **several, selection__spans=None)
+    config = make_config(**DEFAULTS)
     run = shape_of(planning._open(config)[0])
     rates = measure(run, costs_of(run), tmp_path)
-    kinds = {"joint", "pairs"}  # the sums of stream follow from those of joint
+    kinds = {"joint"}  # the sums of stream follow from those of joint
     assert all(v > 0 for v in vars(rates).values() if isinstance(v, float)), rates
     layers = {layer.kind for layer in run.sizes.layers}
     assert rates.products.keys() == {*layers, "head", "float32", "float64", *kinds}
-    assert rates.factors.keys() == {"joint", "stream"}
+    assert rates.factors.keys() == {"joint"}
     assert min(*rates.products.values(), *rates.factors.values()) > 0
     assert rates.read_from == "checkpoint"
     assert not list(tmp_path.glob(".ghost-dist-probe-*"))

@@ -1,4 +1,4 @@
-"""Three small runs, made once: with candidates and a joint fit, with a map, and a plain cut."""
+"""Three small runs, made once: with candidates and a joint fit, of two spans, and a plain cut."""
 
 import shutil
 from pathlib import Path
@@ -13,13 +13,11 @@ FOLDERS = {"joint": "joint <b>&"}  # a name that is no HTML
 RUNS = {
     "joint": {
         "selection.remove": 2,
-        "selection.criterion": "recoverability",
+        "selection.criterion": "paper",
         "operator.choose": "kl",
     },
-    "map": {
-        "selection.remove": 3,
-        "selection.criterion": "recoverability",
-        "selection.max_spans": 2,
+    "spans": {
+        "selection.spans": [[2, 4], [5, 6]],
         "operator.name": "ghost",
         "operator.features": "stream",
         "operator.choose": "residual",

@@ -9,7 +9,7 @@ FACTS = {"Time and memory", "Configuration", "Provenance"}
 EVERY = FACTS | {"What was removed", "Perplexity", "Why these layers", "What the operator does"}
 SECTIONS = {
     "joint": EVERY | {"How well the gap is bridged", "What was tried"},
-    "map": EVERY | {"How well the gap is bridged"},
+    "spans": EVERY | {"How well the gap is bridged"},
     "cut": EVERY,
     "comparison": {
         "The runs", "Perplexity", "What was removed", "Where they are configured differently",

@@ -101,7 +101,7 @@ def test_ridge_taken_lies_on_the_curve_of_the_whole_grid(made_runs):
 
 def test_ridge_beside_that_of_least_residual_keeps_the_whole_curve(made_runs):
     quiet = Reporter(console=Console(quiet=True))
-    run = made_runs["map"]
+    run = made_runs["spans"]
     config = RunFolder.stored_config(run)
     inputs = open_inputs(config, quiet)
     spans = tuple(Span(*span) for span in RunRecord(run).spans)
@@ -213,10 +213,10 @@ def test_run_without_nats_per_window_has_no_intervals_and_says_so(runs, tmp_path
     ],
 )
 def test_a_run_with_what_is_gone_is_reported_and_verified(runs, capsys, gone, said):
-    run = runs["map"]
+    run = runs["spans"]
     for file in (run / "config.yaml", run / "result.json"):
         old = file.read_text().replace("name: ghost\n", f"name: {gone}\n  rank: 8\n")
-        old = old.replace("criterion: recoverability", "criterion: cosine")
+        old = old.replace("criterion: search", "criterion: recoverability\n  min_length: 2\n")
         file.write_text(old.replace('"operator": "ghost"', f'"operator": "{gone}"'))
     for command in (["report", run], ["verify", run]):
         with pytest.raises(SystemExit) as stopped:
@@ -258,17 +258,16 @@ def test_target_that_is_no_report_is_left_alone(runs, tmp_path):
         write_report([runs["cut"]], tmp_path / "nowhere" / "page.html")
     with pytest.raises(RunFolderError, match="not a RUN folder"):
         write_report([tmp_path])
-    damaged = runs["map"] / "result.json"
+    damaged = runs["spans"] / "result.json"
     damaged.write_text("{")
     with pytest.raises(RunFolderError, match=r"result\.json cannot be read"):
-        write_report([runs["map"]])
+        write_report([runs["spans"]])
 
 
 def test_comparison_says_where_runs_differ_and_does_not_rank_what_cannot_be_ranked(runs, tmp_path):
     out = tmp_path / "both.html"
     page = write_report([runs["joint"], runs["cut"]], out).read_text()
     assert ">operator.name<" in page  # a row of the table; remarks name fields, too
-    assert ">selection.criterion<" in page
     assert ">calibration.windows<" not in page
     assert "has the lowest perplexity" in page
     assert "cannot be set against" not in page
@@ -285,12 +284,11 @@ def test_comparison_says_where_runs_differ_and_does_not_rank_what_cannot_be_rank
 
 def test_command_writes_and_prints(runs, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["report", str(runs["map"])])
+        main(["report", str(runs["spans"])])
     assert not stopped.value.code
     printed = capsys.readouterr().out
-    assert f"report: {runs['map'] / 'report.html'}" in printed.replace("\n", "")
+    assert f"report: {runs['spans'] / 'report.html'}" in printed.replace("\n", "")
     assert "recovered" in printed
-    assert "XX" in printed  # the chosen cell of the map
     assert "<- taken" in printed
 
 
@@ -304,30 +302,30 @@ def test_command_writes_and_prints(runs, capsys):
     ],
 )
 def test_what_to_beware_of_is_said_in_words(runs, tmp_path, change, said):
-    before = page_of(runs["map"], tmp_path)
+    before = page_of(runs["spans"], tmp_path)
     for name, key in (("result.json", "fit"), ("stages/solve.json", "fits")):
-        path = runs["map"] / name
+        path = runs["spans"] / name
         record = json.loads(path.read_text())
         record.get("outputs", record)[key][0].update(change)
         rewrite(path, record)
-    after = page_of(runs["map"], tmp_path)
+    after = page_of(runs["spans"], tmp_path)
     assert after.count(said) > before.count(said)
 
 
 def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys):
-    path = runs["map"] / "result.json"
+    path = runs["spans"] / "result.json"
     result = json.loads(path.read_text())
     assert set(result["probes"]) == {"brackets", "copying", "arithmetic"}
     lost = {"questions": 48, "dense": 0.9, "pruned": 0.1, "recovered": 0.2}
-    assert "the dense model fails too: brackets 0%" in page_of(runs["map"], tmp_path)
+    assert "the dense model fails too: brackets 0%" in page_of(runs["spans"], tmp_path)
     rewrite(path, result | {"probes": {"copying": lost}})
-    page = page_of(runs["map"], tmp_path)
+    page = page_of(runs["spans"], tmp_path)
     assert re.search(r"copying</th>\s*<td[^>]*>48<.*?>90%<.*?>10%<.*?>20%<", page, re.DOTALL)
     assert "20% of copying (dense: 90%). Try fewer layers" in page
-    terminal.print_result(json.loads(path.read_text()), runs["map"])
+    terminal.print_result(json.loads(path.read_text()), runs["spans"])
     said = capsys.readouterr().out
     assert "20% of copying (dense: 90%)." in said
     assert re.search(r"copying\W+48\W+90%\W+10%\W+20%", said)
     old = {name: of for name, of in result.items() if name not in ("generation", "probes")}
-    terminal.print_result(old, runs["map"])
+    terminal.print_result(old, runs["spans"])
     assert "copying" not in capsys.readouterr().out

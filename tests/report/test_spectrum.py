@@ -37,20 +37,20 @@ def test_share_norm_and_rank(matrix_CC, share, largest, rank):
 
 
 def test_of_a_run_is_that_of_its_operator_and_is_computed_once(runs):
-    run = RunRecord(runs["map"])
-    (runs["map"] / "report.json").unlink()
+    run = RunRecord(runs["spans"])
+    (runs["spans"] / "report.json").unlink()
     found = spectra(run)
     assert set(found) == {f"[{start}, {stop})" for start, stop in run.spans}
     for span, matrices in found.items():
         start, stop = span.strip("[)").split(", ")
-        weight_CC = load_file(runs["map"] / "operators" / f"{start}-{stop}.safetensors")["linear"]
+        weight_CC = load_file(runs["spans"] / "operators" / f"{start}-{stop}.safetensors")["linear"]
         change_CC = weight_CC - torch.eye(48, dtype=torch.float64)
         expected = torch.linalg.svdvals(change_CC).tolist()
         assert matrices["M"].singular_values == pytest.approx(expected)
-    stored = json.loads((runs["map"] / "report.json").read_text())
+    stored = json.loads((runs["spans"] / "report.json").read_text())
     for row in stored["spectra"].values():
         row["M"]["relative_norm"] = 77.0
-    (runs["map"] / "report.json").write_text(json.dumps(stored))
+    (runs["spans"] / "report.json").write_text(json.dumps(stored))
     assert all(s["M"].relative_norm == 77.0 for s in spectra(run).values())
-    (runs["map"] / "report.json").write_text("{")
+    (runs["spans"] / "report.json").write_text("{")
     assert spectra(run) == found

@@ -108,9 +108,7 @@ def test_a_run_that_was_killed_and_continued():
 
 @pytest.mark.model
 def test_trace_of_a_real_run(make_config, tmp_path, capsys):
-    config = make_config(
-        selection__spans=None, selection__criterion="recoverability", selection__remove=1
-    )
+    config = make_config(selection__spans=None, selection__remove=1)
     recover(config)
     run, file = str(tmp_path / "run"), str(tmp_path / "trace.json")
     app(["report", run, "--trace", file], standalone_mode=False)

@@ -132,9 +132,9 @@ def test_the_ridge_of_many_targets_is_that_of_the_whole_grid(rows, monkeypatch, 
     x, _, y = planted(rows, noise=noise)
     folds = rows.in_folds(rows.moments_of, FOLDS, x, y)
     whole, expected = fit_ghost(SPAN, folds, "auto", judge=judge)
-    monkeypatch.setattr(least_squares, "PROJECTION_COLUMNS", C - 1)
-    kept, projection = {}, least_squares.projection
-    monkeypatch.setattr(least_squares, "projection", lambda width: projection(width, 400))
+    monkeypatch.setattr(least_squares, "MIXTURES", C - 1)
+    kept, mixtures = {}, least_squares.mixtures
+    monkeypatch.setattr(least_squares, "mixtures", lambda targets: mixtures(targets, 400))
     found, fit = fit_ghost(SPAN, folds, "auto", kept=kept, judge=judge)
     assert torch.equal(found.weight_CC, whole.weight_CC)
     assert (fit.relative_ridge, fit.residual) == (expected.relative_ridge, expected.residual)

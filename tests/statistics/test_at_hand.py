@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ghost_dist.pipeline import collecting
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.statistics import at_hand
 from ghost_dist.statistics import store as on_disk
@@ -49,15 +48,6 @@ def test_sums_at_hand_are_bitwise_those_on_the_disk(store, monkeypatch, room):
     assert all(map(torch.equal, found, totals(StatisticsStore.open(store.path))))
 
 
-def test_what_is_not_written_counts_here_only(store):
-    store.keep(1, sums(1), lambda: None, write=False)
-    store.flush()
-    assert store.missing() == (0, 2)
-    assert StatisticsStore.open(store.path).missing() == (0, 1, 2)
-    store.release()
-    assert store.missing() == (0, 1, 2)
-
-
 def test_after_a_failed_write_nothing_is_committed_and_it_is_told(store, monkeypatch):
     write = on_disk.write_array
 
@@ -74,18 +64,9 @@ def test_after_a_failed_write_nothing_is_committed_and_it_is_told(store, monkeyp
     assert StatisticsStore.open(store.path).missing() == (1, 2)
 
 
-def test_a_run_reads_nothing_back_and_selection_writes_what_is_worth_it(
-    make_config, tmp_path, monkeypatch
-):
+def test_a_run_reads_nothing_back(make_config, monkeypatch):
     def refuse(path, expected):
         raise AssertionError(f"{path} is read back")
 
-    def refuse_to_write(path, values):
-        raise AssertionError(f"{path} is written")
-
     monkeypatch.setattr(on_disk, "read_array", refuse)
     recover(make_config(), again="solve")
-    monkeypatch.setattr(on_disk, "write_array", refuse_to_write)
-    monkeypatch.setattr(collecting, "WRITTEN_PER_S", 1.0)  # a disk that is not worth it
-    fields = {"selection__spans": None, "selection__remove": 2}
-    recover(make_config(**fields, output__path=str(tmp_path / "selected")), again="select")
