@@ -20,8 +20,7 @@ from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
 from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 from ghost_dist.solver.operators import OPERATORS, refits_down
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import Regressors, sums_key
-from ghost_dist.statistics.sum_costs import num_regressors
+from ghost_dist.statistics.span_sums import Regressors, num_regressors, sums_key
 
 Ridge = Literal["auto"] | RelativeRidge | AbsoluteRidge
 

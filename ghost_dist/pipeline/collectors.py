@@ -21,8 +21,10 @@ from ghost_dist.devices import mark
 from ghost_dist.engines.resident import Engine
 from ghost_dist.pipeline.cost import Cost, product_bytes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import Collector, Regressors, SpanCollector
-from ghost_dist.statistics.sum_costs import (
+from ghost_dist.statistics.span_sums import (
+    Collector,
+    Regressors,
+    SpanCollector,
     moments_bytes,
     moments_flops,
     num_regressors,

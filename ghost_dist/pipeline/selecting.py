@@ -67,7 +67,7 @@ class PaperScores:
 
     def decide(self, store: StatisticsStore) -> tuple[Span, list[float | None]]:
         """The span of the largest score, the first of equals; the scores by first layer."""
-        sums = store.total(None, ["scores"])["scores"]
+        sums = store.total()["scores"]
         assert isinstance(sums, ScoreSums)
         scores = sums.mean()
         best = max(self.candidates(), key=lambda span: scores[span.start])

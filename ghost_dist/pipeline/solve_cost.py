@@ -16,7 +16,7 @@ from ghost_dist.pipeline.walking import walk_steps
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.least_squares import fit_bytes
 from ghost_dist.spans import Span
-from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors
+from ghost_dist.statistics.span_sums import moments_bytes, moments_flops, num_regressors
 
 
 def solve_cost(run: RunShape) -> Cost:

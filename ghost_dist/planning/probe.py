@@ -33,8 +33,13 @@ from ghost_dist.planning.rates import Rates, measure_files
 from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments
-from ghost_dist.statistics.span_sums import Regressors, SpanCollector
-from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops, num_regressors
+from ghost_dist.statistics.span_sums import (
+    Regressors,
+    SpanCollector,
+    moments_bytes,
+    moments_flops,
+    num_regressors,
+)
 
 _LONGEST_S = 1.0
 _SHARE_OF_MEMORY = 0.5

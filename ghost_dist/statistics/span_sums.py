@@ -1,7 +1,10 @@
 """Turns a flow of boundary streams into the sums of several spans, in one pass.
 
 Within a window boundaries ascend, across windows any interleaving is allowed. Collectors never wait
-for the device: whether a stream was finite is noted there and asked for once, at the end.
+for the device: whether a stream was finite is noted there and asked for once, at the end. And what
+the sums cost, from shapes alone.
+
+Legend: C hidden width, F inner width of an MLP, Z regressors.
 """
 
 from __future__ import annotations
@@ -16,12 +19,39 @@ from torch import Tensor
 from ghost_dist.devices import arrived, mark
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import MomentsAccumulator, norm_features
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.moments import BLOCK_COLUMNS, MomentsAccumulator, norm_features
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, num_numbers
 
 Regressors = Literal["stream", "stream+norm", "joint"]
 """Which sums of a span are taken. ``stream``: Z = x; ``stream+norm``: Z = [x, rmsnorm(x)];
 ``joint``: Z = [A, H], what enters ``start`` taken apart at the down_proj before it."""
+_FLOAT64_BYTES = 8
+
+
+def num_regressors(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
+    """Z of one kind of moments."""
+    widths = {"stream": hidden_size, "stream+norm": 2 * hidden_size}
+    return widths.get(regressors, hidden_size + inner_size)
+
+
+def moments_bytes(regressors: Regressors, hidden_size: int, inner_size: int) -> int:
+    z, c = num_regressors(regressors, hidden_size, inner_size), hidden_size
+    return (z * z + z * c + z + 2 * c) * _FLOAT64_BYTES
+
+
+def stored_bytes(regressors: Regressors, hidden_size: int, inner_size: int, blocks: int) -> int:
+    """The same in the store, which keeps blocks of columns, or of one block half of the gram."""
+    z = num_regressors(regressors, hidden_size, inner_size)
+    saved = z**2 - num_numbers(z) if blocks == 1 else 0
+    return moments_bytes(regressors, hidden_size, inner_size) - saved * _FLOAT64_BYTES
+
+
+def moments_flops(num_regressors: int, num_targets: int) -> int:
+    """FLOPs per token of gram and cross, about Z^2 + 2 Z C: half of the gram is not computed."""
+    z, c = num_regressors, num_targets
+    widths = [min(BLOCK_COLUMNS, z - first) for first in range(0, z, BLOCK_COLUMNS)]
+    gram = sum(rows * sum(widths[: i + 1]) for i, rows in enumerate(widths))
+    return 2 * gram + 2 * z * c
 
 
 class Sink(Protocol):
@@ -78,10 +108,8 @@ class SpanCollector(Collector):
         self._accumulators: dict[str, MomentsAccumulator] = {}
         for span, kind in samples:
             self._kinds.setdefault(span, []).append(kind)
-            width = {"stream": hidden_size, "stream+norm": 2 * hidden_size}.get(kind)
-            if width is None:
-                assert inner_size is not None, "joint sums need the width of the inner layer"
-                width = hidden_size + inner_size[span.start - 1]
+            inner = (inner_size or {})[span.start - 1] if kind == "joint" else 0
+            width = num_regressors(kind, hidden_size, inner)
             self._accumulators[sums_key(span, kind)] = MomentsAccumulator(
                 width, hidden_size, device, block=block
             )

@@ -18,9 +18,8 @@ from ghost_dist.planning.plan import _open
 from ghost_dist.progress import Reporter
 from ghost_dist.solver import least_squares
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import SpanCollector
+from ghost_dist.statistics.span_sums import SpanCollector, moments_bytes, moments_flops
 from ghost_dist.statistics.store import StatisticsStore
-from ghost_dist.statistics.sum_costs import moments_bytes, moments_flops
 from ghost_dist.statistics.sums import ColumnBlock
 
 CPU = torch.device("cpu")

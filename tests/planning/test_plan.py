@@ -28,7 +28,7 @@ from ghost_dist.planning.plan import plan_run
 from ghost_dist.planning.probe import measure
 from ghost_dist.planning.rates import Rates
 from ghost_dist.spans import Span
-from ghost_dist.statistics.sum_costs import moments_flops
+from ghost_dist.statistics.span_sums import moments_flops
 
 pytestmark = pytest.mark.model  # of 405B, on the meta device: seconds each
 CPU = torch.device("cpu")
