@@ -4,8 +4,6 @@
 those of :mod:`ghost_dist.api`, which is imported when one of them is first used.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

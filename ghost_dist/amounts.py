@@ -1,7 +1,5 @@
 """How much goes, or what should come out, as people write it: ``20%``, ``4GB``, ``kv 60%``."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from typing import Literal

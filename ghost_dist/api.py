@@ -9,8 +9,6 @@
 A call that was stopped, by whatever, is continued by the same call; so is one of the command line.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 the work failed, 2 the command or configuration is wrong, 
 stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continues it.
 """
 
-from __future__ import annotations
-
 import difflib
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The commands of Ray jobs: ``ghost-dist submit`` and ``ghost-dist jobs``, and what all share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any

@@ -3,8 +3,6 @@
 What is wrong with one, and in what two differ, is said in words here.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ one (:mod:`ghost_dist.real_models`) on English. Calibration and evaluation texts
 lie in the RUN folder, so that the run continues wherever and whenever it is taken up.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

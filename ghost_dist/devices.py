@@ -7,8 +7,6 @@ weights that are still being copied. So every function here takes the device.
 A CPU has done what it was told when the call returns: its marks are None, nothing waits for them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -4,8 +4,6 @@ A file appears under its final name only when its bytes are on the disk: written
 name in the same folder, fsynced, renamed, and the folder fsynced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

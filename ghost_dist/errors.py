@@ -6,8 +6,6 @@ a damaged store. Every message says what, where, what was found against what was
 to do. Exceptions that cross process borders take one message argument or define ``__reduce__``.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

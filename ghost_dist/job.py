@@ -4,8 +4,6 @@ The package comes with the job and its libraries do not, so nothing of it is imp
 were looked for, which takes no second.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

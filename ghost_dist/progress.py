@@ -4,8 +4,6 @@ On a terminal each stage is a live bar; elsewhere (a log file, a job) a line wit
 seconds, also while nothing is finished.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import runpy

@@ -1,7 +1,5 @@
 """What a ridge may be: found on held-out windows, relative to the Gram matrix, or absolute."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 

@@ -6,8 +6,6 @@ Boundary ``b`` is the residual stream entering layer ``b``; boundary ``L`` is wh
 receives. Removing ``[start, stop)`` hands boundary ``start`` to whatever read boundary ``stop``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ For real language models: the chapters of the language reference that ``help()``
 docstrings. It is prose about one subject: figures on it show that an operator works, no more.
 """
 
-from __future__ import annotations
-
 import ast
 import sysconfig
 from collections.abc import Sequence

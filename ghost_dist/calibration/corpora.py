@@ -10,8 +10,6 @@ A part may be empty: ``NAME::test``. ``c4`` and ``wikitext2`` are short names; w
 local folder of that name. Code that a dataset carries is never run.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Generator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Files are read progressively, in their order. ``.txt`` is one document and comes
 column. All but parquet may be gzipped. A file that is one JSON array is read whole.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import gzip

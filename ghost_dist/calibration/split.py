@@ -5,8 +5,6 @@ that are like each other and unlike the rest, by how often they have each token.
 of commit and retry; fold ``k`` of ``K`` has the ranges ``k, k + K, k + 2 K, ...``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import numpy as np

@@ -8,8 +8,6 @@ whatever special tokens the tokenizer adds to a text. C4: one window from a rand
 256 long documents, which are drawn by shuffling the validation split as it streams in.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

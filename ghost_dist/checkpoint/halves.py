@@ -3,8 +3,6 @@
 The exported modeling file does the same by its own code (``export/modeling_template.py.txt``).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ of the files goes, and what lies in the one module that is the base of a causal 
 or in the head, gets the name that it has there.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Collection, Mapping

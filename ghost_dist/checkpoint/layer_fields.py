@@ -4,8 +4,6 @@ What a family computes from the layer's number becomes explicit here, because th
 when layers go. That the result describes the same layers is checked in ``twin.py``.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ transformers reads the files. That they hold the model was found before (``tenso
 a tensor that holds NaN is an error, since it would spoil every sum.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Ranks of a replica: what each runs and reads of the whole, and errors that all must see."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

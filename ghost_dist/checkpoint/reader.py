@@ -4,8 +4,6 @@ Only ``config.json``, the index and the safetensors headers are read here, so ev
 truncated file is found at once. Weights in pickle files are never opened.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -3,8 +3,6 @@
 The exported checkpoint must compute the same; ``export/verify.py`` compares the two.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Sequence

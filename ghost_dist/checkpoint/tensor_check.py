@@ -5,8 +5,6 @@ decide. What it would only warn about is an error: a parameter without a tensor 
 and a tensor without a parameter is a part of the model that is not computed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any

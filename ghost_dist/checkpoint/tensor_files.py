@@ -13,8 +13,6 @@ A block is what ``quantization_config.weight_block_size`` says (128 x 128 in Dee
 Always bfloat16, whatever the dtype of the computation: what is calibrated is what is exported.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

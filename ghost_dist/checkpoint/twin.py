@@ -4,8 +4,6 @@ The family's own code makes it, on the meta device. A kept layer must be the sam
 uncut model in everything but its number: same modules, same shapes, same settings.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ The driver touches no tensor and decides alone. It needs no state of its own to 
 is committed is in the store, and Ray ends the actors of a driver that died.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ has is read from the store by one. If anything breaks on the way, all replicas t
 closed, and the spans are fitted from the store: the sums of a reduction are never the record.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Sequence

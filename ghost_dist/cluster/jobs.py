@@ -5,8 +5,6 @@ alone. A job is ``ghost-dist recover`` on the cluster, so what holds there holds
 failed is submitted again by the same command and continues.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import importlib.metadata

@@ -6,8 +6,6 @@ replicas; when none is left, one that takes much longer than the others is lease
 that a slow replica delays the end by no more than one range. Spans are fitted by single ranks.
 """
 
-from __future__ import annotations
-
 import statistics
 import uuid
 from collections import Counter

@@ -1,7 +1,5 @@
 """The replicas of a run: started where there is room, replaced when lost, released together."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -4,8 +4,6 @@ It decides nothing. A rank that died is never restarted: its process group died 
 kills the whole replica and builds another one.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import faulthandler
 import gc

@@ -5,8 +5,6 @@ Nothing here waits: :meth:`Replica.poll` looks at what has come back and hands i
 place, in a placement group of its own: one that lost a node cannot be used again reliably.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math

@@ -6,8 +6,6 @@ the one that solves it. Each rank is in the ``torch.distributed`` world of its r
 the group over replicas is a process group of its own, on a store of its own.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ error. So a small random model of the same classes and the same head counts is s
 the very code that will load the real one, and run next to the unsharded engine on every rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping

@@ -14,8 +14,6 @@ vector instructions on a CPU, and there with several threads (docs/log.md).
 Legend: N tokens of a batch, K experts of a token, C hidden width, S pairs of token and expert.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

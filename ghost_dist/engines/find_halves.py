@@ -6,8 +6,6 @@ after the other or side by side, are the layer. Where that is not so (a norm beh
 module, an attention that adds the residual itself), the family has no halves that could go.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ once for each shape of a batch while all layers hand their input on, and what ea
 Windows are full rows, so it depends on the shape alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections import OrderedDict

@@ -5,8 +5,6 @@ are read one by one, in this order: whole layers, the next one being read while 
 whose routed experts are held in parts; whole layers one at a time, without reading ahead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -9,8 +9,6 @@ on every device. Left out: embeddings, norms, activations, the scans of state-sp
 Legend: C hidden width, F inner width of an MLP, V entries of the vocabulary, T tokens of a window.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

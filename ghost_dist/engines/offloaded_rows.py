@@ -9,8 +9,6 @@ fed at the end, range by range, so only one range's sums exist at a time; rows a
 sums (T C against C^2 numbers of four times the size).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

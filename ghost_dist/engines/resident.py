@@ -5,8 +5,6 @@ boundary that the sink wants is pushed as it comes, so nothing is recomputed and
 states is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Protocol
 

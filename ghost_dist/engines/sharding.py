@@ -8,8 +8,6 @@ Each rank reads its own slices and nothing else. transformers renames and merges
 hold, but is handed tensors that give the rank's slice when they are read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping

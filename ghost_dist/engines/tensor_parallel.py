@@ -7,8 +7,6 @@ Every rank is given the same windows and pushes the same streams, so a sink may 
 the sums on each rank. All ranks of the world must call ``run`` alike: its sums are collective.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -4,8 +4,6 @@ All variants are drawn with the same windows, so that a ratio of two has the int
 comparison. Windows next to each other are not independent; nothing is said of another text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

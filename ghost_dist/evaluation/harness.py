@@ -4,8 +4,6 @@
 opened, with their data, before a run starts; each is then run on one model at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import difflib

@@ -6,8 +6,6 @@ where each token of the answer, the line's end among them, is the likeliest in i
 when the model would have generated it.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile

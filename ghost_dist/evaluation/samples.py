@@ -4,8 +4,6 @@ Perplexity sees one token behind text of people. Behind its own tokens a model m
 be another one soon, which a person who talks to it sees first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Results of tasks, probes and generation in words, the same on terminal, page and model card."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

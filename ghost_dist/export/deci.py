@@ -8,8 +8,6 @@ MLP is of zeros, of the least width that the layout can express.
 Legend: C hidden width, F inner width of an MLP.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -4,8 +4,6 @@ The model type is the family's with ``ghost_`` before it: under the family's own
 would load the checkpoint without its operators and only warn.
 """
 
-from __future__ import annotations
-
 import importlib.resources
 import string
 from collections.abc import Mapping

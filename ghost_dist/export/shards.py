@@ -3,8 +3,6 @@
 Memory of a shard is one copy buffer, or one operator, whatever the size of the model.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The files of a checkpoint folder beside weights and configuration: what goes along."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -4,8 +4,6 @@ The one Python file of the folder that it may run is the modeling file that the 
 it only code of a tokenizer that the run itself trusted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What `auto` means where the configuration alone, and the kind of device, decide it."""
 
-from __future__ import annotations
-
 import torch
 
 from ghost_dist.checkpoint.reader import Checkpoint

@@ -3,8 +3,6 @@
 All three are in memory of one process and take turns (``turns.py``).
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

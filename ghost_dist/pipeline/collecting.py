@@ -1,7 +1,5 @@
 """Fills a statistics store: every missing range is run and committed once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

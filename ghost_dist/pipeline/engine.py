@@ -4,8 +4,6 @@ Memory that is free decides how a model is run, never what comes out. So a run g
 engine it began with, whatever is free by then, or says why it cannot.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 

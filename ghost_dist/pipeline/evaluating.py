@@ -3,8 +3,6 @@
 what the three models say behind a few texts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -11,8 +11,6 @@ stays. Where nothing writes to the stream before a gap (the model's beginning, a
 behind the matrix) it stays open.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Scores of candidates on the disk while ``solve`` works: a stop loses one comparison at most."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 

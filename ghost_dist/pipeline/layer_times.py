@@ -1,7 +1,5 @@
 """Seconds of each decoder layer in a request as ``bench-serving`` makes it, on the run's device."""
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Collection, Sequence

@@ -3,8 +3,6 @@
 The same stages as with a resident model, each in one pass over the files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

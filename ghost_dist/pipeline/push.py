@@ -1,7 +1,5 @@
 """The recovered checkpoint of a finished run, onto the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The main job: from a checkpoint to a recovered checkpoint, in one process, resumable."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import platform

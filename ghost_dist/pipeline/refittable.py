@@ -1,7 +1,5 @@
 """Which layers' down_proj can be refitted: where a layer adds nothing else behind it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

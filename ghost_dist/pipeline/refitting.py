@@ -1,7 +1,5 @@
 """Fits on the recovered model's own stream, of one run: a walk with what its operators need."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

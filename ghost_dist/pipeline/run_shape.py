@@ -1,7 +1,5 @@
 """A run before it begins: its checked inputs, the sizes of its model, and the spans it may have."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Operators of a search: from dense streams, and from the own recovered stream of a removal."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """What ``solve`` does and holds: candidates and their fits, the choice by KL, and a walk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """From stored sums to the operators of a run: candidates, the choice among them, the final fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

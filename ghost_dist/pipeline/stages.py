@@ -4,8 +4,6 @@ A stage whose record names the fingerprint of its present inputs is done and is 
 outputs enter the fingerprint of the next. Nothing that a later stage needs lives only in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import shutil

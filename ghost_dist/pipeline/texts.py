@@ -1,7 +1,5 @@
 """Windows of calibration: from the sources of a run, and which of them ranges and folds hold."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import numpy as np

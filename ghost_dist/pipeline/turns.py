@@ -5,8 +5,6 @@ out. Models take turns, in another order every round, so that whatever else the 
 all alike.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """``ghost-dist verify``: whether a RUN holds what its records say; writes nothing."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import NamedTuple

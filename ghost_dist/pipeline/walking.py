@@ -13,8 +13,6 @@ with and of its own, and what a walk says of its fits is measured on that fold a
     recovered   R_b  the same of the recovered one; it skips removed layers
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

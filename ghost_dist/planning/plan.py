@@ -4,8 +4,6 @@ Of the weights nothing is read, except that a first look at a machine reads piec
 see how fast they come. What the headers do not say is assumed, and said in the plan's notes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

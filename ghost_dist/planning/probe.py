@@ -4,8 +4,6 @@ What would take longer than ``_LONGEST_S``, reckoned from the rate of plain prod
 smaller, or left to that rate. B windows of a batch, T tokens, C hidden width, F inner width.
 """
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """How fast a machine is at what runs do: measured once (``probe.py``) and kept."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

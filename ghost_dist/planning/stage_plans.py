@@ -1,7 +1,5 @@
 """The stages of a planned run: what each says of itself, in seconds of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

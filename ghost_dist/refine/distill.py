@@ -9,8 +9,6 @@ Memory beside the model: float32 master copies of the operators and AdamW's two 
 and the activations of the layers behind the first operator for ``refine.batch`` windows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Several runs side by side: figures, and in which fields they differ."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Charts and bars of the page, each with what it says; and which rows its tables have."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle

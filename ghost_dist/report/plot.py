@@ -4,8 +4,6 @@ Made for a width of 360 units, which is a phone's; a desktop shows two side by s
 classes of page.css, so that the page's scheme rules; every series has a dash pattern too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

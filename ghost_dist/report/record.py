@@ -1,7 +1,5 @@
 """What a RUN folder says of its run, finished or not: everything that a report is made of."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ Legend: C hidden width. Computed from the operator files, float64, and kept in `
 under the sha256 of the file, since it takes O(C^3): about a minute at C = 8192 on many cores.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import asdict, dataclass

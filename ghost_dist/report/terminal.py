@@ -1,7 +1,5 @@
 """A run, a plan, a comparison and what else a command finds, as tables on a terminal."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

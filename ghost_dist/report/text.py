@@ -1,7 +1,5 @@
 """Numbers with their units as a person reads them."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

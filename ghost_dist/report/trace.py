@@ -6,8 +6,6 @@ others. ``forward`` and ``sums`` are as long as the rank measured; they alternat
 but are shown one after the other. The rest, until the driver knew and gave more to do, is ``wait``.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Whether a repair was worth it, what to know before trusting its figures, and what to try then."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Mapping, Sequence

@@ -17,8 +17,6 @@ give the original model back and not zero. None of this holds where the model no
 output before adding it (Gemma 2 and 3): there X is not linear in H.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

@@ -6,8 +6,6 @@ of a token; `norm-linear`, ``x -> x + rmsnorm(x) N``, is what llama.cpp can run.
 is the plain cut, W = I and N = 0. Memory beside the folds: 3 Z^2 float64, Z = C or 2 C.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

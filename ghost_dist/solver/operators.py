@@ -4,8 +4,6 @@ An operator is a function in a file of its own, its name in ``config.OperatorNam
 :data:`OPERATORS`; candidates, fits, ``compare``, ``plan`` and the report find it here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

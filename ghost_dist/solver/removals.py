@@ -1,7 +1,5 @@
 """Which removals of units (layers) there are: sorted tuples of the numbers of those that go."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence

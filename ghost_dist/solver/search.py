@@ -9,8 +9,6 @@ The table of scores is all the state there is: the same search with the table of
 the same decisions without scoring again what it holds, and goes on where that one ended.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -4,8 +4,6 @@ Zarr alone would not do, see docs/design.md. So empty chunks are written, floats
 NaN, and who writes keeps the entry that :func:`describe` gives and hands it to who reads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Who sums them up takes them from memory, where there is room; what is on the dis
 another process, or where there is none. Both have the same bits, so nothing depends on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path

@@ -4,8 +4,6 @@ Legend: L layers, n layers to remove, T tokens of a window, C hidden width. Boun
 final norm receives; hidden states from ``output_hidden_states`` are normed there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -16,8 +16,6 @@ State: Z^2 + Z C float64. At C = 4096 the stream's is 256 MiB, at 8192 1 GiB, at
 ``[A, H]`` at C = 8192, F = 28672 is 10.9 + 2.4 GB per span and fold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial

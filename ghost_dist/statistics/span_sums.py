@@ -7,8 +7,6 @@ the sums cost, from shapes alone.
 Legend: C hidden width, F inner width of an MLP, Z regressors.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol

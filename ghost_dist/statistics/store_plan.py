@@ -1,7 +1,5 @@
 """What a store of statistics counts, as it stands in its ledger."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

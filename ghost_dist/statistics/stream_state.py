@@ -7,8 +7,6 @@ A thread writes while the next layers run, for a tenth of the time at most. So a
 most the layers that ran in ten times as long as writing takes.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 import uuid

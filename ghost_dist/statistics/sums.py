@@ -5,8 +5,6 @@ Strip k of an (n, n) matrix has the rows [k h, (k + 1) h) and all columns below 
 blocks on the diagonal are whole and nothing needs to be sorted or masked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
