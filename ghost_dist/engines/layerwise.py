@@ -173,7 +173,11 @@ class LayerwiseModel:
         """Logits (N, V) of streams that the final norm would get; its group must be at hand."""
         if self._head_by_itself is None:
             self._try_head()
-        return self._head(stream_NC) if self._head_by_itself else self._forward(stream_NC)
+        if self._head_by_itself:
+            return self._head(stream_NC)
+        # A forward takes them for one text, and there may be no more positions.
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return torch.cat([self._forward(part) for part in stream_NC.split(most or len(stream_NC))])
 
     def _try_head(self) -> None:
         """See whether the head can be run without the masks and positions of a body's forward."""

@@ -72,7 +72,7 @@ def answered(model: Any, tokenizer: Any, lines: Sequence[Line]) -> list[bool]:
         asked, text = len(text) + len(question), f"{text}{question}{answer}\n"
         ends += [(asked, len(text))] if question else []
     # Behind the last line another one, since some tokenizers put a token of theirs at the end.
-    ids = tokenizer(f"{text}End")["input_ids"]
+    ids = tokenizer(f"{text}End", verbose=False)["input_ids"]
 
     def tokens_of(characters: int) -> int:
         both = zip(ids, tokenizer(text[:characters])["input_ids"], strict=False)

@@ -4,6 +4,7 @@ Perplexity sees one token behind text of people. Behind its own tokens a model m
 be another one soon, which a person who talks to it sees first.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from ghost_dist.calibration.windows import TokenWindows
 
 PROMPT_TOKENS, NEW_TOKENS, MOST_TEXTS, MOST_PROMPTS = 24, 32, 3, 12
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not tabs and line ends
 _GRAM = 4  # tokens that were there before are a repetition
 
 
@@ -42,17 +44,25 @@ def prompts(corpora: Mapping[str, TokenWindows]) -> list[tuple[str, torch.Tensor
 @torch.inference_mode()
 def continued(model: Any, prompts_BT: torch.Tensor) -> torch.Tensor:
     """What the model says behind each prompt, (B, new), by transformers' own ``generate``."""
-    before = model.generation_config
+    before, new = model.generation_config, NEW_TOKENS
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None:
+        new = max(1, min(new, most - prompts_BT.shape[1]))
     model.generation_config = transformers.GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     try:
         ids_BT = prompts_BT.to(model.device)
         found = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
     finally:
         model.generation_config = before
-    new: torch.Tensor = found[:, prompts_BT.shape[1] :].cpu()
-    return new
+    said_BT: torch.Tensor = found[:, prompts_BT.shape[1] :].cpu()
+    return said_BT
+
+
+def printable(text: str) -> str:
+    """Without control characters, which would act on a terminal and are errors in a page."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def generation(said: Mapping[str, torch.Tensor]) -> dict[str, Any]:

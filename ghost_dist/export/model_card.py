@@ -49,6 +49,7 @@ def model_card(
         metadata |= _licence_of_file(source.path)
     if dataset is not None:
         metadata["datasets"] = [dataset]
+    refitted = [s.start - 1 for s, one in variant.operators.items() if one.down_FC is not None]
     tags = ["ghost-dist", "pruned", "depth-pruning", "layer-pruning", f"arxiv:{PAPER}"]
     metadata["tags"] = [*tags, "custom_code"] if variant.has_code else tags
     return _template().render(
@@ -58,7 +59,8 @@ def model_card(
         text=f"`{dataset}`" if dataset else f"the local `{Path(config.calibration.source).name}`",
         variant=variant,
         config=config,
-        refitted=[s.start - 1 for s, one in variant.operators.items() if one.down_FC is not None],
+        refitted=refitted,
+        repaired=bool(variant.at_boundary or refitted or variant.outputs),
         result=result,
         licensed="license" in metadata,
         base=base,

@@ -1,7 +1,4 @@
-"""What the evaluate stage measures: perplexity, agreement with the dense model, tasks, probes, and
-
-what the three models say behind a few texts.
-"""
+"""What the evaluate stage measures: perplexity, agreement, tasks, probes, and texts continued."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +12,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.engines.sweep import layers_run
 from ghost_dist.evaluation.harness import run_task
 from ghost_dist.evaluation.probes import probe, shares
-from ghost_dist.evaluation.samples import continued, generation, prompts
+from ghost_dist.evaluation.samples import continued, generation, printable, prompts
 from ghost_dist.evaluation.scores import Scores, corpus_scores
 from ghost_dist.evaluation.task_rows import VARIANTS
 from ghost_dist.pipeline.cost import Cost
@@ -97,7 +94,11 @@ class Evaluation:
                     del said[what]
             for row, figures in self._tasks(model, variant).items():
                 tasks.setdefault(row, {})[variant] = figures
-        decode, goes_on = inputs.tokenizer.decode, said.get("continues texts", {})
+        goes_on = said.get("continues texts", {})
+
+        def decode(ids: torch.Tensor) -> str:
+            return printable(inputs.tokenizer.decode(ids))
+
         samples = [
             {
                 "text": name,

@@ -91,7 +91,7 @@ def _print_pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[i
         table.add_row(*map(escape, text.pareto_cells(row)), style=style)
     if rows:
         console.print(table)
-        _say("another of these: the same command with another --remove or --target")
+        _say("another of these: the same command with another --remove or --target-...")
 
 
 def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:

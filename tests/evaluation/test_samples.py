@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.evaluation.samples import MOST_PROMPTS, PROMPT_TOKENS, generation, prompts
+from ghost_dist.evaluation.samples import (
+    MOST_PROMPTS,
+    PROMPT_TOKENS,
+    continued,
+    generation,
+    printable,
+    prompts,
+)
 
 
 def test_same_tokens_end_at_the_first_other_one_and_runs_of_four_repeat():
@@ -41,3 +49,21 @@ def test_prompts_are_spread_and_the_first_windows_come_first():
     assert len(found) <= MOST_PROMPTS
     assert len(prompts({"a": windows(100)})[0][1]) == PROMPT_TOKENS
     assert prompts({}) == []
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("positions", "new"), [(64, 32), (20, 8)])
+def test_models_say_as_much_as_they_have_positions_for(positions, new):
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids_BT = torch.randint(40, (3, 12))
+    said_BT = continued(model, ids_BT)
+    assert said_BT.shape == (3, new)
+    first_B = model(ids_BT).logits[:, -1].argmax(-1)
+    assert torch.equal(said_BT[:, 0], first_B)
+
+
+def test_texts_do_nothing_to_a_terminal():
+    assert printable("a\x1b[31mred\x00\n\té\u4e2d\x9b") == "a\ufffd[31mred\ufffd\n\té\u4e2d\ufffd"

@@ -112,6 +112,14 @@ def test_the_head_sees_few_tokens_at_a_time(family, monkeypatch, perplexity):
     assert max(seen) == 20, "those before are of the trial"
 
 
+def test_a_batch_may_have_more_tokens_than_the_model_has_positions(perplexity):
+    """Its head asks the body, which takes what it is given for one text."""
+    model, windows = make_model("OPT"), make_windows()
+    assert windows.tokens.size > model.config.max_position_embeddings
+    result = perplexity(model, windows, batch=5)
+    np.testing.assert_allclose(result.nats, plain_nats(model, windows), rtol=2e-6)
+
+
 def test_a_model_that_names_no_body(monkeypatch, perplexity):
     model, windows = make_model("Llama"), make_windows()
     monkeypatch.setattr(type(model), "base_model_prefix", "")
