@@ -177,7 +177,8 @@ class LayerwiseModel:
             return self._head(stream_NC)
         # A forward takes them for one text, and there may be no more positions.
         most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return torch.cat([self._forward(part) for part in stream_NC.split(most or len(stream_NC))])
+        parts = torch.split(stream_NC, most or len(stream_NC))
+        return torch.cat([self._forward(part_NC) for part_NC in parts])
 
     def _try_head(self) -> None:
         """See whether the head can be run without the masks and positions of a body's forward."""
