@@ -20,7 +20,7 @@ class Tokenizer:
     def __init__(self, pattern):
         self.pattern, self.pieces = re.compile(pattern), [BOS, EOS]
 
-    def __call__(self, text):
+    def __call__(self, text, verbose=True):
         found = [BOS, *self.pattern.findall(text), EOS]
         self.pieces += [piece for piece in dict.fromkeys(found) if piece not in self.pieces]
         return {"input_ids": [self.pieces.index(piece) for piece in found]}
