@@ -193,11 +193,15 @@ class Copied:
         return Copied(folder, shards if len(shards) > 1 else {})
 
     def write(self, advance: Advance) -> Iterator[Path]:
-        """Copy one after the other; what ``advance`` raises stops it."""
-        for file, tensors in self.shards.items():
-            self.folder.mkdir(exist_ok=True)
-            write_shard(self.folder / file, tensors, advance)
-            yield self.folder / file
+        """Copy some at a time; what ``advance``, called in their threads, raises stops it."""
+
+        def write(file: str) -> Path:
+            write_shard(self.folder / file, self.shards[file], advance)
+            return self.folder / file
+
+        self.folder.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+            yield from pool.map(write, self.shards)
 
     def of(self, shards: Shards) -> dict[str, Path]:
         """The files that shards with the same tensors may be made of, by their names."""
