@@ -146,6 +146,8 @@ class Hosts:
     def end(self):
         for host in list(self._nodes):
             self.kill_node(host)
+        for host in self._numbers:  # a namespace that is deleted takes its link along, but later
+            ip("link", "del", f"{self.name}h{host}")
         self._stack.close()
         with contextlib.suppress(subprocess.CalledProcessError):
             ip("link", "del", self.name)
