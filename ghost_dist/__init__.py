@@ -7,7 +7,8 @@ those of :mod:`ghost_dist.api`, which is imported when one of them is first used
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ghost_dist.api import RecoveredRun, load_operator, load_run, make_config, plan, recover
+    from ghost_dist.api import RecoveredRun, load_operator, load_run, plan, recover
+    from ghost_dist.config_file import make_config
 
 __version__ = "0.1.0"
 __all__ = [

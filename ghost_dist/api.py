@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import Config
-from ghost_dist.config_file import load_config
+from ghost_dist.config_file import Spans, make_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.operator_files import load_operator as _load_operator
 from ghost_dist.pipeline.recover import Stage
@@ -29,9 +29,6 @@ from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.report.record import RunRecord
 from ghost_dist.spans import Span, parse_spans
-
-Spans = str | Sequence[Span | Sequence[int]]
-"""``"11:18"``, ``[(11, 18)]`` or ``[Span(11, 18)]``: half open, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -93,64 +90,6 @@ class RecoveredRun:
 
         given = {"trust_remote_code": True, **arguments}
         return getattr(transformers, name).from_pretrained(self.checkpoint, **given)
-
-
-def make_config(
-    model: str | Path,
-    *,
-    out: str | Path | None = None,
-    remove: int | str | None = None,
-    spans: Spans | None = None,
-    operator: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Config:
-    """The configuration of a run.
-
-    Parameters
-    ----------
-    model
-        A checkpoint folder, a hub id, or a YAML file (``.yaml``, ``.yml``) that holds a whole run,
-        on which the other arguments are laid.
-    out
-        The RUN folder.
-    remove
-        How much goes: layers (``7``), a share of the parameters (``"20%"``), or bytes (``"4GB"``).
-    spans
-        Or exactly which layers.
-    operator
-        ``auto``, ``ghost``, ``ghost-joint``, ``fold``, ...
-    settings
-        Any field, ``{"calibration.windows": 64}``; these win.
-
-    Raises
-    ------
-    ConfigError
-        If a field is unknown or a value not valid; names it and what is allowed.
-
-    Examples
-    --------
-    >>> config = make_config("my-model", remove=7, out="RUN", settings={"calibration.windows": 64})
-    >>> config.calibration.windows, config.selection.remove
-    (64, 7)
-    >>> make_config("my-model", spans=[(11, 18)], out="RUN").selection.spans
-    (Span(start=11, stop=18),)
-    """
-    model = str(model)
-    is_file = model.endswith((".yaml", ".yml"))
-    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
-    if isinstance(remove, str) and remove.isdigit():
-        remove = int(remove)
-    if spans is not None and not isinstance(spans, str):
-        spans = [[s.start, s.stop] if isinstance(s, Span) else list(s) for s in spans]
-    given = {
-        "output.path": None if out is None else str(out),
-        "selection.spans": spans,
-        "selection.remove": remove,
-        "operator.name": operator,
-    }
-    overrides |= {key: value for key, value in given.items() if value is not None}
-    overrides |= settings or {}
-    return load_config(Path(model) if is_file else None, overrides)
 
 
 def recover(

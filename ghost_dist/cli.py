@@ -79,13 +79,17 @@ def recover(
     ] = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
+    targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
+    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
+    config = _run_config(model, assignments, targets, pareto, **fields)
+    if not config.on_cluster:
+        from ghost_dist.devices import warm_up
+
+        warm_up(config.engine.device)  # beside the imports, which take as long
     from ghost_dist.api import run_config
     from ghost_dist.progress import Reporter, StatusFile
     from ghost_dist.report.terminal import print_result
 
-    targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
-    fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, targets, pareto, **fields)
     reporter = Reporter(listeners=[] if status is None else [StatusFile(status)])
     print_result(run_config(config, reporter), Path(config.output.path))
 
@@ -108,12 +112,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
-    from ghost_dist import api
-    from ghost_dist.report.terminal import print_plan
-
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
     config = _run_config(model, assignments, targets, pareto, **fields)
+    from ghost_dist import api
+    from ghost_dist.report.terminal import print_plan
+
     show(api.plan(config, measure_again=measure).tree(), as_json, print_plan)
 
 
@@ -336,8 +340,7 @@ def _run_config(
     **fields: Any,
 ) -> Any:
     """The configuration that the arguments of a run make."""
-    from ghost_dist.api import make_config
-    from ghost_dist.config_file import parse_set
+    from ghost_dist.config_file import make_config, parse_set
 
     settings = dict(map(parse_set, assignments or ()))
     given = [f"{kind} {value}" for kind, value in (targets or {}).items() if value is not None]

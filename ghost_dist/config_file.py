@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.spans import pairs_of
+from ghost_dist.spans import Span, pairs_of
 
 MAY_DIFFER = (
     *("output.", "engine.kind", "engine.replicas", "engine.experts", "cluster.", "evaluation."),
@@ -28,6 +28,10 @@ CPU). Sums of ranks that share layers are others, and are told apart by the stat
 
 AMOUNTS = ("selection.remove", "selection.target", "selection.pareto")
 """The same with ``selection.pareto``: another amount is chosen of what was searched for."""
+
+
+Spans = str | Sequence[Span | Sequence[int]]
+"""``"11:18"``, ``[(11, 18)]`` or ``[Span(11, 18)]``: half open, counted from 0."""
 
 
 def decisive_tree(config: Config) -> dict[str, Any]:
@@ -45,6 +49,64 @@ def config_tree(config: Config) -> dict[str, Any]:
     spans = config.selection.spans
     tree["selection"]["spans"] = None if spans is None else pairs_of(spans)
     return tree
+
+
+def make_config(
+    model: str | Path,
+    *,
+    out: str | Path | None = None,
+    remove: int | str | None = None,
+    spans: Spans | None = None,
+    operator: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a run.
+
+    Parameters
+    ----------
+    model
+        A checkpoint folder, a hub id, or a YAML file (``.yaml``, ``.yml``) that holds a whole run,
+        on which the other arguments are laid.
+    out
+        The RUN folder.
+    remove
+        How much goes: layers (``7``), a share of the parameters (``"20%"``), or bytes (``"4GB"``).
+    spans
+        Or exactly which layers.
+    operator
+        ``auto``, ``ghost``, ``ghost-joint``, ``fold``, ...
+    settings
+        Any field, ``{"calibration.windows": 64}``; these win.
+
+    Raises
+    ------
+    ConfigError
+        If a field is unknown or a value not valid; names it and what is allowed.
+
+    Examples
+    --------
+    >>> config = make_config("my-model", remove=7, out="RUN", settings={"calibration.windows": 64})
+    >>> config.calibration.windows, config.selection.remove
+    (64, 7)
+    >>> make_config("my-model", spans=[(11, 18)], out="RUN").selection.spans
+    (Span(start=11, stop=18),)
+    """
+    model = str(model)
+    is_file = model.endswith((".yaml", ".yml"))
+    overrides: dict[str, Any] = {} if is_file else {"model.path": model}
+    if isinstance(remove, str) and remove.isdigit():
+        remove = int(remove)
+    if spans is not None and not isinstance(spans, str):
+        spans = [[s.start, s.stop] if isinstance(s, Span) else list(s) for s in spans]
+    given = {
+        "output.path": None if out is None else str(out),
+        "selection.spans": spans,
+        "selection.remove": remove,
+        "operator.name": operator,
+    }
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    overrides |= settings or {}
+    return load_config(Path(model) if is_file else None, overrides)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:

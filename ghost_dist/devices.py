@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from ghost_dist.errors import ConfigError
 
@@ -66,6 +67,26 @@ def begin(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.set_device(numbered(device))
+
+
+def warm_up(name: str) -> None:
+    """Begin the GPU of ``engine.device``, if there is one, in a thread, for its first real work.
+
+    Its context and the libraries of products, attention and factorisations take seconds to load.
+    """
+
+    def work() -> None:
+        with contextlib.suppress(Exception):  # `open_device` says what is wrong with it
+            device = open_device(name)
+            if device.type == "cuda":
+                for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                    one = torch.ones((1, 1, 128, 128), dtype=dtype, device=device)
+                    (one @ one).softmax(-1).mean().item()
+                torch.linalg.cholesky(torch.eye(128, dtype=dtype, device=device))
+                half = one.to(torch.bfloat16)
+                functional.scaled_dot_product_attention(half, half, half, is_causal=True)
+
+    threading.Thread(target=work, name="warm-up").start()
 
 
 def numbered(device: torch.device) -> torch.device:

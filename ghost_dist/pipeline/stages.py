@@ -202,6 +202,8 @@ class Stages:
             of_layers = exported_sizes(inputs.source, inputs.architecture)
             cut = sum(of_layers[layer] for layer in Variant(spans).removed)
             kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
+            if self._again in ("calibrate", "solve"):
+                kept = 0  # nothing is exported this time
             check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
             if self._ahead is not None:
                 self._ahead.copy(Variant(spans, sublayers=self.sublayers))

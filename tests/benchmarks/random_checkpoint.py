@@ -5,6 +5,7 @@ Memory holds one shard at a time, so the size on the disk is only limited by the
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -27,12 +28,17 @@ LLAMA_8B = {
 
 FP8_BLOCK = 128
 FP8_SCALE = 0.1 / 448  # 5 standard deviations of 0.02 are the largest number
+HEADER = 1 << 16  # of layers that share their bytes: whole blocks of any file system
 
 
-def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", *, fp8=False, **sizes):
+def write_random_checkpoint(
+    folder, dtype=torch.bfloat16, device="cpu", *, fp8=False, distinct=None, **sizes
+):
     """Write a Llama of the given sizes with N(0, 0.02^2) weights, if absent; its folder.
 
     ``fp8``: projections of layers in block-scaled FP8, as DeepSeek's checkpoints have them.
+    ``distinct``: so many layers are drawn, and the others share their bytes on the disk, where the
+    file system can (btrfs, xfs): each is a file of its own that is read from the disk by itself.
     """
     folder = Path(folder)
     if (folder / "model.safetensors.index.json").exists():
@@ -45,11 +51,18 @@ def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", *, fp8=F
     for name, parameter in model.state_dict().items():
         found = re.search(r"layers\.(\d+)\.", name)
         shards.setdefault(found[1] if found else name, []).append((name, parameter.shape))
-    weight_map, total = {}, 0
+    weight_map, total, layers = {}, 0, {}
     generator = torch.Generator(device).manual_seed(0)
     for number, tensors in enumerate(shards.values()):
-        file = f"model-{number:05d}.safetensors"
-        drawn = {}
+        file, drawn = f"model-{number:05d}.safetensors", {}
+        found = re.search(r"layers\.(\d+)\.", tensors[0][0])
+        if found and distinct and int(found[1]) >= distinct:
+            alike, nbytes = layers[int(found[1]) % distinct]
+            total += nbytes
+            names = clone(folder / alike, folder / file, int(found[1]))
+            weight_map |= dict.fromkeys(names, file)
+            continue
+        before = total
         for name, shape in tensors:
             drawn[name] = torch.empty(shape, dtype=dtype, device=device)
             if name.endswith("norm.weight"):
@@ -66,6 +79,10 @@ def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", *, fp8=F
             weight_map[name] = file
             total += tensor.nbytes
         save_file(drawn, folder / file, metadata={"format": "pt"})
+        if found:
+            layers[int(found[1])] = file, total - before
+            if distinct:
+                widen_header(folder / file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
@@ -76,3 +93,35 @@ def write_random_checkpoint(folder, dtype=torch.bfloat16, device="cpu", *, fp8=F
     transformers.AutoTokenizer.from_pretrained(PICO).save_pretrained(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def header_of(path):
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def header_bytes(entries):
+    """A header of the one size, whatever the names."""
+    raw = json.dumps(entries).encode()
+    return (HEADER - 8).to_bytes(8, "little") + raw + b" " * (HEADER - 8 - len(raw))
+
+
+def widen_header(path):
+    """Write a file again with a header of the one size."""
+    entries, new = header_of(path), path.with_suffix(".new")
+    with path.open("rb") as source, new.open("wb") as target:
+        source.seek(8 + int.from_bytes(source.read(8), "little"))
+        target.write(header_bytes(entries))
+        while piece := source.read(1 << 26):
+            target.write(piece)
+    new.rename(path)
+
+
+def clone(alike, path, layer):
+    """The same bytes under another layer's names; these names."""
+    subprocess.run(["cp", "--reflink=always", alike, path], check=True)
+    entries = header_of(alike)
+    renamed = {re.sub(r"layers\.\d+\.", f"layers.{layer}.", k): v for k, v in entries.items()}
+    with path.open("r+b") as file:
+        file.write(header_bytes(renamed))
+    return [name for name in renamed if name != "__metadata__"]

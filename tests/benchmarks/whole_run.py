@@ -7,6 +7,11 @@
         --gpus-each 2 --settings paper --remove 8 --set engine.tensor_parallel=2
     python tests/benchmarks/whole_run.py FOLDER --shape 405b --fp8 --layers 12 --remove 2 \
         --settings paper --set engine.kind=streaming
+    python tests/benchmarks/whole_run.py FOLDER --shape 405b --fp8 --distinct 2 --remove 8 \
+        --settings paper --set engine.kind=streaming --until solve
+
+With --distinct layers share their bytes on the disk (FOLDER is on btrfs or xfs); --until does not
+export: `recover`, which stops where the checkpoint has no room, and the command of that stage.
 
 FOLDER takes a checkpoint of random weights (8b: 16 GB, made if absent) and the RUN folders, which
 are removed again. Each run is a fresh process with PYTHONPATH=FOLDER of its tree. With several GPUs
@@ -81,6 +86,8 @@ def main():
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["default", "paper"])
     parser.add_argument("--shape", choices=WINDOWS, default="8b")
     parser.add_argument("--layers", type=int, help="where the disk is too small for all")
+    parser.add_argument("--distinct", type=int, help="layers that are not copies of others")
+    parser.add_argument("--until", choices=["calibrate", "solve"], help="no export")
     parser.add_argument("--fp8", action="store_true", help="block-scaled, half the bytes")
     parser.add_argument("--gpus-each", type=int, default=1, help="GPUs of one run")
     parser.add_argument("--remove", type=int, default=7)
@@ -95,6 +102,7 @@ def main():
         given.folder / f"random-{given.shape}-{given.layers or 'all'}{'-fp8' * given.fp8}",
         device="cuda:0" if given.gpus else "cpu",
         fp8=given.fp8,
+        distinct=given.distinct,
         **sizes,
     )
     if given.gpus:
@@ -152,17 +160,21 @@ def one_run(given, model, name, tree, settings, gpu):
     sampler = sample_gpu(gpu, samples)
     began, wall = time.monotonic(), time.time()
     # Elsewhere than in a tree, which would be imported from instead.
-    done = subprocess.run(
-        command, env=environment, cwd=given.folder, capture_output=True, text=True, check=False
-    )
+    how = {"env": environment, "cwd": given.folder, "capture_output": True, "text": True}
+    done = subprocess.run(command, **how, check=False)
+    if given.until and "Not enough disk space" in done.stderr:
+        command = [sys.executable, "-m", "ghost_dist", given.until, str(out.absolute())]
+        done = subprocess.run(command, **how, check=False)
     seconds = {"whole": time.monotonic() - began}
     busy = [] if sampler is None else busy_samples(sampler, samples)
     if done.returncode:
         raise RuntimeError(f"{name}, {settings}: exit {done.returncode}\n{done.stderr[-4000:]}")
-    result = json.loads((out / "result.json").read_bytes())
+    records = {file.stem: json.loads(file.read_bytes()) for file in (out / "stages").glob("*.json")}
+    records = {stage: records[stage]["outputs"] for stage in STAGES if stage in records}
+    result = {} if given.until else json.loads((out / "result.json").read_bytes())
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    seconds |= {stage: result["timings_s"][stage] for stage in STAGES}
-    seconds["outside stages"] = seconds["whole"] - sum(seconds[stage] for stage in STAGES)
+    seconds |= {stage: record["seconds"] for stage, record in records.items()}
+    seconds["outside stages"] = seconds["whole"] - sum(seconds[stage] for stage in records)
     seconds["- start, imports"] = events[0]["time"] - wall
     seconds["- report, end"] = wall + seconds["whole"] - events[-1]["time"]
     shown = defaultdict(float)
@@ -170,7 +182,8 @@ def one_run(given, model, name, tree, settings, gpu):
         if event["event"] == "stage-end":
             shown[f"- {event['stage']}"] += event["seconds"]
     seconds |= shown
-    idle = result.get("gpu_idle") or {}
+    idle = {s: record["gpu_idle"] for s, record in records.items() if "gpu_idle" in record}
+    idle |= result.get("gpu_idle") or {}
     seconds |= {f"GPU idle, {stage}": f"{share:.0%}" for stage, share in idle.items()}
     passes = [e["time"] for e in events if e.get("stage") in ("select", "calibrate")]
     fits = [e["time"] for e in events if (e["event"], e.get("stage")) == ("stage-end", "solve")]
@@ -181,12 +194,12 @@ def one_run(given, model, name, tree, settings, gpu):
         within = [share for at, share in busy if first <= at <= last]
         if within:
             seconds[what] = f"{1 - sum(within) / len(within) / 100:.0%}"
-    seconds["perplexity"] = " / ".join(
-        f"{value:.4g}" for value in result["perplexity"]["text"].values()
-    )
-    seconds["removed"] = str(result["spans"])
-    for what, nbytes in result["peak_bytes"].items():
-        seconds[f"most memory, {what}, GB"] = nbytes / 1e9
+    for name, found in (result.get("perplexity") or {}).items():
+        seconds[f"perplexity, {name}"] = " / ".join(f"{value:.4g}" for value in found.values())
+    seconds["removed"] = str(records["select"]["spans"])
+    for what in ("device", "host"):
+        most = max(record[f"peak_{what}_bytes"] for record in records.values())
+        seconds[f"most memory, {what}, GB"] = most / 1e9
     shutil.rmtree(out)
     print(f"{name}, {settings}: {seconds['whole']:.1f} s", flush=True)
     return seconds
