@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ghost_dist
-from ghost_dist import api
+from ghost_dist import api, config_file
 from ghost_dist.assets.stdlib_text import CALIBRATION_MODULES, stdlib_text
 from ghost_dist.demo import PICO
 from ghost_dist.errors import ConfigError, RunFolderError
@@ -24,7 +24,9 @@ def folder(tmp_path_factory):
     text.write_text(stdlib_text(CALIBRATION_MODULES[:6]), encoding="utf-8")
     names = {**vars(api), "PICO": PICO, "folder": folder, "text": text, "torch": torch}
     runner = doctest.DocTestRunner()
-    examples = {test.name: test for test in doctest.DocTestFinder().find(api, globs=names)}
+    finder = doctest.DocTestFinder()
+    found = [test for module in (api, config_file) for test in finder.find(module, globs=names)]
+    examples = {test.name: test for test in found}
     # That of recover first: another reads its run.
     for name in sorted(examples, key=lambda name: name != "ghost_dist.api.recover"):
         runner.run(examples[name])
