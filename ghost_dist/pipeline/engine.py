@@ -42,10 +42,14 @@ def with_engine(
     if known and inputs.fit_room:
         inputs = replace(inputs, fit_room=known.get("fit_room", inputs.fit_room))
     if config.on_cluster:
-        if inputs.streaming or inputs.device.type == "cpu":
+        if inputs.streaming:
             return inputs
-        holds = known["driver"] == "cuda" if known else _driver_holds(inputs, reporter)
-        return inputs if holds else replace(inputs, device=torch.device("cpu"))
+        began = {"kind": "resident", "driver": inputs.device.type}
+        if began.items() <= known.items() if known else _driver_holds(inputs, reporter):
+            return inputs
+        if config.needs_whole_model is not None:
+            return replace(inputs, device=torch.device("cpu"))
+        return replace(inputs, streaming=True)
     if config.engine.kind != "auto":
         return inputs
     if whole is None and config.needs_whole_model is not None:
@@ -89,7 +93,7 @@ def holds_search(inputs: RunInputs) -> bool:
 
 
 def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
-    """Whether the driver of a cluster can run the whole model on its GPU, for what comes last."""
+    """Whether the driver of a cluster can hold the whole model, for what comes last."""
     run = shape_of(inputs)
     costs, free = costs_of(run), run.free_bytes
     needs = {
@@ -100,10 +104,11 @@ def _driver_holds(inputs: RunInputs, reporter: Reporter) -> bool:
     stage = max(needs, key=lambda name: needs[name])
     if needs[stage] <= SHARE_OF_FREE_MEMORY * free:
         return True
-    reporter.warn(
-        f"the last stages need {needs[stage] / 1e9:.1f} GB ({stage}) on the driver's GPU, which "
-        f"has {free / 1e9:.1f} GB free: verification, and evaluation and the choice by KL if asked "
-        "for, run on its CPU."
+    whole = inputs.config.needs_whole_model
+    how = "read the model layer by layer" if whole is None else f"hold it on the CPU ({whole[0]})"
+    reporter.say(
+        f"the last stages, which the driver runs, {how}: whole it needs {needs[stage] / 1e9:.1f} GB"
+        f" ({stage}) on {device_name(inputs.device)}, which has {free / 1e9:.1f} GB free"
     )
     return False
 

@@ -35,6 +35,7 @@ from ghost_dist.errors import (
     NonFiniteActivationError,
     RunMismatchError,
 )
+from ghost_dist.pipeline import engine
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.report.record import RunRecord
 from ghost_dist.report.trace import trace_of
@@ -130,6 +131,36 @@ def test_selection_on_a_cluster(make_config, cluster, tmp_path, criterion, spans
     alone = make_config(**fields)
     found = recover_on_cluster(on_cluster, again="select")
     assert found == recover(alone, again="select")
+
+
+def test_a_driver_without_room_reads_layer_by_layer(make, tmp_path, text_file, monkeypatch, capsys):
+    fields = {
+        "operator__name": "auto",
+        "operator__choose": "kl",
+        "evaluation__corpora": {"text": str(text_file)},
+        "evaluation__windows": 2,
+        "evaluation__window_length": 64,
+    }
+    results = {}
+    for name in ("whole", "little"):
+        with monkeypatch.context() as patched:
+            if name == "little":
+                patched.setattr(engine, "free_bytes", lambda _: 1000)
+            config = make(**fields, output__path=str(tmp_path / name))
+            results[name] = recover_on_cluster(config)
+    assert "which the driver runs, read the model layer by layer" in capsys.readouterr().err
+    whole, little = results["whole"], results["little"]
+    assert whole["samples"]
+    assert not little["samples"]  # a token generated would be a model read
+    assert worst_difference(*(operator_tensors(tmp_path / name) for name in results)) == 0
+    assert little["chosen"] == whole["chosen"]
+    for variant, perplexity in whole["perplexity"]["text"].items():
+        assert little["perplexity"]["text"][variant] == pytest.approx(perplexity, rel=1e-5)
+    # With room again it goes on as it began.
+    (tmp_path / "little" / "stages" / "evaluate.json").unlink()
+    again = recover_on_cluster(make(**fields, output__path=str(tmp_path / "little")))
+    assert again["perplexity"] == little["perplexity"]
+    assert not again["samples"]
 
 
 def test_resident_replicas_give_the_bits_of_one_process(
