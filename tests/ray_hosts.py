@@ -39,10 +39,13 @@ ray._private.services.sys = Changed(sys, executable=sys.argv.pop(1))
 from ray.scripts.scripts import cli
 cli()
 """
-# What time(2), gettimeofday and clock_gettime say, shifted by the seconds in a mapped file.
+# What time(2), gettimeofday and clock_gettime say, shifted by the seconds in a mapped file; and
+# until when a condition is waited for, by that clock (others count from the start of the machine).
 CLOCK = r"""
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -58,7 +61,18 @@ static long shift(void) {
   }
   return *offset;
 }
-__attribute__((constructor)) static void begin(void) { shift(); }
+static int (*wait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+__attribute__((constructor)) static void begin(void) {
+  shift();
+  wait = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+  if (!wait) wait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+}
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex,
+                           const struct timespec *until) {
+  struct timespec real = *until;
+  if (real.tv_sec > 1000000000) real.tv_sec -= shift();
+  return wait(condition, mutex, &real);
+}
 int clock_gettime(clockid_t clock, struct timespec *now) {
   int result = syscall(SYS_clock_gettime, clock, now);
   if (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) now->tv_sec += shift();
@@ -119,7 +133,7 @@ class Hosts:
     def begin(self):
         library, source = self.folder / "clock.so", self.folder / "clock.c"
         source.write_text(CLOCK)
-        do("cc", "-shared", "-fPIC", "-O2", "-o", library, source)
+        do("cc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl")
         if not self._stack.enter_context(mounted(self.shared)):
             pytest.skip("no file system can be mounted here (root and mkfs.ext4 needed)")
         Path("/tmp/ray").mkdir(exist_ok=True)
