@@ -194,8 +194,8 @@ def one_run(given, model, name, tree, settings, gpu):
         within = [share for at, share in busy if first <= at <= last]
         if within:
             seconds[what] = f"{1 - sum(within) / len(within) / 100:.0%}"
-    for name, found in (result.get("perplexity") or {}).items():
-        seconds[f"perplexity, {name}"] = " / ".join(f"{value:.4g}" for value in found.values())
+    for corpus, found in (result.get("perplexity") or {}).items():
+        seconds[f"perplexity, {corpus}"] = " / ".join(f"{value:.4g}" for value in found.values())
     seconds["removed"] = str(records["select"]["spans"])
     for what in ("device", "host"):
         most = max(record[f"peak_{what}_bytes"] for record in records.values())
