@@ -1,8 +1,13 @@
-"""How much goes, or what should come out, as people write it: ``20%``, ``4GB``, ``kv 60%``."""
+"""How much goes, or what should come out, as people write it: ``20%``, ``4GB``, ``kv 60%``.
+
+And any value as they would have written it, for messages.
+"""
 
 import contextlib
 import re
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 _UNITS = "units: B, kB (not KB), MB, GB, TB, kiB, MiB, GiB, TiB"
 _SIZES = "a number of layers (7), a share of the parameters (20%), or bytes (4GB, 512MiB"
@@ -10,6 +15,16 @@ _TARGETS = (
     "speedup 1.3 (more than 1, of a whole request), speedup 1.3 prefill, speedup 1.3 decode, kv "
     f"60% (more than 0, less than 100), or bytes 20GB ({_UNITS})"
 )
+
+
+def shown(value: Any) -> str:
+    """As it stands behind ``--set``, but text in quotes."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        return yaml.safe_dump(value, default_flow_style=True, width=1 << 30).split("\n")[0]
+    except yaml.YAMLError:  # what only Python can give
+        return str(value)
 
 
 def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:

@@ -28,6 +28,7 @@ from ghost_dist.pipeline.recover import recover as _recover
 from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.report.record import RunRecord
+from ghost_dist.run_folder import recover_command
 from ghost_dist.spans import Span, parse_spans
 
 
@@ -49,8 +50,7 @@ class RecoveredRun:
         result = RunRecord(self.path).result
         if result is None:
             raise RunFolderError(
-                f"The run in {self.path} is not finished. Continue it: ghost-dist recover "
-                f"{self.path / 'config.yaml'}"
+                f"The run in {self.path} is not finished. Continue it: {recover_command(self.path)}"
             )
         return result
 
@@ -174,7 +174,7 @@ def plan(
     ConfigError
         If the run cannot fit; says what is needed, what is there, and what would fit.
     """
-    config = _config(model, out, remove, spans, operator, settings)
+    config = _config(model, out, remove, spans, operator, settings, runs=False)
     return plan_run(config, measure_again=measure_again)
 
 
@@ -255,11 +255,11 @@ def check_ray(who_needs: str) -> None:
         )
 
 
-def _config(model: str | Path | Config, *arguments: Any) -> Config:
+def _config(model: str | Path | Config, *arguments: Any, runs: bool = True) -> Config:
     names = ("out", "remove", "spans", "operator", "settings")
     given = {n: a for n, a in zip(names, arguments, strict=True) if a is not None}
     if not isinstance(model, Config):
-        return make_config(model, **given)
+        return make_config(model, runs=runs, **given)
     if given:
         raise ConfigError(
             f"A whole configuration was given, and {', '.join(given)} beside it. Put "

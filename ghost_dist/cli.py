@@ -1,6 +1,6 @@
 """The ``ghost-dist`` command: arguments to a configuration, a configuration to the pipeline.
 
-Exit codes: 0 done, 1 the work failed, 2 the command or configuration is wrong, 130 and 143
+Exit codes: 0 done, 1 the work failed, 2 the command or what it names has to be changed, 130 and 143
 stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continues it.
 """
 
@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from ghost_dist import __version__, cli_jobs
 from ghost_dist.cli_jobs import Json, Set, show
-from ghost_dist.errors import ConfigError, GhostDistError, RunMismatchError
+from ghost_dist.errors import ConfigError, GhostDistError
 
 app = typer.Typer(
     name="ghost-dist",
@@ -114,7 +114,7 @@ def plan(
     """What recover would read, hold, compute and take, from headers only; says if it cannot fit."""
     targets = {"speedup": target_speedup, "kv": target_kv, "bytes": target_bytes}
     fields = {"out": out, "remove": remove, "spans": spans, "operator": operator}
-    config = _run_config(model, assignments, targets, pareto, **fields)
+    config = _run_config(model, assignments, targets, pareto, runs=False, **fields)
     from ghost_dist import api
     from ghost_dist.report.terminal import print_plan
 
@@ -305,10 +305,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # which makes another status of it.
         if stopped_by:
             _fail("stopped. The same command continues.", 128 + stopped_by[0])
-        if isinstance(error, (ConfigError, RunMismatchError)):
-            _fail(str(error), 2)
         if isinstance(error, GhostDistError):
-            _fail(str(error), 1)
+            _fail(str(error), error.exit_status)
         if isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename else ""
             _fail(

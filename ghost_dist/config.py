@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ghost_dist.amounts import parse_amount, parse_size, parse_target
+from ghost_dist.amounts import parse_amount, parse_size, parse_target, shown
 from ghost_dist.engine_config import ClusterConfig, EngineConfig, Section
 from ghost_dist.ridge import Ridge
 from ghost_dist.spans import Span, Sublayer, check_units, parse_spans, parse_sublayers
@@ -92,7 +92,7 @@ def _as_span(pair: Any) -> Span:
         return pair
     if isinstance(pair, Sequence) and len(pair) == 2 and all(type(i) is int for i in pair):
         return Span(*pair)
-    raise ValueError(f"{pair!r} is not a [start, stop] pair of integers")
+    raise ValueError(f"{shown(pair)} is not a [start, stop] pair of whole numbers")
 
 
 class SelectionConfig(Section):
@@ -118,10 +118,10 @@ class SelectionConfig(Section):
     one can then be chosen by ``remove`` or ``target``, and is not searched for again."""
     spans: tuple[Annotated[Span, BeforeValidator(_as_span)], ...] | None = None
     """Explicit half-open spans, ``[[11, 18]]`` or ``11:18``, also several, also at 0 or up to the
-    last layer; overrides criterion and remove."""
+    last layer; in the place of remove and target."""
     sublayers: tuple[str, ...] = ()
     """Explicit attentions and MLPs of layers that stay, ``attention:5,mlp:7``, beside ``spans`` or
-    alone; overrides criterion and remove."""
+    alone; in the place of remove and target."""
     max_spans: int | None = Field(default=None, ge=1)
     """search: most separate spans to remove; null: any number. paper removes one."""
     effort: Literal["quick", "normal", "thorough"] | Annotated[int, Field(ge=1)] = "normal"
@@ -149,8 +149,9 @@ class SelectionConfig(Section):
     @field_validator("pareto", mode="before")
     @classmethod
     def _read_pareto(cls, value: Any) -> Any:
-        listed = value if isinstance(value, list | tuple) else str(value).split(",")
-        return [parse_amount(str(one).strip()) for one in listed]
+        text = value if isinstance(value, str) else shown(value)
+        listed = value if isinstance(value, list | tuple) else text.split(",")
+        return [parse_amount(one.strip() if isinstance(one, str) else shown(one)) for one in listed]
 
     @property
     def points(self) -> tuple[SelectionConfig, ...]:
@@ -175,7 +176,8 @@ class SelectionConfig(Section):
     @field_validator("sublayers", mode="before")
     @classmethod
     def _read_sublayers(cls, value: Any) -> Any:
-        text = value if isinstance(value, str) else ",".join(map(str, value or ()))
+        listed = value if isinstance(value, list | tuple) else [value or ""]
+        text = ",".join(one if isinstance(one, str) else shown(one) for one in listed)
         return tuple(map(str, parse_sublayers(text)))
 
     @property
@@ -204,12 +206,12 @@ class SelectionConfig(Section):
 
     @model_validator(mode="after")
     def _spans_or_number(self) -> SelectionConfig:
-        if self.target is not None and (self.given or self.remove is not None):
-            raise ValueError(
-                f"target={self.target} says how much is removed, and spans, sublayers or remove "
-                "say it too: give one of them"
-            )
-        if not self.given and self.remove is None and self.target is None:
+        units = "sublayers" if self.spans is None else "spans"
+        ways = {"remove": self.remove, "target": self.target, units: self.given or None}
+        said = [name for name, value in ways.items() if value is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} each say what is removed: give one of them")
+        if not said:
             raise ValueError(
                 "say which layers go: spans (--spans 11:18), their number (--remove 7), or what "
                 "is wanted (--target-speedup 1.3, --target-kv 60%, --target-bytes 20GB)"

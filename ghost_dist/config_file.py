@@ -12,6 +12,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ghost_dist.amounts import shown
 from ghost_dist.config import Config
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
@@ -29,6 +30,8 @@ CPU). Sums of ranks that share layers are others, and are told apart by the stat
 AMOUNTS = ("selection.remove", "selection.target", "selection.pareto")
 """The same with ``selection.pareto``: another amount is chosen of what was searched for."""
 
+
+_WAYS = ("remove", "target", "spans", "sublayers")
 
 Spans = str | Sequence[Span | Sequence[int]]
 """``"11:18"``, ``[(11, 18)]`` or ``[Span(11, 18)]``: half open, counted from 0."""
@@ -59,6 +62,7 @@ def make_config(
     spans: Spans | None = None,
     operator: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    runs: bool = True,
 ) -> Config:
     """The configuration of a run.
 
@@ -77,6 +81,8 @@ def make_config(
         ``auto``, ``ghost``, ``ghost-joint``, ``fold``, ...
     settings
         Any field, ``{"calibration.windows": 64}``; these win.
+    runs
+        Whether it is to be run, for which it needs ``out``; not for a plan.
 
     Raises
     ------
@@ -106,18 +112,19 @@ def make_config(
     }
     overrides |= {key: value for key, value in given.items() if value is not None}
     overrides |= settings or {}
-    return load_config(Path(model) if is_file else None, overrides)
+    return load_config(Path(model) if is_file else None, overrides, runs=runs)
 
 
-def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
+def load_config(path: Path | None, overrides: Mapping[str, Any], *, runs: bool = True) -> Config:
     """Read a YAML file (or nothing) and lay ``section.field`` overrides on it.
 
     Values of overrides that are strings are not parsed here. A ConfigError names the field, what
     was given, what is allowed, and for an unknown key the nearest known one.
     """
     tree = {} if path is None else _read(path)
-    for key, value in overrides.items():
-        set_field(tree, key, value)
+    lay(tree, overrides)
+    if not runs and isinstance(output := tree.setdefault("output", {}), dict):
+        output.setdefault("path", ".")
     try:
         return config_from_tree(tree)
     except ConfigError as error:
@@ -145,10 +152,25 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"Configuration file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Configuration file {path} is not valid YAML: {error}") from error
+        raise ConfigError(f"Configuration file {path} is not valid YAML: {_said(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"Configuration file {path} must hold sections, such as model: ...")
     return tree
+
+
+def lay(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Lay ``section.field`` values on a configuration's nested dictionaries.
+
+    What says how much or which layers go takes the place of what says it in the tree.
+    """
+    said = {way for way in _WAYS if overrides.get(f"selection.{way}")}
+    fields = tree.get("selection")
+    if said and isinstance(fields, dict):
+        beside = {"spans", "sublayers"} if said <= {"spans", "sublayers"} else set()
+        gone = {*_WAYS} - beside
+        tree["selection"] = {key: value for key, value in fields.items() if key not in gone}
+    for key, value in overrides.items():
+        set_field(tree, key, value)
 
 
 def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -164,7 +186,9 @@ def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
     field, *below = path
     fields = tree.get(section) or {}
     if not isinstance(fields, dict):
-        raise ConfigError(f"{key}: {section} holds {fields!r}, expected fields, such as {field}.")
+        raise ConfigError(
+            f"{key}: {section} holds {shown(fields)}, expected fields, such as {field}."
+        )
     for part in reversed(below):
         value = {part: value}
     known = _model_at([section])
@@ -186,7 +210,13 @@ def parse_set(assignment: str) -> tuple[str, Any]:
     try:
         return key, yaml.load(text, _YamlLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+        raise ConfigError(
+            f"--set {assignment}: the value is not valid YAML: {_said(error)}"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error).replace(' in "<unicode string>",', " at")
 
 
 _GONE = {
@@ -235,7 +265,7 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         for field in sorted({*before, *after}):
             a, b = before.get(field), after.get(field)
             if a != b:
-                lines.append(f"{section}.{field}: {a!r} in RUN, {b!r} now")
+                lines.append(f"{section}.{field}: {shown(a)} in RUN, {shown(b)} now")
     return lines
 
 
@@ -283,13 +313,13 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"Configuration field {where} is missing{hint}.")
         elif not where:  # of several sections
             lines.append(f"{message.rstrip('.')}.")
-        elif message.startswith("Input should be "):
+        elif message.startswith(("Input should be ", "String should ")):
             words = expected.setdefault(where, (item["input"], []))[1]
             kind = _PYDANTICS.sub("", message)
             words.append(_PLAIN.get(kind, kind))
         else:
             # Of a whole section what was given is no help.
-            got = "" if where.count(".") == 0 else f" (got {item['input']!r})"
+            got = "" if where.count(".") == 0 else f" (got {shown(item['input'])})"
             lines.append(f"{where}: {message.rstrip('.')}{got}.")
     for where, (got, words) in expected.items():
         allowed = " or ".join(words)
@@ -297,13 +327,15 @@ def _describe(error: ValidationError) -> str:
         hint = f" Did you mean {near}?" if near else ""
         if isinstance(got, str) and got in INSTEAD:
             hint = f" It was of an earlier version and is gone: give {INSTEAD[got]}."
-        lines.append(f"{where}: got {got!r}, expected {allowed}.{hint}")
+        lines.append(f"{where}: got {shown(got)}, expected {allowed}.{hint}")
     return "\n".join(dict.fromkeys(lines))
 
 
-_ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|int|float|auto|\w+Ridge)$")
+_ALTERNATIVE = re.compile(r"literal\[|constrained-|function-|(str|bool|int|float|auto|\w+Ridge)$")
 """Parts of a place that pydantic names after the kinds of value that a field may have."""
-_PYDANTICS = re.compile("^Input should be |, unable to parse .*| or instance of .*")
+_PYDANTICS = re.compile(
+    "^Input should be |^String should |, (unable to|got a number) .*| or instance of .*"
+)
 """Words of its messages that say nothing to a user."""
 _PLAIN = {
     "a valid tuple": "a list",
@@ -312,6 +344,8 @@ _PLAIN = {
     "a valid dictionary": "names and values, such as {name: FILE}",
     "a valid boolean": "true or false",
     "a valid string": "text",
+    "have at least 1 character": "text of at least 1 character",
+    r"match pattern '^(auto|cpu|cuda(:\d+)?)$'": "auto, cpu, cuda or cuda:0",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,6 +160,11 @@ class RunFolder:
             )
 
 
+def recover_command(run: Path) -> str:
+    """What continues or renews the run in a folder."""
+    return f"ghost-dist recover {shlex.quote(str(run / 'config.yaml'))}"
+
+
 def stored(path: Path, read: Callable[[Path, Mapping[str, Any]], Read]) -> Read:
     """The configuration of the RUN folder, as ``read`` gives it of a file and overrides."""
     file = path / "config.yaml"
@@ -170,7 +176,7 @@ def stored(path: Path, read: Callable[[Path, Mapping[str, Any]], Read]) -> Read:
         raise RunFolderError(
             f"The configuration of the run in {path} is damaged, or of another version of "
             f"ghost_dist: {error}\nMend {file}; or remove it and run recover with the whole "
-            f"configuration and --out {path}, which keeps what is finished."
+            f"configuration and --out {shlex.quote(str(path))}, which keeps what is finished."
         ) from error
 
 

@@ -10,6 +10,7 @@ from ghost_dist.config_file import (
     decisive_tree,
     differing_fields,
     load_config,
+    make_config,
     parse_set,
     shown_tree,
 )
@@ -34,8 +35,35 @@ def test_file_and_overrides_make_one_configuration(tmp_path):
     assert config.calibration.windows == 64
 
 
+@pytest.mark.parametrize(
+    ("in_file", "given", "left"),
+    [
+        ("spans: 3:5", {"remove": 7}, {"remove": 7}),
+        ("spans: 3:5, sublayers: [mlp:9]", {"target": "kv 60%"}, {"target": "kv 60%"}),
+        ("remove: 7", {"spans": "3:5"}, {"spans": (Span(3, 5),)}),
+        ("spans: 3:5", {"sublayers": "mlp:9"}, {"spans": (Span(3, 5),), "sublayers": ("mlp:9",)}),
+        ("remove: 7", {"max_spans": 1}, {"remove": 7}),
+    ],
+)
+def test_what_goes_is_as_the_command_line_says(tmp_path, in_file, given, left):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: m}}\nselection: {{{in_file}}}\noutput: {{path: r}}\n")
+    config = load_config(path, {f"selection.{key}": value for key, value in given.items()})
+    of = {key: getattr(config.selection, key) for key in ("remove", "target", "spans", "sublayers")}
+    assert {key: value for key, value in of.items() if value} == left
+
+
+def test_a_plan_needs_no_folder(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\nselection: {remove: 3}\n")
+    assert make_config(path, runs=False).output.path == "."
+    assert make_config(path, runs=False, out="r").output.path == "r"
+    with pytest.raises(ConfigError, match=r"output\.path"):
+        make_config(path)
+
+
 def test_tree_round_trips_through_yaml():
-    config = load_config(None, {**MINIMAL, "selection.spans": "3:5,7:9"})
+    config = load_config(None, {**MINIMAL, **TARGET, "selection.spans": "3:5,7:9"})
     assert config_from_tree(yaml.safe_load(yaml.safe_dump(config_tree(config)))) == config
 
 
@@ -47,7 +75,9 @@ def test_tree_round_trips_through_yaml():
         ({"operator.name": "ghst"}, "ghst.*Did you mean ghost"),
         ({"selection.remove": 0}, r"selection\.remove.*got 0"),
         ({"selection.remove": None}, "which layers go"),
-        ({"selection.target": "kv 60%"}, "remove say it too"),
+        ({"selection.target": "kv 60%"}, "remove and target each say .* give one of them"),
+        ({"selection.spans": "3:5"}, "remove and spans each say .* give one of them"),
+        ({"selection.sublayers": "mlp:3"}, "remove and sublayers each say .* give one of them"),
         ({**TARGET, "selection.target": "kv 60%", "selection.spans": "3:5"}, "give one of them"),
         ({**TARGET, "selection.target": "speedup 1"}, "give speedup 1.3"),
         ({**TARGET, "selection.target": "speedup 1.3 training"}, "give speedup 1.3"),
@@ -73,9 +103,9 @@ def test_tree_round_trips_through_yaml():
         ({"selection.pareto": ""}, "'' is no size or target"),
         ({"selection.pareto": "2,,4"}, "pareto: '' is no size or target"),
         ({"selection.pareto": [2, "bytes 1KB"]}, "'bytes 1KB' is no size or target: .* kB .not KB"),
-        ({"selection.spans": [[3]]}, "pair of integers"),
-        ({"selection.spans": []}, "spans is empty"),
-        ({"selection.spans": "5:3"}, "empty"),
+        ({"selection.spans": [[3]]}, "pair of whole numbers"),
+        ({**TARGET, "selection.spans": []}, "spans is empty"),
+        ({**TARGET, "selection.spans": "5:3"}, "empty"),
         ({"operator.ridge": {"absolute": -1}}, "absolute"),
         ({"operator.folds": 1}, r"operator\.folds"),
         ({"engine.device": "gpu"}, r"engine\.device"),
@@ -97,8 +127,9 @@ def test_missing_sections_are_named():
 
 @pytest.mark.parametrize("text", ["calibration.windows", "windows=3", "a.b=[1"])
 def test_set_needs_section_field_value(text):
-    with pytest.raises(ConfigError, match="--set"):
+    with pytest.raises(ConfigError, match="--set") as raised:
         parse_set(text)
+    assert "unicode" not in str(raised.value)
 
 
 def test_set_reads_yaml_and_exponents():
@@ -114,7 +145,7 @@ def test_a_span_is_no_number_in_base_60(tmp_path):
     path.write_text("model: {path: m}\nselection: {spans: 11:18}\noutput: {path: r}\n")
     expected = (Span(11, 18),)
     assert load_config(path, {}).selection.spans == expected
-    assert load_config(None, {**MINIMAL, key: value}).selection.spans == expected
+    assert load_config(None, {**MINIMAL, **TARGET, key: value}).selection.spans == expected
     with pytest.raises(ConfigError, match=r"spans.*pairs, or 11:18 \(got 678\)"):
         load_config(None, {**MINIMAL, key: 678})
 
@@ -181,7 +212,22 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
             "operator.ridge: expected auto, {relative: 0.1} or {absolute: 1e-6} (got 0.1).",
         ),
         ({"engine.batch": "x"}, "engine.batch: got 'x', expected 'auto' or a whole number."),
-        ({"model.path.x": 1}, "model.path: got {'x': 1}, expected text."),
+        ({"model.path.x": 1}, "model.path: got {x: 1}, expected text."),
+        ({"model.path": None}, "model.path: got null, expected text."),
+        ({"model.path": ""}, "model.path: got '', expected text of at least 1 character."),
+        (
+            {"calibration.window_bos": [True]},
+            "calibration.window_bos: got [true], expected 'auto' or true or false.",
+        ),
+        ({"evaluation.limit": 1.5}, "evaluation.limit: got 1.5, expected a whole number."),
+        ({"engine.device": "x"}, "engine.device: got 'x', expected auto, cpu, cuda or cuda:0."),
+        (
+            {"selection.sublayers": True},
+            (
+                "selection.sublayers: Sublayer 'true' is not of the form attention:LAYER or "
+                "mlp:LAYER (counted from 0), for example attention:5,mlp:7 (got true)."
+            ),
+        ),
         (
             {"model": "x", "model.path": "y"},
             "model.path: model holds 'x', expected fields, such as path.",
@@ -192,7 +238,7 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
             "evaluation.corpora: got 'a.txt', expected names and values, such as {name: FILE}.",
         ),
         (
-            {"selection.spans": "10:5"},
+            {**TARGET, "selection.spans": "10:5"},
             "selection: Span [10, 5) is empty: its stop must be greater than its start.",
         ),
         (

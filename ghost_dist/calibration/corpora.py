@@ -180,7 +180,7 @@ def _load_saved(folder: Path, config: str | None, named_split: str | None, split
         return saved[wanted]
     if named_split is not None and named_split != str(saved.split):
         raise CalibrationError(
-            f"{folder} holds one dataset without splits (its own is {saved.split}), not "
+            f"{folder} holds one dataset without splits ({saved.split or 'unnamed'}), not "
             f"{named_split!r}; leave the split away."
         )
     return saved

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
+from ghost_dist.amounts import shown
 from ghost_dist.errors import CalibrationError
 
 Chat: TypeAlias = list[dict[str, Any]]
@@ -88,7 +89,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         speaker = message.pop("from")
         if speaker not in _SHAREGPT_ROLES:
             raise CalibrationError(
-                f"{where} has a message from {speaker!r}; expected one of "
+                f"{where} has a message from {shown(speaker)}; expected one of "
                 f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or leave this row out."
             )
         message = {"role": _SHAREGPT_ROLES[speaker], "content": message.pop("value", "")} | message

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ghost_dist.amounts import shown
 from ghost_dist.calibration.packing import SEPARATOR, OnProgress, TokenArray, encode
 from ghost_dist.calibration.sampling import Text, spread_tokens
 from ghost_dist.durable import write_bytes
@@ -147,7 +148,7 @@ def load_windows(path: Path) -> TokenWindows:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise CorruptStoreError(
-                    f"{path} holds {metadata.get('format')!r}, expected {_FORMAT!r}. {remedy}"
+                    f"{path} holds {shown(metadata.get('format'))}, expected {_FORMAT!r}. {remedy}"
                 )
             tokens = file.get_tensor("tokens")
             source_of = tuple(map(int, json.loads(metadata.get("source_of", "[]"))))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ghost_dist.amounts import shown
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers
 
@@ -60,8 +61,8 @@ def find_layer_fields(config: Any) -> LayerFields:
     for name, reason in _ENTANGLED.items():
         if fields.get(name):
             raise UnsupportedArchitectureError(
-                f"Family {family} is not supported: {reason} ({name}={fields[name]!r}), so a layer "
-                "cannot be removed by itself."
+                f"Family {family} is not supported: {reason} ({name}={shown(fields[name])}), so a "
+                "layer cannot be removed by itself."
             )
     if "shared" in (fields.get("indexer_types") or ()):
         raise UnsupportedArchitectureError(

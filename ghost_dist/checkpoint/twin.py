@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghost_dist.amounts import shown
 from ghost_dist.spans import Span, kept_layers
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -107,7 +108,7 @@ def _layer_difference(
                 before, after, rel_tol=1e-12
             )
             if not (before == after or close or is_number or is_description):
-                return f"{where}{name}={before!r} becomes {after!r}"
+                return f"{where}{name}={shown(before)} becomes {shown(after)}"
     return None
 
 

@@ -170,8 +170,9 @@ class Jobs:
             open_to_all = error.code not in (401, 403)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"No Ray cluster answers at {self.address} ({error}). Check the address and "
-                "port of its dashboard (8265 if not set otherwise), and that it can be reached."
+                f"No Ray cluster answers at {self.address} ({getattr(error, 'reason', error)}). "
+                "Check the address and port of its dashboard (8265 if not set otherwise), and that "
+                "it can be reached."
             ) from error
         if open_to_all and not allow_unauthenticated:
             raise ConfigError(

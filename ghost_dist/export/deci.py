@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ghost_dist.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
-from ghost_dist.errors import ConfigError, ExportError
+from ghost_dist.errors import ConfigError
 from ghost_dist.export.rewrite import not_written, write_weights
 from ghost_dist.export.shards import NewTensor, plan_shards
 from ghost_dist.export.side_files import copy_side_files
@@ -30,8 +30,7 @@ _OF_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..*)")
 def export_deci(checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the folder ``out`` from an exported checkpoint, byte by byte; it must not be there yet.
 
-    Raises ExportError where the layout cannot say what the checkpoint computes, ConfigError where
-    ``out`` is there.
+    Raises ConfigError if the layout cannot say what the checkpoint computes, or ``out`` is there.
     """
     if out.exists():
         raise ConfigError(f"{out} exists. Give a folder that is not there yet.")
@@ -56,7 +55,7 @@ def _check(source: Checkpoint) -> None:
     family = source.config["model_type"]
     other = [f"its model_type is {family}"] if family != "ghost_llama" else []
     if found := other or _problems(source):
-        raise ExportError(
+        raise ConfigError(
             f"{source.path} cannot be written in DeciLM's layout: {'; '.join(found)}. That takes a "
             "Llama (model_type ghost_llama) with operator.name=norm-linear, or without attentions "
             "or MLPs. If only whole layers went, with fold or no operator, llama.cpp's converter "

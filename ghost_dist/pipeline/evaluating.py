@@ -24,6 +24,11 @@ from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import pairs_of
 
 NOT_USED: dict[str, Any] = {"tasks": {}, "samples": [], "generation": {}, "probes": {}}
+_STREAMED = (
+    "Texts were not continued and probes not asked: the model is read layer by layer, which each "
+    "token that it generates would take again."
+)
+_TOO_SHORT = "Probes that were left out, since the model has too few positions: {}."
 
 
 class Evaluation:
@@ -51,8 +56,8 @@ class Evaluation:
     def measure(self) -> dict[str, Any]:
         """All figures, as the record of the stage holds them."""
         inputs = self._inputs
-        if inputs.streaming:  # a token generated would be a model read
-            return {**_figures(self._scores(None)), **NOT_USED}
+        if inputs.streaming:
+            return {**_figures(self._scores(None)), **NOT_USED, "unasked": [_STREAMED]}
         model = open_causal_lm(inputs, own=True)
         return {**_figures(self._scores(model)), **self._used(model)}
 
@@ -109,11 +114,14 @@ class Evaluation:
             for number, (name, ids) in enumerate(asked if goes_on else [])
             if name not in [before for before, _ in asked[:number]]
         ]
+        answers = said.get("answers probes", {})
+        short = [name for name, right in answers.get("dense", {}).items() if not right]
         return {
             "tasks": tasks,
             "samples": samples,
             "generation": generation(goes_on) if goes_on else {},
-            "probes": shares(said.get("answers probes", {})),
+            "probes": shares(answers),
+            "unasked": [_TOO_SHORT.format(", ".join(short))] if short else [],
         }
 
     def _tasks(self, model: Any, variant: str) -> dict[str, dict[str, Any]]:

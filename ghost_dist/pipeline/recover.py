@@ -22,8 +22,8 @@ from ghost_dist.config_file import (
     config_tree,
     config_yaml,
     decisive_tree,
+    lay,
     parse_set,
-    set_field,
 )
 from ghost_dist.devices import gpu_name
 from ghost_dist.durable import fingerprint, json_bytes, write_bytes
@@ -171,7 +171,7 @@ def _report(run: RunFolder, device: torch.device, reporter: Reporter) -> None:
     except Exception as error:
         reporter.warn(
             f"The report could not be written ({type(error).__name__}: {error}). The run itself is "
-            f"finished and whole. Again: ghost-dist report {run.path}"
+            f"finished and whole. Again: ghost-dist report {shlex.quote(str(run.path))}"
         )
     else:
         reporter.say(f"report: {page}")
@@ -215,6 +215,7 @@ def _result(
         **{key: evaluation[key] for key in ("perplexity", "agreement", "tasks", "samples")},
         # Not of records before 2026-12.
         **{key: evaluation.get(key, {}) for key in ("generation", "probes")},
+        "unasked": evaluation.get("unasked", []),
         "no_better_than_cut": no_better_than_cut(
             solution.record["candidates"], evaluation["perplexity"]
         ),
@@ -306,13 +307,10 @@ def _store(path: Path, old: Config, new: Config) -> None:
 
 
 def _changed(stored: Config, stage: Stage, assignments: Sequence[str]) -> Config:
-    tree, keys = config_tree(stored), []
-    for assignment in assignments:
-        key, value = parse_set(assignment)
-        set_field(tree, key, value)
-        keys.append(key)
+    tree, overrides = config_tree(stored), dict(map(parse_set, assignments))
+    lay(tree, overrides)
     config = with_absolute_paths(config_from_tree(tree))
-    for key in keys:
+    for key in overrides:
         open_fields = (*OPEN_FIELDS[stage], "output.callback")
         if not any(f"{key}.".startswith(f"{field}.") for field in open_fields):
             allowed = ", ".join(f"{field}.*" for field in OPEN_FIELDS[stage])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ghost_dist.amounts import shown
 from ghost_dist.durable import fingerprint, read_sealed
 from ghost_dist.errors import RunMismatchError
 
@@ -51,7 +52,7 @@ def check_same_plan(path: Path, found: StatisticsPlan, wanted: StatisticsPlan) -
     flat_found = {**found.tree(), **found.inputs}
     flat_wanted = {**wanted.tree(), **wanted.inputs}
     differing = [
-        f"{key}: {flat_found.get(key)!r} in the store, {flat_wanted.get(key)!r} now"
+        f"{key}: {shown(flat_found.get(key))} in the store, {shown(flat_wanted.get(key))} now"
         for key in dict.fromkeys((*flat_wanted, *flat_found))
         if key != "inputs" and flat_found.get(key) != flat_wanted.get(key)
     ]

@@ -17,7 +17,7 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.find_halves import with_halves
-from ghost_dist.errors import ConfigError, ExportError
+from ghost_dist.errors import ConfigError
 from ghost_dist.export.deci import export_deci
 from ghost_dist.export.rewrite import export_checkpoint
 from ghost_dist.spans import Span, parse_sublayers
@@ -140,7 +140,7 @@ def test_what_the_layout_cannot_say_is_refused(llama, tmp_path):
     def refused(message, *arguments, **fields):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         exported(llama(**fields), *arguments[:2], out, *arguments[2:])
-        with pytest.raises(ExportError, match=message):
+        with pytest.raises(ConfigError, match=message):
             export_deci(out, tmp_path / "deci")
         assert not (tmp_path / "deci").exists()
 
@@ -153,7 +153,7 @@ def test_what_the_layout_cannot_say_is_refused(llama, tmp_path):
     })  # fmt: skip
     refused("it has biases", gap, "", attention_bias=True)
     plain = llama(head_dim=16)  # of another family nothing else is said
-    with pytest.raises(ExportError, match=r"model_type is llama\. That"):
+    with pytest.raises(ConfigError, match=r"model_type is llama\. That"):
         export_deci(plain, tmp_path / "deci")
     (tmp_path / "deci").mkdir()
     with pytest.raises(ConfigError, match=r"deci exists\. Give a folder"):
