@@ -103,7 +103,7 @@ class Reporter:
         self.console = console or Console(stderr=True)
         self.listeners = tuple(listeners)
         self.at_work: dict[str, Any] = {}
-        self._part = ""
+        self._part, self._ended = "", set[str]()
         self._events_path = events_path
         self._telling, self._failed = threading.RLock(), set[Listener]()
 
@@ -143,12 +143,15 @@ class Reporter:
 
     @contextlib.contextmanager
     def at(self, part: str) -> Iterator[None]:
-        """Put ``part``, which of how many parts of the run it is at, before stages within."""
+        """Put ``part``, which of how many parts of the run it is at, before stages within.
+
+        Behind one within another, such as the evaluation in an export, it does not go back.
+        """
         before, self._part = self._part, part
         try:
             yield
         finally:
-            self._part = before
+            self._part = max(before, part) if before else ""
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
@@ -161,8 +164,11 @@ class Reporter:
         except BaseException as error:
             self.event("stage-failed", stage=name, error=f"{type(error).__name__}: {error}")
             raise
-        self._line(name, gauge.summary())
-        self.event("stage-end", stage=name, seconds=round(time.monotonic() - gauge.began, 3))
+        seconds = time.monotonic() - gauge.began
+        if seconds >= SHORT_S or name not in self._ended:  # short ones that come again are many
+            self._line(name, gauge.summary())
+        self._ended.add(name)
+        self.event("stage-end", stage=name, seconds=round(seconds, 3))
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:

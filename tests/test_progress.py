@@ -72,6 +72,20 @@ def test_a_log_has_a_line_with_the_time_while_nothing_is_finished(monkeypatch, t
     assert events[0]["stage"] == "solve"
 
 
+def test_the_number_of_a_stage_does_not_go_back():
+    console = Console(file=io.StringIO(), width=200)
+    reporter = Reporter(console=console)
+    with reporter.at("5/6 "):
+        with reporter.at("6/6 "), reporter.stage("evaluate", 1, "tokens"):
+            pass
+        with reporter.stage("verify", 1, "tokens"):
+            pass
+    with reporter.stage("behind", 1, "tokens"):
+        pass
+    parts = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    assert parts == ["6/6", "6/6", "behind:"]
+
+
 def test_all_that_is_said_fits_a_terminal_of_80_columns():
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     reporter = Reporter(console=console)

@@ -1,7 +1,7 @@
 """Results of tasks, probes and generation in words, the same on terminal, page and model card."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VARIANTS = ("dense", "pruned", "recovered")
@@ -57,11 +57,11 @@ def probe_rows(probes: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def too_hard(probes: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence on the probes that say nothing; empty where there are none."""
+def unasked(probes: Mapping[str, Mapping[str, Any]], left_out: Sequence[str]) -> str:
+    """Sentences on what was left out, and on the probes that say nothing; empty without any."""
     found = [f"{name} {of['dense']:.0%}" for name, of in probes.items() if of["dense"] < ANSWERS]
     said = "Probes that say nothing, since the dense model fails too: {} right."
-    return said.format(", ".join(found)) if found else ""
+    return " ".join([*left_out, *([said.format(", ".join(found))] if found else [])])
 
 
 def broken(generation: Mapping[str, Any], probes: Mapping[str, Mapping[str, Any]]) -> list[str]:

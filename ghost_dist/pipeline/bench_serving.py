@@ -4,6 +4,7 @@ All three are in memory of one process and take turns (``turns.py``).
 """
 
 import json
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from ghost_dist.pipeline.inputs import open_model
 from ghost_dist.pipeline.targets import kept_times, kv_numbers
 from ghost_dist.pipeline.turns import BATCH, NEW, PROMPT, Turn, take_turns, weight_bytes
 from ghost_dist.report.page import write_report
-from ghost_dist.run_folder import RunFolder, read_record
+from ghost_dist.run_folder import RunFolder, read_record, recover_command
 from ghost_dist.spans import Span, kept_layers, parse_sublayers
 
 SERVING = "serving"
@@ -122,8 +123,8 @@ def finished_checkpoint(run: Path) -> Path:
     checkpoint = run / "checkpoint"
     if not checkpoint.is_dir() or not (run / "result.json").is_file():
         raise RunFolderError(
-            f"{run} has no recovered checkpoint yet. Finish it first: ghost-dist recover "
-            f"{run / 'config.yaml'} --out {run}"
+            f"{run} has no recovered checkpoint yet. Finish it first: {recover_command(run)} --out "
+            f"{shlex.quote(str(run))}"
         )
     return checkpoint
 

@@ -17,7 +17,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, more_windows
 from ghost_dist.solver.operators import OPERATORS, refits_down
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors, num_regressors, sums_key
@@ -131,13 +131,12 @@ def few_tokens(
         for inner in [architecture.inner_sizes.get(span.start - 1, 0)]
     )
     tokens = calibration.windows * calibration.window_length
-    enough = math.ceil(FEW_TOKENS_PER_REGRESSOR * most / calibration.window_length)
-    if calibration.windows >= enough:
+    if tokens >= FEW_TOKENS_PER_REGRESSOR * most:
         return None
     return (
         f"{tokens:,} calibration tokens will be {tokens / most:.1f} for each of the {most:,} "
         f"regressors of {name}; with fewer than 4 it depends on the ridge. Enough: --set "
-        f"calibration.windows={enough}"
+        f"calibration.windows={more_windows(calibration.windows, tokens / most)}"
     )
 
 

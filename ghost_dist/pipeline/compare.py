@@ -100,7 +100,9 @@ def compare(
         reporter = Reporter(run.events, reporter.console)
         inputs = open_inputs(config, reporter, any_operator=True)
         if not inputs.evaluation:
-            raise ConfigError("compare needs a text to compare on: --set evaluation.corpora=...")
+            raise ConfigError(
+                "compare needs a text to compare on: --set 'evaluation.corpora={name: FILE}'"
+            )
         for remove in removes:
             check_remove(remove, inputs.architecture.num_layers, config.selection.protect)
         whole = "the row refine" if "refine" in rows else None

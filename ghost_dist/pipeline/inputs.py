@@ -214,7 +214,7 @@ def open_inputs(
         reporter.warn(
             "There is one source of calibration text, so what is chosen is judged on pieces of it, "
             "each left out of the fit, and on no other text. Give several, of the kinds in use: "
-            "--set calibration.sources={FILE: 0.5, OTHER: 0.5}."
+            "--set 'calibration.sources={FILE: 0.5, OTHER: 0.5}'."
         )
     refittable = refittable_layers(config, source, architecture, any_operator=any_operator)
     if not any_operator:
@@ -380,7 +380,7 @@ def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
 def _say_if_few_tokens(
     config: Config, architecture: Architecture, refittable: frozenset[int], reporter: Reporter
 ) -> None:
-    """Before the work what ``solve`` warns of behind it; spans still to be found may be any."""
+    """Before the work what the report says behind it; spans still to be found may be any."""
     spans = config.selection.spans or [
         Span(layer + 1, layer + 2)
         for layer in sorted(refittable)

@@ -14,7 +14,7 @@ from ghost_dist.errors import ConfigError, GhostDistError, RunFolderError
 from ghost_dist.export.model_card import CARD
 from ghost_dist.pipeline.bench_serving import exported
 from ghost_dist.report.record import RunRecord
-from ghost_dist.run_folder import RunFolder
+from ghost_dist.run_folder import RunFolder, recover_command
 
 _FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
@@ -40,7 +40,7 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
         raise ConfigError(f"{repo_id!r} is no name on the Hub (owner/name): {error}") from None
     record = RunRecord(run)
     folder = run / "checkpoint"
-    again = f"Finish the run first: ghost-dist recover {run / 'config.yaml'}"
+    again = f"Finish the run first: {recover_command(run)}"
     if record.result is None:
         raise RunFolderError(f"The run in {run} is not finished. {again}")
     if record.stale:

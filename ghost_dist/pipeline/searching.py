@@ -63,6 +63,7 @@ _LONGEST, _SHORTEST = 512, 128  # tokens of a judging window
 _PIECES = 4  # of these that every source should give
 _FEWEST_TOKENS, _MOST_TOKENS = 1024, 65536  # to judge by; of calibration, that a share is judged by
 _MOST_VARIANTS = 64  # of a sweep
+_FAR = "KL divergence from the dense model {:.4f} nats"
 _PARTS_LEFT_OUT = 2  # of the sources, in turn, where streams are walked
 
 
@@ -286,7 +287,7 @@ class Searches(ExitStack):
                 best = kl
                 if self._scored:  # else it is known from before
                     said, spans = kl, ", ".join(map(str, _spans(removed)))
-                    reporter.say(f"{about}: KL {kl:.4f} where the model is sure, without {spans}")
+                    reporter.say(f"{about}: best so far {spans}, {_FAR.format(kl)}")
             self._scored = False
 
         search = Search(
@@ -305,10 +306,12 @@ class Searches(ExitStack):
         with reporter.stage(name, search.budget, "evaluations") as advance:
             found = search.run()
         self._table, removed = search.table, _spans(found.removal)
-        if said < found.score:
+        if math.isfinite(said):
+            less = f"; the least found, {said:.4f}, is within the standard error of it"
+            chosen = f"{', '.join(map(str, removed))}, {_FAR.format(found.score)}"
             reporter.say(
-                f"{about}: {', '.join(map(str, removed))} taken, KL {found.score:.4f}: what scored "
-                "less is not better by more than the standard error"
+                f"{about}: chosen of {found.candidates:,} that were tried: {chosen}"
+                f"{less if said < found.score else ''}"
             )
         return removed, {
             "kl": found.score,

@@ -1,6 +1,7 @@
 """From stored sums to the operators of a run: candidates, the choice among them, the final fit."""
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -431,7 +432,7 @@ def check_store(
             raise ConfigError(
                 f"The statistics of this run lack {sums_key(span, kind)}, which "
                 f"operator.name={config.operator.name} needs (they have: {have}). Take them "
-                f"with: ghost-dist calibrate {config.output.path} --set "
+                f"with: ghost-dist calibrate {shlex.quote(config.output.path)} --set "
                 f"operator.name={config.operator.name}"
             )
 

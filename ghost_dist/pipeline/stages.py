@@ -46,7 +46,6 @@ from ghost_dist.pipeline.texts import (
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
 from ghost_dist.run_folder import STAGES, RunFolder
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
 from ghost_dist.spans import Span, Sublayer, pairs_of, parse_sublayers
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
@@ -241,13 +240,6 @@ class Stages:
             variant = Variant(spans, solved.operators, self.sublayers)
             folds, folder = solver.windows_by_fold(), self._run.operators
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
-            for fit in fits.values():
-                if fit.tokens_per_channel < FEW_TOKENS_PER_REGRESSOR:
-                    self._reporter.warn(
-                        f"{fit.num_tokens} tokens are {fit.tokens_per_channel:.1f} for each "
-                        "regressor of the least squares; below 4 the operator depends on the "
-                        "ridge. Raise calibration.windows."
-                    )
             return {
                 "operator": solved.candidate.operator,
                 "chosen": solved.candidate.described(),

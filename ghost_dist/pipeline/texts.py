@@ -59,8 +59,8 @@ def unlike(tokens: TokenWindows, evaluation: Mapping[str, TokenWindows]) -> list
             found.append(
                 f"{lacking:.0%} of the tokens of {name} are of kinds that never occur in the "
                 "calibration text: it is too little, or text of another sort, and the repair may "
-                f"not hold there. More of it: --set calibration.windows={4 * tokens.num_windows}; "
-                "text like yours: --set calibration.source=FILE, or several with their shares in "
+                "not hold there. Raise calibration.windows, or give text like yours: "
+                "--set calibration.source=FILE, or several with their shares in "
                 "calibration.sources."
             )
     return found

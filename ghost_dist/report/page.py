@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from inspect import isfunction
 from pathlib import Path
@@ -24,6 +25,7 @@ from ghost_dist.report import figures, plot, text, verdict
 from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
+from ghost_dist.run_folder import recover_command
 
 if TYPE_CHECKING:
     import jinja2
@@ -78,10 +80,12 @@ def _of_one(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
         "run": run,
         "headline": headline(run),
         "remarks": verdict.remarks(run),
-        "remedies": verdict.remedies(run.config, run.path, helps=helps),
+        "quoted": shlex.quote(str(run.path)),
+        "again": recover_command(run.path),
+        "remedies": verdict.remedies(run.config, run.path, run.fits, helps=helps),
         "load": text.load_words(run.path / "checkpoint"),
         "spectra": {
-            f"{span} {matrix}".replace(", ", ",\N{NO-BREAK SPACE}"): spectrum
+            f"{span} {matrix}".replace(", ", f",{text.NBSP}"): spectrum
             for span, matrices in spectra(run, device).items()
             for matrix, spectrum in matrices.items()
         },
@@ -108,7 +112,7 @@ def headline(run: RunRecord) -> str:
     if max(shares) <= 0:
         return f"{removed}; the repair did not help"
     low, high = text.percent(min(shares)), text.percent(max(shares))
-    number = low if low == high else f"{100 * min(shares):.0f} to {high}".replace("-", text.MINUS)
+    number = low if low == high else f"{100 * min(shares):.0f} to {high}"
     texts = text.join_words(list(run.perplexity))
     return f"{removed}, {number} of the lost perplexity won back on {texts}"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ghost_dist.report.text import MINUS, number
+from ghost_dist.report.text import number
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 46, 346, 14, 40  # RIGHT is a place, BOTTOM a margin
 HEIGHT = 230
@@ -72,7 +72,7 @@ class Scale:
             values = _round_values(10**self.low, 10**self.high, about, whole=False)
             return [(self(value), number(value, 2)) for value in values]
         values = _round_values(self.low, self.high, about, whole=self.axis.whole)
-        return [(self(value), f"{value:.6g}".replace("-", MINUS)) for value in values]
+        return [(self(value), f"{value:.6g}") for value in values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,4 +138,4 @@ def _power(exponent: int) -> str:
     """A power of ten, plain where that is short."""
     if -3 <= exponent <= 3:
         return f"{10.0**exponent:g}"
-    return f"1e{exponent}".replace("-", MINUS)
+    return f"1e{exponent}"

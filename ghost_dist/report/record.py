@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from ghost_dist.evaluation.bootstrap import (
     resampled_means,
     resampled_perplexities,
 )
-from ghost_dist.run_folder import STAGES, read_record, stored
+from ghost_dist.run_folder import STAGES, read_record, recover_command, stored
 from ghost_dist.solver.operators import operator_of, refits_down
 
 Pair = tuple[float, float]
@@ -60,6 +59,7 @@ class RunRecord:
         self.tasks: dict[str, dict[str, Any]] = last.get("tasks", {})  # task to variant to metrics
         self.samples: list[dict[str, Any]] = last.get("samples", [])  # texts, and how models go on
         self.generation: dict[str, Any] = last.get("generation", {})  # ``samples.generation``
+        self.unasked: list[str] = last.get("unasked", [])  # sentences
         self.probes: dict[str, Any] = last.get("probes", {})  # ``probes.shares``
 
     @property
@@ -207,7 +207,7 @@ class RunRecord:
     @property
     def out_of_date(self) -> list[str]:
         """What is not of the newest stages, or not there yet, and the command that renews it."""
-        again = f"ghost-dist recover {shlex.quote(str(self.path / 'config.yaml'))}"
+        again = recover_command(self.path)
         if self.stale:
             what = "The result is" if self.stale == ["evaluate"] else "Checkpoint and result are"
             return [f"{what} older than {', '.join(self.stale)}. To renew: {again}"]

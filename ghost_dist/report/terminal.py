@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -19,7 +19,7 @@ from ghost_dist.evaluation.task_rows import (
     generation,
     probe_rows,
     task_rows,
-    too_hard,
+    unasked,
 )
 from ghost_dist.progress import duration
 from ghost_dist.report import text, verdict
@@ -42,22 +42,22 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         table = Table("probe, answered right", "questions", *VARIANTS)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-    if hard := too_hard(probes):
-        _say(hard)
+        _show(table)
+    if missing := unasked(probes, result.get("unasked", [])):
+        _say(missing)
     if result["perplexity"]:
         _print_perplexity(result)
     if result["tasks"]:
         table = Table("task", Column("metric", overflow="fold"), *VARIANTS)
         for name, metric, cells in task_rows(result["tasks"]):
             table.add_row(name, metric, *cells)
-        console.print(table)
+        _show(table)
     before, after = result["parameters"]["before"], result["parameters"]["after"]
-    layers = [f"layers {_spans(result['spans'])}"] if result["spans"] else []
+    layers = [f"layers {text.spans(result['spans'])}"] if result["spans"] else []
     _say(
         f"removed {', '.join([*layers, *result['sublayers']])}; operator {result['operator']}; "
-        f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%}); "
-        f"{_gb(result['bytes']['before'])} -> {_gb(result['bytes']['after'])}"
+        f"parameters {before:,} -> {after:,} ({text.percent(after / before - 1, 1, sign=True)}); "
+        f"{text.nbytes(result['bytes']['before'])} -> {text.nbytes(result['bytes']['after'])}"
     )
     _print_pareto(result["selection"].get("pareto", ()), result["spans"])
     if (target := result.get("target")) is not None:
@@ -67,7 +67,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
     _say(f"checkpoint: {run / 'checkpoint'}")
     _say(f"load it: {text.load_words(run / 'checkpoint')}")
     config = shown_tree(run / "config.yaml", {})
-    remedies = verdict.remedies(config, run, helps=not result["no_better_than_cut"])
+    remedies = verdict.remedies(config, run, result["fit"], helps=not result["no_better_than_cut"])
     if not result["no_better_than_cut"]:
         quoted = shlex.quote(str(run))
         _say(f"how it came about: {run / 'report.html'}, or ghost-dist report {quoted}")
@@ -85,13 +85,15 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
 
 def _print_pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[int]]) -> None:
     """All that was searched for."""
-    table = Table(*text.PARETO)
+    table = Table(*text.PARETO[:2], *(Column(name, no_wrap=True) for name in text.PARETO[2:]))
     for row in rows:
-        style = "bold green" if row["spans"] == chosen else None
-        table.add_row(*map(escape, text.pareto_cells(row)), style=style)
+        taken = row["spans"] == chosen
+        named = {**row, "wanted": f"{row['wanted']} *"} if taken else row
+        cells = map(escape, text.pareto_cells(named))
+        table.add_row(*cells, style="bold green" if taken else None)
     if rows:
-        console.print(table)
-        _say("another of these: the same command with another --remove or --target-...")
+        _show(table)
+        _say("* this one; another of these: the same command with another --remove or --target-...")
 
 
 def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
@@ -100,7 +102,7 @@ def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
         table = Table(escape(f"{one['text']} continued"), Column(Text(_line(one["prompt"]))))
         for variant in VARIANTS:
             table.add_row(Text(variant, style=_STYLES[variant]), Text(_line(one[variant])))
-        console.print(table)
+        _show(table)
 
 
 def _print_perplexity(result: Mapping[str, Any]) -> None:
@@ -108,16 +110,18 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
     for name, value in result["perplexity"].items():
         cost, won = value["pruned"] - value["dense"], value["pruned"] - value["recovered"]
         closed = Text(f"{won / cost:.0%}" if cost > 0 else "-", style="" if won > 0 else "red")
-        table.add_row(name, *(f"{value[variant]:.2f}" for variant in VARIANTS), closed)
-    console.print(table)
+        table.add_row(name, *(text.perplexity(value[variant]) for variant in VARIANTS), closed)
+    _show(table)
     titles = ("KL, nats: pruned", "recovered", "same token: pruned", "recovered")
     table = Table("from the dense model", *titles)
     for name, value in result["agreement"].items():
         found = [value[variant] for variant in VARIANTS[1:]]
         table.add_row(
-            name, *(f"{one['kl']:.3f}" for one in found), *(f"{one['top1']:.1%}" for one in found)
+            name,
+            *(text.number(one["kl"]) for one in found),
+            *(f"{one['top1']:.1%}" for one in found),
         )
-    console.print(table)
+    _show(table)
 
 
 def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
@@ -127,11 +131,11 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
         name = text.candidate(row)
         table.add_row(
             f"[bold]{name} *" if row["chosen"] else name,
-            ", ".join("-" if r is None else f"{r:.1e}" for r in row.get("relative_ridge", ())),
-            ", ".join("-" if r is None else f"{r:.3f}" for r in row.get("residual", ())),
+            ", ".join(text.number(r, 2) for r in row.get("relative_ridge", ())),
+            ", ".join(map(text.number, row.get("residual", ()))),
             text.divergence(row),
         )
-    console.print(table)
+    _show(table)
 
 
 def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
@@ -139,14 +143,14 @@ def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
     table = Table(*titles, "tokens / regressor")
     for fit in fits:
         table.add_row(
-            escape(_spans([fit["span"]])),
-            f"{fit['relative_ridge']:.1e}",
-            f"{fit['residual']:.3f}",
-            f"{fit['r2']:.3f}",
-            f"{fit['condition']:.1e}",
-            f"{fit['tokens_per_channel']:.0f}",
+            escape(text.spans([fit["span"]])),
+            text.number(fit["relative_ridge"], 2),
+            text.number(fit["residual"]),
+            text.number(fit["r2"]),
+            text.number(fit["condition"], 2),
+            text.number(fit["tokens_per_channel"], 2),
         )
-    console.print(table)
+    _show(table)
 
 
 def print_run(path: Path) -> None:
@@ -154,7 +158,7 @@ def print_run(path: Path) -> None:
     run = RunRecord(path)
     for chart in (_ridge_curves, _perplexity_bars):
         if (drawn := chart(run)) is not None:
-            console.print(drawn)
+            _show(drawn)
     if len(run.candidates) > 1:
         _print_candidates(run.candidates)
     if run.fits:
@@ -175,7 +179,7 @@ def print_stage(path: Path, stage: str) -> None:
     record = run.stages[stage]
     if stage == "select":
         _print_pareto(record.get("pareto", ()), record["spans"])
-        _say(f"chosen: layers {_spans(record['spans'])} of {record['num_layers']}")
+        _say(f"chosen: layers {text.spans(record['spans'])} of {record['num_layers']}")
     if stage == "calibrate":
         _say(f"sums of {record['ranges']} ranges are there")
     if stage == "solve":
@@ -194,17 +198,18 @@ def print_comparison(result: Mapping[str, Any], folder: Path) -> None:
     """Print the rows of a comparison and where its files lie."""
     corpora = list(result["dense"])
     console.print(
-        "dense: " + ", ".join(f"{n} {v:.2f}" for n, v in result["dense"].items()), markup=False
+        "dense: " + ", ".join(f"{n} {text.perplexity(v)}" for n, v in result["dense"].items()),
+        markup=False,
     )
     table = Table("layers", "selection", "spans", "operator", *corpora, "parameters")
     for row in result["rows"]:
         cells = ["-"] * (len(corpora) + 1)
         if "refused" not in row:
-            cells = [f"{row['perplexity'][name]:.2f}" for name in corpora]
+            cells = [text.perplexity(row["perplexity"][name]) for name in corpora]
             cells.append(f"{row['parameters']:,}")
-        spans = escape(_spans(row["spans"]))
+        spans = escape(text.spans(row["spans"]))
         table.add_row(str(row["remove"]), row["selection"], spans, row["operator"], *cells)
-    console.print(table)
+    _show(table)
     for reason in dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row):
         console.print(f"not possible: {reason}", markup=False, soft_wrap=True)
     _say(f"written: {folder / 'compare.html'}, compare.md and compare.json")
@@ -231,7 +236,7 @@ def print_serving(measured: Mapping[str, Any]) -> None:
         ranges = [r.get("ratio_range") for r in rates]  # not of records before 2026-12
         if all(ranges):
             table.add_row("  range", *(f"{low:.2f} to {high:.2f}" for low, high in ranges))
-    console.print(table)
+    _show(table)
     if "target" in measured:
         _say(f"target {text.target_words(measured['target'])}")
 
@@ -242,7 +247,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
     for job in jobs:
         times = [text.date(job[when]) if job[when] else "-" for when in ("started", "ended")]
         table.add_row(job["job"], job["status"], *times, job["run"])
-    console.print(table)
+    _show(table)
 
 
 def print_job(job: Mapping[str, Any]) -> None:
@@ -270,7 +275,7 @@ def print_job(job: Mapping[str, Any]) -> None:
         told = " ".join(f"{name}={value}" for name, value in fields.items())
         table.add_row(text.clock(event["time"]), Text(_short(f"{event['event']} {told}")))
     table.add_row("last line", Text(job["last_line"]))
-    console.print(table)
+    _show(table)
 
 
 def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -> None:
@@ -279,7 +284,7 @@ def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -
     for name, nbytes in files.items():
         table.add_row(name, text.nbytes(nbytes))
     table.add_row("all", text.nbytes(sum(files.values())))
-    console.print(table)
+    _show(table)
     for note in notes:
         _say(f"note: {note}")
 
@@ -287,12 +292,12 @@ def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -
 def print_plan(plan: Mapping[str, Any]) -> None:
     """Print engine, stages, disk and assumptions, from the plain values of a plan."""
     _say(
-        f"{plan['model']}: {plan['num_layers']} layers, removing {_spans(plan['spans'])}"
+        f"{plan['model']}: {plan['num_layers']} layers, removing {text.spans(plan['spans'])}"
         f"{'' if plan['spans_known'] else ' or others'}; {plan['dtype']}, batch {plan['batch']}"
     )
     _say(
-        f"{plan['device']}: {_gb(plan['free_device_bytes'])} free; host "
-        f"{_gb(plan['free_host_bytes'])}, disk {_gb(plan['free_disk_bytes'])} free"
+        f"{plan['device']}: {text.nbytes(plan['free_device_bytes'])} free; host "
+        f"{text.nbytes(plan['free_host_bytes'])}, disk {text.nbytes(plan['free_disk_bytes'])} free"
     )
     _say(f"engine {plan['engine']['kind']}: {plan['engine']['reason']}")
     table = Table("stage", "time", "most of it", "TFLOP", "read", "written", "device", "host")
@@ -307,7 +312,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
             f"{part} {stage['parts'][part] / stage['seconds']:.0%}" if part else "-",
             f"{stage['flops'] / 1e12:,.0f}",
             *(
-                _gb(stage[name]) if stage[name] else "-"
+                text.nbytes(stage[name]) if stage[name] else "-"
                 for name in ("read_bytes", "written_bytes", "device_bytes", "host_bytes")
             ),
             *([stage["streams"] or "-"] if streams else []),
@@ -315,15 +320,17 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     table.add_section()
     seconds, off_by = plan["seconds"], plan["off_by"]
     table.add_row("all", duration(seconds), "", f"{plan['flops'] / 1e12:,.0f}")
-    console.print(table)
+    _show(table)
     _say(f"likely between {duration(seconds / off_by)} and {duration(seconds * off_by)}")
-    parts = ", ".join(f"{name} {_gb(nbytes)}" for name, nbytes in plan["disk_bytes"].items())
-    _say(f"RUN on the disk: {_gb(sum(plan['disk_bytes'].values()))} ({parts})")
+    parts = ", ".join(
+        f"{name} {text.nbytes(nbytes)}" for name, nbytes in plan["disk_bytes"].items()
+    )
+    _say(f"RUN on the disk: {text.nbytes(sum(plan['disk_bytes'].values()))} ({parts})")
     for note in plan["notes"]:
         _say(f"assumed: {note}")
 
 
-def _perplexity_bars(run: RunRecord) -> RenderableType | None:
+def _perplexity_bars(run: RunRecord) -> Table | None:
     """Perplexity of the three models on every text, with intervals where they are known."""
     if not run.perplexity:
         return None
@@ -342,7 +349,7 @@ def _perplexity_bars(run: RunRecord) -> RenderableType | None:
     return table
 
 
-def _ridge_curves(run: RunRecord) -> RenderableType | None:
+def _ridge_curves(run: RunRecord) -> Table | None:
     """Held-out residual of every ridge of every span, the one taken marked."""
     curves = [fit for fit in run.fits if len(fit["ridge_curve"]) > 1]
     if not curves:
@@ -372,8 +379,23 @@ def _bar(share: float) -> str:
     return "█" * whole + (_PARTS[rest] if rest else "")
 
 
+def _show(table: Table) -> None:
+    """Print a table, or where it does not fit each row of it below the other."""
+    anywhere = console.options.update(width=1000)
+    if console.measure(table, options=anywhere).minimum <= console.width:
+        return console.print(table)
+    titles = [column.header for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        grid = Table.grid(padding=(0, 1))
+        for title, cell in zip(titles, cells, strict=True):
+            grid.add_row(title, cell)
+        console.print(grid, "")
+    return None
+
+
 def _say(words: str, style: str | None = None) -> None:
-    """Print text as it is, in one line however long."""
+    """Print text as it is, in one line however long, with spaces that can be searched for."""
+    words = words.replace(text.NBSP, " ")
     console.print(words, markup=False, highlight=False, soft_wrap=True, style=style)
 
 
@@ -384,13 +406,3 @@ def _short(words: str, most: int = 120) -> str:
 def _line(words: str) -> str:
     """A text in one line."""
     return words.replace("\n", "⏎").strip()
-
-
-def _spans(pairs: Iterable[Sequence[int]]) -> str:
-    return ", ".join(f"[{start}, {stop})" for start, stop in pairs)
-
-
-def _gb(nbytes: int) -> str:
-    if nbytes < 1e8:
-        return f"{nbytes / 1e6:.1f} MB"
-    return f"{nbytes / 1e9:.2f} GB" if nbytes < 1e11 else f"{nbytes / 1e12:.2f} TB"

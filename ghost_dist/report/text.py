@@ -9,9 +9,8 @@ from typing import Any
 from ghost_dist import progress
 from ghost_dist.export.verify import has_our_code
 
-MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
-NARROW = "\N{NARROW NO-BREAK SPACE}"
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -19,14 +18,14 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):
         return DASH
     if math.isinf(value):
-        return "∞" if value > 0 else f"{MINUS}∞"
+        return "∞" if value > 0 else "-∞"
     if value == 0:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if not -4 <= size < 6:
         mantissa, _, exponent = f"{value:.{max(0, digits - 1)}e}".partition("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
-    return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", MINUS)
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:,.{max(0, digits - 1 - size)}f}"
 
 
 def perplexity(value: float | None) -> str:
@@ -38,7 +37,7 @@ def perplexity(value: float | None) -> str:
 
 def percent(value: float, digits: int = 0, *, sign: bool = False) -> str:
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.{digits}f}{NARROW}%".replace("-", MINUS)
+    return f"{value:{plus}.{digits}%}"
 
 
 def count(value: float) -> str:
@@ -48,14 +47,14 @@ def count(value: float) -> str:
 
 def nbytes(value: float) -> str:
     scaled = _scaled(value, "TGMk")
-    return f"{scaled or f'{value:.0f}{NARROW}'}B"
+    return f"{scaled or f'{value:.0f}{NBSP}'}B"
 
 
 def target_value(wanted: str, value: float) -> str:
     """What a target or size is said to come to, in its own terms."""
     if wanted.startswith("speedup"):
         return f"{value:.3f} times"
-    return f"{value:.1%}" if wanted.endswith("%") else nbytes(value)
+    return percent(value, 1) if wanted.endswith("%") else nbytes(value)
 
 
 def target_words(found: Mapping[str, Any]) -> str:
@@ -69,7 +68,7 @@ def target_words(found: Mapping[str, Any]) -> str:
     return f"{wanted}: {', '.join(said)}"
 
 
-PARETO = ("Asked for", "Layers removed", "KL, nats", "Parameters", "Bytes", "KV cache", "Speed-up")
+PARETO = ("Wanted", "Layers removed", "KL, nats", "Params", "Size", "KV cache", "Speed-up")
 
 
 def pareto_cells(row: Mapping[str, Any]) -> list[str]:
@@ -89,7 +88,7 @@ def _scaled(value: float, prefixes: str) -> str:
     """In the largest unit that it has; empty below a thousand."""
     for power, prefix in zip((12, 9, 6, 3), prefixes, strict=True):
         if value >= 10**power:
-            return f"{value / 10**power:.3g}{NARROW}{prefix}"
+            return f"{value / 10**power:.3g}{NBSP}{prefix}"
     return ""
 
 
@@ -110,7 +109,7 @@ def load_words(checkpoint: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    return progress.duration(seconds).replace(" ", NARROW)
+    return progress.duration(seconds).replace(" ", NBSP)
 
 
 def candidate(row: Mapping[str, Any]) -> str:
@@ -128,7 +127,7 @@ def divergence(row: Mapping[str, Any]) -> str:
 
 def span(pair: Sequence[int]) -> str:
     """A half-open span of layers, not to be broken."""
-    return f"[{pair[0]},\N{NO-BREAK SPACE}{pair[1]})"
+    return f"[{pair[0]},{NBSP}{pair[1]})"
 
 
 def spans(pairs: Sequence[Sequence[int]]) -> str:

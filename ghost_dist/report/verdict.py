@@ -1,7 +1,6 @@
 """Whether a repair was worth it, what to know before trusting its figures, and what to try then."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 from ghost_dist.evaluation.task_rows import broken
 from ghost_dist.report import text
 from ghost_dist.report.record import RunRecord
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR
+from ghost_dist.run_folder import recover_command
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, more_windows
 
 FEW_WINDOWS, LARGE_CONDITION = 8, 1e12
 HELD_OUT = "held-out calibration windows"
@@ -65,14 +65,17 @@ def sources_apart(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     return [said]
 
 
-def remedies(config: Mapping[str, Any], run: Path, *, helps: bool) -> list[tuple[str, str]]:
+def remedies(
+    config: Mapping[str, Any], run: Path, fits: Sequence[Mapping[str, Any]], *, helps: bool
+) -> list[tuple[str, str]]:
     """What to change, most promising first, and the command that does."""
     calibration, selection = config["calibration"], config["selection"]
-    again = f"ghost-dist recover {shlex.quote(str(run / 'config.yaml'))} --out NEW "
+    again = f"{recover_command(run)} --out NEW "
     found = []
     if calibration["sampling"] == "beginning":
         found.append(("text from all over the source", "--set calibration.sampling=spread"))
-    windows = 4 * calibration["windows"]
+    fewest = min((fit["tokens_per_channel"] for fit in fits), default=math.inf)
+    windows = more_windows(calibration["windows"], fewest)
     found.append(("more calibration text", f"--set calibration.windows={windows}"))
     found.append(("other text, of the kind in use", "--set calibration.source=FILE"))
     layers = selection["remove"]
@@ -138,8 +141,7 @@ def _fits(run: RunRecord) -> list[str]:
     found = []
     for fit in run.fits:
         span = text.span(fit["span"])
-        few = fit["tokens_per_channel"] < FEW_TOKENS_PER_REGRESSOR
-        if few and not any("for each regressor" in message for message in run.warnings):
+        if fit["tokens_per_channel"] < FEW_TOKENS_PER_REGRESSOR:
             found.append(
                 f"{span}: {fit['tokens_per_channel']:.1f} calibration tokens for each regressor; "
                 "below 4 the operator depends on the ridge. Raise calibration.windows."

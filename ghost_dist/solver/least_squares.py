@@ -69,6 +69,13 @@ FEW_TOKENS_PER_REGRESSOR = 4.0
 """With fewer the operator depends on the ridge more than on the text (``docs/theory.md``)."""
 
 
+def more_windows(windows: int, tokens_per_regressor: float = math.inf) -> int:
+    """How many to advise instead: four times as many, or as often four times as is enough."""
+    while (tokens_per_regressor := 4 * tokens_per_regressor) < FEW_TOKENS_PER_REGRESSOR:
+        windows *= 4
+    return 4 * windows
+
+
 Detail = Literal["all", "residual", "map"]
 """What is wanted of a fit beside B: everything; no condition number; nothing but the ridge."""
 

@@ -170,8 +170,8 @@ def test_shares_rows_and_what_is_lost():
     copying = {"questions": 4, "dense": 1.0, "pruned": 0.0, "recovered": 0.25}
     assert found["copying"] == copying
     assert task_rows.probe_rows(found) == [["copying", "4", "100%", "0%", "25%"]]
-    assert "the dense model fails too: needle 25% right." in task_rows.too_hard(found)
-    assert task_rows.too_hard({"copying": copying}) == ""
+    assert "the dense model fails too: needle 25% right." in task_rows.unasked(found, [])
+    assert task_rows.unasked({"copying": copying}, []) == ""
     [said] = task_rows.broken({}, found)
     assert "25% of copying (dense: 100%)." in said
     assert "needle" not in said

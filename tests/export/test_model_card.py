@@ -69,7 +69,9 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
     assert "`[3, 5)`" in text
     # The needles are beyond the positions of this model, and it answers nothing.
     assert set(result["probes"]) == {"brackets", "copying", "arithmetic"}
-    assert f"{task_rows.generation(result['generation'])}\n\nProbes that say nothing" in text
+    assert result["unasked"][0].endswith("the model has too few positions: needle.")
+    assert f"{task_rows.generation(result['generation'])}\n\n{result['unasked'][0]}" in text
+    assert "Probes that say nothing" in text
     assert f"{result['parameters']['after']:,} now" in text
     assert str(tmp_path) not in text
     data = ModelCard(text).data.to_dict()  # as the Hub's own library reads it
@@ -87,9 +89,10 @@ def test_run_leaves_a_card_with_its_figures_and_it_loads_as_it_says(
 def test_a_card_says_what_is_lost(source):
     found = {"questions": 48, "dense": 0.9, "pruned": 0.1, "recovered": 0.2}
     result = {key: {} for key in ("perplexity", "tasks", "generation", "refine", "fit")}
-    result |= {"parameters": {"before": 2, "after": 1}, "operator": "ghost"}
+    result |= {"parameters": {"before": 2, "after": 1}, "operator": "ghost", "unasked": ["No."]}
     text = card_of(source, result=result | {"probes": {"copying": found}})
     assert "20% of copying (dense: 90%).**" in text
+    assert "\nNo.\n" in text
     assert "| copying | 48 | 90% | 10% | 20% |\n" in text
     found["recovered"] = 0.8
     assert "(dense: 90%)" not in card_of(source, result=result | {"probes": {"copying": found}})

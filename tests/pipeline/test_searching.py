@@ -157,7 +157,8 @@ def test_a_search_says_which_size_it_is_about_and_what_is_new(make_config, capsy
     recover(config, Reporter(), again="select")
     first = capsys.readouterr().err
     for layers in (2, 3):
-        assert f"search for {layers} layers: KL " in first
+        assert f"search for {layers} layers: best so far " in first
+        assert re.search(rf"search for {layers} layers: chosen of \d+ that were tried: \[", first)
         assert re.search(rf" search for {layers}: [\d,]+ evaluations in ", first)
     recover(config, Reporter(), again="select")
     again = capsys.readouterr().err
@@ -171,11 +172,11 @@ def test_it_says_why_the_least_is_not_taken(make_config, monkeypatch, capsys):
     config = make_config(**SEARCH, selection__protect=[6], selection__effort="quick")
     [span] = recover(config, Reporter(), again="select")["spans"]
     told = capsys.readouterr().err
-    [reason] = [line for line in told.splitlines() if "taken, KL" in line]
-    least = min(float(kl) for kl in re.findall(r": KL ([\d.]+) where", told))
-    assert f"search for 2 layers: [{span[0]}, {span[1]}) taken, KL" in reason
-    assert float(re.search(r"KL ([\d.]+):", reason)[1]) > least
-    assert reason.endswith("not better by more than the standard error")
+    [reason] = [line for line in told.splitlines() if "chosen of" in line]
+    least = min(float(kl) for kl in re.findall(r"best so far .* ([\d.]+) nats", told))
+    assert f"that were tried: [{span[0]}, {span[1]}), KL divergence" in reason
+    assert float(re.search(r"model ([\d.]+) nats", reason)[1]) > least
+    assert reason.endswith(f"; the least found, {least:.4f}, is within the standard error of it")
 
 
 def test_stopped_after_each_generation_it_goes_on_to_the_same(

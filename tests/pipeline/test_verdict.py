@@ -18,8 +18,9 @@ from ghost_dist.evaluation.task_rows import broken
 from ghost_dist.pipeline.candidates import least
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.report import terminal, text
+from ghost_dist.report import terminal, text, verdict
 from ghost_dist.report.page import write_report
+from ghost_dist.report.record import RunRecord
 from ghost_dist.report.terminal import print_result, print_run
 from ghost_dist.report.verdict import no_better_than_cut, remedies, sentences
 
@@ -114,6 +115,9 @@ def test_what_counts_as_no_better(candidates, perplexity, said):
         assert part in sentence
 
 
+FEW = [{"tokens_per_channel": 0.3}, {"tokens_per_channel": 9.0}]
+
+
 def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
     """Each reads back as a configuration in which one thing has changed."""
     settings = {"selection__spans": None, "selection__remove": 4, "calibration__windows": 5}
@@ -122,7 +126,7 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(config_tree(config)))
     changed = set()
-    for _, command in remedies(config_tree(config), run, helps=False):
+    for _, command in remedies(config_tree(config), run, [], helps=False):
         program, job, file, *options = shlex.split(command)
         assert (program, job, options[:2]) == ("ghost-dist", "recover", ["--out", "NEW"])
         flags = dict(zip(options[::2], options[1::2], strict=True))
@@ -137,6 +141,10 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
             line.split(" in RUN")[0] + line.split(",")[1]
             for line in differing_fields(config_tree(config), config_tree(other))
         )
+    (advised,) = [
+        c for _, c in remedies(config_tree(config), run, FEW, helps=True) if "windows" in c
+    ]
+    assert "calibration.windows=80" in advised  # 4 times as many are not enough for each regressor
     assert changed == {
         "calibration.sampling: 'beginning' 'spread' now",
         "calibration.windows: 5 20 now",
@@ -169,7 +177,7 @@ def test_the_result_stands_last(make_config, tmp_path, monkeypatch):
     for when, folder in (("before", make_config().model.path), ("after", run / "checkpoint")):
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         assert result["bytes"][when] == pytest.approx(size, rel=0.1)  # but for headers
-    assert all(f"{n / 1e6:.1f} MB" in removed for n in result["bytes"].values())
+    assert all(f"{n / 1e3:.0f} kB" in removed for n in result["bytes"].values())
     assert checkpoint == f"checkpoint: {run / 'checkpoint'}"
     call = load.partition(": ")[2]
     model = eval(call, {"AutoModelForCausalLM": transformers.AutoModelForCausalLM})
@@ -195,17 +203,14 @@ def test_a_joint_fit_counts_its_mlp_channels(make_config, tmp_path):
         result = recover(config, Reporter(console=said))
         (fit,) = result["fit"]
         assert fit["tokens_per_channel"] == 512 / (48 if name == "ghost" else 48 + 96)
-        (events,) = [
-            [e["message"] for e in map(json.loads, lines) if e["event"] == "warning"]
-            for lines in [(tmp_path / name / "events.jsonl").read_text().splitlines()]
-        ]
-        few = [message for message in events if "3.6 for each regressor" in message]
-        assert len(few) == (name == "ghost-joint")
+        few = "3.6 calibration tokens for each regressor"
+        remarks = verdict.remarks(RunRecord(tmp_path / name))
+        assert any(few in remark for remark in remarks) == (name == "ghost-joint")
     printed = said.file.getvalue()
     note = "512 calibration tokens will be 3.6 for each of the 144 regressors of ghost-joint"
-    assert printed.count(note) == 1
+    assert printed.count("for each") == printed.count(note) == 1
     assert printed.index(note) < printed.rindex("removing layers")  # of the second run
-    assert "--set calibration.windows=9" in printed
+    assert "--set calibration.windows=32" in printed
 
 
 @pytest.mark.parametrize(("repeated", "warned"), [(0.25, False), (0.45, True)])

@@ -359,7 +359,7 @@ def test_too_few_tokens_are_said_before_the_work(make_config, gpu_of):
         n for n in plan_run(make_config(**joint, calibration__windows=8)).notes if "regressors" in n
     ]
     assert "3.6 for each of the 144 regressors of ghost-joint" in note
-    assert note.endswith("--set calibration.windows=9")
+    assert note.endswith("--set calibration.windows=32")
     enough = plan_run(make_config(**joint, calibration__windows=9))
     assert not any("regressors" in note for note in enough.notes)
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -317,7 +318,9 @@ def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys
     result = json.loads(path.read_text())
     assert set(result["probes"]) == {"brackets", "copying", "arithmetic"}
     lost = {"questions": 48, "dense": 0.9, "pruned": 0.1, "recovered": 0.2}
-    assert "the dense model fails too: brackets 0%" in page_of(runs["spans"], tmp_path)
+    page = page_of(runs["spans"], tmp_path)
+    assert "the dense model fails too: brackets 0%" in page
+    assert "too few positions: needle." in page
     rewrite(path, result | {"probes": {"copying": lost}})
     page = page_of(runs["spans"], tmp_path)
     assert re.search(r"copying</th>\s*<td[^>]*>48<.*?>90%<.*?>10%<.*?>20%<", page, re.DOTALL)
@@ -325,7 +328,24 @@ def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys
     terminal.print_result(json.loads(path.read_text()), runs["spans"])
     said = capsys.readouterr().out
     assert "20% of copying (dense: 90%)." in said
+    assert "too few positions: needle." in said
     assert re.search(r"copying\W+48\W+90%\W+10%\W+20%", said)
-    old = {name: of for name, of in result.items() if name not in ("generation", "probes")}
+    new = ("generation", "probes", "unasked")
+    old = {name: of for name, of in result.items() if name not in new}
     terminal.print_result(old, runs["spans"])
     assert "copying" not in capsys.readouterr().out
+
+
+def test_the_table_of_sizes_fits_a_terminal_and_marks_the_chosen_one(monkeypatch):
+    console = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(terminal, "console", console)
+    row = {"kl": 0.1258, "removed": 0.18, "bytes": 12.7e6, "kv": 0.8, "speedup": 1.21}
+    cuts = {"kv 60%": [[2, 3], [4, 7], [8, 9], [14, 16], [17, 18]], "4": [[4, 8]]}
+    rows = [{**row, "wanted": wanted, "spans": spans} for wanted, spans in cuts.items()]
+    terminal._print_pareto(rows, [[4, 8]])
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    assert all(title in printed for title in text.PARETO[2:])
+    chosen = [line for line in printed.splitlines() if " * " in line and "[4" in line]
+    assert re.search(r"0.1258\W+-18.0%\W+12.7\sMB\W+80.0%\W+1.21", chosen[0])
+    assert len(chosen) == 1
