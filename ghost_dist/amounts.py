@@ -1,13 +1,9 @@
-"""How much goes, or what should come out, as people write it: ``20%``, ``4GB``, ``kv 60%``.
-
-And any value as they would have written it, for messages.
-"""
+"""How much goes, or what should come out, as people write it: ``20%``, ``4GB``, ``kv 60%``."""
 
 import contextlib
+import json
 import re
 from typing import Any, Literal
-
-import yaml
 
 _UNITS = "units: B, kB (not KB), MB, GB, TB, kiB, MiB, GiB, TiB"
 _SIZES = "a number of layers (7), a share of the parameters (20%), or bytes (4GB, 512MiB"
@@ -18,13 +14,8 @@ _TARGETS = (
 
 
 def shown(value: Any) -> str:
-    """As it stands behind ``--set``, but text in quotes."""
-    if isinstance(value, str):
-        return repr(value)
-    try:
-        return yaml.safe_dump(value, default_flow_style=True, width=1 << 30).split("\n")[0]
-    except yaml.YAMLError:  # what only Python can give
-        return str(value)
+    """As it may stand behind ``--set``."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
 
 
 def parse_size(text: str) -> tuple[Literal["fraction", "bytes"], float]:

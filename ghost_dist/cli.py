@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from ghost_dist import __version__, cli_jobs
 from ghost_dist.cli_jobs import Json, Set, show
-from ghost_dist.errors import ConfigError, GhostDistError
+from ghost_dist.errors import TO_CHANGE, ConfigError, GhostDistError
 
 app = typer.Typer(
     name="ghost-dist",
@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if stopped_by:
             _fail("stopped. The same command continues.", 128 + stopped_by[0])
         if isinstance(error, GhostDistError):
-            _fail(str(error), error.exit_status)
+            _fail(str(error), 2 if isinstance(error, TO_CHANGE) else 1)
         if isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename else ""
             _fail(

@@ -165,10 +165,10 @@ def lay(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """
     said = {way for way in _WAYS if overrides.get(f"selection.{way}")}
     fields = tree.get("selection")
-    if said and isinstance(fields, dict):
-        beside = {"spans", "sublayers"} if said <= {"spans", "sublayers"} else set()
-        gone = {*_WAYS} - beside
-        tree["selection"] = {key: value for key, value in fields.items() if key not in gone}
+    for way in _WAYS if said else ():
+        # Spans and sublayers go together.
+        if isinstance(fields, dict) and not {way, *said} <= {"spans", "sublayers"}:
+            fields.pop(way, None)
     for key, value in overrides.items():
         set_field(tree, key, value)
 

@@ -12,20 +12,13 @@ from typing import Any
 class GhostDistError(Exception):
     """Base of every error that ghost_dist raises on purpose."""
 
-    exit_status = 1
-    """Of the command; 2: what the user gave has to be changed, so that trying again is no use."""
-
 
 class ConfigError(GhostDistError, ValueError):
     """The configuration, an argument or a combination of them cannot be carried out."""
 
-    exit_status = 2
-
 
 class CheckpointError(GhostDistError):
     """The model checkpoint is missing, incomplete, damaged or unsafe to read."""
-
-    exit_status = 2
 
 
 class UnsupportedArchitectureError(CheckpointError):
@@ -35,13 +28,9 @@ class UnsupportedArchitectureError(CheckpointError):
 class CalibrationError(GhostDistError):
     """Calibration or evaluation text cannot give the windows that were asked for."""
 
-    exit_status = 2
-
 
 class RunFolderError(GhostDistError):
     """The RUN folder cannot be used: not empty, not writable, in use, or not a RUN folder."""
-
-    exit_status = 2
 
 
 class RunMismatchError(RunFolderError):
@@ -105,3 +94,7 @@ class ReductionError(GhostDistError):
 
 class ExportError(GhostDistError):
     """The recovered checkpoint could not be written, or does not reproduce the recovered model."""
+
+
+TO_CHANGE = (ConfigError, CheckpointError, CalibrationError, RunFolderError)
+"""What is no use to try again before the user has changed something."""

@@ -143,10 +143,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def at(self, part: str) -> Iterator[None]:
-        """Put ``part``, which of how many parts of the run it is at, before stages within.
-
-        Behind one within another, such as the evaluation in an export, it does not go back.
-        """
+        """Put ``part`` (of how many) before stages within; behind one in another it stays."""
         before, self._part = self._part, part
         try:
             yield

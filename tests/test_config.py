@@ -212,7 +212,7 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
             "operator.ridge: expected auto, {relative: 0.1} or {absolute: 1e-6} (got 0.1).",
         ),
         ({"engine.batch": "x"}, "engine.batch: got 'x', expected 'auto' or a whole number."),
-        ({"model.path.x": 1}, "model.path: got {x: 1}, expected text."),
+        ({"model.path.x": 1}, 'model.path: got {"x": 1}, expected text.'),
         ({"model.path": None}, "model.path: got null, expected text."),
         ({"model.path": ""}, "model.path: got '', expected text of at least 1 character."),
         (

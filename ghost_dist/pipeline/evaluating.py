@@ -24,10 +24,7 @@ from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import pairs_of
 
 NOT_USED: dict[str, Any] = {"tasks": {}, "samples": [], "generation": {}, "probes": {}}
-_STREAMED = (
-    "Texts were not continued and probes not asked: the model is read layer by layer, which each "
-    "token that it generates would take again."
-)
+_STREAMED = "Layers are read one by one, so texts were not continued and probes not asked."
 _TOO_SHORT = "Probes that were left out, since the model has too few positions: {}."
 
 

@@ -25,7 +25,6 @@ from ghost_dist.report import figures, plot, text, verdict
 from ghost_dist.report.comparison import comparison
 from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
-from ghost_dist.run_folder import recover_command
 
 if TYPE_CHECKING:
     import jinja2
@@ -80,8 +79,6 @@ def _of_one(run: RunRecord, device: torch.device | None) -> dict[str, Any]:
         "run": run,
         "headline": headline(run),
         "remarks": verdict.remarks(run),
-        "quoted": shlex.quote(str(run.path)),
-        "again": recover_command(run.path),
         "remedies": verdict.remedies(run.config, run.path, run.fits, helps=helps),
         "load": text.load_words(run.path / "checkpoint"),
         "spectra": {
@@ -130,7 +127,7 @@ def _pages() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     pages.filters |= {name: words for name, words in vars(text).items() if isfunction(words)}
-    pages.filters["tenths"] = "{:.1f}".format
+    pages.filters |= {"tenths": "{:.1f}".format, "quote": shlex.quote}
     for module in (figures, plot, task_rows, text):
         pages.globals[module.__name__.rpartition(".")[2]] = module
     loader = pages.loader

@@ -99,7 +99,9 @@ def _print_pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[i
 def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
     """How the three models continue texts."""
     for one in samples:
-        table = Table(escape(f"{one['text']} continued"), Column(Text(_line(one["prompt"]))))
+        table = Table(
+            escape(f"{one['text']} continued"), Column(Text(_line(one["prompt"])), overflow="fold")
+        )
         for variant in VARIANTS:
             table.add_row(Text(variant, style=_STYLES[variant]), Text(_line(one[variant])))
         _show(table)
@@ -154,11 +156,10 @@ def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
 
 
 def print_run(path: Path) -> None:
-    """Print a run with charts: what was tried, fits, what to beware of, result."""
+    """Print a run: what was tried, fits, what to beware of, result."""
     run = RunRecord(path)
-    for chart in (_ridge_curves, _perplexity_bars):
-        if (drawn := chart(run)) is not None:
-            _show(drawn)
+    if (curves := _ridge_curves(run)) is not None:
+        _show(curves)
     if len(run.candidates) > 1:
         _print_candidates(run.candidates)
     if run.fits:
@@ -330,25 +331,6 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         _say(f"assumed: {note}")
 
 
-def _perplexity_bars(run: RunRecord) -> Table | None:
-    """Perplexity of the three models on every text, with intervals where they are known."""
-    if not run.perplexity:
-        return None
-    perplexity, intervals = Column("perplexity", justify="right"), run.intervals
-    table = Table("text", "model", "", perplexity, "95 % interval", box=None)
-    for corpus, value in run.perplexity.items():
-        most = max((v for v in value.values() if math.isfinite(v)), default=1.0)
-        for variant in VARIANTS:
-            table.add_row(
-                escape(corpus) if variant == VARIANTS[0] else "",
-                variant,
-                Text(_bar(value[variant] / most), style=_STYLES[variant]),
-                text.perplexity(value[variant]),
-                text.interval(intervals.get(corpus, {}).get(variant)),
-            )
-    return table
-
-
 def _ridge_curves(run: RunRecord) -> Table | None:
     """Held-out residual of every ridge of every span, the one taken marked."""
     curves = [fit for fit in run.fits if len(fit["ridge_curve"]) > 1]
@@ -380,9 +362,9 @@ def _bar(share: float) -> str:
 
 
 def _show(table: Table) -> None:
-    """Print a table, or where it does not fit each row of it below the other."""
-    anywhere = console.options.update(width=1000)
-    if console.measure(table, options=anywhere).minimum <= console.width:
+    """Print a table, or each row of it below the other where its words would be cut."""
+    least = console.measure(table, options=console.options.update(width=1000)).minimum
+    if least <= console.width or any(column.overflow == "fold" for column in table.columns):
         return console.print(table)
     titles = [column.header for column in table.columns]
     for cells in zip(*(column.cells for column in table.columns), strict=True):

@@ -74,7 +74,7 @@ def remedies(
     found = []
     if calibration["sampling"] == "beginning":
         found.append(("text from all over the source", "--set calibration.sampling=spread"))
-    fewest = min((fit["tokens_per_channel"] for fit in fits), default=math.inf)
+    fewest = min((fit["tokens_per_channel"] for fit in fits), default=1.0)
     windows = more_windows(calibration["windows"], fewest)
     found.append(("more calibration text", f"--set calibration.windows={windows}"))
     found.append(("other text, of the kind in use", "--set calibration.source=FILE"))

@@ -69,11 +69,10 @@ FEW_TOKENS_PER_REGRESSOR = 4.0
 """With fewer the operator depends on the ridge more than on the text (``docs/theory.md``)."""
 
 
-def more_windows(windows: int, tokens_per_regressor: float = math.inf) -> int:
+def more_windows(windows: int, tokens_per_regressor: float) -> int:
     """How many to advise instead: four times as many, or as often four times as is enough."""
-    while (tokens_per_regressor := 4 * tokens_per_regressor) < FEW_TOKENS_PER_REGRESSOR:
-        windows *= 4
-    return 4 * windows
+    times = math.ceil(math.log(FEW_TOKENS_PER_REGRESSOR / tokens_per_regressor, 4))
+    return int(windows * 4 ** max(1, times))
 
 
 Detail = Literal["all", "residual", "map"]

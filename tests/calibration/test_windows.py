@@ -199,7 +199,7 @@ def test_torn_missing_and_foreign_files(tmp_path, windows):
             load_windows(path)
     path.write_bytes(safetensors.numpy.save({"tokens": windows.tokens}))
     with pytest.raises(
-        CorruptStoreError, match="holds None, expected 'ghost_dist token windows 1'"
+        CorruptStoreError, match="holds null, expected 'ghost_dist token windows 1'"
     ):
         load_windows(path)
 

@@ -76,7 +76,9 @@ def test_a_streamed_run_ends_as_a_resident_one(make_config, text_file, tmp_path,
     for kind, left_out in (("resident", 0), ("streaming", 1)):
         record = tmp_path / kind / "report.html", tmp_path / kind / "checkpoint" / "README.md"
         for page in record:
-            assert page.read_text().count("probes not asked: the model is read layer") == left_out
+            assert (
+                page.read_text().count("texts were not continued and probes not asked") == left_out
+            )
 
 
 def test_every_stage_reads_the_layers_it_needs_once(make_config, tmp_path, model_folder):
