@@ -80,8 +80,9 @@ def test_the_number_of_a_stage_does_not_go_back():
             pass
         with reporter.stage("verify", 1, "tokens"):
             pass
-    with reporter.stage("behind", 1, "tokens"):
-        pass
+    for _ in "12":  # a short one that comes again has one line
+        with reporter.stage("behind", 1, "tokens"):
+            pass
     parts = [line.split()[1] for line in console.file.getvalue().splitlines()]
     assert parts == ["6/6", "6/6", "behind:"]
 

@@ -348,7 +348,7 @@ def scoring(
         if not repairs(inputs.config):
             yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, advance)
             return
-        with stage("dense streams", int(windows.fitted.size), "tokens") as passed:
+        with stage("run dense model", int(windows.fitted.size), "tokens") as passed:
             streams = dense_streams(model, windows.fitted, inputs.batch, passed, on_host)
         dense = DenseFits(streams, windows.source_of, model)
         sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)

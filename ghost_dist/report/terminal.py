@@ -72,7 +72,7 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
         quoted = shlex.quote(str(run))
         _say(f"how it came about: {run / 'report.html'}, or ghost-dist report {quoted}")
         _say(f"how fast it is: ghost-dist bench-serving {quoted}")
-        _say("closer to the dense model, perhaps: {}: {}".format(*remedies[0]))
+        _say("to come closer to the dense model, try {}: {}".format(*remedies[0]))
         return
     # Nobody should take a model for repaired that is not: in a frame, and what to change.
     said = verdict.sentences(result["no_better_than_cut"], result["operator"])

@@ -144,7 +144,7 @@ def _fits(run: RunRecord) -> list[str]:
         if fit["tokens_per_channel"] < FEW_TOKENS_PER_REGRESSOR:
             found.append(
                 f"{span}: {fit['tokens_per_channel']:.1f} calibration tokens for each regressor; "
-                "below 4 the operator depends on the ridge. Raise calibration.windows."
+                "below 4 the fit is uncertain. Raise calibration.windows."
             )
         if fit["residual"] >= 1:
             found.append(
