@@ -96,5 +96,4 @@ class ExportError(GhostDistError):
     """The recovered checkpoint could not be written, or does not reproduce the recovered model."""
 
 
-TO_CHANGE = (ConfigError, CheckpointError, CalibrationError, RunFolderError)
-"""What is no use to try again before the user has changed something."""
+TO_CHANGE = (ConfigError, CheckpointError, CalibrationError, RunFolderError)  # by the user: exit status 2
