@@ -96,4 +96,4 @@ class ExportError(GhostDistError):
     """The recovered checkpoint could not be written, or does not reproduce the recovered model."""
 
 
-TO_CHANGE = (ConfigError, CheckpointError, CalibrationError, RunFolderError)  # by the user: exit status 2
+TO_CHANGE = (ConfigError, CheckpointError, CalibrationError, RunFolderError)  # exit status 2
