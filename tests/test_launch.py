@@ -202,7 +202,7 @@ STAND_INS = {
     "python": "cat nodes",  # how many have joined
     "sleep": 'if [ "$1" = 600 ]; then echo "$*" >>sleep.log; else exec /bin/sleep "$1"; fi',
     "ghost-dist": """
-        until [ "$(wc -l <ray.log)" = 2 ]; do /bin/sleep 0.02; done
+        until [ "$(cat ray.log 2>/dev/null | wc -l)" = 2 ]; do /bin/sleep 0.02; done
         stat -c %a "$RAY_AUTH_TOKEN_PATH" >token.log
         echo "$RAY_AUTH_MODE $RAY_ADDRESS [$CUDA_VISIBLE_DEVICES] $*" >driver.log
         [ -e wait ] || exit "$(cat code)"

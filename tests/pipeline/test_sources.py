@@ -176,7 +176,7 @@ def test_text_that_lacks_the_tokens_of_the_evaluation_is_told_before_the_work():
     evaluation = {"like it": windows(2, 5, 1, 9), "other": windows(1, 7, 8, 8)}
     (said,) = unlike(calibration, evaluation)
     assert said.startswith("75% of the tokens of other are of kinds that never occur")
-    assert "calibration.windows=4;" in said
+    assert "Raise calibration.windows, or give text like yours" in said
     assert unlike(windows(1, 7, 8, 9), evaluation)[0].startswith("50% of the tokens of like it")
 
 
