@@ -70,7 +70,7 @@ def main():
     for name, where, ran, then in rows:
         seconds = (ran, then, ran + then - typical, ran / 10 + 30)
         same = "equal" if operators(given.folder / name) == expected else "DIFFERENT"
-        print("", where, *(f"{second:.1f}" for second in seconds), same, "", sep=" | ")
+        print("|", where, *(f"| {second:.1f}" for second in seconds), "|", same, "|")
 
 
 def stage_of(run):
