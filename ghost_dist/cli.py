@@ -75,7 +75,7 @@ def recover(
     operator: Operator = None,
     assignments: Set = None,
     status: Annotated[
-        Path | None, Option(metavar="FILE", help="Keep what it is at there, as JSON.")
+        Path | None, Option(metavar="FILE", help="Keep stage and progress in this file, as JSON.")
     ] = None,
 ) -> None:
     """Prune layers, repair the cut in closed form, export and evaluate; continues a stopped run."""
@@ -275,7 +275,7 @@ for _stage in ("select", "calibrate", "solve", "export", "evaluate"):
 @app.command("export-deci")
 def export_deci(
     run: Run,
-    out: Annotated[Path, Argument(metavar="FOLDER", help="That is not there yet.")],
+    out: Annotated[Path, Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
 ) -> None:
     """Write a Llama's recovered checkpoint in DeciLM's layout, for llama.cpp's converter."""
     from ghost_dist.export.deci import export_deci
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The signal may have come inside a cleaning up, which then failed, or inside a wait of Ray,
         # which makes another status of it.
         if stopped_by:
-            _fail("stopped. The same command continues.", 128 + stopped_by[0])
+            _fail("stopped. The same command continues.", 128 + stopped_by[0], kind="")
         if isinstance(error, GhostDistError):
             _fail(str(error), 2 if isinstance(error, TO_CHANGE) else 1)
         if isinstance(error, OSError):
@@ -362,8 +362,8 @@ def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:
     return names
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, kind: str = "error: ") -> NoReturn:
     Console(stderr=True).print(
-        f"error: {message}", markup=False, highlight=False, soft_wrap=True, style="red"
+        f"{kind}{message}", markup=False, highlight=False, soft_wrap=True, style="red"
     )
     sys.exit(code)

@@ -135,7 +135,7 @@ def few_tokens(
         return None
     return (
         f"{tokens:,} calibration tokens will be {tokens / most:.1f} for each of the {most:,} "
-        f"regressors of {name}; with fewer than 4 the fit is uncertain. Enough: --set "
+        f"regressors of {name}; with fewer than 4 the fit is uncertain. Try --set "
         f"calibration.windows={more_windows(calibration.windows, tokens / most)}"
     )
 

@@ -445,7 +445,6 @@ def _variants_at_once(inputs: RunInputs, shape: tuple[int, int]) -> int:
     """Variants of a sweep: all windows of each are held where layers are read one by one."""
     windows = shape[0] if inputs.streaming else inputs.batch
     stream = windows * shape[1] * inputs.architecture.hidden_size * inputs.dtype.itemsize
-    free = max(free_bytes(device) for device in (inputs.device, torch.device("cpu")))
-    if not inputs.streaming:
-        free = free_bytes(inputs.device)
+    places = {inputs.device, torch.device("cpu")} if inputs.streaming else {inputs.device}
+    free = max(map(free_bytes, places))
     return max(1, min(_MOST_VARIANTS, int(SHARE_OF_MEMORY * free) // stream - 1))

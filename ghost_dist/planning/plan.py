@@ -126,12 +126,15 @@ def plan_run(
     rates = None if measure_again else stored_rates(key)
     load = host_load()
     if rates is None:
-        reporter.say("measuring this machine (once; plan --measure does it again) ...")
+        reporter.say("measuring this machine, for half a minute (remembered if it is idle) ...")
         rates = measure(run, costs, folder)
         if load <= _BUSY:
             store_rates(key, rates)
         else:
-            notes.append("the rates were measured beside other programs, and are not remembered")
+            notes.append(
+                "the rates were measured beside other programs, may be wrong by far and are not "
+                "remembered: plan again when the machine is idle"
+            )
     if load > _BUSY:
         notes.append(
             f"other programs use {min(load, 1):.0%} of this machine's cores now; while they do, a "
