@@ -163,6 +163,22 @@ def test_a_driver_without_room_reads_layer_by_layer(make, tmp_path, text_file, m
     assert not again["samples"]
 
 
+@pytest.mark.parametrize("engine_kind", ["resident", "streaming"])
+def test_attentions_and_mlps_that_go_by_themselves(make_config, cluster, tmp_path, engine_kind):
+    fields = {
+        "selection__spans": [[1, 3]],
+        "selection__sublayers": ("attention:4", "mlp:6"),
+        "operator__name": "ghost-joint",
+        "engine__kind": engine_kind,
+    }
+    alone = make_config(**fields, output__path=str(tmp_path / "alone"))
+    recover(alone, again="export")
+    on_cluster = {"cluster__address": cluster.address, "engine__replicas": 2}
+    recover_on_cluster(make_config(**fields, **on_cluster), again="export")
+    for file in (tmp_path / "alone" / "checkpoint").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "run" / "checkpoint" / file.name).read_bytes()
+
+
 def test_resident_replicas_give_the_bits_of_one_process(
     make_config, cluster, tmp_path, monkeypatch
 ):
