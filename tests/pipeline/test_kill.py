@@ -28,6 +28,7 @@ RUNS = {
         "engine__kind": "streaming",
         "operator__name": "ghost-joint",
         "selection__spans": [[5, 7]],
+        "selection__sublayers": ("attention:1", "mlp:3"),
         "calibration__windows": 64,
     },
 }
