@@ -12,7 +12,6 @@ from ghost_dist.report.record import Pair, RunRecord
 from ghost_dist.report.spectrum import Spectrum
 
 _LOGARITHMIC_FROM = 20.0  # ratio of bars, from which on a linear scale one would not be seen
-_LABEL_DISTANCE = 0.075  # share of the width that two numbers below the stack must be apart
 _STYLES = tuple(f"s{number}" for number in range(8))  # of templates/page.css
 
 
@@ -55,7 +54,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[int]]) -
         f"KL divergence from the dense model against the {across}; chosen {text.spans(chosen)}.",
         [Series("best found", sorted(points), "recovered", dots=True)],
         Axis(across),
-        Axis("KL where the dense model is sure, nats", low=0.0),
+        Axis("KL of the search, nats / token", low=0.0),
         [
             Mark(point, row["wanted"], "recovered")
             for point, row in zip(points, rows, strict=True)
@@ -148,10 +147,10 @@ def distillation(run: RunRecord) -> Figure | None:
     if not points:
         return None
     drawing = line_chart(
-        f"Held-out loss by step, from {points[0][1]:.4f} to {points[-1][1]:.4f}.",
+        f"Held-out loss by step, from {points[0][1]:.4f} to {points[-1][1]:.4f} nats per token.",
         [Series("held-out loss", points, "recovered", dots=True)],
         Axis("optimiser step", whole=True),
-        Axis("held-out loss"),
+        Axis("held-out KL, nats / token"),
     )
     kept = "was kept" if refined["improved"] else "did not improve, and was not kept"
     return Figure("Distillation", f"What was trained {kept}.", drawing)
@@ -218,14 +217,3 @@ def perplexity_bars(
     about += ["95 % intervals"] if any(intervals.values()) else []
     about += ["bars on a logarithmic scale"] if bars.logarithmic else []
     return bars, run.gap_closed(corpus) if repaired else None, about
-
-
-def numbers_below_stack(run: RunRecord) -> list[int]:
-    """Layers where spans begin and end, and the ends if there is room."""
-    num_layers = run.num_layers or 1
-    wanted = [n for span in run.spans for n in span if n < num_layers]
-    shown: list[int] = []
-    for layer in dict.fromkeys([*wanted, 0, num_layers - 1]):
-        if all(abs(layer - other) / num_layers >= _LABEL_DISTANCE for other in shown):
-            shown.append(layer)
-    return sorted(shown)

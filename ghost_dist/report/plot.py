@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ghost_dist.report.text import number
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 46, 346, 14, 40  # RIGHT is a place, BOTTOM a margin
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 54, 346, 14, 40  # RIGHT is a place, BOTTOM a margin
 HEIGHT = 230
 _MOST_POINTS = 240
 _CHARACTER = 5.9  # units, of a character in a chart

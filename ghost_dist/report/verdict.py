@@ -14,6 +14,7 @@ from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, more_windo
 FEW_WINDOWS, LARGE_CONDITION = 8, 1e12
 HELD_OUT = "held-out calibration windows"
 _APART = 2.0  # times the KL of another source
+_STEPS = 100  # of distillation, as it was measured (docs/choices.md)
 
 
 def no_better_than_cut(
@@ -78,9 +79,15 @@ def remedies(
     windows = more_windows(calibration["windows"], fewest)
     found.append(("more calibration text", f"--set calibration.windows={windows}"))
     found.append(("other text, of the kind in use", "--set calibration.source=FILE"))
-    layers = selection["remove"]
-    if isinstance(layers, int) and layers > 1 and not selection["spans"]:
-        found.append(("fewer layers", f"--remove {(3 * layers) // 4}"))
+    removed = sum(stop - start for start, stop in (fit["span"] for fit in fits))
+    removed = removed or selection["remove"]
+    if isinstance(removed, int) and removed > 1 and not selection.get("sublayers"):
+        fewer = (3 * removed) // 4
+        found.append((f"{fewer} removed layers instead of {removed}", f"--remove {fewer}"))
+    trained = config["refine"]["steps"] or selection.get("sublayers")  # or could not be
+    if config["operator"]["name"] != "none" and not trained:
+        what = f"{_STEPS} steps of training the operators (distillation)"
+        found.append((what, f"--set refine.steps={_STEPS}"))
     if config["operator"]["name"] not in ("none", "fold"):
         found.append(("a repair without new parameters", "--operator fold"))
     if not helps:
@@ -93,7 +100,10 @@ def remarks(run: RunRecord) -> list[str]:
     no_better = no_better_than_cut(run.candidates, run.perplexity)
     said = sentences(no_better, run.operator)
     if lost := broken(run.generation, run.probes):
-        said.append(f"{' '.join(lost)} Try fewer layers, or refine.steps.")
+        advised = remedies(run.config, run.path, run.fits, helps=True)
+        gentler = [one for one in advised if "--remove" in one[1] or "refine.steps" in one[1]]
+        ways = [f"{what}: {command}" for what, command in gentler]
+        said.append(" ".join(lost) + f" Try {'; or '.join(ways)}" * bool(ways))
     said += [*sources_apart(run.candidates), *run.warnings]
     if run.missing:
         said.append(

@@ -115,7 +115,10 @@ def test_what_counts_as_no_better(candidates, perplexity, said):
         assert part in sentence
 
 
-FEW = [{"tokens_per_channel": 0.3}, {"tokens_per_channel": 9.0}]
+FEW = [
+    {"tokens_per_channel": 0.3, "span": [2, 4]},
+    {"tokens_per_channel": 9.0, "span": [5, 7]},
+]
 
 
 def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
@@ -141,15 +144,17 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
             line.split(" in RUN")[0] + line.split(",")[1]
             for line in differing_fields(config_tree(config), config_tree(other))
         )
-    (advised,) = [
-        c for _, c in remedies(config_tree(config), run, FEW, helps=True) if "windows" in c
-    ]
-    assert "calibration.windows=80" in advised  # 4 times as many are not enough for each regressor
+    chosen = make_config(selection__spans="2:4,5:7")
+    of_spans = [command for _, command in remedies(config_tree(chosen), run, FEW, helps=True)]
+    # 4 times as many are not enough for each regressor.
+    assert sum("calibration.windows=256" in command for command in of_spans) == 1
+    assert sum(command.endswith(" --remove 3") for command in of_spans) == 1
     assert changed == {
         "calibration.sampling: 'beginning' 'spread' now",
         "calibration.windows: 5 20 now",
         f"calibration.source: {config.calibration.source!r} 'FILE' now",
         "selection.remove: 4 3 now",
+        "refine.steps: 0 100 now",
         "operator.name: 'ghost' 'fold' now",
         "operator.name: 'ghost' 'none' now",
     }

@@ -53,6 +53,11 @@ def test_recover_writes_the_page_with_the_figures_of_its_result(made_runs):
             assert f">{text.percent(figures['top1'], 1)}</td>" in page
         assert result["fingerprint"] in page
         assert f"{sum(stop - start for start, stop in result['spans'])} of 8 layers" in page
+        strip = re.findall(r'<span class="(kept|removed)[^>]*>(?:<s>)?(\d)<', page)
+        gone = {layer for start, stop in result["spans"] for layer in range(start, stop)}
+        assert strip == [("removed" if n in gone else "kept", str(n)) for n in range(8)]
+        assert "This run took" in page
+        assert page.count('href="#words"') >= 2
         for fit in result["fit"]:
             assert text.number(fit["residual"]) in page
 
@@ -324,7 +329,8 @@ def test_probes_and_what_is_lost_are_in_page_and_terminal(runs, tmp_path, capsys
     rewrite(path, result | {"probes": {"copying": lost}})
     page = page_of(runs["spans"], tmp_path)
     assert re.search(r"copying</th>\s*<td[^>]*>48<.*?>90%<.*?>10%<.*?>20%<", page, re.DOTALL)
-    assert "20% of copying (dense: 90%). Try fewer layers" in page
+    assert "20% of copying (dense: 90%). Try 2 removed layers instead of 3: ghost-dist" in page
+    assert "--set refine.steps=100" in page
     terminal.print_result(json.loads(path.read_text()), runs["spans"])
     said = capsys.readouterr().out
     assert "20% of copying (dense: 90%)." in said
