@@ -25,6 +25,7 @@ from ghost_dist.errors import ConfigError
 PLAIN_LINE_EVERY_S = 5.0
 SHORT_S = 2.0  # what takes less is not worth a line
 _KEPT_EVENTS = 5
+_RATED = ("tokens", "bytes", "evaluations")  # units whose rate says something
 
 Advance = Callable[[int], None]
 Listener = Callable[[dict[str, Any]], None]
@@ -44,18 +45,21 @@ class Gauge:
         self.done += amount
         self.latest = self.clock()
 
-    def words(self) -> str:
-        """``8,192 of 32,768 tokens, 909/s, 27 s left``; an estimate goes on counting."""
+    def words(self, doing: str = "") -> str:
+        """``8,192 of 32,768 tokens, 909/s, 27 s left``; an estimate goes on counting.
+
+        ``doing``: what is at hand, in the place of the rate.
+        """
         so_far = f"{duration(self.clock() - self.began)} so far"
         if not self.total:
             return so_far
         now = self.numbers()
+        left, rate = now["seconds_left"] or 0.0, doing
+        if now["per_second"] is not None and self.unit in _RATED:
+            rate = doing or self._rate(now["per_second"])
         counted = f"{self._number(self.done)} of {self._amount(self.total)}"
-        if now["per_second"] is None:
-            return f"{counted}, {so_far}"
-        left = now["seconds_left"]
         after = f"{duration(left)} left" if left >= 1 else so_far
-        return f"{counted}, {self._rate(now['per_second'])}, {after}"
+        return ", ".join(filter(None, (counted, rate, after)))
 
     def numbers(self) -> dict[str, Any]:
         """The same for programs; a rate of None: nothing is known yet."""
@@ -103,7 +107,7 @@ class Reporter:
         self.console = console or Console(stderr=True)
         self.listeners = tuple(listeners)
         self.at_work: dict[str, Any] = {}
-        self._part, self._ended = "", set[str]()
+        self._part, self._doing, self._ended = "", "", set[str]()
         self._events_path = events_path
         self._telling, self._failed = threading.RLock(), set[Listener]()
 
@@ -140,6 +144,10 @@ class Reporter:
         """A warning for the person and the events."""
         self.console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
         self.event("warning", message=message)
+
+    def doing(self, what: str) -> None:
+        """What the stage at hand is at while its count stands still; "": nothing of the kind."""
+        self._doing = what
 
     @contextlib.contextmanager
     def at(self, part: str) -> Iterator[None]:
@@ -182,32 +190,36 @@ class Reporter:
     def _shown(self, name: str, gauge: Gauge) -> Iterator[None]:
         over, terminal = threading.Event(), self.console.is_terminal
 
+        def words() -> str:
+            return gauge.words(self._doing)
+
         def numbers() -> None:
-            now = {"part": self._part.strip(), "stage": name, "words": gauge.words()}
+            now = {"part": self._part.strip(), "stage": name, "words": words()}
             now |= {**gauge.numbers(), **self.at_work}
             self._tell({"time": round(time.time(), 3), "event": "progress", **now})
 
         def tell() -> None:
             while not over.wait(PLAIN_LINE_EVERY_S):
                 if not terminal:
-                    self._line(name, gauge.words())
+                    self._line(name, words())
                 numbers()
 
         numbers()
         teller = threading.Thread(target=tell, name="progress", daemon=True)
         teller.start()
         try:
-            with self._bar(name, gauge) if terminal else contextlib.nullcontext():
+            with self._bar(name, gauge, words) if terminal else contextlib.nullcontext():
                 yield
         finally:
             over.set()
             teller.join()
+            self._doing = ""
             numbers()
 
     @contextlib.contextmanager
-    def _bar(self, name: str, gauge: Gauge) -> Iterator[None]:
+    def _bar(self, name: str, gauge: Gauge, words: Callable[[], str]) -> Iterator[None]:
         left = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
-        columns = (*left, _Words(gauge))
+        columns = (*left, _Words(gauge, words))
         with progress.Progress(*columns, console=self.console, transient=True) as bars:
             bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
             yield
@@ -264,15 +276,15 @@ def _stopped(error: BaseException) -> bool:
 
 
 class _Words(progress.ProgressColumn):
-    """What the gauge says, and the bar as far as it is."""
+    """What there is to say, and the bar as far as the gauge is."""
 
-    def __init__(self, gauge: Gauge) -> None:
+    def __init__(self, gauge: Gauge, words: Callable[[], str]) -> None:
         super().__init__()
-        self._gauge = gauge
+        self._gauge, self._words = gauge, words
 
     def render(self, task: progress.Task) -> Text:
         task.completed = self._gauge.done
-        return Text(self._gauge.words())
+        return Text(self._words())
 
 
 def duration(seconds: float) -> str:

@@ -35,15 +35,23 @@ def gauge_after(total, unit, done, seconds, waited=0.0):
         # No step for 20 s: the estimate is older, and says so.
         (32768, "tokens", 8192, 9.0, 20.0, "8,192 of 32,768 tokens, 910/s, 7.0 s left"),
         (32768, "tokens", 8192, 9.0, 60.0, "8,192 of 32,768 tokens, 910/s, 69 s so far"),
-        (9, "fits", 2, 7.0, 0.0, "2 of 9 fits, 3.5 s/fit, 24 s left"),
+        (9, "fits", 2, 7.0, 0.0, "2 of 9 fits, 24 s left"),
         (9, "fits", 0, 0.0, 12.0, "0 of 9 fits, 12 s so far"),
         (4 * 10**9, "bytes", 10**9, 2.0, 0.0, "1.00 GB of 4.00 GB, 500.0 MB/s, 6.0 s left"),
         (40000, "tokens", 10, 10.0, 0.0, "10 of 40,000 tokens, 1/s, 11 h 06 min left"),
+        (99, "evaluations", 2, 7.0, 0.0, "2 of 99 evaluations, 3.5 s/evaluation, 6 min left"),
         (0, "", 0, 0.0, 250.0, "4 min so far"),
     ],
 )
 def test_words(total, unit, done, seconds, waited, words):
     assert gauge_after(total, unit, done, seconds, waited).words() == words
+
+
+def test_what_is_at_hand_takes_the_place_of_a_rate():
+    gauge = gauge_after(900, "evaluations", 0, 7.0)
+    assert gauge.words("fitting 2 of 30") == "0 of 900 evaluations, fitting 2 of 30, 7.0 s so far"
+    gauge = gauge_after(900, "evaluations", 10, 1.0)
+    assert gauge.words("fitting 2 of 30") == "10 of 900 evaluations, fitting 2 of 30, 89 s left"
 
 
 def test_a_continued_stage_does_not_count_what_was_there():

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from ghost_dist import __version__
 from ghost_dist.calibration.windows import Tokens
@@ -41,7 +42,9 @@ from ghost_dist.pipeline.engine import holds_search
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
-from ghost_dist.pipeline.searching import Windows, scoring
+from ghost_dist.pipeline.search_effort import Windows
+from ghost_dist.pipeline.searching import scoring
+from ghost_dist.progress import Reporter
 from ghost_dist.solver.removals import Removal, Score
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 from ghost_dist.statistics.sums import ColumnBlock, Sums
@@ -270,7 +273,8 @@ class Rank:
             def advance(tokens: int) -> None:
                 self._advance(self._heartbeat[0], tokens)
 
-            opened = scoring(inputs, of_search, lambda *_: nullcontext(advance), advance, on_host)
+            quiet = Reporter(console=Console(quiet=True))
+            opened = scoring(inputs, of_search, quiet, advance=advance, on_host=on_host)
             self._search = (name, self._scoring.enter_context(opened))
         return self._search[1](removals, windows)
 

@@ -17,15 +17,17 @@ import ray
 from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.replica import Replica
-from ghost_dist.pipeline.searching import Windows
+from ghost_dist.pipeline.search_effort import Windows
+from ghost_dist.progress import Advance
 from ghost_dist.solver.removals import Removal
 
 
 class ScoreOnCluster:
     """The ``Score`` of one search; a context manager that gives the replicas back."""
 
-    def __init__(self, pool: Pool, windows: Windows) -> None:
+    def __init__(self, pool: Pool, windows: Windows, scored: Advance) -> None:
         self._pool, self._search = pool, (uuid.uuid4().hex, ray.put(windows))
+        self._scored = scored
         pool.num_layers = 0
         wanted = pool.inputs.config.engine.replicas
         pool.begin(1 if wanted == "auto" else wanted)
@@ -48,6 +50,8 @@ class ScoreOnCluster:
         def take(lease: Lease[int], scores: list[list[float]]) -> None:
             queue.finished(lease, time.monotonic())
             self._pool.progressed(lease.worker.replica)
+            if parts[lease.item][0] not in found:
+                self._scored(len(scores) * len(windows))
             found.update(zip(parts[lease.item], scores, strict=True))
 
         def give(replica: Replica) -> None:
@@ -60,5 +64,8 @@ class ScoreOnCluster:
                     asked = (*self._search, some, windows, on_host)
                     replica.ask(rank, "score", lease.attempt, *asked, then=partial(take, lease))
 
+        doing = self._pool.reporter.doing
+        doing(f"scoring {len(removals):,}")
         self._pool.work_off(queue, give, "search_parts", ranks=self._pool.shape.ranks)
+        doing("")
         return [found[number] for number in range(len(removals))]

@@ -88,8 +88,8 @@ class Session:
         """What scores removals, on the same replicas; None: the driver alone has a GPU."""
         if inputs.device.type == "cuda" and inputs.worker_device.type == "cpu":
             return None
-        return lambda _inputs, windows, _stage: ScoreOnCluster(
-            self._pool_of(inputs, reporter), windows
+        return lambda _inputs, windows, _reporter, scored: ScoreOnCluster(
+            self._pool_of(inputs, reporter), windows, scored
         )
 
     def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitOnCluster:

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -34,6 +34,8 @@ _FLUSH_TOKENS = 8192
 2e-5 of the correlation scale is enough to choose among spans."""
 
 Spans = tuple[Span, ...]
+Doing = Callable[[str], None]
+"""As ``Reporter.doing``."""
 
 
 class DenseFits:
@@ -58,7 +60,7 @@ class DenseFits:
             self._place = torch.device("cpu")
             self.room = int(SHARE_OF_MEMORY * free_bytes(self._place)) // one
 
-    def fit(self, removals: Collection[Spans]) -> None:
+    def fit(self, removals: Collection[Spans], doing: Doing = lambda _: None) -> None:
         """Have all that these need; those not used for longest go where memory is short."""
         spans = {span for of_one in removals for span in of_one}
         stops: dict[int, list[int]] = {}
@@ -67,10 +69,14 @@ class DenseFits:
                 self._weights.move_to_end(span)
             else:
                 stops.setdefault(span.start, []).append(span.stop)
+        done, needed = 0, sum(map(len, stops.values()))
         for start, of_start in stops.items():
+            doing(f"fitting {done + 1:,} of {needed:,}")
+            done += len(of_start)
             for span, (weights, ridge) in self._fit_start(start, of_start).items():
                 self._weights[span] = [self.stored(one) for one in weights]
                 self.ridges[span] = ridge
+        doing("")
         while len(self._weights) > max(self.room, len(spans)):
             self._weights.popitem(last=False)
 
@@ -182,7 +188,7 @@ def cross_fit_start(
 class PlainCuts:
     """No operators at all, in the place of fits."""
 
-    def fit(self, removals: Collection[Spans]) -> None:
+    def fit(self, removals: Collection[Spans], doing: Doing = lambda _: None) -> None:
         """Nothing to do."""
 
     def variants(self, removals: Sequence[Spans], _: int) -> list[Variant]:
@@ -225,9 +231,9 @@ class SequentialFits:
             for spans in removals
         ]
 
-    def fit(self, removals: Sequence[Spans]) -> None:
+    def fit(self, removals: Sequence[Spans], doing: Doing = lambda _: None) -> None:
         """Have the operators of all of these."""
-        self._dense.fit(removals)
+        self._dense.fit(removals, doing)
         wanted = _beginnings(removals)
         for spans in sorted(wanted & self._fitted.keys()):
             self._fitted.move_to_end(spans)
@@ -235,7 +241,9 @@ class SequentialFits:
             {spans for spans in removals if not _beginnings([spans]) <= self._fitted.keys()}
         )
         for first in range(0, len(missing), self._at_once):
+            doing(f"refitting {first + 1:,} of {len(missing):,}")
             self._walk(missing[first : first + self._at_once])
+        doing("")
         while len(self._fitted) > max(self._dense.room, len(wanted)):
             self._fitted.popitem(last=False)
 

@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ghost_dist.calibration.split import judging_pieces, spread
-from ghost_dist.calibration.windows import Tokens, TokenWindows
+from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.architecture import check_cut
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.config import CalibrationConfig, Config, SelectionConfig
 from ghost_dist.devices import free_bytes
 from ghost_dist.durable import fingerprint
 from ghost_dist.engines.layerwise import LayerwiseModel
@@ -35,21 +33,21 @@ from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.run_shape import RunShape
+from ghost_dist.pipeline.search_effort import Windows, effort_of, repairs
 from ghost_dist.pipeline.search_fits import (
     SHARE_OF_MEMORY,
     WALKED_TOKENS,
     DenseFits,
+    Doing,
     PlainCuts,
     SequentialFits,
     dense_streams,
 )
 from ghost_dist.pipeline.targets import comes_to, rules_of
-from ghost_dist.pipeline.texts import windows_of_folds
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.run_folder import RunFolder
 from ghost_dist.solver.removals import Removal, Score
 from ghost_dist.solver.search import (
-    Judges,
     Search,
     greedy_counts,
     greedy_evaluations,
@@ -59,60 +57,14 @@ from ghost_dist.solver.search import (
 )
 from ghost_dist.spans import Span, check_spans, pairs_of
 
-_LONGEST, _SHORTEST = 512, 128  # tokens of a judging window
-_PIECES = 4  # of these that every source should give
-_FEWEST_TOKENS, _MOST_TOKENS = 1024, 65536  # to judge by; of calibration, that a share is judged by
 _MOST_VARIANTS = 64  # of a sweep
 _FAR = "KL divergence from the dense model {:.4f} nats"
 _PARTS_LEFT_OUT = 2  # of the sources, in turn, where streams are walked
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much a search does."""
-
-    rounds: float  # budget, in evaluations of its greedy part
-    judged: float  # share of the calibration tokens
-    fitted_per_channel: int  # tokens, but no fewer than
-    fewest_fitted: int
-    width: int | None  # removals of a generation; None: all
-
-    def fit_windows(self, width: int, length: int) -> int:
-        """Windows of a length that operators of a width are fitted on."""
-        return -(-max(self.fewest_fitted, self.fitted_per_channel * width) // length)
-
-    def length(self, calibration: CalibrationConfig, sources: int) -> int:
-        """Tokens of a judging window; those of calibration are cut into such pieces."""
-        length = _LONGEST
-        while length > _SHORTEST and length * sources * _PIECES > self.tokens(calibration):
-            length //= 2
-        return min(length, calibration.window_length)
-
-    def judges(
-        self, calibration: CalibrationConfig, sources: int, of_source: int, rough: bool
-    ) -> Judges:
-        """Judging windows, of so many calibration windows of every source."""
-        length = self.length(calibration, sources)
-        most = max(1, self.tokens(calibration) // (sources * length))
-        return Judges(sources, min(of_source * _pieces(calibration, length), most), rough)
-
-    def tokens(self, calibration: CalibrationConfig) -> int:
-        """Most tokens of all judging windows."""
-        there = calibration.windows * calibration.window_length
-        return max(_FEWEST_TOKENS, int(self.judged * min(there, _MOST_TOKENS)))
-
-
-Stage = Callable[[str, int, str], AbstractContextManager[Advance]]
-"""As ``Reporter.stage``."""
-
-Scorer = Callable[[RunInputs, "Windows", Stage], AbstractContextManager[Score]]
-"""Opens what scores removals: :func:`scoring`, or the ranks of a cluster."""
-
-EFFORTS = {
-    "quick": Effort(1.25, 1 / 8, 16, 1 << 10, 12),
-    "normal": Effort(1.6, 1 / 8, 32, 1 << 15, None),
-    "thorough": Effort(4.0, 1 / 4, 64, 1 << 16, None),
-}
+Scorer = Callable[[RunInputs, Windows, Reporter, Advance], AbstractContextManager[Score]]
+"""Opens what scores removals: :func:`scoring`, or the ranks of a cluster. It tells what it is at,
+and evaluations as they come."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +84,7 @@ def search_shape(inputs: RunInputs) -> SearchShape:
     ConfigError where ``selection.effort`` is too little for one.
     """
     selection, calibration = inputs.config.selection, inputs.config.calibration
-    effort, sources = _effort(selection), len(inputs.config.left_out)
+    effort, sources = effort_of(selection), len(inputs.config.left_out)
     each, width = calibration.windows // sources, inputs.architecture.hidden_size
     judges = effort.judges(calibration, sources, each, repairs(inputs.config))
     amounts = {amount.selection.wanted: amount for amount in (inputs.amount, *inputs.others)}
@@ -239,11 +191,13 @@ class Searches(ExitStack):
         self._scorer = scorer or scoring
         self._scores: Score | None = None
         self._scored = False  # anything, since it was last looked at
+        self._advance: Advance = lambda _: None  # of the search at hand, and ...
+        self._shown = 0  # ... its evaluations that were told
         self._windows = Windows.of(inputs, tokens)
         self._record = f"search{'' if repairs(inputs.config) else '-unrepaired'}"
         self._identity = fingerprint(
             {
-                "effort": str(_effort(inputs.config.selection)),
+                "effort": str(effort_of(inputs.config.selection)),
                 "score": "sure_kl",
                 **({} if repairs(inputs.config) else {"repairs": False}),
                 "model": inputs.model_fingerprint,
@@ -257,14 +211,18 @@ class Searches(ExitStack):
 
     def _score(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         if self._scores is None:
-            opened = self._scorer(self._inputs, self._windows, self._reporter.stage)
+            opened = self._scorer(self._inputs, self._windows, self._reporter, self._count)
             self._scores = self.enter_context(opened)
         self._scored = True
         return self._scores(removals, windows)
 
+    def _count(self, evaluations: int) -> None:
+        self._shown += evaluations
+        self._advance(evaluations)
+
     def __call__(self, inputs: RunInputs) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The spans of an amount that goes, and how they were found."""
-        selection, reporter, shown = inputs.config.selection, self._reporter, 0
+        selection, reporter = inputs.config.selection, self._reporter
         best = said = math.inf
         about = f"search for {inputs.remove} layer{'s' if inputs.remove != 1 else ''}"
         self._scored = False
@@ -277,11 +235,10 @@ class Searches(ExitStack):
             return True
 
         def told(generation: dict[str, Any]) -> None:
-            nonlocal shown, best, said
+            nonlocal best, said
             self._run.finish(self._record, self._identity, {"table": table_as_plain(search.table)})
             reporter.event("search-generation", **generation)
-            advance(search.evaluations - shown)
-            shown = search.evaluations
+            self._count(search.evaluations - self._shown)  # those that were known
             removed, kl = generation["removed"], generation["score"]
             if len(removed) == inputs.remove and kl is not None and kl < best:
                 best = kl
@@ -295,15 +252,16 @@ class Searches(ExitStack):
             self._score,
             self._windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
-            effort=_effort(selection).rounds,
-            width=_effort(selection).width,
+            effort=effort_of(selection).rounds,
+            width=effort_of(selection).width,
             seed=inputs.config.calibration.seed,
             table=self._table,
             possible=possible,
             after_generation=told,
         )
         name = f"search for {inputs.remove}" if inputs.others else "search"
-        with reporter.stage(name, search.budget, "evaluations") as advance:
+        self._shown = 0
+        with reporter.stage(name, search.budget, "evaluations") as self._advance:
             found = search.run()
         self._table, removed = search.table, _spans(found.removal)
         if math.isfinite(said):
@@ -324,70 +282,38 @@ class Searches(ExitStack):
         }
 
 
-def repairs(config: Config) -> bool:
-    """Whether removals are judged with operators in place; not where none will be there."""
-    return config.operator.name != "none"
-
-
 @contextlib.contextmanager
 def scoring(
     inputs: RunInputs,
     windows: Windows,
-    stage: Stage,
+    reporter: Reporter,
+    scored: Advance = lambda _: None,
+    *,
     advance: Advance = lambda _: None,
     on_host: int = 1,
 ) -> Iterator[Scoring]:
-    """What scores removals, with the model at hand; ``advance`` hears of tokens on their way.
+    """What scores removals, with the model at hand.
 
+    ``scored`` hears of evaluations, ``advance`` of tokens on their way.
     ``on_host``: processes of this run on the same host, which all score.
     """
-    shape = windows.judged.shape
+    shape, told = windows.judged.shape, (reporter.doing, scored, advance)
     at_once = _variants_at_once(inputs, shape)
     batch = max(1, inputs.batch * windows.fitted.shape[1] // shape[1])
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
         if not repairs(inputs.config):
-            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, advance)
+            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, *told)
             return
-        with stage("run dense model", int(windows.fitted.size), "tokens") as passed:
-            streams = dense_streams(model, windows.fitted, inputs.batch, passed, on_host)
+        with reporter.stage("run dense model", int(windows.fitted.size), "tokens") as passed:
+
+            def ran(tokens: int) -> None:
+                passed(tokens)
+                advance(tokens)
+
+            streams = dense_streams(model, windows.fitted, inputs.batch, ran, on_host)
         dense = DenseFits(streams, windows.source_of, model)
         sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
-        yield Scoring(model, windows, dense, sequential, at_once, batch, advance)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """What a search fits on and judges by."""
-
-    fitted: Tokens  # (windows, T)
-    source_of: list[int]  # of every one of these, the number of its source, or piece of one
-    judged: Tokens  # (windows, at most T); their sources are those of judges
-    judges: Judges
-
-    @staticmethod
-    def of(inputs: RunInputs, tokens: TokenWindows) -> Windows:
-        """Windows spread over every source to fit on, and others to judge by.
-
-        Half of these are what is least like the rest: on text like most of the calibration text,
-        removals seem alike of which one does far more harm elsewhere.
-        """
-        config, effort = inputs.config, _effort(inputs.config.selection)
-        of_source = [windows_of_folds(inputs, tokens, folds) for folds in config.left_out]
-        sources, fewest = len(of_source), min(map(len, of_source))
-        length = effort.length(config.calibration, sources)
-        used = length * _pieces(config.calibration, length)
-        most = effort.fit_windows(inputs.architecture.hidden_size, tokens.window_length)
-        fitted = [spread(windows, -(-most // sources)) for windows in of_source]
-        judges = effort.judges(config.calibration, sources, fewest, repairs(config))
-        pieces = [tokens.tokens[windows, :used].reshape(-1, length) for windows in of_source]
-        numbers = judging_pieces(pieces, judges.pieces)
-        judged = [part[chosen] for part, chosen in zip(pieces, numbers, strict=True)]
-        return Windows(
-            tokens.tokens[[window for windows in fitted for window in windows]],
-            [number for number, windows in enumerate(fitted) for _ in windows],
-            np.stack(judged, 1).reshape(-1, length),
-            judges,
-        )
+        yield Scoring(model, windows, dense, sequential, at_once, batch, *told)
 
 
 @dataclass(frozen=True)
@@ -403,6 +329,8 @@ class Scoring:
     sequential: SequentialFits | PlainCuts
     at_once: int  # variants of a sweep
     batch: int  # judging windows of a forward
+    doing: Doing
+    scored: Advance
     advance: Advance
 
     def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
@@ -418,27 +346,31 @@ class Scoring:
                 judged = self.windows.judged[number_of[columns] % len(judges.windows)]
                 for first in range(0, len(spans), self.at_once):
                     rows = slice(first, first + self.at_once)
-                    fits.fit(spans[rows])
+                    fits.fit(spans[rows], self.doing)
                     variants = [Variant(), *fits.variants(spans[rows], without)]
+                    ran = self._counting((len(variants) - 1) * len(judged), judged.size)
                     scores = window_scores(
-                        self.model, variants, judged, batch=self.batch, advance=self.advance
+                        self.model, variants, judged, batch=self.batch, advance=ran
                     )
                     found[rows, columns] = [one.sure_kl for one in scores[1:]]
         found[~np.isfinite(found)] = math.inf
         return found.tolist()
 
+    def _counting(self, evaluations: int, num_tokens: int) -> Advance:
+        """Hears of so many tokens on their way, and tells as large a share of the evaluations."""
+        passed = 0
 
-def _pieces(calibration: CalibrationConfig, length: int) -> int:
-    """Judging windows that one of calibration gives; a piece inside it has no BOS."""
-    return 1 if calibration.window_bos is True else max(1, calibration.window_length // length)
+        def ran(tokens: int) -> None:
+            nonlocal passed
+            before, passed = passed * evaluations // num_tokens, passed + tokens
+            self.scored(passed * evaluations // num_tokens - before)
+            self.advance(tokens)
+
+        return ran
 
 
 def _spans(removal: Removal) -> tuple[Span, ...]:
     return check_spans((Span(layer, layer + 1) for layer in removal), num_layers=1 << 30)
-
-
-def _effort(selection: SelectionConfig) -> Effort:
-    return EFFORTS["normal" if isinstance(selection.effort, int) else selection.effort]
 
 
 def _variants_at_once(inputs: RunInputs, shape: tuple[int, int]) -> int:

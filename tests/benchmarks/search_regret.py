@@ -25,6 +25,7 @@ from ghost_dist.config_file import load_config
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline import searching
 from ghost_dist.pipeline.inputs import open_inputs
+from ghost_dist.pipeline.search_effort import EFFORTS
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
@@ -71,7 +72,7 @@ def measured(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         rules = Rules(num_layers, given.remove, tuple(set(range(num_layers)) - set(free)))
         windows = searching.Windows.of(inputs, tokens)
         judges = windows.judges
-        with searching.scoring(inputs, windows, QUIET.stage) as score:
+        with searching.scoring(inputs, windows, QUIET) as score:
             table = exhaustive(rules, score, judges.windows)
             kl_of = {removal: kl for kl, removal in table}
             spans = [kl_of[span] for span in single_spans(rules) if span in kl_of]
@@ -83,7 +84,7 @@ def measured(given: argparse.Namespace, folder: str) -> dict[str, Any]:
                 "best_span": min(spans, default=None),
                 "search": {},
             }
-            for name, effort in searching.EFFORTS.items():
+            for name, effort in EFFORTS.items():
                 search = Search(rules, score, judges, effort=effort.rounds, width=effort.width)
                 ended = search.run()
                 regret = kl_of[ended.removal] / table[0][0] - 1

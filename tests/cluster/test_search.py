@@ -13,6 +13,7 @@ from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import layer_times
 from ghost_dist.pipeline.recover import recover
+from ghost_dist.pipeline.searching import Searches
 
 SEARCH = {
     "selection__spans": None,
@@ -62,7 +63,13 @@ def test_any_number_of_replicas_finds_the_bits_of_one_process(
     monkeypatch.setattr("ghost_dist.cluster.pool.Replica", Watched)
     alone = make_config(**SEARCH, output__path=str(tmp_path / "alone"))
     expected = searched(alone, recover)
+    counts, count = [], Searches._count
+    monkeypatch.setattr(Searches, "_count", lambda of, n: (counts.append(n), count(of, n)))
     two = searched(make("two", engine__replicas=2), recover_on_cluster)
+    found = two[1]  # each part once, though one was lost, and before its generation is through
+    assert min(counts) >= 0
+    assert sum(counts) == found["evaluations"]
+    assert len(list(filter(None, counts))) > len(found["generations"])
     assert len(killed) == len(events(tmp_path / "two", "replica-lost")) == 1
     assert {method for *_, method in asked} == {"score"}
     assert len({number for number, *_ in asked}) > 2  # two, and one in the place of the lost one

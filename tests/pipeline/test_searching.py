@@ -1,8 +1,10 @@
 """``selection.criterion=search`` through the whole stage: what it finds, stopped and streamed."""
 
+import contextlib
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.errors import ConfigError, RunMismatchError
 from ghost_dist.evaluation.scores import window_scores
-from ghost_dist.pipeline import search_fits, searching
+from ghost_dist.pipeline import search_effort, search_fits, searching
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.layer_times import Seconds
@@ -48,7 +50,7 @@ def test_it_finds_about_the_best_of_all_removals(searched, make_config, tmp_path
     inputs = open_inputs(make_config(**SEARCH), QUIET)
     tokens = load_windows(tmp_path / "a" / "tokens.safetensors")
     windows = searching.Windows.of(inputs, tokens)
-    with searching.scoring(inputs, windows, QUIET.stage) as score:
+    with searching.scoring(inputs, windows, QUIET) as score:
         table = exhaustive(Rules(8, 2), score, windows.judges.windows)
         kl = []
         first, second = removed = Span(2, 3), Span(5, 6)
@@ -123,7 +125,7 @@ def test_without_an_operator_plain_cuts_are_judged(searched, make_config, tmp_pa
     inputs = open_inputs(make_config(**SEARCH, operator__name="none"), QUIET)
     tokens = load_windows(tmp_path / "cut" / "tokens.safetensors")
     windows = searching.Windows.of(inputs, tokens)
-    with searching.scoring(inputs, windows, QUIET.stage) as score:
+    with searching.scoring(inputs, windows, QUIET) as score:
         table = exhaustive(Rules(8, 2), score, windows.judges.windows)
         judged = windows.judged
         cut = Variant((Span(3, 4), Span(6, 7)))
@@ -177,6 +179,40 @@ def test_it_says_why_the_least_is_not_taken(make_config, monkeypatch, capsys):
     assert f"that were tried: [{span[0]}, {span[1]}), KL divergence" in reason
     assert float(re.search(r"model ([\d.]+) nats", reason)[1]) > least
     assert reason.endswith(f"; the least found, {least:.4f}, is within the standard error of it")
+
+
+def test_evaluations_are_counted_as_they_come(make_config, monkeypatch):
+    """Not only once a generation is through; what is fitted before is said."""
+    told, stage = [], Reporter.stage
+
+    @contextlib.contextmanager
+    def watched(self, name, *arguments):
+        with stage(self, name, *arguments) as advance:
+            yield lambda amount: (told.append((name, amount)), advance(amount))
+
+    monkeypatch.setattr(Reporter, "stage", watched)
+    monkeypatch.setattr(Reporter, "doing", lambda _, what: told.append((what, 0)))
+    generation = ("generation", 0)
+    finish = RunFolder.finish
+    monkeypatch.setattr(
+        RunFolder,
+        "finish",
+        lambda self, stage, *a: (
+            told.append(generation) if stage == "search" else None,
+            finish(self, stage, *a),
+        ),
+    )
+    config = make_config(**SEARCH)
+    recover(config, QUIET, again="select")
+    record = json.loads(Path(config.output.path, "stages", "select.json").read_text())
+    assert told[told.index(("fitting 1 of 8", 0)) :][:8] == [
+        (f"fitting {number} of 8", 0) for number in range(1, 9)
+    ]
+    counts = [amount for name, amount in told if name == "search"]
+    first = [amount for name, amount in told[: told.index(generation)] if name == "search"]
+    assert len(list(filter(None, first))) > 4
+    assert min(counts) >= 0
+    assert sum(counts) == record["outputs"]["search"]["evaluations"]
 
 
 def test_stopped_after_each_generation_it_goes_on_to_the_same(
@@ -306,7 +342,7 @@ def test_the_result_says_what_was_searched(make_config, tmp_path):
 
 
 def test_what_is_planned_is_the_most_that_is_done(searched, make_config, monkeypatch):
-    monkeypatch.setattr(searching, "_LONGEST", 32)  # two pieces of a window
+    monkeypatch.setattr(search_effort, "_LONGEST", 32)  # two pieces of a window
     _, found = searched("a")
     planned = plan_run(make_config(**SEARCH), QUIET)
     inputs = open_inputs(make_config(**SEARCH), QUIET)
