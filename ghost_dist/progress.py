@@ -108,6 +108,7 @@ class Reporter:
         self.listeners = tuple(listeners)
         self.at_work: dict[str, Any] = {}
         self._part, self._doing, self._ended = "", "", set[str]()
+        self._taken: list[str] = []  # and not told yet
         self._events_path = events_path
         self._telling, self._failed = threading.RLock(), set[Listener]()
 
@@ -145,6 +146,15 @@ class Reporter:
         self.console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
         self.event("warning", message=message)
 
+    def taken(self, what: str) -> None:
+        """What was done before; one line says all of it, before the next stage begins."""
+        self._taken.append(what)
+
+    def tell_taken(self) -> None:
+        if self._taken:
+            self.say(f"taken from RUN: {', '.join(self._taken)}")
+            self._taken.clear()
+
     def doing(self, what: str) -> None:
         """What the stage at hand is at while its count stands still; "": nothing of the kind."""
         self._doing = what
@@ -161,6 +171,7 @@ class Reporter:
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
         """Show a stage of ``total`` units, ``done`` of them already finished; gives ``advance``."""
+        self.tell_taken()
         self.event("stage-start", stage=name, total=total, unit=unit, done=done)
         gauge = Gauge(total, unit, done)
         try:

@@ -183,3 +183,17 @@ def stored(path: Path, read: Callable[[Path, Mapping[str, Any]], Read]) -> Read:
 def read_record(path: Path, stage: str) -> dict[str, Any]:
     """``inputs`` and ``outputs`` of a stage; empty if it never finished, or is damaged."""
     return read_sealed(path / "stages" / f"{stage}.json") or {}
+
+
+def done_words(stage: str, outputs: Mapping[str, Any]) -> str | None:
+    """A stage that was done before, in words; None: nothing was computed in it, or it says so."""
+    searched = outputs.get("search")
+    select = searched and f"search ({searched['evaluations']:,} evaluations)"
+    return {
+        "tokens": "calibration text",
+        "select": select or (outputs.get("scores") and "scores of layers"),
+        "solve": "operators",
+        "refine": "trained operators",
+        "export": "checkpoint",
+        "evaluate": "evaluation",
+    }.get(stage)

@@ -40,6 +40,11 @@ class KeptScores:
         self.run.finish(_RECORD, self.inputs, {**kept, key: plain})
         return scores
 
+    @property
+    def count(self) -> int:
+        """Comparisons that are kept."""
+        return len(self.run.record(_RECORD, self.inputs) or {})
+
     def forget(self) -> None:
         """Once it is solved."""
         self.run.forget(_RECORD)

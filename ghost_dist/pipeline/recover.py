@@ -152,6 +152,7 @@ def recover(
             thread.submit(lambda: spectra(RunRecord(run.path), inputs.fit_device))
             stages.export(spans, solution)
         evaluation = stages.evaluate(spans, solution)
+        reporter.tell_taken()
         stages.flush()
         result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)
         content = json_bytes(result)

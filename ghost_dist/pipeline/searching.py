@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ class Searches(ExitStack):
             }
         )
         kept = run.record(self._record, self._identity) or {"table": {}}
-        self._table = table_from_plain(kept["table"])
+        self._table, self._continues = table_from_plain(kept["table"]), bool(kept["table"])
 
     def _score(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         if self._scores is None:
@@ -238,7 +239,7 @@ class Searches(ExitStack):
             nonlocal best, said
             self._run.finish(self._record, self._identity, {"table": table_as_plain(search.table)})
             reporter.event("search-generation", **generation)
-            self._count(search.evaluations - self._shown)  # those that were known
+            self._count(max(0, search.evaluations - self._shown))
             removed, kl = generation["removed"], generation["score"]
             if len(removed) == inputs.remove and kl is not None and kl < best:
                 best = kl
@@ -247,21 +248,24 @@ class Searches(ExitStack):
                     reporter.say(f"{about}: best so far {spans}, {_FAR.format(kl)}")
             self._scored = False
 
-        search = Search(
+        search_by = partial(
+            Search,
             rules_of(inputs.amount, inputs.architecture.num_layers),
-            self._score,
-            self._windows.judges,
+            judges=self._windows.judges,
             budget=selection.effort if isinstance(selection.effort, int) else None,
             effort=effort_of(selection).rounds,
             width=effort_of(selection).width,
             seed=inputs.config.calibration.seed,
             table=self._table,
             possible=possible,
-            after_generation=told,
         )
+        search = search_by(score=self._score, after_generation=told)
+        self._shown = _known(search_by) if self._table else 0
+        if self._shown and self._continues:
+            reporter.taken(f"search ({self._shown:,} evaluations)")
         name = f"search for {inputs.remove}" if inputs.others else "search"
-        self._shown = 0
-        with reporter.stage(name, search.budget, "evaluations") as self._advance:
+        budget = search.budget
+        with reporter.stage(name, budget, "evaluations", self._shown) as self._advance:
             found = search.run()
         self._table, removed = search.table, _spans(found.removal)
         if math.isfinite(said):
@@ -280,6 +284,26 @@ class Searches(ExitStack):
             "fitted_tokens": int(self._windows.fitted.size) if repairs(inputs.config) else 0,
             "generations": list(found.generations),
         }
+
+
+class _NotThereError(Exception):
+    """A score is not in the table."""
+
+
+def _known(search_by: Callable[..., Search]) -> int:
+    """Evaluations that a search takes from its table before it has anything scored."""
+    known = 0
+
+    def missing(*_: Any) -> list[list[float]]:
+        raise _NotThereError
+
+    def told(generation: dict[str, Any]) -> None:
+        nonlocal known
+        known = generation["evaluations"]
+
+    with contextlib.suppress(_NotThereError):
+        search_by(score=missing, after_generation=told).run()
+    return known
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from ghost_dist.pipeline.texts import (
 )
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
-from ghost_dist.run_folder import STAGES, RunFolder
+from ghost_dist.run_folder import STAGES, RunFolder, done_words
 from ghost_dist.spans import Span, Sublayer, pairs_of, parse_sublayers
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
@@ -79,6 +79,7 @@ class Stages:
         self._fit_spans, self._scorer = fit_spans, scorer
         self._store: StoreAtHand | None = None
         self._seconds = 0.0  # of all stages so far
+        self._told = set[str]()  # stages that were done here, or told as taken from RUN
         self.sublayers: tuple[Sublayer, ...] = ()  # that go; known behind select
 
     def tokens(self) -> TokenWindows:
@@ -194,6 +195,8 @@ class Stages:
             remove_store(path)
         store = open_store(path, plan, self._reporter)
         missing = store.missing() if samples else ()
+        if samples and (there := len(plan.ranges) - len(missing)):
+            self._reporter.taken(f"sums of {there} of {len(plan.ranges)} ranges")
 
         def work() -> dict[str, Any]:
             collectors = SpanCollectors(tuple(samples), inputs.architecture)
@@ -234,6 +237,8 @@ class Stages:
 
         def work() -> dict[str, Any]:
             store = self.calibrate(tokens, spans)
+            if kept.count:
+                self._reporter.taken(f"comparisons of candidates: {kept.count}")
             who = (self._reporter, None, self._fit_spans, kept)
             solver = Solver(inputs, spans, store, tokens, *who)
             solved = solver.solve() if spans else nothing_solved(inputs.config.folds)
@@ -392,7 +397,11 @@ class Stages:
         inputs = fingerprint(wanted)
         recorded = self._run.record(name, inputs)
         if recorded is not None:
+            if name not in self._told and (taken := done_words(name, recorded)):
+                self._reporter.taken(taken)
+            self._told.add(name)
             return recorded
+        self._told.add(name)
         reset_peak(self._inputs.device)
         began, within = time.monotonic(), self._seconds
         part = f"{self._parts.index(name) + 1}/{len(self._parts)} "

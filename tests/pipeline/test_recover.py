@@ -144,9 +144,11 @@ def test_several_spans_also_at_both_ends(make_config, tmp_path):
     assert result["reload_max_abs_difference"] < 1e-4
 
 
-def test_second_run_does_nothing_and_says_the_same(make_config, finished, tmp_path):
+def test_second_run_does_nothing_and_says_the_same(make_config, finished, tmp_path, capsys):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "operators").iterdir()}
     assert recover(make_config()) == finished
+    taken = "calibration text, sums of 4 of 4 ranges, operators, checkpoint"
+    assert capsys.readouterr().err.count(f"taken from RUN: {taken}\n") == 1
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "operators").iterdir()} == files
 
 
@@ -208,9 +210,13 @@ def test_damaged_statistics_are_repaired_by_running_that_range_again(
     assert told.partition("warning")[2].count("range-committed") == 1
 
 
-def test_lost_checkpoint_is_written_again(make_config, finished, tmp_path):
+def test_lost_checkpoint_is_written_again(make_config, finished, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run" / "checkpoint")
     recover(make_config())
+    told = capsys.readouterr().err.splitlines()
+    taken = "taken from RUN: calibration text, sums of 4 of 4 ranges, operators"
+    assert [line for line in told if "taken" in line] == [taken]
+    assert told.index(taken) < next(n for n, line in enumerate(told) if "verify: " in line)
     assert (tmp_path / "run" / "checkpoint" / "config.json").exists()
 
 

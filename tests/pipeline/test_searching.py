@@ -216,7 +216,7 @@ def test_evaluations_are_counted_as_they_come(make_config, monkeypatch):
 
 
 def test_stopped_after_each_generation_it_goes_on_to_the_same(
-    searched, make_config, tmp_path, monkeypatch
+    searched, make_config, tmp_path, monkeypatch, capsys
 ):
     whole = searched("whole", selection__remove=3)
     config = make_config(**{**SEARCH, "selection__remove": 3})
@@ -240,7 +240,10 @@ def test_stopped_after_each_generation_it_goes_on_to_the_same(
     monkeypatch.setattr(
         searching, "window_scores", lambda *a, **k: scored.append(a) or scoring(*a, **k)
     )
-    recover(config, QUIET, again="calibrate")
+    capsys.readouterr()
+    recover(config, Reporter(), again="calibrate")
+    there = f"search ({whole[1]['evaluations']:,} evaluations)"
+    assert f"taken from RUN: calibration text, {there}\n" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())["outputs"]
     assert (record["spans"], record["search"]) == whole
     assert not scored

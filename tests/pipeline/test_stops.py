@@ -65,7 +65,7 @@ def test_a_stage_done_again_goes_on_from_every_step(small, tmp_path, full):
     assert operators(run) == operators(calm)
 
 
-def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkeypatch):
+def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkeypatch, capsys):
     """The same operators as without the stop, bit by bit, and no comparison made twice."""
     settings = {"operator__choose": "kl", "operator__name": "auto"}
     calm = make_config(**settings, output__path=str(tmp_path / "calm"))
@@ -85,7 +85,10 @@ def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkey
         recover(config, QUIET, again="solve")
     made.clear()
     monkeypatch.setattr(solving, "window_scores", lambda *a, **k: made.append(1) or scores(*a, **k))
-    recover(config, QUIET, again="solve")
+    recover(config, again="solve")
+    sums = f"sums of {config.folds} of {config.folds} ranges"
+    taken = f"taken from RUN: calibration text, {sums}, comparisons of candidates: 2\n"
+    assert taken in capsys.readouterr().err
     assert len(made) == 2 * config.folds - 2  # candidates, and the ridges around the best
     assert operators(tmp_path / "calm") == operators(tmp_path / "run") != {}
     rows = [read_record(tmp_path / n, "solve")["outputs"]["candidates"] for n in ("calm", "run")]
