@@ -59,7 +59,7 @@ from ghost_dist.solver.search import (
 from ghost_dist.spans import Span, check_spans, pairs_of
 
 _MOST_VARIANTS = 64  # of a sweep
-_FAR = "KL divergence from the dense model {:.4f} nats"
+_FAR = "KL of the search {:.4f} nats"
 _PARTS_LEFT_OUT = 2  # of the sources, in turn, where streams are walked
 
 
@@ -272,7 +272,8 @@ class Searches(ExitStack):
             less = f"; the least found, {said:.4f}, is within the standard error of it"
             chosen = f"{', '.join(map(str, removed))}, {_FAR.format(found.score)}"
             reporter.say(
-                f"{about}: chosen of {found.candidates:,} that were tried: {chosen}"
+                f"{about}: chosen of {found.candidates:,} that were tried: {chosen} (on "
+                "calibration text left out of the fit, weighted by how sure the dense model is)"
                 f"{less if said < found.score else ''}"
             )
         return removed, {

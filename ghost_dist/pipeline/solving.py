@@ -175,7 +175,10 @@ class Solver:
             "standard_error": finite(float(error)),
             "taken": bool(gains.mean() > REFIT_ERRORS * error),
         }
-        text = "refit on the recovered stream: KL {:.4f}, without {:.4f}"
+        text = (
+            "refit on the recovered stream: KL of the candidates {:.4f}, without {:.4f} (nats, on "
+            "calibration text left out of the fit)"
+        )
         self._reporter.say(text.format(sequential.kl.mean(), parallel.kl.mean()))
         return found
 

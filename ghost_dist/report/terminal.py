@@ -94,6 +94,9 @@ def _print_pareto(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[i
     if rows:
         _show(table)
         _say("* this one; another of these: the same command with another --remove or --target-...")
+        _say(
+            "KL is that of the search: on calibration text, weighted by how sure the dense model is"
+        )
 
 
 def _print_samples(samples: Iterable[Mapping[str, Any]]) -> None:
@@ -114,7 +117,7 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
         closed = Text(f"{won / cost:.0%}" if cost > 0 else "-", style="" if won > 0 else "red")
         table.add_row(name, *(text.perplexity(value[variant]) for variant in VARIANTS), closed)
     _show(table)
-    titles = ("KL, nats: pruned", "recovered", "same token: pruned", "recovered")
+    titles = ("KL of the evaluation: pruned", "recovered", "same token: pruned", "recovered")
     table = Table("from the dense model", *titles)
     for name, value in result["agreement"].items():
         found = [value[variant] for variant in VARIANTS[1:]]
@@ -128,7 +131,7 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
 
 def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
     """What was tried, and how far each is from the dense model on held-out windows."""
-    table = Table("tried", "ridge / median", "held-out residual", "KL, nats")
+    table = Table("tried", "ridge / median", "held-out residual", "KL of the candidates")
     for row in candidates:
         name = text.candidate(row)
         table.add_row(

@@ -176,8 +176,8 @@ def test_it_says_why_the_least_is_not_taken(make_config, monkeypatch, capsys):
     told = capsys.readouterr().err
     [reason] = [line for line in told.splitlines() if "chosen of" in line]
     least = min(float(kl) for kl in re.findall(r"best so far .* ([\d.]+) nats", told))
-    assert f"that were tried: [{span[0]}, {span[1]}), KL divergence" in reason
-    assert float(re.search(r"model ([\d.]+) nats", reason)[1]) > least
+    assert f"that were tried: [{span[0]}, {span[1]}), KL of the search" in reason
+    assert float(re.search(r"search ([\d.]+) nats", reason)[1]) > least
     assert reason.endswith(f"; the least found, {least:.4f}, is within the standard error of it")
 
 
