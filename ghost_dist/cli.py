@@ -5,6 +5,7 @@ stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continue
 """
 
 import difflib
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,16 @@ Pareto = Annotated[
 ]
 Spans = Annotated[str | None, Option(help="Layers to remove: 11:18 or 3:5,11:18.")]
 Operator = Annotated[str | None, Option(help="auto, ghost, ghost-joint, fold, ...")]
+
+_FIELD_OF = {
+    "out": "output.path",
+    "remove": "selection.remove",
+    "spans": "selection.spans",
+    "operator": "operator.name",
+    "pareto": "selection.pareto",
+}
+_given: dict[str, str] = {}
+"""Fields of the configuration that options of this call have set, and these options."""
 
 
 @app.command()
@@ -291,6 +302,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``ghost-dist`` command; never returns."""
 
     stopped_by: list[int] = []
+    _given.clear()
 
     def stop(number: int, _: Any) -> NoReturn:
         stopped_by.append(number)
@@ -306,7 +318,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if stopped_by:
             _fail("stopped. The same command continues.", 128 + stopped_by[0], kind="")
         if isinstance(error, GhostDistError):
-            _fail(str(error), 2 if isinstance(error, TO_CHANGE) else 1)
+            said = _in_options(str(error)) if isinstance(error, ConfigError) else str(error)
+            _fail(said, 2 if isinstance(error, TO_CHANGE) else 1)
         if isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename else ""
             _fail(
@@ -346,9 +359,28 @@ def _run_config(
         raise ConfigError(f"One target at a time, and these were given: {', '.join(given)}.")
     if given:
         settings["selection.target"] = given[0]
+        _given["selection.target"] = f"--target-{given[0].partition(' ')[0]}"
     if pareto is not None:
         settings["selection.pareto"] = pareto
+    options = {**fields, "pareto": pareto}
+    _given.update(
+        {_FIELD_OF[name]: f"--{name}" for name, value in options.items() if value is not None}
+    )
     return make_config(model, settings=settings, **fields)
+
+
+def _in_options(message: str) -> str:
+    """What is said of fields, with the options that set them in this call in their place."""
+    lines = message.splitlines()
+    for field, option in _given.items():
+        section, name = field.split(".")
+        # What is said of a whole section names fields without it.
+        short = {line: line.startswith(f"{section}: ") for line in lines}
+        lines = [
+            re.sub(rf"(?<![\w.-]){name if short[line] else re.escape(field)}\b", option, line)
+            for line in lines
+        ]
+    return "\n".join(re.sub(r"^\w+: (?=--)", "", line) for line in lines)
 
 
 def _names(text: str, known: Sequence[Any], option: str) -> list[Any]:

@@ -303,7 +303,8 @@ def _describe(error: ValidationError) -> str:
             model = _model_at(location[:-1])
             known = list(model.model_fields) if model else []
             near = _nearest(location[-1], known)
-            hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known))}."
+            full = ".".join([*where.split(".")[:-1], near or ""])
+            hint = f"did you mean {full}?" if near else f"known: {', '.join(sorted(known))}."
             if where in _GONE:
                 hint = "what it asks for was of an earlier version and is gone. Remove the line."
             lines.append(f"Unknown configuration key {where}: {hint}")

@@ -61,7 +61,7 @@ def test_what_is_asked_wrongly_is_said(folder, tmp_path):
         ghost_dist.load_operator(folder / "RUN", (4, 10))
     with pytest.raises(RunFolderError, match="is not a RUN folder"):
         ghost_dist.load_run(tmp_path)
-    with pytest.raises(ConfigError, match="did you mean windows"):
+    with pytest.raises(ConfigError, match="did you mean calibration.windows"):
         ghost_dist.make_config("m", remove=7, out="RUN", settings={"calibration.window": 64})
     config = ghost_dist.make_config("m", remove=7, out="RUN")
     with pytest.raises(ConfigError, match="remove beside it"):

@@ -70,7 +70,7 @@ def test_tree_round_trips_through_yaml():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.pth": "x"}, r"model\.pth.*did you mean path"),
+        ({"model.pth": "x"}, r"model\.pth.*did you mean model.path"),
         ({"calbration.windows": 3}, "did you mean calibration"),
         ({"operator.name": "ghst"}, "ghst.*Did you mean ghost"),
         ({"selection.remove": 0}, r"selection\.remove.*got 0"),
@@ -201,7 +201,7 @@ def test_names_are_added_to_those_of_the_file(tmp_path):
     [
         (
             {"operator.ridge.absolut": 1, "operator.ridge.absolute": 1, "operator.ridg": 1},
-            "Unknown configuration key operator.ridg: did you mean ridge?",
+            "Unknown configuration key operator.ridg: did you mean operator.ridge?",
         ),
         (
             {"operator.ridge.relative": -1},

@@ -143,7 +143,7 @@ def test_read_only_place(tmp_path, monkeypatch):
         (b"output: null\nmodel: {path: m}\nselection: 3\n", "selection: got 3"),
         (
             b"model: {path: m}\nselection: {remove: 3}\noperator: {foldz: 4}\n",
-            "did you mean folds",
+            "did you mean operator.folds",
         ),
     ],
 )

@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -42,6 +43,16 @@ def card_of(source, path=None, calibration="c4", result=None):
     )
     variant = Variant(SPANS, {SPANS[0]: Repair()})
     return model_card(open_checkpoint(source), config, variant, result)
+
+
+def test_one_and_several_layers_are_named(source):
+    spans = Span(1, 2), Span(3, 4), Span(5, 6)
+    config = load_config(None, {"model.path": "m", "selection.spans": "3:4", "output.path": "run"})
+    for count, named in enumerate(("layer 0", "layers 0 and 2", "layers 0, 2 and 4"), 1):
+        some = spans[:count]
+        variant = Variant(some, {span: Repair(down_FC=torch.zeros(2, 2)) for span in some})
+        card = model_card(open_checkpoint(source), config, variant, None)
+        assert f" In {named} of the original down_proj was refitted." in card
 
 
 def metadata(card):
