@@ -364,7 +364,7 @@ def _run_config(
         settings["selection.pareto"] = pareto
     options = {**fields, "pareto": pareto}
     _given.update(
-        {_FIELD_OF[name]: f"--{name}" for name, value in options.items() if value is not None}
+        {field: f"--{name}" for name, field in _FIELD_OF.items() if options.get(name) is not None}
     )
     return make_config(model, settings=settings, **fields)
 
