@@ -366,7 +366,20 @@ def _run_config(
     _given.update(
         {field: f"--{name}" for name, field in _FIELD_OF.items() if options.get(name) is not None}
     )
-    return make_config(model, settings=settings, **fields)
+    config = make_config(model, settings=settings, **fields)
+    if fields.get("runs", True):
+        _check_texts(config)
+    return config
+
+
+def _check_texts(config: Any) -> None:
+    """Refuse texts that are not there, before what takes long to import; tokens in RUN are kept."""
+    from ghost_dist.calibration.corpora import check_there
+
+    kept = (Path(config.output.path).expanduser() / "stages" / "tokens.json").exists()
+    calibration = () if kept else config.calibration.windows_of
+    for source in (*calibration, *config.evaluation.corpora.values()):
+        check_there(source)
 
 
 def _in_options(message: str) -> str:

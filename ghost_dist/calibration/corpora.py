@@ -26,7 +26,6 @@ from ghost_dist.calibration.documents import (
     read_rows,
     read_text,
 )
-from ghost_dist.checkpoint.reader import cache_only_without_hub
 from ghost_dist.errors import CalibrationError
 
 ALIASES = {"c4": "allenai/c4:en", "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
@@ -66,12 +65,20 @@ def open_corpus(
         if path.is_file():
             return _file(source, path, rest)
         return _dataset(source, [str(path), *rest], path, seed, split, files)
+    check_there(source)
+    return _dataset(source, [name, *parts], None, seed, split)
+
+
+def check_there(source: str) -> None:
+    """Refuse what is neither here nor named as a dataset may be; nothing is opened."""
+    name = source.partition(":")[0]
+    if name in ALIASES or _local(source) is not None:
+        return
     if name.endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(name):
         raise CalibrationError(
             f"There is no file or folder {source} (working directory {Path.cwd()}). Give an "
             "existing one, or the name of a dataset such as allenai/c4:en."
         )
-    return _dataset(source, [name, *parts], None, seed, split)
 
 
 def absolute_source(source: str) -> str:
@@ -124,6 +131,8 @@ def _dataset(
         if folder is not None and saved:
             rows, files = _load_saved(folder, config, named_split, split), None
         else:
+            from ghost_dist.checkpoint.reader import cache_only_without_hub
+
             cache_only_without_hub()
             import datasets
 

@@ -11,6 +11,7 @@ from ghost_dist import cli
 from ghost_dist.cli import main
 from ghost_dist.config_file import config_tree
 from ghost_dist.durable import read_sealed, write_sealed
+from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.run_folder import RunFolder
 
@@ -276,6 +277,36 @@ def test_mistakes_give_a_message_and_a_code(
     assert got == code
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_text_that_is_missing_is_told_before_what_takes_long(
+    make_config, text_file, tmp_path, capsys, monkeypatch
+):
+    """But not one whose tokens are kept, nor a dataset of the hub."""
+    begun = []
+
+    def begin(*_):
+        begun.append(1)
+        raise ConfigError("begun")
+
+    monkeypatch.setattr("ghost_dist.devices.warm_up", begin)
+    text = tmp_path / "own.txt"
+    text.write_text(text_file.read_text())
+    recover(make_config(calibration__source=str(text)), again="calibrate")
+    text.unlink()
+    command = ["recover", "m", "--remove", "3", "--out"]
+    for setting in ("calibration.source={0}", "calibration.sources={{org/set: 0.5, {0}: 0.5}}"):
+        one = setting.format(text)
+        code, _, err = run(capsys, *command, tmp_path / "new", "--set", one)
+        assert (code, begun) == (2, [])
+        assert f"There is no file or folder {text} (working" in err
+    for field in (f"calibration.source={text}", "calibration.source=org/set"):
+        folder = tmp_path / ("run" if str(text) in field else "new")
+        assert "begun" in run(capsys, *command, folder, "--set", field)[2]
+    _, _, err = run(
+        capsys, *command, tmp_path / "run", "--set", f"evaluation.corpora={{a: {text}}}"
+    )
+    assert "There is no file or folder" in err
 
 
 def test_set_wins_over_the_file(make_config, tmp_path, capsys):
