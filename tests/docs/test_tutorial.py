@@ -104,6 +104,13 @@ def test_what_the_page_says_is_printed(checkout, printed):
     assert (checkout / "RUN" / "report.html").exists()
 
 
+def test_stages_have_their_names_on_the_terminal(checkout, printed):
+    lines = (checkout / "RUN" / "events.jsonl").read_text().splitlines()
+    begun = {event["stage"] for event in map(json.loads, lines) if event["event"] == "stage-start"}
+    said = set(re.findall(r"`\d/6 ([a-z ]+)`", TUTORIAL.read_text(encoding="utf-8")))
+    assert begun <= said <= begun | {"refit"}  # which so few tokens are not enough for
+
+
 def test_the_second_time_nothing_is_computed(checkout, printed):
     lines = (checkout / "RUN" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
