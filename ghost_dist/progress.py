@@ -6,6 +6,7 @@ seconds, also while nothing is finished.
 
 import contextlib
 import json
+import re
 import runpy
 import signal
 import threading
@@ -25,6 +26,7 @@ from ghost_dist.errors import ConfigError
 PLAIN_LINE_EVERY_S = 5.0
 SHORT_S = 2.0  # what takes less is not worth a line
 _KEPT_EVENTS = 5
+_NUMBERED = re.compile(r" \d+/\d+$")  # one of several stages of a kind
 _RATED = ("tokens", "bytes", "evaluations")  # units whose rate says something
 
 Advance = Callable[[int], None]
@@ -170,21 +172,25 @@ class Reporter:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-        """Show a stage of ``total`` units, ``done`` of them already finished; gives ``advance``."""
+        """Show a stage of ``total`` units, ``done`` of them already finished; gives ``advance``.
+
+        A ``name`` may end in a number, 2/4, which its events do not have.
+        """
         self.tell_taken()
-        self.event("stage-start", stage=name, total=total, unit=unit, done=done)
+        kind = _NUMBERED.sub("", name)
+        self.event("stage-start", stage=kind, total=total, unit=unit, done=done)
         gauge = Gauge(total, unit, done)
         try:
             with self._shown(name, gauge):
                 yield gauge.advance
         except BaseException as error:
-            self.event("stage-failed", stage=name, error=f"{type(error).__name__}: {error}")
+            self.event("stage-failed", stage=kind, error=f"{type(error).__name__}: {error}")
             raise
         seconds = time.monotonic() - gauge.began
-        if seconds >= SHORT_S or name not in self._ended:  # short ones that come again are many
+        if seconds >= SHORT_S or kind not in self._ended:  # short ones that come again are many
             self._line(name, gauge.summary())
-        self._ended.add(name)
-        self.event("stage-end", stage=name, seconds=round(seconds, 3))
+        self._ended.add(kind)
+        self.event("stage-end", stage=kind, seconds=round(seconds, 3))
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:

@@ -166,7 +166,8 @@ class Solver:
         """Fits on the dense and on the recovered stream, on windows that none of them has seen."""
         judge = self._inputs.config.folds - 1
         again = {s: replace(one, repair=walk.operators[s]) for s, one in fitted.items()}
-        _, parallel, sequential = self._scores([dict(fitted), again], [judge], all_windows=True)
+        tried = [dict(fitted), again]
+        _, parallel, sequential = self._scores(tried, [judge], "compare refit", all_windows=True)
         gains = parallel.kl - sequential.kl
         error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
         found = {
@@ -175,11 +176,10 @@ class Solver:
             "standard_error": finite(float(error)),
             "taken": bool(gains.mean() > REFIT_ERRORS * error),
         }
-        text = (
-            "refit on the recovered stream: KL of the candidates {:.4f}, without {:.4f} (nats, on "
-            "calibration text left out of the fit)"
+        self._reporter.say(
+            f"refit on the recovered stream: KL of the candidates {sequential.kl.mean():.4f}, "
+            f"without {parallel.kl.mean():.4f} (nats, on calibration text left out of the fit)"
         )
-        self._reporter.say(text.format(sequential.kl.mean(), parallel.kl.mean()))
         return found
 
     def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
@@ -252,7 +252,9 @@ class Solver:
             others = tuple(fold for fold in everything if fold not in judges)
             tried = [candidates[i] for i in running]
             found = self._fit_all(tried, others, [first[i] for i in running] if first else None)
-            judged = partial(self._scores, found, judges)
+            what = "compare" if math.isinf(than) else "compare ridges"
+            piece = f"{what} {number + 1}/{len(names)}"
+            judged = partial(self._scores, found, judges, piece)
             dense, *of_tried = self._kept.of(tried, judges, judged) if self._kept else judged()
             found = [_without_repairs(one) for one in found]
             new = self._rows(tried, found)
@@ -336,6 +338,7 @@ class Solver:
         self,
         tried: Sequence[_OfCandidate],
         judges: Sequence[int],
+        stage: str = "compare",
         *,
         all_windows: bool = False,
     ) -> list[Scores]:
@@ -363,7 +366,7 @@ class Solver:
         model = None if inputs.streaming else self._causal_lm()
         with (
             layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
-            self._reporter.stage("compare with dense", int(tokens.size), "tokens") as advance,
+            self._reporter.stage(stage, int(tokens.size), "tokens") as advance,
         ):
             return window_scores(layers, variants, tokens, batch=inputs.batch, advance=advance)
 

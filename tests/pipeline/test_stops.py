@@ -88,7 +88,10 @@ def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkey
     recover(config, again="solve")
     sums = f"sums of {config.folds} of {config.folds} ranges"
     taken = f"taken from RUN: calibration text, {sums}, comparisons of candidates: 2\n"
-    assert taken in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert taken in told
+    assert "compare 3/4: " in told
+    assert "compare ridges 1/4: " in told
     assert len(made) == 2 * config.folds - 2  # candidates, and the ridges around the best
     assert operators(tmp_path / "calm") == operators(tmp_path / "run") != {}
     rows = [read_record(tmp_path / n, "solve")["outputs"]["candidates"] for n in ("calm", "run")]
