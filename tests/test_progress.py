@@ -49,9 +49,9 @@ def test_words(total, unit, done, seconds, waited, words):
 
 def test_what_is_at_hand_takes_the_place_of_a_rate():
     gauge = gauge_after(900, "evaluations", 0, 7.0)
-    assert gauge.words("fitting 2 of 30") == "0 of 900 evaluations, fitting 2 of 30, 7.0 s so far"
+    assert gauge.words("fit 2/30") == "0 of 900 evaluations, fit 2/30, 7.0 s so far"
     gauge = gauge_after(900, "evaluations", 10, 1.0)
-    assert gauge.words("fitting 2 of 30") == "10 of 900 evaluations, fitting 2 of 30, 89 s left"
+    assert gauge.words("fit 2/30") == "10 of 900 evaluations, fit 2/30, 89 s left"
 
 
 def test_a_continued_stage_does_not_count_what_was_there():
@@ -103,3 +103,9 @@ def test_all_that_is_said_fits_a_terminal_of_80_columns():
         time.sleep(0.01)
     printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
     assert re.search(r"8,192 of 32,768 tokens, [\d,]+/s, \d[\d.]* s (left|so far)", printed)
+    with reporter.at("2/6 "), reporter.stage("search", 28698, "evaluations") as advance:
+        advance(12345)
+        reporter.doing("refit 12/16")
+        time.sleep(0.01)
+    printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert re.search(r"12,345 of 28,698 evaluations, refit 12/16, \d[\d.]* s (left|so)", printed)

@@ -71,7 +71,7 @@ class DenseFits:
                 stops.setdefault(span.start, []).append(span.stop)
         done, needed = 0, sum(map(len, stops.values()))
         for start, of_start in stops.items():
-            doing(f"fitting {done + 1:,} of {needed:,}")
+            doing(f"fit {done + 1}/{needed}")
             done += len(of_start)
             for span, (weights, ridge) in self._fit_start(start, of_start).items():
                 self._weights[span] = [self.stored(one) for one in weights]
@@ -241,7 +241,7 @@ class SequentialFits:
             {spans for spans in removals if not _beginnings([spans]) <= self._fitted.keys()}
         )
         for first in range(0, len(missing), self._at_once):
-            doing(f"refitting {first + 1:,} of {len(missing):,}")
+            doing(f"refit {first + 1}/{len(missing)}")
             self._walk(missing[first : first + self._at_once])
         doing("")
         while len(self._fitted) > max(self._dense.room, len(wanted)):

@@ -205,8 +205,8 @@ def test_evaluations_are_counted_as_they_come(make_config, monkeypatch):
     config = make_config(**SEARCH)
     recover(config, QUIET, again="select")
     record = json.loads(Path(config.output.path, "stages", "select.json").read_text())
-    assert told[told.index(("fitting 1 of 8", 0)) :][:8] == [
-        (f"fitting {number} of 8", 0) for number in range(1, 9)
+    assert told[told.index(("fit 1/8", 0)) :][:8] == [
+        (f"fit {number}/8", 0) for number in range(1, 9)
     ]
     counts = [amount for name, amount in told if name == "search"]
     first = [amount for name, amount in told[: told.index(generation)] if name == "search"]
