@@ -99,7 +99,7 @@ def test_english_texts_are_disjoint_and_long_enough():
     assert len(calibration) > 5 * 36 * 256  # a token has four to five characters
     assert min(len(evaluation), len(docstrings)) > 5 * 8 * 256
     lines = [
-        {line.strip() for line in text.splitlines() if len(line.strip()) > 30}
+        {line.strip() for line in text.splitlines() if len(line.strip()) > 40}
         for text in (calibration, evaluation, docstrings)
     ]
     assert not lines[0] & (lines[1] | lines[2])

@@ -30,7 +30,7 @@ def dense():
     """What the package holds, as transformers made it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(BYTES) + 2,
+        vocab_size=len(BYTES) + 3,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -59,11 +59,11 @@ def content(dense, tmp_path_factory):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*BYTES, "he", "<end>"])
-    writer.add_token_types([1] * len(BYTES) + [1, 3])
-    writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(len(BYTES) + 1)
-    writer.add_eos_token_id(len(BYTES) + 1)
+    writer.add_token_list([*BYTES, "he", "ll", "<end>"])
+    writer.add_token_types([1] * len(BYTES) + [1, 1, 3])
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_bos_token_id(len(BYTES) + 2)
+    writer.add_eos_token_id(len(BYTES) + 2)
     writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in dense.state_dict().items():

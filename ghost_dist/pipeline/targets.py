@@ -348,6 +348,7 @@ def kv_numbers(
             module.rope_type = (
                 dict.fromkeys(rope, "default") if isinstance(rope, dict) else "default"
             )
+        model.set_attn_implementation("eager")  # sdpa may ask a mask whether it hides anything
         cache = transformers.DynamicCache(config=config)
         one = torch.zeros(1, 1, dtype=torch.int64, device="meta")
         with torch.inference_mode():

@@ -69,4 +69,6 @@ def test_flops_are_those_that_torch_counts(checkpoint, family, length):
         convolutions = [p for n, p in model.named_parameters() if n.endswith("conv1d.weight")]
         layers = sum(layer.matmul_flops for layer in sizes.layers)
         layers -= sum(2 * weight.numel() for weight in convolutions)
-    assert products == ids.numel() * (layers + sizes.head_flops)
+    # Some versions of transformers compute the angles of rotary positions by a product, too.
+    expected = ids.numel() * (layers + sizes.head_flops)
+    assert expected <= products <= expected * 1.0001

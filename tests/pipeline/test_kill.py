@@ -120,7 +120,7 @@ def test_kill_during_export_leaves_no_checkpoint_that_looks_complete(make_config
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_signals_are_told_and_continue(make_config, forked, tmp_path, number):
     """The command, in a process of its own."""
-    config = make_config(calibration__windows=24, calibration__ranges=24)
+    config = make_config(calibration__windows=48, calibration__ranges=24)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config_tree(config)))
     command = [forked.program, "-m", "ghost_dist", "recover", str(path)]
@@ -137,7 +137,7 @@ def test_stop_signals_are_told_and_continue(make_config, forked, tmp_path, numbe
     assert "Traceback" not in error
     assert "Loading weights" not in error  # a progress bar of transformers
     calm = make_config(
-        calibration__windows=24, calibration__ranges=24, output__path=str(tmp_path / "calm")
+        calibration__windows=48, calibration__ranges=24, output__path=str(tmp_path / "calm")
     )
     recover(calm, again="solve")
     recover(config, again="solve")
