@@ -108,7 +108,8 @@ def device_name(device: torch.device) -> str:
         return " ".join([gpu_name(device), *version])
     models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     name = models[0].partition(":")[2].strip() if models else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -172,7 +172,9 @@ class _Student:
             # Gradients stop between layers and head, so that logits live for one piece at a time.
             leaf_NC = found_NC.detach().requires_grad_(backward)
             dense_NC = dense_BTC.flatten(0, 1)
-            for piece in logit_pieces(ids_BT.numel(), layers.architecture.vocab_size):
+            for piece in logit_pieces(
+                ids_BT.numel(), layers.architecture.vocab_size, layers.device
+            ):
                 dense_NV, found_NV = (
                     torch.log_softmax(layers.logits(stream_NC[piece]).float(), -1)
                     for stream_NC in (dense_NC, leaf_NC)

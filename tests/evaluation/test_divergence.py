@@ -157,6 +157,16 @@ def test_small_pieces_of_logits(checkpoint, monkeypatch, family):
     assert sum(sizes) == 3 * TOKENS.numel()
 
 
+def test_pieces_on_a_cpu_fit_its_caches():
+    def rows(vocab_size, device):
+        pieces = list(scores.logit_pieces(4096, vocab_size, torch.device(device)))
+        assert [pieces[0].start, pieces[-1].stop] == [0, 4096]
+        return pieces[0].stop
+
+    assert [rows(size, "cpu") for size in (256, 3072, 49152, 262144)] == [4096, 682, 128, 128]
+    assert [rows(size, "cuda") for size in (256, 3072, 49152, 262144)] == [4096, 4096, 682, 128]
+
+
 def test_overflow_is_told_apart_from_a_number(checkpoint):
     """A candidate that overflows must not look like a good one, nor spoil the others."""
     source, architecture = checkpoint("llama")

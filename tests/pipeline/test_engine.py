@@ -11,11 +11,12 @@ import transformers
 from headers_only import write_headers
 from run_files import operators
 
-from ghost_dist.config_file import load_config
+from ghost_dist.config_file import config_from_tree, load_config
 from ghost_dist.demo import PICO
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import engine, fitting, inputs
+from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.inputs import open_inputs
 from ghost_dist.pipeline.recover import recover
@@ -240,3 +241,25 @@ def test_where_fits_go_is_decided_once_and_not_by_free_memory(make_config, tmp_p
         engine.record_engine(engine.with_engine(opened, run, Reporter()), run)
         later = engine.with_engine(replace(opened, fit_room=500), run, Reporter())
     assert later.fit_room == 800
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "stored", "device", "expected"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16, "cpu", torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16, "cpu", torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.bfloat16, "cpu", torch.float32),
+        ({}, torch.bfloat16, "cpu", torch.float32),
+        ({"avx512_bf16": True}, torch.float16, "cpu", torch.float32),
+        ({"avx512_bf16": True}, torch.float32, "cpu", torch.float32),
+        ({}, torch.float16, "cuda", torch.float16),
+    ],
+)
+def test_auto_is_half_precision_where_that_is_fast(
+    monkeypatch, capabilities, stored, device, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    config = config_from_tree(
+        {"model": {"path": str(PICO)}, "selection": {"remove": 2}, "output": {"path": "RUN"}}
+    )
+    assert compute_dtype(config, SimpleNamespace(dtype=stored), torch.device(device)) == expected

@@ -25,6 +25,7 @@ def test_operators_of_the_trained_model(shared, cluster, tmp_path, monkeypatch):
     def configure(name, **fields):
         given = {
             "model.path": str(shared / "models" / "wiki-llama-32l"),
+            "model.dtype": "float32",
             "calibration.source": str(shared / "data" / "calibration.txt"),
             "calibration.windows": 24,
             "calibration.window_length": 512,
