@@ -30,7 +30,7 @@ _WIDTHS_OF_A_PAIR = 7  # C wide: gathered and sorted inputs, products, weighted 
 _STREAMS_OF_A_LAYER = 8  # C wide: residual, normed, queries, keys, values, attention, copies
 _STREAMS_OF_AN_MLP = 3  # F wide: gate, up, their product
 _LOGITS_AT_ONCE = 1 << 25
-_LOGIT_BYTES = 16  # in the model's dtype and three times in float32
+_LOGIT_BYTES = 20  # in the model's dtype and four times in float32
 
 
 @dataclass(frozen=True)

@@ -154,16 +154,15 @@ def _batch_sums(model: LayerwiseModel, streams: Sequence[Tensor], ids_BT: Tensor
             logits_nV = model.logits(stream_BTC.flatten(0, 1)[piece]).float()
             likeliest = logits_nV.argmax(-1)
             got = torch.log_softmax(logits_nV, -1)
-            del logits_nV  # no more than three tensors of this size at once
+            del logits_nV  # no more than four tensors of this size at once
             nats_n = -got.gather(1, targets_N[piece, None])[:, 0]
             add(0, number, nats_n.masked_fill(~predicts_N[piece], 0.0))
             if number == 0:
-                dense, expected = likeliest, got
-                sure_n = torch.exp((expected.exp() * expected).sum(-1))
+                dense, expected, chances = likeliest, got, got.exp()
+                sure_n = torch.exp((chances * expected).sum(-1))
                 add(4, number, sure_n)
             else:
-                divergence = torch.sub(expected, got, out=got).mul_(expected.exp())
-                divergence_n = divergence.sum(-1)
+                divergence_n = torch.sub(expected, got, out=got).mul_(chances).sum(-1)
                 add(1, number, divergence_n)
                 add(3, number, divergence_n * sure_n.to(divergence_n.device))
             add(2, number, likeliest == dense)

@@ -248,7 +248,7 @@ def test_what_cannot_fit_is_refused_with_its_numbers(
         (40, "auto", 128),
         (24, "auto", 55),
         (80, 100, 100),
-        (16, "auto", 17),
+        (16, "auto", 16),
     ],
 )
 def test_a_mixture_of_1t_is_planned_with_its_experts_in_parts(
