@@ -30,7 +30,7 @@ class ModelConfig(Section):
     """Local Hugging Face checkpoint folder (safetensors), or a hub id."""
     dtype: Dtype = "auto"
     """Compute dtype; auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 where it has
-    instructions for it (AVX512-BF16, AMX) and the checkpoint is in bfloat16."""
+    instructions for it (AVX512-BF16, AMX) and the checkpoint is in bfloat16. A RUN keeps it."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; null: its default branch."""
     trust_remote_code: bool = False

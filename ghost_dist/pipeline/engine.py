@@ -41,6 +41,8 @@ def with_engine(
     config, known = inputs.config, run.outputs(ENGINE)
     if known and inputs.fit_room:
         inputs = replace(inputs, fit_room=known.get("fit_room", inputs.fit_room))
+    if "dtype" in known and config.model.dtype == "auto":  # of the machine that it began on
+        inputs = replace(inputs, dtype=getattr(torch, known["dtype"]))
     if config.on_cluster:
         if inputs.streaming:
             return inputs
@@ -65,9 +67,8 @@ def with_engine(
 def record_engine(inputs: RunInputs, run: RunFolder) -> None:
     """Note what :func:`with_engine` decided, once the folder is bound to the run."""
     kind = "streaming" if inputs.streaming else "resident"
-    run.finish(
-        ENGINE, "", {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}
-    )
+    record = {"kind": kind, "driver": inputs.device.type, "fit_room": inputs.fit_room}
+    run.finish(ENGINE, "", record | {"dtype": str(inputs.dtype).removeprefix("torch.")})
 
 
 def decide(

@@ -182,6 +182,7 @@ def test_a_streamed_run_goes_on_streaming_whatever_is_free(make_config, tmp_path
         "kind": "streaming",
         "driver": "cpu",
         "fit_room": 0,
+        "dtype": "float32",
     }
     whole = make_config(output__path=str(tmp_path / "whole"))
     recover(whole, again="solve")
@@ -263,3 +264,17 @@ def test_auto_is_half_precision_where_that_is_fast(
         {"model": {"path": str(PICO)}, "selection": {"remove": 2}, "output": {"path": "RUN"}}
     )
     assert compute_dtype(config, SimpleNamespace(dtype=stored), torch.device(device)) == expected
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_with(make_config, tmp_path, monkeypatch):
+    """On a CPU of another kind, too; its operators are those of a run on the first alone."""
+    fast, slow = {"avx512_bf16": True}, {"avx512_bf16": False}
+    fields = {"model__path": str(PICO), "selection__spans": [[5, 7]], "model__dtype": "auto"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: fast)
+    calm = make_config(**fields, output__path=str(tmp_path / "calm"))
+    recover(calm, again="solve")
+    config = make_config(**fields)
+    recover(config, again="calibrate")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: slow)
+    recover(config, again="solve")
+    assert operators(tmp_path / "run") == operators(tmp_path / "calm")
