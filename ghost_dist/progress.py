@@ -27,6 +27,7 @@ PLAIN_LINE_EVERY_S = 5.0
 SHORT_S = 2.0  # what takes less is not worth a line
 _KEPT_EVENTS = 5
 _NUMBERED = re.compile(r" \d+/\d+$")  # one of several stages of a kind
+_RATED_OVER_S = 60.0  # what came long before says little: another pass, a busy machine
 _RATED = ("tokens", "bytes", "evaluations")  # units whose rate says something
 
 Advance = Callable[[int], None]
@@ -40,12 +41,16 @@ class Gauge:
     def __init__(
         self, total: int, unit: str, done: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.total, self.unit, self.first, self.done, self.clock = total, unit, done, done, clock
+        self.total, self.unit, self.done, self.clock = total, unit, done, clock
         self.began = self.latest = clock()  # latest: time of the last advance
+        self._marks = deque([(self.began, done)])  # time and what was done, of the last minute
 
     def advance(self, amount: int) -> None:
         self.done += amount
         self.latest = self.clock()
+        self._marks.append((self.latest, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] <= self.latest - _RATED_OVER_S:
+            self._marks.popleft()
 
     def words(self, doing: str = "") -> str:
         """``8,192 of 32,768 tokens, 909/s, 27 s left``; an estimate goes on counting.
@@ -66,7 +71,8 @@ class Gauge:
     def numbers(self) -> dict[str, Any]:
         """The same for programs; a rate of None: nothing is known yet."""
         counted = {"done": self.done, "total": self.total, "unit": self.unit}
-        moved, elapsed = self.done - self.first, self.latest - self.began
+        began, first = self._marks[0]
+        moved, elapsed = self.done - first, self.latest - began
         if moved <= 0 or elapsed <= 0:
             return {**counted, "per_second": None, "seconds_left": None}
         left = (self.total - self.done) * elapsed / moved - (self.clock() - self.latest)

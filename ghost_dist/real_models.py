@@ -158,6 +158,9 @@ def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -
     record = {"model": model.title, "licence": model.licence, "packages": requirements}
     record |= {"gguf_sha256": digest, "transformers": version}
     write_json(checkpoint / RECORD, record)
+    # The card of what is made from it carries the licence, by the hub's name: gemma, apache-2.0.
+    licence = model.licence.split()[0].lower()
+    (checkpoint / "README.md").write_text(f"---\nlicense: {licence}\n---\n{model.title}\n")
     fsync_tree(checkpoint)
 
 

@@ -109,3 +109,17 @@ def test_all_that_is_said_fits_a_terminal_of_80_columns():
         time.sleep(0.01)
     printed = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
     assert re.search(r"12,345 of 28,698 evaluations, refit 12/16, \d[\d.]* s (left|so)", printed)
+
+
+def test_the_rate_is_of_the_last_minute():
+    """What took long before the first of them says nothing of the others."""
+    clock = Clock()
+    gauge = Gauge(1000, "evaluations", clock=clock)
+    clock.now += 300
+    gauge.advance(1)
+    for _ in range(90):
+        clock.now += 1
+        gauge.advance(2)
+    now = gauge.numbers()
+    assert now["per_second"] == pytest.approx(2)
+    assert now["seconds_left"] == pytest.approx((1000 - 181) / 2)

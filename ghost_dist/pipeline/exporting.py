@@ -43,18 +43,44 @@ RESULT = "result.json"
 _VERIFIED = (2, 256)  # windows, and tokens of each
 
 
+class Beside:
+    """What may use the device while a fresh process loads the checkpoint; None: nothing.
+
+    A stop in it waits until the checkpoint has its name, if that process has ended by then.
+    """
+
+    def __init__(self, work: Callable[[], Any] | None) -> None:
+        self._work = work
+        self._stop: BaseException | None = None
+
+    def run(self, fresh: FreshProcess) -> None:
+        try:
+            if self._work is not None:
+                self._work()
+        except Exception:
+            raise
+        except BaseException as stop:
+            if fresh.process.poll() is None:
+                raise
+            self._stop = stop
+
+    def end(self) -> None:
+        if self._stop is not None:
+            raise self._stop
+
+
 def export_recovered(
     inputs: RunInputs,
     recovered: Variant,
     run: RunFolder,
     reporter: Reporter,
-    ahead: ExportAhead | None = None,
-    beside: Callable[[], Any] = lambda: None,
+    ahead: ExportAhead | None,
+    beside: Beside,
 ) -> dict[str, Any]:
     """Write the checkpoint; a fresh process reloads it before it gets its name.
 
-    ``ahead``: what was begun before; None: nothing. ``beside``: what may use the device while that
-    process works; done where there is room for both, and where it fails somebody does it again.
+    ``ahead``: what was begun before; None: nothing. ``beside`` is done where there is room for
+    both, and where it fails somebody does it again.
     """
     unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
     shutil.rmtree(unverified, ignore_errors=True)
@@ -199,7 +225,7 @@ def _verify(
     run: RunFolder,
     reporter: Reporter,
     fresh: FreshProcess,
-    beside: Callable[[], Any],
+    beside: Beside,
 ) -> float:
     """Compare the exported folder with the recovered model and the original's tokenizer."""
     windows, length = _VERIFIED
@@ -228,7 +254,7 @@ def _verify(
         def meanwhile() -> None:
             if keeps_model(inputs):
                 with suppress(GhostDistError, torch.OutOfMemoryError):
-                    beside()
+                    beside.run(fresh)
             waiting.enter_context(reporter.waiting("verify"))
 
         return verify_reload(

@@ -28,7 +28,7 @@ from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import NOT_USED, Evaluation
-from ghost_dist.pipeline.exporting import ExportAhead, export_recovered, file_sizes
+from ghost_dist.pipeline.exporting import Beside, ExportAhead, export_recovered, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
@@ -331,9 +331,10 @@ class Stages:
         }
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
-        beside = partial(self.evaluate, spans, solution) if not inputs.tasks else lambda: None
+        beside = Beside(partial(self.evaluate, spans, solution) if not inputs.tasks else None)
         given = (inputs, recovered, self._run, self._reporter, self._ahead, beside)
         self._stage("export", wanted, partial(export_recovered, *given))
+        beside.end()
 
     def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""

@@ -6,7 +6,8 @@ import pytest
 from disk_steps import stop_at_every_kind
 from rich.console import Console
 
-from ghost_dist.pipeline import solving
+from ghost_dist.pipeline import exporting, solving
+from ghost_dist.pipeline.evaluating import Evaluation
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import read_record
@@ -97,3 +98,36 @@ def test_a_stopped_solve_goes_on_at_its_comparison(make_config, tmp_path, monkey
     rows = [read_record(tmp_path / n, "solve")["outputs"]["candidates"] for n in ("calm", "run")]
     assert rows[0] == rows[1]
     assert not read_record(tmp_path / "run", "solve-scores")
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_stop_in_the_evaluation_keeps_a_checkpoint_that_was_loaded(
+    make_config, text_file, tmp_path, monkeypatch, loaded
+):
+    """The evaluation goes on beside the process that checks the export."""
+    corpora = {"evaluation__corpora": {"a": str(text_file)}, "evaluation__window_length": 64}
+    config, begun = make_config(**corpora), []
+    original = exporting.ExportAhead.__enter__
+
+    def enter(self):
+        begun.append(original(self).process.process)
+        return self
+
+    def stopped(_):
+        if loaded:
+            assert begun[0].wait(120) == 0
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting.ExportAhead, "__enter__", enter)
+        patched.setattr(Evaluation, "measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            recover(config)
+    run = tmp_path / "run"
+    assert (run / "checkpoint").exists() == loaded
+    assert not (run / "checkpoint.unverified").exists()
+    assert bool(read_record(run, "export")) == loaded
+    before = (run / "events.jsonl").read_text().count('"stage": "export"')
+    assert recover(config)["perplexity"]
+    again = (run / "events.jsonl").read_text().count('"stage": "export"') - before
+    assert (again == 0) == loaded
