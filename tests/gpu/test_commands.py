@@ -224,7 +224,8 @@ class TestOnGPUs:
         run = folder_of(commands, device, engine) / "RUN"
         record = json.loads((run / "stages" / "engine.json").read_text())["outputs"]
         assert record.pop("fit_room") == fit_room(torch.device(device))
-        assert record == {"kind": engine, "driver": torch.device(device).type}
+        driver = torch.device(device).type
+        assert record == {"kind": engine, "driver": driver, "dtype": "float32"}
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         assert any(event["event"] == "layers-read" for event in events) == (engine == "streaming")
         result = json.loads((run / "result.json").read_text())
