@@ -144,7 +144,7 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
-    titles = ("span", "ridge / median", "held-out residual", "R2", "condition")
+    titles = ("span", "ridge / median", "held-out residual", "R2 of all variance", "condition")
     table = Table(*titles, "tokens / regressor")
     for fit in fits:
         table.add_row(
