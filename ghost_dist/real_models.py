@@ -160,7 +160,8 @@ def _make(name: str, model: RealModel, work: Path, say: Callable[[str], None]) -
     write_json(checkpoint / RECORD, record)
     # The card of what is made from it carries the licence, by the hub's name: gemma, apache-2.0.
     licence = model.licence.split()[0].lower()
-    (checkpoint / "README.md").write_text(f"---\nlicense: {licence}\n---\n{model.title}\n")
+    card = f"---\nlicense: {licence}\n---\n{model.title}\n"
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
     fsync_tree(checkpoint)
 
 

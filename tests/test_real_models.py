@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import metadata_load
 
 from ghost_dist import real_models
 from ghost_dist.errors import ConfigError
@@ -104,7 +105,7 @@ def registry(content, tmp_path, monkeypatch):
         title="tiny",
         pieces=tuple(pieces),
         sha256=hashlib.sha256(content).hexdigest(),
-        licence="none",
+        licence="Gemma Terms of Use, https://x",
         split_digits=True,
     )
     monkeypatch.setitem(real_models.REAL_MODELS, "tiny", model)
@@ -122,6 +123,7 @@ def test_checkpoint_is_the_packages_model(registry, dense, tmp_path):
     said = []
     folder = real_model("tiny", said.append)
     assert left_in(folder.parent) == ["tiny"]
+    assert metadata_load(folder / "README.md") == {"license": "gemma"}
     read = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert read.dtype == torch.bfloat16
     expected = dense.state_dict()
