@@ -311,6 +311,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        _check_quotes(sys.argv[1:] if arguments is None else arguments)
         app(arguments)
     except (Exception, SystemExit) as error:
         # The signal may have come inside a cleaning up, which then failed, or inside a wait of Ray,
@@ -329,6 +330,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             )
         raise
     sys.exit(0)
+
+
+def _check_quotes(arguments: Sequence[str]) -> None:
+    """Refuse the first part of a value that the shell took apart at its blanks."""
+    for argument in arguments:
+        if "={" in argument and argument.count("{") > argument.count("}"):
+            raise ConfigError(
+                f"{argument} ends within its braces: the shell takes a value apart at blanks. Put "
+                f"it in quotes, as in --set 'evaluation.corpora={{name: FILE}}'."
+            )
 
 
 def _finished(run: Path) -> Path:
@@ -352,7 +363,13 @@ def _run_config(
 ) -> Any:
     """The configuration that the arguments of a run make."""
     from ghost_dist.config_file import make_config, parse_set
+    from ghost_dist.real_models import REAL_MODELS
 
+    if model in REAL_MODELS and not Path(model).exists():
+        raise ConfigError(
+            f"{model} is no folder here, but a model of the demo: ghost-dist demo --model {model} "
+            f"recovers it; python -m ghost_dist.real_models {model} makes a folder of it."
+        )
     settings = dict(map(parse_set, assignments or ()))
     given = [f"{kind} {value}" for kind, value in (targets or {}).items() if value is not None]
     if len(given) > 1:

@@ -81,6 +81,7 @@ def test_a_killed_demo_is_continued(tiny, forked, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     run_demo(Path("RUN"), "tiny")
     assert "gap closed" in capsys.readouterr().out
+    assert "one source" not in (run / "events.jsonl").read_text()  # its texts are given
     _, solve, demo = stages(run)
     assert "select" not in solve
     assert "calibrate" in solve

@@ -210,7 +210,10 @@ def open_inputs(
         limit=config.evaluation.limit,
     )
     chooses = config.selection.searches or searches_ridge(config.operator)
-    if len(config.calibration.sources) < 2 and not any_operator and chooses:
+    run = Path(config.output.path).expanduser().absolute()
+    # Said once; and the demo's texts, which lie in RUN, are nobody's choice.
+    said = (run / "stages/tokens.json").exists() or run in Path(config.calibration.source).parents
+    if len(config.calibration.sources) < 2 and not any_operator and chooses and not said:
         reporter.warn(
             "There is one source of calibration text, so what is chosen is judged on pieces of it, "
             "each left out of the fit, and on no other text. Give several, of the kinds in use: "

@@ -131,7 +131,7 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
 
 def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
     """What was tried, and how far each is from the dense model on held-out windows."""
-    table = Table("tried", "ridge / median", "held-out residual", "KL of the candidates")
+    table = Table("tried", "ridge / median", "residual of the candidates", "KL of the candidates")
     for row in candidates:
         name = text.candidate(row)
         table.add_row(
