@@ -17,7 +17,12 @@ from ghost_dist.config import Config, OperatorConfig, OperatorName
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import solving
-from ghost_dist.pipeline.candidates import candidates_of, samples_of
+from ghost_dist.pipeline.candidates import (
+    Candidate,
+    candidates_of,
+    samples_of,
+    strongest_ridge,
+)
 from ghost_dist.pipeline.compare import compare
 from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.report.terminal import print_run
@@ -125,6 +130,21 @@ def test_classes_that_contain_each_other_have_ordered_residuals(make_config, tmp
     assert max(residual["ghost"], residual["fold"]) < 1
 
 
+@pytest.mark.parametrize(
+    ("scores_of_the_stronger", "taken"),
+    [
+        ([0.9, 1.2, 1.0], 1),  # 0.03 worse on average, with a standard error of 0.09
+        ([1.1, 1.2, 1.1], 2),  # worse on every piece
+    ],
+)
+def test_a_stronger_ridge_that_is_as_good_is_taken(scores_of_the_stronger, taken):
+    least = torch.ones(len(scores_of_the_stronger))
+    scores = [least, torch.tensor(scores_of_the_stronger), least, least - 0.5]
+    tried = [Candidate("fold", shift=2.0), *(Candidate("ghost", shift=s) for s in (1.0, 0.0, -1.0))]
+    assert strongest_ridge(tried, [{}] * 4, scores, best=2) == taken
+    assert strongest_ridge(tried, [{}, {"failed": "why"}, {}, {}], scores, best=2) == 2
+
+
 def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_config, tmp_path):
     config = make_config(
         operator__name="auto",
@@ -160,7 +180,6 @@ def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_confi
     whole = [row for row in (*joint, *near) if len(row["left_out"]) == len(least["left_out"])]
     stronger = [row for row in whole if as_good(row)]
     assert chosen == max(stronger, key=lambda row: row["relative_ridge"][0])
-    assert chosen["kl"] > least["kl"]  # so here it is another one
     assert set(operator_file(tmp_path / "run")) == {"linear", "down"}
 
 
