@@ -10,15 +10,14 @@ Legend: C hidden width, F inner width of an MLP.
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ghost_dist.checkpoint.reader import FLOATS, Checkpoint, open_checkpoint
+from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.errors import ConfigError
-from ghost_dist.export.rewrite import not_written, write_weights
+from ghost_dist.export.rewrite import new_folder, write_weights
 from ghost_dist.export.shards import NewTensor, plan_shards
 from ghost_dist.export.side_files import copy_side_files
 
@@ -37,17 +36,10 @@ def export_deci(checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_00
     source = open_checkpoint(checkpoint)
     _check(source)
     config, tensors = _rewritten(source)
-    try:
-        out.mkdir(parents=True)
-        try:
-            write_weights(out, plan_shards(tensors, max_shard_bytes), {}, lambda _: None)
-            copy_side_files(source, out)
-            (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise not_written(out, error) from error
+    with new_folder(out, sum(tensor.nbytes for tensor in tensors)):
+        write_weights(out, plan_shards(tensors, max_shard_bytes), {}, lambda _: None)
+        copy_side_files(source, out)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(source: Checkpoint) -> None:
@@ -111,13 +103,15 @@ def _rewritten(source: Checkpoint) -> tuple[dict[str, Any], list[NewTensor]]:
                 "replace_with_linear": False,
             },
         })  # fmt: skip
+        fill = {}
         if attention == "linear":
-            filled.append(_constant(source, f"{layer}.input_layernorm.weight", 1, width))
+            fill["input_layernorm"] = torch.ones(width)
         if not inner:
-            filled.append(_constant(source, f"{layer}.post_attention_layernorm.weight", 1, width))
-            for name in ("gate_proj", "up_proj"):
-                filled.append(_constant(source, f"{layer}.mlp.{name}.weight", 0, _STEP, width))
-            filled.append(_constant(source, f"{layer}.mlp.down_proj.weight", 0, width, _STEP))
+            fill["post_attention_layernorm"] = torch.ones(width)
+            fill["mlp.gate_proj"] = fill["mlp.up_proj"] = torch.zeros(_STEP, width)
+            fill["mlp.down_proj"] = torch.zeros(width, _STEP)
+        for name, value in fill.items():
+            filled.append(NewTensor.of(value.to(source.dtype), f"{layer}.{name}.weight"))
 
     for layer in range(num_layers + 1):
         free = (layer, "attention") in gone
@@ -131,15 +125,14 @@ def _rewritten(source: Checkpoint) -> tuple[dict[str, Any], list[NewTensor]]:
             add(attention, 0 if (layer, "mlp") in gone else config["intermediate_size"])
 
     tensors = []
-    for name, tensor in source.tensors.items():
-        ghost, of_layer = _GHOST.fullmatch(name), _OF_LAYER.fullmatch(name)
+    for old in source.tensors:
+        name, ghost, of_layer = old, _GHOST.fullmatch(old), _OF_LAYER.fullmatch(old)
         if ghost:
             number = of_operator[int(ghost[1]) if ghost[1] else num_layers]
             name = f"model.layers.{number}.self_attn.linear_attn.weight"
         elif of_layer:
             name = f"{of_layer[1]}{position[int(of_layer[2])]}{of_layer[3]}"
-        place = (source.path / tensor.file, tensor.offset)
-        tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
+        tensors.append(NewTensor.copied(source, old, name))
     config |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -147,10 +140,3 @@ def _rewritten(source: Checkpoint) -> tuple[dict[str, Any], list[NewTensor]]:
         "block_configs": blocks,
     }
     return config, [*tensors, *filled]
-
-
-def _constant(source: Checkpoint, name: str, value: int, *shape: int) -> NewTensor:
-    whole = torch.full(shape, value, dtype=source.dtype)
-    content = whole.view(torch.uint8).numpy().tobytes
-    stored_as = next(name for name, known in FLOATS.items() if known == source.dtype)
-    return NewTensor(name, stored_as, shape, whole.nbytes, content)

@@ -5,6 +5,7 @@ Weights in block-scaled FP8 are written as the bfloat16 that was calibrated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from ghost_dist.export.modeling import ghost_config, modeling_file_name, modelin
 from ghost_dist.export.shards import New, NewTensor, plan_shards, put_values, write_shard
 from ghost_dist.export.side_files import copy_side_files, keep_tokenizer
 from ghost_dist.progress import Advance
-from ghost_dist.spans import Span, kept_layers, operator_positions
+from ghost_dist.spans import kept_layers, operator_positions
 
 _SLACK_BYTES = 64 << 20  # headers, tokenizer, file system
 _SHARDS_AT_ONCE = 4
@@ -62,22 +63,28 @@ def export_checkpoint(
     """
     check_cut(architecture, source.config, variant.spans)
     check_halves(architecture, source.config, variant.spans, variant.sublayers)
-    tensors = _new_tensors(source, architecture, variant)
-    shards = plan_shards(tensors, max_shard_bytes)
+    shards = plan_shards(_new_tensors(source, architecture, variant), max_shard_bytes)
     there = {} if copied is None else copied.of(shards)
+    with new_folder(out, sum(t.nbytes for file in shards.keys() - there for t in shards[file])):
+        write_weights(out, shards, there, advance or (lambda _: None))
+        copy_side_files(source, out)
+        _write_config(out, source, architecture, variant)
+        if tokenizer is not None:
+            other = source.taken_out or variant.has_code
+            keep_tokenizer(tokenizer, out, new_model_type=other)
+        for name, content in (extra_files or {}).items():
+            given = content.read_bytes() if isinstance(content, Path) else content
+            (out / name).write_bytes(given)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, nbytes: int) -> Iterator[None]:
+    """Make a folder for so many bytes of weights, if there is room; nothing is left on an error."""
     try:
-        _check_target(out, sum(t.nbytes for file in shards.keys() - there for t in shards[file]))
+        _check_target(out, nbytes)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_weights(out, shards, there, advance or (lambda _: None))
-            copy_side_files(source, out)
-            _write_config(out, source, architecture, variant)
-            if tokenizer is not None:
-                other = source.taken_out or variant.has_code
-                keep_tokenizer(tokenizer, out, new_model_type=other)
-            for name, content in (extra_files or {}).items():
-                given = content.read_bytes() if isinstance(content, Path) else content
-                (out / name).write_bytes(given)
+            yield
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
             raise
@@ -119,62 +126,43 @@ def _new_tensors(
                 continue
             name = f"{architecture.tensor_prefix}.{position[int(match[1])]}.{match[2]}"
         if weight_FC is not None:
-            where = f"The new weight {old}"
-            shape = (tensor.shape[1], tensor.shape[0])
             stored = source.dtype if old in source.scales else FLOATS[tensor.dtype]
-            tensors.append(_tensor(where, name, weight_FC, shape, stored, "values"))
+            where = f"The new weight {old}"
+            tensors.append(_tensor(where, name, weight_FC, tensor.shape, stored, "values"))
         elif old in source.scales:
-            read = partial(_dequantised_bytes, source, old)
-            numbers = math.prod(tensor.shape)
-            tensors.append(NewTensor(name, "BF16", tensor.shape, 2 * numbers, read))
+            nbytes = math.prod(tensor.shape) * torch.bfloat16.itemsize
+            read = partial(read_tensor, source, old)
+            tensors.append(NewTensor(name, "BF16", tensor.shape, nbytes, read))
         else:
-            place = (source.path / tensor.file, tensor.offset)
-            tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.nbytes, place))
+            tensors.append(NewTensor.copied(source, old, name))
     dtype = torch.float32 if variant.keeps_float32 else source.dtype
-    for span, boundary in operator_positions(variant.spans).items():
-        if span in variant.at_boundary:
-            path = (
-                f"{architecture.tensor_prefix}.{boundary}"
-                if boundary < len(kept)
-                else architecture.final_norm_in_files
-            )
-            tensors += _operator_tensors(span, variant.operators[span], path, architecture, dtype)
-    return tensors
-
-
-def _operator_tensors(
-    span: Span, operator: Repair, path: str, architecture: Architecture, dtype: torch.dtype
-) -> list[NewTensor]:
     square = (architecture.hidden_size, architecture.hidden_size)
-    tensors = []
-    for part, value in operator.boundary_parts().items():
-        where = f"The part {part} of the operator of span {span}"
-        name = f"{path}.ghost.{part}.weight"
-        tensors.append(_tensor(where, name, value, square, dtype, "yes"))
+    for span, boundary in operator_positions(variant.spans).items():
+        path = (
+            f"{architecture.tensor_prefix}.{boundary}"
+            if boundary < len(kept)
+            else architecture.final_norm_in_files
+        )
+        operator = variant.operators.get(span, Repair())
+        for part, value in operator.boundary_parts().items():
+            where = f"The part {part} of the operator of span {span}"
+            name = f"{path}.ghost.{part}.weight"
+            tensors.append(_tensor(where, name, value, square, dtype, "yes"))
     return tensors
 
 
 def _tensor(
-    where: str, name: str, value: Tensor, shape: tuple[int, int], dtype: torch.dtype, new: New
+    where: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, new: New
 ) -> NewTensor:
-    """A tensor in our layout (in, out) as one of ``nn.Linear``'s (out, in)."""
-    if tuple(value.shape) != shape:
-        raise ExportError(f"{where} has shape {tuple(value.shape)}, expected {shape}.")
+    """A tensor in our layout (in, out) as one of ``nn.Linear``'s, whose shape is given."""
+    if tuple(value.shape) != shape[::-1]:
+        raise ExportError(f"{where} has shape {tuple(value.shape)}, expected {shape[::-1]}.")
     stored = value.detach().to("cpu", dtype)
     if not torch.isfinite(stored).all():
         raise ExportError(
             f"{where} holds NaN or Inf as {dtype}. Solve again, or set operator.dtype=float32."
         )
-    stored_as = next(name for name, known in FLOATS.items() if known == dtype)
-    return NewTensor(name, stored_as, shape[::-1], stored.nbytes, partial(_bytes, stored.T), new)
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _dequantised_bytes(source: Checkpoint, name: str) -> bytes:
-    return _bytes(read_tensor(source, name))
+    return NewTensor.of(stored.T, name, new)
 
 
 @dataclass(frozen=True)
@@ -205,13 +193,9 @@ class Copied:
 
     def of(self, shards: Shards) -> dict[str, Path]:
         """The files that shards with the same tensors may be made of, by their names."""
-
-        def described(tensors: Sequence[NewTensor]) -> tuple[object, ...]:
-            return tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
-
-        mine = {described(tensors): self.folder / file for file, tensors in self.shards.items()}
-        wanted = {file: described(tensors) for file, tensors in shards.items()}
-        return {file: mine[one] for file, one in wanted.items() if one in mine}
+        mine = {tuple(tensors): self.folder / file for file, tensors in self.shards.items()}
+        wanted = {file: tuple(tensors) for file, tensors in shards.items()}
+        return {file: mine[tensors] for file, tensors in wanted.items() if tensors in mine}
 
 
 def write_weights(

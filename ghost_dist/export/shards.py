@@ -7,11 +7,14 @@ import errno
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from ghost_dist.checkpoint.reader import DTYPES
+import torch
+from torch import Tensor
+
+from ghost_dist.checkpoint.reader import DTYPES, FLOATS, Checkpoint
 from ghost_dist.errors import ExportError
 from ghost_dist.progress import Advance
 
@@ -25,14 +28,28 @@ New = Literal["no", "values", "yes"]  # yes: the model has no such tensor; value
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write, as the new header says it; dtype by safetensors' name."""
+    """A tensor to write, as the new header says it; equal to others of which it says the same."""
 
     name: str
-    dtype: str
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
     nbytes: int
-    source: tuple[Path, int] | Callable[[], bytes]  # file and first byte, or what gives the bytes
-    new: New = "no"
+    # File and first byte, or what gives the values.
+    source: tuple[Path, int] | Callable[[], Tensor] = field(compare=False)
+    new: New = field(default="no", compare=False)
+
+    @staticmethod
+    def copied(source: Checkpoint, name: str, new_name: str) -> "NewTensor":
+        """A tensor of a checkpoint, as it stands there."""
+        old = source.tensors[name]
+        place = (source.path / old.file, old.offset)
+        return NewTensor(new_name, old.dtype, old.shape, old.nbytes, place)
+
+    @staticmethod
+    def of(value: Tensor, name: str, new: New = "no") -> "NewTensor":
+        """One that is at hand, on the CPU."""
+        dtype = next(name for name, known in FLOATS.items() if known == value.dtype)
+        return NewTensor(name, dtype, tuple(value.shape), value.nbytes, lambda: value, new)
 
 
 def plan_shards(
@@ -66,7 +83,7 @@ def write_shard(path: Path, tensors: Sequence[NewTensor], advance: Advance) -> N
         target.write(_header(tensors))
         for tensor in tensors:
             if callable(tensor.source):
-                content = tensor.source()
+                content = _bytes(tensor.source())
                 assert len(content) == tensor.nbytes, "the header is already written"
                 target.write(content)
                 advance(tensor.nbytes)
@@ -83,8 +100,12 @@ def put_values(path: Path, tensors: Sequence[NewTensor]) -> None:
             if tensor.new == "values":
                 assert callable(tensor.source), "it is in no file"
                 target.seek(offset)
-                target.write(tensor.source())
+                target.write(_bytes(tensor.source()))
             offset += tensor.nbytes
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _in_order(tensors: Sequence[NewTensor]) -> list[NewTensor]:
