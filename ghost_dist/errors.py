@@ -3,7 +3,7 @@
 User mistakes are :class:`ConfigError` (a ``ValueError``); everything else that a user can meet has
 a class of its own below :class:`GhostDistError`, so that callers can tell a damaged checkpoint from
 a damaged store. Every message says what, where, what was found against what was expected, and what
-to do. Exceptions that cross process borders take one message argument or define ``__reduce__``.
+to do. Exceptions that cross process borders take one message, or define ``__reduce__``.
 """
 
 from typing import Any
@@ -46,9 +46,6 @@ class CorruptStoreError(GhostDistError):
     def __init__(self, message: str, range_ids: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.range_ids = range_ids
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (str(self), self.range_ids))
 
 
 class NonFiniteActivationError(GhostDistError):

@@ -20,8 +20,8 @@ from ghost_dist.calibration.corpora import Corpus
 from ghost_dist.calibration.documents import render_chat
 
 TokenArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-OnProgress: TypeAlias = Callable[[int, int], None]
-"""Called with (tokens done, tokens needed); done is an estimate from the characters read."""
+Report: TypeAlias = Callable[[float], None]
+"""Called with the share that is done, an estimate from the characters read; it may go back."""
 
 SEPARATOR = "\n\n"
 _CHARACTERS_PER_TOKEN = 4.0  # first guess; corrected by what the text gives
@@ -40,17 +40,16 @@ def pack_tokens(
     needed: int | None,
     special_tokens: bool,
     pieces: Iterator[Piece] | None = None,
-    on_progress: OnProgress | None = None,
+    report: Report = lambda _: None,
     least_growth: int = _LEAST_GROWTH,
 ) -> TokenArray:
     """First ``needed`` tokens (int64) of a corpus, or of some of its ``pieces``; fewer if it ends.
 
-    ``needed`` None: all, which holds the whole text in memory, without progress. ``least_growth``
-    is the smallest step of a prefix in characters, and does not change the result.
+    ``needed`` None: all, which holds the whole text in memory. ``least_growth`` is the smallest
+    step of a prefix in characters, and does not change the result.
     """
     if pieces is None:
         pieces = read_pieces(corpus, tokenizer, special_tokens=special_tokens)
-    report = Reports(needed, on_progress)
     if special_tokens and not corpus.one_text:
         return _pack_documents(pieces, tokenizer, needed, report)
 
@@ -76,7 +75,7 @@ def _first_tokens(
     texts: Iterator[str],
     encode_text: Callable[[str], TokenArray],
     needed: int | None,
-    report: Reports,
+    report: Report,
     least_growth: int,
 ) -> TokenArray:
     target = float("inf") if needed is None else needed * _CHARACTERS_PER_TOKEN + least_growth
@@ -108,7 +107,7 @@ def _first_tokens(
 
 
 def _pack_documents(
-    pieces: Iterator[Piece], tokenizer: Any, needed: int | None, report: Reports
+    pieces: Iterator[Piece], tokenizer: Any, needed: int | None, report: Report
 ) -> TokenArray:
     parts: list[TokenArray] = []
     count = 0
@@ -132,19 +131,3 @@ def encode(tokenizer: Any, text: str, special_tokens: bool) -> TokenArray:
         verbose=False,
     )
     return np.asarray(encoded["input_ids"], dtype=np.int64)
-
-
-class Reports:
-    """Progress as a fraction, told in at most a hundred steps that never go back."""
-
-    def __init__(self, needed: int | None, on_progress: OnProgress | None) -> None:
-        self._needed = needed
-        self._on_progress = on_progress
-        self._percent = 0
-
-    def __call__(self, fraction: float) -> None:
-        percent = int(100 * min(fraction, 1.0))
-        if self._needed is None or self._on_progress is None or percent <= self._percent:
-            return
-        self._percent = percent
-        self._on_progress(self._needed * percent // 100, self._needed)

@@ -22,9 +22,8 @@ import numpy as np
 
 from ghost_dist.calibration.corpora import Corpus, open_corpus
 from ghost_dist.calibration.packing import (
-    OnProgress,
     Piece,
-    Reports,
+    Report,
     TokenArray,
     pack_tokens,
     read_pieces,
@@ -38,9 +37,7 @@ _LONGEST_LINE = 8  # of a window; in a longer line it begins amid the line
 _LEAST_GROWTH = 1 << 12
 
 
-def spread_tokens(
-    text: Text, *, windows: int, window_length: int, on_progress: OnProgress | None
-) -> TokenArray:
+def spread_tokens(text: Text, *, windows: int, window_length: int, report: Report) -> TokenArray:
     """Tokens of all windows, in the order of their places: at most windows * window_length.
 
     A source that is long is read twice, and tokenised where the windows are. A dataset of the hub,
@@ -53,7 +50,7 @@ def spread_tokens(
         text = replace(text, files=files)
         with text.opened() as (corpus, pieces):
             if corpus.shuffled:
-                return text.pack(corpus, pieces, needed=needed, on_progress=on_progress)
+                return text.pack(corpus, pieces, needed=needed, report=report)
             kept, size = _take(pieces, _WHOLE * needed)
             if size > _WHOLE * needed:
                 size += sum(len(piece.text) for piece in pieces)
@@ -66,7 +63,6 @@ def spread_tokens(
                 return np.concatenate([stream[place : place + window_length] for place in places])
         files *= 4
     del kept
-    report = Reports(needed, on_progress)
     try:
         places = _places(size, windows, _ROOM * window_length, seed)
         return text.windows_at(places, size, window_length, report)
@@ -96,7 +92,7 @@ class Text:
         )
 
     def windows_at(
-        self, places: Sequence[int], size: int, window_length: int, report: Reports
+        self, places: Sequence[int], size: int, window_length: int, report: Report
     ) -> TokenArray:
         """A window behind each place, none reaching over the next; ``size`` is the last's end."""
         rows: list[TokenArray] = []

@@ -23,10 +23,11 @@ import safetensors
 import safetensors.numpy
 
 from ghost_dist.amounts import shown
-from ghost_dist.calibration.packing import SEPARATOR, OnProgress, TokenArray, encode
+from ghost_dist.calibration.packing import SEPARATOR, Report, TokenArray, encode
 from ghost_dist.calibration.sampling import Text, spread_tokens
 from ghost_dist.durable import write_bytes
 from ghost_dist.errors import CalibrationError, CorruptStoreError
+from ghost_dist.progress import Advance
 
 Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -74,14 +75,14 @@ def build_windows(
     vocab_size: int,
     sampling: Literal["beginning", "spread"] = "beginning",
     split: str = "train",
-    on_progress: OnProgress | None = None,
+    advance: Advance = lambda _: None,
 ) -> TokenWindows:
     """Cut a corpus into windows, from its beginning or at places that are spread over it.
 
     ``windows`` None: all whole ones, which holds the whole text in memory. ``seed`` orders the
     documents of a dataset (None keeps its order, as perplexity wants it) and places spread windows.
     ``special_tokens``: the tokenizer adds its own to every document. ``window_bos``: each window is
-    BOS and ``window_length - 1`` tokens of text.
+    BOS and ``window_length - 1`` tokens of text. ``advance``: called with more tokens of windows.
     """
     bos: int | None = tokenizer.bos_token_id if window_bos else None
     if window_bos and bos is None:
@@ -97,14 +98,13 @@ def build_windows(
         )
     needed = None if windows is None else windows * text_length
     text = Text(source, tokenizer, seed, special_tokens, split)
+    report = _in_steps((windows or 0) * window_length, advance)
     if sampling == "spread":
         assert windows is not None
-        stream = spread_tokens(
-            text, windows=windows, window_length=text_length, on_progress=on_progress
-        )
+        stream = spread_tokens(text, windows=windows, window_length=text_length, report=report)
     else:
         with text.opened() as (corpus, pieces):
-            stream = text.pack(corpus, pieces, needed=needed, on_progress=on_progress)
+            stream = text.pack(corpus, pieces, needed=needed, report=report)
     count = len(stream) // text_length
     if count < (windows or 1):
         raise CalibrationError(
@@ -117,7 +117,22 @@ def build_windows(
     if bos is not None:
         rows = np.concatenate([np.full((count, 1), bos, dtype=np.int64), rows], axis=1)
     check_vocabulary(rows, tokenizer, vocab_size)
+    report(1.0)
     return TokenWindows(rows.astype(np.int32), source)
+
+
+def _in_steps(total: int, advance: Advance) -> Report:
+    """What tells of a share of the total in at most a hundred steps, which never go back."""
+    told = 0
+
+    def report(share: float) -> None:
+        nonlocal told
+        done = total * int(100 * min(share, 1.0)) // 100
+        if done > told:
+            advance(done - told)
+            told = done
+
+    return report
 
 
 def join_windows(of_sources: Sequence[TokenWindows]) -> TokenWindows:

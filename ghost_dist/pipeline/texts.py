@@ -18,13 +18,6 @@ docs/guides/calibration_text.md."""
 def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
     calibration, found = inputs.config.calibration, []
     for source, count in calibration.windows_of.items():
-        done = 0
-
-        def on_progress(tokens: int, _: int) -> None:
-            nonlocal done
-            advance(tokens - done)
-            done = tokens
-
         try:
             windows = build_windows(
                 source,
@@ -36,7 +29,7 @@ def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
                 window_bos=calibration.window_bos is True,
                 sampling=calibration.sampling,
                 vocab_size=inputs.architecture.vocab_size,
-                on_progress=on_progress,
+                advance=advance,
             )
         except CalibrationError as error:
             if not calibration.sources:
@@ -45,7 +38,6 @@ def calibration_windows(inputs: RunInputs, advance: Advance) -> TokenWindows:
                 f"One of calibration.sources: {error} Or take {source} out of calibration.sources, "
                 "or give it a smaller share."
             ) from error
-        advance(count * calibration.window_length - done)
         found.append(windows)
     return join_windows(found)
 
