@@ -37,24 +37,22 @@ class RunRecord:
         # Outputs of every stage; empty of one that is not done.
         self.stages = {stage: read_record(path, stage).get("outputs", {}) for stage in STAGES}
         selected, solved, evaluated = (self.stages[of] for of in ("select", "solve", "evaluate"))
-
-        def figures(stage: dict[str, Any], name: str, default: Any, key: str | None = None) -> Any:
-            return stage.get(name, default) if result is None else result[key or name]
-
+        fits, selection = solved.get("fits", []), selected
+        last = {**selected, **solved, **evaluated}
+        if result is not None:
+            last, fits, selection = result, result["fit"], result["selection"]
         # Removed layers (empty before they are chosen), and attentions and MLPs, such as mlp:7.
-        self.spans: list[list[int]] = figures(selected, "spans", [])
-        self.sublayers: list[str] = (result or selected).get("sublayers", [])
-        layers = (result or {}).get("num_layers", selected.get("num_layers"))
+        self.spans: list[list[int]] = last.get("spans", [])
+        self.sublayers: list[str] = last.get("sublayers", [])
+        layers = last.get("num_layers", selected.get("num_layers"))
         self.num_layers: int | None = layers  # of the uncut model
-        self.operator: str | None = figures(solved, "operator", None)  # what was fitted
-        self.fits: list[dict[str, Any]] = figures(solved, "fits", [], "fit")  # a row per span
-        self.candidates: list[dict[str, Any]] = figures(solved, "candidates", [])
-        selection = selected if result is None else result["selection"]
+        self.operator: str | None = last.get("operator")  # what was fitted
+        self.fits: list[dict[str, Any]] = fits  # a row per span
+        self.candidates: list[dict[str, Any]] = last.get("candidates", [])
         shown = ("scores", "search", "pareto")
         self.selection: dict[str, Any] = {k: selection[k] for k in shown if k in selection}
         # Corpus to variant to perplexity, and to ``kl`` and ``top1`` against the dense model.
-        self.perplexity: dict[str, dict[str, float]] = figures(evaluated, "perplexity", {})
-        last = result or evaluated
+        self.perplexity: dict[str, dict[str, float]] = last.get("perplexity", {})
         self.agreement: dict[str, dict[str, dict[str, float]]] = last.get("agreement", {})
         self.tasks: dict[str, dict[str, Any]] = last.get("tasks", {})  # task to variant to metrics
         self.samples: list[dict[str, Any]] = last.get("samples", [])  # texts, and how models go on
