@@ -8,9 +8,10 @@ on the model (number of layers, hidden size) is checked where the model's header
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ghost_dist.amounts import parse_amount, parse_size, parse_target, shown
 from ghost_dist.engine_config import ClusterConfig, EngineConfig, Section
@@ -80,12 +81,9 @@ class CalibrationConfig(Section):
     @property
     def windows_of(self) -> dict[str, int]:
         """Windows of every source, in order."""
-        windows, shares = {}, 0.0
-        for source, share in (self.sources or {self.source: 1.0}).items():
-            before = round(shares * self.windows)
-            shares += share
-            windows[source] = round(shares * self.windows) - before
-        return windows
+        shares = self.sources or {self.source: 1.0}
+        ends = [0, *(round(share * self.windows) for share in accumulate(shares.values()))]
+        return {source: b - a for source, (a, b) in zip(shares, pairwise(ends), strict=True)}
 
 
 def _as_span(pair: Any) -> Span:
@@ -133,18 +131,11 @@ class SelectionConfig(Section):
     protect: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers that stay whatever the criterion says."""
 
-    @field_validator("remove")
+    @field_validator("remove", "target")
     @classmethod
-    def _size(cls, value: Any) -> Any:
+    def _readable(cls, value: Any, field: ValidationInfo) -> Any:
         if isinstance(value, str):
-            parse_size(value)
-        return value
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_target(value)
+            (parse_size if field.field_name == "remove" else parse_target)(value)
         return value
 
     @field_validator("pareto", mode="before")

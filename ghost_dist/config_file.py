@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ghost_dist.amounts import shown
 from ghost_dist.config import Config
@@ -191,9 +191,8 @@ def set_field(tree: dict[str, Any], key: str, value: Any) -> None:
         )
     for part in reversed(below):
         value = {part: value}
-    known = _model_at([section])
-    info = known.model_fields.get(field) if known else None
-    if below and info is not None and get_origin(info.annotation) is dict:
+    known = _KEYS.get(section, {}).get(field)
+    if below and known is not None and get_origin(known.annotation) is dict:
         value = {**(fields.get(field) or {}), **value}
     tree[section] = {**fields, field: value}
 
@@ -300,8 +299,7 @@ def _describe(error: ValidationError) -> str:
         where = ".".join(part for part in location if not _ALTERNATIVE.match(part))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            model = _model_at(location[:-1])
-            known = list(model.model_fields) if model else []
+            known = list(_KEYS[location[-2] if len(location) > 1 else ""])
             near = _nearest(location[-1], known)
             full = ".".join([*where.split(".")[:-1], near or ""])
             hint = f"did you mean {full}?" if near else f"known: {', '.join(sorted(known))}."
@@ -350,21 +348,11 @@ _PLAIN = {
 }
 
 
+_SECTIONS: dict[str, Any] = {name: of.annotation for name, of in Config.model_fields.items()}
+_MODELS = {"": Config, **_SECTIONS, "RelativeRidge": RelativeRidge, "AbsoluteRidge": AbsoluteRidge}
+_KEYS = {name: model.model_fields for name, model in _MODELS.items()}
+"""Fields of what pydantic names so: of all, of a section, of a kind of ridge."""
+
+
 def _nearest(word: str, known: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
-
-
-def _model_at(place: Sequence[str]) -> type[BaseModel] | None:
-    """The section, or what is in one, at a place of the configuration."""
-    model: type[BaseModel] = Config
-    for part in place:
-        if part in ("RelativeRidge", "AbsoluteRidge"):
-            model = RelativeRidge if part == "RelativeRidge" else AbsoluteRidge
-        elif not _ALTERNATIVE.match(part):
-            field = model.model_fields.get(part)
-            annotation = field.annotation if field is not None else None
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
-            elif part != "ridge":
-                return None
-    return model
