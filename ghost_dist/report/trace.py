@@ -36,7 +36,7 @@ def trace_of(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Trace:
-    """Spans and instants so far. An event that has a method ``on_...`` changes them."""
+    """Spans and instants so far, which some events change."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float, Track, str, Args]] = []
@@ -50,78 +50,61 @@ class _Trace:
 
     def take(self, event: Args) -> None:
         now = event["time"]
-        name = f"on_{event['event'].replace('-', '_')}"
-        if hasattr(self, name):
-            getattr(self, name)(event, now)
+        match event["event"]:
+            case "run-start":
+                self.end()  # one that was killed
+                self._stages["run"] = now
+            case "run-end":
+                self._stage("run", now)
+            case "stage-start":
+                self._stages[event["stage"]] = now
+            case "stage-end" | "stage-failed":
+                self._stage(event["stage"], now)
+            case "waited":
+                self._stages[event["what"]] = now - event["seconds"]
+                self._stage(event["what"], now)
+            case "replica-start":
+                self._ranks[event["replica"]] = event["ranks"]
+                for track in self._tracks(event):
+                    self._doing[track] = (now, "start", {})
+            case "replica-ready":
+                load_s = event.get("load_s", event["seconds"])  # not of older versions
+                for rank, track in enumerate(self._tracks(event)):
+                    self._done(track, now - load_s)
+                    of_rank = {key: of[rank] for key, of in event.items() if isinstance(of, list)}
+                    self._show(track, "load", now - load_s, now, of_rank)
+            case "range-leased" | "span-leased":
+                for track in self._tracks(event):
+                    self._wait(track, now)
+                    self._doing[track] = (now, "fit" if "span" in event else "range", event)
+            case "range-ran":
+                for rank, track in enumerate(self._tracks(event)):
+                    forward_s, sums_s = event["forward_s"][rank], event["sums_s"][rank]
+                    began = now - forward_s - sums_s
+                    began, _, args = self._doing.pop(track, (began, "", event))
+                    summed = min(began + forward_s, now)
+                    self._show(track, "forward", began, summed, args)
+                    self._show(track, "sums", summed, min(summed + sums_s, now), args)
+                self._unwritten[_attempt(event)] = now
+            case "range-committed" if (attempt := _attempt(event)) in self._unwritten:
+                ran = self._unwritten.pop(attempt)
+                for process, thread in self._tracks(event):
+                    self._show((process, f"{thread} writes"), "write", ran, now, event)
+            case "span-fitted":
+                for track in self._tracks(event):
+                    self._done(track, now, {"fits": event["fits"]})
+            case "reduced":
+                for replica in map(int, event["kept"]):
+                    for track in self._tracks({"replica": replica}):
+                        self._wait(track, now - event["seconds"])
+                        self._show(track, "all-reduce", now - event["seconds"], now, {})
+            case "replica-end":
+                for track in self._tracks(event):
+                    self._done(track, now, {"given_up": True})
+                    self._wait(track, now)
         if event["event"] in _INSTANTS:
             self._instants.append((now, _process(event.get("replica")), event))
         self._now = now
-
-    def on_run_start(self, _: Args, now: float) -> None:
-        self.end()  # one that was killed
-        self._stages["run"] = now
-
-    def on_run_end(self, _: Args, now: float) -> None:
-        self._stage("run", now)
-
-    def on_stage_start(self, event: Args, now: float) -> None:
-        self._stages[event["stage"]] = now
-
-    def on_stage_end(self, event: Args, now: float) -> None:
-        self._stage(event["stage"], now)
-
-    on_stage_failed = on_stage_end
-
-    def on_waited(self, event: Args, now: float) -> None:
-        self._stages[event["what"]] = now - event["seconds"]
-        self._stage(event["what"], now)
-
-    def on_replica_start(self, event: Args, now: float) -> None:
-        self._ranks[event["replica"]] = event["ranks"]
-        for track in self._tracks(event):
-            self._doing[track] = (now, "start", {})
-
-    def on_replica_ready(self, event: Args, now: float) -> None:
-        load_s = event["load_s"] if "load_s" in event else event["seconds"]  # of an older version
-        for rank, track in enumerate(self._tracks(event)):
-            self._done(track, now - load_s)
-            of_rank = {key: of[rank] for key, of in event.items() if isinstance(of, list)}
-            self._show(track, "load", now - load_s, now, of_rank)
-
-    def on_range_leased(self, event: Args, now: float) -> None:
-        for track in self._tracks(event):
-            self._wait(track, now)
-            self._doing[track] = (now, "fit" if "span" in event else "range", event)
-
-    on_span_leased = on_range_leased
-
-    def on_range_ran(self, event: Args, now: float) -> None:
-        for rank, track in enumerate(self._tracks(event)):
-            forward_s, sums_s = event["forward_s"][rank], event["sums_s"][rank]
-            began, _, args = self._doing.pop(track, (now - forward_s - sums_s, "", event))
-            self._show(track, "forward", began, min(began + forward_s, now), args)
-            self._show(track, "sums", began + forward_s, min(began + forward_s + sums_s, now), args)
-        self._unwritten[_attempt(event)] = now
-
-    def on_range_committed(self, event: Args, now: float) -> None:
-        if (ran := self._unwritten.pop(_attempt(event), None)) is not None:
-            for process, rank in self._tracks(event):
-                self._show((process, f"{rank} writes"), "write", ran, now, event)
-
-    def on_span_fitted(self, event: Args, now: float) -> None:
-        for track in self._tracks(event):
-            self._done(track, now, {"fits": event["fits"]})
-
-    def on_reduced(self, event: Args, now: float) -> None:
-        for replica in map(int, event["kept"]):
-            for track in self._tracks({"replica": replica}):
-                self._wait(track, now - event["seconds"])
-                self._show(track, "all-reduce", now - event["seconds"], now, {})
-
-    def on_replica_end(self, event: Args, now: float) -> None:
-        for track in self._tracks(event):
-            self._done(track, now, {"given_up": True})
-            self._wait(track, now)
 
     def end(self) -> None:
         """What is open ends with the last event, after which nothing was said."""
