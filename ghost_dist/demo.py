@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ghost_dist.assets import stdlib_text
-from ghost_dist.config_file import config_from_tree
+from ghost_dist.config_file import make_config
 from ghost_dist.durable import write_bytes
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
@@ -45,22 +45,19 @@ def run_demo(out: Path | None, model: str = "pico") -> None:
     paths = {name: str(out.absolute() / "texts" / f"{name}.txt") for name in texts}
     windows, length, evaluated = _PICO_WINDOWS if pico else _ENGLISH_WINDOWS
     shape = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config = config_from_tree(
-        {
-            "model": {"path": str(checkpoint)},
-            "calibration": {
-                "source": paths["calibration"],
-                "windows": windows,
-                "window_length": length,
-            },
-            "selection": {"remove": shape["num_hidden_layers"] // 4, "effort": "quick"},
-            "evaluation": {
-                "corpora": {name: path for name, path in paths.items() if name != "calibration"},
-                "windows": evaluated,
-                "window_length": length,
-            },
-            "output": {"path": str(out)},
-        }
+    config = make_config(
+        checkpoint,
+        out=out,
+        remove=shape["num_hidden_layers"] // 4,
+        settings={
+            "selection.effort": "quick",
+            "calibration.source": paths["calibration"],
+            "calibration.windows": windows,
+            "calibration.window_length": length,
+            "evaluation.corpora": {n: path for n, path in paths.items() if n != "calibration"},
+            "evaluation.windows": evaluated,
+            "evaluation.window_length": length,
+        },
     )
     with RunFolder(config):
         for name, path in paths.items():

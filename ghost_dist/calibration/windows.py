@@ -91,11 +91,6 @@ def build_windows(
             "Set calibration.window_bos=false."
         )
     text_length = window_length - (0 if bos is None else 1)
-    if text_length < 1 or (windows is not None and windows < 1):
-        raise CalibrationError(
-            f"Cannot cut {windows} windows of {window_length} tokens; at least one window of "
-            f"{1 if bos is None else 2} tokens is needed."
-        )
     needed = None if windows is None else windows * text_length
     text = Text(source, tokenizer, seed, special_tokens, split)
     report = _in_steps((windows or 0) * window_length, advance)

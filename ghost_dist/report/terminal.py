@@ -39,19 +39,14 @@ def print_result(result: Mapping[str, Any], run: Path) -> None:
     if found:
         _say(generation(found))
     if rows := probe_rows(probes):
-        table = Table("probe, answered right", "questions", *VARIANTS)
-        for row in rows:
-            table.add_row(*row)
-        _show(table)
+        _show(Table("probe, answered right", "questions", *VARIANTS), rows)
     if missing := unasked(probes, result.get("unasked", [])):
         _say(missing)
     if result["perplexity"]:
         _print_perplexity(result)
     if result["tasks"]:
         table = Table("task", Column("metric", overflow="fold"), *VARIANTS)
-        for name, metric, cells in task_rows(result["tasks"]):
-            table.add_row(name, metric, *cells)
-        _show(table)
+        _show(table, [(name, metric, *cells) for name, metric, cells in task_rows(result["tasks"])])
     before, after = result["parameters"]["before"], result["parameters"]["after"]
     layers = [f"layers {text.spans(result['spans'])}"] if result["spans"] else []
     _say(
@@ -118,15 +113,12 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
         table.add_row(name, *(text.perplexity(value[variant]) for variant in VARIANTS), closed)
     _show(table)
     titles = ("KL of the evaluation: pruned", "recovered", "same token: pruned", "recovered")
-    table = Table("from the dense model", *titles)
+    rows = []
     for name, value in result["agreement"].items():
         found = [value[variant] for variant in VARIANTS[1:]]
-        table.add_row(
-            name,
-            *(text.number(one["kl"]) for one in found),
-            *(f"{one['top1']:.1%}" for one in found),
-        )
-    _show(table)
+        kl = [text.number(one["kl"]) for one in found]
+        rows.append((name, *kl, *(f"{one['top1']:.1%}" for one in found)))
+    _show(Table("from the dense model", *titles), rows)
 
 
 def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
@@ -145,17 +137,12 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
 
 def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
     titles = ("span", "ridge / median", "held-out residual", "R2 of all variance", "condition")
-    table = Table(*titles, "tokens / regressor")
-    for fit in fits:
-        table.add_row(
-            escape(text.spans([fit["span"]])),
-            text.number(fit["relative_ridge"], 2),
-            text.number(fit["residual"]),
-            text.number(fit["r2"]),
-            text.number(fit["condition"], 2),
-            text.number(fit["tokens_per_channel"], 2),
-        )
-    _show(table)
+    digits = {"relative_ridge": 2, "residual": 3, "r2": 3, "condition": 2, "tokens_per_channel": 2}
+    rows = [
+        (escape(text.span(fit["span"])), *(text.number(fit[of], n) for of, n in digits.items()))
+        for fit in fits
+    ]
+    _show(Table(*titles, "tokens / regressor"), rows)
 
 
 def print_run(path: Path) -> None:
@@ -285,10 +272,8 @@ def print_job(job: Mapping[str, Any]) -> None:
 def print_upload(repo_id: str, files: Mapping[str, int], notes: Sequence[str]) -> None:
     """Print what would be sent to the Hub, and what to look at before."""
     table = Table(Column("file", overflow="fold"), Column("size", justify="right"), title=repo_id)
-    for name, nbytes in files.items():
-        table.add_row(name, text.nbytes(nbytes))
-    table.add_row("all", text.nbytes(sum(files.values())))
-    _show(table)
+    sizes = [*files.items(), ("all", sum(files.values()))]
+    _show(table, [(name, text.nbytes(nbytes)) for name, nbytes in sizes])
     for note in notes:
         _say(f"note: {note}")
 
@@ -364,8 +349,10 @@ def _bar(share: float) -> str:
     return "█" * whole + (_PARTS[rest] if rest else "")
 
 
-def _show(table: Table) -> None:
+def _show(table: Table, rows: Iterable[Iterable[str]] = ()) -> None:
     """Print a table, or each row of it below the other where its words would be cut."""
+    for row in rows:
+        table.add_row(*row)
     least = console.measure(table, options=console.options.update(width=1000)).minimum
     if least <= console.width or any(column.overflow == "fold" for column in table.columns):
         return console.print(table)

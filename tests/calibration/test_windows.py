@@ -108,12 +108,6 @@ def test_exactly_enough(build, tmp_path):
     assert build("short.txt", windows=2).num_windows == 2
 
 
-@pytest.mark.parametrize("options", [{"windows": 0}, {"window_length": 1, "window_bos": True}])
-def test_no_window_at_all(build, options):
-    with pytest.raises(CalibrationError, match="at least one window"):
-        build(**options)
-
-
 def test_tokenizer_of_another_model(build, tokenizer):
     largest = int(build().tokens.max())
     build(vocab_size=largest + 1)
