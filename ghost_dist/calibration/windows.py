@@ -111,9 +111,8 @@ def build_windows(
     rows = stream[: count * text_length].reshape(count, text_length)
     if bos is not None:
         rows = np.concatenate([np.full((count, 1), bos, dtype=np.int64), rows], axis=1)
-    check_vocabulary(rows, tokenizer, vocab_size)
     report(1.0)
-    return TokenWindows(rows.astype(np.int32), source)
+    return _checked(rows, source, tokenizer, vocab_size)
 
 
 def _in_steps(total: int, advance: Advance) -> Report:
@@ -178,8 +177,8 @@ def load_windows(path: Path) -> TokenWindows:
     return windows
 
 
-def check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> None:
-    """Raise CalibrationError if a token id has no row in the model's embedding."""
+def _checked(tokens: TokenArray, source: str, tokenizer: Any, vocab_size: int) -> TokenWindows:
+    """Windows of these tokens; CalibrationError if one has no row in the model's embedding."""
     outside = tokens[(tokens >= vocab_size) | (tokens < 0)]
     if outside.size:
         raise CalibrationError(
@@ -187,6 +186,7 @@ def check_vocabulary(tokens: TokenArray, tokenizer: Any, vocab_size: int) -> Non
             f"model has {vocab_size} embeddings (ids 0 to {vocab_size - 1}); the tokenizer has "
             f"{len(tokenizer)} tokens. Use the tokenizer that belongs to the model."
         )
+    return TokenWindows(tokens.astype(np.int32), source)
 
 
 _C4_WINDOWS = 256
@@ -256,9 +256,7 @@ def published_windows(
             f"The {tried} gives {len(found)} windows of {window_length} tokens, {wanted} are "
             "wanted. Set evaluation.windows or evaluation.window_length lower."
         )
-    tokens_WT = np.stack(found)
-    check_vocabulary(tokens_WT, tokenizer, vocab_size)
-    return TokenWindows(tokens_WT.astype(np.int32), tried)
+    return _checked(np.stack(found), tried, tokenizer, vocab_size)
 
 
 def _sampled(rows: Iterable[str], tokenizer: Any, window_length: int) -> Iterator[TokenArray]:

@@ -82,12 +82,6 @@ def verify_reload(
     return difference
 
 
-def greedy_tokens(model: Any, ids_BT: Tensor) -> Tensor:
-    """What a model generates behind the beginning of the first window, shape (n,)."""
-    generated: Tensor = reload_script.generate(model, ids_BT)[1][0]
-    return generated
-
-
 def check_same_logits(
     folder: Path, found: Tensor, expected: Tensor, num_layers: int, dtype: torch.dtype
 ) -> float:

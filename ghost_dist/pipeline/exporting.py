@@ -22,12 +22,12 @@ from ghost_dist.durable import fsync_folder, fsync_in, fsync_tree
 from ghost_dist.errors import GhostDistError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.model_card import CARD, model_card
+from ghost_dist.export.reload_script import generate
 from ghost_dist.export.rewrite import Copied, export_checkpoint, not_written
 from ghost_dist.export.verify import (
     FreshProcess,
     check_same_logits,
     fresh_process,
-    greedy_tokens,
     verify_reload,
     verify_tokenizer,
 )
@@ -243,11 +243,12 @@ def _verify(
             verify_tokenizer(folder, inputs.tokenizer, fresh)
             return check_same_logits(folder, found, expected, kept, inputs.dtype)
 
-    def generate(prompt: Tensor) -> Tensor:
+    def generated(prompt: Tensor) -> Tensor:
         model = open_causal_lm(inputs, own=True)
         remove_layers(model, inputs.architecture, recovered.spans)
         insert_operators(model, inputs.architecture, recovered)
-        return greedy_tokens(model, prompt)
+        new: Tensor = generate(model, prompt)[1][0]
+        return new
 
     with ExitStack() as waiting:
 
@@ -262,7 +263,7 @@ def _verify(
             expected,
             tokens,
             num_layers=kept,
-            generate=generate,
+            generate=generated,
             tokenizer=inputs.tokenizer,
             dtype=inputs.dtype,
             device=inputs.device,

@@ -26,6 +26,7 @@ from ghost_dist.report import text, verdict
 from ghost_dist.report.record import RunRecord
 
 _BAR = 24  # characters
+_LONGEST = 120  # characters of an event
 _PARTS = " ▏▎▍▌▋▊▉█"
 _STYLES = {"dense": "blue", "pruned": "red", "recovered": "green"}
 console = Console()  # where everything is printed
@@ -121,8 +122,10 @@ def _print_perplexity(result: Mapping[str, Any]) -> None:
     _show(Table("from the dense model", *titles), rows)
 
 
-def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
-    """What was tried, and how far each is from the dense model on held-out windows."""
+def _print_tried(
+    candidates: Sequence[Mapping[str, Any]], fits: Sequence[Mapping[str, Any]]
+) -> None:
+    """What was tried, and how far from the dense model on held-out windows; the fits taken."""
     table = Table("tried", "ridge / median", "residual of the candidates", "KL of the candidates")
     for row in candidates:
         name = text.candidate(row)
@@ -132,17 +135,16 @@ def _print_candidates(candidates: Iterable[Mapping[str, Any]]) -> None:
             ", ".join(map(text.number, row.get("residual", ()))),
             text.divergence(row),
         )
-    _show(table)
-
-
-def _print_fits(fits: Iterable[Mapping[str, Any]]) -> None:
+    if len(candidates) > 1:
+        _show(table)
     titles = ("span", "ridge / median", "held-out residual", "R2 of all variance", "condition")
     digits = {"relative_ridge": 2, "residual": 3, "r2": 3, "condition": 2, "tokens_per_channel": 2}
     rows = [
         (escape(text.span(fit["span"])), *(text.number(fit[of], n) for of, n in digits.items()))
         for fit in fits
     ]
-    _show(Table(*titles, "tokens / regressor"), rows)
+    if rows:
+        _show(Table(*titles, "tokens / regressor"), rows)
 
 
 def print_run(path: Path) -> None:
@@ -150,10 +152,7 @@ def print_run(path: Path) -> None:
     run = RunRecord(path)
     if (curves := _ridge_curves(run)) is not None:
         _show(curves)
-    if len(run.candidates) > 1:
-        _print_candidates(run.candidates)
-    if run.fits:
-        _print_fits(run.fits)
+    _print_tried(run.candidates, run.fits)
     for remark in verdict.remarks(run):
         _say(f"note: {remark}")
     if run.result is not None:
@@ -174,10 +173,7 @@ def print_stage(path: Path, stage: str) -> None:
     if stage == "calibrate":
         _say(f"sums of {record['ranges']} ranges are there")
     if stage == "solve":
-        if len(record["candidates"]) > 1:
-            _print_candidates(record["candidates"])
-        if record["fits"]:
-            _print_fits(record["fits"])
+        _print_tried(record["candidates"], record["fits"])
         _say(f"solved: {record['operator']}, in {path / 'operators'}")
     if stage in ("export", "evaluate") and run.result is not None:
         print_result(run.result, path)
@@ -263,8 +259,9 @@ def print_job(job: Mapping[str, Any]) -> None:
         table.add_row("logs and stacks", Text(path))
     for event in job.get("events", ()):
         fields = {k: v for k, v in event.items() if k not in ("time", "event", "attempt")}
-        told = " ".join(f"{name}={value}" for name, value in fields.items())
-        table.add_row(text.clock(event["time"]), Text(_short(f"{event['event']} {told}")))
+        told = " ".join([event["event"], *(f"{name}={value}" for name, value in fields.items())])
+        told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]}..."
+        table.add_row(text.clock(event["time"]), Text(told))
     table.add_row("last line", Text(job["last_line"]))
     _show(table)
 
@@ -369,10 +366,6 @@ def _say(words: str, style: str | None = None) -> None:
     """Print text as it is, in one line however long, with spaces that can be searched for."""
     words = words.replace(text.NBSP, " ")
     console.print(words, markup=False, highlight=False, soft_wrap=True, style=style)
-
-
-def _short(words: str, most: int = 120) -> str:
-    return words if len(words) <= most else f"{words[:most]}..."
 
 
 def _line(words: str) -> str:

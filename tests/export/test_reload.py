@@ -34,8 +34,9 @@ from ghost_dist.engines.find_halves import with_halves
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.errors import ExportError, UnsupportedArchitectureError
 from ghost_dist.evaluation.scores import last_logits
+from ghost_dist.export.reload_script import generate
 from ghost_dist.export.rewrite import export_checkpoint
-from ghost_dist.export.verify import greedy_tokens, reload, verify_reload
+from ghost_dist.export.verify import reload, verify_reload
 from ghost_dist.spans import parse_sublayers
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def verify(folder, model, dtype=torch.float32):
         expected,
         TOKENS.numpy(),
         num_layers=model.config.num_hidden_layers,
-        generate=lambda ids: greedy_tokens(model, ids),
+        generate=lambda ids: generate(model, ids)[1][0],
         dtype=dtype,
         device=CPU,
     )
@@ -208,7 +209,7 @@ def test_layers_without_attention_or_mlp(checkpoint, uncut, reloaded, family, cu
     with torch.inference_mode():
         in_memory = torch.cat([model(row[None], use_cache=False).logits for row in TOKENS])
     assert (found - in_memory).abs().max() <= rounding(in_memory, factor=4)
-    greedy_tokens(model, TOKENS)
+    generate(model, TOKENS)
 
 
 def test_removed_halves_are_not_in_the_files(checkpoint, tmp_path):
