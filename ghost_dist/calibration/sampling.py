@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,9 +99,11 @@ class Text:
         """A window behind each place, none reaching over the next; ``size`` is the last's end."""
         rows: list[TokenArray] = []
         with self.opened() as (corpus, pieces):
-            reader = _Reader(pieces)
-            for place, stop in itertools.pairwise([*places, size]):
-                lines = reader.lines(place, stop, _LONGEST_LINE * window_length)
+            numbered = itertools.groupby(_cut(pieces, places), operator.itemgetter(0))
+            stretches = (stretch for number, stretch in numbered if number >= 0)
+            ends = itertools.pairwise([*places, size])
+            for (place, stop), stretch in zip(ends, stretches, strict=False):
+                lines = _from_a_line((p for _, p in stretch), _LONGEST_LINE * window_length)
                 row = self.pack(corpus, lines, needed=window_length, least_growth=_LEAST_GROWTH)
                 if len(row) < window_length:
                     raise CalibrationError(
@@ -130,47 +134,35 @@ def _take(pieces: Iterator[Piece], limit: int) -> tuple[list[Piece], int]:
     return taken, size
 
 
-class _Reader:
-    """Pieces in order, of which parts are read; what lies between is passed over."""
+def _cut(pieces: Iterator[Piece], places: Sequence[int]) -> Iterator[tuple[int, Piece]]:
+    """Pieces with the number of the place that they are behind, -1 before all, cut at places."""
+    ends = [*places, sys.maxsize]
+    passed = number = 0
+    for piece in pieces:
+        text = piece.text
+        while text:
+            if passed == ends[number]:
+                number += 1
+            taken, text = text[: ends[number] - passed], text[ends[number] - passed :]
+            passed += len(taken)
+            yield number - 1, piece._replace(text=taken)
 
-    def __init__(self, pieces: Iterator[Piece]) -> None:
-        self._pieces = pieces
-        self._piece = Piece("", special=False)  # what is left of the present one
-        self._place = 0  # characters before it
 
-    def lines(self, place: int, stop: int, longest: int) -> Iterator[Piece]:
-        """What is before ``stop``, from the first line on that begins behind ``place``."""
-        for _ in self._until(place):
-            pass
-        pieces = self._until(stop)
-        held: list[Piece] = []
-        passed = 0
-        for piece in pieces:
-            end = piece.text.find("\n", 0, longest - passed) + 1
-            if held and piece.special:  # the next document begins here
-                held = [piece]
-                break
-            if end:
-                held = [piece._replace(text=piece.text[end:])]
-                break
-            held.append(piece)
-            passed += len(piece.text)
-            if passed >= longest:
-                break
-        yield from held
-        yield from pieces
-
-    def _until(self, stop: int) -> Iterator[Piece]:
-        """Pieces up to a place; the one that reaches over it is cut there."""
-        while self._place < stop:
-            if not self._piece.text:
-                piece = next(self._pieces, None)
-                if piece is None:
-                    return
-                self._piece = piece
-                continue
-            room = stop - self._place
-            text, rest = self._piece.text[:room], self._piece.text[room:]
-            self._place += len(text)
-            self._piece, taken = self._piece._replace(text=rest), self._piece._replace(text=text)
-            yield taken
+def _from_a_line(pieces: Iterator[Piece], longest: int) -> Iterator[Piece]:
+    """Pieces from the first line, or document, on that begins in them; all if lines are longer."""
+    held: list[Piece] = []
+    passed = 0
+    for piece in pieces:
+        end = piece.text.find("\n", 0, longest - passed) + 1
+        if held and piece.special:  # the next document begins here
+            held = [piece]
+            break
+        if end:
+            held = [piece._replace(text=piece.text[end:])]
+            break
+        held.append(piece)
+        passed += len(piece.text)
+        if passed >= longest:
+            break
+    yield from held
+    yield from pieces
