@@ -60,8 +60,8 @@ def showing(monkeypatch, folder, ranks=1):
 
         def reduce(self, *arguments):
             super().reduce(*arguments)
-            for keys, folds in self._fits[2]._held.items():
-                torch.save(folds, folder / f"{keys[0].replace('/', '-')}.pt")
+            for key, folds in self._fits[2]._held.items():
+                torch.save([{key: fold} for fold in folds], folder / f"{key.replace('/', '-')}.pt")
 
     use_rank(monkeypatch, RankThatShows)
 

@@ -23,12 +23,13 @@ from ghost_dist.cluster.rank import StoreOfRun
 from ghost_dist.cluster.replica import Replica, ReplicaLost
 from ghost_dist.cluster.running_sums import ReduceSpec
 from ghost_dist.errors import ReductionError
-from ghost_dist.pipeline.candidates import stored_keys
+from ghost_dist.pipeline.candidates import stored_kind
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome
 from ghost_dist.spans import Span
+from ghost_dist.statistics.span_sums import sums_key
 from ghost_dist.statistics.store import StatisticsStore
 
-Keys = dict[Span, list[tuple[str, ...]]]
+Keys = dict[Span, list[str]]
 """Names of the sums that the fits of each span need, as ``FitHere.hold`` takes them."""
 
 
@@ -150,10 +151,10 @@ def _reduce(
             index=index,
             count=len(members),
             gather=tuple(
-                (of_span, worker.rank)
+                (key, worker.rank)
                 for span, worker in holders.items()
                 if worker.replica == replica.number
-                for of_span in keys[span]
+                for key in keys[span]
             ),
         )
         for rank in range(pool.shape.ranks):
@@ -193,9 +194,9 @@ class FitOnCluster:
             keys: Keys = {}
             for job in jobs:
                 kind, of_span_keys = job.candidate.kind(), keys.setdefault(job.span, [])
-                names = stored_keys(kind, job.span, store.plan.entries) if kind else ()
-                if names and names not in of_span_keys:
-                    of_span_keys.append(names)
+                stored = stored_kind(kind, job.span, store.plan.entries) if kind else None
+                if stored and (name := sums_key(job.span, stored)) not in of_span_keys:
+                    of_span_keys.append(name)
             reduce_live(self._pool, store, place, keys)
         outcomes: dict[int, Outcome] = {}
         queue = LeaseQueue(of_span, self._pool.holders)

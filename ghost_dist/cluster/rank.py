@@ -296,10 +296,10 @@ class Rank:
         folds = running_sums.reduce_folds(running, group, store, partial(self._advance, task))
         if group is not None:
             group.close()
-        for keys, owner in spec.gather:
-            whole = running_sums.gather_columns(folds, keys, self._block, owner, self._device)
+        for key, owner in spec.gather:
+            whole = running_sums.gather_columns(folds, key, self._block, owner, self._device)
             if whole is not None:
-                fits.hold(keys, whole)
+                fits.hold(key, whole)
             self._advance(task, 1)
 
     def fit(self, task: str, place: StoreOfRun, jobs: Sequence[FitJob]) -> list[Outcome]:

@@ -7,7 +7,7 @@ the group over replicas is a process group of its own, on a store of its own.
 """
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class ReduceSpec:
     port: int
     index: int  # of its replica among the count that take part
     count: int
-    gather: tuple[tuple[tuple[str, ...], int], ...]  # names of sums, rank that gets all columns
+    gather: tuple[tuple[str, int], ...]  # names of sums, rank that gets all columns
 
 
 class RunningSums:
@@ -154,27 +154,25 @@ def reduce_folds(
 
 
 def gather_columns(
-    folds: Folds, keys: Sequence[str], block: ColumnBlock, owner: int, device: torch.device
-) -> Folds | None:
+    folds: Folds, key: str, block: ColumnBlock, owner: int, device: torch.device
+) -> list[Sums] | None:
     """Sums with all columns, on their owner (None elsewhere); collective over the replica."""
+    parts = [fold[key] for fold in folds]
     if block.count == 1:
-        return [{key: fold[key] for key in keys} for fold in folds]
-    whole: Folds = []
-    for fold in folds:
-        whole.append({})
-        for key in keys:
-            part = fold[key]
-            blocks: list[dict[str, Tensor]] = [{} for _ in range(block.count)]
-            blocks[0] = dict(part.arrays())  # small arrays are the same on all ranks
-            for name in sorted(part.BY_COLUMNS):
-                own = part.arrays()[name]
-                if block.index != owner:
-                    _send(own, owner, device)
-                    continue
-                for source, arrays in enumerate(blocks):
-                    arrays[name] = own if source == owner else _receive(own, source, device)
-            if block.index == owner:
-                whole[-1][key] = type(part).join(part.num_tokens, blocks)
+        return parts
+    whole = []
+    for part in parts:
+        blocks: list[dict[str, Tensor]] = [{} for _ in range(block.count)]
+        blocks[0] = dict(part.arrays())  # small arrays are the same on all ranks
+        for name in sorted(part.BY_COLUMNS):
+            own = part.arrays()[name]
+            if block.index != owner:
+                _send(own, owner, device)
+                continue
+            for source, arrays in enumerate(blocks):
+                arrays[name] = own if source == owner else _receive(own, source, device)
+        if block.index == owner:
+            whole.append(type(part).join(part.num_tokens, blocks))
     return whole if block.index == owner else None
 
 

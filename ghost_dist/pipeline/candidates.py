@@ -17,7 +17,7 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.config import CalibrationConfig, OperatorConfig, OperatorName
 from ghost_dist.errors import ConfigError
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, more_windows
+from ghost_dist.solver.least_squares import FEW_TOKENS_PER_REGRESSOR, Fit, more_windows
 from ghost_dist.solver.operators import OPERATORS, refits_down
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Regressors, num_regressors, sums_key
@@ -62,6 +62,12 @@ class Candidate:
         if refits_down(self.operator) and span.start - 1 not in refittable:
             return replace(self, operator="ghost")
         return self
+
+    def with_ridge_of(self, fit: Fit | None) -> Candidate:
+        """The same once a fit has found its ridge."""
+        if fit is None or self.ridge != "auto":
+            return self
+        return replace(self, ridge=RelativeRidge(relative=fit.relative_ridge), shift=0.0)
 
     def described(self) -> dict[str, Any]:
         """Plain values for ``result.json``."""
@@ -174,14 +180,11 @@ def samples_of(
     return samples
 
 
-def stored_keys(kind: Regressors, span: Span, entries: Mapping[str, str]) -> tuple[str, ...]:
-    """The entry of a store that holds these sums, or the one they follow from; empty: neither."""
-    joint = sums_key(span, "joint")
+def stored_kind(kind: Regressors, span: Span, entries: Mapping[str, str]) -> Regressors | None:
+    """The sums in a store that these are, or that they follow from; None: neither is there."""
     if sums_key(span, kind) in entries:
-        return (sums_key(span, kind),)
-    if kind == "stream" and joint in entries:
-        return (joint,)
-    return ()
+        return kind
+    return "joint" if kind == "stream" and sums_key(span, "joint") in entries else None
 
 
 def _check_refittable(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,7 +101,7 @@ class TimedCollector(Collector):
         with self._watch.lap():
             self._collector.take_mlp(layer, window, input_TF, product_TC)
 
-    def result(self) -> dict[str, Sums]:
+    def result(self) -> Mapping[str, Sums]:
         with self._watch.lap():
             return self._collector.result()
 
@@ -181,7 +181,7 @@ def sums_of_range(
     collectors: Collectors,
     advance: Callable[[int], None],
     block: ColumnBlock = WHOLE,
-) -> tuple[dict[str, Sums], RangeTimes]:
+) -> tuple[Mapping[str, Sums], RangeTimes]:
     """Run the windows of one range, from zero; what a store commits as a whole."""
     watch = Stopwatch(engine.device)
     began = watch.now()

@@ -6,8 +6,9 @@ cluster calls the same object that one process does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,15 +21,15 @@ from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, free_or_cached_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
-from ghost_dist.pipeline.candidates import Candidate, stored_keys
+from ghost_dist.pipeline.candidates import Candidate, stored_kind
 from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.down_proj import SingularOperatorError
-from ghost_dist.solver.least_squares import Detail, Fit, FitOptions, Regression, fit_bytes, on_grid
-from ghost_dist.solver.operators import OPERATORS, FitInput
+from ghost_dist.solver.least_squares import Detail, Fit, fit_bytes, on_grid
+from ghost_dist.solver.operators import OPERATORS, Fitting
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.moments import Moments, stream_moments
-from ghost_dist.statistics.span_sums import Regressors, sums_key
+from ghost_dist.statistics.span_sums import Regressors, moments_bytes, sums_key
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
@@ -84,13 +85,13 @@ class RidgeFits:
     def __init__(self, norm_eps: float) -> None:
         self._norm_eps = norm_eps
         self._least_residual: dict[tuple[Candidate, Span, tuple[int, ...]], Fit] = {}
-        self._shared: tuple[Any, dict[str, Regression]] = None, {}
+        self._shared: tuple[Any, Fitting] | None = None
 
     def fit(
         self,
         candidate: Candidate,
         span: Span,
-        folds: Sequence[Mapping[str, Sums]],
+        folds: Sequence[Moments],
         down_FC: Tensor | None,
         picked: tuple[int, ...],
         judge: int | None = None,
@@ -98,73 +99,57 @@ class RidgeFits:
     ) -> tuple[Repair, Fit | None]:
         """Fit one span, of a candidate as it is there.
 
-        ``folds`` are sums by :func:`sums_key` of disjoint windows, on one device; ``picked`` names
-        them among those of this span. ``down_FC`` is the model's down_proj of layer ``start - 1``,
-        float64, where there are ``joint`` sums. ``judge`` is the fold that alone judges, and that
-        is not fitted on; None: each judges fits on the others. ``detail``: as
-        ``fit_least_squares`` says.
+        ``folds`` are sums of disjoint windows, on one device; ``picked`` names them among those of
+        this span. ``down_FC`` is the model's down_proj of layer ``start - 1``, float64, where they
+        are ``joint``. ``judge`` is the fold that alone judges, and that is not fitted on; None:
+        each judges fits on the others. ``detail``: as ``fit_least_squares`` says.
         """
         kind, fit_operator = candidate.kind(), OPERATORS[candidate.operator].fit
         if kind is None or fit_operator is None:
             return Repair(), None
-        sums = [_moments(fold, span, kind, down_FC) for fold in folds]
         of_grid = replace(candidate, ridge="auto", shift=0.0), span, picked
-        if self._shared[0] != of_grid:
+        if self._shared is None or self._shared[0] != of_grid:
             self.drop()
-            self._shared = of_grid, {}
-
-        def fit(candidate: Candidate) -> tuple[Repair, Fit]:
-            options: FitOptions = {"judge": judge, "detail": detail, "around": candidate.around}
-            given = FitInput(
-                span=str(span),
-                regressors=kind,
-                folds=sums,
-                ridge=candidate.ridge,
-                options={**options, "kept": self._shared[1]},
-                down_FC=down_FC,
-                norm_eps=self._norm_eps,
-            )
-            return fit_operator(given)
-
+            options: dict[str, Any] = {"judge": judge, "around": candidate.around, "kept": {}}
+            if kind == "joint":
+                options["down_FC"] = down_FC
+            elif kind == "stream+norm":
+                options["norm_eps"] = self._norm_eps
+            elif down_FC is not None:
+                folds = [stream_moments(fold, down_FC) for fold in folds]
+            self._shared = of_grid, partial(fit_operator, str(span), folds, **options)
+        fit = partial(self._shared[1], detail=detail)
         if candidate.ridge != "auto":
-            return fit(candidate)
+            return fit(candidate.ridge)
         least = self._least_residual.get(of_grid)
         if least is None:
-            repair, least = fit(of_grid[0])
+            repair, least = fit("auto")
             self._least_residual[of_grid] = least
             if candidate.shift == 0:
                 return repair, least
-        ridge = RelativeRidge(relative=on_grid(least.relative_ridge * 10**candidate.shift))
-        repair, found = fit(replace(candidate, shift=0.0, ridge=ridge))
+        relative = on_grid(least.relative_ridge * 10**candidate.shift)
+        repair, found = fit(RelativeRidge(relative=relative))
         return repair, on_curve(found, least)
 
     def drop(self) -> None:
         """Give the memory of what candidates shared back."""
-        self._shared = None, {}
-
-    def forget(self) -> None:
-        """Other sums come."""
-        self.drop()
-        self._least_residual.clear()
-
-
-def _moments(
-    sums: Mapping[str, Sums], span: Span, kind: Regressors, down_FC: Tensor | None
-) -> Moments:
-    found = sums.get(sums_key(span, kind))
-    if found is None:
-        joint = sums[sums_key(span, "joint")]
-        assert isinstance(joint, Moments)
-        assert down_FC is not None
-        return stream_moments(joint, down_FC)
-    assert isinstance(found, Moments)
-    return found
+        self._shared = None
 
 
 def on_curve(fit: Fit, least: Fit) -> Fit:
     """A fit that has looked at few ridges, with the others of the whole grid."""
     curve = {**dict(least.ridge_curve), **dict(fit.ridge_curve)}
     return replace(fit, ridge_curve=tuple(sorted(curve.items())))
+
+
+@dataclass
+class _Placed:
+    """Sums of a span where they are computed with, by fold, as they were needed."""
+
+    key: str
+    device: torch.device
+    down_FC: Tensor | None  # of joint sums the down_proj before the span
+    folds: dict[int, Moments]
 
 
 class FitHere:
@@ -189,10 +174,8 @@ class FitHere:
         self._num_folds, self._wanted_device, self._room = folds, device, room
         self._ridges = RidgeFits(architecture.norm_eps)
         self._store: StatisticsStore | None = None
-        self._read: tuple[tuple[str, ...], dict[int, dict[str, Sums]]] | None = None
-        self._held: dict[tuple[str, ...], list[dict[str, Sums]]] = {}
-        self._placed: tuple[tuple[str, ...], torch.device, dict[int, dict[str, Sums]]] | None = None
-        self._down: tuple[tuple[Span, torch.device], Tensor] | None = None
+        self._held: dict[str, Sequence[Sums]] = {}
+        self._placed: _Placed | None = None
         self._kept_bytes = 0
 
     def __call__(
@@ -200,8 +183,8 @@ class FitHere:
     ) -> list[Outcome]:
         """An outcome for each job; see :class:`FitSpans`."""
         if store is not self._store:
-            self._store, self._read = store, None
-            self._ridges.forget()
+            self._store, self._placed = store, None
+            self._ridges = RidgeFits(self._architecture.norm_eps)
         outcomes: dict[int, Outcome] = {}
         self._kept_bytes = 0
         try:
@@ -218,96 +201,82 @@ class FitHere:
                     ) from error
                 advance(1)
         finally:
-            self._placed = self._down = None  # the model may run there next
+            if self._placed is not None and self._placed.device.type != "cpu":
+                self._placed = None  # the model may run there next
             self._ridges.drop()
         return [outcomes[number] for number in range(len(jobs))]
 
-    def hold(self, keys: tuple[str, ...], folds: list[dict[str, Sums]]) -> None:
+    def hold(self, key: str, folds: Sequence[Sums]) -> None:
         """Take the sums of every fold from here on, instead of reading them from a store."""
-        self._held[keys] = folds
+        self._held[key] = folds
 
     def _fit(self, store: StatisticsStore, job: FitJob) -> Fitted:
         kind = job.candidate.kind()
         if kind is None:
             return Fitted(Repair(), None, frozenset())
-        keys = stored_keys(kind, job.span, store.plan.entries)
-        device, on_device = self._sums(store, keys, job.folds)
-        down_FC = None
-        if any("/joint" in key for key in keys):
-            if self._down is None or self._down[0] != (job.span, device):
-                layer = job.span.start - 1
-                down_FC = read_down(self._source, self._architecture, layer, device)
-                self._down = (job.span, device), down_FC
-            down_FC = self._down[1]
+        stored = stored_kind(kind, job.span, store.plan.entries)
+        assert stored is not None, "the store was checked"
+        placed = self._sums(store, job.span, stored, job.folds)
+        folds = [placed.folds[fold] for fold in job.folds]
         repair, fit = self._ridges.fit(
-            job.candidate, job.span, on_device, down_FC, job.folds, detail=job.detail
+            job.candidate, job.span, folds, placed.down_FC, job.folds, detail=job.detail
         )
         if job.dtype is not None:
             repair = repair.stored(job.dtype, job.dtype)
             self._kept_bytes += sum(part.nbytes for part in repair.parts().values())
-        if job.dtype is None or self._kept_bytes > _SHARE_FOR_REPAIRS * total_bytes(device):
+        room = _SHARE_FOR_REPAIRS * total_bytes(placed.device)
+        if job.dtype is None or self._kept_bytes > room:
             repair = repair.to(torch.device("cpu"))
         return Fitted(repair, fit, frozenset(job.folds))
 
     def _sums(
-        self, store: StatisticsStore, keys: tuple[str, ...], folds: Sequence[int]
-    ) -> tuple[torch.device, list[dict[str, Sums]]]:
+        self, store: StatisticsStore, span: Span, kind: Regressors, folds: Sequence[int]
+    ) -> _Placed:
         """Sums of some folds where they are computed with; brought there once for jobs in a row."""
-        if self._placed is None or self._placed[0] != keys:
+        key, layer = sums_key(span, kind), span.start - 1
+        if self._placed is None or self._placed.key != key:
             self._placed = None  # gives its memory back first
             self._ridges.drop()
-            device = self._device(store, keys)
-            if device.type == "cuda":
-                self._clear(store, keys, device)
-            self._placed = (keys, device, {})
-        _, device, placed = self._placed
+            inner = self._architecture.inner_sizes.get(layer, 0)
+            nbytes = moments_bytes(kind, self._architecture.hidden_size, inner)
+            device, down_FC = self._device(store, nbytes), None
+            if kind == "joint":
+                down_FC = read_down(self._source, self._architecture, layer, device)
+            self._placed = _Placed(key, device, down_FC, {})
         for fold in folds:
-            if fold not in placed:
-                placed[fold] = self._fold(store, keys, fold, device)
-        return device, [placed[fold] for fold in folds]
+            if fold not in self._placed.folds:
+                self._placed.folds[fold] = self._fold(store, key, fold, self._placed.device)
+        return self._placed
 
-    def _fold(
-        self, store: StatisticsStore, keys: tuple[str, ...], fold: int, device: torch.device
-    ) -> dict[str, Sums]:
-        """Sums of a fold, its ranges added in id order; in host memory the last ones are kept."""
-        if keys in self._held:
-            return {key: part.to(device) for key, part in self._held[keys][fold].items()}
-        ids = [
-            i for i in range(len(store.plan.ranges)) if fold_of_range(i, self._num_folds) == fold
-        ]
-        if device.type != "cpu":
-            return store.total(ids, keys, device)
-        if self._read is None or self._read[0] != keys:
-            self._read = None
-            self._read = (keys, {})
-        read = self._read[1]
-        if fold not in read:
-            read[fold] = store.total(ids, keys)
-        return read[fold]
-
-    def _device(self, store: StatisticsStore, keys: tuple[str, ...]) -> torch.device:
-        """The wanted device if it has room for the fit, whoever has that now; else the CPU."""
-        device = self._wanted_device
-        if device.type == "cuda" and self._needed(store, keys) > self._room:
-            return torch.device("cpu")
-        return device
-
-    def _needed(self, store: StatisticsStore, keys: tuple[str, ...]) -> int:
-        if keys in self._held:
-            nbytes = sum(part.nbytes for fold in self._held[keys] for part in fold.values())
+    def _fold(self, store: StatisticsStore, key: str, fold: int, device: torch.device) -> Moments:
+        """Sums of a fold, its ranges added in id order."""
+        if key in self._held:
+            found = self._held[key][fold].to(device)
         else:
-            nbytes = self._num_folds * store.sums_bytes(keys)
-        return fit_bytes(nbytes, self._num_folds)
+            ranges = range(len(store.plan.ranges))
+            ids = [i for i in ranges if fold_of_range(i, self._num_folds) == fold]
+            found = store.total(ids, [key], device)[key]
+        assert isinstance(found, Moments)
+        return found
 
-    def _clear(self, store: StatisticsStore, keys: tuple[str, ...], device: torch.device) -> None:
-        """Have a device free of what could be elsewhere, if that is in the way."""
-        held = 0
-        if isinstance(store, StoreAtHand) and len(store.plan.ranges) == self._num_folds:
-            held = store.bytes_at_hand(device)  # which are those of the folds
-        if self._needed(store, keys) - held > free_or_cached_bytes(device):
+    def _device(self, store: StatisticsStore, nbytes: int) -> torch.device:
+        """The wanted device if it has room for sums of so many bytes a fold, whoever has that now;
+        else the CPU. It is cleared of what could be elsewhere, if that is in the way.
+        """
+        device = self._wanted_device
+        if device.type != "cuda":
+            return device
+        needed = fit_bytes(self._num_folds * nbytes, self._num_folds)
+        if needed > self._room:
+            return torch.device("cpu")
+        at_hand = store if isinstance(store, StoreAtHand) else None
+        if at_hand is not None and len(store.plan.ranges) == self._num_folds:
+            needed -= at_hand.bytes_at_hand(device)  # which are those of the folds
+        if needed > free_or_cached_bytes(device):
             self._make_room()
-            if isinstance(store, StoreAtHand):
-                store.to_host()
+            if at_hand is not None:
+                at_hand.to_host()
+        return device
 
 
 def fit_room(device: torch.device) -> int:

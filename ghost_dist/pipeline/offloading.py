@@ -6,7 +6,7 @@ The same stages as with a resident model, each in one pass over the files.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def offloaded_range(
     collectors: Collectors,
     advance: Advance,
     block: ColumnBlock,
-) -> tuple[dict[str, Sums], RangeTimes]:
+) -> tuple[Mapping[str, Sums], RangeTimes]:
     """As ``collectors.sums_of_range``, each layer read once.
 
     ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
@@ -152,7 +152,7 @@ def _sums_of_rows(
     collectors: Collectors,
     device: torch.device,
     block: ColumnBlock = WHOLE,
-) -> dict[str, Sums]:
+) -> Mapping[str, Sums]:
     collector = collectors.collector(device, block)
     rows.feed(windows, collector, device)
     return collector.result()

@@ -1,7 +1,7 @@
 """Fits on the recovered model's own stream, of one run: a walk with what its operators need."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +15,9 @@ from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
-from ghost_dist.ridge import RelativeRidge
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import Regressors
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.moments import Moments
 
 
 def walk_behind(
@@ -69,31 +67,20 @@ def _refits(
     known: Mapping[Span, Fit | None] | None,
 ) -> dict[Span, Refit]:
     """How every span but the first is fitted on the recovered stream."""
-    refits: dict[Span, Refit] = {}
-    ridges = RidgeFits(inputs.architecture.norm_eps)
-    judge = None if known is not None else inputs.config.folds - 1
+    architecture, refits = inputs.architecture, dict[Span, Refit]()
+    judge = inputs.config.folds - 1 if known is None else None
+    detail: Detail = "all" if known is None else "map"
 
-    def refit(span: Span, here: Candidate, kind: Regressors) -> Refit:
-        def fit(folds: list[Mapping[str, Sums]]) -> tuple[Repair, Fit | None]:
-            down_FC = None
-            if kind == "joint":
-                down_FC = read_down(
-                    inputs.source, inputs.architecture, span.start - 1, inputs.device
-                )
-            ridges.forget()  # of other sums
-            picked = tuple(range(len(folds)))
-            detail: Detail = "all" if known is None else "map"
-            repair, found = ridges.fit(here, span, folds, down_FC, picked, judge, detail)
-            return repair.to(torch.device("cpu")), found
-
-        return Refit(kind, fit)
+    def fit(here: Candidate, span: Span, folds: Sequence[Moments]) -> tuple[Repair, Fit | None]:
+        down_FC = None
+        if here.kind() == "joint":
+            down_FC = read_down(inputs.source, architecture, span.start - 1, inputs.device)
+        ridges, picked = RidgeFits(architecture.norm_eps), tuple(range(len(folds)))
+        repair, found = ridges.fit(here, span, folds, down_FC, picked, judge, detail)
+        return repair.to(torch.device("cpu")), found
 
     for span in spans[1:]:
-        here = chosen.at(span, inputs.refittable)
-        fit_before = known.get(span) if known is not None else None
-        if fit_before is not None and here.ridge == "auto":
-            ridge = RelativeRidge(relative=fit_before.relative_ridge)
-            here = replace(here, ridge=ridge, shift=0.0)
+        here = chosen.at(span, inputs.refittable).with_ridge_of((known or {}).get(span))
         if (kind := here.kind()) is not None:
-            refits[span] = refit(span, here, kind)
+            refits[span] = Refit(kind, partial(fit, here, span))
     return refits

@@ -25,7 +25,7 @@ from ghost_dist.pipeline.candidates import (
     not_far_behind,
     samples_of,
     searches_ridge,
-    stored_keys,
+    stored_kind,
     strongest_ridge,
     tries_refit,
 )
@@ -432,7 +432,7 @@ def check_store(
 ) -> None:
     """Refuse statistics that lack what the operators need; says what to run again, and how."""
     for span, kind in samples_of(candidates, spans, inputs.refittable):
-        if not stored_keys(kind, span, plan.entries):
+        if stored_kind(kind, span, plan.entries) is None:
             have = ", ".join(plan.entries) or "nothing"
             config = inputs.config
             raise ConfigError(

@@ -27,12 +27,10 @@ from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
-from ghost_dist.solver.down_proj import refit_down
-from ghost_dist.solver.least_squares import Fit
+from ghost_dist.solver.least_squares import Fit, fit_least_squares
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import MomentsAccumulator
-from ghost_dist.statistics.span_sums import Regressors, SpanCollector
-from ghost_dist.statistics.sums import Sums
+from ghost_dist.statistics.moments import Moments, MomentsAccumulator
+from ghost_dist.statistics.span_sums import Regressors, SpanCollector, sums_key
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Refit:
     """One span fitted anew during a walk: the sums taken, and what fits those of each fold."""
 
     kind: Regressors
-    fit: Callable[[list[Mapping[str, Sums]]], tuple[Repair, Fit | None]]
+    fit: Callable[[list[Moments]], tuple[Repair, Fit | None]]
 
 
 class Step(NamedTuple):
@@ -151,10 +149,11 @@ class LayerWalk:
             a_TC = x_TC.to(wide) - product_TC.to(wide)
             accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
         folds = [accumulator.result() for accumulator in accumulators]
-        repair, fit = refit_down(where, folds, weight_FC, "auto", judge=self.judge)
+        # Towards the original: with a residual above 1 that is the better one on the judge.
+        new_FC, fit = fit_least_squares(where, folds, weight_FC, "auto", judge=self.judge)
         better = fit.residual < 1
         row = {"residual": fit.residual, "relative_ridge": fit.relative_ridge, "kept": better}
-        return (repair.down_FC if better else None), row
+        return (new_FC if better else None), row
 
 
 @dataclass(kw_only=True)
@@ -221,7 +220,7 @@ class Walk(LayerWalk):
 
     def _sums(
         self, span: Span, kind: Regressors, streams: list[Tensor], targets: list[Tensor]
-    ) -> list[Mapping[str, Sums]]:
+    ) -> list[Moments]:
         """Sums of each fold: what a span's streams make of the layer before it, and its targets."""
         layer = span.start - 1
         inner = {}
@@ -246,4 +245,4 @@ class Walk(LayerWalk):
                     collector.take_mlp(layer, window, h_TF, product_TC)
                 collector(span.start, window, x_TC)
                 collector(span.stop, window, y_TC)
-        return [collector.result() for collector in collectors]
+        return [collector.result()[sums_key(span, kind)] for collector in collectors]

@@ -18,9 +18,9 @@ output before adding it (Gemma 2 and 3): there X is not linear in H.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.errors import GhostDistError
 from ghost_dist.ridge import Ridge
-from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
+from ghost_dist.solver.least_squares import Fit, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 
 MAX_CONDITION = 1e6
@@ -53,11 +53,7 @@ class SingularOperatorError(GhostDistError):
 
 
 def fit_ghost_joint(
-    span: str,
-    folds: Sequence[Moments],
-    down_FC: Tensor,
-    ridge: Ridge,
-    **options: Unpack[FitOptions],
+    span: str, folds: Iterable[Moments], ridge: Ridge, *, down_FC: Tensor, **options: Any
 ) -> tuple[Repair, Fit]:
     """One least squares over ``[A, H]``: W = P at the boundary and down = Q P^-1 before it.
 
@@ -67,14 +63,8 @@ def fit_ghost_joint(
     """
     inner, width = down_FC.shape
     eye_CC = torch.eye(width, dtype=down_FC.dtype, device=down_FC.device)
-    map_ZC, fit = fit_least_squares(
-        span,
-        folds,
-        torch.cat((eye_CC, down_FC)),
-        ridge,
-        blocks=(width, inner),
-        **options,
-    )
+    prior_ZC = torch.cat((eye_CC, down_FC))
+    map_ZC, fit = fit_least_squares(span, folds, prior_ZC, ridge, blocks=(width, inner), **options)
     p_CC, q_FC = map_ZC[:width], map_ZC[width:]
     if not _condition_bound(p_CC) <= MAX_CONDITION:
         singular_C = torch.linalg.svdvals(p_CC)
@@ -96,29 +86,10 @@ def _condition_bound(p_CC: Tensor) -> float:
 
 
 def fit_fold(
-    span: str,
-    folds: Sequence[Moments],
-    down_FC: Tensor,
-    ridge: Ridge,
-    **options: Unpack[FitOptions],
+    span: str, folds: Iterable[Moments], ridge: Ridge, *, down_FC: Tensor, **options: Any
 ) -> tuple[Repair, Fit]:
     """``Y - A ~ H D``: only the down_proj changes, no parameter is added."""
-    return refit_down(span, fold_targets(folds), down_FC, ridge, **options)
-
-
-def refit_down(
-    where: str,
-    folds: Iterable[Moments],
-    down_FC: Tensor,
-    ridge: Ridge,
-    **options: Unpack[FitOptions],
-) -> tuple[Repair, Fit]:
-    """Refit one down_proj from moments of its input H against ``Y - A``, towards the original.
-
-    ``fit.residual`` is relative to the original weight: above 1 that is the better one on held-out
-    windows.
-    """
-    new_down_FC, fit = fit_least_squares(where, folds, down_FC, ridge, **options)
+    new_down_FC, fit = fit_least_squares(span, fold_targets(folds), down_FC, ridge, **options)
     return Repair(down_FC=new_down_FC), fit
 
 

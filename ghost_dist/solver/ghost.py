@@ -7,14 +7,14 @@ is the plain cut, W = I and N = 0. Memory beside the folds: 3 Z^2 float64, Z = C
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any
 
 import torch
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.ridge import Ridge
 from ghost_dist.solver.down_proj import fold_targets
-from ghost_dist.solver.least_squares import Fit, FitOptions, fit_least_squares
+from ghost_dist.solver.least_squares import Fit, fit_least_squares
 from ghost_dist.statistics.moments import Moments
 
 
@@ -24,7 +24,7 @@ def fit_ghost(
     ridge: Ridge,
     *,
     norm_eps: float | None = None,
-    **options: Unpack[FitOptions],
+    **options: Any,
 ) -> tuple[Repair, Fit]:
     """Fit W of one span over all folds of moments with Z = x; see ``fit_least_squares``.
 
@@ -43,12 +43,7 @@ def fit_ghost(
 
 
 def fit_norm_linear(
-    span: str,
-    folds: Sequence[Moments],
-    ridge: Ridge,
-    *,
-    norm_eps: float,
-    **options: Unpack[FitOptions],
+    span: str, folds: Sequence[Moments], ridge: Ridge, *, norm_eps: float, **options: Any
 ) -> tuple[Repair, Fit]:
     """Fit N of ``Y - x ~ rmsnorm(x) N`` from moments with ``Z = [x, rmsnorm(x)]``."""
     width = folds[0].cross_ZC.shape[1]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -77,15 +77,6 @@ def more_windows(windows: int, tokens_per_regressor: float) -> int:
 
 Detail = Literal["all", "residual", "map"]
 """What is wanted of a fit beside B: everything; no condition number; nothing but the ridge."""
-
-
-class FitOptions(TypedDict, total=False):
-    """What every fit may be told; see :func:`fit_least_squares`."""
-
-    detail: Detail
-    judge: int | None
-    around: float | None
-    kept: dict[str, Regression]
 
 
 def fit_least_squares(

@@ -4,35 +4,20 @@ An operator is a function in a file of its own, its name in ``config.OperatorNam
 :data:`OPERATORS`; candidates, fits, ``compare``, ``plan`` and the report find it here.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.config import OperatorName
 from ghost_dist.solver.down_proj import fit_fold, fit_ghost_joint
 from ghost_dist.solver.ghost import fit_ghost, fit_norm_linear
-from ghost_dist.solver.least_squares import Fit, FitOptions
-from ghost_dist.statistics.moments import Moments
+from ghost_dist.solver.least_squares import Fit
 from ghost_dist.statistics.span_sums import Regressors
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FitInput:
-    """What a fit at a span has; tensors and sums are float64 on one device."""
-
-    span: str
-    regressors: Regressors
-    folds: Sequence[Moments]  # of disjoint windows
-    ridge: Any  # "auto", RelativeRidge or AbsoluteRidge
-    options: FitOptions
-    down_FC: Tensor | None  # the model's down_proj of layer start - 1, where regressors are joint
-    norm_eps: float
-
-
-Fitting = Callable[[FitInput], tuple[Repair, Fit]]
+Fitting = Callable[..., tuple[Repair, Fit]]
+"""Of a span's name, moments of disjoint windows (float64, on one device) and a ridge; ``norm_eps``
+where the regressors are stream+norm, ``down_FC`` where they are joint: the down_proj (float64) of
+the layer before the gap; and what ``fit_least_squares`` may be told."""
 
 
 class Operator(NamedTuple):
@@ -47,26 +32,12 @@ class Operator(NamedTuple):
         return self.regressors == "joint"
 
 
-def _ghost(given: FitInput) -> tuple[Repair, Fit]:
-    norm_eps = given.norm_eps if given.regressors == "stream+norm" else None
-    return fit_ghost(given.span, given.folds, given.ridge, norm_eps=norm_eps, **given.options)
-
-
-def _norm_linear(given: FitInput) -> tuple[Repair, Fit]:
-    arguments = (given.span, given.folds, given.ridge)
-    return fit_norm_linear(*arguments, norm_eps=given.norm_eps, **given.options)
-
-
-def _with_down(solve: Callable[..., tuple[Repair, Fit]]) -> Fitting:
-    return lambda g: solve(g.span, g.folds, g.down_FC, g.ridge, **g.options)
-
-
 OPERATORS: dict[OperatorName, Operator] = {
     "none": Operator(None, None, acts=False),
-    "fold": Operator(_with_down(fit_fold), "joint", lambda _, f: f, acts=False),
-    "norm-linear": Operator(_norm_linear, "stream+norm", lambda c, _: c),
-    "ghost": Operator(_ghost),
-    "ghost-joint": Operator(_with_down(fit_ghost_joint), "joint"),
+    "fold": Operator(fit_fold, "joint", lambda _, f: f, acts=False),
+    "norm-linear": Operator(fit_norm_linear, "stream+norm", lambda c, _: c),
+    "ghost": Operator(fit_ghost),
+    "ghost-joint": Operator(fit_ghost_joint, "joint"),
 }
 
 

@@ -91,11 +91,6 @@ class StoreAtHand(StatisticsStore):
         wanted = [key for key in self.plan.entries if entries is None or key in entries]
         return {key: held[key].to(device) for key in wanted}
 
-    def sums_bytes(self, entries: Collection[str]) -> int:
-        for held in self._held.values():
-            return sum(held[entry].nbytes for entry in entries)
-        return super().sums_bytes(entries)
-
     def _has_range(self, range_id: int) -> bool:
         return range_id in self._held or super()._has_range(range_id)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ghost_dist.devices import arrived, mark
 from ghost_dist.errors import NonFiniteActivationError
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import BLOCK_COLUMNS, MomentsAccumulator, norm_features
+from ghost_dist.statistics.moments import BLOCK_COLUMNS, Moments, MomentsAccumulator, norm_features
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, num_numbers
 
 Regressors = Literal["stream", "stream+norm", "joint"]
@@ -76,7 +76,7 @@ class Collector(Sink):
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
         raise NotImplementedError
 
-    def result(self) -> dict[str, Sums]:
+    def result(self) -> Mapping[str, Sums]:
         raise NotImplementedError
 
 
@@ -157,7 +157,7 @@ class SpanCollector(Collector):
             regressors = (x_TC,)
         self._accumulators[sums_key(span, kind)].add(regressors, y_TC)
 
-    def result(self) -> dict[str, Sums]:
+    def result(self) -> dict[str, Moments]:
         assert not self._pending, f"no stop boundary came for {sorted(self._pending)}"
         self._finite.check()
         return {key: accumulator.result() for key, accumulator in self._accumulators.items()}

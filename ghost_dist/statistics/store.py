@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ghost_dist.durable import (
@@ -302,21 +301,6 @@ class StatisticsStore:
                     # A rank of a run that died may still be writing there: what is left of it
                     # goes with the next sweep.
                     shutil.rmtree(attempt, ignore_errors=True)
-
-    def sums_bytes(self, entries: Collection[str]) -> int:
-        """Bytes of the sums of some entries, as :meth:`total` gives them."""
-        total = 0
-        for arrays in self._read_manifest(0)["blocks"]:
-            for entry in entries:
-                of_entry = {k: a for k, a in arrays.items() if k.startswith(f"{entry}/")}
-                for key, array in of_entry.items():
-                    height, width = array["shape"][0], math.prod(array["shape"][1:])
-                    name, strip = _name_and_strip(entry, key)
-                    if strip:  # each is as wide as it reaches down; the last is as wide as all
-                        last = f"{entry}/{name}/{int(strip) + 1}" not in of_entry
-                        height = width if last else 0
-                    total += height * width * np.dtype(array["dtype"]).itemsize
-        return total
 
     def total(
         self,

@@ -150,10 +150,10 @@ def _rank(path, replica, rank, address, ports, world_port, results):
     group = join_group(spec, block, cpu, 30)
     folds = reduce_folds(running, group, store, lambda _: None)
     owner = 1 - replica
-    whole = gather_columns(folds, ("a",), block, owner, cpu)
+    whole = gather_columns(folds, "a", block, owner, cpu)
     assert (whole is None) == (rank != owner)
     if whole is not None:
-        results.put((replica, [{n: t.tolist() for n, t in f["a"].arrays().items()} for f in whole]))
+        results.put((replica, [{n: t.tolist() for n, t in f.arrays().items()} for f in whole]))
     dist.destroy_process_group()
 
 

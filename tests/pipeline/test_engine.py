@@ -229,12 +229,12 @@ def test_compare_says_that_the_model_does_not_fit(make_config, text_file, tmp_pa
 
 def test_where_fits_go_is_decided_once_and_not_by_free_memory(make_config, tmp_path, monkeypatch):
     """Bits of operators depend on it."""
-    gpu, store = torch.device("cuda:0"), SimpleNamespace(sums_bytes=lambda _: 100)
+    gpu = torch.device("cuda:0")
     for total, free, expected in ((1000, 0, "cuda"), (800, 1000, "cpu")):
         monkeypatch.setattr(fitting, "total_bytes", lambda _, total=total: total)
-        monkeypatch.setattr(fitting, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(fitting, "free_or_cached_bytes", lambda _, free=free: free)
         here = fitting.FitHere(None, SimpleNamespace(norm_eps=0.0), 4, gpu, fitting.fit_room(gpu))
-        assert here._device(store, ("joint",)).type == expected  # 4 folds and 3 copies more
+        assert here._device(None, 100).type == expected  # 4 folds and 3 copies more
     opened = open_inputs(make_config(engine__kind="streaming"), Reporter())
     opened = replace(opened, fit_room=800)
     with RunFolder(opened.config) as run:

@@ -76,8 +76,8 @@ def test_every_operator_is_exported_as_it_is_solved(make_config, text_file, tmp_
 def halfway(monkeypatch):
     """An operator added at run time: halfway between the plain cut and ghost."""
 
-    def fit(given):
-        repair, found = OPERATORS["ghost"].fit(given)
+    def fit(*given, **options):
+        repair, found = OPERATORS["ghost"].fit(*given, **options)
         weight_CC = repair.weight_CC
         return Repair(weight_CC=(weight_CC + torch.eye(len(weight_CC))) / 2), found
 

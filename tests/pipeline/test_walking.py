@@ -119,8 +119,7 @@ def regressors_by_hand(kind, x_TC, h_TF, product_TC, eps):
 def assert_sums(folds, kind, x, h, product, y, eps):
     """Sums of each fold, in float64 from the windows that belong to it."""
     assert len(folds) == 3
-    for fold, sums in enumerate(folds):
-        [moments] = sums.values()
+    for fold, moments in enumerate(folds):
         windows = [window for window, of in enumerate(FOLDS) if of == fold]
         z, target = [], []
         for w in windows:

@@ -9,12 +9,8 @@ from sklearn.linear_model import Ridge
 
 from ghost_dist.checkpoint.repair import apply_repair
 from ghost_dist.ridge import AbsoluteRidge, RelativeRidge
-from ghost_dist.solver.down_proj import (
-    SingularOperatorError,
-    fit_fold,
-    fit_ghost_joint,
-    refit_down,
-)
+from ghost_dist.solver.down_proj import SingularOperatorError, fit_fold, fit_ghost_joint
+from ghost_dist.solver.least_squares import fit_least_squares
 
 T, C, F, FOLDS = 400, 8, 19, 4
 NO_RIDGE = AbsoluteRidge(absolute=0)
@@ -47,7 +43,7 @@ def lstsq(z, y):
 
 def test_fold_is_least_squares_on_rows(rows, problem):
     a, h, down, y = problem
-    repair, _ = fit_fold(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
+    repair, _ = fit_fold(SPAN, folds_of(rows, a, h, y), NO_RIDGE, down_FC=down)
     torch.testing.assert_close(repair.down_FC, lstsq(h, y - a), rtol=1e-8, atol=1e-8)
     assert repair.weight_CC is None
     assert repair.added_parameters == 0
@@ -55,7 +51,7 @@ def test_fold_is_least_squares_on_rows(rows, problem):
 
 def test_joint_is_least_squares_over_both_and_reproduces_its_prediction(rows, problem):
     a, h, down, y = problem
-    repair, _ = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
+    repair, _ = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), NO_RIDGE, down_FC=down)
     z = torch.cat((a, h), 1)
     torch.testing.assert_close(recovered(repair, a, h), z @ lstsq(z, y), rtol=1e-7, atol=1e-7)
 
@@ -65,7 +61,7 @@ def test_joint_finds_a_planted_pair(rows, problem):
     p = torch.eye(C, dtype=torch.float64) + 0.3 * rows.normal(C, C, seed=6)
     new_down = down + rows.normal(F, C, seed=7)
     y = (a + h @ new_down) @ p
-    repair, fit = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
+    repair, fit = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), NO_RIDGE, down_FC=down)
     torch.testing.assert_close(repair.weight_CC, p, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(repair.down_FC, new_down, rtol=1e-7, atol=1e-7)
     assert fit.residual < 1e-12
@@ -79,8 +75,8 @@ def test_classes_are_nested(rows, problem):
     def error(repair):
         return float((y - recovered(repair, a, h)).square().sum())
 
-    fold = error(fit_fold(SPAN, folds, down, NO_RIDGE)[0])
-    joint = error(fit_ghost_joint(SPAN, folds, down, NO_RIDGE)[0])
+    fold = error(fit_fold(SPAN, folds, NO_RIDGE, down_FC=down)[0])
+    joint = error(fit_ghost_joint(SPAN, folds, NO_RIDGE, down_FC=down)[0])
     x = a + h @ down
     ghost = float((y - x @ lstsq(x, y)).square().sum())
     assert joint < fold
@@ -90,7 +86,8 @@ def test_classes_are_nested(rows, problem):
 @pytest.mark.parametrize("fit_operator", [fit_fold, fit_ghost_joint])
 def test_a_huge_ridge_is_the_plain_cut(rows, problem, fit_operator):
     a, h, down, y = problem
-    repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), down, AbsoluteRidge(absolute=1e14))
+    ridge = AbsoluteRidge(absolute=1e14)
+    repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), ridge, down_FC=down)
     torch.testing.assert_close(repair.down_FC, down, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(recovered(repair, a, h), a + h @ down, rtol=1e-8, atol=1e-8)
     assert fit.residual == pytest.approx(1)
@@ -99,7 +96,7 @@ def test_a_huge_ridge_is_the_plain_cut(rows, problem, fit_operator):
 def test_fewer_rows_than_features_still_has_an_answer_near_the_original(rows, problem):
     a, h, down, y = problem
     few = folds_of(rows, a[:12], h[:12], y[:12])
-    repair, _ = fit_fold(SPAN, few, down, RelativeRidge(relative=1.0))
+    repair, _ = fit_fold(SPAN, few, RelativeRidge(relative=1.0), down_FC=down)
     unseen = slice(100, None)
     cut = float((y - a - h @ down)[unseen].square().sum())
     assert float((y - a - h @ repair.down_FC)[unseen].square().sum()) < 1.2 * cut
@@ -109,27 +106,27 @@ def test_relative_ridge_is_relative_to_each_block(rows, problem):
     """Scaling H by 1000 and down_proj by 1/1000 is the same model and gives the same operator."""
     a, h, down, y = problem
     ridge = RelativeRidge(relative=0.05)
-    one, _ = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), down, ridge)
-    two, _ = fit_ghost_joint(SPAN, folds_of(rows, a, 1000 * h, y), down / 1000, ridge)
+    one, _ = fit_ghost_joint(SPAN, folds_of(rows, a, h, y), ridge, down_FC=down)
+    two, _ = fit_ghost_joint(SPAN, folds_of(rows, a, 1000 * h, y), ridge, down_FC=down / 1000)
     torch.testing.assert_close(one.weight_CC, two.weight_CC, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(one.down_FC, 1000 * two.down_FC, rtol=1e-7, atol=1e-8)
 
 
-def test_refit_down_is_scikit_learns_ridge_around_the_original(rows, problem):
+def test_a_down_proj_alone_is_scikit_learns_ridge_around_the_original(rows, problem):
     a, h, down, y = problem
     folds = rows.in_folds(rows.moments_of, FOLDS, h, y - a)
-    repair, fit = refit_down("layer 9", folds, down, AbsoluteRidge(absolute=0.7))
+    new_down, fit = fit_least_squares("layer 9", folds, down, AbsoluteRidge(absolute=0.7))
     oracle = Ridge(alpha=0.7, fit_intercept=False, solver="cholesky")
     oracle.fit(h.numpy(), (y - a - h @ down).numpy())
     expected = down + torch.from_numpy(oracle.coef_.T)
-    torch.testing.assert_close(repair.down_FC, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new_down, expected, rtol=1e-9, atol=1e-9)
     assert fit.residual < 1
 
 
 @pytest.mark.parametrize("fit_operator", [fit_fold, fit_ghost_joint])
 def test_fits_against_numpy(rows, problem, fit_operator):
     a, h, down, y = problem
-    repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), down, NO_RIDGE)
+    repair, fit = fit_operator(SPAN, folds_of(rows, a, h, y), NO_RIDGE, down_FC=down)
     z, target, rest = {
         "fit_fold": (h, y - a, a),
         "fit_ghost_joint": (torch.cat((a, h), 1), y, 0),
@@ -152,6 +149,6 @@ def test_an_operator_that_cannot_be_divided_out_is_named(rows, problem):
     p[:, 2] = p[:, 5]
     folds = folds_of(rows, a, h, a @ p + h @ down)
     with pytest.raises(SingularOperatorError, match=r"span \[4, 6\)") as caught:
-        fit_ghost_joint(SPAN, folds, down, NO_RIDGE)
+        fit_ghost_joint(SPAN, folds, NO_RIDGE, down_FC=down)
     assert caught.value.condition > caught.value.limit
     assert pickle.loads(pickle.dumps(caught.value)).span == SPAN

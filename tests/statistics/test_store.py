@@ -22,7 +22,7 @@ from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store import StatisticsStore, remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
-from ghost_dist.statistics.sums import LEAST_ROWS, ColumnBlock, num_numbers
+from ghost_dist.statistics.sums import ColumnBlock, num_numbers
 
 C, LENGTH = 8, 16
 PLAN = StatisticsPlan(
@@ -180,9 +180,6 @@ def test_small_arrays_are_one_file(shared_store, monkeypatch):
         assert {path.parent.name for path in store.path.rglob("*/zarr.json")} == arrays
         assert equal(store.read(0), moments(0))
         assert equal(store.read(0, ["all/scores"]), {"all/scores": moments(0)["all/scores"]})
-        assert store.sums_bytes(PLAN.entries) == sum(
-            array.nbytes for sums in moments(0).values() for array in sums.arrays().values()
-        )
     flip(array_file(whole, 0, "packed"), 40)
     with pytest.raises(CorruptStoreError, match=r"0/packed of range 0"):
         whole.read(0)
@@ -447,30 +444,3 @@ for _ in sys.stdin:  # a line for each writer
                 assert equal(store.read(range_id), moments(range_id, len(PLAN.ranges[range_id])))
             store.sweep()
         process.stdin.close()
-
-
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_bytes_of_sums_are_known_before_they_are_read(tmp_path, blocks):
-    """A Gram matrix of several strips, a cross, and vectors; whole or in blocks of columns."""
-    size = 2 * LEAST_ROWS + 5
-    gram = torch.ones(size, size, dtype=torch.float64)
-    row = torch.ones(size, dtype=torch.float64)
-    sums = Moments(8, gram, gram[:, :7].contiguous(), row, row[:7], row[:7])
-    plan = StatisticsPlan({}, {"a": "moments", "ab": "moments"}, ((0,),), 8, blocks)
-    store = StatisticsStore(tmp_path / "s.zarr", plan)
-    written = []
-    for index in range(blocks):
-        block = ColumnBlock(index, blocks)
-        part = {
-            name: tensor[..., block.of(tensor.shape[-1])].contiguous()
-            if name in Moments.BY_COLUMNS and blocks > 1
-            else tensor
-            for name, tensor in sums.arrays().items()
-        }
-        of_block = Moments(8, **part)
-        written.append(store.write_block(0, "x", {"a": of_block, "ab": of_block}, block))
-    assert store.commit_attempt(0, "x", written)
-    read = store.read(0)
-    nbytes = sum(array.nbytes for array in read["a"].arrays().values())
-    assert store.sums_bytes(["a"]) == nbytes
-    assert store.sums_bytes(["a", "ab"]) == 2 * nbytes
