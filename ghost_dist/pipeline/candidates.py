@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
@@ -50,11 +51,12 @@ class Candidate:
         regressors = OPERATORS[self.operator].regressors
         return self.features if regressors == "stream" else regressors
 
-    def num_regressors(self, width: int, inner: int) -> int:
-        """Regressors of its least squares at a span behind an MLP of that inner width."""
+    def num_regressors(self, span: Span, architecture: Architecture) -> int:
+        """Regressors of its least squares at a span; of a candidate as it is there."""
         size, kind = OPERATORS[self.operator].size, self.kind()
         if kind is None:
             return 0
+        width, inner = architecture.hidden_size, architecture.inner_sizes.get(span.start - 1, 0)
         return size(width, inner) if size else num_regressors(kind, width, inner)
 
     def at(self, span: Span, refittable: frozenset[int]) -> Candidate:
@@ -112,12 +114,8 @@ def tries_refit(
     """
     if config.refit != "auto" or config.choose != "kl" or len(spans) < 2:
         return False
-    sizes = [
-        chosen.at(span, refittable).num_regressors(
-            architecture.hidden_size, architecture.inner_sizes.get(span.start - 1, 0)
-        )
-        for span in spans[1:]
-    ]
+    later = spans[1:]
+    sizes = [chosen.at(span, refittable).num_regressors(span, architecture) for span in later]
     return min(sizes) > 0 and num_tokens >= _REFIT_TOKENS * max(sizes)
 
 
@@ -130,11 +128,10 @@ def few_tokens(
 ) -> str | None:
     """What to say where the calibration tokens are few for the largest least squares asked for."""
     most, name = max(
-        (here.num_regressors(architecture.hidden_size, inner), here.operator)
+        (here.num_regressors(span, architecture), here.operator)
         for candidate in candidates
         for span in spans
         for here in [candidate.at(span, refittable)]
-        for inner in [architecture.inner_sizes.get(span.start - 1, 0)]
     )
     tokens = calibration.windows * calibration.window_length
     if tokens >= FEW_TOKENS_PER_REGRESSOR * most:
@@ -204,48 +201,50 @@ def _check_refittable(
             )
 
 
-def least(table: Sequence[Mapping[str, Any]], scores: Sequence[Tensor]) -> int:
-    """Index of the least finite mean score among candidates that could be fitted.
+@dataclass(eq=False)
+class Tried:
+    """A candidate beside others, and what is known of it."""
+
+    candidate: Candidate
+    row: dict[str, Any] = field(init=False)  # of the table
+    fits: dict[Span, Fit] = field(default_factory=dict)  # its first ones
+    scores: Tensor = field(default_factory=lambda: torch.tensor([]))  # by source, or by span
+
+    def __post_init__(self) -> None:
+        self.row = self.candidate.described()
+
+
+def least(tried: Sequence[Tried]) -> Tried:
+    """That of the least finite mean score, the first of equals, among those that could be fitted.
 
     Where the plain cut is one of them, what is worse than it on any source is not taken.
     """
-    means = [float(score.mean()) if len(score) else math.inf for score in scores]
-    cut = next((s for row, s in zip(table, scores, strict=True) if row["operator"] == "none"), None)
+    cut = next((one.scores for one in tried if one.candidate.operator == "none"), None)
 
-    def rank(i: int) -> tuple[bool, bool, bool, float, int]:
-        harms = cut is not None and len(scores[i]) > 0 and bool((scores[i] > cut).any())
-        return "failed" in table[i], harms, not math.isfinite(means[i]), means[i], i
+    def rank(one: Tried) -> tuple[bool, bool, bool, float]:
+        mean = float(one.scores.mean()) if len(one.scores) else math.inf
+        harms = cut is not None and len(one.scores) > 0 and bool((one.scores > cut).any())
+        return "failed" in one.row, harms, not math.isfinite(mean), mean
 
-    return min(range(len(table)), key=rank)
+    return min(tried, key=rank)
 
 
-def not_far_behind(
-    candidates: Sequence[Candidate], scores: Sequence[Tensor], than: float
-) -> list[int]:
+def not_far_behind(tried: Sequence[Tried], than: float) -> list[Tried]:
     """Those that are tried on the other sources too: always the plain cut, which none may harm."""
-    bound = FAR_BEHIND * min(than, *(float(score[0]) for score in scores))
-    return [
-        i
-        for i, (one, score) in enumerate(zip(candidates, scores, strict=True))
-        if one.kind() is None or float(score[0]) <= bound
-    ]
+    bound = FAR_BEHIND * min(than, *(float(one.scores[0]) for one in tried))
+    return [one for one in tried if one.candidate.kind() is None or float(one.scores[0]) <= bound]
 
 
-def strongest_ridge(
-    tried: Sequence[Candidate],
-    table: Sequence[Mapping[str, Any]],
-    scores: Sequence[Tensor],
-    best: int,
-) -> int:
+def strongest_ridge(tried: Sequence[Tried], best: Tried) -> Tried:
     """The best candidate with the strongest ridge that is worse by no more than a standard error.
 
     On text like the calibration's, weak ridges differ little; on other text stronger ones are
     better.
     """
-    for number in sorted(range(len(tried)), key=lambda i: -tried[i].shift):
-        if replace(tried[number], shift=0.0) == replace(tried[best], shift=0.0):
-            worse = scores[number] - scores[best]
+    for one in sorted(tried, key=lambda one: -one.candidate.shift):
+        if replace(one.candidate, shift=0.0) == replace(best.candidate, shift=0.0):
+            worse = one.scores - best.scores
             alike = len(worse) > 1 and float(worse.mean()) <= float(worse.std()) / len(worse) ** 0.5
-            if "failed" not in table[number] and alike:
-                return number
+            if "failed" not in one.row and alike:
+                return one
     return best

@@ -12,7 +12,7 @@ behind the matrix) it stays open.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +30,7 @@ from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.solving import Solved
+from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.pipeline.walking import LayerWalk
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import PARTS, Sublayer
@@ -167,7 +168,6 @@ def close_gaps(
     inputs: RunInputs,
     variant: Variant,
     tokens: TokenWindows,
-    windows_by_fold: Sequence[tuple[int, int]],
     folder: Path,
     reporter: Reporter,
 ) -> dict[str, Any]:
@@ -175,7 +175,6 @@ def close_gaps(
     steps = len(gap_steps(variant, inputs.architecture))
     if not steps:
         return {"gaps": [], "outputs": {}}
-    fold_of = {window: fold for fold, window in windows_by_fold}
     with (
         layers_of(inputs, tokens.tokens.shape, 2) as layers,
         reporter.stage("close gaps", steps, "layers") as advance,
@@ -184,7 +183,7 @@ def close_gaps(
             layers,
             tokens.tokens,
             inputs.batch,
-            [fold_of[window] for window in range(tokens.num_windows)],
+            fold_of_window(inputs, tokens),
             inputs.config.folds - 1,
             variant=variant,
         )

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ghost_dist.calibration.split import check_held_out
-from ghost_dist.calibration.windows import Tokens
+from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.fitting import Fitted, RidgeFits, read_down
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
+from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import Detail, Fit
@@ -22,8 +23,7 @@ from ghost_dist.statistics.moments import Moments
 
 def walk_behind(
     inputs: RunInputs,
-    tokens: Tokens,
-    fold_of_window: Sequence[int],
+    tokens: TokenWindows,
     model: Any,
     reporter: Reporter,
     fitted: Mapping[Span, Fitted],
@@ -43,14 +43,14 @@ def walk_behind(
     judge = inputs.config.folds - 1
     for span, one in fitted.items() if known is None else ():
         check_held_out(one.folds, [judge], f"The stream behind {span}")
-    with layers_of(inputs, tokens.shape, 2, model=model) as layers:
+    with layers_of(inputs, tokens.tokens.shape, 2, model=model) as layers:
         walk = Walk(
             layers=layers,
-            tokens=tokens,
+            tokens=tokens.tokens,
             batch=inputs.batch,
             spans=tuple(fitted),
             operators={span: one.repair for span, one in fitted.items()},
-            fold_of_window=fold_of_window,
+            fold_of_window=fold_of_window(inputs, tokens),
             judge=judge,
             refittable=inputs.refittable,
             refits=_refits(inputs, tuple(fitted), chosen, known),

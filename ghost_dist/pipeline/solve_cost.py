@@ -22,9 +22,8 @@ def solve_cost(run: RunShape) -> Cost:
     inputs, sizes, config = run.inputs, run.sizes, run.inputs.config
     operator, candidates, folds = config.operator, run.candidates, config.folds
     cost = Cost(batch=inputs.batch, length=run.window_length, batch_bytes=SMALL_BYTES)
-    sums = [
-        moments_bytes(kind, sizes.hidden_size, run.inner_size(span)) for span, kind in run.samples
-    ]
+    width = sizes.hidden_size
+    sums = [moments_bytes(kind, width, run.inner_size(span)) for span, kind in run.samples]
     cost.fit_bytes = fit_bytes(folds * max(sums, default=0), folds)
     several = len(candidates) > 1
     by_kl, searched = operator.choose == "kl" and several, searches_ridge(operator)
@@ -33,11 +32,13 @@ def solve_cost(run: RunShape) -> Cost:
     sequential = operator.refit == "sequential" and len(run.spans) > 1
     parts, judged_behind = (inputs.architecture, inputs.refittable), config.judges_behind_the_fit
     tried_refit = tries_refit(operator, candidates[0], run.spans, run.num_tokens, *parts)
+    final_folds = [] if judged_behind else [folds]
+    if judged_behind or tried_refit or sequential:
+        final_folds.append(folds - 1)  # the last one judges
     for span in run.spans:
-        inner = run.inner_size(span)
         forms = [candidate.at(span, inputs.refittable) for candidate in candidates]
         # The one that is chosen is not known: the dearest.
-        best = max(forms, key=lambda form: form.num_regressors(sizes.hidden_size, inner))
+        best = max(forms, key=lambda form: form.num_regressors(span, inputs.architecture))
         near = [replace(best, shift=best.shift + d) for d in FINE_SHIFTS] if searched else []
         tried = [*forms, *near]
         fitted_on = folds - len(left_out[0]) if left_out else 0
@@ -52,9 +53,8 @@ def solve_cost(run: RunShape) -> Cost:
             fitted_on = 0
         # Told where the ridge of least residual was found, if it was chosen by fits.
         final = replace([best, *near][-1], around=1.0 if several else None)
-        cost.fits += _fits([final], run, span, folds - judged_behind)
-        if tried_refit or (sequential and not judged_behind):
-            cost.fits += _fits([final], run, span, folds - 1)
+        for fitted_on in final_folds:
+            cost.fits += _fits([final], run, span, fitted_on)
     if cost.fits:
         samples = SpanCollectors(tuple(run.samples), inputs.architecture)
         cost.sums_read_bytes = inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
@@ -73,14 +73,12 @@ def solve_cost(run: RunShape) -> Cost:
         first = {run.spans[0]: once.operators[run.spans[0]]}  # is not fitted again
         variants = [Variant(), once, Variant(run.spans, {**again, **first})]
         judged = run.window_length * (run.num_windows // folds)
-        _walk(cost, run)
         cost.pass_tokens(layers_run(variants, run.num_layers), judged)
         cost.scored += len(variants) * judged
-        sequential = True
-    elif sequential and not judged_behind:
+    if tried_refit or sequential:
         _walk(cost, run)
-    if sequential:
-        _walk(cost, run, known=not judged_behind)
+        if not judged_behind:
+            _walk(cost, run, known=True)
     if cost.layers:
         cost.below, cost.whole = run.num_layers, True
     return cost
@@ -100,7 +98,7 @@ def _fits(
     known: set[Candidate] = set()
     width = run.sizes.hidden_size
     for form in forms:
-        kind, size = form.kind(), form.num_regressors(width, run.inner_size(span))
+        kind, size = form.kind(), form.num_regressors(span, run.inputs.architecture)
         if kind is None or not size:
             continue
         of_grid = replace(form, ridge="auto", shift=0.0)

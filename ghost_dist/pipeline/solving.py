@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ghost_dist.calibration.split import check_held_out, fold_of_range, spread
+from ghost_dist.calibration.split import check_held_out, spread
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config import Config
-from ghost_dist.errors import ConfigError, SingularGramError
+from ghost_dist.errors import ConfigError
 from ghost_dist.evaluation.scores import Scores, window_scores
 from ghost_dist.pipeline.candidates import (
     FINE_SHIFTS,
     Candidate,
+    Tried,
     candidates_of,
     least,
     not_far_behind,
@@ -34,10 +34,9 @@ from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.refitting import walk_behind
+from ghost_dist.pipeline.texts import windows_of_folds
 from ghost_dist.pipeline.walking import Walk
 from ghost_dist.progress import Reporter
-from ghost_dist.ridge import RelativeRidge
-from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import sums_key
@@ -48,9 +47,6 @@ HELD_OUT_TOKENS = 16384
 """Tokens that a choice by KL is judged by, where there are as many."""
 REFIT_ERRORS = 1.0
 """Standard errors by which fits on the recovered stream must be better to be taken."""
-
-_OfCandidate = dict[Span, Fitted] | SingularGramError | SingularOperatorError
-"""What a candidate became at every span, or why it cannot be fitted."""
 
 
 @dataclass(frozen=True)
@@ -102,37 +98,35 @@ class Solver:
         half a layer, training), the last fold is left out of it all. What is said of a refit on the
         recovered stream is of fits without that fold, whose ridges it has then on all windows.
         """
-        inputs, spans = self._inputs, self._spans
-        config = inputs.config.operator
-        candidates = candidates_of(config, spans, inputs.refittable)
-        chosen, table, seen = self._choose(candidates)
-        folds = tuple(range(inputs.config.folds))
-        sequential, refit, first = config.refit == "sequential" and len(spans) > 1, None, None
+        inputs, spans, config = self._inputs, self._spans, self._inputs.config.operator
+        chosen, table = self._choose(candidates_of(config, spans, inputs.refittable))
+        candidate, folds = chosen.candidate, tuple(range(inputs.config.folds))
+        sequential = config.refit == "sequential" and len(spans) > 1
         parts = (inputs.architecture, inputs.refittable)
-        if tries_refit(config, chosen, spans, int(self._tokens.tokens.size), *parts):
-            fitted = self._final(chosen, seen, folds[:-1])
-            first = self._walk(fitted, chosen)
-            refit = self._compared(fitted, first)
-            sequential = refit["taken"]
+        tries = tries_refit(config, candidate, spans, int(self._tokens.tokens.size), *parts)
         judged = inputs.config.judges_behind_the_fit
+        walk = again = refit = None
+        if judged or tries or sequential:
+            fitted = self._final(chosen, folds[:-1])
+        if tries or sequential:
+            walk = self._walk(fitted, candidate)
+        if tries and walk is not None:
+            refit = self._compared(fitted, walk)
+            walk = walk if refit["taken"] else None
         if judged:
             folds = folds[:-1]
-        elif sequential and first is None:
-            fitted = self._final(chosen, seen, folds[:-1])
-            first = self._walk(fitted, chosen)
-        fitted, walk = self._final(chosen, seen, folds), None
-        if sequential:
-            known = first.fits if first is not None and not judged else None
-            walk = self._walk(fitted, chosen, known)
+        else:
+            fitted = self._final(chosen, folds)
+            again = self._walk(fitted, candidate, walk.fits) if walk is not None else None
         operators = {span: one.repair for span, one in fitted.items()}
         fits = {span: one.fit for span, one in fitted.items()}
-        fits |= {
-            span: on_curve(fit, seen[span]) for span, fit in fits.items() if fit and span in seen
-        }
+        for span, first in chosen.fits.items():
+            if (fit := fits[span]) is not None:
+                fits[span] = on_curve(fit, first)
         if walk is not None:
-            operators, fits = walk.operators, {**fits, **(first or walk).fits}
+            operators, fits = (again or walk).operators, {**fits, **walk.fits}
         return Solved(
-            candidate=chosen,
+            candidate=candidate,
             operators=operators,
             fits=fits,
             folds=folds,
@@ -140,12 +134,11 @@ class Solver:
             refit=refit,
         )
 
-    def _final(
-        self, chosen: Candidate, seen: Mapping[Span, Fit], folds: tuple[int, ...]
-    ) -> dict[Span, Fitted]:
+    def _final(self, chosen: Tried, folds: tuple[int, ...]) -> dict[Span, Fitted]:
         """The chosen candidate on some folds."""
         with self._reporter.stage("solve", len(self._spans), "spans") as advance:
-            pairs = [(_around(chosen, seen.get(span)), span) for span in self._spans]
+            around = [_around(chosen.candidate, chosen.fits.get(span)) for span in self._spans]
+            pairs = list(zip(around, self._spans, strict=True))
             outcomes = self._from_store(pairs, folds, advance)
             return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
 
@@ -156,17 +149,14 @@ class Solver:
         known: Mapping[Span, Fit | None] | None = None,
     ) -> Walk:
         model = None if self._inputs.streaming else self._causal_lm()
-        folds = [fold for _, fold in sorted((w, fold) for fold, w in self.windows_by_fold())]
-        tokens = self._tokens.tokens
-        return walk_behind(
-            self._inputs, tokens, folds, model, self._reporter, fitted, chosen, known
-        )
+        given = (self._inputs, self._tokens, model, self._reporter)
+        return walk_behind(*given, fitted, chosen, known)
 
     def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
         """Fits on the dense and on the recovered stream, on windows that none of them has seen."""
         judge = self._inputs.config.folds - 1
         again = {s: replace(one, repair=walk.operators[s]) for s, one in fitted.items()}
-        tried = [dict(fitted), again]
+        tried = [fitted, again]
         _, parallel, sequential = self._scores(tried, [judge], "compare refit", all_windows=True)
         gains = parallel.kl - sequential.kl
         error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
@@ -184,159 +174,126 @@ class Solver:
 
     def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
         """One candidate at one span, on the given folds or on all."""
-        picked = tuple(range(self._inputs.config.folds) if folds is None else folds)
+        picked = range(self._inputs.config.folds) if folds is None else folds
         return _fitted(self._from_store([(candidate, span)], picked, lambda _: None)[0])
 
     def _from_store(
         self,
         pairs: Sequence[tuple[Candidate, Span]],
-        picked: tuple[int, ...],
+        picked: Sequence[int],
         advance: Callable[[int], None],
         detail: Detail = "all",
         dtype: torch.dtype | None = None,
     ) -> list[Outcome]:
         refittable = self._inputs.refittable
         jobs = [
-            FitJob(candidate.at(span, refittable), span, picked, detail, dtype)
+            FitJob(candidate.at(span, refittable), span, tuple(picked), detail, dtype)
             for candidate, span in pairs
         ]
         return self._fit_spans(self._store, jobs, advance)
 
-    def _choose(
-        self, candidates: list[Candidate]
-    ) -> tuple[Candidate, list[dict[str, Any]], dict[Span, Fit]]:
-        """The best of several candidates, a row for each, and the fits by which the best one was
-        chosen; one alone is not looked at."""
-        if len(candidates) == 1:
-            return candidates[0], [{**candidates[0].described(), "chosen": True}], {}
-        tried, config = list(candidates), self._inputs.config.operator
-        table, scores, found = self._rate(tried)
-        best = least(table, scores)
-        # Around the best one the ridge is looked at more closely.
-        if searches_ridge(config) and tried[best].kind() is not None:
-            near = [replace(tried[best], shift=tried[best].shift + d) for d in FINE_SHIFTS]
-            rows, more, fine = self._rate(near, float(scores[best][0]))
-            tried, table = [*tried, *near], [*table, *rows]
-            scores, found = [*scores, *more], [*found, *fine]
-            best = least(table, scores)
-        best = strongest_ridge(tried, table, scores, best) if config.choose == "kl" else best
-        for number, row in enumerate(table):
-            row["chosen"] = number == best
-        of_best = found[best]
-        assert not isinstance(of_best, Exception), "what failed is never the best"
-        return tried[best], table, {s: one.fit for s, one in of_best.items() if one.fit is not None}
+    def _choose(self, candidates: list[Candidate]) -> tuple[Tried, list[dict[str, Any]]]:
+        """The best of several candidates, and a row for each; one alone is not looked at."""
+        tried, config = list(map(Tried, candidates)), self._inputs.config.operator
+        best = tried[0]
+        if len(candidates) > 1:
+            best = least(self._rate(tried))
+            # Around the best one the ridge is looked at more closely.
+            if searches_ridge(config) and best.candidate.kind() is not None:
+                shifts = [best.candidate.shift + d for d in FINE_SHIFTS]
+                near = [Tried(replace(best.candidate, shift=shift)) for shift in shifts]
+                tried += self._rate(near, float(best.scores[0]))
+                best = least(tried)
+            best = strongest_ridge(tried, best) if config.choose == "kl" else best
+        for one in tried:
+            one.row["chosen"] = one is best
+        return best, [one.row for one in tried]
 
-    def _rate(
-        self, candidates: Sequence[Candidate], than: float = math.inf
-    ) -> tuple[list[dict[str, Any]], list[Tensor], list[_OfCandidate]]:
-        """A row for each candidate, what it is ranked by, KL divergence on every source, or piece
-        of one, that was left out of the fit, or residual of every span, and its first fits.
+    def _rate(self, tried: list[Tried], than: float = math.inf) -> list[Tried]:
+        """Fit candidates, and score them by KL divergence on every source, or piece of one, that
+        was left out of the fit, or by residual of every span.
 
         What is far behind on the first source, behind another or ``than``, is dropped there.
         """
         config = self._inputs.config
-        everything = tuple(range(config.folds))
         if config.operator.choose != "kl":
-            found = self._fit_all(candidates, everything)
-            rows = self._rows(candidates, found)
-            residuals = [
+            self._fit_all(tried, range(config.folds))
+            for one in tried:
                 # By definition 1 where nothing is fitted: the plain cut.
-                torch.tensor([1.0 if r is None else r for r in row.get("residual", ())])
-                for row in rows
-            ]
-            return rows, residuals, found
-        names, first = config.left_out_names, list[_OfCandidate]()
-        rows, scores = list[dict[str, Any]](), list[Tensor]()
-        running = list(range(len(candidates)))
+                residuals = one.row.get("residual", ())
+                one.scores = torch.tensor([1.0 if r is None else r for r in residuals])
+            return tried
+        names, running = config.left_out_names, tried
+        what = "compare" if math.isinf(than) else "compare ridges"
         for number, (name, judges) in enumerate(zip(names, config.left_out, strict=True)):
-            others = tuple(fold for fold in everything if fold not in judges)
-            tried = [candidates[i] for i in running]
-            found = self._fit_all(tried, others, [first[i] for i in running] if first else None)
-            what = "compare" if math.isinf(than) else "compare ridges"
-            piece = f"{what} {number + 1}/{len(names)}"
-            judged = partial(self._scores, found, judges, piece)
-            dense, *of_tried = self._kept.of(tried, judges, judged) if self._kept else judged()
-            found = [_without_repairs(one) for one in found]
-            new = self._rows(tried, found)
-            if not number:
-                first, rows = found, [{**row, "left_out": []} for row in new]
-                scores = [torch.full((len(names),), math.inf) for _ in rows]
-            for i, row, one in zip(running, new, of_tried, strict=True):
-                if "failed" in row:
-                    rows[i]["failed"] = row["failed"]
-                scores[i][number] = float(one.kl.mean())
-                rows[i]["left_out"].append(
+            dense, *scores = self._judged(running, judges, f"{what} {number + 1}/{len(names)}")
+            for one, score in zip(running, scores, strict=True):
+                if not number:
+                    one.scores = torch.full((len(names),), math.inf)
+                kl = one.scores[number] = float(score.kl.mean())
+                one.row.setdefault("left_out", []).append(
                     {
                         "source": name,
-                        "kl": finite(float(one.kl.mean())),
-                        "perplexity": finite(one.perplexity),
+                        "kl": finite(kl),
+                        "perplexity": finite(score.perplexity),
                         "dense": finite(dense.perplexity),
                     }
                 )
             if not number:
-                running = not_far_behind(candidates, scores, than)
-        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
-            if "failed" in row:
-                del row["left_out"]
+                running = not_far_behind(tried, than)
+        for one in tried:
+            if "failed" in one.row:
+                del one.row["left_out"]
                 continue
-            row["kl"] = finite(float(score.mean() if i in running else score[0]))
-            if i not in running:
-                row["dropped"] = True
-        return rows, scores, first
+            one.row["kl"] = finite(float(one.scores.mean() if one in running else one.scores[0]))
+            if one not in running:
+                one.row["dropped"] = True
+        return tried
 
-    def _fit_all(
-        self,
-        candidates: Sequence[Candidate],
-        picked: tuple[int, ...],
-        first: Sequence[_OfCandidate] | None = None,
-    ) -> list[_OfCandidate]:
-        """Fits of every candidate by span, or why it cannot be fitted.
+    def _judged(self, tried: Sequence[Tried], judges: Sequence[int], stage: str) -> list[Scores]:
+        """Scores of the dense model and of candidates on some folds, fitted on the others."""
+        others = [fold for fold in range(self._inputs.config.folds) if fold not in judges]
+        judged = partial(self._scores, self._fit_all(tried, others), judges, stage)
+        candidates = [one.candidate for one in tried]
+        return self._kept.of(candidates, judges, judged) if self._kept else judged()
 
-        ``first``: the same on other folds, whose ridges are taken.
+    def _fit_all(self, tried: Sequence[Tried], picked: Sequence[int]) -> list[dict[Span, Fitted]]:
+        """Fits by span of every candidate, none of what cannot be fitted.
+
+        The first ones say how good they are; on other folds their ridges are taken.
         """
+        spans, first = self._spans, not any(one.fits for one in tried)
         pairs = [
-            (_with_ridge_of(candidate, like, span), span)
-            for candidate, like in zip(candidates, first or [{}] * len(candidates), strict=True)
-            for span in self._spans
+            (one.candidate.with_ridge_of(one.fits.get(span)), span)
+            for one in tried
+            for span in spans
         ]
-        # Nothing is said of fits on other folds again: their ridges are those of the first.
-        detail: Detail = "residual" if first is None else "map"
+        detail: Detail = "residual" if first else "map"
         dtype = self._inputs.dtype  # in which the model that they are judged in computes
         with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
             outcomes = iter(self._from_store(pairs, picked, advance, detail, dtype))
-        fitted: list[_OfCandidate] = []
-        for _ in candidates:
-            of_span = [next(outcomes) for _ in self._spans]
-            failed = [one for one in of_span if isinstance(one, Exception)]
-            done = [one for one in of_span if isinstance(one, Fitted)]
-            fitted.append(failed[0] if failed else dict(zip(self._spans, done, strict=True)))
+        found, errors = [], []
+        for one in tried:
+            of_span = {span: next(outcomes) for span in spans}
+            fitted = {s: outcome for s, outcome in of_span.items() if isinstance(outcome, Fitted)}
+            failed = [outcome for outcome in of_span.values() if isinstance(outcome, Exception)]
+            found.append({} if failed else fitted)
+            if failed:
+                one.row["failed"] = str(failed[0])
+                errors.append(failed[0])
+            elif first:
+                fits = [fitted[span].fit for span in spans]
+                one.fits = {span: fit for span, fit in zip(spans, fits, strict=True) if fit}
+                one.row["residual"] = [fit and fit.residual for fit in fits]
+                one.row["relative_ridge"] = [fit and fit.relative_ridge for fit in fits]
         # The plain cut always can be had, but is no answer to a fit that fails.
-        errors = [one for one in fitted if isinstance(one, Exception)]
-        if len(errors) == sum(candidate.kind() is not None for candidate in candidates) > 0:
+        if len(errors) == sum(one.candidate.kind() is not None for one in tried) > 0:
             raise errors[0]
-        return fitted
-
-    def _rows(
-        self, candidates: Sequence[Candidate], fitted: Sequence[_OfCandidate]
-    ) -> list[dict[str, Any]]:
-        """A row of every candidate."""
-        table: list[dict[str, Any]] = []
-        for candidate, found in zip(candidates, fitted, strict=True):
-            row = candidate.described()
-            if isinstance(found, Exception):
-                row["failed"] = str(found)
-            else:
-                fits = [found[span].fit for span in self._spans]
-                row["residual"] = [None if fit is None else fit.residual for fit in fits]
-                row["relative_ridge"] = [
-                    None if fit is None else fit.relative_ridge for fit in fits
-                ]
-            table.append(row)
-        return table
+        return found
 
     def _scores(
         self,
-        tried: Sequence[_OfCandidate],
+        tried: Sequence[Mapping[Span, Fitted]],
         judges: Sequence[int],
         stage: str = "compare",
         *,
@@ -352,14 +309,13 @@ class Solver:
             If one of them was fitted on one of these.
         """
         variants = [Variant()]
-        for found in tried:
-            by_span = {} if isinstance(found, Exception) else found
+        for by_span in tried:
             for span, one in by_span.items():
                 check_held_out(one.folds, judges, f"A candidate at {span}")
             repairs = {span: one.repair for span, one in by_span.items()}
             variants.append(Variant(self._spans, repairs))
         inputs = self._inputs
-        windows = sorted(window for fold, window in self.windows_by_fold() if fold in judges)
+        windows = windows_of_folds(inputs, self._tokens, judges)
         if not all_windows:
             windows = spread(windows, held_out_tokens(inputs.config) // self._tokens.window_length)
         tokens = self._tokens.tokens[windows]
@@ -374,15 +330,6 @@ class Solver:
         """The uncut model, loaded only if something must run."""
         return self._model or open_causal_lm(self._inputs)
 
-    def windows_by_fold(self) -> list[tuple[int, int]]:
-        """(fold, window) of every calibration window."""
-        folds = self._inputs.config.folds
-        return [
-            (fold_of_range(range_id, folds), window)
-            for range_id, windows in enumerate(self._store.plan.ranges)
-            for window in windows
-        ]
-
 
 def _fitted(outcome: Outcome) -> Fitted:
     """The fit, or its error raised."""
@@ -395,21 +342,6 @@ def _around(chosen: Candidate, fit: Fit | None) -> Candidate:
     """The candidate, told where its fit on fewer folds found the ridge of least residual."""
     found = fit.relative_ridge if fit is not None and chosen.ridge == "auto" else None
     return replace(chosen, around=found / 10**chosen.shift) if found else chosen
-
-
-def _with_ridge_of(candidate: Candidate, like: _OfCandidate, span: Span) -> Candidate:
-    """A candidate whose ridge at a span is known."""
-    fit = None if isinstance(like, Exception) or span not in like else like[span].fit
-    if fit is None or candidate.ridge != "auto":
-        return candidate
-    return replace(candidate, ridge=RelativeRidge(relative=fit.relative_ridge), shift=0.0)
-
-
-def _without_repairs(found: _OfCandidate) -> _OfCandidate:
-    """Fits alone, whose memory is nothing."""
-    if isinstance(found, Exception):
-        return found
-    return {span: replace(one, repair=Repair()) for span, one in found.items()}
 
 
 def finite(value: float) -> float | None:

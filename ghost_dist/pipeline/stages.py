@@ -240,10 +240,11 @@ class Stages:
             if kept.count:
                 self._reporter.taken(f"comparisons of candidates: {kept.count}")
             who = (self._reporter, None, self._fit_spans, kept)
-            solver = Solver(inputs, spans, store, tokens, *who)
-            solved = solver.solve() if spans else nothing_solved(inputs.config.folds)
+            solved = nothing_solved(inputs.config.folds)
+            if spans:
+                solved = Solver(inputs, spans, store, tokens, *who).solve()
             variant = Variant(spans, solved.operators, self.sublayers)
-            folds, folder = solver.windows_by_fold(), self._run.operators
+            folder = self._run.operators
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             return {
                 "operator": solved.candidate.operator,
@@ -257,7 +258,7 @@ class Stages:
                 "folds": solved.folds,
                 "files": save_operators(folder, solved.operators),
                 "refit": solved.refit,
-                **close_gaps(inputs, variant, tokens, folds, folder, self._reporter),
+                **close_gaps(inputs, variant, tokens, folder, self._reporter),
             }
 
         load = partial(Solution.load, self._run.operators, spans)

@@ -58,15 +58,19 @@ def unlike(tokens: TokenWindows, evaluation: Mapping[str, TokenWindows]) -> list
     return found
 
 
+def fold_of_window(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
+    """The fold of every calibration window."""
+    return folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
+
+
 def calibration_ranges(
     inputs: RunInputs, tokens: TokenWindows, num_ranges: int | None = None
 ) -> list[tuple[int, ...]]:
     """Windows of every range of calibration, or of so many."""
-    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
-    return assign_ranges(fold_of, num_ranges or inputs.num_ranges)
+    return assign_ranges(fold_of_window(inputs, tokens), num_ranges or inputs.num_ranges)
 
 
 def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
     """Calibration windows that some folds hold, in order."""
-    fold_of = folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
-    return [window for window, fold in enumerate(fold_of) if fold in folds]
+    fold_of = enumerate(fold_of_window(inputs, tokens))
+    return [window for window, fold in fold_of if fold in folds]

@@ -96,9 +96,9 @@ def test_layers_and_fits_are_counted_as_the_stages_run_them(
 ):
     """What is dropped is not known before: other operators than the first are supposed to be."""
 
-    def of_first(candidates, *_):
-        names = (candidates[0].operator, "none")
-        return [i for i, candidate in enumerate(candidates) if candidate.operator in names]
+    def of_first(tried, *_):
+        names = (tried[0].candidate.operator, "none")
+        return [one for one in tried if one.candidate.operator in names]
 
     monkeypatch.setattr(solving, "not_far_behind", of_first)
     config = make_config(**RUNS[name])

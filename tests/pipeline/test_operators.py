@@ -19,6 +19,7 @@ from ghost_dist.errors import ConfigError
 from ghost_dist.pipeline import solving
 from ghost_dist.pipeline.candidates import (
     Candidate,
+    Tried,
     candidates_of,
     samples_of,
     strongest_ridge,
@@ -140,9 +141,13 @@ def test_classes_that_contain_each_other_have_ordered_residuals(make_config, tmp
 def test_a_stronger_ridge_that_is_as_good_is_taken(scores_of_the_stronger, taken):
     least = torch.ones(len(scores_of_the_stronger))
     scores = [least, torch.tensor(scores_of_the_stronger), least, least - 0.5]
-    tried = [Candidate("fold", shift=2.0), *(Candidate("ghost", shift=s) for s in (1.0, 0.0, -1.0))]
-    assert strongest_ridge(tried, [{}] * 4, scores, best=2) == taken
-    assert strongest_ridge(tried, [{}, {"failed": "why"}, {}, {}], scores, best=2) == 2
+    of_ghost = [Candidate("ghost", shift=shift) for shift in (1.0, 0.0, -1.0)]
+    tried = list(map(Tried, [Candidate("fold", shift=2.0), *of_ghost]))
+    for one, of_one in zip(tried, scores, strict=True):
+        one.scores = of_one
+    assert strongest_ridge(tried, tried[2]) is tried[taken]
+    tried[1].row["failed"] = "why"
+    assert strongest_ridge(tried, tried[2]) is tried[2]
 
 
 def test_the_default_tries_ridges_and_features_and_takes_the_least_kl(make_config, tmp_path):

@@ -15,7 +15,7 @@ from rich.console import Console
 from ghost_dist.config_file import config_tree, differing_fields, load_config, parse_set
 from ghost_dist.demo import PICO
 from ghost_dist.evaluation.task_rows import broken
-from ghost_dist.pipeline.candidates import least
+from ghost_dist.pipeline.candidates import Candidate, Tried, least
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
 from ghost_dist.report import terminal, text, verdict
@@ -162,13 +162,14 @@ def test_remedies_are_commands_that_the_program_takes(make_config, tmp_path):
 
 def test_a_repair_that_harms_one_source_is_not_taken_for_the_plain_cut():
     """Better in the mean is not enough: nobody knows which source is like the user's text."""
-    table = [{"operator": "ghost"}, {"operator": "fold"}, {"operator": "none"}]
-    scores = [torch.tensor(s) for s in ([0.1, 0.6], [0.45, 0.45], [0.5, 0.5])]
-    assert least(table, scores) == 1
-    assert least([table[0], table[2]], [scores[0], scores[2]]) == 1
-    assert least(table[:2], scores[:2]) == 0  # asked for by name: the plain cut is no candidate
-    failed = {"operator": "fold", "failed": "singular"}
-    assert least([failed, table[2]], [torch.tensor([]), torch.ones(3)]) == 1
+    ghost, fold, none = map(Tried, map(Candidate, ("ghost", "fold", "none")))
+    for one, scores in ((ghost, [0.1, 0.6]), (fold, [0.45, 0.45]), (none, [0.5, 0.5])):
+        one.scores = torch.tensor(scores)
+    assert least([ghost, fold, none]) is fold
+    assert least([ghost, none]) is none
+    assert least([ghost, fold]) is ghost  # asked for by name: the plain cut is no candidate
+    fold.row["failed"], fold.scores = "singular", torch.tensor([])
+    assert least([fold, none]) is none
 
 
 def test_the_result_stands_last(make_config, tmp_path, monkeypatch):
