@@ -29,6 +29,7 @@ from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
 from ghost_dist.engines.resident import Engine
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
+from ghost_dist.statistics.span_sums import Collector
 
 TOLERANCE = 1e-4
 """Largest difference in float32, relative to the largest entry. Sums in another order give 1e-6;
@@ -83,7 +84,7 @@ def check_conformance(
 
 
 @dataclass
-class _Recorder:
+class _Recorder(Collector):
     boundaries: tuple[int, ...]
     mlp_layers: tuple[int, ...]
     seen: Seen = field(default_factory=dict)

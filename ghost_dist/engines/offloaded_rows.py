@@ -27,7 +27,7 @@ from ghost_dist.engines.conformance import check_conformance
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.resident import Engine
 from ghost_dist.engines.sweep import Tap, sweep
-from ghost_dist.statistics.span_sums import FiniteCheck, Sink
+from ghost_dist.statistics.span_sums import Collector, FiniteCheck
 from ghost_dist.statistics.stream_state import StreamState
 
 _WIDTHS_AT_ONCE = 16  # streams' worth of memory that a batch takes inside a layer (attention, MLP)
@@ -43,7 +43,7 @@ class Rows:
     peers those of this one's part of the windows."""
     peers: Peers = ALONE
 
-    def feed(self, windows: Sequence[int], sink: Sink, device: torch.device) -> None:
+    def feed(self, windows: Sequence[int], sink: Collector, device: torch.device) -> None:
         """Give a sink what it wants of some windows, in their order; collective over the peers."""
         own = self.peers.part_of(len(self.windows))
         position = {window: number for number, window in enumerate(self.windows)}
@@ -79,7 +79,11 @@ class OffloadedEngine(Engine):
         self.device = model.device
 
     def run(
-        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
+        self,
+        tokens: Tokens,
+        windows: Sequence[int],
+        sink: Collector,
+        advance: Callable[[int], None],
     ) -> None:
         """The sink is fed after the last layer."""
         rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, lambda _: None)

@@ -16,7 +16,7 @@ from ghost_dist.checkpoint.load import Decoder
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
-from ghost_dist.statistics.span_sums import Sink
+from ghost_dist.statistics.span_sums import Collector
 
 AUTO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens per forward when the batch is left to us: enough to fill the device's matrix units."""
@@ -31,7 +31,11 @@ class Engine(Protocol):
     """Largest relative difference of the small random model by this engine and as a whole."""
 
     def run(
-        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
+        self,
+        tokens: Tokens,
+        windows: Sequence[int],
+        sink: Collector,
+        advance: Callable[[int], None],
     ) -> None:
         """Push the sink's boundaries for rows of ``tokens``; tells ``advance`` tokens done."""
 
@@ -50,7 +54,11 @@ class ResidentEngine(Engine):
         self.device = decoder.device
 
     def run(
-        self, tokens: Tokens, windows: Sequence[int], sink: Sink, advance: Callable[[int], None]
+        self,
+        tokens: Tokens,
+        windows: Sequence[int],
+        sink: Collector,
+        advance: Callable[[int], None],
     ) -> None:
         sweep(
             self._layers,
@@ -66,7 +74,7 @@ class ResidentEngine(Engine):
 class _Push(Tap):
     """Gives a sink what it wants as it comes."""
 
-    def __init__(self, sink: Sink, windows: Sequence[int]) -> None:
+    def __init__(self, sink: Collector, windows: Sequence[int]) -> None:
         self._sink, self._windows = sink, windows
         self._boundaries, self.mlp_layers = frozenset(sink.boundaries), sink.mlp_layers
 

@@ -28,7 +28,7 @@ from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.automatic import compute_dtype
 from ghost_dist.pipeline.inputs import open_model
 from ghost_dist.pipeline.targets import kept_times, kv_numbers
-from ghost_dist.pipeline.turns import BATCH, NEW, PROMPT, Turn, take_turns, weight_bytes
+from ghost_dist.pipeline.turns import BATCH, NEW, PROMPT, Turn, take_turns
 from ghost_dist.report.page import write_report
 from ghost_dist.run_folder import RunFolder, read_record, recover_command
 from ghost_dist.spans import Span, kept_layers, parse_sublayers
@@ -89,7 +89,7 @@ def bench_serving(
             name: {
                 "layers": model.config.num_hidden_layers,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "weight_bytes": weight_bytes(model),
+                "weight_bytes": model.get_memory_footprint(),
                 "peak_bytes": turns[name][0].peak_bytes,
                 "cache_bytes": turns[name][0].cache_bytes,
                 "prefill": _rates(batch * prompt, turns, name, "prefill_s"),

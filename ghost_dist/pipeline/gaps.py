@@ -12,10 +12,10 @@ behind the matrix) it stays open.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -24,14 +24,13 @@ from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.surgery import operator_as_computed, repair_stream
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import RunLayer
-from ghost_dist.engines.layerwise import Group
 from ghost_dist.export.operator_files import save_output
 from ghost_dist.pipeline.candidates import Candidate
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.solving import Solved
 from ghost_dist.pipeline.texts import fold_of_window
-from ghost_dist.pipeline.walking import LayerWalk
+from ghost_dist.pipeline.walking import LayerWalk, Step
 from ghost_dist.progress import Reporter
 from ghost_dist.spans import PARTS, Sublayer
 
@@ -54,13 +53,6 @@ def gaps(variant: Variant, architecture: Architecture) -> dict[Sublayer, tuple[i
         if end > number + 1 and half is not None and half.writer_tensor:
             found[before] = (end // 2, bool(end % 2))
     return found
-
-
-class Step(NamedTuple):
-    """What is done while a layer is at hand."""
-
-    group: Group
-    does: Literal["embed", "shared", "dense", "look", "fit", "own"]
 
 
 def gap_steps(variant: Variant, architecture: Architecture) -> list[Step]:
@@ -91,7 +83,7 @@ def gap_steps(variant: Variant, architecture: Architecture) -> list[Step]:
 class CloseGaps(LayerWalk):
     """Fits the matrices before all gaps of a variant.
 
-    ``outputs`` and ``rows`` are there behind :meth:`run`: the new matrices (in, C), float64, and
+    ``outputs`` and ``rows`` are there behind ``gap_steps``: the new matrices (in, C), float64, and
     how each did on the judge.
     """
 
@@ -99,15 +91,12 @@ class CloseGaps(LayerWalk):
     outputs: dict[Sublayer, Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Close them; ``advance`` is called after each of ``gap_steps``."""
-        steps = gap_steps(self.variant, self.layers.architecture)
+    def __post_init__(self) -> None:
         self._before = {one.layer: one for one in gaps(self.variant, self.layers.architecture)}
         self._operators = {
             span.stop - 1: operator_as_computed(one, self.layers.dtype, self.layers.device)
             for span, one in self.variant.at_boundary.items()
         }
-        self.take(steps, advance)
 
     def _do(self, step: Step) -> None:
         layer = step.group
@@ -172,12 +161,12 @@ def close_gaps(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """New matrices before the gaps of a run's model, in files of a folder: what is recorded."""
-    steps = len(gap_steps(variant, inputs.architecture))
+    steps = gap_steps(variant, inputs.architecture)
     if not steps:
         return {"gaps": [], "outputs": {}}
     with (
         layers_of(inputs, tokens.tokens.shape, 2) as layers,
-        reporter.stage("close gaps", steps, "layers") as advance,
+        reporter.stage("close gaps", len(steps), "layers") as advance,
     ):
         closing = CloseGaps(
             layers,
@@ -187,6 +176,6 @@ def close_gaps(
             inputs.config.folds - 1,
             variant=variant,
         )
-        closing.run(advance)
+        closing.take(steps, advance)
     files = {str(one): save_output(folder, one, new) for one, new in closing.outputs.items()}
     return {"gaps": closing.rows, "outputs": files}

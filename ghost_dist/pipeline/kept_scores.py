@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +29,9 @@ class KeptScores:
         figures = [field.name for field in fields(Scores)]
         key = fingerprint([repr(list(tried)), list(judges), figures])
         if key in kept:
-            return [
-                Scores(_array(nats), _array(kl), _array(top1), count, _array(sure_kl))
-                for nats, kl, top1, count, sure_kl in kept[key]
-            ]
+            return [Scores(*map(_from_plain, of_one)) for of_one in kept[key]]
         scores = score()
-        plain = [
-            [_bits(s.nats), _bits(s.kl), _bits(s.top1), s.num_tokens, _bits(s.sure_kl)]
-            for s in scores
-        ]
+        plain = [[_plain(getattr(one, name)) for name in figures] for one in scores]
         self.run.finish(_RECORD, self.inputs, {**kept, key: plain})
         return scores
 
@@ -50,9 +45,9 @@ class KeptScores:
         self.run.forget(_RECORD)
 
 
-def _bits(array: FloatArray) -> str:
-    return array.tobytes().hex()
+def _plain(figure: FloatArray | int) -> str | int:
+    return figure if isinstance(figure, int) else figure.tobytes().hex()
 
 
-def _array(bits: str) -> FloatArray:
-    return np.frombuffer(bytes.fromhex(bits), dtype=np.float64)
+def _from_plain(plain: str | int) -> Any:
+    return plain if isinstance(plain, int) else np.frombuffer(bytes.fromhex(plain), np.float64)

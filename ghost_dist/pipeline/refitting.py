@@ -32,8 +32,8 @@ def walk_behind(
 ) -> Walk:
     """Fit every span but the first once more, behind fits without the last fold.
 
-    ``model`` is the uncut causal LM, None where layers are read one by one. ``known``: fits of such
-    a walk, whose ridges are taken; then all folds are fitted on, and no fit says how good it is.
+    ``model``: the uncut causal LM, if it is loaded already. ``known``: fits of such a walk, whose
+    ridges are taken; then all folds are fitted on, and no fit says how good it is.
 
     Raises
     ------

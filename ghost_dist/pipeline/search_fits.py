@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.engines.sweep import Tap, sweep
 from ghost_dist.errors import ConfigError
 from ghost_dist.progress import Advance
-from ghost_dist.solver.least_squares import add_all, cholesky_factor, ridge_scale, singular
+from ghost_dist.solver.least_squares import add_all, cholesky_factor, ridge_scale, singular, solve
 from ghost_dist.spans import Span
 from ghost_dist.statistics.moments import Moments, MomentsAccumulator, add_product
 from ghost_dist.statistics.span_sums import FiniteCheck
@@ -299,11 +300,9 @@ class SequentialFits:
             for x_TC, y_TC in zip(x_WTC, y_WTC, strict=True):
                 sums.add((x_TC.to(device),), y_TC.to(device))
             moments = sums.result()
+            change = replace(moments, cross_ZC=moments.cross_ZC - moments.gram_ZZ)
             penalty_C = ridge * ridge_scale(moments.gram_ZZ)
-            factor_CC, failed = cholesky_factor(moments.gram_ZZ, penalty_C)
-            if failed:
-                raise singular(str(spans[-1]), moments, ridge)
-            weight_CC = torch.cholesky_solve(moments.cross_ZC - moments.gram_ZZ, factor_CC)
+            weight_CC, _ = solve(str(spans[-1]), change, penalty_C)
             weight_CC.diagonal().add_(1)
             found.append(self._dense.stored(weight_CC))
         self._fitted[spans] = found

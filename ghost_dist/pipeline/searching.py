@@ -293,18 +293,14 @@ class _NotThereError(Exception):
 
 def _known(search_by: Callable[..., Search]) -> int:
     """Evaluations that a search takes from its table before it has anything scored."""
-    known = 0
+    known: list[dict[str, Any]] = []
 
     def missing(*_: Any) -> list[list[float]]:
         raise _NotThereError
 
-    def told(generation: dict[str, Any]) -> None:
-        nonlocal known
-        known = generation["evaluations"]
-
     with contextlib.suppress(_NotThereError):
-        search_by(score=missing, after_generation=told).run()
-    return known
+        search_by(score=missing, after_generation=known.append).run()
+    return known[-1]["evaluations"] if known else 0
 
 
 @contextlib.contextmanager
@@ -326,18 +322,18 @@ def scoring(
     at_once = _variants_at_once(inputs, shape)
     batch = max(1, inputs.batch * windows.fitted.shape[1] // shape[1])
     with layers_of(inputs, shape, at_once + 1, batch=batch) as model:
-        if not repairs(inputs.config):
-            yield Scoring(model, windows, PlainCuts(), PlainCuts(), at_once, batch, *told)
-            return
-        with reporter.stage("run dense model", int(windows.fitted.size), "tokens") as passed:
+        dense: DenseFits | PlainCuts = PlainCuts()
+        sequential: SequentialFits | PlainCuts = PlainCuts()
+        if repairs(inputs.config):
+            with reporter.stage("run dense model", int(windows.fitted.size), "tokens") as passed:
 
-            def ran(tokens: int) -> None:
-                passed(tokens)
-                advance(tokens)
+                def ran(tokens: int) -> None:
+                    passed(tokens)
+                    advance(tokens)
 
-            streams = dense_streams(model, windows.fitted, inputs.batch, ran, on_host)
-        dense = DenseFits(streams, windows.source_of, model)
-        sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
+                streams = dense_streams(model, windows.fitted, inputs.batch, ran, on_host)
+            dense = DenseFits(streams, windows.source_of, model)
+            sequential = SequentialFits(dense, _PARTS_LEFT_OUT, inputs.batch)
         yield Scoring(model, windows, dense, sequential, at_once, batch, *told)
 
 

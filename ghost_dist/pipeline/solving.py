@@ -30,7 +30,7 @@ from ghost_dist.pipeline.candidates import (
     tries_refit,
 )
 from ghost_dist.pipeline.fitting import FitHere, FitJob, FitSpans, Fitted, Outcome, on_curve
-from ghost_dist.pipeline.inputs import RunInputs, open_causal_lm
+from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import layers_of
 from ghost_dist.pipeline.refitting import walk_behind
@@ -148,8 +148,7 @@ class Solver:
         chosen: Candidate,
         known: Mapping[Span, Fit | None] | None = None,
     ) -> Walk:
-        model = None if self._inputs.streaming else self._causal_lm()
-        given = (self._inputs, self._tokens, model, self._reporter)
+        given = (self._inputs, self._tokens, self._model, self._reporter)
         return walk_behind(*given, fitted, chosen, known)
 
     def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
@@ -319,16 +318,11 @@ class Solver:
         if not all_windows:
             windows = spread(windows, held_out_tokens(inputs.config) // self._tokens.window_length)
         tokens = self._tokens.tokens[windows]
-        model = None if inputs.streaming else self._causal_lm()
         with (
-            layers_of(inputs, tokens.shape, len(variants), model=model) as layers,
+            layers_of(inputs, tokens.shape, len(variants), model=self._model) as layers,
             self._reporter.stage(stage, int(tokens.size), "tokens") as advance,
         ):
             return window_scores(layers, variants, tokens, batch=inputs.batch, advance=advance)
-
-    def _causal_lm(self) -> Any:
-        """The uncut model, loaded only if something must run."""
-        return self._model or open_causal_lm(self._inputs)
 
 
 def _fitted(outcome: Outcome) -> Fitted:

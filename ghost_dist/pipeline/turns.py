@@ -75,7 +75,7 @@ def _turn(model: Any, ids_BT: Tensor, new: int) -> Turn:
     others = 0
     if cuda:
         reset_peak(device)
-        others = allocated_bytes(device) - weight_bytes(model)
+        others = allocated_bytes(device) - model.get_memory_footprint()
     began = now()
     found = model.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), logits_processor=[mark], use_cache=True
@@ -103,9 +103,3 @@ def cached(layer: Any) -> int:
     """Bytes of keys and values that a layer of a cache holds."""
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def weight_bytes(model: Any) -> int:
-    """Of parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())

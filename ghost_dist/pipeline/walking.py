@@ -42,14 +42,16 @@ class Refit:
 
 
 class Step(NamedTuple):
+    """What is done while a layer is at hand."""
+
     group: Group
-    does: Literal["embed", "shared", "dense", "both", "refit"]
+    does: Literal["embed", "shared", "dense", "both", "refit", "look", "fit", "own"]
     span: Span | None = None  # that is refitted, or of which the layer is
 
     @property
     def passes(self) -> int:
         """Of all windows through the layer."""
-        return {"embed": 0, "shared": 1, "dense": 1, "both": 2, "refit": 2}[self.does]
+        return {"embed": 0, "both": 2, "refit": 2}.get(self.does, 1)
 
 
 def walk_steps(spans: Sequence[Span], refits: Collection[Span]) -> list[Step]:
@@ -85,15 +87,15 @@ class LayerWalk:
     fold_of_window: Sequence[int]
     judge: int
 
-    def take(self, steps: Sequence[Any], advance: Callable[[int], None]) -> None:
-        """Do steps, of which each names its ``group``; ``advance`` is called after each."""
+    def take(self, steps: Sequence[Step], advance: Callable[[int], None]) -> None:
+        """Do steps; ``advance`` is called after each."""
         with self.layers.through([step.group for step in steps]) as at_hand:
             for _, step in zip(at_hand, steps, strict=True):
                 self._do(step)
                 self.layers.check_weights()
                 advance(1)
 
-    def _do(self, step: Any) -> None:
+    def _do(self, step: Step) -> None:
         raise NotImplementedError
 
     def _embedded(self) -> list[Tensor]:

@@ -9,7 +9,7 @@ Legend: C hidden width, F inner width of an MLP, Z regressors.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,28 +52,22 @@ def moments_flops(num_regressors: int, num_targets: int) -> int:
     return 2 * gram + 2 * z * c
 
 
-class Sink(Protocol):
-    """Takes streams of an engine: boundaries of a window ascend, windows come in any order.
+class Collector:
+    """Takes streams of an engine, and ends as named sums.
 
-    Boundary b is the stream entering layer b; the last one is what the final norm would receive.
+    Boundaries of a window ascend, windows come in any order. Boundary b is the stream entering
+    layer b; the last one is what the final norm would receive.
     """
 
     boundaries: tuple[int, ...]  # that must be pushed, ascending
-    mlp_layers: tuple[int, ...]  # whose down_proj must be, between their boundary and the next
+    mlp_layers: tuple[int, ...] = ()  # whose down_proj must be, between their boundary and the next
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        """Take one window's stream (T, C), on the engine's device; a sink may keep it."""
+        """Take one window's stream (T, C), on the engine's device, which may be kept."""
+        raise NotImplementedError
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
         """Take the input H (T, F) of a layer's down_proj and ``H @ down`` (T, C), without bias."""
-
-
-class Collector(Sink):
-    """A sink that ends as named sums; most take no down_proj."""
-
-    mlp_layers: tuple[int, ...] = ()
-
-    def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
         raise NotImplementedError
 
     def result(self) -> Mapping[str, Sums]:

@@ -25,8 +25,9 @@ def closed(loaded, family, variant, tokens=TOKENS, folds=FOLDS):
     layers = LayerwiseModel(model, architecture)
     closing = CloseGaps(layers, tokens.numpy().astype(np.int32), 4, folds, JUDGE, variant=variant)
     told = []
-    closing.run(told.append)
-    assert len(told) == len(gap_steps(variant, architecture))
+    steps = gap_steps(variant, architecture)
+    closing.take(steps, told.append)
+    assert len(told) == len(steps)
     return closing
 
 
