@@ -44,7 +44,7 @@ from ghost_dist.statistics.arrays import read_array, write_array
 from ghost_dist.statistics.layer_scores import ScoreSums
 from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.store_plan import StatisticsPlan, check_same_plan, plan_path, stored_plan
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums, from_strips, to_strips
+from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
 CPU = torch.device("cpu")
 _THREADS = 8
@@ -126,15 +126,11 @@ class StatisticsStore:
         has all columns of small arrays, which are written with the first block only.
         """
         folder = self._attempt_folder(range_id, attempt) / str(block.index)
-        wanted: dict[str, torch.Tensor] = {}
-        for entry in self.plan.entries:
-            for name, tensor in sums[entry].arrays().items():
-                if name in sums[entry].SYMMETRIC and block.count == 1:
-                    strips = enumerate(to_strips(tensor))
-                    wanted |= {f"{entry}/{name}/{number}": strip for number, strip in strips}
-                elif block.index == 0 or name in sums[entry].BY_COLUMNS:
-                    wanted[f"{entry}/{name}"] = tensor
-
+        wanted = {
+            f"{entry}/{name}": tensor
+            for entry in self.plan.entries
+            for name, tensor in sums[entry].parts(block).items()
+        }
         packed: dict[str, Mapping[str, Any]] = {}
         small: list[torch.Tensor] = []
         at = 0
@@ -213,17 +209,17 @@ class StatisticsStore:
             for entry, kind in self.plan.entries.items()
             if entries is None or entry in entries
         }
+
+        def asked(kind: type[Sums], number: int, name: str) -> bool:
+            return block is None or number == block.index or name not in kind.BY_COLUMNS
+
         wanted = {
-            (entry, number, key): expected
+            (entry, number, name): expected
             for entry, kind in kinds.items()
             for number, arrays in enumerate(manifest["blocks"])
             for key, expected in arrays.items()
             if key.startswith(f"{entry}/")
-            and (
-                block is None
-                or number == block.index
-                or _name_and_strip(entry, key)[0] not in kind.BY_COLUMNS
-            )
+            and asked(kind, number, name := key.removeprefix(f"{entry}/"))
         }
 
         def read_whole(number: int, key: str, expected: Mapping[str, Any]) -> torch.Tensor:
@@ -239,30 +235,23 @@ class StatisticsStore:
         packed = {n: read_whole(n, PACKED, manifest["blocks"][n][PACKED]) for n in numbers}
 
         def read(place: tuple[str, int, str]) -> torch.Tensor:
-            (_, number, key), expected = place, wanted[place]
+            (entry, number, name), expected = place, wanted[place]
             if "at" in expected:
                 part = packed[number][expected["at"] :][: math.prod(expected["shape"])]
                 return part.reshape(expected["shape"]).to(device)
-            return read_whole(number, key, expected).to(device)
+            return read_whole(number, f"{entry}/{name}", expected).to(device)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             arrays = dict(zip(wanted, pool.map(read, wanted), strict=True))
         sums: dict[str, Sums] = {}
         for entry, kind in kinds.items():
             blocks: list[dict[str, torch.Tensor]] = [{} for _ in manifest["blocks"]]
-            strips: dict[str, dict[int, torch.Tensor]] = {}
             for place in [place for place in arrays if place[0] == entry]:
-                _, number, key = place
-                name, strip = _name_and_strip(entry, key)
-                if strip:
-                    strips.setdefault(name, {})[int(strip)] = arrays.pop(place)
-                else:
-                    blocks[number][name] = arrays.pop(place)
+                _, number, name = place
+                blocks[number if block is None else 0][name] = arrays.pop(place)
             if block is not None:
-                blocks = [{name: a for arrays in blocks for name, a in arrays.items()}]
+                del blocks[1:]
             try:
-                for name, parts in strips.items():
-                    blocks[0][name] = from_strips([parts[k] for k in range(len(parts))])
                 sums[entry] = kind.join(manifest["num_tokens"][entry], blocks)
             except (TypeError, KeyError, ValueError) as error:
                 raise CorruptStoreError(
@@ -369,9 +358,3 @@ def remove_store(path: Path) -> None:
         plan.unlink()
         fsync_folder(plan.parent)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _name_and_strip(entry: str, key: str) -> tuple[str, str]:
-    """Name of an array, and the number of its strip; empty where it is whole."""
-    name, _, strip = key.removeprefix(f"{entry}/").partition("/")
-    return name, strip

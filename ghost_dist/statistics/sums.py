@@ -64,15 +64,29 @@ class Sums:
         arrays = {name: array.to(device) for name, array in self.arrays().items()}
         return type(self)(self.num_tokens, **arrays)
 
+    def parts(self, block: ColumnBlock) -> dict[str, Tensor]:
+        """What a rank keeps of it: the small arrays with the first block, symmetric ones that are
+        whole as strips, ``gram_ZZ/0`` and so on."""
+        parts: dict[str, Tensor] = {}
+        for name, array in self.arrays().items():
+            if name in self.SYMMETRIC and block.count == 1:
+                parts |= {f"{name}/{k}": strip for k, strip in enumerate(to_strips(array))}
+            elif block.index == 0 or name in self.BY_COLUMNS:
+                parts[name] = array
+        return parts
+
     @classmethod
     def join(cls, num_tokens: int, blocks: Sequence[Mapping[str, Tensor]]) -> Self:
-        """Put together the column blocks of arrays; other arrays are those of the first block."""
-        arrays = {
-            name: torch.cat([block[name] for block in blocks], -1)
-            if name in cls.BY_COLUMNS and len(blocks) > 1
-            else array
-            for name, array in blocks[0].items()
-        }
+        """Put together the ``parts`` of all blocks; small arrays are those of the first one."""
+        arrays = {}
+        for name in dict.fromkeys(part.partition("/")[0] for part in blocks[0]):
+            if name not in blocks[0]:
+                count = sum(part.startswith(f"{name}/") for part in blocks[0])
+                arrays[name] = from_strips([blocks[0][f"{name}/{k}"] for k in range(count)])
+            elif name in cls.BY_COLUMNS and len(blocks) > 1:
+                arrays[name] = torch.cat([block[name] for block in blocks], -1)
+            else:
+                arrays[name] = blocks[0][name]
         return cls(num_tokens, **arrays)
 
 
