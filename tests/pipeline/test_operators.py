@@ -221,7 +221,7 @@ def test_residual_as_the_judge_runs_no_model(make_config, tmp_path, monkeypatch)
 
     config = make_config(operator__features="auto")
     recover(config, again="calibrate")
-    monkeypatch.setattr("ghost_dist.pipeline.solving.open_causal_lm", forbidden)
+    monkeypatch.setattr("ghost_dist.pipeline.offloading.open_causal_lm", forbidden)
     recover(config, again="solve")
     record = json.loads((tmp_path / "run" / "stages" / "solve.json").read_text())["outputs"]
     # stream and stream+norm
