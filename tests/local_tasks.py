@@ -78,8 +78,6 @@ def bos_windows(source, tokenizer, *, windows, window_length):
         tokenizer,
         windows=windows,
         window_length=window_length,
-        seed=None,
-        special_tokens=False,
         window_bos=True,
         vocab_size=len(tokenizer),
     )

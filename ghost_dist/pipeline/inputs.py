@@ -284,8 +284,6 @@ def _evaluation_windows(
         tokenizer,
         windows=windows,
         window_length=window_length,
-        seed=None,
-        special_tokens=False,
         window_bos=config.calibration.window_bos is True,
         vocab_size=vocab_size,
         split="test",

@@ -199,8 +199,7 @@ def _texts(
         path = Path(text).expanduser()
         if tokenizer is None or not path.is_file() or path.stat().st_size > _COUNTED_BYTES:
             return None
-        options |= {"special_tokens": False, "window_bos": False, "seed": calibration.seed}
-        options |= {"windows": windows, "window_length": length}
+        options |= {"windows": windows, "window_length": length, "seed": calibration.seed}
         with contextlib.suppress(CalibrationError):
             found = build_windows(text, tokenizer, vocab_size=architecture.vocab_size, **options)
             return found.num_windows

@@ -74,9 +74,6 @@ def split(text, tokenizer, vocab_size, windows, length, evaluation_tokens):
         tokenizer,
         windows=None,
         window_length=length,
-        seed=None,
-        special_tokens=False,
-        window_bos=False,
         vocab_size=vocab_size,
     )
     fitted = np.linspace(0, everything.num_windows - 1, windows).astype(int)

@@ -38,9 +38,6 @@ def build(name, tokenizer, windows, length=1024):
         tokenizer,
         windows=windows,
         window_length=length,
-        seed=None,
-        special_tokens=False,
-        window_bos=False,
         vocab_size=8192,
     )
 
