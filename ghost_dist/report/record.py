@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -228,16 +227,13 @@ class RunRecord:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
+        return {**json.loads(path.read_bytes())}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last of what is no object
         raise RunFolderError(
             f"{path} cannot be read: {error}. Run recover again; it writes what is missing."
         ) from error
-    if not isinstance(found, Mapping):
-        raise RunFolderError(f"{path} should hold an object. Remove it and run recover again.")
-    return dict(found)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
