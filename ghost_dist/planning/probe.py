@@ -106,10 +106,8 @@ def _plain(run: RunShape, dtype: torch.dtype) -> float:
     most = 1 << 30 if device.type == "cuda" else 2048
     tokens, width = min(run.batch_tokens, most // 2), min(sizes.hidden_size, most)
     inner = min(sizes.widest, most)
-    a, b = (
-        random_tensor((tokens, width), dtype, device),
-        random_tensor((width, inner), dtype, device),
-    )
+    a = random_tensor((tokens, width), dtype, device)
+    b = random_tensor((width, inner), dtype, device)
     return 2 * tokens * width * inner / timed(lambda: a @ b, device)
 
 

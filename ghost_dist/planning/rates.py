@@ -102,12 +102,8 @@ def _real_files(checkpoint: Checkpoint) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, int]]:
-    files = {path: os.open(path, os.O_RDONLY) for path in paths}
-    try:
-        yield files
-    finally:
-        for file in files.values():
-            os.close(file)
+    with contextlib.ExitStack() as files:
+        yield {path: files.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
 
 
 def _write(path: Path) -> float:
