@@ -72,7 +72,7 @@ class Jobs:
         """
         _check_paths(config)
         _check_secrets(env or {})
-        earlier = self._jobs_of(config.output.path)
+        earlier = self._ours(_name(config.output.path))
         for job in earlier:
             if job.status in _UNDER_WAY:
                 return str(job.submission_id), False
@@ -93,7 +93,7 @@ class Jobs:
 
     def find(self, job: str) -> str:
         """The submission id of a job, given that or the path of its RUN folder."""
-        if job.startswith("/") and (of_run := self._jobs_of(job)):
+        if job.startswith("/") and (of_run := self._ours(_name(job))):
             return str(of_run[-1].submission_id)
         ids = [str(known.submission_id) for known in self._client.list_jobs()]
         if job in ids:
@@ -103,8 +103,7 @@ class Jobs:
 
     def listed(self) -> list[dict[str, Any]]:
         """Jobs of ghost-dist, oldest first, each as :meth:`status` begins."""
-        ours = [j for j in self._client.list_jobs() if (j.submission_id or "").startswith(_PREFIX)]
-        return [_described(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
+        return [_described(job) for job in self._ours()]
 
     def status(self, job: str) -> dict[str, Any]:
         """How a job fares: the content of its ``recover --status``, and what Ray knows."""
@@ -151,14 +150,11 @@ class Jobs:
             time.sleep(0.5)
         return str(status)
 
-    def _jobs_of(self, run: str) -> list[JobDetails]:
-        """The jobs of a RUN folder, oldest first."""
-        jobs = [
-            job
-            for job in self._client.list_jobs()
-            if (job.submission_id or "").rpartition("-")[0] == _name(run)
-        ]
-        return sorted(jobs, key=lambda job: int(str(job.submission_id).rpartition("-")[2]))
+    def _ours(self, begins: str = _PREFIX) -> list[JobDetails]:
+        """Jobs of ghost-dist, oldest first."""
+        jobs = self._client.list_jobs()
+        ours = [job for job in jobs if (job.submission_id or "").startswith(begins)]
+        return sorted(ours, key=lambda job: job.start_time or 0)
 
     def _check_authentication(self, allow_unauthenticated: bool) -> None:
         """See whether the cluster would take a job from anybody: ask it without a token."""
