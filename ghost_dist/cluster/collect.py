@@ -5,7 +5,6 @@ is committed is in the store, and Ray ends the actors of a driver that died.
 """
 
 import time
-import uuid
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ class CollectOnCluster:
     """
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self._pool, self.release = pool, pool.release
 
     def __call__(
         self,
@@ -45,12 +44,12 @@ class CollectOnCluster:
         if not missing:
             return
         if collectors.last_boundary > pool.num_layers:
-            self.release()  # what is loaded ends too early, or was dropped to fit
+            pool.release()  # what is loaded ends too early, or was dropped to fit
             pool.num_layers = collectors.last_boundary
-        pool.begin(1 if config.engine.replicas == "auto" else config.engine.replicas)
+        pool.begin(config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)
-        work = ray.put(Work(uuid.uuid4().hex, place, tokens.tokens, collectors, keep))
+        work = ray.put(Work(place, tokens.tokens, collectors, keep))
         queue: LeaseQueue[int] = LeaseQueue(missing)
         total = int(tokens.tokens.size)
         done = total - tokens.window_length * sum(len(store.plan.ranges[i]) for i in missing)
@@ -62,10 +61,6 @@ class CollectOnCluster:
         for replica in list(pool.replicas.values()):
             if replica.under_way:
                 pool.drop(replica)
-
-    def release(self) -> None:
-        self._pool.release()
-        self._pool.num_layers = 0
 
 
 @dataclass
@@ -86,7 +81,7 @@ class _Filling:
             return
         lease = self._queue.lease(Worker(replica.number), time.monotonic())
         if lease is not None:
-            replica.run(self._work, lease, partial(self._commit, replica))
+            replica.run(self._work, lease, partial(self._commit, replica, lease))
             self._event("range-leased", replica, lease)
 
     def show(self, advance: Advance) -> int:

@@ -11,10 +11,8 @@ closed, and the spans are fitted from the store: the sums of a reduction are nev
 """
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
@@ -75,17 +73,16 @@ def reduce_live(pool: Pool, store: StatisticsStore, place: StoreOfRun, keys: Key
     holders = {span: workers[i % len(workers)] for i, span in enumerate(keys)}
     try:
         _reduce(pool, members, parts, place, keys, holders)
-    except _Broken as broken:
-        lost = broken.lost
+    except ReplicaLost as lost:
         pool.reporter.warn(
             f"the all-reduce over {len(members)} replicas broke off ({lost.failure}, "
             f"{lost.detail}): the sums are read from the store instead, and added in order."
         )
         pool.reporter.event("reduction-failed", failure=lost.failure, detail=lost.detail)
         for replica in members:
-            if replica is not broken.replica:
+            if replica is not lost.replica:
                 pool.drop(replica)
-        pool.lose(broken.replica, lost)
+        pool.lose(lost)
         return
     pool.reporter.event(
         "reduced",
@@ -94,12 +91,6 @@ def reduce_live(pool: Pool, store: StatisticsStore, place: StoreOfRun, keys: Key
         read={str(number): part.read for number, part in parts.items()},
     )
     pool.holders.give(holders)
-
-
-class _Broken(Exception):  # noqa: N818 - an event: the reduction is given up
-    def __init__(self, replica: Replica, lost: ReplicaLost) -> None:
-        super().__init__(lost.detail)
-        self.replica, self.lost = replica, lost
 
 
 def _unloaded(pool: Pool, useful: int) -> list[Replica]:
@@ -122,25 +113,18 @@ def _reduce(
     keys: Keys,
     holders: dict[Span, Worker],
 ) -> None:
-    found: list[Any] = []
+    port, answers = 0, list[Any]()
 
-    def ask(replica: Replica, rank: int, method: str, *arguments: Any) -> None:
-        replica.ask(rank, method, uuid.uuid4().hex, *arguments, then=found.append)
-
-    def answers(number: int) -> list[Any]:
-        while len(found) < number:
+    def wait(number: int) -> None:
+        while len(answers) < number:
             pool.wait()
             for replica in members:
-                try:
-                    replica.poll()
-                except ReplicaLost as lost:
-                    raise _Broken(replica, lost) from lost
-        return found
+                replica.poll()
 
-    port = 0
     if len(members) > 1:
-        ask(members[0], 0, "host")
-        port = answers(1).pop()
+        members[0].ask(0, "host", then=answers.append)
+        wait(1)
+        port = answers.pop()
     for index, replica in enumerate(members):
         part = parts[replica.number]
         spec = ReduceSpec(
@@ -158,8 +142,8 @@ def _reduce(
             ),
         )
         for rank in range(pool.shape.ranks):
-            ask(replica, rank, "reduce", place, spec)
-    answers(len(members) * pool.shape.ranks)
+            replica.ask(rank, "reduce", place, spec, then=answers.append)
+    wait(len(members) * pool.shape.ranks)
 
 
 class FitOnCluster:
@@ -199,26 +183,18 @@ class FitOnCluster:
                     of_span_keys.append(name)
             reduce_live(self._pool, store, place, keys)
         outcomes: dict[int, Outcome] = {}
-        queue = LeaseQueue(of_span, self._pool.holders)
+
+        def asked(_: Replica, lease: Lease[Span]) -> tuple[Any, ...]:
+            self._event("span-leased", lease)
+            return place, [jobs[number] for number in of_span[lease.item]]
 
         def take(lease: Lease[Span], found: list[Outcome]) -> None:
-            queue.finished(lease, time.monotonic())
-            self._pool.progressed(lease.worker.replica)
             self._event("span-fitted", lease, fits=len(found))
             outcomes.update(zip(of_span[lease.item], found, strict=True))
             advance(len(found))
 
-        def fit(replica: Replica) -> None:
-            """Give a span to every rank of a replica that has none."""
-            for rank in replica.free_ranks:
-                lease = queue.lease(Worker(replica.number, rank), time.monotonic())
-                if lease is not None:
-                    of_lease = [jobs[number] for number in of_span[lease.item]]
-                    then = partial(take, lease)
-                    replica.ask(rank, "fit", lease.attempt, place, of_lease, then=then)
-                    self._event("span-leased", lease)
-
-        self._pool.work_off(queue, fit, "spans", ranks=self._pool.shape.ranks)
+        queue = LeaseQueue(of_span, self._pool.holders)
+        self._pool.share(queue, "spans", "fit", asked, take)
         return [outcomes[number] for number in range(len(jobs))]
 
     def _unload(self) -> None:

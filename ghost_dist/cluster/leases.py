@@ -8,7 +8,6 @@ that a slow replica delays the end by no more than one range. Spans are fitted b
 
 import statistics
 import uuid
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -73,13 +72,12 @@ class LeaseQueue(Generic[Item]):
 
     def __init__(self, items: Iterable[Item], holders: Holders[Item] | None = None) -> None:
         self._pending, self._holders = list(items), holders
-        self._left = set(self._pending)
         self._leases: dict[str, Lease[Item]] = {}
         self._durations: list[float] = []
 
     @property
     def done(self) -> bool:
-        return not self._left
+        return not self._pending and not self._leases
 
     @property
     def num_pending(self) -> int:
@@ -111,7 +109,6 @@ class LeaseQueue(Generic[Item]):
     def finished(self, lease: Lease[Item], now: float) -> None:
         """The item of this lease is done; other attempts at it are of no use any more."""
         self._durations.append(now - lease.since)
-        self._left.discard(lease.item)
         self._leases = {a: other for a, other in self._leases.items() if other.item != lease.item}
 
     def lost(self, replica: int) -> None:
@@ -197,24 +194,14 @@ class Shape:
         )
 
 
-class Losses:
-    """Replicas that each node has lost since one there finished something, by the node's id."""
+def left_out(losses: Mapping[str, int], nodes: Sequence[Node], shape: Shape) -> tuple[str, ...]:
+    """Living nodes that get no new replica; none if the others have no room for one.
 
-    def __init__(self) -> None:
-        self._lost: Counter[str] = Counter()
-
-    def lost(self, node: str, times: int = 1) -> None:
-        self._lost[node] += times
-
-    def worked(self, nodes: Iterable[str]) -> None:
-        for node in nodes:
-            del self._lost[node]
-
-    def left_out(self, nodes: Sequence[Node], shape: Shape) -> tuple[str, ...]:
-        """Living nodes that get no new replica; none if the others have no room for one."""
-        out = tuple(sorted(node.id for node in nodes if self._lost[node.id] >= LOSSES))
-        others = [node for node in nodes if node.id not in out]
-        return out if shape.fitting(others) else ()
+    ``losses``: replicas that each node has lost since one there finished something, by its id.
+    """
+    out = tuple(sorted(node.id for node in nodes if losses.get(node.id, 0) >= LOSSES))
+    others = [node for node in nodes if node.id not in out]
+    return out if shape.fitting(others) else ()
 
 
 def may_go_on(failures: Mapping[Failure, int], config: ClusterConfig) -> bool:

@@ -5,8 +5,9 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,10 +19,12 @@ from ghost_dist.cluster.leases import (
     LOSSES,
     Failure,
     Holders,
+    Lease,
     LeaseQueue,
-    Losses,
     Node,
     Shape,
+    Worker,
+    left_out,
     may_go_on,
 )
 from ghost_dist.cluster.rank import EngineSpec
@@ -53,11 +56,11 @@ class Pool:
         self.num_layers = 0
         self.holders: Holders[Any] = Holders()  # ranks that have the sums of a span
         self._queue: LeaseQueue[Any] = LeaseQueue(())
-        self._metrics = _Metrics()
+        self._metrics = _Metrics(self.replicas)
         self._numbers = itertools.count()
         self._failures: Counter[Failure] = Counter()
         self._last_loss = ""
-        self._losses, self._full = Losses(), set[str]()  # by id of the node
+        self._losses, self._full = Counter[str](), set[str]()  # by id of the node
         self._left_out: tuple[str, ...] = ()
         self._looked, self._room = -math.inf, 0
         self._placed = 0.0  # when a replica was there last, or was not waited for
@@ -73,7 +76,7 @@ class Pool:
     def _usable(self) -> list[Node]:
         """Living nodes but those that are left out, which is told when it changes."""
         nodes = self._nodes()
-        out = self._losses.left_out(nodes, self.shape)
+        out = left_out(self._losses, nodes, self.shape)
         for node in nodes:
             if node.id in set(out) - set(self._left_out):
                 self.reporter.warn(
@@ -85,9 +88,9 @@ class Pool:
         self._left_out = out
         return [node for node in nodes if node.id not in out]
 
-    def begin(self, needed: int) -> None:
+    def begin(self, needed: int | Literal["auto"]) -> None:
         """Other work comes, for so many replicas; what was lost before it does not count."""
-        self.shape.check_room(self._nodes(), needed)
+        self.shape.check_room(self._nodes(), 1 if needed == "auto" else needed)
         self._failures.clear()
         self._placed = time.monotonic()
         for replica in self.replicas.values():
@@ -113,11 +116,35 @@ class Pool:
             self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks))
             self.poll(lease)
             committed = show()
-            self._metrics.show(items, queue, self.replicas, committed)
+            self._metrics.show(items, queue, committed)
             self.reporter.at_work["committed"] = committed
             if not queue.done:
                 self.wait()
         self.reporter.at_work["committed"] = None  # what follows has other tokens, or none
+
+    def share(
+        self,
+        queue: LeaseQueue[Any],
+        items: Items,
+        method: str,
+        asked: Callable[[Replica, Lease[Any]], tuple[Any, ...]],
+        take: Callable[[Lease[Any], Any], None],
+    ) -> None:
+        """The same for items of single ranks: a ``method`` of theirs is ``asked`` for one."""
+
+        def done(lease: Lease[Any], found: Any) -> None:
+            queue.finished(lease, time.monotonic())
+            self.progressed(lease.worker.replica)
+            take(lease, found)
+
+        def give(replica: Replica) -> None:
+            for rank in replica.free_ranks:
+                lease = queue.lease(Worker(replica.number, rank), time.monotonic())
+                if lease is not None:
+                    then = partial(done, lease)
+                    replica.ask(rank, method, *asked(replica, lease), then=then)
+
+        self.work_off(queue, give, items, ranks=self.shape.ranks)
 
     def poll(self, then: Callable[[Replica], None] = lambda _: None) -> None:
         """Look what has come back from every replica; the lost ones go."""
@@ -125,8 +152,8 @@ class Pool:
             try:
                 replica.poll()
                 then(replica)
-            except ReplicaLost as error:
-                self.lose(replica, error)
+            except ReplicaLost as lost:
+                self.lose(lost)
         self._tell_replicas()
 
     def _tell_replicas(self) -> None:
@@ -147,14 +174,16 @@ class Pool:
         """A replica has finished something: what was lost before it does not count."""
         self._failures.clear()
         self._full.clear()
-        self._losses.worked(self.replicas[replica].node_ids)
+        for node in self.replicas[replica].node_ids:
+            self._losses[node] = 0
 
     def grow(self, useful: int) -> None:
         """Add replicas where there is room, up to what is useful and wanted."""
         for replica in [r for r in self.replicas.values() if r.state == "joining"]:
             # Ray has forgotten actors that were about to start on a node that died.
             if not {node.id for node in self._nodes()}.issuperset(replica.node_ids):
-                self.lose(replica, ReplicaLost("crash", "its node died before the ranks started"))
+                what = "its node died before the ranks started"
+                self.lose(ReplicaLost(replica, "crash", what))
         now, config = time.monotonic(), self.inputs.config
         wait_s, target = config.cluster.wait_s, min(self.wanted, useful)
         placing = [r for r in self.replicas.values() if r.state == "placing"]
@@ -179,14 +208,14 @@ class Pool:
             self.reporter.event("replica-start", replica=number, ranks=self.shape.ranks)
             self.reporter.say(f"starting replica {number}, of {self.shape.ranks} rank(s)")
 
-    def lose(self, replica: Replica, lost: ReplicaLost) -> None:
+    def lose(self, lost: ReplicaLost) -> None:
         """Close a lost replica, and stop the run if a budget of losses is spent."""
-        node = replica.node_of(lost)
+        replica, node = lost.replica, lost.node
         if lost.disk is not None:
             self._stop_if_full(node, lost.disk)
         if node is not None and lost.failure != "preemption":
             # A full disk stays full.
-            self._losses.lost(node, LOSSES if lost.disk else 1)
+            self._losses[node] += LOSSES if lost.disk else 1
         self._failures[lost.failure] += 1
         self._metrics.lost.inc(1, {"failure": lost.failure})
         names = {node.id: node.name for node in self._nodes()}
@@ -230,12 +259,14 @@ class Pool:
         del self.replicas[replica.number]
         self._queue.lost(replica.number)
         self.holders.lost(replica.number)
-        self._metrics.show_replicas(self.replicas)
+        self._metrics.show_replicas()
         self._tell_replicas()
 
     def release(self) -> None:
+        """Give all replicas back; new ones load nothing until somebody says what."""
         for replica in list(self.replicas.values()):
             self.drop(replica)
+        self.num_layers = 0
 
     def _spec(self) -> EngineSpec:
         inputs, config = self.inputs, self.inputs.config
@@ -249,7 +280,7 @@ class Pool:
 class _Metrics:
     """What a run shows in Ray's metrics; the names are in ``docs/cluster.md``."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: Mapping[int, Replica]) -> None:
         def gauge(name: str, what: str, *keys: str) -> metrics.Gauge:
             return metrics.Gauge(f"ghost_dist_{name}", what, tag_keys=keys)
 
@@ -264,38 +295,32 @@ class _Metrics:
         self.lost = metrics.Counter(
             "ghost_dist_replicas_lost_total", "Replicas lost, by failure.", tag_keys=("failure",)
         )
-        self._shown = 0.0
+        self._of, self._shown = replicas, 0.0
         self._rates: dict[int, float] = {}
 
-    def show(
-        self,
-        items: Items,
-        queue: LeaseQueue[Any],
-        replicas: dict[int, Replica],
-        committed: int | None,
-    ) -> None:
+    def show(self, items: Items, queue: LeaseQueue[Any], committed: int | None) -> None:
         """Set the gauges, every METRICS_S seconds at most."""
         now = time.monotonic()
         if now - self._shown < METRICS_S and not queue.done:
             return
         self._shown = now
-        self.show_replicas(replicas)
+        self.show_replicas()
         gauge: metrics.Gauge = getattr(self, f"_{items}")
         gauge.set(queue.num_pending, {"state": "pending"})
         gauge.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
         if committed is not None:
             self._tokens.set(committed)
 
-    def show_replicas(self, replicas: dict[int, Replica]) -> None:
+    def show_replicas(self) -> None:
         """Their states and rates. A gauge keeps its value: those that run nothing are set to 0."""
         now = time.monotonic()
         self._rates = dict.fromkeys(self._rates, 0.0)
-        for replica in replicas.values():
+        for replica in self._of.values():
             for lease, tokens in replica.under_way:
                 if tokens is not None:
                     self._rates[replica.number] = tokens / max(now - lease.since, 1e-9)
         for number, rate in self._rates.items():
             self._rate.set(rate, {"replica": str(number)})
-        states = Counter(replica.state for replica in replicas.values())
+        states = Counter(replica.state for replica in self._of.values())
         for state in get_args(State):
             self._replicas.set(states[state], {"state": state})

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,14 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import Checkpoint, model_fingerprint, open_checkpoint
-from ghost_dist.cluster import running_sums
-from ghost_dist.cluster.running_sums import ReduceSpec, RunningSums
+from ghost_dist.cluster.running_sums import (
+    ReduceSpec,
+    ReplicaGroup,
+    RunningSums,
+    gather_columns,
+    host_meeting,
+    reduce_folds,
+)
 from ghost_dist.devices import begin, free_bytes, release_cached
 from ghost_dist.engines.offloaded_rows import OffloadedEngine
 from ghost_dist.engines.resident import ResidentEngine
@@ -84,7 +89,6 @@ class StoreOfRun:
 class Work:
     """One store to fill; the same for all leases of a stage."""
 
-    id: str
     store: StoreOfRun
     tokens: Tokens
     collectors: Collectors
@@ -94,7 +98,6 @@ class Work:
 @dataclass(frozen=True)
 class Place:
     node: str
-    node_id: str  # Ray's
     address: str
     port: int  # free when it was asked for
     pid: int
@@ -118,7 +121,7 @@ class Rank:
         self._engine: ResidentEngine | OffloadedEngine | None = None
         self._inputs: RunInputs  # once it is loaded
         self._device = torch.device("cpu")
-        self._work: tuple[str, StatisticsStore] | None = None
+        self._work: tuple[StoreOfRun, StatisticsStore] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
         self._running: RunningSums | None = None
         self._unacknowledged: dict[str, dict[str, Sums]] = {}
@@ -139,7 +142,6 @@ class Rank:
             port = listener.getsockname()[1]
         return Place(
             node=socket.gethostname(),
-            node_id=ray.get_runtime_context().get_node_id(),
             address=ray.util.get_node_ip_address(),
             port=port,
             pid=os.getpid(),
@@ -204,12 +206,12 @@ class Rank:
         """Run a range from zero, to the device's end; its sums wait on the host for ``write``."""
         assert self._engine is not None, "run comes after load"
         self._heartbeat = (attempt, 0)
-        if self._work is None or self._work[0] != work.id:
-            self._work = (work.id, work.store.open())
+        if self._work is None or self._work[0] != work.store:
+            self._work = (work.store, work.store.open())
             self._running = RunningSums(self._inputs.config.folds) if work.keep else None
         _, store = self._work
-        windows, advance = store.plan.ranges[range_id], partial(self._advance, attempt)
-        given = (work.tokens, windows, work.collectors, advance, self._block)
+        windows = store.plan.ranges[range_id]
+        given = (work.tokens, windows, work.collectors, self._advance, self._block)
         with torch.inference_mode():
             if isinstance(self._engine, OffloadedEngine):
                 sums, times = offloaded_range(self._engine, *given)
@@ -248,7 +250,7 @@ class Rank:
     def host(self, task: str) -> int:
         """Open a store where the ranks of several replicas meet; its port on this node."""
         self._heartbeat = (task, 0)
-        self._meeting = running_sums.host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
+        self._meeting = host_meeting(ray.util.get_node_ip_address(), self._timeout_s)
         return int(self._meeting.port)
 
     def score(
@@ -269,12 +271,8 @@ class Rank:
             self._scoring.close()
             inputs = self._inputs
             inputs = replace(inputs, streaming=inputs.streaming or not holds_search(inputs))
-
-            def advance(tokens: int) -> None:
-                self._advance(self._heartbeat[0], tokens)
-
             quiet = Reporter(console=Console(quiet=True))
-            opened = scoring(inputs, of_search, quiet, advance=advance, on_host=on_host)
+            opened = scoring(inputs, of_search, quiet, advance=self._advance, on_host=on_host)
             self._search = (name, self._scoring.enter_context(opened))
         return self._search[1](removals, windows)
 
@@ -291,22 +289,21 @@ class Rank:
         for range_id in spec.read:
             attempt = store.committed_attempt(range_id)
             running.add(range_id, attempt, store.read(range_id, block=self._block))
-            self._advance(task, 1)
-        group = running_sums.join_group(spec, self._block, self._device, self._timeout_s)
-        folds = running_sums.reduce_folds(running, group, store, partial(self._advance, task))
-        if group is not None:
-            group.close()
+            self._advance(1)
+        group = ReplicaGroup(spec, self._block, self._device, self._timeout_s)
+        folds = reduce_folds(running, group, store, self._advance)
+        group.close()
         for key, owner in spec.gather:
-            whole = running_sums.gather_columns(folds, key, self._block, owner, self._device)
+            whole = gather_columns(folds, key, self._block, owner, self._device)
             if whole is not None:
                 fits.hold(key, whole)
-            self._advance(task, 1)
+            self._advance(1)
 
     def fit(self, task: str, place: StoreOfRun, jobs: Sequence[FitJob]) -> list[Outcome]:
         """Fit jobs of one span, from what this rank holds or from the store."""
         self._heartbeat = (task, 0)
         store, fits = self._fits_of(place)
-        outcomes = fits(store, jobs, partial(self._advance, task))
+        outcomes = fits(store, jobs, self._advance)
         on_host = [one if isinstance(one, Exception) else one.on_host() for one in outcomes]
         del outcomes
         release_cached(self._device)
@@ -328,8 +325,9 @@ class Rank:
     def _timeout_s(self) -> float:
         return self._inputs.config.cluster.progress_timeout_s
 
-    def _advance(self, task: str, amount: int) -> None:
-        self._heartbeat = (task, self._heartbeat[1] + amount)
+    def _advance(self, amount: int) -> None:
+        task, done = self._heartbeat
+        self._heartbeat = (task, done + amount)
 
     def _fits_of(self, place: StoreOfRun) -> tuple[StatisticsStore, FitHere]:
         if self._fits is None or self._fits[0] != place:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import math
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,26 +35,29 @@ State = Literal["placing", "joining", "loading", "idle", "busy", "full", "unload
 """full: a range is run, but the one before it is still being written. unloaded: without the model;
 each rank takes tasks of its own."""
 
-Written = Callable[[Lease[int], list[WrittenBlock]], None]
-
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Errors of a disk: the node's own, or of one that every replica would meet."""
 
 _RECORDER_S = 2.0
 
 
+@dataclass(eq=False)
 class ReplicaLost(Exception):  # noqa: N818 - an event, not a mistake
-    """A rank crashed, hung or was preempted; the replica is of no use any more.
+    """A rank crashed, hung or was preempted; the replica is of no use any more."""
 
-    ``rank``: which one it was, if that is known; ``disk``: what a disk said to it.
-    """
+    replica: "Replica"
+    failure: Failure
+    detail: str
+    rank: int | None = None  # which one it was, if that is known
+    disk: OSError | None = None  # what a disk said to it
 
-    def __init__(
-        self, failure: Failure, detail: str, rank: int | None = None, disk: OSError | None = None
-    ) -> None:
-        super().__init__(detail)
-        self.failure: Failure = failure
-        self.detail, self.rank, self.disk = detail, rank, disk
+    @property
+    def node(self) -> str | None:
+        """Id of the node that it was of: the rank's, or that of all; None: not known."""
+        node_ids = self.replica.node_ids
+        one = self.rank is not None and node_ids[self.rank : self.rank + 1]
+        nodes = set(one or node_ids)
+        return nodes.pop() if len(nodes) == 1 else None
 
 
 @dataclass
@@ -92,9 +96,7 @@ class Replica:
         """Of each rank, once there is room for it."""
         self.began = self._asked = self._checked = time.monotonic()
         self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
-        self._running: Lease[int] | None = None
-        self._unwritten: tuple[Lease[int], Written] | None = None
-        self._writing: Lease[int] | None = None
+        self._leases: list[Lease[int]] = []  # of ranges that are run or written
         self._ranks: list[Any] = []
         self._heartbeats: dict[int, Any] = {}
         self._answered: dict[int, float] = {}
@@ -121,19 +123,12 @@ class Replica:
     def under_way(self) -> list[tuple[Lease[int], int | None]]:
         """Leases that are not handed back, with the tokens run so far; None: all of them."""
         tokens = {call.task: call.done for call in self._calls if call.method == "run"}
-        leases = [lease for lease in (self._writing, self._running) if lease is not None]
-        return [(lease, tokens.get(lease.attempt)) for lease in leases]
+        return [(lease, tokens.get(lease.attempt)) for lease in self._leases]
 
     @property
     def free_ranks(self) -> list[int]:
         ranks = range(len(self._ranks)) if self.state == "unloaded" else ()
         return [rank for rank in ranks if all(call.rank != rank for call in self._calls)]
-
-    def node_of(self, lost: ReplicaLost) -> str | None:
-        """Id of the node that a loss was of: its rank's, or that of all; None: not known."""
-        one = lost.rank is not None and self.node_ids[lost.rank : lost.rank + 1]
-        nodes = set(one or self.node_ids)
-        return nodes.pop() if len(nodes) == 1 else None
 
     def poll(self) -> None:
         """Hand on what has come back. Raises ReplicaLost, or what every replica would meet."""
@@ -146,17 +141,29 @@ class Replica:
                 call.then([values[ref] for ref in call.refs])
         self._check_alive()
 
-    def run(self, work: Any, lease: Lease[int], written: Written) -> None:
+    def run(
+        self, work: Any, lease: Lease[int], written: Callable[[list[WrittenBlock]], None]
+    ) -> None:
         """Begin a range of a ``Work``; ``written`` is told once its blocks are on the disk."""
         assert self.state == "idle"
-        self._running, self.state = lease, "busy"
 
         def ran(times: list[RangeTimes]) -> None:
-            self.state, self._unwritten = "full", (lease, written)
             of_lease = {"range": lease.item, "attempt": lease.attempt, "replica": self.number}
             self._reporter.event("range-ran", **of_lease, **RangeTimes.told(times))
-            self._write()
+            self.state = "full" if len(self._leases) > 1 else "idle"
+            self._ask("write", lease.item, lease.attempt, then=wrote)
 
+        def wrote(blocks: list[WrittenBlock]) -> None:
+            self._leases.remove(lease)
+            if self.state == "full":
+                self.state = "idle"
+            for call in self._calls:
+                if call.method == "write":  # ranks write one after the other: it begins now
+                    call.moved = time.monotonic()
+            written(blocks)
+
+        self._leases.append(lease)
+        self.state = "busy"
         self._ask("run", work, lease.item, lease.attempt, then=ran, task=lease.attempt)
 
     def acknowledge(self, lease: Lease[int], *, committed: bool) -> None:
@@ -175,11 +182,10 @@ class Replica:
         self._ask("unload", then=unloaded)
         self.state = "unloading"
 
-    def ask(
-        self, rank: int, method: str, task: str, *arguments: Any, then: Callable[[Any], None]
-    ) -> None:
+    def ask(self, rank: int, method: str, *arguments: Any, then: Callable[[Any], None]) -> None:
         """Begin a task of one rank: a method that takes the task's name, then the arguments."""
         assert rank in self.free_ranks
+        task = uuid.uuid4().hex
         self._ask(method, task, *arguments, then=lambda got: then(got[0]), task=task, rank=rank)
 
     def restart_timeouts(self) -> None:
@@ -277,21 +283,6 @@ class Replica:
             conformance=[difference for _, difference in loaded],
         )
 
-    def _write(self) -> None:
-        """Let the ranks write the range that they have run, once the one before it is written."""
-        if self._unwritten is None or self._writing is not None:
-            return
-        lease, written = self._unwritten
-
-        def wrote(blocks: list[WrittenBlock]) -> None:
-            self._writing = None
-            self._write()
-            written(lease, blocks)
-
-        self._running = self._unwritten = None
-        self._writing, self.state = lease, "idle"
-        self._ask("write", lease.item, lease.attempt, then=wrote)
-
     def _check_alive(self) -> None:
         """Raise ReplicaLost for what takes too long or does not answer."""
         now, patience_s = time.monotonic(), self._config.heartbeat_timeout_s
@@ -311,11 +302,11 @@ class Replica:
             if now - call.moved > call.limit_s:
                 who = "it" if call.rank is None else f"rank {call.rank}"
                 what = f"{who} took more than {call.limit_s:g} s to {call.doing}"
-                raise ReplicaLost("hang", what, call.rank)
+                raise ReplicaLost(self, "hang", what, call.rank)
         for number, since in self._answered.items():
             if now - since > patience_s:
                 what = f"rank {number} has not answered for {patience_s:g} s"
-                raise ReplicaLost("hang", what, number)
+                raise ReplicaLost(self, "hang", what, number)
         if now - self._asked > min(1.0, patience_s / 4):
             self._asked = now
             for number in self._answered.keys() - self._heartbeats.keys():
@@ -328,7 +319,7 @@ class Replica:
         except RayActorError as error:
             preempted = isinstance(error, ActorDiedError) and error.preempted
             failure: Failure = "preemption" if preempted else "crash"
-            raise ReplicaLost(failure, self._death(error), rank) from error
+            raise ReplicaLost(self, failure, self._death(error), rank) from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, GhostDistError):
@@ -336,11 +327,12 @@ class Replica:
             if isinstance(cause, OSError) and cause.errno in _DISK:
                 disk = OSError(cause.errno, cause.strerror, cause.filename)
                 what = f"rank {rank}: {_first_line(cause)}"
-                raise ReplicaLost("crash", what, rank, disk) from error
+                raise ReplicaLost(self, "crash", what, rank, disk) from error
             # Not the rank's own, maybe: the others of its world get errors when one dies.
-            raise ReplicaLost("crash", f"{type(cause).__name__}: {_first_line(cause)}") from error
+            what = f"{type(cause).__name__}: {_first_line(cause)}"
+            raise ReplicaLost(self, "crash", what) from error
         except RayError as error:
-            raise ReplicaLost("crash", _first_line(error)) from error
+            raise ReplicaLost(self, "crash", _first_line(error)) from error
 
     def _death(self, error: RayActorError) -> str:
         """Which rank has died, as what process, and why as far as Ray knows."""

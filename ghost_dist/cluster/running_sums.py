@@ -66,28 +66,34 @@ class ReplicaGroup:
     """The ranks of several worlds that keep the same columns; :meth:`add` sums over them."""
 
     def __init__(
-        self, store: Any, index: int, count: int, device: torch.device, timeout_s: float
+        self, spec: ReduceSpec, block: ColumnBlock, device: torch.device, timeout_s: float
     ) -> None:
         self._device = device
+        self._group: Any = None
+        if spec.count == 1:
+            return
         timeout = dt.timedelta(seconds=timeout_s)
-        self._group: Any
+        meeting = TCPStore(spec.address, spec.port, is_master=False, timeout=timeout)
+        own = PrefixStore(f"block-{block.index}", meeting)
         if device.type == "cuda":
             begin(device)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, index, count, options)
+            self._group = dist.ProcessGroupNCCL(own, spec.index, spec.count, options)
         else:
-            self._group = dist.ProcessGroupGloo(store, index, count, timeout)
+            self._group = dist.ProcessGroupGloo(own, spec.index, spec.count, timeout)
 
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor on the CPU by its sum over the group; the same bits on all ranks."""
+        if self._group is None:
+            return
         on_device = tensor.to(self._device)
         self._group.allreduce([on_device]).wait()
         if on_device is not tensor:
             tensor.copy_(on_device)
 
     def close(self) -> None:
-        if self._device.type == "cuda":
+        if self._group is not None and self._device.type == "cuda":
             self._group.shutdown()
         self._group = None
 
@@ -98,29 +104,15 @@ def host_meeting(address: str, timeout_s: float) -> Any:
     return TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
 
 
-def join_group(
-    spec: ReduceSpec, block: ColumnBlock, device: torch.device, timeout_s: float
-) -> ReplicaGroup | None:
-    """The ranks with this block of the replicas that take part; None if there is one replica."""
-    if spec.count == 1:
-        return None
-    timeout = dt.timedelta(seconds=timeout_s)
-    meeting = TCPStore(spec.address, spec.port, is_master=False, timeout=timeout)
-    own = PrefixStore(f"block-{block.index}", meeting)
-    return ReplicaGroup(own, spec.index, spec.count, device, timeout_s)
-
-
 def reduce_folds(
     running: RunningSums,
-    group: ReplicaGroup | None,
+    group: ReplicaGroup,
     store: StatisticsStore,
     advance: Callable[[int], None],
 ) -> Folds:
     """Every fold's sums, these columns, in place; all ranks together have each range once."""
     folds, num_folds = running.folds, len(running.folds)
-    shapes = next((fold for fold in folds if fold), None)
-    if shapes is None:
-        raise ReductionError("A rank without any range takes part in a reduction.")
+    shapes = next(fold for fold in folds if fold)  # who has no range takes no part
     entries = list(store.plan.entries)
     for fold in folds:
         for entry in entries:
@@ -129,9 +121,8 @@ def reduce_folds(
     num_ranges = len(store.plan.ranges)
     counts_R = torch.tensor([int(i in running.kept) for i in range(num_ranges)])
     tokens_KE = torch.tensor([[fold[entry].num_tokens for entry in entries] for fold in folds])
-    if group is not None:
-        group.add(counts_R)
-        group.add(tokens_KE)
+    group.add(counts_R)
+    group.add(tokens_KE)
     wrong = {i: int(n) for i, n in enumerate(counts_R) if int(n) != 1}
     if wrong:
         raise ReductionError(f"Every range counts once, but these are in the sums {wrong} times.")
@@ -145,10 +136,9 @@ def reduce_folds(
                     f"The sums of {entry} over fold {number} hold {found} tokens, but its ranges "
                     f"have {expected}."
                 )
-            if group is not None:
-                for array in fold[entry].arrays().values():
-                    group.add(array)
-                    advance(1)
+            for array in fold[entry].arrays().values():
+                group.add(array)
+                advance(1)
             fold[entry] = replace(fold[entry], num_tokens=expected)
     return folds
 

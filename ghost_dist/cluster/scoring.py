@@ -5,67 +5,54 @@ elsewhere, and takes a part of each generation. A score is the same whoever comp
 search is too, with any number of replicas and whatever is lost on the way.
 """
 
-from __future__ import annotations
-
-import time
+import contextlib
 import uuid
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
 
-from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
+from ghost_dist.cluster.leases import Lease, LeaseQueue
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.replica import Replica
+from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.search_effort import Windows
-from ghost_dist.progress import Advance
-from ghost_dist.solver.removals import Removal
+from ghost_dist.progress import Advance, Reporter
+from ghost_dist.solver.removals import Removal, Score
 
 
-class ScoreOnCluster:
-    """The ``Score`` of one search; a context manager that gives the replicas back."""
+@contextlib.contextmanager
+def scoring_on_cluster(
+    pool: Pool, inputs: RunInputs, of_search: Windows, reporter: Reporter, scored: Advance
+) -> Iterator[Score]:
+    """A ``Scorer``: as many ranks as there are, which are given back."""
+    search = (uuid.uuid4().hex, ray.put(of_search))
+    pool.num_layers = 0
+    pool.begin(inputs.config.engine.replicas)
 
-    def __init__(self, pool: Pool, windows: Windows, scored: Advance) -> None:
-        self._pool, self._search = pool, (uuid.uuid4().hex, ray.put(windows))
-        self._scored = scored
-        pool.num_layers = 0
-        wanted = pool.inputs.config.engine.replicas
-        pool.begin(1 if wanted == "auto" else wanted)
-
-    def __enter__(self) -> ScoreOnCluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.release()
-
-    def __call__(self, removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
-        """``Scores.sure_kl`` per removal and window, from as many ranks as there are."""
+    def score(removals: Sequence[Removal], windows: Sequence[int]) -> list[list[float]]:
         # Neighbours in this order share most of their streams and operators.
         order = sorted(range(len(removals)), key=lambda number: removals[number])
-        each = -(-len(order) // (self._pool.wanted * self._pool.shape.ranks))
+        each = -(-len(order) // (pool.wanted * pool.shape.ranks))
         parts = [order[first : first + each] for first in range(0, len(order), each)]
-        queue: LeaseQueue[int] = LeaseQueue(range(len(parts)))
         found: dict[int, list[float]] = {}
 
+        def asked(replica: Replica, lease: Lease[int]) -> tuple[Any, ...]:
+            node = replica.node_ids[lease.worker.rank]
+            on_host = sum(r.node_ids.count(node) for r in pool.replicas.values())
+            return *search, [removals[number] for number in parts[lease.item]], windows, on_host
+
         def take(lease: Lease[int], scores: list[list[float]]) -> None:
-            queue.finished(lease, time.monotonic())
-            self._pool.progressed(lease.worker.replica)
             if parts[lease.item][0] not in found:
-                self._scored(len(scores) * len(windows))
+                scored(len(scores) * len(windows))
             found.update(zip(parts[lease.item], scores, strict=True))
 
-        def give(replica: Replica) -> None:
-            for rank in replica.free_ranks:
-                lease = queue.lease(Worker(replica.number, rank), time.monotonic())
-                if lease is not None:
-                    some = [removals[number] for number in parts[lease.item]]
-                    node = replica.node_ids[rank]
-                    on_host = sum(r.node_ids.count(node) for r in self._pool.replicas.values())
-                    asked = (*self._search, some, windows, on_host)
-                    replica.ask(rank, "score", lease.attempt, *asked, then=partial(take, lease))
-
-        doing = self._pool.reporter.doing
-        doing(f"scoring {len(removals):,}")
-        self._pool.work_off(queue, give, "search_parts", ranks=self._pool.shape.ranks)
-        doing("")
+        reporter.doing(f"scoring {len(removals):,}")
+        pool.share(LeaseQueue(range(len(parts))), "search_parts", "score", asked, take)
+        reporter.doing("")
         return [found[number] for number in range(len(removals))]
+
+    try:
+        yield score
+    finally:
+        pool.release()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,7 +18,7 @@ from ghost_dist.cluster.collect import CollectOnCluster
 from ghost_dist.cluster.fit import FitOnCluster
 from ghost_dist.cluster.leases import Node, Shape
 from ghost_dist.cluster.pool import Pool
-from ghost_dist.cluster.scoring import ScoreOnCluster
+from ghost_dist.cluster.scoring import scoring_on_cluster
 from ghost_dist.config import Config
 from ghost_dist.errors import ClusterError, ConfigError
 from ghost_dist.pipeline import layer_times
@@ -29,22 +31,12 @@ from ghost_dist.progress import Reporter
 _PROBE_S = 10.0
 
 
-class Session:
+class Session(ExitStack):
     """Ray for one run; a context manager, and the ``Workers`` of the pipeline."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self._config = config
-        self._connected = False
-        self._pool: Pool | None = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.release()
-        if self._connected:
-            ray.shutdown()
 
     def device(self) -> torch.device:
         """GPUs if the cluster has any and the configuration does not ask for the CPU."""
@@ -80,28 +72,17 @@ class Session:
             ) from error
         return times
 
-    def collect(self, inputs: RunInputs, reporter: Reporter) -> CollectOnCluster:
-        """What fills the stores of the run, on replicas of this cluster."""
-        return CollectOnCluster(self._pool_of(inputs, reporter))
-
-    def scorer(self, inputs: RunInputs, reporter: Reporter) -> Scorer | None:
-        """What scores removals, on the same replicas; None: the driver alone has a GPU."""
-        if inputs.device.type == "cuda" and inputs.worker_device.type == "cpu":
-            return None
-        return lambda _inputs, windows, _reporter, scored: ScoreOnCluster(
-            self._pool_of(inputs, reporter), windows, scored
-        )
-
-    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitOnCluster:
-        """What fits spans from the run's store, on the same replicas or in the driver."""
-        return FitOnCluster(self._pool_of(inputs, reporter))
-
-    def _pool_of(self, inputs: RunInputs, reporter: Reporter) -> Pool:
-        if self._pool is None:
-            self._connect()
-            shape = self._shape(int(inputs.worker_device.type == "cuda"))
-            self._pool = Pool(inputs, reporter, shape, self.nodes)
-        return self._pool
+    def begin(
+        self, inputs: RunInputs, reporter: Reporter
+    ) -> tuple[CollectOnCluster, FitOnCluster, Scorer | None]:
+        """All on the same replicas; a driver that alone has a GPU scores by itself."""
+        self._connect()
+        shape = self._shape(int(inputs.worker_device.type == "cuda"))
+        pool = Pool(inputs, reporter, shape, self.nodes)
+        self.callback(pool.release)
+        alone = inputs.device.type == "cuda" and inputs.worker_device.type == "cpu"
+        scorer = None if alone else partial(scoring_on_cluster, pool)
+        return CollectOnCluster(pool), FitOnCluster(pool), scorer
 
     def _shape(self, gpus: int) -> Shape:
         engine, cpus = self._config.engine, self._config.cluster.cpus_per_rank
@@ -116,7 +97,7 @@ class Session:
         return [of(node) for node in ray.nodes() if node["Alive"]]
 
     def _connect(self) -> None:
-        if self._connected or ray.is_initialized():
+        if ray.is_initialized():
             return
         address = self._config.cluster.address or os.environ.get("RAY_ADDRESS")
         _check_address(address)
@@ -139,7 +120,7 @@ class Session:
                 "cluster.address, that the head node runs (ray status), and that RAY_AUTH_MODE and "
                 "RAY_AUTH_TOKEN_PATH are those of the cluster."
             ) from error
-        self._connected = True
+        self.callback(ray.shutdown)
 
 
 def recover_on_cluster(

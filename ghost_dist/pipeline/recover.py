@@ -63,14 +63,13 @@ class Workers(Protocol):
     ) -> Times:
         """As ``layer_times.request_seconds``, on one of their devices."""
 
-    def collect(self, inputs: RunInputs, reporter: Reporter) -> Collect:
-        """What fills the stores of one run."""
+    def begin(
+        self, inputs: RunInputs, reporter: Reporter
+    ) -> tuple[Collect, FitSpans, Scorer | None]:
+        """What fills the stores of one run, fits its spans and scores the removals of a search.
 
-    def scorer(self, inputs: RunInputs, reporter: Reporter) -> Scorer | None:
-        """What scores the removals of a search; None: this process is better at it."""
-
-    def fit_spans(self, inputs: RunInputs, reporter: Reporter) -> FitSpans:
-        """What fits the spans of one run from its store; ``release`` of ``collect`` is for both."""
+        ``release`` of the first is for all of them; no scorer: this process is better at it.
+        """
 
 
 def recover(
@@ -113,9 +112,9 @@ def recover(
         inputs = with_engine(inputs, run, reporter)
         if again is not None:
             run.forget(again)
-        collect = workers.collect(inputs, reporter) if workers is not None else None
-        fit_spans = workers.fit_spans(inputs, reporter) if workers is not None else None
-        scorer = workers.scorer(inputs, reporter) if workers is not None else None
+        collect = fit_spans = scorer = None
+        if workers is not None:
+            collect, fit_spans, scorer = workers.begin(inputs, reporter)
         ahead = None
         if again in (None, "export") and not run.outputs("export"):
             ahead = beside.enter_context(ExportAhead(inputs, run))

@@ -87,12 +87,14 @@ def told(monkeypatch):
 
 def test_a_replica_that_is_gone_has_no_rate(told):
     """Its last one would be added to that of its successor, as long as the driver lives."""
-    shown = pool._Metrics()
     lease = Lease(0, "a", Worker(7), time.monotonic() - 2)
-    shown.show_replicas({7: SimpleNamespace(number=7, state="busy", under_way=[(lease, 100)])})
+    replicas = {7: SimpleNamespace(number=7, state="busy", under_way=[(lease, 100)])}
+    shown = pool._Metrics(replicas)
+    shown.show_replicas()
     assert told["ghost_dist_tokens_per_second"]["7"] == [pytest.approx(50, rel=0.1)]
     assert told["ghost_dist_replicas"]["busy"] == [1]
-    shown.show_replicas({})
+    replicas.clear()
+    shown.show_replicas()
     assert told["ghost_dist_tokens_per_second"]["7"][1:] == [0]
     assert told["ghost_dist_replicas"]["busy"] == [1, 0]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ghost_dist.cluster.leases import Losses, Node, Shape, may_go_on
+from ghost_dist.cluster.leases import Node, Shape, left_out, may_go_on
 from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
 
@@ -64,16 +64,11 @@ def test_preemptions_may_have_a_budget():
 
 def test_a_node_that_fails_twice_in_a_row_is_left_out_while_another_has_room():
     a, b, small = Node("a", 2, 0, "A"), Node("b", 2, 0, "B"), Node("c", 1, 0, "C")
-    shape, losses = Shape(2, 1, 0), Losses()
-    losses.lost("A")
-    losses.worked(["A", "B"])
-    losses.lost("A")
-    assert losses.left_out([a, b, small], shape) == ()  # once since it worked
-    losses.lost("A")
-    assert losses.left_out([a, b, small], shape) == ("A",)
-    assert losses.left_out([a, small], shape) == ()
+    shape = Shape(2, 1, 0)
+    assert left_out({"A": 1}, [a, b, small], shape) == ()
+    assert left_out({"A": 2}, [a, b, small], shape) == ("A",)
+    assert left_out({"A": 2}, [a, small], shape) == ()
     back = Node("a", 2, 0, "D")
-    assert losses.left_out([back, b], shape) == ()
-    losses.lost("B", 2)
-    assert losses.left_out([a, b, small], shape) == ()
-    assert losses.left_out([a, b, back], shape) == ("A", "B")
+    assert left_out({"A": 2}, [back, b], shape) == ()
+    assert left_out({"A": 2, "B": 2}, [a, b, small], shape) == ()
+    assert left_out({"A": 2, "B": 2}, [a, b, back], shape) == ("A", "B")

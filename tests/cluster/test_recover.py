@@ -27,6 +27,7 @@ from trace_files import check_format, named
 from ghost_dist.cluster import failures
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster import session as session_module
+from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.session import recover_on_cluster
 from ghost_dist.errors import (
@@ -405,7 +406,7 @@ def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
 
     class OfSickNode(Rank):
         def run(self, *arguments):
-            if self.place().node_id not in sick:
+            if ray.get_runtime_context().get_node_id() not in sick:
                 # What it finishes between the two full disks would say that disks are not full.
                 while (run / "events.jsonl").read_text().count('"node-left-out"') < len(sick):
                     time.sleep(0.1)
@@ -415,7 +416,7 @@ def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
 
         @ray.method(concurrency_group="write")
         def write(self, *arguments):
-            if self.place().node_id in sick:
+            if ray.get_runtime_context().get_node_id() in sick:
                 raise OSError(errno.ENOSPC, "No space left on device", "/its/own")
             return super().write(*arguments)
 
@@ -449,8 +450,15 @@ def test_a_node_that_fails_for_reasons_of_its_own_is_left_out(
     [("ab", 1, "b"), ("ab", 0, "a"), ("ab", None, None), ("aa", None, "a"), ("", 0, None)],
 )
 def test_a_loss_is_of_one_node_or_of_none(nodes, rank, blamed):
-    lost = replica_module.ReplicaLost("hang", "no answer", rank)
-    assert replica_module.Replica.node_of(SimpleNamespace(node_ids=list(nodes)), lost) == blamed
+    replica = SimpleNamespace(node_ids=list(nodes))
+    assert replica_module.ReplicaLost(replica, "hang", "no answer", rank).node == blamed
+
+
+def test_what_a_node_finishes_makes_up_for_its_losses():
+    pool = SimpleNamespace(_failures=Counter(), _full=set(), _losses=Counter("AC"))
+    pool.replicas = {7: SimpleNamespace(node_ids=["A", "B"])}
+    Pool.progressed(pool, 7)
+    assert +pool._losses == Counter("C")
 
 
 def test_ranks_that_ray_has_forgotten_with_their_node(make_config, cluster, tmp_path, monkeypatch):

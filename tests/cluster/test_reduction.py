@@ -12,7 +12,6 @@ from ghost_dist.cluster.running_sums import (
     RunningSums,
     gather_columns,
     host_meeting,
-    join_group,
     reduce_folds,
 )
 from ghost_dist.errors import ReductionError
@@ -22,6 +21,8 @@ from ghost_dist.statistics.store_plan import StatisticsPlan
 from ghost_dist.statistics.sums import ColumnBlock
 
 FOLDS, RANGES, Z, C = 2, 7, 5, 3
+CPU = torch.device("cpu")
+ALONE = ReplicaGroup(ReduceSpec({}, (), "", 0, 0, 1, ()), ColumnBlock(), CPU, 10)
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -121,7 +122,7 @@ def test_ranges_that_are_not_all_there_once_are_refused(store, ranges):
             range_id, f"x{number}", {"a": block_of(moments_of(range_id), ColumnBlock(0, 2))}
         )
     with pytest.raises(ReductionError, match=r"counts once, .*\{6: 0\}"):
-        reduce_folds(running, None, store, lambda _: None)
+        reduce_folds(running, ALONE, store, lambda _: None)
 
 
 def test_tokens_of_a_fold_are_compared_with_the_plan(store):
@@ -130,27 +131,26 @@ def test_tokens_of_a_fold_are_compared_with_the_plan(store):
         part = block_of(moments_of(range_id, 7 if range_id == 3 else 8), ColumnBlock(0, 2))
         running.add(range_id, "x", {"a": part})
     with pytest.raises(ReductionError, match="fold 1 hold 23 tokens, but its ranges have 24"):
-        reduce_folds(running, None, store, lambda _: None)
+        reduce_folds(running, ALONE, store, lambda _: None)
 
 
-def _rank(path, replica, rank, address, ports, world_port, results):
+def _rank(path, replica, rank, address, port, world_port, results):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store, block, cpu = StatisticsStore.open(path), ColumnBlock(rank, 2), torch.device("cpu")
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://{address}:{world_port}", rank=rank, world_size=2
-    )
+    store, block = StatisticsStore.open(path), ColumnBlock(rank, 2)
+    own = f"tcp://{address}:{world_port}"
+    dist.init_process_group("gloo", init_method=own, rank=rank, world_size=2)
     running = RunningSums(FOLDS)
     # Replica 0 has all of fold 0 and one range of fold 1; replica 1 nothing of fold 0.
     mine = (6, 2, 0, 4, 5) if replica == 0 else (3, 1)
     for range_id in mine:
         running.add(range_id, "x", store.read(range_id, block=block))
-    spec = ReduceSpec({}, (), address, ports, replica, 2, ())
-    group = join_group(spec, block, cpu, 30)
+    spec = ReduceSpec({}, (), address, port, replica, 2, ())
+    group = ReplicaGroup(spec, block, CPU, 30)
     folds = reduce_folds(running, group, store, lambda _: None)
     owner = 1 - replica
-    whole = gather_columns(folds, "a", block, owner, cpu)
+    whole = gather_columns(folds, "a", block, owner, CPU)
     assert (whole is None) == (rank != owner)
     if whole is not None:
         results.put((replica, [{n: t.tolist() for n, t in f.arrays().items()} for f in whole]))
@@ -197,8 +197,6 @@ def test_two_worlds_of_two_ranks_give_the_ordered_sum_within_rounding(store):
 
 
 def test_a_group_of_one_changes_nothing():
-    meeting = host_meeting("127.0.0.1", 10)
-    group = ReplicaGroup(meeting, 0, 1, torch.device("cpu"), 10)
     tensor = torch.arange(3, dtype=torch.float64)
-    group.add(tensor)
+    ALONE.add(tensor)
     assert tensor.tolist() == [0, 1, 2]

@@ -126,7 +126,7 @@ def test_ranks_that_share_the_windows_and_the_reading(make, alone, cluster, tmp_
             reader = self._engine.model._reader
             before = reader.bytes_read
             found = super().run(work, range_id, attempt)
-            line = [work.id, range_id, self._block.index, reader.bytes_read - before]
+            line = [str(work.store.path), range_id, self._block.index, reader.bytes_read - before]
             (reads / f"{attempt}-{self._block.index}").write_text(json.dumps(line))
             return found
 

@@ -15,16 +15,16 @@ SIZE = 1 << 16
 
 def _rank(number, meeting_port, world_port, results):
     import torch.distributed as dist
-    from torch.distributed import PrefixStore, TCPStore
 
-    from ghost_dist.cluster.running_sums import ReplicaGroup
+    from ghost_dist.cluster.running_sums import ReduceSpec, ReplicaGroup
+    from ghost_dist.statistics.sums import ColumnBlock
 
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     own = f"tcp://127.0.0.1:{world_port}"
     dist.init_process_group("nccl", init_method=own, rank=0, world_size=1, device_id=device)
-    meeting = TCPStore("127.0.0.1", meeting_port, is_master=False)
-    group = ReplicaGroup(PrefixStore("block-0", meeting), number, 2, device, 60)
+    spec = ReduceSpec({}, (), "127.0.0.1", meeting_port, number, 2, ())
+    group = ReplicaGroup(spec, ColumnBlock(), device, 60)
     values = values_of(number)
     counts = torch.tensor([1, 2 * number])
     group.add(counts)
