@@ -98,8 +98,8 @@ class Replica:
         self._shape, self._config, self._reporter = shape, spec.inputs.config.cluster, reporter
         self._leases: list[Lease[int]] = []  # of ranges that are run or written
         self._ranks: list[Any] = []
-        self._heartbeats: dict[int, Any] = {}
-        self._answered: dict[int, float] = {}
+        self._heartbeats: dict[int, tuple[Any, float]] = {}
+        """By rank those that are not answered yet, and since when."""
         elsewhere = {"ray.io/node-id": f"!in({','.join(left_out)})"} if left_out else {}
         self._group = placement_group(
             [shape.bundle] * shape.ranks,
@@ -191,7 +191,7 @@ class Replica:
     def restart_timeouts(self) -> None:
         """Nobody has polled for a while: the ranks' silence until now is not theirs."""
         now = time.monotonic()
-        self._answered = dict.fromkeys(self._answered, now)
+        self._heartbeats = {rank: (ref, now) for rank, (ref, _) in self._heartbeats.items()}
         for call in self._calls:
             call.moved = now
 
@@ -266,7 +266,6 @@ class Replica:
                 )
         then = partial(self._loaded, time.monotonic())
         self._ask("load", places[0].address, places[0].port, self.spec, then=then)
-        self._answered = dict.fromkeys(range(len(self._ranks)), time.monotonic())
         self.state = "loading"
 
     def _loaded(self, joined: float, loaded: list[tuple[int, float | None]]) -> None:
@@ -289,28 +288,27 @@ class Replica:
         if now - self._checked > patience_s / 2:  # a file system has held the driver, say
             self.restart_timeouts()
         self._checked = now
-        for number, ref in list(self._heartbeats.items()):
+        for number, (ref, since) in list(self._heartbeats.items()):
             if ray.wait([ref], timeout=0)[0]:
                 task, done = self._get(ref, number)
                 del self._heartbeats[number]
-                self._answered[number] = now
                 for call in self._calls:
                     told = call.task == task and number == (call.rank or 0)
                     if told and call.done != done:
                         call.done, call.moved = done, now
+            elif now - since > patience_s:
+                what = f"rank {number} has not answered for {patience_s:g} s"
+                raise ReplicaLost(self, "hang", what, number)
         for call in self._calls:
             if now - call.moved > call.limit_s:
                 who = "it" if call.rank is None else f"rank {call.rank}"
                 what = f"{who} took more than {call.limit_s:g} s to {call.doing}"
                 raise ReplicaLost(self, "hang", what, call.rank)
-        for number, since in self._answered.items():
-            if now - since > patience_s:
-                what = f"rank {number} has not answered for {patience_s:g} s"
-                raise ReplicaLost(self, "hang", what, number)
-        if now - self._asked > min(1.0, patience_s / 4):
+        if self.places and now - self._asked > min(1.0, patience_s / 4):
             self._asked = now
-            for number in self._answered.keys() - self._heartbeats.keys():
-                self._heartbeats[number] = self._ranks[number].heartbeat.remote()
+            for number, rank in enumerate(self._ranks):
+                if number not in self._heartbeats:
+                    self._heartbeats[number] = rank.heartbeat.remote(), now
 
     def _get(self, ref: Any, rank: int) -> Any:
         """The value of a finished call of a rank, or what its failure means."""

@@ -81,8 +81,9 @@ def test_ranks_fit_the_bits_of_the_driver(make, alone, cluster, tmp_path, monkey
 
     class Unheard(replica_module.Replica):
         def restart_timeouts(self):
-            self._answered = dict.fromkeys(self._answered, time.monotonic() - 1000)
-            self._heartbeats.clear()
+            long_ago = time.monotonic() - 1000
+            asked = [rank.heartbeat.remote() for rank in self._ranks]
+            self._heartbeats = {rank: (ref, long_ago) for rank, ref in enumerate(asked)}
             super().restart_timeouts()
 
     use_rank(monkeypatch, RankThatWaits)
