@@ -82,7 +82,7 @@ class _Filling:
         lease = self._queue.lease(Worker(replica.number), time.monotonic())
         if lease is not None:
             replica.run(self._work, lease, partial(self._commit, replica, lease))
-            self._event("range-leased", replica, lease)
+            self._event("range-leased", lease)
 
     def show(self, advance: Advance) -> int:
         """Tell the tokens that count or are under way; those of a lost replica are taken back."""
@@ -110,12 +110,7 @@ class _Filling:
             self._queue.finished(lease, now)
             self._pool.progressed(replica.number)
             self._committed += self._tokens_of(lease)
-            self._event(
-                "range-committed",
-                replica,
-                lease,
-                seconds=round(now - lease.since, 3),
-            )
+            self._event("range-committed", lease, seconds=round(now - lease.since, 3))
         if self._keep:
             replica.acknowledge(lease, committed=won)
 
@@ -123,6 +118,5 @@ class _Filling:
         plan = self._store.plan
         return len(plan.ranges[lease.item]) * plan.window_length
 
-    def _event(self, name: str, replica: Replica, lease: Lease[int], **more: Any) -> None:
-        of_lease = {"range": lease.item, "attempt": lease.attempt, "replica": replica.number}
-        self._pool.reporter.event(name, stage=self._stage, **of_lease, **more)
+    def _event(self, name: str, lease: Lease[int], **more: float) -> None:
+        self._pool.reporter.event(name, stage=self._stage, **lease.of_range, **more)

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from ghost_dist.durable import write_bytes
 
 if TYPE_CHECKING:  # a process that looks starts without torch
     from ghost_dist.cluster.rank import Place
+    from ghost_dist.cluster.replica import Replica
 
 _LINES, _RAYLET_LINES, _EVENTS, _COLLECTIVES = 200, 40, 20, 10
 _NOISE = ("[state-dump]", "- ", "\n")  # statistics that a raylet writes every minute
@@ -38,26 +38,19 @@ _PY_SPY_S = 5.0
 _ANSWER_S = 20.0  # that another node has to answer; a new process starts there
 
 
-def keep_failure(
-    run: Path,
-    number: int,
-    node_ids: Sequence[str],
-    places: Sequence[Place],
-    recorded: Mapping[int, bytes],
-    said: str,
-) -> Path:
+def keep_failure(run: Path, replica: Replica, said: str) -> Path:
     """Write ``RUN/failures/TIME-replica-NUMBER.txt`` before the ranks are killed.
 
-    ``node_ids``: of each rank; ``places``: the same, once the ranks have told them; ``recorded``:
-    dumps of flight recorders by rank, each written beside it as ``TIME-replica-NUMBER-rank-RANK``.
+    Dumps of flight recorders are written beside it as ``TIME-replica-NUMBER-rank-RANK``.
     """
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-replica-{number}"
+    recorded = replica.collectives()
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-replica-{replica.number}"
     path = run / "failures" / f"{name}.txt"
     path.parent.mkdir(exist_ok=True)
     remote = ray.remote(num_cpus=0, max_retries=0)(look_at)
     parts, elsewhere = [said, "\n--- last events", *_last_events(run)], {}
-    for rank, node_id in enumerate(node_ids):
-        place = places[rank] if places else None
+    for rank, node_id in enumerate(replica.node_ids):
+        place = replica.places[rank] if replica.places else None
         title = f"\n=== rank {rank}, on node {node_id}, has not started"
         if place is not None:
             title = f"\n=== rank {rank}, process {place.pid} on {place.node} ({place.address})"

@@ -10,7 +10,7 @@ import statistics
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from ghost_dist.engine_config import ClusterConfig
 from ghost_dist.errors import ConfigError
@@ -38,6 +38,11 @@ class Lease(Generic[Item]):
     attempt: str
     worker: Worker
     since: float
+
+    @property
+    def of_range(self) -> dict[str, Any]:
+        """What events of a range say of it."""
+        return {"range": self.item, "attempt": self.attempt, "replica": self.worker.replica}
 
 
 class Holders(dict[Item, Worker]):

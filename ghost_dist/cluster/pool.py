@@ -226,8 +226,7 @@ class Pool:
         with contextlib.suppress(OSError):  # of a full disk, say: the run goes on without
             run = Path(self.inputs.config.output.path)
             said = f"lost {self._last_loss}\n\n--- what Ray says\n{lost.__cause__ or 'nothing'}"
-            of_ranks = (replica.node_ids, replica.places, replica.collectives())
-            kept = keep_failure(run, replica.number, *of_ranks, said)
+            kept = keep_failure(run, replica, said)
             self._last_loss += f" (logs and stacks: {kept})"
         for other in self.replicas.values():
             other.restart_timeouts()

@@ -148,8 +148,7 @@ class Replica:
         assert self.state == "idle"
 
         def ran(times: list[RangeTimes]) -> None:
-            of_lease = {"range": lease.item, "attempt": lease.attempt, "replica": self.number}
-            self._reporter.event("range-ran", **of_lease, **RangeTimes.told(times))
+            self._reporter.event("range-ran", **lease.of_range, **RangeTimes.told(times))
             self.state = "full" if len(self._leases) > 1 else "idle"
             self._ask("write", lease.item, lease.attempt, then=wrote)
 
