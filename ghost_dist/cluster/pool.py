@@ -36,7 +36,6 @@ from ghost_dist.progress import Reporter
 POLL_S = 0.5  # longest that the driver sleeps while nothing comes back
 LOOK_FOR_ROOM_S = 5.0  # how often it looks for nodes that have joined
 ASK_AGAIN_S = 60.0  # for room: Ray has lost requests when a node came back with another address
-METRICS_S = 2.0
 
 Items = Literal["ranges", "search_parts", "spans"]
 """What a queue holds: ranges to run, parts of a generation of a search to score, spans to fit."""
@@ -157,6 +156,7 @@ class Pool:
         self._tell_replicas()
 
     def _tell_replicas(self) -> None:
+        self._metrics.show_replicas()
         self.reporter.at_work["replicas"] = [
             {"replica": number, "state": replica.state, "nodes": [p.node for p in replica.places]}
             for number, replica in self.replicas.items()
@@ -258,7 +258,6 @@ class Pool:
         del self.replicas[replica.number]
         self._queue.lost(replica.number)
         self.holders.lost(replica.number)
-        self._metrics.show_replicas()
         self._tell_replicas()
 
     def release(self) -> None:
@@ -294,16 +293,10 @@ class _Metrics:
         self.lost = metrics.Counter(
             "ghost_dist_replicas_lost_total", "Replicas lost, by failure.", tag_keys=("failure",)
         )
-        self._of, self._shown = replicas, 0.0
+        self._of = replicas
         self._rates: dict[int, float] = {}
 
     def show(self, items: Items, queue: LeaseQueue[Any], committed: int | None) -> None:
-        """Set the gauges, every METRICS_S seconds at most."""
-        now = time.monotonic()
-        if now - self._shown < METRICS_S and not queue.done:
-            return
-        self._shown = now
-        self.show_replicas()
         gauge: metrics.Gauge = getattr(self, f"_{items}")
         gauge.set(queue.num_pending, {"state": "pending"})
         gauge.set(len({lease.item for lease in queue.leases}), {"state": "leased"})
