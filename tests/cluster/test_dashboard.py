@@ -23,7 +23,7 @@ EVERY_QUERY = "".join(query for queries in QUERIES.values() for query in queries
 @pytest.fixture(scope="module")
 def exported():
     """Labels of the metrics by their names at the Prometheus port."""
-    made = [m for m in vars(pool._Metrics()).values() if isinstance(m, metrics.Metric)]
+    made = [m for m in vars(pool._Metrics({})).values() if isinstance(m, metrics.Metric)]
     return {f"ray_{m.info['name']}": set(m.info["tag_keys"]) for m in made}
 
 
