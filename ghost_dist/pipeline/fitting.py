@@ -29,7 +29,7 @@ from ghost_dist.solver.operators import OPERATORS, Fitting
 from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.moments import Moments, stream_moments
-from ghost_dist.statistics.span_sums import Regressors, moments_bytes, sums_key
+from ghost_dist.statistics.span_sums import moments_bytes, sums_key
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.sums import Sums
 
@@ -189,13 +189,19 @@ class FitHere:
         self._kept_bytes = 0
         try:
             for number in in_reading_order(jobs):
+                job = jobs[number]
                 try:
-                    outcomes[number] = self._fit(store, jobs[number])
+                    outcomes[number] = Fitted(Repair(), None, frozenset())
+                    if job.candidate.kind() is not None:
+                        # No name here holds sums: they go before those of another span come.
+                        repair, fit = self._ridges.fit(*self._given(store, job))
+                        repair = self._kept(repair, job.dtype)
+                        outcomes[number] = Fitted(repair, fit, frozenset(job.folds))
                 except (SingularGramError, SingularOperatorError) as error:
                     outcomes[number] = error.with_traceback(None)  # which would keep the sums
                 except torch.OutOfMemoryError as error:
                     raise ConfigError(
-                        f"A fit at {jobs[number].span} has no room on {self._wanted_device}, where "
+                        f"A fit at {job.span} has no room on {self._wanted_device}, where "
                         f"{free_bytes(self._wanted_device) / 1e9:.2f} GB are free. Free memory "
                         "there; the same command continues."
                     ) from error
@@ -210,29 +216,24 @@ class FitHere:
         """Take the sums of every fold from here on, instead of reading them from a store."""
         self._held[key] = folds
 
-    def _fit(self, store: StatisticsStore, job: FitJob) -> Fitted:
-        kind = job.candidate.kind()
-        if kind is None:
-            return Fitted(Repair(), None, frozenset())
-        stored = stored_kind(kind, job.span, store.plan.entries)
-        assert stored is not None, "the store was checked"
-        placed = self._sums(store, job.span, stored, job.folds)
-        folds = [placed.folds[fold] for fold in job.folds]
-        repair, fit = self._ridges.fit(
-            job.candidate, job.span, folds, placed.down_FC, job.folds, detail=job.detail
-        )
-        if job.dtype is not None:
-            repair = repair.stored(job.dtype, job.dtype)
+    def _kept(self, repair: Repair, dtype: torch.dtype | None) -> Repair:
+        """A repair in the dtype that is wanted, on the device where that is and there is room."""
+        assert self._placed is not None, "what was fitted has sums"
+        if dtype is not None:
+            repair = repair.stored(dtype, dtype)
             self._kept_bytes += sum(part.nbytes for part in repair.parts().values())
-        room = _SHARE_FOR_REPAIRS * total_bytes(placed.device)
-        if job.dtype is None or self._kept_bytes > room:
-            repair = repair.to(torch.device("cpu"))
-        return Fitted(repair, fit, frozenset(job.folds))
+        room = _SHARE_FOR_REPAIRS * total_bytes(self._placed.device)
+        kept = dtype is not None and self._kept_bytes <= room
+        return repair if kept else repair.to(torch.device("cpu"))
 
-    def _sums(
-        self, store: StatisticsStore, span: Span, kind: Regressors, folds: Sequence[int]
-    ) -> _Placed:
-        """Sums of some folds where they are computed with; brought there once for jobs in a row."""
+    def _given(
+        self, store: StatisticsStore, job: FitJob
+    ) -> tuple[Candidate, Span, list[Moments], Tensor | None, tuple[int, ...], None, Detail]:
+        """For ``RidgeFits.fit``; sums are brought to the device once for jobs in a row."""
+        span, wanted = job.span, job.candidate.kind()
+        assert wanted is not None, "the plain cut has no sums"
+        kind = stored_kind(wanted, span, store.plan.entries)
+        assert kind is not None, "the store was checked"
         key, layer = sums_key(span, kind), span.start - 1
         if self._placed is None or self._placed.key != key:
             self._placed = None  # gives its memory back first
@@ -243,10 +244,11 @@ class FitHere:
             if kind == "joint":
                 down_FC = read_down(self._source, self._architecture, layer, device)
             self._placed = _Placed(key, device, down_FC, {})
-        for fold in folds:
+        for fold in job.folds:
             if fold not in self._placed.folds:
                 self._placed.folds[fold] = self._fold(store, key, fold, self._placed.device)
-        return self._placed
+        folds = [self._placed.folds[fold] for fold in job.folds]
+        return job.candidate, span, folds, self._placed.down_FC, job.folds, None, job.detail
 
     def _fold(self, store: StatisticsStore, key: str, fold: int, device: torch.device) -> Moments:
         """Sums of a fold, its ranges added in id order."""

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -139,7 +139,7 @@ class Solver:
         with self._reporter.stage("solve", len(self._spans), "spans") as advance:
             around = [_around(chosen.candidate, chosen.fits.get(span)) for span in self._spans]
             pairs = list(zip(around, self._spans, strict=True))
-            outcomes = self._from_store(pairs, folds, advance)
+            outcomes = self._fit_spans(self._store, self._jobs(pairs, folds), advance)
             return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
 
     def _walk(
@@ -174,22 +174,21 @@ class Solver:
     def fit(self, candidate: Candidate, span: Span, folds: Sequence[int] | None = None) -> Fitted:
         """One candidate at one span, on the given folds or on all."""
         picked = range(self._inputs.config.folds) if folds is None else folds
-        return _fitted(self._from_store([(candidate, span)], picked, lambda _: None)[0])
+        jobs = self._jobs([(candidate, span)], picked)
+        return _fitted(self._fit_spans(self._store, jobs, lambda _: None)[0])
 
-    def _from_store(
+    def _jobs(
         self,
         pairs: Sequence[tuple[Candidate, Span]],
         picked: Sequence[int],
-        advance: Callable[[int], None],
         detail: Detail = "all",
         dtype: torch.dtype | None = None,
-    ) -> list[Outcome]:
+    ) -> list[FitJob]:
         refittable = self._inputs.refittable
-        jobs = [
+        return [
             FitJob(candidate.at(span, refittable), span, tuple(picked), detail, dtype)
             for candidate, span in pairs
         ]
-        return self._fit_spans(self._store, jobs, advance)
 
     def _choose(self, candidates: list[Candidate]) -> tuple[Tried, list[dict[str, Any]]]:
         """The best of several candidates, and a row for each; one alone is not looked at."""
@@ -270,7 +269,8 @@ class Solver:
         detail: Detail = "residual" if first else "map"
         dtype = self._inputs.dtype  # in which the model that they are judged in computes
         with self._reporter.stage("try candidates", len(pairs), "fits") as advance:
-            outcomes = iter(self._from_store(pairs, picked, advance, detail, dtype))
+            jobs = self._jobs(pairs, picked, detail, dtype)
+            outcomes = iter(self._fit_spans(self._store, jobs, advance))
         found, errors = [], []
         for one in tried:
             of_span = {span: next(outcomes) for span in spans}

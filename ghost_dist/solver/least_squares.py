@@ -105,16 +105,52 @@ def fit_least_squares(
     """
     kept = {} if kept is None else kept
     if not kept:
-        kept["least squares"] = Regression(where, folds, prior_ZC, blocks, judge)
-    return kept["least squares"].fit(ridge, around, detail)
+        kept["least squares"] = Regression(folds, prior_ZC, blocks, judge)
+    of = kept["least squares"]
+    seen, scale_Z = of.seen, of.scale_Z
+    if isinstance(ridge, AbsoluteRidge):
+        scale_Z = torch.ones_like(scale_Z)
+    error_of, errors = of.judged_by(ridge, around, detail)
+    if not error_of:
+        raise singular(where, seen, _highest(ridge) * float(scale_Z[0]))
+    best = min(errors or error_of, key=error_of.__getitem__)
+    held_out = error_of[best]
+    factor_ZZ, info = cholesky_factor(seen.gram_ZZ, best * scale_Z)
+    if int(info):
+        raise singular(where, seen, best * float(scale_Z[0]))
+    map_ZC = prior_ZC + torch.cholesky_solve(seen.cross_ZC, factor_ZZ)
+    tiny = torch.finfo(torch.float64).tiny
+    errors_C = errors.get(best, torch.full_like(of.variance_C, math.nan))
+    r2_C = 1 - errors_C / of.variance_C.clamp_min(tiny)
+    sums = (of.judged.sumsq_y_C.sum(), of.variance_C.sum())
+    cut, variance, scale, absolute = torch.stack((*sums, of.scale_Z[0], scale_Z[0])).tolist()
+    relative = absolute / scale if scale > 0 else 0.0
+    condition = math.nan
+    if detail == "all":
+        condition = condition_number(seen.gram_ZZ, best * scale_Z, factor_ZZ)
+    fit = Fit(
+        ridge=best * absolute,
+        relative_ridge=best * relative,
+        residual=held_out / cut if cut > 0 else 0.0,
+        r2=1 - held_out / variance if variance > 0 else 0.0,
+        r2_channel_quantiles=tuple(torch.quantile(r2_C, r2_C.new_tensor(QUANTILES)).tolist()),
+        r2_channels=tuple(r2_C.tolist()),
+        condition=condition,
+        num_tokens=seen.num_tokens,
+        tokens_per_channel=seen.num_tokens / seen.gram_ZZ.shape[0],
+        ridge_curve=tuple(
+            (candidate * relative, error / cut if cut > 0 else 0.0)
+            for candidate, error in error_of.items()
+        ),
+    )
+    return map_ZC, fit
 
 
 class Regression:
-    """One least squares at any number of ridges; what they share is computed once."""
+    """What fits of one least squares at any number of ridges share; computed once."""
 
     def __init__(
         self,
-        where: str,
         folds: Iterable[Moments],
         prior_ZC: Tensor,
         blocks: Sequence[int] = (),
@@ -124,57 +160,18 @@ class Regression:
         parts = [retarget(fold, prior_ZC) for fold in originals]
         if len(parts) < 2:
             raise ConfigError(f"A held-out residual needs at least 2 folds, got {len(parts)}.")
-        self._where, self._prior_ZC = where, prior_ZC
         self.judging = parts if judge is None else [parts[judge]]
         self.total = add_all(parts)
-        self._judged = self.total if judge is None else parts[judge]
+        self.judged = self.total if judge is None else parts[judge]
         self.seen = self.total if judge is None else self.total - parts[judge]
         self.scale_Z = ridge_scale(self.seen.gram_ZZ, blocks)
-        self._variance_C = _target_variance(originals if judge is None else [originals[judge]])
+        self.variance_C = _target_variance(originals if judge is None else [originals[judge]])
         self._errors_C: dict[float, Tensor] = {}  # by relative ridge, those with a factor
         # Of mixtures of the targets, summed; and what they are less than those of the targets.
         self._mixed: dict[float, float] = {}
         self._less: float | None = None
 
-    def fit(
-        self, ridge: Ridge, around: float | None = None, detail: Detail = "all"
-    ) -> tuple[Tensor, Fit]:
-        seen, scale_Z = self.seen, self.scale_Z
-        if isinstance(ridge, AbsoluteRidge):
-            scale_Z = torch.ones_like(scale_Z)
-        error_of, errors = self._judged_by(ridge, around, detail)
-        if not error_of:
-            raise singular(self._where, seen, _highest(ridge) * float(scale_Z[0]))
-        best = min(errors or error_of, key=error_of.__getitem__)
-        held_out = error_of[best]
-        change_ZC, factor_ZZ = solve(self._where, seen, best * scale_Z)
-        tiny = torch.finfo(torch.float64).tiny
-        errors_C = errors.get(best, torch.full_like(self._variance_C, math.nan))
-        r2_C = 1 - errors_C / self._variance_C.clamp_min(tiny)
-        sums = (self._judged.sumsq_y_C.sum(), self._variance_C.sum())
-        cut, variance, scale, absolute = torch.stack((*sums, self.scale_Z[0], scale_Z[0])).tolist()
-        relative = absolute / scale if scale > 0 else 0.0
-        condition = math.nan
-        if detail == "all":
-            condition = condition_number(seen.gram_ZZ, best * scale_Z, factor_ZZ)
-        fit = Fit(
-            ridge=best * absolute,
-            relative_ridge=best * relative,
-            residual=held_out / cut if cut > 0 else 0.0,
-            r2=1 - held_out / variance if variance > 0 else 0.0,
-            r2_channel_quantiles=tuple(torch.quantile(r2_C, r2_C.new_tensor(QUANTILES)).tolist()),
-            r2_channels=tuple(r2_C.tolist()),
-            condition=condition,
-            num_tokens=seen.num_tokens,
-            tokens_per_channel=seen.num_tokens / seen.gram_ZZ.shape[0],
-            ridge_curve=tuple(
-                (candidate * relative, error / cut if cut > 0 else 0.0)
-                for candidate, error in error_of.items()
-            ),
-        )
-        return self._prior_ZC + change_ZC, fit
-
-    def _judged_by(
+    def judged_by(
         self, ridge: Ridge, around: float | None, detail: Detail
     ) -> tuple[dict[float, float], dict[float, Tensor]]:
         """Held-out errors by ridge, those with a factor: estimated or not, and those of targets."""
@@ -210,7 +207,7 @@ class Regression:
 
     def _about_least(self) -> float | None:
         """The ridge of the grid of least error of mixtures of the targets; None: of few targets."""
-        if len(self._variance_C) <= MIXTURES:
+        if len(self.variance_C) <= MIXTURES:
             return None
         self._mixed = mixed_errors(self.judging, self.total, self.scale_Z)
         return min(self._mixed, key=self._mixed.__getitem__, default=None)

@@ -144,9 +144,11 @@ def test_the_ridge_of_many_targets_is_that_of_the_whole_grid(rows, monkeypatch, 
     assert 1 < sum(exact[ridge] == estimated[ridge] for ridge in exact) < 7
     # A residual that is known well enough is not computed, one that is asked for is.
     given = RelativeRidge(relative=RIDGE_GRID[0])
-    least_squares_of = kept["least squares"]
-    assert least_squares_of.fit(given, detail="residual")[1].residual == estimated[RIDGE_GRID[0]]
-    assert least_squares_of.fit(given)[1].residual == pytest.approx(exact[RIDGE_GRID[0]])
+    told = {"kept": kept, "judge": judge}
+    _, known = fit_ghost(SPAN, folds, given, detail="residual", **told)
+    assert known.residual == estimated[given.relative]
+    _, asked = fit_ghost(SPAN, folds, given, **told)
+    assert asked.residual == pytest.approx(exact[given.relative])
 
 
 def test_fits_that_share_are_bitwise_those_that_do_not(rows):
