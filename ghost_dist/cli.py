@@ -63,14 +63,14 @@ Spans = Annotated[str | None, Option(help="Layers to remove: 11:18 or 3:5,11:18.
 Operator = Annotated[str | None, Option(help="auto, ghost, ghost-joint, fold, ...")]
 
 _FIELD_OF = {
-    "out": "output.path",
-    "remove": "selection.remove",
-    "spans": "selection.spans",
-    "operator": "operator.name",
-    "pareto": "selection.pareto",
+    "--out": "output.path",
+    "--remove": "selection.remove",
+    **dict.fromkeys(("--target-speedup", "--target-kv", "--target-bytes"), "selection.target"),
+    "--pareto": "selection.pareto",
+    "--spans": "selection.spans",
+    "--operator": "operator.name",
 }
-_given: dict[str, str] = {}
-"""Fields of the configuration that options of this call have set, and these options."""
+"""What options set in the configuration."""
 
 
 @app.command()
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the ``ghost-dist`` command; never returns."""
 
     stopped_by: list[int] = []
-    _given.clear()
+    given = sys.argv[1:] if arguments is None else arguments
 
     def stop(number: int, _: Any) -> NoReturn:
         stopped_by.append(number)
@@ -311,15 +311,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        _check_quotes(sys.argv[1:] if arguments is None else arguments)
-        app(arguments)
+        _check_quotes(given)
+        app(given)
     except (Exception, SystemExit) as error:
         # The signal may have come inside a cleaning up, which then failed, or inside a wait of Ray,
         # which makes another status of it.
         if stopped_by:
             _fail("stopped. The same command continues.", 128 + stopped_by[0], kind="")
         if isinstance(error, GhostDistError):
-            said = _in_options(str(error)) if isinstance(error, ConfigError) else str(error)
+            said = _in_options(str(error), given) if isinstance(error, ConfigError) else str(error)
             _fail(said, 2 if isinstance(error, TO_CHANGE) else 1)
         if isinstance(error, OSError):
             where = f" ({error.filename})" if error.filename else ""
@@ -376,13 +376,8 @@ def _run_config(
         raise ConfigError(f"One target at a time, and these were given: {', '.join(given)}.")
     if given:
         settings["selection.target"] = given[0]
-        _given["selection.target"] = f"--target-{given[0].partition(' ')[0]}"
     if pareto is not None:
         settings["selection.pareto"] = pareto
-    options = {**fields, "pareto": pareto}
-    _given.update(
-        {field: f"--{name}" for name, field in _FIELD_OF.items() if options.get(name) is not None}
-    )
     config = make_config(model, settings=settings, **fields)
     if fields.get("runs", True):
         _check_texts(config)
@@ -399,11 +394,11 @@ def _check_texts(config: Any) -> None:
         check_there(source)
 
 
-def _in_options(message: str) -> str:
+def _in_options(message: str, arguments: Sequence[str]) -> str:
     """What is said of fields, with the options that set them in this call in their place."""
-    lines = message.splitlines()
-    for field, option in _given.items():
-        section, name = field.split(".")
+    lines, given = message.splitlines(), {argument.partition("=")[0] for argument in arguments}
+    for option in [option for option in _FIELD_OF if option in given]:
+        section, name = (field := _FIELD_OF[option]).split(".")
         # What is said of a whole section names fields without it.
         short = {line: line.startswith(f"{section}: ") for line in lines}
         lines = [
