@@ -93,6 +93,7 @@ class Architecture:
         """With paths as they are in the model without its head."""
         return replace(
             self,
+            base_prefix="",
             layers=self.in_base(self.layers),
             embeddings=self.in_base(self.embeddings),
             final_norm=self.in_base(self.final_norm),

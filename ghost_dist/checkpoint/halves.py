@@ -29,10 +29,14 @@ def zeros(width: int, outputs: int) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs["hidden_states"]
-        zero = x.new_zeros(*x.shape[:-1], width)
-        return (zero, *(None,) * (outputs - 1)) if outputs else zero
+        return in_form(x.new_zeros(*x.shape[:-1], width), outputs)
 
     return forward
+
+
+def in_form(output: Tensor, length: int) -> Any:
+    """An output as a module returns it: first in a tuple of that length; 0: alone."""
+    return (output, *(None,) * (length - 1)) if length else output
 
 
 def remove_halves(

@@ -3,9 +3,8 @@
 The exported checkpoint must compute the same; ``export/verify.py`` compares the two.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -86,38 +85,6 @@ def set_weight(module: Any, weight_FC: Tensor) -> None:
     """Give a linear module another weight, (in, out), in its own dtype."""
     weight_CF = weight_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
     module.weight = nn.Parameter(weight_CF, requires_grad=False)
-
-
-_TUPLE_LENGTH: dict[type, int] = {}
-"""Length of the tuple in which a class of decoder layers returns its stream first; 0: alone."""
-
-
-def note_return_type(layer: nn.Module, _: Any, output: Any) -> None:
-    """A forward hook."""
-    _TUPLE_LENGTH[type(layer)] = len(output) if isinstance(output, tuple) else 0
-
-
-def handing_on(layer_class: type) -> Callable[..., Any]:
-    """A forward that hands the input stream on in the form of a class seen before."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        tuple_length = _TUPLE_LENGTH[layer_class]
-        stream = args[0] if args else kwargs["hidden_states"]
-        return (stream, *(None,) * (tuple_length - 1)) if tuple_length else stream
-
-    return forward
-
-
-@torch.inference_mode()
-def learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
-    """Look at what layers return; annotations are missing or wrong in several families."""
-    unknown = [layer for layer in layers if type(layer) not in _TUPLE_LENGTH]
-    if not unknown:
-        return
-    with contextlib.ExitStack() as hooks:
-        for layer in unknown:
-            hooks.enter_context(layer.register_forward_hook(note_return_type))
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def down_path(architecture: Architecture) -> str:

@@ -26,7 +26,6 @@ from rich.console import Console
 
 from ghost_dist import __version__
 from ghost_dist.calibration.windows import Tokens
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.peers import Peers
 from ghost_dist.checkpoint.reader import Checkpoint, model_fingerprint, open_checkpoint
 from ghost_dist.cluster.running_sums import (
@@ -39,7 +38,7 @@ from ghost_dist.cluster.running_sums import (
 )
 from ghost_dist.devices import begin, free_bytes, release_cached
 from ghost_dist.engines.offloaded_rows import OffloadedEngine
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.engines.tensor_parallel import open_tensor_parallel
 from ghost_dist.errors import CheckpointError, CorruptStoreError, ReductionError, RunFolderError
 from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range

@@ -23,10 +23,10 @@ from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
 from ghost_dist.checkpoint.conversions import save_model
 from ghost_dist.checkpoint.layer_fields import cut_config, read_config
-from ghost_dist.checkpoint.load import Decoder, load_decoder
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import Checkpoint, open_checkpoint
-from ghost_dist.engines.resident import Engine
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.resident import Engine, load_decoder
 from ghost_dist.errors import ConfigError, UnsupportedArchitectureError
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import Collector
@@ -98,7 +98,7 @@ class _Recorder(Collector):
 
 
 @torch.inference_mode()
-def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
+def _as_a_whole(decoder: LayerwiseModel, tokens: Tokens) -> Seen:
     """What the model's own forward gives, looked at by hooks."""
     recorder = _Recorder((), ())
 
@@ -113,15 +113,14 @@ def _as_a_whole(decoder: Decoder, tokens: Tokens) -> Seen:
             recorder.take_mlp(layer, window, *of_window)
 
     with contextlib.ExitStack() as hooks:
-        for number, layer in enumerate(decoder.layers):
+        for number, module in enumerate((*decoder.layers, decoder.final_norm)):
             note = partial(entering, number)
-            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
         for number in decoder.architecture.down_projections:
             module = decoder.down_projection(number)
             hooks.enter_context(module.register_forward_hook(partial(down, number)))
-        last = decoder(torch.from_numpy(tokens).to(decoder.device, torch.int64))
-    for window, stream_TC in enumerate(last):
-        recorder(decoder.num_layers, window, stream_TC)
+        ids_BT = torch.from_numpy(tokens).to(decoder.device, torch.int64)
+        decoder.model(input_ids=ids_BT, use_cache=False)
     return recorder.seen
 
 

@@ -38,6 +38,10 @@ _EXPERTS_PER_TOKEN = (
 RunLayer = Callable[[Tensor], Tensor]
 
 
+class SeenEnough(Exception):  # noqa: N818 - no error: it ends a forward early
+    """What was looked for is there."""
+
+
 class Inputs:
     """Streams (W, T, C) that will go through a layer, batch by batch, as often as somebody asks."""
 
@@ -218,12 +222,12 @@ class SplitLayer:
                     "(tokens, width), (tokens, experts of a token) and the same again",
                 )
             self._batches.append(self._keep(hidden_NC, index_NK, weights_NK, inputs.num_tokens))
-            raise _Asked
+            raise SeenEnough
 
         self._experts.__dict__["forward"] = asked
         try:
             for count, x_BTC in enumerate(inputs, 1):
-                with contextlib.suppress(_Asked):
+                with contextlib.suppress(SeenEnough):
                     run(x_BTC)
                 if len(self._batches) != count:
                     raise cannot_be_split(self._family, "a layer did not call them")
@@ -295,10 +299,6 @@ class SplitLayer:
         given.apply_defaults()
         _, hidden_NC, index_NK, weights_NK = given.arguments.values()
         return hidden_NC, index_NK, weights_NK
-
-
-class _Asked(Exception):  # noqa: N818 - no error: it ends a forward early
-    """The experts were called, and are not there yet."""
 
 
 def cannot_be_split(family: str, why: str) -> UnsupportedArchitectureError:

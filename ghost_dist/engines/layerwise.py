@@ -8,7 +8,8 @@ Windows are full rows, so it depends on the shape alone.
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.halves import zeros
-from ghost_dist.checkpoint.surgery import handing_on, learn_return_types, set_weight
+from ghost_dist.checkpoint.halves import in_form, zeros
+from ghost_dist.checkpoint.surgery import set_weight
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.engines.expert_parts import Inputs, RunLayer, routed_experts
+from ghost_dist.engines.expert_parts import Inputs, RunLayer, SeenEnough, routed_experts
 from ghost_dist.engines.sharding import gather_width
 from ghost_dist.spans import Sublayer
 
@@ -29,9 +30,10 @@ Group = int | Literal["embeddings", "head"]
 _PROBE_TOKENS = 16
 _PROBE_TOLERANCE = 0.02  # of the largest logit; a body that ran again is off by about all of it
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
 
-class _SeenEnough(Exception):  # noqa: N818 - no error: it ends a forward early
-    """What was looked for is there."""
+_TUPLE_LENGTH: dict[type, int] = {}
+"""Length of the tuple in which a class of decoder layers returns its stream first; 0: alone."""
 
 
 class LayerwiseModel:
@@ -40,15 +42,14 @@ class LayerwiseModel:
     whole = True  # all layers are at hand at once, so windows go through in batches
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
-        self._model, self.architecture = model, architecture
+        self.model, self.architecture = model, architecture
         self.layers: nn.ModuleList = model.get_submodule(architecture.layers)
         self.num_layers, self.hidden_size = len(self.layers), architecture.hidden_size
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self._embeddings = model.get_submodule(architecture.embeddings)
         self.final_norm = model.get_submodule(architecture.final_norm)
-        self._given: dict[tuple[int, ...], list[Callable[[Any, Tensor], Any]]] = {}
-        self._take_up: list[Callable[[], None]] = []  # lets a layer be itself again
+        self._given: dict[tuple[int, ...], list[_Call]] = {}
         routed = {number: routed_experts(layer) for number, layer in enumerate(self.layers)}
         self._experts = {number: found for number, found in routed.items() if found is not None}
         self.routes = bool(self._experts)
@@ -71,17 +72,14 @@ class LayerwiseModel:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Layers hand their input on, but for the one that is run; no dropout."""
-        training = self._model.training
-        self._model.eval()
-        learn_return_types(self._model, self.layers)
-        self._hand_on()
+        """No dropout, and what layers return is known."""
+        training = self.model.training
+        self.model.eval()
+        _learn_return_types(self.model, self.layers)
         try:
             yield
         finally:
-            for take_up in self._take_up:
-                take_up()
-            self._model.train(training)
+            self.model.train(training)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The stream entering layer 0, shape (B, T, C); its group must be at hand."""
@@ -89,11 +87,11 @@ class LayerwiseModel:
 
         def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept.append(args[0] if args else kwargs["hidden_states"])
-            raise _SeenEnough
+            raise SeenEnough
 
-        hook = self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-        with hook, contextlib.suppress(_SeenEnough):
-            self._model(input_ids=ids_BT, use_cache=False)
+        hook = self.layers[0].register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+        with hook, contextlib.suppress(SeenEnough):
+            self.model(input_ids=ids_BT, use_cache=False)
         return kept[0]
 
     @contextlib.contextmanager
@@ -113,15 +111,13 @@ class LayerwiseModel:
         module = self.layers[layer]
 
         def run(stream_BTC: Tensor) -> Tensor:
-            output = self._calls(tuple(stream_BTC.shape[:2]))[layer](module, stream_BTC)
+            args, kwargs = self._calls(tuple(stream_BTC.shape[:2]))[layer]
+            output = module(stream_BTC, *args, **kwargs)
             left: Tensor = output[0] if isinstance(output, tuple) else output
             return left
 
-        with contextlib.ExitStack() as stack:
-            self._take_up[layer]()
-            stack.callback(self._hand_on, layer)
-            if tapped:
-                stack.enter_context(forward_of(module, MethodType(type(module).forward, module)))
+        plain = MethodType(type(module).forward, module)
+        with forward_of(module, plain) if tapped else contextlib.nullcontext():
             yield run
 
     def down_projection(self, layer: int) -> Any:
@@ -176,7 +172,7 @@ class LayerwiseModel:
         if self._head_by_itself:
             return self._head(stream_NC)
         # A forward takes them for one text, and there may be no more positions.
-        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         parts = torch.split(stream_NC, most or len(stream_NC))
         return torch.cat([self._forward(part_NC) for part_NC in parts])
 
@@ -188,11 +184,11 @@ class LayerwiseModel:
 
         shape, generator = (_PROBE_TOKENS, self.hidden_size), torch.Generator().manual_seed(0)
         stream_NC = torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        body = self._model.base_model
+        body = self.model.base_model
         with body.register_forward_hook(note):
             expected_NV = self._forward(stream_NC)
         self._head_by_itself = False
-        if body is self._model:  # the family names no body
+        if body is self.model:  # the family names no body
             return
         try:
             got_NV = self._head(stream_NC)
@@ -205,7 +201,7 @@ class LayerwiseModel:
         """The model's forward with a body that answers at once: soft caps and scales stay its."""
         answer = copy.copy(self._body_output)
         answer["last_hidden_state"] = self.final_norm(stream_NC[None])
-        with forward_of(self._model.base_model, lambda *_args, **_kwargs: answer):
+        with forward_of(self.model.base_model, lambda *_args, **_kwargs: answer):
             return self._logits_of(len(stream_NC))
 
     def _forward(self, stream_NC: Tensor) -> Tensor:
@@ -215,39 +211,36 @@ class LayerwiseModel:
             return (stream_NC[None], *args[1:])
 
         hook = self.final_norm.register_forward_pre_hook(enter, prepend=True)
-        with hook, self._without_tokens():
+        with hook, self._without_tokens(), _handing_on(self.layers):
             return self._logits_of(len(stream_NC))
 
     def _logits_of(self, num_tokens: int) -> Tensor:
         ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=self.device)
-        found: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+        found: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return found
 
-    def _calls(self, shape: tuple[int, ...]) -> list[Callable[[Any, Tensor], Any]]:
-        """For batches of a shape, how the model calls each layer."""
+    def _calls(self, shape: tuple[int, ...]) -> list[_Call]:
+        """For batches of a shape, what the model gives each layer besides the stream."""
         if shape not in self._given:
-            calls: list[Callable[[Any, Tensor], Any]] = []
+            calls: list[_Call] = []
 
             def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if args:
-                    others = args[1:]  # not the stream, whose memory it would hold
-                    calls.append(lambda module, stream: module(stream, *others, **kwargs))
-                else:
-                    rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
-                    calls.append(lambda module, stream: module(hidden_states=stream, **rest))
+                # Not the stream, whose memory it would hold.
+                kept = {name: v for name, v in kwargs.items() if name != "hidden_states"}
+                calls.append((args[1:], kept))
 
             def stop(*_: Any) -> None:
-                raise _SeenEnough
+                raise SeenEnough
 
             with contextlib.ExitStack() as hooks:
-                hooks.enter_context(contextlib.suppress(_SeenEnough))
+                hooks.enter_context(contextlib.suppress(SeenEnough))
                 hooks.enter_context(self._without_tokens())
                 hooks.enter_context(self.final_norm.register_forward_pre_hook(stop, prepend=True))
-                for layer in self.layers:  # the current one too
-                    hooks.callback(_hand_on(layer))
+                hooks.enter_context(_handing_on(self.layers))  # the current one too
+                for layer in self.layers:
                     layer.register_forward_pre_hook(note, with_kwargs=True)
                 ids_BT = torch.zeros(*shape, dtype=torch.int64, device=self.device)
-                self._model(input_ids=ids_BT, use_cache=False)
+                self.model(input_ids=ids_BT, use_cache=False)
             self._given[shape] = calls
         return self._given[shape]
 
@@ -261,12 +254,6 @@ class LayerwiseModel:
 
         with forward_of(self._embeddings, zeros):
             yield
-
-    def _hand_on(self, only: int | None = None) -> None:
-        if only is None:
-            self._take_up = [_hand_on(layer) for layer in self.layers]
-        else:
-            self._take_up[only] = _hand_on(self.layers[only])
 
 
 def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
@@ -288,21 +275,37 @@ def adds_mlp_output(layers: LayerwiseModel, layer: int) -> bool:
     return bool((change - product).norm() <= slack)
 
 
-def _hand_on(layer: Any) -> Callable[[], None]:
-    """Let a layer hand its input on, without what hangs on it (operators); gives the way back."""
-    forward = layer.__dict__.get("forward")
-    hooks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
-    layer.__dict__["forward"] = handing_on(type(layer))
-    layer._forward_pre_hooks = OrderedDict()
-    layer._forward_pre_hooks_with_kwargs = OrderedDict()
+@torch.inference_mode()
+def _learn_return_types(model: Any, layers: Iterable[nn.Module]) -> None:
+    """Look at what layers return; annotations are missing or wrong in several families."""
 
-    def take_up() -> None:
-        layer.__dict__.pop("forward", None)  # twice where a stop came in between
-        if forward is not None:
-            layer.__dict__["forward"] = forward
-        layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = hooks
+    def note(layer: nn.Module, _: Any, output: Any) -> None:
+        _TUPLE_LENGTH[type(layer)] = len(output) if isinstance(output, tuple) else 0
 
-    return take_up
+    unknown = [layer for layer in layers if type(layer) not in _TUPLE_LENGTH]
+    if not unknown:
+        return
+    with contextlib.ExitStack() as hooks:
+        for layer in unknown:
+            hooks.enter_context(layer.register_forward_hook(note))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+
+
+@contextlib.contextmanager
+def _handing_on(layers: Iterable[Any]) -> Iterator[None]:
+    """Let layers hand their input on, without what hangs on them (operators)."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(forward_of(layer, partial(_hand_on, _TUPLE_LENGTH[type(layer)])))
+            for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+                stack.callback(setattr, layer, name, getattr(layer, name))
+                setattr(layer, name, OrderedDict())
+        yield
+
+
+def _hand_on(length: int, /, *args: Any, **kwargs: Any) -> Any:
+    """A forward that returns the stream that it is given."""
+    return in_form(args[0] if args else kwargs["hidden_states"], length)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.conversions import convert_and_load, quiet_loading, renamed
+from ghost_dist.checkpoint.conversions import convert_and_load, renamed
 from ghost_dist.checkpoint.load import non_finite_weight, truncated_config
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import Checkpoint
@@ -67,7 +67,7 @@ class OffloadedModel(LayerwiseModel):
         restore_buffers(model, buffers, device)
         super().__init__(model, architecture)
         self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self._empty = dict(self._model.named_parameters(remove_duplicate=False))
+        self._empty = dict(self.model.named_parameters(remove_duplicate=False))
         self._keys, self._targets = self._group_tensors()
         self.sizes = loaded_sizes(model, architecture, dtype)
         self._split: dict[Group, SplitLayer] = {}
@@ -75,7 +75,6 @@ class OffloadedModel(LayerwiseModel):
         self._compiled, self.peers = compiled, peers
         self._noted_weights: list[tuple[list[str], FlagsOnTheWay]] = []
         self._reader = WeightReader(checkpoint, device, keep_cached=keep_cached, peers=peers)
-        self._hand_on()
 
     @property
     def bytes_read(self) -> int:
@@ -162,7 +161,7 @@ class OffloadedModel(LayerwiseModel):
         path = f"{self.architecture.layers}.{layer}.{found.path}"
         targets = [f"{path}.{name}" for name in found.parameters]
         return SplitLayer(
-            self._model.get_submodule(path),
+            self.model.get_submodule(path),
             [name for name in self._keys[layer] if self._target_of[name] in targets],
             at_once,
             checkpoint=self._checkpoint,
@@ -194,7 +193,7 @@ class OffloadedModel(LayerwiseModel):
                     ahead.append(self._start(groups[number + 1]))
                 self._install(self._targets[group], tensors)
                 if group == "head" and self._tied:
-                    head = self._model.get_submodule(self.architecture.head)
+                    head = self.model.get_submodule(self.architecture.head)
                     head.weight = self._embeddings.weight
                 del tensors
                 try:
@@ -235,9 +234,9 @@ class OffloadedModel(LayerwiseModel):
         groups: list[Group] = ["embeddings", *range(self.num_layers), "head"]
         keys: dict[Group, list[str]] = {group: [] for group in groups}
         targets: dict[Group, list[str]] = {group: [] for group in groups}
-        for target in self._model.state_dict():
+        for target in self.model.state_dict():
             targets[group_of(target)].append(target)
-        places = renamed(self._model, self._checkpoint)
+        places = renamed(self.model, self._checkpoint)
         self._target_of = {key: place.target for key, place in places.items()}
         for key, target in self._target_of.items():
             keys[group_of(target)].append(key)
@@ -258,8 +257,7 @@ class OffloadedModel(LayerwiseModel):
         return self._reader.start(names)
 
     def _install(self, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        with quiet_loading():
-            convert_and_load(self._model, self._checkpoint, tensors, self.dtype, self.device)
+        convert_and_load(self.model, self._checkpoint, tensors, self.dtype, self.device)
         self._note_weights(targets)
 
     def check_weights(self) -> None:
@@ -275,7 +273,7 @@ class OffloadedModel(LayerwiseModel):
         names, extremes = [], []
         for name in targets:
             parent, _, leaf = name.rpartition(".")
-            weight = getattr(self._model.get_submodule(parent), leaf)
+            weight = getattr(self.model.get_submodule(parent), leaf)
             if weight.is_floating_point() and weight.numel() and not weight.is_meta:
                 least, most = torch.aminmax(weight.detach())
                 names.append(name)
@@ -292,4 +290,4 @@ class OffloadedModel(LayerwiseModel):
             names |= {table, f"{self.architecture.head}.weight"}
         for name in names & self._empty.keys():
             parent, _, leaf = name.rpartition(".")
-            self._model.get_submodule(parent)._parameters[leaf] = self._empty[name]
+            self.model.get_submodule(parent)._parameters[leaf] = self._empty[name]

@@ -24,13 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import environment
-from ghost_dist.checkpoint.load import Decoder, check_stream, truncated_config
+from ghost_dist.checkpoint.load import truncated_config
 from ghost_dist.checkpoint.peers import errors_shared
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.devices import begin, numbered
 from ghost_dist.engines.conformance import check_conformance
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.resident import ResidentEngine, check_stream, end_at_boundary
 from ghost_dist.engines.sharding import (
     Shard,
     Sharding,
@@ -77,8 +78,8 @@ def open_tensor_parallel(
         path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
     ) -> ResidentEngine:
         model, read_bytes = _load(path, architecture, num_layers, dtype, device)
-        decoder = Decoder(model, architecture)
-        check_stream(decoder, architecture)
+        decoder = LayerwiseModel(model, architecture.of_base)
+        check_stream(decoder)
         engine = ResidentEngine(decoder, batch)
         engine.read_bytes = read_bytes
         engine.parameter_bytes = sum(p.nbytes for p in model.parameters())
@@ -104,11 +105,10 @@ def _load(
     checkpoint, degree = open_checkpoint(path), dist.get_world_size()
     config = truncated_config(checkpoint, architecture, stop)
     model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
-    model.set_submodule(architecture.in_base(architecture.final_norm), nn.Identity())
-    del model.get_submodule(architecture.in_base(architecture.layers))[stop:]
+    end_at_boundary(model, architecture, stop)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    layers = model.get_submodule(architecture.in_base(architecture.layers))
+    layers = model.get_submodule(architecture.of_base.layers)
     sharding = Sharding(dist.get_rank(), degree, {}, [])
     if degree > 1:
         for name, module in model.named_modules():

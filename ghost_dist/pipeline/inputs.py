@@ -21,9 +21,7 @@ from ghost_dist.checkpoint.architecture import (
 )
 from ghost_dist.checkpoint.halves import check_halves
 from ghost_dist.checkpoint.load import (
-    layers_of_causal_lm,
     load_causal_lm,
-    load_decoder,
     load_tokenizer,
     truncated_config,
 )
@@ -36,7 +34,8 @@ from ghost_dist.checkpoint.reader import (
 from ghost_dist.config import Config
 from ghost_dist.devices import free_bytes, open_device, total_bytes
 from ghost_dist.engines.find_halves import with_halves
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.layerwise import LayerwiseModel
+from ghost_dist.engines.resident import ResidentEngine, check_stream, load_decoder
 from ghost_dist.engines.sharding import check_degree
 from ghost_dist.errors import RunFolderError
 from ghost_dist.evaluation.harness import HarnessTask, open_tasks
@@ -329,7 +328,8 @@ def open_model(
 def open_engine(inputs: RunInputs, num_layers: int) -> ResidentEngine:
     """The run's engine over layers ``0 .. num_layers - 1``, or over all where they are kept."""
     if not inputs.compiled and keeps_model(inputs):
-        decoder = layers_of_causal_lm(open_causal_lm(inputs), inputs.architecture)
+        decoder = LayerwiseModel(open_causal_lm(inputs), inputs.architecture)
+        check_stream(decoder)
         return ResidentEngine(decoder, inputs.batch)
     decoder = load_decoder(
         inputs.source.path, inputs.architecture, num_layers, inputs.dtype, inputs.device

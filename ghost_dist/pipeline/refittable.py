@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.config import Config
 from ghost_dist.engines.conformance import with_small_model
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
+from ghost_dist.engines.resident import load_decoder
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.solver.operators import refits_down
 
@@ -49,5 +49,5 @@ def refittable_layers(
             raise
         cpu, first = torch.device("cpu"), min(downs)
         decoder = load_decoder(source.path, architecture, first + 1, torch.float32, cpu)
-        found = adds_mlp_output(LayerwiseModel(decoder.model, decoder.architecture), first)
+        found = adds_mlp_output(decoder, first)
     return frozenset(downs) if found else frozenset()

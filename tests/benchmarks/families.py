@@ -28,11 +28,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ghost_dist.api import load_operator
 from ghost_dist.checkpoint.architecture import check_cut, inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import load_config
+from ghost_dist.engines.resident import load_decoder
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
@@ -132,7 +132,7 @@ def check(folder, out):
     )
     with torch.inference_mode():
         uncut(tokens[:1], use_cache=False)
-        stream = decoder(tokens[:1])
+        stream = decoder.model(tokens[:1])[0]
     handle.remove()
     if not float((stream - entering[0]).abs().max()) <= rounding(entering[0]):
         return "wrong", "the operator is fitted on other streams than those of the model"

@@ -24,9 +24,8 @@ import transformers
 from random_checkpoint import write_random_checkpoint
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.pipeline.collectors import SpanCollectors, sums_of_range
 from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.spans import Span
@@ -76,7 +75,7 @@ def main():
                 if last < 32:
                     hook = decoder.layers[last].register_forward_pre_hook(stop)
                 with contextlib.suppress(Stopped):
-                    decoder(ids)
+                    decoder.model(ids)
                 if hook:
                     hook.remove()
 

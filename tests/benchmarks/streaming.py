@@ -21,13 +21,12 @@ import transformers
 from random_checkpoint import write_random_checkpoint
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.devices import device_name, open_device, peak_bytes, reset_peak, synchronize
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.spans import Span
 from ghost_dist.statistics.span_sums import SpanCollector
 from ghost_dist.statistics.stream_state import StreamState

@@ -12,8 +12,9 @@ from families import FAMILIES, NUM_LAYERS, random_tokens, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_causal_lm, load_decoder, load_tokenizer
+from ghost_dist.checkpoint.load import load_causal_lm, load_tokenizer
 from ghost_dist.checkpoint.reader import INDEX, open_checkpoint
+from ghost_dist.engines.resident import load_decoder
 from ghost_dist.errors import CheckpointError, UnsupportedArchitectureError
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_every_boundary_is_that_of_the_whole_model(checkpoint, family):
         for layer in decoder.layers:
             layer.register_forward_pre_hook(take, with_kwargs=True)
         with torch.inference_mode():
-            taken[boundary] = decoder(random_tokens())
+            taken[boundary] = decoder.model(random_tokens())[0]
         for index, stream in taken.items():
             assert torch.equal(stream, expected[index]), index
 
@@ -69,7 +70,7 @@ def test_boundaries_of_families_whose_last_layer_is_another(tmp_path, family):
     decoder = load_decoder(tmp_path, architecture, num_layers=4, dtype=torch.float32, device=CPU)
     with torch.inference_mode():
         model(random_tokens(), use_cache=False)
-        stream_BTC = decoder(random_tokens())
+        stream_BTC = decoder.model(random_tokens())[0]
     assert torch.equal(stream_BTC, taken[0])
     assert decoder.num_layers == len(decoder.layers) == 4
 

@@ -22,11 +22,10 @@ import torch.distributed as dist
 import transformers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import sharding, tensor_parallel
-from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.layerwise import adds_mlp_output
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.errors import GhostDistError
 
 CPU = torch.device("cpu")
@@ -99,7 +98,7 @@ def compare(folder, degree, dtype):
         difference = float((got[key].float() - tensor).abs().max() / tensor.abs().max())
         differences[key[0]] = max(differences[key[0]], difference)
         digest.update(got[key].float().numpy().tobytes())
-    both = (engine._layers, LayerwiseModel(whole.model, whole.architecture))
+    both = (engine.decoder, whole)
     adds = [
         [adds_mlp_output(layers, layer) for layer in architecture.down_projections if layer < 3]
         for layers in both

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
@@ -24,7 +23,7 @@ from ghost_dist.engines.find_halves import with_halves
 from ghost_dist.engines.memory import even_part
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.engines.sweep import AtEnd, sweep
 from ghost_dist.errors import CheckpointError, ConfigError, UnsupportedArchitectureError
 from ghost_dist.spans import parse_sublayers
@@ -111,7 +110,7 @@ def test_sums_are_made_as_each_implementation_makes_them(
     expected = recorded(resident(source, architecture, dtype), architecture)
     for at_once in (1, 2, 5):
         engine = in_parts(source, architecture, at_once, dtype)
-        assert engine.model._model.config._experts_implementation == implementation
+        assert engine.model.model.config._experts_implementation == implementation
         got = recorded(engine, architecture)
         if implementation != "batched_mm":
             assert_same(got, expected)

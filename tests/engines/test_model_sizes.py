@@ -6,8 +6,9 @@ import transformers
 from families import FAMILIES, NUM_LAYERS, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
+from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.engines.model_sizes import model_sizes
+from ghost_dist.engines.resident import load_decoder
 
 CPU = torch.device("cpu")
 WITH_SCANS = {"bamba", "falcon_h1"}

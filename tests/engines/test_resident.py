@@ -12,11 +12,10 @@ from families import CUTS, FAMILIES, NUM_LAYERS, VOCAB, random_model, save_check
 from recording import Recorder
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
-from ghost_dist.engines.resident import ResidentEngine, auto_batch
+from ghost_dist.engines.resident import ResidentEngine, auto_batch, load_decoder
 from ghost_dist.evaluation.scores import window_scores
 
 CPU = torch.device("cpu")
@@ -119,7 +118,7 @@ def test_the_stream_taken_apart_at_a_down_proj(tmp_path, family):
     """``x = A + H @ down + bias``: the sum of what is pushed is the next boundary."""
     engine, architecture = open_engine(save_checkpoint(family, tmp_path), 3, 2)
     layer = 0 if family == "deepseek_v3" else 1
-    added = layer in architecture.down_projections and adds_mlp_output(engine._layers, layer)
+    added = layer in architecture.down_projections and adds_mlp_output(engine.decoder, layer)
     assert added == (family in ADDS)
     if not added:
         return

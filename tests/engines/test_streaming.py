@@ -17,7 +17,7 @@ from recording import Recorder, saved_at_once
 from safetensors.torch import load_file, save_file
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_causal_lm, load_decoder
+from ghost_dist.checkpoint.load import load_causal_lm
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.repair import Repair
 from ghost_dist.checkpoint.surgery import insert_operators, remove_layers
@@ -25,7 +25,7 @@ from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.checkpoint.weight_reader import WeightReader
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.engines.sweep import AtEnd
 from ghost_dist.engines.sweep import sweep as sweep_variants
 from ghost_dist.errors import CheckpointError, CorruptStoreError, NonFiniteActivationError

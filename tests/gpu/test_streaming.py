@@ -8,13 +8,12 @@ from families import NUM_LAYERS, VOCAB, save_checkpoint
 from recording import Recorder, saved_at_once
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.engines import expert_parts, offloaded_rows
 from ghost_dist.engines.memory import Residency
 from ghost_dist.engines.offloaded import OffloadedModel
 from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.errors import CheckpointError
 from ghost_dist.statistics.stream_state import StreamState
 

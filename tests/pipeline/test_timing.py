@@ -8,10 +8,9 @@ import torch
 from families import save_checkpoint
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.devices import watched_idle
-from ghost_dist.engines.resident import ResidentEngine
+from ghost_dist.engines.resident import ResidentEngine, load_decoder
 from ghost_dist.pipeline.collectors import Stopwatch, sums_of_range
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import transformers
 from headers_only import write_headers
 
 from ghost_dist.checkpoint.architecture import inspect_architecture
-from ghost_dist.checkpoint.load import load_decoder
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.cli import main
 from ghost_dist.config_file import load_config
-from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
+from ghost_dist.engines.layerwise import adds_mlp_output
 from ghost_dist.engines.memory import EngineChoice
 from ghost_dist.engines.model_sizes import model_sizes
+from ghost_dist.engines.resident import load_decoder
 from ghost_dist.errors import CheckpointError, ConfigError
 from ghost_dist.pipeline import engine, inputs
 from ghost_dist.pipeline.engine import costs_of, shape_of
@@ -406,8 +406,7 @@ def test_down_projections_are_judged_as_the_run_judges_them(checkpoint, tmp_path
         decoder = load_decoder(
             source.path, architecture, num_layers=first + 1, dtype=torch.float32, device=CPU
         )
-        layers = LayerwiseModel(decoder.model, decoder.architecture)
-        assert adds_mlp_output(layers, first) == bool(found)
+        assert adds_mlp_output(decoder, first) == bool(found)
 
 
 def test_the_probe_measures_this_machine_and_leaves_nothing(make_config, tmp_path):
