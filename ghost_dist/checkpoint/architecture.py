@@ -60,9 +60,9 @@ class Architecture:
     num_layers: int
     hidden_size: int
     vocab_size: int
-    config_class: str  # the three: names of classes of transformers
-    base_class: str
-    causal_lm_class: str
+    config_class: type[Any]  # the three: of transformers
+    base_class: type[Any]
+    causal_lm_class: type[Any]
     base_prefix: str  # of the causal LM, such as "model"
     layers: str  # this and the next: module paths in the causal LM
     embeddings: str
@@ -140,9 +140,9 @@ def inspect_architecture(checkpoint: Checkpoint) -> Architecture:
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        config_class=type(config).__name__,
-        base_class=type(base).__name__,
-        causal_lm_class=model_class.__name__,
+        config_class=type(config),
+        base_class=type(base),
+        causal_lm_class=model_class,
         base_prefix=base_prefix,
         layers=layers,
         embeddings=embeddings,
@@ -218,16 +218,14 @@ def why_not(
 
 def _built(architecture: Architecture, config: Mapping[str, Any]) -> tuple[Any, nn.ModuleList]:
     """A configuration as its class reads it, and the layers of its model, without storage."""
-    names = (architecture.causal_lm_class, architecture.config_class, architecture.layers)
-    return _build(*names, json.dumps(config))
+    return _build(architecture.layers, json.dumps(config))
 
 
 # A search asks of hundreds of cuts; of layers without fields of their own, those of a size are one.
 @functools.lru_cache(maxsize=4)
-def _build(causal_lm: str, config: str, layers: str, content: str) -> tuple[Any, nn.ModuleList]:
-    config_class, raw = getattr(transformers, config), json.loads(content)
-    model = empty_model(getattr(transformers, causal_lm), read_config(config_class, raw))
-    return read_config(config_class, raw), model.get_submodule(layers)
+def _build(layers: str, content: str) -> tuple[Any, nn.ModuleList]:
+    config, own = (read_config(json.loads(content)) for _ in range(2))
+    return config, empty_model(causal_lm_class(own), own).get_submodule(layers)
 
 
 def check_some_cut(
@@ -272,7 +270,7 @@ def _read_config(checkpoint: Checkpoint) -> Any:
         code = " (its code comes with the checkpoint and is never run)" if "auto_map" in raw else ""
         raise _refused(family, f"transformers {transformers.__version__} does not know it{code}")
     try:
-        config = read_config(CONFIG_MAPPING[family], raw)
+        config = read_config(raw)
     except Exception as error:
         raise CheckpointError(f"{where} is not a valid {family} configuration: {error}") from error
     if config.is_encoder_decoder:

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture, cache_problem
@@ -77,9 +76,8 @@ def check_halves(
     kept = kept_layers(spans, architecture.num_layers)
     gone = {kept.index(one.layer) for one in sublayers if one.part == "attention"}
     if gone:
-        config_class = getattr(transformers, architecture.config_class)
-        cut = read_config(config_class, cut_config(config, spans, architecture.fields))
-        cut.__class__ = _uncached(config_class, gone)
+        cut = read_config(cut_config(config, spans, architecture.fields))
+        cut.__class__ = _uncached(type(cut), gone)
         if (problem := cache_problem(cut)) is not None:
             raise UnsupportedArchitectureError(
                 f"Without {', '.join(map(str, sublayers))} transformers keeps no cache for "

@@ -44,7 +44,7 @@ def language_model(config: Mapping[str, Any], names: Collection[str]) -> Languag
 def _find(content: str, names: tuple[str, ...]) -> LanguageModel | None:
     raw = json.loads(content)
     try:
-        config = read_config(CONFIG_MAPPING[raw["model_type"]], raw)
+        config = read_config(raw)
         text_config = config.get_text_config()
         if text_config is config or config.is_encoder_decoder:
             return None

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from ghost_dist.amounts import shown
 from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers
@@ -153,9 +155,9 @@ def descriptions(fields: LayerFields, uncut: Any, cut: Any) -> dict[str, tuple[A
     return {name: (before.get(name), after.get(name)) for name in names}
 
 
-def read_config(config_class: type[Any], raw: Mapping[str, Any]) -> Any:
+def read_config(raw: Mapping[str, Any]) -> Any:
     """Of the content of ``config.json``, with transformers' spelling of Infinity and NaN."""
-    return config_class.from_dict(_with_floats(dict(raw)))
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(_with_floats(dict(raw)))
 
 
 def _with_floats(value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ghost_dist.checkpoint.architecture import Architecture, causal_lm_class, why_not
 from ghost_dist.checkpoint.conversions import quiet_loading
@@ -31,15 +30,14 @@ def truncated_config(checkpoint: Checkpoint, architecture: Architecture, num_lay
     numbers of layers. The surplus is to be deleted once the model is built.
     """
     assert 0 < num_layers <= architecture.num_layers, "no such boundary"
-    config_class, whole = getattr(transformers, architecture.config_class), architecture.num_layers
+    whole = architecture.num_layers
     cuts = [(Span(kept, whole),) for kept in range(num_layers, whole)]
     above = next((cut for cut in cuts if why_not(architecture, checkpoint.config, cut) is None), ())
-    return read_config(config_class, cut_config(checkpoint.config, above, architecture.fields))
+    return read_config(cut_config(checkpoint.config, above, architecture.fields))
 
 
 def load_causal_lm(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
-    raw = open_checkpoint(path).config
-    config = read_config(CONFIG_MAPPING[raw["model_type"]], raw)
+    config = read_config(open_checkpoint(path).config)
     return load_model(causal_lm_class(config), path, dtype, device, config)
 
 

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
@@ -172,7 +171,7 @@ def with_small_model(
     for small_heads in (True, False):
         try:
             config = _small_config(checkpoint, architecture, degree, small_heads)
-            model = getattr(transformers, architecture.causal_lm_class)(config).eval()
+            model = architecture.causal_lm_class(config).eval()
             _draw_weights(model)
             with torch.inference_mode():
                 model(input_ids=torch.zeros(1, _LENGTH, dtype=torch.int64), use_cache=False)
@@ -190,10 +189,9 @@ def _small_config(
     checkpoint: Checkpoint, architecture: Architecture, degree: int, small_heads: bool
 ) -> Any:
     """One layer of each kind, everything narrow; where a family allows it, the heads too."""
-    config_class = getattr(transformers, architecture.config_class)
     kept = _one_layer_of_each_kind(checkpoint.config, architecture)
     gone = [Span(la, la + 1) for la in range(architecture.num_layers) if la not in kept]
-    config = read_config(config_class, cut_config(checkpoint.config, gone, architecture.fields))
+    config = read_config(cut_config(checkpoint.config, gone, architecture.fields))
     sizes = {name: size for name, size in config.to_dict().items() if type(size) is int}
     for name in sizes.keys() & set(_INNER):
         # What the degree leaves over is kept: an uneven split is one more case.
@@ -244,10 +242,9 @@ def _one_layer_of_each_kind(raw: Mapping[str, Any], architecture: Architecture) 
         kinds.setdefault(repr(kind), layer)
     kept = set(kinds.values())
     # A list as long as there are layers would be taken for one entry per layer.
-    config = getattr(transformers, architecture.config_class)
     others = {
         len(value)
-        for name, value in read_config(config, raw).to_dict().items()
+        for name, value in read_config(raw).to_dict().items()
         if isinstance(value, (list, tuple)) and name not in fields.lists
     }
     for layer in range(architecture.num_layers):

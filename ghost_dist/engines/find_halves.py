@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from ghost_dist.checkpoint.architecture import Architecture, Half, causal_lm_class
+from ghost_dist.checkpoint.architecture import Architecture, Half
 from ghost_dist.checkpoint.conversions import renamed
 from ghost_dist.checkpoint.halves import Nothing
 from ghost_dist.checkpoint.layer_fields import read_config
@@ -49,8 +48,7 @@ def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
         return of_kind
 
     of_kind = with_small_model(source, architecture, 1, found)
-    config = read_config(getattr(transformers, architecture.config_class), source.config)
-    whole = empty_model(causal_lm_class(config), config)
+    whole = empty_model(architecture.causal_lm_class, read_config(source.config))
     of_layer = _tensors_of_layers(source, architecture, whole)
     halves: dict[int, dict[Part, Half]] = {}
     for number, layer in enumerate(whole.get_submodule(architecture.layers)):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from ghost_dist.checkpoint.architecture import Architecture, exported_sizes, layer_sizes
@@ -148,10 +147,8 @@ def model_sizes(
     checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype
 ) -> ModelSizes:
     """Sizes of a model in a compute dtype, and in its files; no tensor is read."""
-    config_class = getattr(transformers, architecture.config_class)
-    config = read_config(config_class, checkpoint.config)
-    model = empty_model(getattr(transformers, architecture.causal_lm_class), config)
-    loaded = loaded_sizes(model, architecture, dtype)
+    config = read_config(checkpoint.config)
+    loaded = loaded_sizes(empty_model(architecture.causal_lm_class, config), architecture, dtype)
     _, stored = layer_sizes(checkpoint, architecture)
     exported = exported_sizes(checkpoint, architecture)
     above_stored = sum(map(checkpoint.stored_bytes, architecture.above_in_files))

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
@@ -59,7 +58,7 @@ class OffloadedModel(LayerwiseModel):
         config: Any = None,
     ) -> None:
         if model_class is None:
-            model_class = getattr(transformers, architecture.causal_lm_class)
+            model_class = architecture.causal_lm_class
             config = truncated_config(checkpoint, architecture, num_layers)
         model = shapes_only(model_class, config, dtype)
         del model.get_submodule(architecture.layers)[num_layers:]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ghost_dist.calibration.windows import Tokens
@@ -102,8 +101,7 @@ def load_decoder(
 ) -> LayerwiseModel:
     """Read embeddings and the first layers only; each must hand its output to the next."""
     config = truncated_config(open_checkpoint(path), architecture, num_layers)
-    base_class = getattr(transformers, architecture.base_class)
-    model = load_model(base_class, path, dtype, device, config)
+    model = load_model(architecture.base_class, path, dtype, device, config)
     end_at_boundary(model, architecture, num_layers)
     decoder = LayerwiseModel(model, architecture.of_base)
     check_stream(decoder)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -104,7 +103,7 @@ def _load(
 ) -> tuple[Any, int]:
     checkpoint, degree = open_checkpoint(path), dist.get_world_size()
     config = truncated_config(checkpoint, architecture, stop)
-    model = shapes_only(getattr(transformers, architecture.base_class), config, dtype)
+    model = shapes_only(architecture.base_class, config, dtype)
     end_at_boundary(model, architecture, stop)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}

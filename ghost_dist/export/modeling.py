@@ -27,14 +27,14 @@ def modeling_source(architecture: Architecture, variant: Variant) -> str:
     return string.Template(template).substitute(
         version=__version__,
         base_model_type=architecture.model_type,
-        base_config=architecture.config_class,
-        base_model=architecture.base_class,
-        base_causal_lm=architecture.causal_lm_class,
+        base_config=architecture.config_class.__name__,
+        base_model=architecture.base_class.__name__,
+        base_causal_lm=architecture.causal_lm_class.__name__,
         base_prefix=architecture.base_prefix,
         model_type=f"ghost_{architecture.model_type}",
-        config=f"Ghost{architecture.config_class}",
-        model=f"Ghost{architecture.base_class}",
-        causal_lm=f"Ghost{architecture.causal_lm_class}",
+        config=f"Ghost{architecture.config_class.__name__}",
+        model=f"Ghost{architecture.base_class.__name__}",
+        causal_lm=f"Ghost{architecture.causal_lm_class.__name__}",
         layers=architecture.in_base(architecture.layers),
         final_norm=architecture.in_base(architecture.final_norm),
         final_norm_class=architecture.final_norm_class,
@@ -50,11 +50,11 @@ def ghost_config(
     sublayers = _sublayers(architecture, variant)
     return {
         **cut,
-        "architectures": [f"Ghost{architecture.causal_lm_class}"],
+        "architectures": [f"Ghost{architecture.causal_lm_class.__name__}"],
         "auto_map": {
-            "AutoConfig": f"{module}.Ghost{architecture.config_class}",
-            "AutoModel": f"{module}.Ghost{architecture.base_class}",
-            "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class}",
+            "AutoConfig": f"{module}.Ghost{architecture.config_class.__name__}",
+            "AutoModel": f"{module}.Ghost{architecture.base_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.Ghost{architecture.causal_lm_class.__name__}",
         },
         **({"ghost_sublayers": sublayers} if sublayers else {}),
         # What the modeling file builds operators from before their weights are loaded.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.layer_fields import cut_config, read_config
@@ -104,9 +103,8 @@ def _of_layers(
     whole = architecture.num_layers
     others = (Span(layer, layer + 1) for layer in range(whole) if layer not in layers)
     gone = check_spans(others, whole)
-    raw = cut_config(source.config, gone, architecture.fields)
-    config = read_config(getattr(transformers, architecture.config_class), raw)
-    return random_model(getattr(transformers, architecture.causal_lm_class), config, dtype, device)
+    config = read_config(cut_config(source.config, gone, architecture.fields))
+    return random_model(architecture.causal_lm_class, config, dtype, device)
 
 
 def _seconds(turns: Sequence[Turn], part: str) -> float:

@@ -338,10 +338,10 @@ def kv_numbers(
     sliding window keeps no more than itself; states of state-space layers do not grow, and count as
     nothing.
     """
-    config = read_config(getattr(transformers, architecture.config_class), source.config)
+    config = read_config(source.config)
     length = length or PROMPT + NEW
     try:
-        model = empty_model(getattr(transformers, architecture.causal_lm_class), config)
+        model = empty_model(architecture.causal_lm_class, config)
         for module in model.modules():
             # Those that look at the length of the text look at numbers, which are not there.
             rope = getattr(module, "rope_type", None)

@@ -92,7 +92,7 @@ def _kinds(costs: Mapping[str, Cost]) -> tuple[list[Any], list[Any]]:
 
 def _process(run: RunShape) -> float:
     """A fresh process as the verification of an export starts it: with the model's own code."""
-    name = run.inputs.architecture.causal_lm_class
+    name = run.inputs.architecture.causal_lm_class.__name__
     code = f"import torch, transformers; torch.zeros(1, device={str(run.inputs.device)!r})"
     code += f"; transformers.AutoModelForCausalLM, transformers.{name}"
     began = time.perf_counter()
@@ -142,10 +142,9 @@ def _one_layer(
     architecture, device = inputs.architecture, inputs.device
     others = [span for span in (Span(0, number), Span(number + 1, total)) if len(span)]
     raw = cut_config(inputs.source.config, others, architecture.fields)
-    config = read_config(getattr(transformers, architecture.config_class), raw)
+    config = read_config(raw)
     config.vocab_size, config.pad_token_id = entries, None
-    causal_lm_class = getattr(transformers, architecture.causal_lm_class)
-    causal_lm = random_model(causal_lm_class, config, inputs.dtype, device)
+    causal_lm = random_model(architecture.causal_lm_class, config, inputs.dtype, device)
     model = LayerwiseModel(causal_lm, replace(architecture, vocab_size=entries))
     ids_BT = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with model.entered():
