@@ -36,7 +36,7 @@ a layer that is split wrongly gave 0.14 and more where it ran at all."""
 
 _WINDOWS, _LENGTH = 2, 16
 
-LoadEngine = Callable[[Path, Architecture, int, torch.dtype], Engine]
+LoadEngine = Callable[[Path, Architecture], Engine]  # all layers, in float32
 Seen = dict[tuple[str, int, int], Tensor]  # by what it is, number of boundary or layer, and window
 Used = TypeVar("Used")
 
@@ -127,7 +127,7 @@ def _compare(folder: Path, load: LoadEngine, device: torch.device) -> tuple[floa
     architecture = inspect_architecture(open_checkpoint(folder))
     num_layers = architecture.num_layers
     whole = load_decoder(folder, architecture, num_layers, torch.float32, device)
-    engine = load(folder, architecture, num_layers, torch.float32)
+    engine = load(folder, architecture)
     shape, generator = (_WINDOWS, _LENGTH), np.random.default_rng(0)
     tokens = generator.integers(0, architecture.vocab_size, shape, dtype=np.int32)
     expected = _as_a_whole(whole, tokens)

@@ -11,7 +11,6 @@ sums (T C against C^2 numbers of four times the size).
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from ghost_dist.calibration.windows import Tokens
 from ghost_dist.checkpoint.architecture import Architecture, inspect_architecture
-from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, empty_at, free_bytes, mark, synchronize
@@ -33,29 +31,60 @@ from ghost_dist.statistics.stream_state import StreamState
 _WIDTHS_AT_ONCE = 16  # streams' worth of memory that a batch takes inside a layer (attention, MLP)
 
 
-@dataclass
-class Rows:
-    """Streams of all windows of a sweep at the places that sinks want."""
+class Rows(Tap):
+    """Streams of all windows of a sweep at the places that sinks want, by name.
 
-    windows: tuple[int, ...]  # ids, in the order of the first dimension
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """``"boundary b"`` (W, T, C), ``"mlp input l"`` (W, T, F), ``"mlp product l"`` (W, T, C): of
-    peers those of this one's part of the windows."""
-    peers: Peers = ALONE
+    ``"boundary b"`` (W, T, C), ``"mlp input l"`` (W, T, F), ``"mlp product l"`` (W, T, C): of peers
+    those of this one's part of the windows. With a ``state`` they are saved on the way.
+    """
+
+    def __init__(
+        self,
+        model: OffloadedModel,
+        windows: Sequence[int],
+        length: int,
+        place: torch.device,
+        boundaries: Sequence[int],
+        mlp_layers: Sequence[int],
+        state: StreamState | None,
+    ) -> None:
+        self._position = {window: number for number, window in enumerate(windows)}
+        self._own = model.peers.part_of(len(windows))
+        self._model, self._length, self._place, self._state = model, length, place, state
+        self._boundaries, self.mlp_layers = boundaries, mlp_layers
+        self.tensors: dict[str, Tensor] = {}
+
+    def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
+        rows = self._of_mlp(layer).values()
+        for row_WTn, rows_BTn in zip(rows, (input_BTF, product_BTC), strict=True):
+            row_WTn[part].copy_(rows_BTn, non_blocking=True)
+
+    def passed(self, boundary: int, streams_WTC: Tensor) -> None:
+        """Keep the streams of a boundary; save what the layer before it has left."""
+        name, state, kept = f"boundary {boundary}", self._state, dict[str, Tensor]()
+        if boundary - 1 in self.mlp_layers:
+            kept = self._of_mlp(boundary - 1)  # also where no window has come
+        if boundary in self._boundaries:
+            kept[name] = self._row(name, self._model.hidden_size).copy_(streams_WTC)
+        if state is None:
+            return
+        for kept_name, row_WTn in kept.items():
+            state.keep(kept_name, row_WTn, mark(self._model.device))
+        if boundary > 0:
+            state.save(boundary, name if boundary in self._boundaries else streams_WTC.clone)
 
     def feed(self, windows: Sequence[int], sink: Collector, device: torch.device) -> None:
         """Give a sink what it wants of some windows, in their order; collective over the peers."""
-        own = self.peers.part_of(len(self.windows))
-        position = {window: number for number, window in enumerate(self.windows)}
+        peers, total = self._model.peers, len(self._position)
         order = sorted([(b, 0) for b in sink.boundaries] + [(la, 1) for la in sink.mlp_layers])
 
         def row(name: str, window: int) -> Tensor:
-            rows_WTn, number = self.tensors[name], position[window]
-            if number in own:
-                row_Tn = rows_WTn[number - own.start].to(device, non_blocking=True)
+            rows_WTn, number = self.tensors[name], self._position[window]
+            if number in self._own:
+                row_Tn = rows_WTn[number - self._own.start].to(device, non_blocking=True)
             else:
                 row_Tn = torch.empty(rows_WTn.shape[1:], dtype=rows_WTn.dtype, device=device)
-            self.peers.send(row_Tn, self.peers.owner_of(number, len(self.windows)))
+            peers.send(row_Tn, peers.owner_of(number, total))
             return row_Tn
 
         for window in windows:
@@ -66,6 +95,17 @@ class Rows:
                 else:
                     sink(index, window, row(f"boundary {index}", window))
 
+    def _of_mlp(self, layer: int) -> dict[str, Tensor]:
+        inner = self._model.architecture.inner_sizes[layer]
+        widths = {f"mlp input {layer}": inner, f"mlp product {layer}": self._model.hidden_size}
+        return {name: self._row(name, width) for name, width in widths.items()}
+
+    def _row(self, name: str, width: int) -> Tensor:
+        if name not in self.tensors:
+            shape = (len(self._own), self._length, width)
+            self.tensors[name] = empty_at(self._place, shape, self._model.dtype, self._model.device)
+        return self.tensors[name]
+
 
 class OffloadedEngine(Engine):
     """Runs a model that fits nowhere as a whole, ``batch`` windows per forward.
@@ -75,8 +115,7 @@ class OffloadedEngine(Engine):
     """
 
     def __init__(self, model: OffloadedModel, batch: int) -> None:
-        self.model, self._batch, self._peers = model, batch, model.peers
-        self.device = model.device
+        self.model, self._batch, self.device = model, batch, model.device
 
     def run(
         self,
@@ -105,12 +144,12 @@ class OffloadedEngine(Engine):
         share. ``state``: where streams are saved, and from where an interrupted sweep goes on.
         """
         assert state is None or state.windows == tuple(windows), "saved streams have an order"
-        assert state is None or self._peers.count == 1, "peers save no streams"
-        rows = Rows(tuple(windows), peers=self._peers)
-        part = self._peers.part_of(len(windows))
+        assert state is None or self.model.peers.count == 1, "peers save no streams"
+        model, length = self.model, tokens.shape[1]
+        part = model.peers.part_of(len(windows))
         own = tokens[list(windows[part.start : part.stop])]
-        shape = (*own.shape, self.model.hidden_size)
-        of_streams, of_rows = _places(self.model, self._batch, own.shape, boundaries, mlp_layers)
+        of_streams, of_rows = _places(model, self._batch, own.shape, boundaries, mlp_layers)
+        rows = Rows(model, windows, length, of_rows, boundaries, mlp_layers, state)
         saved = None if state is None else state.load()
         if saved is not None:
             streams_WTC = saved.streams_WTC.to(of_streams)
@@ -118,8 +157,9 @@ class OffloadedEngine(Engine):
                 streams_WTC = streams_WTC.pin_memory()
             rows.tensors = {name: tensor.to(of_rows) for name, tensor in saved.rows.items()}
         else:
-            streams_WTC = empty_at(of_streams, shape, self.model.dtype, self.device)
-        total, ran, told = len(rows.windows) * tokens.shape[1], 0, 0
+            shape = (*own.shape, model.hidden_size)
+            streams_WTC = empty_at(of_streams, shape, model.dtype, self.device)
+        total, ran, told = len(windows) * length, 0, 0
 
         def ours(count: int) -> None:  # stands for what the peers run at the same time
             nonlocal ran, told
@@ -129,13 +169,12 @@ class OffloadedEngine(Engine):
             told = now
 
         on_host = "cpu" in (of_streams.type, of_rows.type)
-        checks = _Checks(self.model, rows.windows[part.start : part.stop], on_host=on_host)
-        keep = _Keep(rows, streams_WTC, of_rows, self.model, boundaries, mlp_layers, state)
+        checks = _Checks(model, windows[part.start : part.stop], on_host=on_host)
         sweep(
-            self.model,
+            model,
             [Variant()],
             own,
-            [checks, keep],
+            [checks, rows],
             batch=self._batch,
             stop=boundaries[-1],
             streams_WTC=streams_WTC,
@@ -145,55 +184,6 @@ class OffloadedEngine(Engine):
         checks.now()
         advance(total - told)
         return rows
-
-
-class _Keep(Tap):
-    """Copies of what sinks want, and the state of a sweep that can go on."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        streams_WTC: Tensor,
-        place: torch.device,
-        model: OffloadedModel,
-        boundaries: Sequence[int],
-        mlp_layers: Sequence[int],
-        state: StreamState | None,
-    ) -> None:
-        self._rows, self._like_WTC, self._place = rows.tensors, streams_WTC, place
-        self._boundaries, self.mlp_layers = boundaries, mlp_layers
-        self._model, self._state = model, state
-
-    def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
-        rows = self._of_mlp(layer).values()
-        for row_WTn, rows_BTn in zip(rows, (input_BTF, product_BTC), strict=True):
-            row_WTn[part].copy_(rows_BTn, non_blocking=True)
-
-    def passed(self, boundary: int, streams_WTC: Tensor) -> None:
-        """Keep the streams of a boundary; save what the layer before it has left."""
-        name, state, kept = f"boundary {boundary}", self._state, dict[str, Tensor]()
-        if boundary - 1 in self.mlp_layers:
-            kept = self._of_mlp(boundary - 1)  # also where no window has come
-        if boundary in self._boundaries:
-            kept[name] = self._rows[name] = self._empty(self._model.hidden_size).copy_(streams_WTC)
-        if state is None:
-            return
-        for kept_name, row_WTn in kept.items():
-            state.keep(kept_name, row_WTn, mark(self._model.device))
-        if boundary > 0:
-            state.save(boundary, name if boundary in self._boundaries else streams_WTC.clone)
-
-    def _of_mlp(self, layer: int) -> dict[str, Tensor]:
-        inner = self._model.architecture.inner_sizes[layer]
-        widths = {f"mlp input {layer}": inner, f"mlp product {layer}": self._model.hidden_size}
-        for name, width in widths.items():
-            if name not in self._rows:
-                self._rows[name] = self._empty(width)
-        return {name: self._rows[name] for name in widths}
-
-    def _empty(self, width: int) -> Tensor:
-        shape = (*self._like_WTC.shape[:2], width)
-        return empty_at(self._place, shape, self._like_WTC.dtype, self._model.device)
 
 
 class _Checks(Tap):
@@ -229,10 +219,9 @@ def prove_offloaded(path: Path, device: torch.device, experts: int | None = None
     """:func:`check_conformance`, once in a process; ``experts`` as ``hold`` has chosen them."""
     checkpoint = open_checkpoint(path)
 
-    def load(
-        folder: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
-    ) -> OffloadedEngine:
-        model = OffloadedModel(open_checkpoint(folder), architecture, num_layers, dtype, device)
+    def load(folder: Path, small: Architecture) -> OffloadedEngine:
+        source = open_checkpoint(folder)
+        model = OffloadedModel(source, small, small.num_layers, torch.float32, device)
         if experts is not None:
             # The small model has 8 experts at most: 3 leave a shorter part at the end.
             model.hold(min(experts, 3), batch_tokens=1, tokens=1)
