@@ -75,7 +75,8 @@ def insert_operators(model: Any, architecture: Architecture, variant: Variant) -
         computed = operator_as_computed(repair, parameter.dtype, parameter.device)
         module.register_forward_pre_hook(partial(_repair_hook, computed), with_kwargs=True)
     for layer, down_FC in variant.downs.items():
-        set_weight(layers[kept.index(layer)].get_submodule(down_path(architecture)), down_FC)
+        path = architecture.down_projections[layer]
+        set_weight(layers[kept.index(layer)].get_submodule(path), down_FC)
     for one, weight_FC in variant.outputs.items():
         writer = architecture.halves[one.layer][one.part].writer
         set_weight(layers[kept.index(one.layer)].get_submodule(writer), weight_FC)
@@ -85,11 +86,6 @@ def set_weight(module: Any, weight_FC: Tensor) -> None:
     """Give a linear module another weight, (in, out), in its own dtype."""
     weight_CF = weight_FC.T.to(module.weight.device, module.weight.dtype).contiguous()
     module.weight = nn.Parameter(weight_CF, requires_grad=False)
-
-
-def down_path(architecture: Architecture) -> str:
-    """Path of the down_proj within a layer, the same in every layer that has one."""
-    return next(iter(architecture.down_projections.values()))
 
 
 def operator_as_computed(repair: Repair, dtype: torch.dtype, device: torch.device) -> Repair:

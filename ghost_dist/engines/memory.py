@@ -95,6 +95,14 @@ class DeviceNeeds:
         parts = [held.experts for held in self.streaming if held.experts is not None]
         return max(parts) + 1 if parts else 0
 
+    def held(self, room: int, experts: int | Literal["auto"] = "auto") -> Residency | None:
+        """What of the layers is on the device at once where they are read one by one."""
+
+        def fits(held: Residency) -> bool:
+            return _peak(self.streaming[held])[1] <= room
+
+        return choose_residency(fits, self.experts, experts)
+
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -155,25 +163,22 @@ def _streaming(
     needs: DeviceNeeds, experts: int | Literal["auto"], room: int, kind: str, has: str
 ) -> EngineChoice:
     """Layer after layer, with what is held at once as the engine itself will choose it."""
-    peaks = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
     count = needs.experts
-    held = choose_residency(lambda held: peaks[held] <= room, count, experts)
-    if held is None or peaks[held] > room:
-        least = held or (Residency(1) if count else Residency(prefetch=False))
-        stage, peak = _peak(needs.streaming[least])
+    held = needs.held(room, experts) or (Residency(1) if count else Residency(prefetch=False))
+    stage, peak = _peak(needs.streaming[held])
+    if peak > room:
         largest = _gb(needs.largest_layer)
         message = (  # whole, as the FAQ quotes it
             f"The model does not fit: even one layer at a time (engine.kind=streaming) needs "
             f"{_gb(peak)} ({stage}; the largest layer alone is {largest}), but {has}. "
         )
-        if least.experts is not None:
+        if held.experts is not None:
             message = (
-                f"The model does not fit: even {least.experts} of {count} routed experts of a "
+                f"The model does not fit: even {held.experts} of {count} routed experts of a "
                 f"layer at a time (engine.kind=streaming, engine.experts) need {_gb(peak)} "
                 f"({stage}; the largest layer alone is {largest}), but {has}. "
             )
         raise ConfigError(message + _what_would_fit(needs, room))
-    stage, peak = _peak(needs.streaming[held])
     if held.experts is not None:
         what = f"layers with {held.experts} of {count} routed experts at a time need"
         stage += f"; the largest layer alone is {_gb(needs.largest_layer)}"
@@ -195,7 +200,7 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     fitting = []
     streaming = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
     sharing = {n: _peak(of_rank)[1] for n, of_rank in needs.tensor_parallel.items()}
-    held = choose_residency(lambda held: streaming[held] <= room, needs.experts)
+    held = needs.held(room)
     if held is not None and held.experts is not None:
         fitting.append("engine.kind=streaming with engine.experts=auto")
     elif held is not None:

@@ -81,14 +81,10 @@ def sweep(
     head: list[Group] = ["head"] if stop is None else []
     groups: list[Group] = ["embeddings", *range(done or 0, last), *head]
     chunk = batch if model.whole else max(1, len(tokens))
-    lineage = _Lineage.of(variants, model.num_layers)
-    operators = _operators(model, variants)
+    streams = _Streams(model, variants, tokens.shape, batch, taps, streams_WTC)
     for first in range(0, max(1, len(tokens)), chunk):
         part = tokens[first : first + chunk]
-        streams = _Streams(
-            model, variants, lineage, operators, part.shape, batch, first, taps, streams_WTC
-        )
-        streams.together = _together(model, batch, tokens.shape)
+        streams.begin(first, len(part))
         told = 0
         with model.through(groups) as at_hand:
             for group in at_hand:
@@ -106,16 +102,6 @@ def sweep(
                 advance(now - told)
                 told = now
             model.check_weights()
-
-
-def _together(model: LayerwiseModel, batch: int, shape: tuple[int, ...]) -> int:
-    """Streams of so many windows that go through a layer side by side, always as many.
-
-    A GPU waits for its host where a layer is given few tokens. What routes tokens to experts
-    would let the streams of others decide how it rounds.
-    """
-    enough = 0 if model.routes else _ENOUGH_TOKENS.get(model.device.type, 0)
-    return max(1, min(batch, enough // max(1, shape[1])) // max(1, shape[0]))
 
 
 def layers_run(variants: Sequence[Variant], num_layers: int) -> list[int]:
@@ -203,26 +189,32 @@ class _Streams:
         self,
         model: LayerwiseModel,
         variants: Sequence[Variant],
-        lineage: _Lineage,
-        operators: list[dict[int, Repair]],
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         batch: int,
-        first: int,
         taps: Sequence[Tap],
         dense_WTC: Tensor | None,
     ) -> None:
         self._model, self._variants, self._batch = model, variants, batch
-        self._first, self._taps, self._device = first, taps, model.device
-        self._lineage, self._operators = lineage, operators
-        self._shape = (*shape, model.hidden_size)
+        self._taps, self._device, self._dense_WTC = taps, model.device, dense_WTC
+        self._lineage = _Lineage.of(variants, model.num_layers)
+        self._operators = _operators(model, variants)
         self._place = model.device if dense_WTC is None else dense_WTC.device
         if dense_WTC is None and not model.whole:
             stream_bytes = shape[0] * shape[1] * model.hidden_size * model.dtype.itemsize
             left = _SHARE_FOR_STREAMS * free_bytes(model.device) - model.bytes_at_once()
             if (len(variants) + 1) * stream_bytes > left:
                 self._place = torch.device("cpu")
-        self._streams = {0: self._empty() if dense_WTC is None else dense_WTC}
-        self.together = 1
+        # So many go through a layer side by side, always as many: a GPU waits for its host where
+        # a layer is given few tokens. What routes tokens to experts would let the streams of others
+        # decide how it rounds.
+        enough = 0 if model.routes else _ENOUGH_TOKENS.get(model.device.type, 0)
+        self._together = max(1, min(batch, enough // max(1, shape[1])) // max(1, shape[0]))
+        self._length = shape[1]
+
+    def begin(self, first: int, count: int) -> None:
+        """Windows that go together: so many, the first of which has that number."""
+        self._first, self._shape = first, (count, self._length, self._model.hidden_size)
+        self._streams = {0: self._empty() if self._dense_WTC is None else self._dense_WTC}
 
     def embed(self, tokens: Tokens) -> None:
         for part in self._parts():
@@ -255,8 +247,8 @@ class _Streams:
                         self._model.as_in(self._variants[number], layer),
                     ):
                         self._change(stream, layer + 1, run)
-                for first in range(0, len(alike), self.together):
-                    self._change_together(alike[first : first + self.together], layer + 1, run)
+                for first in range(0, len(alike), self._together):
+                    self._change_together(alike[first : first + self._together], layer + 1, run)
         act = self._lineage.boundaries[layer + 1]
         self._copy(act)
         for stream, number in act.on:
@@ -332,13 +324,13 @@ class _Streams:
     def _change_together(
         self, streams: Sequence[int], boundary: int, run: Callable[[Tensor], Tensor]
     ) -> None:
-        if self.together == 1:
+        if self._together == 1:
             self._change(streams[0], boundary, run)
             return
         every = slice(0, self._shape[0])
         given = [self._batch_of(stream, every) for stream in streams]
         # Of the same shape whatever others there are, so that each is rounded in the same way.
-        given += given[-1:] * (self.together - len(streams))
+        given += given[-1:] * (self._together - len(streams))
         made = torch.split(run(torch.cat(given)), self._shape[0])
         for stream, y_BTC in zip(streams, made, strict=False):
             self._put(stream, boundary, every, y_BTC)

@@ -26,7 +26,6 @@ from ghost_dist.checkpoint.halves import check_halves
 from ghost_dist.checkpoint.layer_fields import cut_config
 from ghost_dist.checkpoint.reader import FLOATS, INDEX, Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.durable import json_bytes
 from ghost_dist.errors import ExportError
@@ -108,8 +107,9 @@ def _new_tensors(
     kept = kept_layers(variant.spans, architecture.num_layers)
     position = {old: new for new, old in enumerate(kept)}
     layer_name = re.compile(re.escape(architecture.tensor_prefix) + r"\.(\d+)\.(.*)")
+    paths = architecture.down_projections
     replaced = {
-        f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight": down_FC
+        f"{architecture.tensor_prefix}.{layer}.{paths[layer]}.weight": down_FC
         for layer, down_FC in variant.downs.items()
     }
     halves = architecture.halves

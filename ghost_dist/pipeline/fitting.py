@@ -18,7 +18,6 @@ from ghost_dist.calibration.split import fold_of_range
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.reader import Checkpoint, read_tensor
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.checkpoint.surgery import down_path
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes, free_or_cached_bytes, total_bytes
 from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.pipeline.candidates import Candidate, stored_kind
@@ -298,5 +297,5 @@ def read_down(
     source: Checkpoint, architecture: Architecture, layer: int, device: torch.device
 ) -> Tensor:
     """The model's down_proj of a layer, (F, C) float64."""
-    name = f"{architecture.tensor_prefix}.{layer}.{down_path(architecture)}.weight"
+    name = f"{architecture.tensor_prefix}.{layer}.{architecture.down_projections[layer]}.weight"
     return read_tensor(source, name).to(device).T.double()
