@@ -48,12 +48,10 @@ def errors_shared() -> Iterator[None]:
         yield
     except (ConfigError, CheckpointError) as error:
         own = error
-    found: list[tuple[type[ConfigError | CheckpointError], str] | None]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if own is None else (type(own), str(own)))
+    found: list[ConfigError | CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
     if own is not None:
         raise own
-    for rank, entry in enumerate(found):
-        if entry is not None:
-            kind, message = entry
-            raise kind(f"{message} (Found by rank {rank}.)")
+    for rank, other in enumerate(found):
+        if other is not None:
+            raise type(other)(f"{other} (Found by rank {rank}.)")

@@ -163,15 +163,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """One tensor of a checkpoint, on the CPU in its own dtype; bfloat16 if that is FP8."""
-
-    def stored(info: TensorInfo) -> Tensor:
-        with safe_open(checkpoint.path / info.file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(info.name)
-        return tensor
-
     try:
-        tensor, scales = stored(checkpoint.tensors[name]), checkpoint.scales.get(name)
-        return tensor if scales is None else dequantised(tensor, stored(scales.info), scales.block)
+        with contextlib.ExitStack() as files:
+            tensor: Tensor = lazy_tensors(checkpoint, [name], files, torch.device("cpu"))[name][...]
+            return tensor
     except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {name} cannot be read: {error}"

@@ -95,14 +95,6 @@ class DeviceNeeds:
         parts = [held.experts for held in self.streaming if held.experts is not None]
         return max(parts) + 1 if parts else 0
 
-    def held(self, room: int, experts: int | Literal["auto"] = "auto") -> Residency | None:
-        """What of the layers is on the device at once where they are read one by one."""
-
-        def fits(held: Residency) -> bool:
-            return _peak(self.streaming[held])[1] <= room
-
-        return choose_residency(fits, self.experts, experts)
-
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -163,8 +155,10 @@ def _streaming(
     needs: DeviceNeeds, experts: int | Literal["auto"], room: int, kind: str, has: str
 ) -> EngineChoice:
     """Layer after layer, with what is held at once as the engine itself will choose it."""
+    peaks = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
     count = needs.experts
-    held = needs.held(room, experts) or (Residency(1) if count else Residency(prefetch=False))
+    held = choose_residency(lambda held: peaks[held] <= room, count, experts)
+    held = held or (Residency(1) if count else Residency(prefetch=False))
     stage, peak = _peak(needs.streaming[held])
     if peak > room:
         largest = _gb(needs.largest_layer)
@@ -200,7 +194,7 @@ def _what_would_fit(needs: DeviceNeeds, room: int) -> str:
     fitting = []
     streaming = {held: _peak(by_stage)[1] for held, by_stage in needs.streaming.items()}
     sharing = {n: _peak(of_rank)[1] for n, of_rank in needs.tensor_parallel.items()}
-    held = needs.held(room)
+    held = choose_residency(lambda held: streaming[held] <= room, needs.experts)
     if held is not None and held.experts is not None:
         fitting.append("engine.kind=streaming with engine.experts=auto")
     elif held is not None:
