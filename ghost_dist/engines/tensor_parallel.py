@@ -13,8 +13,8 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,18 +72,7 @@ def open_tensor_parallel(
         checkpoint = open_checkpoint(path)
         check_degree(truncated_config(checkpoint, architecture, num_layers), degree)
         _prepare_deepspeed(device)
-
-    def load(
-        path: Path, architecture: Architecture, num_layers: int, dtype: torch.dtype
-    ) -> ResidentEngine:
-        model, read_bytes = _load(path, architecture, num_layers, dtype, device)
-        decoder = LayerwiseModel(model, architecture.of_base)
-        check_stream(decoder)
-        engine = ResidentEngine(decoder, batch)
-        engine.read_bytes = read_bytes
-        engine.parameter_bytes = sum(p.nbytes for p in model.parameters())
-        return engine
-
+    load = partial(_load, device=device, batch=batch)
     difference = check_conformance(
         checkpoint,
         architecture,
@@ -99,12 +88,18 @@ def open_tensor_parallel(
 
 
 def _load(
-    path: Path, architecture: Architecture, stop: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, int]:
+    path: Path,
+    architecture: Architecture,
+    num_layers: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    batch: int,
+) -> ResidentEngine:
     checkpoint, degree = open_checkpoint(path), dist.get_world_size()
-    config = truncated_config(checkpoint, architecture, stop)
+    config = truncated_config(checkpoint, architecture, num_layers)
     model = shapes_only(architecture.base_class, config, dtype)
-    end_at_boundary(model, architecture, stop)
+    end_at_boundary(model, architecture, num_layers)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     layers = model.get_submodule(architecture.of_base.layers)
@@ -130,7 +125,12 @@ def _load(
     restore_buffers(model, buffers, device)
     with errors_shared():
         read_bytes = load_shards(model, checkpoint, sharding, shapes, dtype, device)
-    return model.requires_grad_(False).eval(), read_bytes
+    decoder = LayerwiseModel(model.requires_grad_(False).eval(), architecture.of_base)
+    check_stream(decoder)
+    engine = ResidentEngine(decoder, batch)
+    engine.read_bytes = read_bytes
+    engine.parameter_bytes = sum(p.nbytes for p in model.parameters())
+    return engine
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
