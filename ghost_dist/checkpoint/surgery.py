@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.halves import remove_halves
-from ghost_dist.checkpoint.layer_fields import cut_config, descriptions
+from ghost_dist.checkpoint.layer_fields import cut_config
 from ghost_dist.checkpoint.repair import Repair, apply_repair
-from ghost_dist.checkpoint.twin import cut_difference, empty_model, plain_settings
+from ghost_dist.checkpoint.twin import empty_model, plain_settings
 from ghost_dist.checkpoint.variant import Variant
-from ghost_dist.errors import UnsupportedArchitectureError
 from ghost_dist.spans import Span, kept_layers, operator_positions
 
 
 def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span]) -> None:
-    """Take the layers of ``spans`` out of an uncut causal LM, in place.
+    """Take the layers of ``spans``, which ``check_cut`` allows, out of a causal LM, in place.
 
     Whatever the family stores per layer (its number, which layers slide, masks by layer type) is
     taken over from a twin that is built from the cut configuration.
@@ -34,13 +33,6 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
         if hasattr(model.config, name):
             setattr(config, name, getattr(model.config, name))
     twin = empty_model(type(model), copy.deepcopy(config))
-    described = descriptions(architecture.fields, model.config, config)
-    difference = cut_difference(uncut, twin.get_submodule(architecture.layers), spans, described)
-    if difference is not None:
-        raise UnsupportedArchitectureError(
-            f"Family {architecture.model_type} is not supported: without layers "
-            f"{', '.join(map(str, spans))}, {difference}."
-        )
     keyed = architecture.fields.keyed
     kept = nn.ModuleList(uncut[layer] for layer in kept_layers(spans, len(uncut)))
     kept.train(uncut.training)

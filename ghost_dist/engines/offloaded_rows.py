@@ -48,11 +48,10 @@ class Rows(Tap):
         mlp_layers: Sequence[int],
         state: StreamState | None,
     ) -> None:
-        self._position = {window: number for number, window in enumerate(windows)}
+        self.windows, self.tensors = tuple(windows), dict[str, Tensor]()
         self._own = model.peers.part_of(len(windows))
         self._model, self._length, self._place, self._state = model, length, place, state
         self._boundaries, self.mlp_layers = boundaries, mlp_layers
-        self.tensors: dict[str, Tensor] = {}
 
     def mlp(self, layer: int, part: slice, input_BTF: Tensor, product_BTC: Tensor) -> None:
         rows = self._of_mlp(layer).values()
@@ -75,11 +74,12 @@ class Rows(Tap):
 
     def feed(self, windows: Sequence[int], sink: Collector, device: torch.device) -> None:
         """Give a sink what it wants of some windows, in their order; collective over the peers."""
-        peers, total = self._model.peers, len(self._position)
+        peers, total = self._model.peers, len(self.windows)
+        position = {window: number for number, window in enumerate(self.windows)}
         order = sorted([(b, 0) for b in sink.boundaries] + [(la, 1) for la in sink.mlp_layers])
 
         def row(name: str, window: int) -> Tensor:
-            rows_WTn, number = self.tensors[name], self._position[window]
+            rows_WTn, number = self.tensors[name], position[window]
             if number in self._own:
                 row_Tn = rows_WTn[number - self._own.start].to(device, non_blocking=True)
             else:
