@@ -80,15 +80,6 @@ class Architecture:
     halves: Mapping[int, Mapping[Part, Half]] = field(default_factory=dict)  # empty: not looked for
 
     @property
-    def per_layer_fields(self) -> tuple[str, ...]:
-        """Names of all configuration fields that a cut may change."""
-        f = self.fields
-        return (
-            *(*f.count_names, *f.lists, *f.indices, *f.keyed),
-            *(*f.counts, *f.scaled, *f.changed, *f.removed),
-        )
-
-    @property
     def of_base(self) -> Architecture:
         """With paths as they are in the model without its head."""
         return replace(

@@ -26,9 +26,10 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
     Whatever the family stores per layer (its number, which layers slide, masks by layer type) is
     taken over from a twin that is built from the cut configuration.
     """
-    uncut = model.get_submodule(architecture.layers)
-    cut = cut_config(model.config.to_dict(), spans, architecture.fields)
+    uncut, before = model.get_submodule(architecture.layers), model.config.to_dict()
+    cut = cut_config(before, spans, architecture.fields)
     config = type(model.config).from_dict(cut)
+    changed = [name for name, value in config.to_dict().items() if value != before.get(name)]
     for name in ("_attn_implementation", "_experts_implementation"):
         if hasattr(model.config, name):
             setattr(config, name, getattr(model.config, name))
@@ -42,11 +43,10 @@ def remove_layers(model: Any, architecture: Architecture, spans: Sequence[Span])
         for name, value in plain_settings(module):
             setattr(own, name, value)
         if isinstance(getattr(own, "config", None), type(config)):
-            for name in architecture.per_layer_fields:
-                if hasattr(config, name):
-                    # What is keyed by layers is set as a mapping and reads as something else.
-                    value = cut[name] if name in keyed else getattr(config, name)
-                    setattr(own.config, name, copy.deepcopy(value))
+            for name in changed:
+                # What is keyed by layers is set as a mapping and reads as something else.
+                value = cut[name] if name in keyed else getattr(config, name)
+                setattr(own.config, name, copy.deepcopy(value))
 
 
 def insert_operators(model: Any, architecture: Architecture, variant: Variant) -> None:

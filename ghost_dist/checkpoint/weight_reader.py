@@ -167,12 +167,6 @@ class WeightReader:
             os.close(descriptor)
         self._files.clear()
 
-    def __enter__(self) -> WeightReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _state(self, file: str) -> tuple[int, int]:
         """Size, and nanoseconds of the last change."""
         found = (self._checkpoint.path / file).stat()

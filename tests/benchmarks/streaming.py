@@ -178,7 +178,7 @@ def compare(checkpoint, architecture, given, tokens, device, dtype):
 def measure_read_rate(checkpoint, device, layers):
     names = {layer: [n for n in checkpoint.tensors if f".layers.{layer}." in n] for layer in layers}
     half = list(layers)[: max(2, len(layers) // 2)]
-    with WeightReader(checkpoint, device) as reader:
+    with contextlib.closing(WeightReader(checkpoint, device)) as reader:
         reader.start(names[half[0]]).wait()
         synchronize(device)
         began, before = time.monotonic(), reader.bytes_read

@@ -1,5 +1,6 @@
 """Ranks that share a reading, here threads: each reads a part, all have the whole."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ def read_by(count, checkpoint, groups):
     meeting = Meeting(count)
 
     def one(rank):
-        with WeightReader(checkpoint, CPU, peers=ThreadRank(rank, count, meeting)) as reader:
+        peer = ThreadRank(rank, count, meeting)
+        with contextlib.closing(WeightReader(checkpoint, CPU, peers=peer)) as reader:
             found = [reader.start(names).wait() for names in groups]
             return found, reader.bytes_read
 

@@ -104,7 +104,7 @@ def test_every_way_to_read_gives_the_twin(pair, family, form):
     assert sizes.exported_bytes == of_twin.exported_bytes == of_twin.stored_bytes
     assert [la.exported_bytes for la in sizes.layers] == [la.stored_bytes for la in of_twin.layers]
     assert [la.loaded_bytes for la in sizes.layers] == [la.loaded_bytes for la in of_twin.layers]
-    with WeightReader(stored, CPU) as reader:
+    with contextlib.closing(WeightReader(stored, CPU)) as reader:
         streamed = reader.start(list(stored.tensors)).wait()
     assert reader.bytes_read == stored.nbytes
     for name in twin.tensors:

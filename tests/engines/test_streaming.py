@@ -361,7 +361,7 @@ def test_a_shard_that_changes_during_the_run_is_named(own_copy, what):
 def test_a_file_that_ends_early_is_named(own_copy):
     source, _ = own_copy
     path, name = shard_of(source, 2)
-    with WeightReader(source, CPU) as reader:
+    with contextlib.closing(WeightReader(source, CPU)) as reader:
         path.write_bytes(path.read_bytes()[:64])
         reader._states[path.name] = reader._state(path.name)  # as if nobody had looked
         with pytest.raises(CheckpointError, match=r"it ends at byte"):

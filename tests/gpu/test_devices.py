@@ -5,6 +5,7 @@ that whatever does not wait for it finds what was there before. The calling thre
 the first one, as in a process that never chose.
 """
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -60,7 +61,7 @@ def reader_whose_copies_are_late(source, device, monkeypatch):
 
 
 def expected_of(source, names):
-    with WeightReader(source, torch.device("cpu")) as reader:
+    with contextlib.closing(WeightReader(source, torch.device("cpu"))) as reader:
         return reader.start(names).wait()
 
 
@@ -79,7 +80,7 @@ def test_weights_wait_for_earlier_work_on_their_memory(checkpoint, device):
     source = checkpoint("llama")[0]
     name = max(source.tensors, key=lambda name: source.tensors[name].nbytes)
     nbytes = source.tensors[name].nbytes
-    with WeightReader(source, device, keep_cached=True) as reader:
+    with contextlib.closing(WeightReader(source, device, keep_cached=True)) as reader:
         reader.start([name]).wait()  # threads and buffers are there from now on
         devices.synchronize(device)
         torch.cuda.empty_cache()
