@@ -3,8 +3,9 @@
 The exported modeling file does the same by its own code (``export/modeling_template.py.txt``).
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,19 @@ def zeros(width: int, outputs: int) -> Callable[..., Any]:
 def in_form(output: Tensor, length: int) -> Any:
     """An output as a module returns it: first in a tuple of that length; 0: alone."""
     return (output, *(None,) * (length - 1)) if length else output
+
+
+@contextlib.contextmanager
+def forward_of(module: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Another forward for a module for a while; it may have one of its own (accelerate's hooks)."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def remove_halves(

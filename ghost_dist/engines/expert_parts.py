@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghost_dist.checkpoint.halves import forward_of
 from ghost_dist.checkpoint.reader import Checkpoint
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, empty_at, free_or_cached_bytes
@@ -181,13 +182,12 @@ class SplitLayer:
                 for batch in self._batches:
                     self._run_part(part, batch)
                 self._release()
-            self._experts.__dict__["forward"] = self._answer
-            yield
+            with forward_of(self._experts, self._answer):
+                yield
         finally:
             for reading in ahead:
                 reading.cancel()
             self._batches.clear()
-            self._experts.__dict__.pop("forward", None)
             self._release()
 
     def _start(self, part: range) -> Reading:
@@ -224,15 +224,12 @@ class SplitLayer:
             self._batches.append(self._keep(hidden_NC, index_NK, weights_NK, inputs.num_tokens))
             raise SeenEnough
 
-        self._experts.__dict__["forward"] = asked
-        try:
+        with forward_of(self._experts, asked):
             for count, x_BTC in enumerate(inputs, 1):
                 with contextlib.suppress(SeenEnough):
                     run(x_BTC)
                 if len(self._batches) != count:
                     raise cannot_be_split(self._family, "a layer did not call them")
-        finally:
-            del self._experts.__dict__["forward"]
 
     def _keep(
         self, hidden_NC: Tensor, index_NK: Tensor, weights_NK: Tensor, num_tokens: int

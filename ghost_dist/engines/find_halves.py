@@ -87,17 +87,10 @@ def _tensors_of_layers(
 def _with_tensors(half: Half, paths: dict[str, str], source: Checkpoint, width: int) -> Half:
     owners = tuple(f"{owner}." for owner in (half.root, *half.idle))
     names = tuple(name for name, path in paths.items() if path.startswith(owners))
-    weights = [
-        name
-        for name, path in paths.items()
-        if path == f"{half.writer}.weight" and source.tensors[name].shape[0] == width
-    ]
-    return replace(
-        half,
-        tensors=names,
-        writer=half.writer if weights else "",
-        writer_tensor=weights[0] if weights else "",
-    )
+    whole = (name for name in paths if source.tensors[name].shape[:1] == (width,))
+    weight = next((name for name in whole if paths[name] == f"{half.writer}.weight"), "")
+    writer = half.writer if weight else ""
+    return replace(half, tensors=names, writer=writer, writer_tensor=weight)
 
 
 @dataclass
@@ -200,14 +193,12 @@ class _Trial:
     def _without(self, x_BTC: Tensor, names: Sequence[str], idle: Sequence[str] = ()) -> Tensor:
         instead: dict[str, nn.Module] = {name: nn.Identity() for name in idle}
         instead |= {name: Nothing(self.width, self._outputs.get(name, 0)) for name in names}
-        own = {name: self.layer.get_submodule(name) for name in instead}
-        try:
+        with contextlib.ExitStack() as stack:
             for name, module in instead.items():
+                own = self.layer.get_submodule(name)
+                stack.callback(self.layer.set_submodule, name, own)
                 self.layer.set_submodule(name, module)
             return self.run(x_BTC)
-        finally:
-            for name, module in own.items():
-                self.layer.set_submodule(name, module)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -8,7 +8,7 @@ Windows are full rows, so it depends on the shape alone.
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost_dist.checkpoint.architecture import Architecture
-from ghost_dist.checkpoint.halves import in_form, zeros
+from ghost_dist.checkpoint.halves import forward_of, in_form, zeros
 from ghost_dist.checkpoint.surgery import set_weight
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer, SeenEnough, routed_experts
@@ -139,14 +139,11 @@ class LayerwiseModel:
         if layer in variant.downs:
             changed[self.down_projection(layer)] = variant.downs[layer]
         changed |= {self.writer(one): new_FC for one, new_FC in variant.outputs_of(layer).items()}
-        own = {module: module.weight for module in changed}
-        for module, weight_FC in changed.items():
-            set_weight(module, weight_FC)
-        try:
+        with contextlib.ExitStack() as stack:
+            for module, weight_FC in changed.items():
+                stack.callback(setattr, module, "weight", module.weight)
+                set_weight(module, weight_FC)
             yield
-        finally:
-            for module, weight in own.items():
-                module.weight = weight
 
     def writer(self, sublayer: Sublayer) -> Any:
         """The linear module that ends a half."""
@@ -306,16 +303,3 @@ def _handing_on(layers: Iterable[Any]) -> Iterator[None]:
 def _hand_on(length: int, /, *args: Any, **kwargs: Any) -> Any:
     """A forward that returns the stream that it is given."""
     return in_form(args[0] if args else kwargs["hidden_states"], length)
-
-
-@contextlib.contextmanager
-def forward_of(module: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Another forward for a module for a while; it may have one of its own (accelerate's hooks)."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own

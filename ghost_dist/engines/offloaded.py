@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.checkpoint.conversions import convert_and_load, renamed
+from ghost_dist.checkpoint.halves import forward_of
 from ghost_dist.checkpoint.load import non_finite_weight, truncated_config
 from ghost_dist.checkpoint.peers import ALONE, Peers
 from ghost_dist.checkpoint.reader import Checkpoint
@@ -26,7 +27,7 @@ from ghost_dist.checkpoint.twin import restore_buffers, shapes_only
 from ghost_dist.checkpoint.weight_reader import Reading, WeightReader
 from ghost_dist.devices import SHARE_OF_FREE_MEMORY, free_bytes
 from ghost_dist.engines.expert_parts import Inputs, RunLayer, SplitLayer, cannot_be_split
-from ghost_dist.engines.layerwise import Group, LayerwiseModel, forward_of
+from ghost_dist.engines.layerwise import Group, LayerwiseModel
 from ghost_dist.engines.memory import Residency, choose_residency
 from ghost_dist.engines.model_sizes import loaded_sizes
 from ghost_dist.errors import ConfigError

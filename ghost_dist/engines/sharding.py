@@ -169,13 +169,11 @@ def kept_whole(layers: nn.ModuleList) -> Iterator[None]:
             for name, child in parent.named_children():
                 if name in GATES and isinstance(child, nn.Linear):
                     aside.append((parent, name, child))
-    for parent, name, _ in aside:
-        setattr(parent, name, nn.Identity())
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for parent, name, child in aside:
-            setattr(parent, name, child)
+            stack.callback(setattr, parent, name, child)
+            setattr(parent, name, nn.Identity())
+        yield
 
 
 def gather_width(local: Tensor, width: int) -> Tensor:

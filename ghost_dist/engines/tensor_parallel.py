@@ -263,10 +263,8 @@ def _local_rank(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
     logger = logging.getLogger("DeepSpeed")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.WARNING)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
