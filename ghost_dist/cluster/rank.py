@@ -45,7 +45,7 @@ from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range
 from ghost_dist.pipeline.engine import holds_search
 from ghost_dist.pipeline.fitting import FitHere, FitJob, Outcome, fit_room
 from ghost_dist.pipeline.inputs import RunInputs
-from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
+from ghost_dist.pipeline.offloading import open_offloaded_engine
 from ghost_dist.pipeline.search_effort import Windows
 from ghost_dist.pipeline.searching import scoring
 from ghost_dist.progress import Reporter
@@ -212,10 +212,7 @@ class Rank:
         windows = store.plan.ranges[range_id]
         given = (work.tokens, windows, work.collectors, self._advance, self._block)
         with torch.inference_mode():
-            if isinstance(self._engine, OffloadedEngine):
-                sums, times = offloaded_range(self._engine, *given)
-            else:
-                sums, times = sums_of_range(self._engine, *given)
+            sums, times = sums_of_range(self._engine, *given)
             # Here and not in write: a copy from the device would queue behind the next range.
             on_host = {name: part.to(torch.device("cpu")) for name, part in sums.items()}
         self._unwritten[attempt] = (store, on_host)

@@ -124,10 +124,9 @@ class OffloadedEngine(Engine):
         sink: Collector,
         advance: Callable[[int], None],
     ) -> None:
-        """The sink is fed after the last layer."""
-        rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, lambda _: None)
+        """The sink is fed after the last layer; ``advance`` hears of every layer."""
+        rows = self.sweep(tokens, windows, sink.boundaries, sink.mlp_layers, advance)
         rows.feed(windows, sink, self.device)
-        advance(len(windows) * tokens.shape[1])
 
     def sweep(
         self,

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -89,20 +90,31 @@ class Stopwatch:
 
 
 class TimedCollector(Collector):
-    def __init__(self, collector: Collector, watch: Stopwatch) -> None:
-        self._collector, self._watch = collector, watch
-        self.boundaries, self.mlp_layers = collector.boundaries, collector.mlp_layers
+    """A collector and the time that it takes; made when the first stream comes.
+
+    Until then its sums take no memory, which layers that are read one by one may need.
+    """
+
+    def __init__(self, collectors: Collectors, device: torch.device, block: ColumnBlock) -> None:
+        self.watch = Stopwatch(device)
+        self.boundaries, self.mlp_layers = wanted(collectors)
+        self._make = partial(collectors.collector, device, block)
+
+    @cached_property
+    def _collector(self) -> Collector:
+        with torch.inference_mode(mode=False):  # sums are changed where no model is run
+            return self._make()
 
     def __call__(self, boundary: int, window: int, stream_TC: Tensor) -> None:
-        with self._watch.lap():
+        with self.watch.lap():
             self._collector(boundary, window, stream_TC)
 
     def take_mlp(self, layer: int, window: int, input_TF: Tensor, product_TC: Tensor) -> None:
-        with self._watch.lap():
+        with self.watch.lap():
             self._collector.take_mlp(layer, window, input_TF, product_TC)
 
     def result(self) -> Mapping[str, Sums]:
-        with self._watch.lap():
+        with self.watch.lap():
             return self._collector.result()
 
 
@@ -183,13 +195,12 @@ def sums_of_range(
     block: ColumnBlock = WHOLE,
 ) -> tuple[Mapping[str, Sums], RangeTimes]:
     """Run the windows of one range, from zero; what a store commits as a whole."""
-    watch = Stopwatch(engine.device)
-    began = watch.now()
-    collector = TimedCollector(collectors.collector(engine.device, block), watch)
+    collector = TimedCollector(collectors, engine.device, block)
+    began = collector.watch.now()
     engine.run(tokens, windows, collector, advance)
     sums = collector.result()
-    total_s = watch.until_now(began)
-    sums_s = watch.seconds()
+    total_s = collector.watch.until_now(began)
+    sums_s = collector.watch.seconds()
     return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
 
 

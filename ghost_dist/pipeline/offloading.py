@@ -6,7 +6,7 @@ The same stages as with a resident model, each in one pass over the files.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,17 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.engines.memory import Residency
 from ghost_dist.engines.offloaded import OffloadedModel
-from ghost_dist.engines.offloaded_rows import OffloadedEngine, Rows, prove_offloaded
+from ghost_dist.engines.offloaded_rows import OffloadedEngine, prove_offloaded
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.evaluation.scores import last_logits
 from ghost_dist.export.verify import has_our_code
 from ghost_dist.pipeline.collecting import Collect, CollectHere
-from ghost_dist.pipeline.collectors import (
-    Collectors,
-    RangeTimes,
-    Stopwatch,
-    kept_numbers,
-    wanted,
-)
+from ghost_dist.pipeline.collectors import Collectors, kept_numbers, wanted
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_causal_lm
 from ghost_dist.progress import Advance, Reporter
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.stream_state import StreamState
-from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
+from ghost_dist.statistics.sums import WHOLE
 
 _SHARE_OF_MEMORY_TO_CACHE = 0.5
 
@@ -100,8 +94,9 @@ class CollectOffloaded(Collect):
                         if range_id == missing[-1]:
                             state.remove()
 
-                    sums = _sums_of_rows(rows, ranges[range_id], collectors, engine.device)
-                    store.keep(range_id, sums, committed)
+                    collector = collectors.collector(engine.device, WHOLE)
+                    rows.feed(ranges[range_id], collector, engine.device)
+                    store.keep(range_id, collector.result(), committed)
                     advance(1)
         finally:
             engine.model.close()
@@ -121,41 +116,6 @@ def evaluation_shape(inputs: RunInputs) -> tuple[int, int]:
     """Windows of all corpora of a run, and their length."""
     shapes = [windows.tokens.shape for windows in inputs.evaluation.values()]
     return sum(count for count, _ in shapes), shapes[0][1]
-
-
-def offloaded_range(
-    engine: OffloadedEngine,
-    tokens: Tokens,
-    windows: Sequence[int],
-    collectors: Collectors,
-    advance: Advance,
-    block: ColumnBlock,
-) -> tuple[Mapping[str, Sums], RangeTimes]:
-    """As ``collectors.sums_of_range``, each layer read once.
-
-    ``advance`` is called with tokens at every layer, since a layer may take minutes to read.
-    """
-    boundaries, mlp_layers = wanted(collectors)
-    watch = Stopwatch(engine.device)
-    began = watch.now()
-    rows = engine.sweep(tokens, windows, boundaries, mlp_layers, advance)
-    with watch.lap():
-        sums = _sums_of_rows(rows, windows, collectors, engine.device, block)
-    total_s = watch.until_now(began)
-    sums_s = watch.seconds()
-    return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
-
-
-def _sums_of_rows(
-    rows: Rows,
-    windows: Sequence[int],
-    collectors: Collectors,
-    device: torch.device,
-    block: ColumnBlock = WHOLE,
-) -> Mapping[str, Sums]:
-    collector = collectors.collector(device, block)
-    rows.feed(windows, collector, device)
-    return collector.result()
 
 
 def open_offloaded_engine(

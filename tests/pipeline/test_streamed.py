@@ -9,10 +9,10 @@ from run_files import events, operators
 from ghost_dist.config_file import load_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.pipeline import inputs as run_inputs
-from ghost_dist.pipeline.offloading import offloaded_range, open_offloaded_engine
+from ghost_dist.pipeline.collectors import sums_of_range
+from ghost_dist.pipeline.offloading import open_offloaded_engine
 from ghost_dist.pipeline.recover import recover
 from ghost_dist.progress import Reporter
-from ghost_dist.statistics.sums import WHOLE
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_range_advances_layer_by_layer(make_config):
     tokens = torch.arange(3 * 10, dtype=torch.int32).reshape(3, 10).numpy()
     told = []
     try:
-        offloaded_range(engine, tokens, (0, 2), collectors, told.append, WHOLE)
+        sums_of_range(engine, tokens, (0, 2), collectors, told.append)
     finally:
         engine.model.close()
     assert [count for count in told if count] == [5, 5, 5, 5]
