@@ -1,17 +1,16 @@
 """Fills a statistics store: every missing range is run and committed once."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
 from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range
 from ghost_dist.pipeline.inputs import RunInputs, open_engine
+from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.progress import Reporter
-from ghost_dist.spans import Span
 from ghost_dist.statistics.at_hand import StoreAtHand
-from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.store_plan import StatisticsPlan
 
 
@@ -85,24 +84,18 @@ def open_store(path: Path, plan: StatisticsPlan, reporter: Reporter) -> StoreAtH
 
 
 def plan_of(
-    inputs: RunInputs,
-    tokens: TokenWindows,
-    entries: dict[str, str],
-    ranges: Sequence[tuple[int, ...]],
+    inputs: RunInputs, tokens: TokenWindows, collectors: Collectors, num_ranges: int | None = None
 ) -> StatisticsPlan:
+    """What a store of these collectors counts, in the ranges of the run or in so many."""
+    fold_of = fold_of_window(inputs, tokens)
     return StatisticsPlan(
         inputs={
             "model": inputs.model_fingerprint,
             "tokens": tokens.fingerprint,
             **inputs.numerics,
         },
-        entries=entries,
-        ranges=tuple(ranges),
+        entries=collectors.entries,
+        ranges=tuple(assign_ranges(fold_of, num_ranges or inputs.num_ranges)),
         window_length=tokens.window_length,
         blocks=inputs.config.engine.ranks,
     )
-
-
-def entries_of(samples: Sequence[tuple[Span, Regressors]]) -> dict[str, str]:
-    """Names and kinds of the sums of spans, as a plan has them."""
-    return {sums_key(span, kind): "moments" for span, kind in samples}

@@ -30,6 +30,7 @@ from ghost_dist.statistics.span_sums import (
     moments_flops,
     num_regressors,
     stored_bytes,
+    sums_key,
 )
 from ghost_dist.statistics.sums import WHOLE, ColumnBlock, Sums
 
@@ -126,6 +127,10 @@ class Collectors(Protocol):
     """What is to be collected; can be pickled."""
 
     @property
+    def entries(self) -> dict[str, str]:
+        """Names of its sums, and their kinds in a store."""
+
+    @property
     def last_boundary(self) -> int:
         """Layers that the engine must have."""
 
@@ -137,8 +142,12 @@ class Collectors(Protocol):
 class SpanCollectors:
     """Sums of chosen spans."""
 
-    samples: tuple[tuple[Span, Regressors], ...]
+    samples: Sequence[tuple[Span, Regressors]]
     architecture: Architecture
+
+    @property
+    def entries(self) -> dict[str, str]:
+        return {sums_key(span, kind): "moments" for span, kind in self.samples}
 
     @property
     def last_boundary(self) -> int:

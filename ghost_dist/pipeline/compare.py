@@ -27,7 +27,7 @@ from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.bootstrap import interval, resampled_perplexities
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import entries_of, open_store, plan_of
+from ghost_dist.pipeline.collecting import open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import (
@@ -41,7 +41,6 @@ from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
 from ghost_dist.pipeline.targets import check_remove
-from ghost_dist.pipeline.texts import calibration_ranges
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_comparison
 from ghost_dist.run_folder import RunFolder
@@ -166,13 +165,10 @@ def _fill(
         usable.append((cut, row))
         samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
     ordered = sorted((s, k) for s, k in samples if k != "stream" or (s, "joint") not in samples)
-    entries = entries_of(ordered)
-    ranges = calibration_ranges(inputs, tokens)
-    plan = plan_of(inputs, tokens, entries, ranges)
-    name = f"statistics-{fingerprint(entries)[:12]}.zarr"
-    store = open_store(folder / name, plan, reporter)
+    collectors = SpanCollectors(ordered, inputs.architecture)
+    name = f"statistics-{fingerprint(collectors.entries)[:12]}.zarr"
+    store = open_store(folder / name, plan_of(inputs, tokens, collectors), reporter)
     if ordered:
-        collectors = SpanCollectors(tuple(ordered), inputs.architecture)
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
         store.flush()
     model = None if inputs.streaming else open_causal_lm(inputs, own=True)

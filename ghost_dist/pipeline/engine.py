@@ -129,7 +129,7 @@ def costs_of(run: RunShape) -> dict[str, Cost]:
     elif inputs.remove is not None:
         scores = PaperScores(inputs.remove, selection.protect, inputs.architecture)
         costs["select"] = scores.cost(run)
-    collectors = SpanCollectors(tuple(run.samples), inputs.architecture)
+    collectors = SpanCollectors(run.samples, inputs.architecture)
     costs["calibrate"] = collectors.cost(run) if run.samples else Cost()
     costs |= {"solve": solve_cost(run), "export": export_cost(run)}
     if inputs.evaluation:

@@ -44,6 +44,10 @@ class PaperScores:
         return spans
 
     @property
+    def entries(self) -> dict[str, str]:
+        return {"scores": "scores"}
+
+    @property
     def last_boundary(self) -> int:
         return self.architecture.num_layers
 

@@ -56,7 +56,7 @@ def solve_cost(run: RunShape) -> Cost:
         for fitted_on in final_folds:
             cost.fits += _fits([final], run, span, fitted_on)
     if cost.fits:
-        samples = SpanCollectors(tuple(run.samples), inputs.architecture)
+        samples = SpanCollectors(run.samples, inputs.architecture)
         cost.sums_read_bytes = inputs.num_ranges * samples.stored_bytes(config.engine.ranks)
     if by_kl:
         tokens, more = held_out_tokens(config), len(left_out) - 1

@@ -23,7 +23,6 @@ from ghost_dist.pipeline.candidates import (
     candidates_of,
     least,
     not_far_behind,
-    samples_of,
     searches_ridge,
     stored_kind,
     strongest_ridge,
@@ -39,7 +38,7 @@ from ghost_dist.pipeline.walking import Walk
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.span_sums import sums_key
+from ghost_dist.statistics.span_sums import Regressors, sums_key
 from ghost_dist.statistics.store import StatisticsStore
 from ghost_dist.statistics.store_plan import StatisticsPlan
 
@@ -351,13 +350,10 @@ def held_out_tokens(config: Config) -> int:
 
 
 def check_store(
-    plan: StatisticsPlan,
-    candidates: Sequence[Candidate],
-    spans: Sequence[Span],
-    inputs: RunInputs,
+    plan: StatisticsPlan, samples: Sequence[tuple[Span, Regressors]], inputs: RunInputs
 ) -> None:
     """Refuse statistics that lack what the operators need; says what to run again, and how."""
-    for span, kind in samples_of(candidates, spans, inputs.refittable):
+    for span, kind in samples:
         if stored_kind(kind, span, plan.entries) is None:
             have = ", ".join(plan.entries) or "nothing"
             config = inputs.config

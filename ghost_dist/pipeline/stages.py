@@ -25,7 +25,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.errors import ConfigError, CorruptStoreError
 from ghost_dist.export.operator_files import Solution, load_operators, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import Collect, entries_of, open_store, plan_of
+from ghost_dist.pipeline.collecting import Collect, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import NOT_USED, Evaluation
 from ghost_dist.pipeline.exporting import Beside, ExportAhead, export_recovered, file_sizes
@@ -37,12 +37,7 @@ from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import Scorer, search_spans
 from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
-from ghost_dist.pipeline.texts import (
-    calibration_ranges,
-    calibration_windows,
-    unlike,
-    windows_of_folds,
-)
+from ghost_dist.pipeline.texts import calibration_windows, unlike, windows_of_folds
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
 from ghost_dist.run_folder import STAGES, RunFolder, done_words
@@ -156,8 +151,7 @@ class Stages:
         inputs, protect = self._inputs, self._inputs.config.selection.protect
         assert inputs.remove is not None
         scores = PaperScores(inputs.remove, protect, inputs.architecture)
-        ranges = calibration_ranges(inputs, tokens, inputs.config.folds)
-        plan = plan_of(inputs, tokens, {"scores": "scores"}, ranges)
+        plan = plan_of(inputs, tokens, scores, inputs.config.folds)
         if stored_plan(path) not in (None, plan):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
@@ -170,37 +164,38 @@ class Stages:
 
         Sums are neither read nor made: who only looks at later stages does without them.
         """
-        inputs = self._inputs
-        candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
-        samples = samples_of(candidates, spans, inputs.refittable)
-        ranges = calibration_ranges(inputs, tokens)
-        plan = plan_of(inputs, tokens, entries_of(samples), ranges)
+        inputs, sums = self._inputs, self._sums(spans)
+        plan = plan_of(inputs, tokens, sums)
         found = None if self._again == "calibrate" else stored_plan(self._run.statistics)
         if found is not None and replace(found, entries=plan.entries) == plan:
             renewed = (ConfigError,) if inputs.others else ()  # those of another amount
             with contextlib.suppress(*renewed):
-                check_store(found, candidates, spans, inputs)
+                check_store(found, sums.samples, inputs)
                 return found
         return plan
+
+    def _sums(self, spans: tuple[Span, ...]) -> SpanCollectors:
+        """What the configured operators are fitted from."""
+        inputs = self._inputs
+        candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
+        samples = samples_of(candidates, spans, inputs.refittable)
+        return SpanCollectors(samples, inputs.architecture)
 
     def calibrate(self, tokens: TokenWindows, spans: tuple[Span, ...]) -> StoreAtHand:
         """Sums of every range of windows, each committed once; damaged ones are run again."""
         if self._store is not None:
             return self._store
-        inputs, path = self._inputs, self._run.statistics
-        candidates = candidates_of(inputs.config.operator, spans, inputs.refittable)
-        samples = samples_of(candidates, spans, inputs.refittable)
+        inputs, path, sums = self._inputs, self._run.statistics, self._sums(spans)
         plan = self.statistics(tokens, spans)
         if stored_plan(path) not in (None, plan) and (self._again == "calibrate" or inputs.others):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
-        missing = store.missing() if samples else ()
-        if samples and (there := len(plan.ranges) - len(missing)):
+        missing = store.missing() if sums.samples else ()
+        if sums.samples and (there := len(plan.ranges) - len(missing)):
             self._reporter.taken(f"sums of {there} of {len(plan.ranges)} ranges")
 
         def work() -> dict[str, Any]:
-            collectors = SpanCollectors(tuple(samples), inputs.architecture)
-            nbytes = len(missing) * collectors.stored_bytes(plan.blocks)
+            nbytes = len(missing) * sums.stored_bytes(plan.blocks)
             of_layers = exported_sizes(inputs.source, inputs.architecture)
             cut = sum(of_layers[layer] for layer in Variant(spans).removed)
             kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
@@ -209,9 +204,9 @@ class Stages:
             check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
             if self._ahead is not None:
                 self._ahead.copy(Variant(spans, sublayers=self.sublayers))
-            if not samples:
+            if not sums.samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
-            self._collect(store, tokens, collectors, "calibrate", to_fit=True)
+            self._collect(store, tokens, sums, "calibrate", to_fit=True)
             return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
 
         if missing:

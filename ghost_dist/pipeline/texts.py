@@ -1,10 +1,10 @@
-"""Windows of calibration: from the sources of a run, and which of them ranges and folds hold."""
+"""Windows of calibration: from the sources of a run, and which of them folds hold."""
 
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from ghost_dist.calibration.split import assign_ranges, folds_of_windows
+from ghost_dist.calibration.split import folds_of_windows
 from ghost_dist.calibration.windows import TokenWindows, build_windows, join_windows
 from ghost_dist.errors import CalibrationError
 from ghost_dist.pipeline.inputs import RunInputs
@@ -61,13 +61,6 @@ def unlike(tokens: TokenWindows, evaluation: Mapping[str, TokenWindows]) -> list
 def fold_of_window(inputs: RunInputs, tokens: TokenWindows) -> list[int]:
     """The fold of every calibration window."""
     return folds_of_windows(tokens.tokens, tokens.source_of, inputs.config.folds)
-
-
-def calibration_ranges(
-    inputs: RunInputs, tokens: TokenWindows, num_ranges: int | None = None
-) -> list[tuple[int, ...]]:
-    """Windows of every range of calibration, or of so many."""
-    return assign_ranges(fold_of_window(inputs, tokens), num_ranges or inputs.num_ranges)
 
 
 def windows_of_folds(inputs: RunInputs, tokens: TokenWindows, folds: Collection[int]) -> list[int]:
