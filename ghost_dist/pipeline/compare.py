@@ -30,12 +30,7 @@ from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
-from ghost_dist.pipeline.inputs import (
-    RunInputs,
-    open_causal_lm,
-    open_inputs,
-    with_absolute_paths,
-)
+from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.solving import Solved, Solver
@@ -171,15 +166,15 @@ def _fill(
     if ordered:
         collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
         store.flush()
-    model = None if inputs.streaming else open_causal_lm(inputs, own=True)
-    table.dense(lambda: _scored(inputs, model, Variant())["perplexity"])
+    inputs = replace(inputs, keeps=True)
+    table.dense(lambda: _scored(inputs, Variant())["perplexity"])
     quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
     with reporter.stage("compare", len(usable), "rows") as advance:
         for cut, row in usable:
             if table.find(cut, row) is None:  # another criterion may have found the same spans
                 of_row = replace(inputs, config=_config(inputs, row))
                 try:
-                    solved = Solver(of_row, cut.spans, store, tokens, quiet, model).solve()
+                    solved = Solver(of_row, cut.spans, store, tokens, quiet).solve()
                 except (SingularGramError, SingularOperatorError) as error:
                     table.add(cut, row, {"refused": str(error)})  # the other rows can still be had
                 else:
@@ -197,20 +192,16 @@ def _fill(
                         }
                         variant = Variant(cut.spans, operators)
                         refined = train(
-                            of_row, model, variant, tokens, solved.folds, state, identity, quiet
+                            of_row, variant, tokens, solved.folds, state, identity, quiet
                         )
                         operators = refined.operators
                         state.unlink(missing_ok=True)
-                    table.add(cut, row, _outcome(of_row, cut, solved, operators, model))
+                    table.add(cut, row, _outcome(of_row, cut, solved, operators))
             advance(1)
 
 
 def _outcome(
-    inputs: RunInputs,
-    cut: _Cut,
-    solved: Solved,
-    operators: Mapping[Span, Repair],
-    model: Any,
+    inputs: RunInputs, cut: _Cut, solved: Solved, operators: Mapping[Span, Repair]
 ) -> dict[str, Any]:
     """What a row says of its repair; its KL is that of the choice, if nothing came behind it."""
     numbers, _ = layer_sizes(inputs.source, inputs.architecture)
@@ -221,7 +212,7 @@ def _outcome(
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
     added = sum(repair.added_parameters for repair in operators.values())
     return {
-        **_scored(inputs, model, Variant(cut.spans, operators)),
+        **_scored(inputs, Variant(cut.spans, operators)),
         "kl": kl,
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
@@ -231,9 +222,9 @@ def _outcome(
     }
 
 
-def _scored(inputs: RunInputs, model: Any, variant: Variant) -> dict[str, dict[str, Any]]:
+def _scored(inputs: RunInputs, variant: Variant) -> dict[str, dict[str, Any]]:
     """By corpus: its perplexity, and the nats of a token in every window."""
-    with layers_of(inputs, evaluation_shape(inputs), 1, model=model) as layers:
+    with layers_of(inputs, evaluation_shape(inputs), 1) as layers:
         found = corpus_scores(layers, [variant], inputs.evaluation, batch=inputs.batch)
     return {
         "perplexity": {name: of_corpus.perplexity for name, [of_corpus] in found.items()},

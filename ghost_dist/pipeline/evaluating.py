@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,18 +55,18 @@ class Evaluation:
         """All figures, as the record of the stage holds them."""
         inputs = self._inputs
         if inputs.streaming:
-            return {**_figures(self._scores(None)), **NOT_USED, "unasked": [_STREAMED]}
-        model = open_causal_lm(inputs, own=True)
-        return {**_figures(self._scores(model)), **self._used(model)}
+            return {**_figures(self._scores(inputs)), **NOT_USED, "unasked": [_STREAMED]}
+        figures = _figures(self._scores(replace(inputs, keeps=True)))
+        return {**figures, **self._used(open_causal_lm(inputs, own=True))}
 
-    def _scores(self, model: Any) -> dict[str, list[Scores]]:
-        inputs, corpora = self._inputs, self._inputs.evaluation
+    def _scores(self, inputs: RunInputs) -> dict[str, list[Scores]]:
+        corpora = inputs.evaluation
         if not corpora:
             return {}
         variants = [Variant(), self._recovered.cut, self._recovered]
         shape = evaluation_shape(inputs)
         with (
-            layers_of(inputs, shape, len(variants), model=model) as layers,
+            layers_of(inputs, shape, len(variants)) as layers,
             self._reporter.stage("evaluate", math.prod(shape), "tokens") as advance,
         ):
             return corpus_scores(layers, variants, corpora, batch=inputs.batch, advance=advance)

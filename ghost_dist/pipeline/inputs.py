@@ -88,7 +88,9 @@ class RunInputs:
     """Whether this process never holds the model, but reads layer after layer: as configured until
     ``engine.with_engine`` has decided."""
     loaded: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """The whole uncut model, while it is kept between stages."""
+    """The whole uncut model, while it is kept between uses, and ..."""
+    keeps: bool = False
+    """... that it is, whatever it takes."""
 
     def at(self, amount: Amount) -> RunInputs:
         """The same where another amount goes."""
@@ -348,7 +350,9 @@ def open_causal_lm(inputs: RunInputs, *, own: bool = False) -> Any:
 
 
 def keeps_model(inputs: RunInputs) -> bool:
-    """Whether the model stays on the device from stage to stage: it takes a quarter at most."""
+    """Whether the model stays on the device between uses: where it takes a quarter at most."""
+    if inputs.keeps:
+        return True
     numbers = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     room = total_bytes(inputs.device) or free_bytes(inputs.device)
     return 4 * numbers * inputs.dtype.itemsize <= room

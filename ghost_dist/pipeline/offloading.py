@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -162,14 +161,13 @@ def layers_of(
     num_variants: int,
     *,
     batch: int | None = None,
-    model: Any = None,
 ) -> Iterator[LayerwiseModel]:
     """The run's whole model, for a sweep with variants over windows of that shape.
 
-    ``model``: the uncut causal LM, if it is loaded already. ``batch``: None is the run's.
+    ``batch``: None is the run's.
     """
     if not inputs.streaming:
-        yield LayerwiseModel(model or open_causal_lm(inputs), inputs.architecture)
+        yield LayerwiseModel(open_causal_lm(inputs), inputs.architecture)
         return
     with OffloadedModel(
         inputs.source,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from ghost_dist.statistics.moments import Moments
 def walk_behind(
     inputs: RunInputs,
     tokens: TokenWindows,
-    model: Any,
     reporter: Reporter,
     fitted: Mapping[Span, Fitted],
     chosen: Candidate,
@@ -32,8 +30,8 @@ def walk_behind(
 ) -> Walk:
     """Fit every span but the first once more, behind fits without the last fold.
 
-    ``model``: the uncut causal LM, if it is loaded already. ``known``: fits of such a walk, whose
-    ridges are taken; then all folds are fitted on, and no fit says how good it is.
+    ``known``: fits of such a walk, whose ridges are taken; then all folds are fitted on, and no fit
+    says how good it is.
 
     Raises
     ------
@@ -43,7 +41,7 @@ def walk_behind(
     judge = inputs.config.folds - 1
     for span, one in fitted.items() if known is None else ():
         check_held_out(one.folds, [judge], f"The stream behind {span}")
-    with layers_of(inputs, tokens.tokens.shape, 2, model=model) as layers:
+    with layers_of(inputs, tokens.tokens.shape, 2) as layers:
         walk = Walk(
             layers=layers,
             tokens=tokens.tokens,

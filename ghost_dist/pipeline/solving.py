@@ -63,8 +63,8 @@ class Solved:
 class Solver:
     """Fits candidates of one run from its store, which holds what the configured operators need.
 
-    ``model``: the uncut causal LM on the run's device, if it is loaded already. ``fit_spans``: who
-    fits from the store; None: this process. ``kept``: where scores outlive a stop; None: nowhere.
+    ``fit_spans``: who fits from the store; None: this process. ``kept``: where scores outlive a
+    stop; None: nowhere.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Solver:
         store: StatisticsStore,
         tokens: TokenWindows,
         reporter: Reporter,
-        model: Any = None,
         fit_spans: FitSpans | None = None,
         kept: KeptScores | None = None,
     ) -> None:
@@ -88,7 +87,7 @@ class Solver:
             inputs.fit_room,
             inputs.loaded.clear,
         )
-        self._model, self._kept = model, kept
+        self._kept = kept
 
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice once more.
@@ -147,7 +146,7 @@ class Solver:
         chosen: Candidate,
         known: Mapping[Span, Fit | None] | None = None,
     ) -> Walk:
-        given = (self._inputs, self._tokens, self._model, self._reporter)
+        given = (self._inputs, self._tokens, self._reporter)
         return walk_behind(*given, fitted, chosen, known)
 
     def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
@@ -318,7 +317,7 @@ class Solver:
             windows = spread(windows, held_out_tokens(inputs.config) // self._tokens.window_length)
         tokens = self._tokens.tokens[windows]
         with (
-            layers_of(inputs, tokens.shape, len(variants), model=self._model) as layers,
+            layers_of(inputs, tokens.shape, len(variants)) as layers,
             self._reporter.stage(stage, int(tokens.size), "tokens") as advance,
         ):
             return window_scores(layers, variants, tokens, batch=inputs.batch, advance=advance)

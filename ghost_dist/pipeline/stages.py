@@ -234,7 +234,7 @@ class Stages:
             store = self.calibrate(tokens, spans)
             if kept.count:
                 self._reporter.taken(f"comparisons of candidates: {kept.count}")
-            who = (self._reporter, None, self._fit_spans, kept)
+            who = (self._reporter, self._fit_spans, kept)
             solved = nothing_solved(inputs.config.folds)
             if spans:
                 solved = Solver(inputs, spans, store, tokens, *who).solve()
@@ -294,11 +294,10 @@ class Stages:
         }
 
         def work() -> dict[str, Any]:
-            model, state = open_causal_lm(inputs, own=True), self._run.path / "refine.pt"
+            state = self._run.path / "refine.pt"
             recovered = Variant(spans, solution.operators)
-            refined = train(
-                inputs, model, recovered, tokens, solution.folds, state, wanted, self._reporter
-            )
+            given = (recovered, tokens, solution.folds, state, wanted, self._reporter)
+            refined = train(inputs, *given)
             files = save_operators(folder, refined.operators)
             losses = [{**look, "loss": finite(look["loss"])} for look in refined.losses]
             return {"files": files, "losses": losses, "improved": refined.improved}
@@ -418,7 +417,6 @@ class Stages:
 
 def train(
     inputs: RunInputs,
-    model: Any,
     recovered: Variant,
     tokens: TokenWindows,
     folds: Collection[int],
@@ -428,7 +426,7 @@ def train(
 ) -> Refined:
     """Train the operators of a variant on some folds; the last one says what is best."""
     return distill(
-        model,
+        open_causal_lm(inputs),
         inputs.architecture,
         recovered,
         tokens.tokens,

@@ -103,7 +103,7 @@ def measure(shared, span, folder, model, device):
             "output.path": f"{folder}/joint",
         },
     )
-    solver, inputs, spans = open_solver(config, model)
+    solver, inputs, spans = open_solver(config)
     for operator in COLUMNS:
         candidate = Candidate(operator, ridge=AbsoluteRidge(absolute=1e-6))
         operators = {s: solver.fit(candidate, s).repair for s in spans}
@@ -113,7 +113,7 @@ def measure(shared, span, folder, model, device):
             yield text, operator, found.perplexity
 
 
-def open_solver(config, model):
+def open_solver(config):
     """The stages up to the statistics, and a solver on them."""
     reporter = Reporter()
     with RunFolder(config) as run:
@@ -122,7 +122,7 @@ def open_solver(config, model):
         tokens = stages.tokens()
         spans = stages.select(tokens)
         store = stages.calibrate(tokens, spans)
-    return Solver(inputs, spans, store, tokens, reporter, model), inputs, spans
+    return Solver(inputs, spans, store, tokens, reporter), inputs, spans
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def row(arguments, ratio, folder, model, device, quiet):
         def solver(**fields):
             operator = config.operator.model_copy(update=fields)
             of = replace(inputs, config=config.model_copy(update={"operator": operator}))
-            return Solver(of, spans, store, tokens, quiet, model)
+            return Solver(of, spans, store, tokens, quiet)
 
         def with_ridge(ridge):
             try:
