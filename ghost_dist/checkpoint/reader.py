@@ -81,6 +81,11 @@ class Checkpoint:
         return sum(map(self.stored_bytes, self.tensors))
 
     @property
+    def num_parameters(self) -> int:
+        """Tied weights are stored, and counted, once."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
     def bytes_once_read(self) -> int:
         """As :attr:`nbytes`, with the weights in FP8 as the bfloat16 that they are read as."""
         numbers = sum(math.prod(self.tensors[name].shape) for name in self.scales)

@@ -9,7 +9,6 @@ what is new.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,7 +205,6 @@ def _outcome(
     """What a row says of its repair; its KL is that of the choice, if nothing came behind it."""
     numbers, _ = layer_sizes(inputs.source, inputs.architecture)
     removed = sum(numbers[i] for span in cut.spans for i in range(span.start, span.stop))
-    total = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     kl = None
     if operators is solved.operators:
         [kl] = [row.get("kl") for row in solved.table if row["chosen"]]
@@ -217,7 +215,7 @@ def _outcome(
         "residual": [fit.residual for fit in solved.fits.values() if fit is not None],
         "relative_ridge": [fit.relative_ridge for fit in solved.fits.values() if fit is not None],
         "chosen": solved.candidate.described(),
-        "parameters": total - removed + added,
+        "parameters": inputs.source.num_parameters - removed + added,
         "added_flops": 2 * added,  # per token
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -353,9 +352,8 @@ def keeps_model(inputs: RunInputs) -> bool:
     """Whether the model stays on the device between uses: where it takes a quarter at most."""
     if inputs.keeps:
         return True
-    numbers = sum(math.prod(tensor.shape) for tensor in inputs.source.tensors.values())
     room = total_bytes(inputs.device) or free_bytes(inputs.device)
-    return 4 * numbers * inputs.dtype.itemsize <= room
+    return 4 * inputs.source.num_parameters * inputs.dtype.itemsize <= room
 
 
 def disk_needs(

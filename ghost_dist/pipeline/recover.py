@@ -1,7 +1,6 @@
 """The main job: from a checkpoint to a recovered checkpoint, in one process, resumable."""
 
 import importlib.metadata
-import math
 import platform
 import shlex
 import sys
@@ -220,8 +219,8 @@ def _result(
             solution.record["candidates"], evaluation["perplexity"]
         ),
         "parameters": {
-            "before": _num_parameters(inputs.source),
-            "after": _num_parameters(exported),
+            "before": inputs.source.num_parameters,
+            "after": exported.num_parameters,
         },
         "bytes": {"before": inputs.source.nbytes, "after": exported.nbytes},
         "timings_s": {stage: record["seconds"] for stage, record in records.items() if record},
@@ -259,11 +258,6 @@ def _gpu_idle(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
     idle = sum(record["seconds"] * record["gpu_idle"] for record in watched.values())
     shares = {name: record["gpu_idle"] for name, record in watched.items()}
     return {"gpu_idle": {**shares, "all": round(idle / max(seconds, 1e-9), 3)}}
-
-
-def _num_parameters(checkpoint: Checkpoint) -> int:
-    """Numbers stored in a checkpoint; tied weights are stored, and counted, once."""
-    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
 OPEN_FIELDS: dict[Stage, tuple[str, ...]] = {

@@ -300,8 +300,7 @@ def counted(
         return Aim(kind, seconds.layers, gap_s * each, gap_s * alone, seconds.total)
     if kind == "fraction":
         numbers, _ = layer_sizes(source, architecture)
-        total = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-        return Aim("%", numbers, each, alone, total)
+        return Aim("%", numbers, each, alone, source.num_parameters)
     nbytes, itemsize = exported_sizes(source, architecture), source.dtype.itemsize
     if config.operator.dtype == "float32":
         itemsize = 4

@@ -14,7 +14,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,22 @@ def distill(
         raise ConfigError("refine.steps needs windows to train on and windows to hold out.")
     student = _Student(LayerwiseModel(model, architecture), closed_form)
     optimiser = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=0.0)
-    progress = _Progress(state, fingerprint)
-    progress.resume(student, optimiser)
+    progress, saved = _Progress(), _saved(state)
+    if saved is not None and saved.pop("fingerprint") == fingerprint:
+        student.load(saved.pop("student"))
+        optimiser.load_state_dict(saved.pop("optimiser"))
+        progress = _Progress(**saved)
 
-    def look(step: int) -> bool:
-        """Note the held-out loss; False if it is time to stop."""
+    def look(step: int) -> None:
+        """Note the held-out loss."""
         total = sum(
             student.batch_loss(tokens[list(rows)], backward=False) * len(rows)
             for rows in _chunks(held_out, batch)
         )
         loss = total / len(held_out)
-        going = progress.note(step, loss, student, config.patience)
-        progress.save(step, student, optimiser)
+        progress.note(step, loss, student, config.patience)
+        now = {"student": student.state(), "optimiser": optimiser.state_dict(), **vars(progress)}
+        _save(state, {"fingerprint": fingerprint, **now})
         if not math.isfinite(loss):
             reporter.warn(
                 f"refine: the held-out loss at step {step} is NaN or Inf, so training ends there "
@@ -98,13 +102,13 @@ def distill(
                 "model.dtype=float32 or bfloat16, or a smaller refine.learning_rate."
             )
         reporter.event("refine", step=step, loss=loss if math.isfinite(loss) else None)
-        return going
 
-    going = progress.going or (progress.step < 0 and look(0))
-    first = max(progress.step, 0)
+    if progress.step < 0:
+        look(0)
+    first = progress.step
     with reporter.stage("refine", config.steps, "steps", first) as advance:
         for step in range(first, config.steps):
-            if not going:
+            if not progress.going:
                 break
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config.steps)
@@ -117,7 +121,7 @@ def distill(
             optimiser.step()
             advance(1)
             if (step + 1) % config.every == 0 or step + 1 == config.steps:
-                going = look(step + 1)
+                look(step + 1)
     best = student.repairs(progress.best or student.state())
     improved = bool(progress.losses[0]["loss"] > progress.best_loss)
     return Refined(best if improved else dict(closed_form.operators), progress.losses, improved)
@@ -128,7 +132,6 @@ class _Student:
 
     def __init__(self, layers: LayerwiseModel, recovered: Variant) -> None:
         self._layers, self._recovered = layers, recovered
-        self._eps = {span: repair.norm_eps for span, repair in recovered.operators.items()}
         self._parts = {
             span: {
                 name: nn.Parameter(part.detach().to(layers.device, torch.float32, copy=True))
@@ -155,7 +158,7 @@ class _Student:
         return {
             span: Repair.from_parts(
                 {name: part.cpu().double() for name, part in state[str(span)].items()},
-                self._eps[span],
+                self._recovered.operators[span].norm_eps,
             )
             for span in self._parts
         }
@@ -204,7 +207,8 @@ class _Student:
         assert first is not None, "there is something to train"
         operators = {
             span.stop: Repair.from_parts(
-                {name: part for name, part in parts.items() if name != "down"}, self._eps[span]
+                {name: part for name, part in parts.items() if name != "down"},
+                self._recovered.operators[span].norm_eps,
             )
             for span, parts in self._parts.items()
         }
@@ -222,64 +226,46 @@ class _Student:
         return stream_BTC
 
 
+@dataclass
 class _Progress:
-    """Held-out losses so far, the best operators, and their file."""
+    """Held-out losses so far, and the best operators."""
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self._path, self._fingerprint = path, fingerprint
-        self.step = -1
-        self.losses: list[dict[str, float]] = []
-        self.best: dict[str, dict[str, Tensor]] | None = None
-        self.best_loss = math.inf
-        self.going = False
-        self._looks_without = 0
+    step: int = -1  # of the last look
+    losses: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, dict[str, Tensor]] | None = None
+    best_loss: float = math.inf
+    going: bool = True  # not yet so many looks without a better one as there is patience for
+    looks_without: int = 0
 
-    def resume(self, student: _Student, optimiser: torch.optim.Optimizer) -> None:
-        """Take up the file's state if it is of this distillation; a damaged one is ignored."""
-        try:
-            stored = memoryview(self._path.read_bytes())
-        except OSError:
-            return
-        digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() != digest:  # torch does not look at checksums
-            return
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if saved["fingerprint"] != self._fingerprint:
-            return
-        student.load(saved["student"])
-        optimiser.load_state_dict(saved["optimiser"])
-        self.step, self.losses = saved["step"], saved["losses"]
-        self.best, self.best_loss = saved["best"], saved["best_loss"]
-        self.going, self._looks_without = saved["going"], saved["looks_without"]
-
-    def note(self, step: int, loss: float, student: _Student, patience: int) -> bool:
-        """Remember a look; whether to go on."""
+    def note(self, step: int, loss: float, student: _Student, patience: int) -> None:
         self.step = step
         self.losses.append({"step": step, "loss": loss})
         if loss < self.best_loss:
-            self.best_loss, self.best, self._looks_without = loss, student.state(), 0
+            self.best_loss, self.best, self.looks_without = loss, student.state(), 0
         else:
-            self._looks_without += 1
-        self.going = self._looks_without < patience and math.isfinite(loss)
-        return self.going
+            self.looks_without += 1
+        self.going = self.looks_without < patience and math.isfinite(loss)
 
-    def save(self, step: int, student: _Student, optimiser: torch.optim.Optimizer) -> None:
-        content = {
-            "fingerprint": self._fingerprint,
-            "step": step,
-            "student": student.state(),
-            "optimiser": optimiser.state_dict(),
-            "losses": self.losses,
-            "best": self.best,
-            "best_loss": self.best_loss,
-            "going": self.going,
-            "looks_without": self._looks_without,
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        with replacing(self._path) as temporary, temporary.open("wb") as file:
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-            file.write(buffer.getbuffer())
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        file.write(buffer.getbuffer())
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """What :func:`_save` wrote; None if it is absent or damaged."""
+    try:
+        stored = memoryview(path.read_bytes())
+    except OSError:
+        return None
+    digest, content = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:  # torch does not look at checksums
+        return None
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return state
 
 
 def _product(down_FC: Tensor) -> Callable[..., Any]:
