@@ -1,17 +1,29 @@
 """Fills a statistics store: every missing range is run and committed once."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from ghost_dist.calibration.split import assign_ranges
 from ghost_dist.calibration.windows import TokenWindows
-from ghost_dist.pipeline.collectors import Collectors, RangeTimes, sums_of_range
-from ghost_dist.pipeline.inputs import RunInputs, open_engine
+from ghost_dist.durable import fingerprint
+from ghost_dist.errors import CorruptStoreError
+from ghost_dist.pipeline.collectors import (
+    Collectors,
+    RangeTimes,
+    kept_numbers,
+    sums_of_range,
+    wanted,
+)
+from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, open_engine
+from ghost_dist.pipeline.offloading import open_offloaded_engine
 from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.progress import Reporter
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store_plan import StatisticsPlan
+from ghost_dist.statistics.stream_state import StreamState
+from ghost_dist.statistics.sums import WHOLE
 
 
 class Collect(Protocol):
@@ -38,10 +50,13 @@ class Collect(Protocol):
 
 
 class CollectHere(Collect):
-    """One process with the whole model."""
+    """In this process, with the whole model or layer by layer.
 
-    def __init__(self, inputs: RunInputs, reporter: Reporter) -> None:
-        self._inputs, self._reporter = inputs, reporter
+    Streams of the latter are saved below ``folder``, RUN, while a stage runs.
+    """
+
+    def __init__(self, inputs: RunInputs, reporter: Reporter, folder: Path) -> None:
+        self._inputs, self._reporter, self._folder = inputs, reporter, folder
 
     def __call__(
         self,
@@ -53,15 +68,23 @@ class CollectHere(Collect):
         to_fit: bool = False,
     ) -> None:
         """See :class:`Collect`."""
-        missing = store.missing()
-        if not missing:
+        if not store.missing():  # a kill may have come before they were removed
+            shutil.rmtree(self._folder / f"streams-{stage}", ignore_errors=True)
             return
+        fill = self._layer_by_layer if self._inputs.streaming else self._range_by_range
+        fill(store, tokens, collectors, stage)
+        if not to_fit:
+            store.flush()
+
+    def _range_by_range(
+        self, store: StoreAtHand, tokens: TokenWindows, collectors: Collectors, stage: str
+    ) -> None:
         engine = open_engine(self._inputs, collectors.last_boundary)
         ranges = store.plan.ranges
         done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length
         total = int(tokens.tokens.size)
         with self._reporter.stage(stage, total, "tokens", done) as advance:
-            for range_id in missing:
+            for range_id in store.missing():
                 sums, times = sums_of_range(
                     engine, tokens.tokens, ranges[range_id], collectors, advance
                 )
@@ -69,8 +92,51 @@ class CollectHere(Collect):
                 self._reporter.event("range-ran", **of_range, **RangeTimes.told([times]))
                 committed = partial(self._reporter.event, "range-committed", **of_range)
                 store.keep(range_id, sums, committed)
-        if not to_fit:
-            store.flush()
+
+    def _layer_by_layer(
+        self, store: StoreAtHand, tokens: TokenWindows, collectors: Collectors, stage: str
+    ) -> None:
+        """All ranges in one pass over the files."""
+        inputs, ranges, missing = self._inputs, store.plan.ranges, store.missing()
+        windows = sorted(window for range_id in missing for window in ranges[range_id])
+        boundaries, mlp_layers = wanted(collectors)
+        identity = {"plan": store.plan_fingerprint, "boundaries": boundaries, "mlp": mlp_layers}
+        folder = self._folder / f"streams-{stage}"
+        state = StreamState(folder, fingerprint(identity), windows)
+        column = len(state.windows) * tokens.window_length * inputs.dtype.itemsize
+        needs = {
+            "saved streams": 2 * column * inputs.architecture.hidden_size,
+            "kept streams": column * kept_numbers(inputs.architecture, collectors),
+        }
+        check_disk_space(self._folder, needs)
+        engine = open_offloaded_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
+        try:
+            total = len(state.windows) * tokens.window_length
+            with self._reporter.stage(stage, total, "tokens") as advance:
+                sweep = partial(engine.sweep, tokens.tokens, state.windows, boundaries, mlp_layers)
+                try:
+                    rows = sweep(advance, state)
+                except CorruptStoreError as error:
+                    self._reporter.warn(f"{error} The stage begins again.")
+                    state.remove()
+                    state = StreamState(folder, fingerprint(identity), windows)
+                    rows = sweep(advance, state)
+            self._reporter.event("layers-read", stage=stage, bytes=engine.model.bytes_read)
+            with self._reporter.stage(f"{stage}: sums", len(missing), "ranges") as advance:
+                for range_id in missing:
+
+                    def committed(range_id: int = range_id) -> None:
+                        self._reporter.event("range-committed", stage=stage, range=range_id)
+                        if range_id == missing[-1]:
+                            state.remove()
+
+                    collector = collectors.collector(engine.device, WHOLE)
+                    rows.feed(ranges[range_id], collector, engine.device)
+                    store.keep(range_id, collector.result(), committed)
+                    advance(1)
+        finally:
+            engine.model.close()
+            state.close()
 
 
 def open_store(path: Path, plan: StatisticsPlan, reporter: Reporter) -> StoreAtHand:

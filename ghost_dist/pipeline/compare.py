@@ -26,11 +26,11 @@ from ghost_dist.errors import ConfigError, SingularGramError
 from ghost_dist.evaluation.bootstrap import interval, resampled_perplexities
 from ghost_dist.evaluation.scores import corpus_scores
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import open_store, plan_of
+from ghost_dist.pipeline.collecting import CollectHere, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.engine import with_engine
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
-from ghost_dist.pipeline.offloading import collect_here, evaluation_shape, layers_of
+from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
@@ -163,7 +163,7 @@ def _fill(
     name = f"statistics-{fingerprint(collectors.entries)[:12]}.zarr"
     store = open_store(folder / name, plan_of(inputs, tokens, collectors), reporter)
     if ordered:
-        collect_here(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
+        CollectHere(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
         store.flush()
     inputs = replace(inputs, keeps=True)
     table.dense(lambda: _scored(inputs, Variant())["perplexity"])

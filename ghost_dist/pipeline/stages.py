@@ -25,7 +25,7 @@ from ghost_dist.durable import fingerprint
 from ghost_dist.errors import ConfigError, CorruptStoreError
 from ghost_dist.export.operator_files import Solution, load_operators, save_operators
 from ghost_dist.pipeline.candidates import candidates_of, samples_of
-from ghost_dist.pipeline.collecting import Collect, open_store, plan_of
+from ghost_dist.pipeline.collecting import Collect, CollectHere, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import NOT_USED, Evaluation
 from ghost_dist.pipeline.exporting import Beside, ExportAhead, export_recovered, file_sizes
@@ -33,7 +33,6 @@ from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
 from ghost_dist.pipeline.kept_scores import KeptScores
-from ghost_dist.pipeline.offloading import collect_here
 from ghost_dist.pipeline.searching import Scorer, search_spans
 from ghost_dist.pipeline.selecting import PaperScores
 from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
@@ -70,7 +69,7 @@ class Stages:
     ) -> None:
         self._inputs, self._run, self._reporter, self._ahead = inputs, run, reporter, ahead
         self._again = again
-        self._collect = collect or collect_here(inputs, reporter, run.path)
+        self._collect = collect or CollectHere(inputs, reporter, run.path)
         self._fit_spans, self._scorer = fit_spans, scorer
         self._store: StoreAtHand | None = None
         self._seconds = 0.0  # of all stages so far
