@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import progress
 from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from ghost_dist.errors import ConfigError
@@ -239,13 +241,19 @@ class Reporter:
             self._doing = ""
             numbers()
 
-    @contextlib.contextmanager
-    def _bar(self, name: str, gauge: Gauge, words: Callable[[], str]) -> Iterator[None]:
-        left = (progress.TextColumn("{task.description:<18}"), progress.BarColumn(5))
-        columns = (*left, _Words(gauge, words))
-        with progress.Progress(*columns, console=self.console, transient=True) as bars:
-            bars.add_task(f"{self._part}{name}", total=gauge.total or None, completed=gauge.done)
-            yield
+    def _bar(self, name: str, gauge: Gauge, words: Callable[[], str]) -> Live:
+        title = f"{self._part}{name}".ljust(18)
+
+        def shown() -> Table:
+            row = Table.grid(padding=(0, 1))
+            row.add_column(no_wrap=True)
+            bar = ProgressBar(gauge.total or None, gauge.done, width=5)
+            row.add_row(Text(title), bar, Text(words()))
+            return row
+
+        return Live(
+            console=self.console, get_renderable=shown, transient=True, refresh_per_second=10
+        )
 
     def _line(self, name: str, words: str) -> None:
         self.say(f"{time.strftime('%H:%M:%S')} {self._part}{name}: {words}")
@@ -296,18 +304,6 @@ def _stopped(error: BaseException) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     handlers = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))
     return frame.f_code in [getattr(handler, "__code__", None) for handler in handlers]
-
-
-class _Words(progress.ProgressColumn):
-    """What there is to say, and the bar as far as the gauge is."""
-
-    def __init__(self, gauge: Gauge, words: Callable[[], str]) -> None:
-        super().__init__()
-        self._gauge, self._words = gauge, words
-
-    def render(self, task: progress.Task) -> Text:
-        task.completed = self._gauge.done
-        return Text(self._words())
 
 
 def duration(seconds: float) -> str:
