@@ -34,7 +34,7 @@ from ghost_dist.pipeline.offloading import evaluation_shape, layers_of
 from ghost_dist.pipeline.searching import search_spans
 from ghost_dist.pipeline.solving import Solved, Solver
 from ghost_dist.pipeline.stages import Stages, train
-from ghost_dist.pipeline.targets import check_remove
+from ghost_dist.pipeline.targets import Amount, check_remove
 from ghost_dist.progress import Reporter
 from ghost_dist.report.page import write_comparison
 from ghost_dist.run_folder import RunFolder
@@ -127,9 +127,8 @@ def _select(
         elif criterion != "search":
             scored = {"criterion": criterion, "remove": remove, "spans": None}
             update = {"selection": inputs.config.selection.model_copy(update=scored)}
-        of_cut = replace(
-            inputs, remove=remove, others=(), config=inputs.config.model_copy(update=update)
-        )
+        config = inputs.config.model_copy(update=update)
+        of_cut = replace(inputs, config=config, amount=Amount(remove, config.selection))
         if "selection" in update:
             path = run.path / f"selection-{criterion}-{remove}.zarr"
             spans, _ = Stages(of_cut, run, reporter).by_paper(tokens, path)

@@ -126,8 +126,8 @@ def costs_of(run: RunShape) -> dict[str, Cost]:
     selection = inputs.config.selection
     if selection.searches:
         costs["select"] = search_cost(run)
-    elif inputs.remove is not None:
-        scores = PaperScores(inputs.remove, selection.protect, inputs.architecture)
+    elif inputs.amount.layers is not None:
+        scores = PaperScores(inputs.amount.layers, selection.protect, inputs.architecture)
         costs["select"] = scores.cost(run)
     collectors = SpanCollectors(run.samples, inputs.architecture)
     costs["calibrate"] = collectors.cost(run) if run.samples else Cost()

@@ -44,7 +44,7 @@ from ghost_dist.pipeline.fitting import fit_room
 from ghost_dist.pipeline.layer_times import request_seconds
 from ghost_dist.pipeline.refittable import refittable_layers
 from ghost_dist.pipeline.selecting import PaperScores
-from ghost_dist.pipeline.targets import Aim, Amount, Times, open_amount, rules_of
+from ghost_dist.pipeline.targets import Amount, Times, open_amount, rules_of
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.operators import refits_down
 from ghost_dist.spans import Span
@@ -70,14 +70,8 @@ class RunInputs:
     dtype: torch.dtype
     batch: int
     num_ranges: int
-    remove: int | None
-    """Number of layers to remove, where no spans are given, and ..."""
-    aim: Aim | None
-    """... what they are to free; None: nothing but their number is asked for."""
-    others: tuple[Amount, ...]
-    """Other amounts to search for, of ``selection.pareto``."""
-    times: Times | None
-    """Seconds of layers, where a target or ``pareto`` asks for them."""
+    amount: Amount
+    """How much goes; its selection is the configuration's."""
     refittable: frozenset[int]
     """Layers whose down_proj can be refitted; empty where nobody asks."""
     evaluation: dict[str, TokenWindows]
@@ -92,22 +86,10 @@ class RunInputs:
     """... that it is, whatever it takes."""
 
     def at(self, amount: Amount) -> RunInputs:
-        """The same where another amount goes."""
+        """The same where one of the other amounts goes."""
         config = self.config.model_copy(update={"selection": amount.selection})
-        return replace(self, config=config, remove=amount.layers, aim=amount.aim)
-
-    @property
-    def amount(self) -> Amount:
-        """How much goes."""
-        return Amount(self.remove, self.config.selection, self.aim)
-
-    @property
-    def described_amount(self) -> str:
-        """How much goes for what is wanted."""
-        assert self.aim is not None
-        most = self.config.selection.max_spans
-        spans = "" if most is None else f", in {most} span{'s' if most > 1 else ''} at most"
-        return f"{self.aim.wanted}: {self.remove} layers go{spans}"
+        amount = replace(amount, others=self.amount.others, times=self.amount.times)
+        return replace(self, config=config, amount=amount)
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -258,10 +240,7 @@ def assembled(
         dtype=compute_dtype(config, source, workers),
         batch=batch_of(config, workers),
         num_ranges=count_ranges(config),
-        remove=amount.layers,
-        aim=amount.aim,
-        others=amount.others,
-        times=amount.times,
+        amount=amount,
         streaming=config.engine.kind == "streaming",
         **opened,
     )

@@ -121,9 +121,9 @@ def recover(
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)
-        keep_times(run, inputs.times)
-        if inputs.aim is not None:
-            reporter.say(inputs.described_amount)
+        keep_times(run, inputs.amount.times)
+        if inputs.amount.described:
+            reporter.say(inputs.amount.described)
         spans = stages.select(tokens)
         if spans:
             reporter.say(f"removing layers {', '.join(map(str, spans))}")
@@ -190,7 +190,7 @@ def _result(
     device += f"threads: {torch.get_num_threads()}"
     if inputs.device.type == "cuda":
         device = gpu_name(inputs.device)
-    config, aim = inputs.config, inputs.aim
+    config, aim = inputs.config, inputs.amount.aim
     result = {
         "spans": pairs_of(spans),
         "sublayers": records["select"]["sublayers"],

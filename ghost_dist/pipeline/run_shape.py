@@ -32,8 +32,8 @@ class RunShape:
         inputs, selection = self.inputs, self.inputs.config.selection
         if selection.given:
             return selection.removal(self.num_layers)[0]
-        assert inputs.remove is not None
-        stop, left, spans = self.num_layers, inputs.remove, []
+        assert inputs.amount.layers is not None
+        stop, left, spans = self.num_layers, inputs.amount.layers, []
         most = max(1, min(selection.most_spans or left, left, stop - left))
         for number in range(most):
             length = -(-left // (most - number))

@@ -88,7 +88,7 @@ def search_shape(inputs: RunInputs) -> SearchShape:
     effort, sources = effort_of(selection), len(inputs.config.left_out)
     each, width = calibration.windows // sources, inputs.architecture.hidden_size
     judges = effort.judges(calibration, sources, each, repairs(inputs.config))
-    amounts = {amount.selection.wanted: amount for amount in (inputs.amount, *inputs.others)}
+    amounts = {amount.selection.wanted: amount for amount in (inputs.amount, *inputs.amount.others)}
     rules = [rules_of(amount, inputs.architecture.num_layers) for amount in amounts.values()]
     greedy = [greedy_evaluations(rule, judges, effort.width) for rule in rules]
     given = selection.effort if isinstance(selection.effort, int) else None
@@ -119,7 +119,7 @@ def search_cost(run: RunShape) -> Cost:
     candidates share of the dense streams is not known before. Fits are few beside that.
     """
     inputs, sizes, layers = run.inputs, run.sizes, range(run.num_layers)
-    assert inputs.remove is not None
+    assert inputs.amount.layers is not None
     search = search_shape(inputs)
     judged_tokens = search.evaluations * search.length
     cost = Cost(
@@ -138,7 +138,7 @@ def search_cost(run: RunShape) -> Cost:
         leased=True,
     )
     cost.pass_tokens(layers, search.fitted_tokens)
-    cost.pass_tokens(layers[inputs.remove // 2 :], judged_tokens)
+    cost.pass_tokens(layers[inputs.amount.layers // 2 :], judged_tokens)
     cost.pass_tokens(layers[run.num_layers // 2 :], search.walked_tokens)
     return cost
 
@@ -159,11 +159,11 @@ def search_spans(
         spans, found = search(inputs)
         wanted = inputs.config.selection.wanted
         kl_of = {wanted: (spans, found["kl"])}
-        for amount in inputs.others:
+        for amount in inputs.amount.others:
             if amount.selection.wanted not in kl_of:
                 others, of_other = search(inputs.at(amount))
                 kl_of[amount.selection.wanted] = others, of_other["kl"]
-    if not inputs.others:
+    if not inputs.amount.others:
         return spans, {"search": found}
     rows: dict[tuple[Span, ...], dict[str, Any]] = {}
     for wanted, (removed, kl) in kl_of.items():
@@ -223,9 +223,9 @@ class Searches(ExitStack):
 
     def __call__(self, inputs: RunInputs) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The spans of an amount that goes, and how they were found."""
-        selection, reporter = inputs.config.selection, self._reporter
+        selection, reporter, remove = inputs.config.selection, self._reporter, inputs.amount.layers
         best = said = math.inf
-        about = f"search for {inputs.remove} layer{'s' if inputs.remove != 1 else ''}"
+        about = f"search for {remove} layer{'s' if remove != 1 else ''}"
         self._scored = False
 
         def possible(removal: Removal) -> bool:
@@ -241,7 +241,7 @@ class Searches(ExitStack):
             reporter.event("search-generation", **generation)
             self._count(max(0, search.evaluations - self._shown))
             removed, kl = generation["removed"], generation["score"]
-            if len(removed) == inputs.remove and kl is not None and kl < best:
+            if len(removed) == remove and kl is not None and kl < best:
                 best = kl
                 if self._scored:  # else it is known from before
                     said, spans = kl, ", ".join(map(str, _spans(removed)))
@@ -263,7 +263,7 @@ class Searches(ExitStack):
         self._shown = _known(search_by) if self._table else 0
         if self._shown and self._continues:
             reporter.taken(f"search ({self._shown:,} evaluations)")
-        name = f"search for {inputs.remove}" if inputs.others else "search"
+        name = f"search for {remove}" if inputs.amount.others else "search"
         budget = search.budget
         with reporter.stage(name, budget, "evaluations", self._shown) as self._advance:
             found = search.run()

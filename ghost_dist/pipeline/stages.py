@@ -148,8 +148,8 @@ class Stages:
     def by_paper(self, tokens: TokenWindows, path: Path) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The span, and the scores behind the choice, from sums in a store of their own."""
         inputs, protect = self._inputs, self._inputs.config.selection.protect
-        assert inputs.remove is not None
-        scores = PaperScores(inputs.remove, protect, inputs.architecture)
+        assert inputs.amount.layers is not None
+        scores = PaperScores(inputs.amount.layers, protect, inputs.architecture)
         plan = plan_of(inputs, tokens, scores, inputs.config.folds)
         if stored_plan(path) not in (None, plan):
             remove_store(path)
@@ -167,7 +167,7 @@ class Stages:
         plan = plan_of(inputs, tokens, sums)
         found = None if self._again == "calibrate" else stored_plan(self._run.statistics)
         if found is not None and replace(found, entries=plan.entries) == plan:
-            renewed = (ConfigError,) if inputs.others else ()  # those of another amount
+            renewed = (ConfigError,) if inputs.amount.others else ()  # those of another amount
             with contextlib.suppress(*renewed):
                 check_store(found, sums.samples, inputs)
                 return found
@@ -186,7 +186,8 @@ class Stages:
             return self._store
         inputs, path, sums = self._inputs, self._run.statistics, self._sums(spans)
         plan = self.statistics(tokens, spans)
-        if stored_plan(path) not in (None, plan) and (self._again == "calibrate" or inputs.others):
+        renew = self._again == "calibrate" or inputs.amount.others
+        if renew and stored_plan(path) not in (None, plan):
             remove_store(path)
         store = open_store(path, plan, self._reporter)
         missing = store.missing() if sums.samples else ()

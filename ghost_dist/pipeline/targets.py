@@ -114,8 +114,17 @@ class Amount:
     layers: int | None  # None: it is said which ones
     selection: SelectionConfig  # with no more spans than there is room for their operators
     aim: Aim | None = None
-    others: tuple[Amount, ...] = ()  # of ``pareto``
+    others: tuple[Amount, ...] = ()  # to search for as well, of ``pareto``
     times: Times | None = None  # where a target or ``pareto`` asks for them
+
+    @property
+    def described(self) -> str | None:
+        """How much goes for an aim; None: there is none."""
+        if self.aim is None:
+            return None
+        most = self.selection.max_spans
+        spans = "" if most is None else f", in {most} span{'s' if most > 1 else ''} at most"
+        return f"{self.aim.wanted}: {self.layers} layers go{spans}"
 
 
 def amount_of(aim: Aim, selection: SelectionConfig) -> Amount:
@@ -312,7 +321,7 @@ def comes_to(inputs: RunInputs, spans: Sequence[Span]) -> dict[str, float | None
     ``bytes`` and share of the cache that are left, ``speedup``; None: not known.
     """
     given = (inputs.config, inputs.source, inputs.architecture, inputs.refittable)
-    seconds = (inputs.times or {}).get("")
+    seconds = (inputs.amount.times or {}).get("")
     if seconds is not None and min(seconds.layers) <= 0:
         seconds = None  # of another part it is known
 

@@ -100,10 +100,11 @@ def plan_run(
     if not config.selection.given:
         notes.append(
             "the spans are not known before they are selected; reckoned with "
-            f"{', '.join(map(str, run.spans))}, the costliest that {inputs.remove} layers can be"
+            f"{', '.join(map(str, run.spans))}, the costliest that {inputs.amount.layers} layers "
+            "can be"
         )
-    if inputs.aim is not None:
-        notes.append(inputs.described_amount)
+    if inputs.amount.described:
+        notes.append(inputs.amount.described)
     if config.selection.searches:
         shape = search_shape(inputs)
         notes.append(
@@ -162,7 +163,7 @@ def plan_run(
         disk_bytes=disk,
         notes=tuple(notes),
         rates=rates,
-        layer_times=inputs.times,
+        layer_times=inputs.amount.times,
     )
 
 

@@ -163,7 +163,7 @@ def test_the_checkpoint_meets_the_target(make_config, model_folder, tmp_path, na
     inputs = open_inputs(config, QUIET)
     spans = 2 if not slack else (1 if operator < alone else None)
     spans = {("auto", 0): (3, 2), ("auto", 1): (4, 4), ("ghost", 0): (3, 2), ("ghost", 1): (3, 1)}
-    assert (inputs.remove, inputs.config.selection.max_spans) == spans[name, slack]
+    assert (inputs.amount.layers, inputs.config.selection.max_spans) == spans[name, slack]
     result = recover(config, QUIET)
     assert nbytes_of(tmp_path / "run" / "checkpoint") == result["bytes"]["after"] <= target
     assert result["target"]["predicted"] <= target
