@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ghost_dist.durable import replacing
 from ghost_dist.errors import CorruptStoreError
 from ghost_dist.spans import Span, Sublayer, parse_sublayers
 
-_RECORDED = ("chosen", "candidates", "fits", "gaps")
 _ADVICE = "ghost-dist recover RUN/config.yaml makes it again from what is stored."
 
 
@@ -70,40 +69,22 @@ def read_parts(path: Path, sha256: str) -> tuple[dict[str, Tensor], dict[str, An
 class Solution:
     """What was solved."""
 
-    operator: str
-    operators: dict[Span, Repair]  # float64; a plain cut is a repair without parts
-    folds: tuple[int, ...]  # that any of these was fitted on
-    files: dict[str, str]  # the sha256 of each
-    record: dict[str, Any]  # fits, candidates and gaps as plain values
-    outputs: dict[Sublayer, Tensor]  # what ends a half before a gap, anew
-    output_files: dict[str, str]
-
-    def variant(self, spans: tuple[Span, ...], sublayers: tuple[Sublayer, ...]) -> Variant:
-        """The recovered model."""
-        return Variant(spans, self.operators, sublayers, self.outputs)
-
-    @property
-    def all_files(self) -> list[dict[str, str]]:
-        """What it consists of, for fingerprints."""
-        return [self.files, self.output_files]
+    variant: Variant  # the recovered model, its matrices as solved: float64
+    files: list[dict[str, str]]  # the sha256 of all that it consists of, for fingerprints
+    record: Mapping[str, Any]  # the stage's, of plain values
 
     @staticmethod
-    def load(folder: Path, spans: Sequence[Span], recorded: Mapping[str, Any]) -> Solution:
+    def load(folder: Path, cut: Variant, recorded: Mapping[str, Any]) -> Solution:
         """As the record of ``solve`` describes it; CorruptStoreError where a file is damaged."""
-        files = recorded["files"]
-        return Solution(
-            operator=recorded["operator"],
-            operators=load_operators(folder, spans, files),
-            folds=tuple(recorded["folds"]),
-            files=files,
-            record={key: recorded[key] for key in _RECORDED},
-            outputs={
-                one: read_parts(output_path(folder, one), sha)[0]["output"]
-                for text, sha in recorded["outputs"].items()
-                for one in parse_sublayers(text)
-            },
-            output_files=recorded["outputs"],
-        )
+        files, output_files = recorded["files"], recorded["outputs"]
+        outputs = {
+            one: read_parts(output_path(folder, one), sha)[0]["output"]
+            for text, sha in output_files.items()
+            for one in parse_sublayers(text)
+        }
+        operators = load_operators(folder, cut.spans, files)
+        variant = replace(cut, operators=operators, outputs=outputs)
+        return Solution(variant, [files, output_files], recorded)
 
 
 def save_operators(folder: Path, operators: Mapping[Span, Repair]) -> dict[str, str]:

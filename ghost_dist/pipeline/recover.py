@@ -45,7 +45,7 @@ from ghost_dist.report.record import RunRecord
 from ghost_dist.report.spectrum import spectra
 from ghost_dist.report.verdict import no_better_than_cut, sentences, sources_apart
 from ghost_dist.run_folder import STAGES, RunFolder
-from ghost_dist.spans import Span, pairs_of
+from ghost_dist.spans import pairs_of
 
 Stage = Literal["select", "calibrate", "solve", "export", "evaluate"]
 _LIBRARIES = ("torch", "transformers", "datasets", "zarr", "safetensors", "numpy")
@@ -127,8 +127,8 @@ def recover(
         spans = stages.select(tokens)
         if spans:
             reporter.say(f"removing layers {', '.join(map(str, spans))}")
-        if stages.sublayers:
-            reporter.say(f"removing {', '.join(map(str, stages.sublayers))}")
+        if stages.cut.sublayers:
+            reporter.say(f"removing {', '.join(map(str, stages.cut.sublayers))}")
         if again == "select":
             return {"spans": pairs_of(spans)}
         if again not in ("export", "evaluate"):  # they need operators, and those are solved
@@ -138,25 +138,25 @@ def recover(
             stages.flush()
             return {"ranges": len(statistics.ranges)}
         solution = stages.solve(tokens, spans)
-        candidates = solution.record["candidates"]
+        operator, candidates = (solution.record[key] for key in ("operator", "candidates"))
         no_better = no_better_than_cut(candidates, {})
-        for said in [*sentences(no_better, solution.operator), *sources_apart(candidates)]:
+        for said in [*sentences(no_better, operator), *sources_apart(candidates)]:
             reporter.warn(said)
         if again == "solve":
             stages.flush()
-            return {"operator": solution.operator, "fit": solution.record["fits"]}
-        solution = stages.refine(tokens, spans, solution)
+            return {"operator": operator, "fit": solution.record["fits"]}
+        solution = stages.refine(tokens, solution)
         with ThreadPoolExecutor(1) as thread:  # for the report, which says what goes wrong there
             thread.submit(lambda: spectra(RunRecord(run.path), inputs.fit_device))
-            stages.export(spans, solution)
-        evaluation = stages.evaluate(spans, solution)
+            stages.export(solution)
+        evaluation = stages.evaluate(solution)
         reporter.tell_taken()
         stages.flush()
-        result = _result(inputs, run, spans, solution, evaluation, statistics.fingerprint)
+        result = _result(inputs, run, solution, evaluation, statistics.fingerprint)
         content = json_bytes(result)
         write_bytes(run.checkpoint / RESULT, content)
         write_bytes(run.result, content)
-        card = model_card(inputs.source, config, stages.as_exported(spans, solution), result)
+        card = model_card(inputs.source, config, stages.as_exported(solution), result)
         write_bytes(run.checkpoint / CARD, card.encode())
         reporter.event("run-end", perplexity=result["perplexity"])
         _report(run, inputs.device, reporter)
@@ -179,13 +179,13 @@ def _report(run: RunFolder, device: torch.device, reporter: Reporter) -> None:
 def _result(
     inputs: RunInputs,
     run: RunFolder,
-    spans: tuple[Span, ...],
     solution: Solution,
     evaluation: dict[str, Any],
     statistics: str,
 ) -> dict[str, Any]:
     records = {stage: run.outputs(stage) for stage in STAGES}
-    exported = open_checkpoint(run.checkpoint)
+    exported, solved = open_checkpoint(run.checkpoint), solution.record
+    spans = solution.variant.spans
     trained, device = records["refine"], f"{platform.machine()} CPU, "
     device += f"threads: {torch.get_num_threads()}"
     if inputs.device.type == "cuda":
@@ -198,12 +198,12 @@ def _result(
         "target": {"target": aim.wanted, "predicted": aim.predicted(spans)}
         if aim and config.selection.target
         else None,
-        "operator": solution.operator,
-        "ridge": [fit["ridge"] for fit in solution.record["fits"]],
-        "fit": solution.record["fits"],
-        "chosen": solution.record["chosen"],
-        "candidates": solution.record["candidates"],
-        "gaps": solution.record["gaps"],
+        "operator": solved["operator"],
+        "ridge": [fit["ridge"] for fit in solved["fits"]],
+        "fit": solved["fits"],
+        "chosen": solved["chosen"],
+        "candidates": solved["candidates"],
+        "gaps": solved["gaps"],
         # Held-out losses of a refinement, None where there was none.
         "refine": {key: trained[key] for key in ("losses", "improved")} if trained else None,
         "selection": {
@@ -215,9 +215,7 @@ def _result(
         # Not of records before 2026-12.
         **{key: evaluation.get(key, {}) for key in ("generation", "probes")},
         "unasked": evaluation.get("unasked", []),
-        "no_better_than_cut": no_better_than_cut(
-            solution.record["candidates"], evaluation["perplexity"]
-        ),
+        "no_better_than_cut": no_better_than_cut(solved["candidates"], evaluation["perplexity"]),
         "parameters": {
             "before": inputs.source.num_parameters,
             "after": exported.num_parameters,
@@ -240,7 +238,7 @@ def _result(
         "fingerprint": fingerprint(
             {
                 "statistics": statistics,
-                "operators": solution.all_files,
+                "operators": solution.files,
                 "config": decisive_tree(config),
             }
         ),

@@ -74,7 +74,7 @@ class Stages:
         self._store: StoreAtHand | None = None
         self._seconds = 0.0  # of all stages so far
         self._told = set[str]()  # stages that were done here, or told as taken from RUN
-        self.sublayers: tuple[Sublayer, ...] = ()  # that go; known behind select
+        self.cut = Variant()  # what goes; known behind select
 
     def tokens(self) -> TokenWindows:
         """Calibration windows: packed once, then read back, so that a resume sees the same."""
@@ -140,10 +140,11 @@ class Stages:
 
         recorded = self._stage("select", wanted, work)
         remove_store(path)  # all is in the record
-        self.sublayers = parse_sublayers(",".join(recorded["sublayers"]))
-        without = {one.layer for one in self.sublayers if one.part == "mlp"}
+        spans = tuple(Span(start, stop) for start, stop in recorded["spans"])
+        self.cut = Variant(spans, sublayers=parse_sublayers(",".join(recorded["sublayers"])))
+        without = {one.layer for one in self.cut.sublayers if one.part == "mlp"}
         self._inputs = replace(inputs, refittable=inputs.refittable - without)
-        return tuple(Span(start, stop) for start, stop in recorded["spans"])
+        return spans
 
     def by_paper(self, tokens: TokenWindows, path: Path) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The span, and the scores behind the choice, from sums in a store of their own."""
@@ -197,13 +198,13 @@ class Stages:
         def work() -> dict[str, Any]:
             nbytes = len(missing) * sums.stored_bytes(plan.blocks)
             of_layers = exported_sizes(inputs.source, inputs.architecture)
-            cut = sum(of_layers[layer] for layer in Variant(spans).removed)
+            cut = sum(of_layers[layer] for layer in self.cut.removed)
             kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
             if self._again in ("calibrate", "solve"):
                 kept = 0  # nothing is exported this time
             check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
             if self._ahead is not None:
-                self._ahead.copy(Variant(spans, sublayers=self.sublayers))
+                self._ahead.copy(self.cut)
             if not sums.samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
             self._collect(store, tokens, sums, "calibrate", to_fit=True)
@@ -222,7 +223,7 @@ class Stages:
         inputs, config = self._inputs, self._inputs.config.operator
         wanted = {
             "plan": self.statistics(tokens, spans).fingerprint,
-            **self._removed(spans),
+            **self._removed,
             "operator": config.model_dump(mode="json", exclude={"dtype"}),
             "judges_behind_the_fit": inputs.config.judges_behind_the_fit,
             "tokens": tokens.fingerprint,
@@ -238,7 +239,7 @@ class Stages:
             solved = nothing_solved(inputs.config.folds)
             if spans:
                 solved = Solver(inputs, spans, store, tokens, *who).solve()
-            variant = Variant(spans, solved.operators, self.sublayers)
+            variant = replace(self.cut, operators=solved.operators)
             folder = self._run.operators
             fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
             return {
@@ -256,7 +257,7 @@ class Stages:
                 **close_gaps(inputs, variant, tokens, folder, self._reporter),
             }
 
-        load = partial(Solution.load, self._run.operators, spans)
+        load = partial(Solution.load, self._run.operators, self.cut)
         try:
             solution = self._loaded("solve", wanted, work, load)
             kept.forget()
@@ -271,13 +272,13 @@ class Stages:
         if self._store is not None:
             self._store.flush()
 
-    def refine(self, tokens: TokenWindows, spans: tuple[Span, ...], solution: Solution) -> Solution:
+    def refine(self, tokens: TokenWindows, solution: Solution) -> Solution:
         """Train the operators against the dense model, where the configuration asks for it."""
         inputs, config = self._inputs, self._inputs.config.refine
         if config.steps == 0:
             self._run.forget("refine")  # of a configuration that had steps
             return solution
-        if inputs.config.operator.name == "auto" and solution.operator == "none":
+        if inputs.config.operator.name == "auto" and solution.record["operator"] == "none":
             self._run.forget("refine")
             self._reporter.warn(
                 "The plain cut was chosen (operator.name=auto), so there is no operator to train: "
@@ -287,58 +288,59 @@ class Stages:
         folder = self._run.operators / "refined"
         wanted = {
             "refine": config.model_dump(mode="json"),
-            "operators": solution.all_files,
+            "operators": solution.files,
             "tokens": tokens.fingerprint,
-            "spans": pairs_of(spans),
+            "spans": pairs_of(self.cut.spans),
             **inputs.numerics,
         }
 
         def work() -> dict[str, Any]:
             state = self._run.path / "refine.pt"
-            recovered = Variant(spans, solution.operators)
-            given = (recovered, tokens, solution.folds, state, wanted, self._reporter)
+            folds = solution.record["folds"]
+            given = (solution.variant, tokens, folds, state, wanted, self._reporter)
             refined = train(inputs, *given)
             files = save_operators(folder, refined.operators)
             losses = [{**look, "loss": finite(look["loss"])} for look in refined.losses]
             return {"files": files, "losses": losses, "improved": refined.improved}
 
         def load(recorded: dict[str, Any]) -> Solution:
-            operators = load_operators(folder, spans, recorded["files"])
-            return replace(solution, operators=operators, files=recorded["files"])
+            operators = load_operators(folder, self.cut.spans, recorded["files"])
+            variant = replace(solution.variant, operators=operators)
+            return replace(solution, variant=variant, files=[recorded["files"], solution.files[1]])
 
         refined = self._loaded("refine", wanted, work, load)
         (self._run.path / "refine.pt").unlink(missing_ok=True)
         return refined
 
-    def export(self, spans: tuple[Span, ...], solution: Solution) -> None:
+    def export(self, solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name.
 
         While it does so the recovered model is evaluated, if there are no tasks, which take long.
         """
-        inputs, recovered = self._inputs, self.as_exported(spans, solution)
+        inputs, recovered = self._inputs, self.as_exported(solution)
         wanted = {
             "model": inputs.model_fingerprint,
-            **self._removed(spans),
-            "operators": solution.all_files,
+            **self._removed,
+            "operators": solution.files,
             "operator_dtype": str(self._operator_dtype),
             "export": inputs.config.export.model_dump(mode="json"),
             **inputs.numerics,
         }
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
-        beside = Beside(partial(self.evaluate, spans, solution) if not inputs.tasks else None)
+        beside = Beside(partial(self.evaluate, solution) if not inputs.tasks else None)
         given = (inputs, recovered, self._run, self._reporter, self._ahead, beside)
         self._stage("export", wanted, partial(export_recovered, *given))
         beside.end()
 
-    def evaluate(self, spans: tuple[Span, ...], solution: Solution) -> dict[str, Any]:
+    def evaluate(self, solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""
         inputs = self._inputs
         dtype = str(self._operator_dtype)
-        decisive = {"operators": solution.all_files, "operator_dtype": dtype}
+        decisive = {"operators": solution.files, "operator_dtype": dtype}
         wanted = {
             "model": inputs.model_fingerprint,
-            **self._removed(spans),
+            **self._removed,
             **decisive,
             "corpora": {name: w.fingerprint for name, w in inputs.evaluation.items()},
             "tasks": [[t.name, t.fingerprint, t.num_fewshot, t.limit] for t in inputs.tasks],
@@ -346,17 +348,18 @@ class Stages:
         }
         if not inputs.evaluation and not inputs.tasks:
             return {"perplexity": {}, "agreement": {}, **NOT_USED}
-        given = (inputs, self._run, self._reporter, self.as_exported(spans, solution), decisive)
+        given = (inputs, self._run, self._reporter, self.as_exported(solution), decisive)
         return self._stage("evaluate", wanted, Evaluation(*given).measure)
 
-    def as_exported(self, spans: tuple[Span, ...], solution: Solution) -> Variant:
+    def as_exported(self, solution: Solution) -> Variant:
         """The recovered model in the dtypes of the checkpoint."""
-        recovered = solution.variant(spans, self.sublayers)
-        return recovered.stored(self._inputs.source.dtype, self._operator_dtype)
+        return solution.variant.stored(self._inputs.source.dtype, self._operator_dtype)
 
-    def _removed(self, spans: tuple[Span, ...]) -> dict[str, Any]:
+    @property
+    def _removed(self) -> dict[str, Any]:
         """What goes, in what is wanted of a stage."""
-        return {"spans": pairs_of(spans), "sublayers": list(map(str, self.sublayers))}
+        cut = self.cut
+        return {"spans": pairs_of(cut.spans), "sublayers": list(map(str, cut.sublayers))}
 
     @property
     def _parts(self) -> list[str]:
