@@ -21,12 +21,18 @@ _FSYNCS = 16
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` on a clean exit, fsynced; else it is removed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
+    with _beside(path) as temporary:
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,8 +67,7 @@ def create_bytes(path: Path, content: bytes) -> bool:
 
     A hard link to the complete content is the atomic step: of several processes exactly one wins.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
+    with _beside(path) as temporary:
         temporary.write_bytes(content)
         fsync_file(temporary)
         try:
@@ -70,8 +75,6 @@ def create_bytes(path: Path, content: bytes) -> bool:
         except FileExistsError:
             return False
         fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -94,11 +97,7 @@ def fingerprint(value: Any) -> str:
 
 def fsync_file(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _force(os.open(path, os.O_RDONLY))
 
 
 fsync_folder = fsync_file
@@ -106,15 +105,14 @@ fsync_folder = fsync_file
 
 def fsync_in(pool: Executor, path: Path) -> Future[None]:
     """Let a pool force a file to the disk, whatever name it has by then."""
-    descriptor = os.open(path, os.O_RDONLY)
+    return pool.submit(_force, os.open(path, os.O_RDONLY))
 
-    def force() -> None:
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
-    return pool.submit(force)
+def _force(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_tree(path: Path) -> None:

@@ -24,20 +24,14 @@ def prompts(corpora: Mapping[str, TokenWindows]) -> list[tuple[str, torch.Tensor
     The first windows of all corpora come first.
     """
     first = list(corpora.items())[:MOST_TEXTS]
-    length = min((windows.window_length // 2 for _, windows in first), default=0)
+    length = min([PROMPT_TOKENS, *(windows.window_length // 2 for _, windows in first)])
     each = MOST_PROMPTS // max(1, len(first))
-    places = {
-        (number, name): number * windows.num_windows // each
+    return [
+        (name, torch.from_numpy(window.astype("int64")))
         for number in range(each)
         for name, windows in first
         if number < windows.num_windows
-    }
-    return [
-        (
-            name,
-            torch.from_numpy(corpora[name].tokens[window, :length][:PROMPT_TOKENS].astype("int64")),
-        )
-        for (_, name), window in places.items()
+        for window in [windows.tokens[number * windows.num_windows // each, :length]]
     ]
 
 

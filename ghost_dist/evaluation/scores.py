@@ -90,17 +90,14 @@ def corpus_scores(
     advance: Advance = lambda _: None,
 ) -> dict[str, list[Scores]]:
     """By corpus, whose windows are of one length: what :func:`window_scores` gives."""
-    if model.whole:
-        found = {
-            name: window_scores(model, variants, windows.tokens, batch=batch, advance=advance)
-            for name, windows in corpora.items()
-        }
-    else:  # each layer is read once for all of them
-        tokens = np.concatenate([windows.tokens for windows in corpora.values()])
-        of_all = window_scores(model, variants, tokens, batch=batch, advance=advance)
-        found, first = {}, 0
-        for name, windows in corpora.items():
-            part = slice(first, first + windows.num_windows)
+    # Where each layer is read anew, once for all of them.
+    groups = [[name] for name in corpora] if model.whole else [list(corpora)]
+    found = {}
+    for names in groups:
+        tokens = np.concatenate([corpora[name].tokens for name in names])
+        of_all, first = window_scores(model, variants, tokens, batch=batch, advance=advance), 0
+        for name in names:
+            part = slice(first, first + corpora[name].num_windows)
             found[name] = [of_variant[part] for of_variant in of_all]
             first = part.stop
     for name, of_corpus in found.items():

@@ -171,23 +171,15 @@ class SpanCollectors:
         )
 
     def cost(self, run: RunShape) -> Cost:
-        sizes, inputs, tokens, width = run.sizes, run.inputs, run.num_tokens, run.sizes.hidden_size
-        cost = Cost(
-            below=self.last_boundary,
-            batch=inputs.batch,
-            length=run.window_length,
-            ranges=inputs.num_ranges,
-            commit_bytes=inputs.num_ranges * self.stored_bytes(inputs.config.engine.ranks),
-            batch_bytes=len(run.spans) * sizes.stream_bytes(run.batch_tokens),
-            running_bytes=sizes.stream_bytes(tokens),
-            kept_bytes=tokens * kept_numbers(self.architecture, self) * sizes.itemsize,
-        )
-        cost.pass_tokens(range(self.last_boundary), tokens)
+        sizes, inputs, width = run.sizes, run.inputs, run.sizes.hidden_size
+        streams_bytes = len(run.spans) * sizes.stream_bytes(run.batch_tokens)
+        cost = pass_cost(self, run, inputs.num_ranges, streams_bytes)
+        cost.commit_bytes = inputs.num_ranges * self.stored_bytes(inputs.config.engine.ranks)
         for span, kind in self.samples:
             inner = run.inner_size(span)
             cost.sums_bytes += moments_bytes(kind, width, inner)
             regressors = num_regressors(kind, width, inner)
-            cost.sums[kind] += tokens * moments_flops(regressors, width)
+            cost.sums[kind] += run.num_tokens * moments_flops(regressors, width)
             product = product_bytes(regressors, width, run.window_length)
             cost.product_bytes = max(cost.product_bytes, product)
             if kind == "joint":
@@ -211,6 +203,22 @@ def sums_of_range(
     total_s = collector.watch.until_now(began)
     sums_s = collector.watch.seconds()
     return sums, RangeTimes(forward_s=total_s - sums_s, sums_s=sums_s)
+
+
+def pass_cost(collectors: Collectors, run: RunShape, ranges: int, batch_bytes: int) -> Cost:
+    """Of a pass over the windows, but for the sums that are made on the way."""
+    sizes, tokens, architecture = run.sizes, run.num_tokens, run.inputs.architecture
+    cost = Cost(
+        below=collectors.last_boundary,
+        batch=run.inputs.batch,
+        length=run.window_length,
+        ranges=ranges,
+        batch_bytes=batch_bytes,
+        running_bytes=sizes.stream_bytes(tokens),
+        kept_bytes=tokens * kept_numbers(architecture, collectors) * sizes.itemsize,
+    )
+    cost.pass_tokens(range(collectors.last_boundary), tokens)
+    return cost
 
 
 def wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 
 from ghost_dist.checkpoint.architecture import Architecture
 from ghost_dist.errors import ConfigError
-from ghost_dist.pipeline.collectors import kept_numbers
+from ghost_dist.pipeline.collectors import pass_cost
 from ghost_dist.pipeline.cost import SMALL_BYTES, Cost
 from ghost_dist.spans import Span
 from ghost_dist.statistics.layer_scores import ScoreCollector, ScoreSums
@@ -55,18 +55,9 @@ class PaperScores:
         return ScoreCollector(self.architecture.num_layers, self.remove, device)
 
     def cost(self, run: RunShape) -> Cost:
-        sizes, tokens = run.sizes, run.num_tokens
-        cost = Cost(
-            below=run.num_layers,
-            batch=run.inputs.batch,
-            length=run.window_length,
-            ranges=run.inputs.config.folds,
-            batch_bytes=(self.remove + 1) * sizes.stream_bytes(run.batch_tokens),
-            sums_bytes=SMALL_BYTES,
-            running_bytes=sizes.stream_bytes(tokens),
-            kept_bytes=tokens * kept_numbers(self.architecture, self) * sizes.itemsize,
-        )
-        cost.pass_tokens(range(run.num_layers), tokens)
+        streams_bytes = (self.remove + 1) * run.sizes.stream_bytes(run.batch_tokens)
+        cost = pass_cost(self, run, run.inputs.config.folds, streams_bytes)
+        cost.sums_bytes = SMALL_BYTES
         return cost
 
     def decide(self, store: StatisticsStore) -> tuple[Span, list[float | None]]:
