@@ -9,9 +9,8 @@ what is new.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -42,6 +41,7 @@ from ghost_dist.solver.down_proj import SingularOperatorError
 from ghost_dist.solver.operators import OPERATORS
 from ghost_dist.spans import Span, pairs_of
 from ghost_dist.statistics.span_sums import Regressors
+from ghost_dist.statistics.store import StatisticsStore
 
 Row = Literal["default", "refine", "ghost+norm"] | OperatorName
 """``default``: as configured; ``refine``: the same followed by training."""
@@ -102,100 +102,12 @@ def compare(
         inputs = with_engine(inputs, run, reporter, whole=whole)
         tokens = Stages(inputs, run, reporter).tokens()
         run.begin()
-        table = _Table(run, inputs, tokens)
-        cuts = _select(inputs, run, tokens, removes, selections, reporter)
-        missing = [(cut, row) for cut in cuts for row in rows if table.find(cut, row) is None]
-        if missing:
-            _fill(inputs, run.path, tokens, missing, table, reporter)
-        return table.write([(cut, row) for cut in cuts for row in rows])
-
-
-def _select(
-    inputs: RunInputs,
-    run: RunFolder,
-    tokens: TokenWindows,
-    removes: Sequence[int],
-    selections: Sequence[Selection],
-    reporter: Reporter,
-) -> list[_Cut]:
-    """Spans of every criterion and number of layers."""
-    cuts = []
-    for criterion, remove in itertools.product(selections, removes):
-        update: dict[str, Any] = {}
-        if criterion == "search-unrepaired":
-            update = {"operator": OperatorConfig(name="none")}
-        elif criterion != "search":
-            scored = {"criterion": criterion, "remove": remove, "spans": None}
-            update = {"selection": inputs.config.selection.model_copy(update=scored)}
-        config = inputs.config.model_copy(update=update)
-        of_cut = replace(inputs, config=config, amount=Amount(remove, config.selection))
-        if "selection" in update:
-            path = run.path / f"selection-{criterion}-{remove}.zarr"
-            spans, _ = Stages(of_cut, run, reporter).by_paper(tokens, path)
-        else:
-            spans, _ = search_spans(of_cut, tokens, run, reporter)
-        cuts.append(_Cut(criterion, remove, spans))
-    return cuts
-
-
-def _fill(
-    inputs: RunInputs,
-    folder: Path,
-    tokens: TokenWindows,
-    missing: Sequence[tuple[_Cut, Row]],
-    table: _Table,
-    reporter: Reporter,
-) -> None:
-    """Take the sums that the missing rows need, and compute these rows."""
-    samples: set[tuple[Span, Regressors]] = set()
-    usable: list[tuple[_Cut, Row]] = []
-    for cut, row in missing:
-        try:
-            candidates = candidates_of(_operator(inputs, row), cut.spans, inputs.refittable)
-        except ConfigError as error:
-            table.add(cut, row, {"refused": str(error)})
-            continue
-        usable.append((cut, row))
-        samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
-    ordered = sorted((s, k) for s, k in samples if k != "stream" or (s, "joint") not in samples)
-    collectors = SpanCollectors(ordered, inputs.architecture)
-    name = f"statistics-{fingerprint(collectors.entries)[:12]}.zarr"
-    store = open_store(folder / name, plan_of(inputs, tokens, collectors), reporter)
-    if ordered:
-        CollectHere(inputs, reporter, folder)(store, tokens, collectors, "calibrate", to_fit=True)
-        store.flush()
-    inputs = replace(inputs, keeps=True)
-    table.dense(lambda: _scored(inputs, Variant())["perplexity"])
-    quiet = Reporter(console=Console(quiet=True))  # rows are many; the comparison has its own bar
-    with reporter.stage("compare", len(usable), "rows") as advance:
-        for cut, row in usable:
-            if table.find(cut, row) is None:  # another criterion may have found the same spans
-                of_row = replace(inputs, config=_config(inputs, row))
-                try:
-                    solved = Solver(of_row, cut.spans, store, tokens, quiet).solve()
-                except (SingularGramError, SingularOperatorError) as error:
-                    table.add(cut, row, {"refused": str(error)})  # the other rows can still be had
-                else:
-                    operators = solved.operators
-                    if row == "refine" and any(r.parts() for r in operators.values()):
-                        name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
-                        state = folder / f"refine-{name}.pt"
-                        identity = {
-                            "refine": of_row.config.refine.model_dump(mode="json"),
-                            "operator": solved.candidate.described(),
-                            "tokens": tokens.fingerprint,
-                            "model": inputs.model_fingerprint,
-                            "spans": name,
-                            **inputs.numerics,
-                        }
-                        variant = Variant(cut.spans, operators)
-                        refined = train(
-                            of_row, variant, tokens, solved.folds, state, identity, quiet
-                        )
-                        operators = refined.operators
-                        state.unlink(missing_ok=True)
-                    table.add(cut, row, _outcome(of_row, cut, solved, operators))
-            advance(1)
+        table = _Table(inputs, run, tokens, reporter)
+        cuts = [table.select(*chosen) for chosen in itertools.product(selections, removes)]
+        wanted = [(cut, row) for cut in cuts for row in rows]
+        if missing := [(cut, row) for cut, row in wanted if table.find(cut, row) is None]:
+            table.fill(missing)
+        return table.write(wanted)
 
 
 def _outcome(
@@ -232,32 +144,13 @@ def _scored(inputs: RunInputs, variant: Variant) -> dict[str, dict[str, Any]]:
     }
 
 
-def _config(inputs: RunInputs, row: Row) -> Config:
-    """What a row is: only that of training trains, with as many steps as are configured."""
-    refine = inputs.config.refine
-    steps = (refine.steps or DEFAULT_REFINE_STEPS) if row == "refine" else 0
-    return inputs.config.model_copy(
-        update={
-            "operator": _operator(inputs, row),
-            "refine": refine.model_copy(update={"steps": steps}),
-        }
-    )
-
-
-def _operator(inputs: RunInputs, row: Row) -> OperatorConfig:
-    update: dict[str, Any] = {}
-    if row == "ghost+norm":
-        update = {"name": "ghost", "features": "stream+norm"}
-    elif row not in ("default", "refine"):
-        update = {"name": row, "features": "stream"}
-    return OperatorConfig.model_validate({**inputs.config.operator.model_dump(), **update})
-
-
 class _Table:
-    """Rows by what they are of; every row is on the disk once it is added."""
+    """Rows by what they are of; every row is on the disk once it is there."""
 
-    def __init__(self, run: RunFolder, inputs: RunInputs, tokens: TokenWindows) -> None:
-        self._run, self._inputs = run, inputs
+    def __init__(
+        self, inputs: RunInputs, run: RunFolder, tokens: TokenWindows, reporter: Reporter
+    ) -> None:
+        self._inputs, self._run, self._tokens, self._reporter = inputs, run, tokens, reporter
         self._of = fingerprint(
             {
                 "model": inputs.model_fingerprint,
@@ -268,15 +161,98 @@ class _Table:
             }
         )
 
-    def dense(self, measure: Callable[[], dict[str, float]]) -> None:
+    def select(self, criterion: Selection, remove: int) -> _Cut:
+        """The spans of a criterion and a number of layers."""
+        inputs, run, update = self._inputs, self._run, dict[str, Any]()
+        if criterion == "search-unrepaired":
+            update = {"operator": OperatorConfig(name="none")}
+        elif criterion != "search":
+            scored = {"criterion": criterion, "remove": remove, "spans": None}
+            update = {"selection": inputs.config.selection.model_copy(update=scored)}
+        config = inputs.config.model_copy(update=update)
+        inputs = replace(inputs, config=config, amount=Amount(remove, config.selection))
+        if "selection" in update:
+            path = run.path / f"selection-{criterion}-{remove}.zarr"
+            spans, _ = Stages(inputs, run, self._reporter).by_paper(self._tokens, path)
+        else:
+            spans, _ = search_spans(inputs, self._tokens, run, self._reporter)
+        return _Cut(criterion, remove, spans)
+
+    def fill(self, missing: Sequence[tuple[_Cut, Row]]) -> None:
+        """Take the sums that the missing rows need, and compute these rows."""
+        inputs, tokens, folder = self._inputs, self._tokens, self._run.path
+        samples: set[tuple[Span, Regressors]] = set()
+        usable: list[tuple[_Cut, Row]] = []
+        for cut, row in missing:
+            try:
+                candidates = candidates_of(self._operator(row), cut.spans, inputs.refittable)
+            except ConfigError as error:
+                self._add(cut, row, {"refused": str(error)})
+                continue
+            usable.append((cut, row))
+            samples |= set(samples_of(candidates, cut.spans, inputs.refittable))
+        ordered = sorted((s, k) for s, k in samples if k != "stream" or (s, "joint") not in samples)
+        collectors = SpanCollectors(ordered, inputs.architecture)
+        name = f"statistics-{fingerprint(collectors.entries)[:12]}.zarr"
+        store = open_store(folder / name, plan_of(inputs, tokens, collectors), self._reporter)
+        if ordered:
+            CollectHere(inputs, self._reporter, folder)(store, tokens, collectors, "calibrate")
         if self._run.record("compare-dense", self._of) is None:
-            self._run.finish("compare-dense", self._of, measure())
+            dense = _scored(replace(inputs, keeps=True), Variant())["perplexity"]
+            self._run.finish("compare-dense", self._of, dense)
+        with self._reporter.stage("compare", len(usable), "rows") as advance:
+            for cut, row in usable:
+                if self.find(cut, row) is None:  # another criterion may have found the same spans
+                    self._add(cut, row, self._computed(cut, row, store))
+                advance(1)
+
+    def _computed(self, cut: _Cut, row: Row, store: StatisticsStore) -> dict[str, Any]:
+        """What a row holds, or under ``refused`` why it cannot be had; the others still can."""
+        inputs, tokens = replace(self._inputs, config=self._config(row), keeps=True), self._tokens
+        quiet = Reporter(console=Console(quiet=True))  # rows are many; the table has its own bar
+        try:
+            solved = Solver(inputs, cut.spans, store, tokens, quiet).solve()
+        except (SingularGramError, SingularOperatorError) as error:
+            return {"refused": str(error)}
+        operators = solved.operators
+        if row == "refine" and any(r.parts() for r in operators.values()):
+            name = "-".join(f"{span.start}-{span.stop}" for span in cut.spans)
+            state = self._run.path / f"refine-{name}.pt"
+            identity = {
+                "refine": inputs.config.refine.model_dump(mode="json"),
+                "operator": solved.candidate.described(),
+                "tokens": tokens.fingerprint,
+                "model": inputs.model_fingerprint,
+                "spans": name,
+                **inputs.numerics,
+            }
+            variant = Variant(cut.spans, operators)
+            refined = train(inputs, variant, tokens, solved.folds, state, identity, quiet)
+            operators = refined.operators
+            state.unlink(missing_ok=True)
+        return _outcome(inputs, cut, solved, operators)
+
+    def _config(self, row: Row) -> Config:
+        """What a row is: only that of training trains, with as many steps as are configured."""
+        config = self._inputs.config
+        steps = (config.refine.steps or DEFAULT_REFINE_STEPS) if row == "refine" else 0
+        refine = config.refine.model_copy(update={"steps": steps})
+        return config.model_copy(update={"operator": self._operator(row), "refine": refine})
+
+    def _operator(self, row: Row) -> OperatorConfig:
+        update: dict[str, Any] = {}
+        if row == "ghost+norm":
+            update = {"name": "ghost", "features": "stream+norm"}
+        elif row not in ("default", "refine"):
+            update = {"name": row, "features": "stream"}
+        return OperatorConfig.model_validate(
+            {**self._inputs.config.operator.model_dump(), **update}
+        )
 
     def find(self, cut: _Cut, row: Row) -> dict[str, Any] | None:
         return self._run.record(self._key(cut, row), self._of)
 
-    def add(self, cut: _Cut, row: Row, outcome: dict[str, Any]) -> None:
-        """Keep a row, or under ``refused`` the reason why there is none."""
+    def _add(self, cut: _Cut, row: Row, outcome: dict[str, Any]) -> None:
         self._run.finish(self._key(cut, row), self._of, outcome)
 
     def write(self, wanted: Sequence[tuple[_Cut, Row]]) -> dict[str, Any]:
@@ -299,7 +275,7 @@ class _Table:
         return table
 
     def _key(self, cut: _Cut, row: Row) -> str:
-        config = _operator(self._inputs, row).model_dump(mode="json")
+        config = self._operator(row).model_dump(mode="json")
         refine = self._inputs.config.refine.model_dump(mode="json") if row == "refine" else None
         return f"compare-{fingerprint([pairs_of(cut.spans), row, config, refine])[:24]}"
 
