@@ -7,7 +7,8 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,51 +44,79 @@ RESULT = "result.json"
 _VERIFIED = (2, 256)  # windows, and tokens of each
 
 
-class Beside:
-    """What may use the device while a fresh process loads the checkpoint; None: nothing.
+class _Stopped(Exception):  # noqa: N818 - no error: nobody wants it any more
+    """Ends a copy."""
 
-    A stop in it waits until the checkpoint has its name, if that process has ended by then.
+
+class Export:
+    """Writes the recovered checkpoint; a context.
+
+    ``ahead``: it begins before the operators are known. The process that will check it takes
+    seconds to start, and most of its bytes depend on nothing but what is cut.
     """
 
-    def __init__(self, work: Callable[[], Any] | None) -> None:
-        self._work = work
+    def __init__(
+        self, inputs: RunInputs, run: RunFolder, reporter: Reporter, *, ahead: bool
+    ) -> None:
+        self._inputs, self._run, self._reporter = inputs, run, reporter
+        self._ahead, self._folder = ahead, run.path / "checkpoint.ahead"
+        self._stack, self._ended = ExitStack(), threading.Event()
+        self._copying: Future[Copied] | None = None
+        self._syncing: list[Future[None]] = []
         self._stop: BaseException | None = None
 
-    def run(self, fresh: FreshProcess) -> None:
+    def __enter__(self) -> Export:
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a killed run
+        if self._ahead:
+            _ = self.process
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._stack.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @cached_property
+    def process(self) -> FreshProcess:
+        """The one that checks the checkpoint."""
+        device = None if self._inputs.streaming else self._inputs.device
+        return self._stack.enter_context(fresh_process(device))
+
+    def copy(self, cut: Variant) -> None:
+        """Begin to copy the weights that stay, in a thread; not from a disk that others read."""
+        inputs = self._inputs
+        elsewhere = inputs.streaming or inputs.config.on_cluster
+        if elsewhere or not self._ahead or self._copying is not None:
+            return
+
+        def check(_: int) -> None:
+            if self._ended.is_set():
+                raise _Stopped
+
+        def work() -> Copied:
+            most = inputs.config.export.max_shard_bytes
+            plan = Copied.plan(inputs.source, inputs.architecture, cut, self._folder, most)
+            for path in plan.write(check):  # a disk is slower than the page cache
+                self._syncing.append(fsync_in(disk, path))
+            return plan
+
+        disk = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._copying = self._stack.enter_context(ThreadPoolExecutor(1)).submit(work)
+
+    def write(self, recovered: Variant, beside: Callable[[], Any] | None) -> dict[str, Any]:
+        """Write the checkpoint; a fresh process reloads it before it gets its name.
+
+        ``beside`` is done meanwhile where there is room for both, and where it fails somebody does
+        it again. A stop in it waits for :meth:`end` if that process has ended by then.
+        """
+        inputs, run = self._inputs, self._run
+        _ = self.process  # starts while files are written
+        unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
+        shutil.rmtree(unverified, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         try:
-            if self._work is not None:
-                self._work()
-        except Exception:
-            raise
-        except BaseException as stop:
-            if fresh.process.poll() is None:
-                raise
-            self._stop = stop
-
-    def end(self) -> None:
-        if self._stop is not None:
-            raise self._stop
-
-
-def export_recovered(
-    inputs: RunInputs,
-    recovered: Variant,
-    run: RunFolder,
-    reporter: Reporter,
-    ahead: ExportAhead | None,
-    beside: Beside,
-) -> dict[str, Any]:
-    """Write the checkpoint; a fresh process reloads it before it gets its name.
-
-    ``ahead``: what was begun before; None: nothing. ``beside`` is done where there is room for
-    both, and where it fails somebody does it again.
-    """
-    unverified, replaced = run.path / "checkpoint.unverified", run.path / "checkpoint.replaced"
-    shutil.rmtree(unverified, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    try:
-        with nullcontext(ahead) if ahead else ExportAhead(inputs, run) as begun:
-            with reporter.stage("export", inputs.source.bytes_once_read, "bytes") as advance:
+            nbytes = inputs.source.bytes_once_read
+            with self._reporter.stage("export", nbytes, "bytes") as advance:
                 export_checkpoint(
                     inputs.source,
                     inputs.architecture,
@@ -100,79 +129,31 @@ def export_recovered(
                         CARD: model_card(inputs.source, inputs.config, recovered).encode(),
                     },
                     advance=advance,
-                    copied=begun.copied(),
+                    copied=self._copied(),
                 )
             with ThreadPoolExecutor(1) as thread:
-                synced = thread.submit(begun.sync, unverified)
-                given = (inputs, unverified, recovered, run, reporter, begun.process, beside)
-                difference = _verify(*given)
+                synced = thread.submit(self._sync, unverified)
+                difference = self._verify(unverified, recovered, beside)
                 try:
                     synced.result()
                 except OSError as error:
                     raise not_written(unverified, error) from error
-        # An older checkpoint loses its name before it is removed: a kill in the middle of the
-        # removal must not leave half of it under the name of a whole one.
-        if run.checkpoint.exists():
-            run.checkpoint.rename(replaced)
-        unverified.rename(run.checkpoint)
-        fsync_folder(run.path)
-    finally:
-        shutil.rmtree(unverified, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-    return {"reload_max_abs_difference": difference, "files": file_sizes(run.checkpoint)}
+            # An older checkpoint loses its name before it is removed: a kill in the middle of the
+            # removal must not leave half of it under the name of a whole one.
+            if run.checkpoint.exists():
+                run.checkpoint.rename(replaced)
+            unverified.rename(run.checkpoint)
+            fsync_folder(run.path)
+        finally:
+            shutil.rmtree(unverified, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+        return {"reload_max_abs_difference": difference, "files": file_sizes(run.checkpoint)}
 
+    def end(self) -> None:
+        if self._stop is not None:
+            raise self._stop
 
-class _Stopped(Exception):  # noqa: N818 - no error: nobody wants it any more
-    """Ends a copy."""
-
-
-class ExportAhead:
-    """What an export needs and can have before its operators are known; a context.
-
-    The process that will check it takes seconds to start, and most of its bytes depend on nothing
-    but what is cut.
-    """
-
-    def __init__(self, inputs: RunInputs, run: RunFolder) -> None:
-        self._inputs, self._folder = inputs, run.path / "checkpoint.ahead"
-        self._stack, self._ended = ExitStack(), threading.Event()
-        self._copying: Future[Copied] | None = None
-        self._syncing: list[Future[None]] = []
-
-    def __enter__(self) -> ExportAhead:
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a killed run
-        device = None if self._inputs.streaming else self._inputs.device
-        self.process = self._stack.enter_context(fresh_process(device))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._stack.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def copy(self, cut: Variant) -> None:
-        """Begin to copy the weights that stay, in a thread; not from a disk that others read."""
-        inputs = self._inputs
-        if inputs.streaming or inputs.config.on_cluster or self._copying is not None:
-            return
-
-        def work() -> Copied:
-            most = inputs.config.export.max_shard_bytes
-            plan = Copied.plan(inputs.source, inputs.architecture, cut, self._folder, most)
-            for path in plan.write(self._check):  # a disk is slower than the page cache
-                self._syncing.append(fsync_in(disk, path))
-            return plan
-
-        disk = self._stack.enter_context(ThreadPoolExecutor(1))
-        self._copying = self._stack.enter_context(ThreadPoolExecutor(1)).submit(work)
-
-    def sync(self, exported: Path) -> None:
-        """Wait until the disk has what was copied, and all else of the export."""
-        for file in self._syncing:
-            file.result()
-        fsync_tree(exported)
-
-    def copied(self) -> Copied | None:
+    def _copied(self) -> Copied | None:
         """What was copied, once that is done; None if it could not be: the export will say why."""
         if self._copying is None:
             return None
@@ -183,9 +164,65 @@ class ExportAhead:
             self._syncing.clear()
             return None
 
-    def _check(self, _: int) -> None:
-        if self._ended.is_set():
-            raise _Stopped
+    def _sync(self, exported: Path) -> None:
+        """Wait until the disk has what was copied, and all else of the export."""
+        for file in self._syncing:
+            file.result()
+        fsync_tree(exported)
+
+    def _verify(self, folder: Path, recovered: Variant, beside: Callable[[], Any] | None) -> float:
+        """Compare the exported folder with the recovered model and the original's tokenizer."""
+        inputs, reporter, fresh = self._inputs, self._reporter, self.process
+        windows, length = _VERIFIED
+        tokens = load_windows(self._run.tokens).tokens[:windows, :length]
+        times = 1 + inputs.streaming  # that tokens are run in this process
+        kept = inputs.architecture.num_layers - len(recovered.removed)
+        with reporter.stage("verify", times * int(tokens.size), "tokens") as advance:
+            with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
+                expected = last_logits(layers, recovered, tokens, advance)
+            del layers  # a fresh process needs the memory
+            gc.collect()
+            release_cached(inputs.device)
+            if inputs.streaming:
+                found = logits_of_exported(inputs, folder, tokens, advance)
+                verify_tokenizer(folder, inputs.tokenizer, fresh)
+                return check_same_logits(folder, found, expected, kept, inputs.dtype)
+
+        def generated(prompt: Tensor) -> Tensor:
+            model = open_causal_lm(inputs, own=True)
+            remove_layers(model, inputs.architecture, recovered.spans)
+            insert_operators(model, inputs.architecture, recovered)
+            new: Tensor = generate(model, prompt)[1][0]
+            return new
+
+        with ExitStack() as waiting:
+
+            def meanwhile() -> None:
+                if beside is not None and keeps_model(inputs):
+                    try:
+                        beside()
+                    except (GhostDistError, torch.OutOfMemoryError):
+                        pass
+                    except Exception:
+                        raise
+                    except BaseException as stop:
+                        if fresh.process.poll() is None:
+                            raise
+                        self._stop = stop
+                waiting.enter_context(reporter.waiting("verify"))
+
+            return verify_reload(
+                folder,
+                expected,
+                tokens,
+                num_layers=kept,
+                generate=generated,
+                tokenizer=inputs.tokenizer,
+                dtype=inputs.dtype,
+                device=inputs.device,
+                fresh=fresh,
+                meanwhile=meanwhile,
+            )
 
 
 def file_sizes(checkpoint: Path) -> dict[str, int]:
@@ -195,7 +232,7 @@ def file_sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def export_cost(run: RunShape) -> Cost:
-    """Of :func:`export_recovered`: logits of the recovered model, here and in a fresh process."""
+    """Of :meth:`Export.write`: logits of the recovered model, here and in a fresh process."""
     inputs, sizes = run.inputs, run.sizes
     width, operator = sizes.hidden_size, operator_of(inputs.config.operator.name)
     windows, length = _VERIFIED
@@ -216,57 +253,3 @@ def export_cost(run: RunShape) -> Cost:
     )
     cost.pass_tokens([la for la in range(run.num_layers) if la not in run.removed], tokens)
     return cost
-
-
-def _verify(
-    inputs: RunInputs,
-    folder: Path,
-    recovered: Variant,
-    run: RunFolder,
-    reporter: Reporter,
-    fresh: FreshProcess,
-    beside: Beside,
-) -> float:
-    """Compare the exported folder with the recovered model and the original's tokenizer."""
-    windows, length = _VERIFIED
-    tokens = load_windows(run.tokens).tokens[:windows, :length]
-    times = 1 + inputs.streaming  # that tokens are run in this process
-    kept = inputs.architecture.num_layers - len(recovered.removed)
-    with reporter.stage("verify", times * int(tokens.size), "tokens") as advance:
-        with layers_of(inputs, tokens.shape, 1, batch=1) as layers:
-            expected = last_logits(layers, recovered, tokens, advance)
-        del layers  # a fresh process needs the memory
-        gc.collect()
-        release_cached(inputs.device)
-        if inputs.streaming:
-            found = logits_of_exported(inputs, folder, tokens, advance)
-            verify_tokenizer(folder, inputs.tokenizer, fresh)
-            return check_same_logits(folder, found, expected, kept, inputs.dtype)
-
-    def generated(prompt: Tensor) -> Tensor:
-        model = open_causal_lm(inputs, own=True)
-        remove_layers(model, inputs.architecture, recovered.spans)
-        insert_operators(model, inputs.architecture, recovered)
-        new: Tensor = generate(model, prompt)[1][0]
-        return new
-
-    with ExitStack() as waiting:
-
-        def meanwhile() -> None:
-            if keeps_model(inputs):
-                with suppress(GhostDistError, torch.OutOfMemoryError):
-                    beside.run(fresh)
-            waiting.enter_context(reporter.waiting("verify"))
-
-        return verify_reload(
-            folder,
-            expected,
-            tokens,
-            num_layers=kept,
-            generate=generated,
-            tokenizer=inputs.tokenizer,
-            dtype=inputs.dtype,
-            device=inputs.device,
-            fresh=fresh,
-            meanwhile=meanwhile,
-        )

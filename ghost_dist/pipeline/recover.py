@@ -32,7 +32,7 @@ from ghost_dist.export.operator_files import Solution
 from ghost_dist.pipeline.bench_serving import SERVING
 from ghost_dist.pipeline.collecting import Collect
 from ghost_dist.pipeline.engine import ENGINE, record_engine, with_engine
-from ghost_dist.pipeline.exporting import RESULT, ExportAhead
+from ghost_dist.pipeline.exporting import RESULT, Export
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.inputs import RunInputs, open_inputs, with_absolute_paths
 from ghost_dist.pipeline.layer_times import request_seconds
@@ -114,10 +114,9 @@ def recover(
         collect = fit_spans = scorer = None
         if workers is not None:
             collect, fit_spans, scorer = workers.begin(inputs, reporter)
-        ahead = None
-        if again in (None, "export") and not run.outputs("export"):
-            ahead = beside.enter_context(ExportAhead(inputs, run))
-        stages = Stages(inputs, run, reporter, again, collect, fit_spans, ahead, scorer)
+        ahead = again in (None, "export") and not run.outputs("export")
+        export = beside.enter_context(Export(inputs, run, reporter, ahead=ahead))
+        stages = Stages(inputs, run, reporter, again, collect, fit_spans, export, scorer)
         tokens = stages.tokens()
         run.begin()
         record_engine(inputs, run)

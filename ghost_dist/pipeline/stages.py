@@ -28,7 +28,7 @@ from ghost_dist.pipeline.candidates import candidates_of, samples_of
 from ghost_dist.pipeline.collecting import Collect, CollectHere, open_store, plan_of
 from ghost_dist.pipeline.collectors import SpanCollectors
 from ghost_dist.pipeline.evaluating import NOT_USED, Evaluation
-from ghost_dist.pipeline.exporting import Beside, ExportAhead, export_recovered, file_sizes
+from ghost_dist.pipeline.exporting import Export, file_sizes
 from ghost_dist.pipeline.fitting import FitSpans
 from ghost_dist.pipeline.gaps import close_gaps, nothing_solved
 from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, open_causal_lm
@@ -52,8 +52,8 @@ class Stages:
     """The stages of one run, on an opened RUN folder and checked inputs.
 
     ``again``: stage that is done again. ``collect``, ``fit_spans``, ``scorer``: who fills the
-    stores, who fits from them, and who scores removals; None: this process. ``ahead``: what an
-    export may begin before it is its turn.
+    stores, who fits from them, and who scores removals; None: this process. ``export``: who
+    writes the checkpoint.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Stages:
         again: str | None = None,
         collect: Collect | None = None,
         fit_spans: FitSpans | None = None,
-        ahead: ExportAhead | None = None,
+        export: Export | None = None,
         scorer: Scorer | None = None,
     ) -> None:
-        self._inputs, self._run, self._reporter, self._ahead = inputs, run, reporter, ahead
+        self._inputs, self._run, self._reporter, self._export = inputs, run, reporter, export
         self._again = again
         self._collect = collect or CollectHere(inputs, reporter, run.path)
         self._fit_spans, self._scorer = fit_spans, scorer
@@ -203,8 +203,8 @@ class Stages:
             if self._again in ("calibrate", "solve"):
                 kept = 0  # nothing is exported this time
             check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
-            if self._ahead is not None:
-                self._ahead.copy(self.cut)
+            if self._export is not None:
+                self._export.copy(self.cut)
             if not sums.samples:
                 return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
             self._collect(store, tokens, sums, "calibrate", to_fit=True)
@@ -328,10 +328,10 @@ class Stages:
         }
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
-        beside = Beside(partial(self.evaluate, solution) if not inputs.tasks else None)
-        given = (inputs, recovered, self._run, self._reporter, self._ahead, beside)
-        self._stage("export", wanted, partial(export_recovered, *given))
-        beside.end()
+        assert self._export is not None
+        beside = partial(self.evaluate, solution) if not inputs.tasks else None
+        self._stage("export", wanted, partial(self._export.write, recovered, beside))
+        self._export.end()
 
     def evaluate(self, solution: Solution) -> dict[str, Any]:
         """Perplexity, agreement with the dense model and tasks of the three variants."""

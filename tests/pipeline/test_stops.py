@@ -107,7 +107,7 @@ def test_a_stop_in_the_evaluation_keeps_a_checkpoint_that_was_loaded(
     """The evaluation goes on beside the process that checks the export."""
     corpora = {"evaluation__corpora": {"a": str(text_file)}, "evaluation__window_length": 64}
     config, begun = make_config(**corpora), []
-    original = exporting.ExportAhead.__enter__
+    original = exporting.Export.__enter__
 
     def enter(self):
         begun.append(original(self).process.process)
@@ -119,7 +119,7 @@ def test_a_stop_in_the_evaluation_keeps_a_checkpoint_that_was_loaded(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(exporting.ExportAhead, "__enter__", enter)
+        patched.setattr(exporting.Export, "__enter__", enter)
         patched.setattr(Evaluation, "measure", stopped)
         with pytest.raises(KeyboardInterrupt):
             recover(config)
