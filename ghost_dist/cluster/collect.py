@@ -16,7 +16,7 @@ from ghost_dist.cluster.leases import Lease, LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.rank import StoreOfRun, Work
 from ghost_dist.cluster.replica import Replica
-from ghost_dist.pipeline.collectors import Collectors
+from ghost_dist.pipeline.collectors import Collectors, last_boundary
 from ghost_dist.progress import Advance
 from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 
@@ -43,9 +43,10 @@ class CollectOnCluster:
         pool, config, missing = self._pool, self._pool.inputs.config, store.missing()
         if not missing:
             return
-        if collectors.last_boundary > pool.num_layers:
+        needed = last_boundary(collectors)
+        if needed > pool.num_layers:
             pool.release()  # what is loaded ends too early, or was dropped to fit
-            pool.num_layers = collectors.last_boundary
+            pool.num_layers = needed
         pool.begin(config.engine.replicas)
         keep = to_fit and config.engine.reduction == "all-reduce"
         place = StoreOfRun(store.path.resolve(), store.plan_fingerprint)

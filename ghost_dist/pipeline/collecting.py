@@ -13,6 +13,7 @@ from ghost_dist.pipeline.collectors import (
     Collectors,
     RangeTimes,
     kept_numbers,
+    last_boundary,
     sums_of_range,
     wanted,
 )
@@ -21,7 +22,8 @@ from ghost_dist.pipeline.offloading import open_offloaded_engine
 from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.progress import Reporter
 from ghost_dist.statistics.at_hand import StoreAtHand
-from ghost_dist.statistics.store_plan import StatisticsPlan
+from ghost_dist.statistics.store import remove_store
+from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
 from ghost_dist.statistics.stream_state import StreamState
 from ghost_dist.statistics.sums import WHOLE
 
@@ -79,7 +81,7 @@ class CollectHere(Collect):
     def _range_by_range(
         self, store: StoreAtHand, tokens: TokenWindows, collectors: Collectors, stage: str
     ) -> None:
-        engine = open_engine(self._inputs, collectors.last_boundary)
+        engine = open_engine(self._inputs, last_boundary(collectors))
         ranges = store.plan.ranges
         done = sum(len(ranges[i]) for i in store.committed()) * tokens.window_length
         total = int(tokens.tokens.size)
@@ -109,7 +111,7 @@ class CollectHere(Collect):
             "kept streams": column * kept_numbers(inputs.architecture, collectors),
         }
         check_disk_space(self._folder, needs)
-        engine = open_offloaded_engine(inputs, collectors.last_boundary, 1 + len(boundaries))
+        engine = open_offloaded_engine(inputs, boundaries[-1], 1 + len(boundaries))
         try:
             total = len(state.windows) * tokens.window_length
             with self._reporter.stage(stage, total, "tokens") as advance:
@@ -139,8 +141,15 @@ class CollectHere(Collect):
             state.close()
 
 
-def open_store(path: Path, plan: StatisticsPlan, reporter: Reporter) -> StoreAtHand:
-    """What killed writers left is removed; damaged ranges are discarded, to be run again."""
+def open_store(
+    path: Path, plan: StatisticsPlan, reporter: Reporter, *, renew: bool = False
+) -> StoreAtHand:
+    """What killed writers left is removed; damaged ranges are discarded, to be run again.
+
+    ``renew``: a store of another plan makes room, else it is an error.
+    """
+    if renew and stored_plan(path) not in (None, plan):
+        remove_store(path)
     store = StoreAtHand(path, plan)
     store.sweep()
     for range_id, reason in store.damaged().items():

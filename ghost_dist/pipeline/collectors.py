@@ -130,10 +130,6 @@ class Collectors(Protocol):
     def entries(self) -> dict[str, str]:
         """Names of its sums, and their kinds in a store."""
 
-    @property
-    def last_boundary(self) -> int:
-        """Layers that the engine must have."""
-
     def collector(self, device: torch.device, block: ColumnBlock) -> Collector:
         """One for the windows of a range; its sums are those of the plan."""
 
@@ -148,10 +144,6 @@ class SpanCollectors:
     @property
     def entries(self) -> dict[str, str]:
         return {sums_key(span, kind): "moments" for span, kind in self.samples}
-
-    @property
-    def last_boundary(self) -> int:
-        return max(span.stop for span, _ in self.samples)
 
     def collector(self, device: torch.device, block: ColumnBlock) -> Collector:
         return SpanCollector(
@@ -208,8 +200,9 @@ def sums_of_range(
 def pass_cost(collectors: Collectors, run: RunShape, ranges: int, batch_bytes: int) -> Cost:
     """Of a pass over the windows, but for the sums that are made on the way."""
     sizes, tokens, architecture = run.sizes, run.num_tokens, run.inputs.architecture
+    below = last_boundary(collectors)
     cost = Cost(
-        below=collectors.last_boundary,
+        below=below,
         batch=run.inputs.batch,
         length=run.window_length,
         ranges=ranges,
@@ -217,7 +210,7 @@ def pass_cost(collectors: Collectors, run: RunShape, ranges: int, batch_bytes: i
         running_bytes=sizes.stream_bytes(tokens),
         kept_bytes=tokens * kept_numbers(architecture, collectors) * sizes.itemsize,
     )
-    cost.pass_tokens(range(collectors.last_boundary), tokens)
+    cost.pass_tokens(range(below), tokens)
     return cost
 
 
@@ -225,6 +218,11 @@ def wanted(collectors: Collectors) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Boundaries and MLP layers that are wanted; a collector without storage says so."""
     sink = collectors.collector(torch.device("meta"), WHOLE)
     return sink.boundaries, sink.mlp_layers
+
+
+def last_boundary(collectors: Collectors) -> int:
+    """Layers that the engine must have."""
+    return wanted(collectors)[0][-1]
 
 
 def kept_numbers(architecture: Architecture, collectors: Collectors) -> int:

@@ -249,24 +249,12 @@ def assembled(
 def _evaluation_windows(
     config: Config, corpus: str, tokenizer: Any, vocab_size: int
 ) -> TokenWindows:
-    windows, window_length = config.evaluation.windows, config.evaluation.window_length
+    windows, length = config.evaluation.windows, config.evaluation.window_length
+    cut: dict[str, Any] = {"windows": windows, "window_length": length, "vocab_size": vocab_size}
     if corpus in PUBLISHED:
-        return published_windows(
-            PUBLISHED[corpus],
-            tokenizer,
-            windows=windows,
-            window_length=window_length,
-            vocab_size=vocab_size,
-        )
-    return build_windows(
-        corpus,
-        tokenizer,
-        windows=windows,
-        window_length=window_length,
-        window_bos=config.calibration.window_bos is True,
-        vocab_size=vocab_size,
-        split="test",
-    )
+        return published_windows(PUBLISHED[corpus], tokenizer, **cut)
+    bos = config.calibration.window_bos is True
+    return build_windows(corpus, tokenizer, split="test", window_bos=bos, **cut)
 
 
 def open_model(

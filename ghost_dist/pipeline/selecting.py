@@ -47,10 +47,6 @@ class PaperScores:
     def entries(self) -> dict[str, str]:
         return {"scores": "scores"}
 
-    @property
-    def last_boundary(self) -> int:
-        return self.architecture.num_layers
-
     def collector(self, device: torch.device, _: ColumnBlock) -> ScoreCollector:
         return ScoreCollector(self.architecture.num_layers, self.remove, device)
 

@@ -152,9 +152,7 @@ class Stages:
         assert inputs.amount.layers is not None
         scores = PaperScores(inputs.amount.layers, protect, inputs.architecture)
         plan = plan_of(inputs, tokens, scores, inputs.config.folds)
-        if stored_plan(path) not in (None, plan):
-            remove_store(path)
-        store = open_store(path, plan, self._reporter)
+        store = open_store(path, plan, self._reporter, renew=True)
         self._collect(store, tokens, scores, "select")
         span, by_start = scores.decide(store)
         return (span,), {"scores": by_start}
@@ -187,10 +185,8 @@ class Stages:
             return self._store
         inputs, path, sums = self._inputs, self._run.statistics, self._sums(spans)
         plan = self.statistics(tokens, spans)
-        renew = self._again == "calibrate" or inputs.amount.others
-        if renew and stored_plan(path) not in (None, plan):
-            remove_store(path)
-        store = open_store(path, plan, self._reporter)
+        renew = self._again == "calibrate" or bool(inputs.amount.others)
+        store = open_store(path, plan, self._reporter, renew=renew)
         missing = store.missing() if sums.samples else ()
         if sums.samples and (there := len(plan.ranges) - len(missing)):
             self._reporter.taken(f"sums of {there} of {len(plan.ranges)} ranges")
