@@ -75,8 +75,6 @@ def distill(
     training = sorted(set(range(len(tokens))) - set(held_out))
     if not any(repair.parts() for repair in closed_form.operators.values()):
         raise ConfigError("refine.steps: the plain cut has no operator to train. Set it to 0.")
-    if not training or not held_out:
-        raise ConfigError("refine.steps needs windows to train on and windows to hold out.")
     student = _Student(LayerwiseModel(model, architecture), closed_form)
     optimiser = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=0.0)
     progress, saved = _Progress(), _saved(state)
