@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ghost_dist.calibration.windows import TokenWindows
@@ -32,7 +33,9 @@ from ghost_dist.pipeline.solving import Solved
 from ghost_dist.pipeline.texts import fold_of_window
 from ghost_dist.pipeline.walking import LayerWalk, Step
 from ghost_dist.progress import Reporter
+from ghost_dist.solver.least_squares import fit_least_squares
 from ghost_dist.spans import PARTS, Sublayer
+from ghost_dist.statistics.moments import MomentsAccumulator
 
 
 def gaps(variant: Variant, architecture: Architecture) -> dict[Sublayer, tuple[int, bool]]:
@@ -81,12 +84,13 @@ def gap_steps(variant: Variant, architecture: Architecture) -> list[Step]:
 
 @dataclass(kw_only=True)
 class CloseGaps(LayerWalk):
-    """Fits the matrices before all gaps of a variant.
+    """Fits the matrices before all gaps of a variant, on no window of the fold ``judge``.
 
     ``outputs`` and ``rows`` are there behind ``gap_steps``: the new matrices (in, C), float64, and
     how each did on the judge.
     """
 
+    judge: int
     variant: Variant
     outputs: dict[Sublayer, Tensor] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -137,12 +141,29 @@ class CloseGaps(LayerWalk):
             yield run
 
     def _fit(self, layer: int) -> None:
+        """Another W (in, C) before a gap, behind which the own stream is nearer to the dense one;
+        kept if on the judge it is better.
+        """
         before = self._before[layer]
         module = self.layers.writer(before)
         with self._running(layer, self._own, self._now) as run:
-            new_FC, row = self._new_weight(str(before), run, module, self._own, self._target)
-        if new_FC is not None:
+            weight_FC: Tensor = module.weight.T.double()
+            accumulators = [
+                MomentsAccumulator(weight_FC.shape[0], weight_FC.shape[1], self.layers.device)
+                for _ in range(max(self.fold_of_window) + 1)
+            ]
+            taken = self._taken_apart(run, module, self._own, self._target)
+            for window, y_TC, x_TC, h_TF, product_TC in taken:
+                wide = torch.promote_types(y_TC.dtype, torch.float32)
+                # A: the recovered stream without that product; what is left for it is Y - A.
+                a_TC = x_TC.to(wide) - product_TC.to(wide)
+                accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
+            folds = [accumulator.result() for accumulator in accumulators]
+            new_FC, fit = fit_least_squares(str(before), folds, weight_FC, "auto", judge=self.judge)
+        kept = fit.residual < 1  # else the original is the better one
+        if kept:
             self.outputs[before] = new_FC.cpu()
+        row = {"residual": fit.residual, "relative_ridge": fit.relative_ridge, "kept": kept}
         self.rows.append({"before": str(before), **row})
 
 
@@ -173,7 +194,7 @@ def close_gaps(
             tokens.tokens,
             inputs.batch,
             fold_of_window(inputs, tokens),
-            inputs.config.folds - 1,
+            judge=inputs.config.folds - 1,
             variant=variant,
         )
         closing.take(steps, advance)

@@ -74,7 +74,10 @@ class DenseFits:
         for start, of_start in stops.items():
             doing(f"fit {done + 1}/{needed}")
             done += len(of_start)
-            for span, (weights, ridge) in self._fit_start(start, of_start).items():
+            sources = sorted(set(self.source_of))
+            parts = [self._changes(start, of_start, source) for source in sources]
+            found = cross_fit_start(start, of_start, parts, _RIDGES)
+            for span, (weights, ridge) in found.items():
                 self._weights[span] = [self.stored(one) for one in weights]
                 self.ridges[span] = ridge
         doing("")
@@ -93,15 +96,10 @@ class DenseFits:
             for spans in removals
         ]
 
-    def _fit_start(self, start: int, stops: list[int]) -> dict[Span, tuple[list[Tensor], float]]:
-        parts = []
-        for source in sorted(set(self.source_of)):
-            windows = [window for window, of in enumerate(self.source_of) if of == source]
-            parts.append(self._changes(start, stops, windows))
-        return cross_fit_start(start, stops, parts, _RIDGES)
-
-    def _changes(self, start: int, stops: Sequence[int], windows: list[int]) -> Moments:
-        """Of the stream entering ``start``, against its changes up to all stops side by side."""
+    def _changes(self, start: int, stops: Sequence[int], source: int) -> Moments:
+        """Of a source's stream entering ``start``, against its changes up to all stops side by
+        side."""
+        windows = [window for window, of in enumerate(self.source_of) if of == source]
         device, width = self.model.device, self.model.hidden_size
         num_targets = width * len(stops)
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)

@@ -32,9 +32,8 @@ from ghost_dist.pipeline.fitting import FitHere, FitJob, FitSpans, Fitted, Outco
 from ghost_dist.pipeline.inputs import RunInputs
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.offloading import layers_of
-from ghost_dist.pipeline.refitting import walk_behind
 from ghost_dist.pipeline.texts import windows_of_folds
-from ghost_dist.pipeline.walking import Walk
+from ghost_dist.pipeline.walking import Walk, walk_behind
 from ghost_dist.progress import Reporter
 from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
@@ -88,6 +87,7 @@ class Solver:
             inputs.loaded.clear,
         )
         self._kept = kept
+        self._walk = partial(walk_behind, inputs, tokens, reporter)
 
     def solve(self) -> Solved:
         """Fit what the configuration asks for, choose, and fit the choice once more.
@@ -139,15 +139,6 @@ class Solver:
             pairs = list(zip(around, self._spans, strict=True))
             outcomes = self._fit_spans(self._store, self._jobs(pairs, folds), advance)
             return dict(zip(self._spans, map(_fitted, outcomes), strict=True))
-
-    def _walk(
-        self,
-        fitted: Mapping[Span, Fitted],
-        chosen: Candidate,
-        known: Mapping[Span, Fit | None] | None = None,
-    ) -> Walk:
-        given = (self._inputs, self._tokens, self._reporter)
-        return walk_behind(*given, fitted, chosen, known)
 
     def _compared(self, fitted: Mapping[Span, Fitted], walk: Walk) -> dict[str, Any]:
         """Fits on the dense and on the recovered stream, on windows that none of them has seen."""

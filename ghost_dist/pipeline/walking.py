@@ -16,20 +16,28 @@ with and of its own, and what a walk says of its fits is measured on that fold a
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ghost_dist.calibration.windows import Tokens
+from ghost_dist.calibration.split import check_held_out
+from ghost_dist.calibration.windows import Tokens, TokenWindows
 from ghost_dist.checkpoint.repair import Repair, apply_repair
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.engines.expert_parts import Inputs, RunLayer
 from ghost_dist.engines.layerwise import Group, LayerwiseModel
-from ghost_dist.solver.least_squares import Fit, fit_least_squares
+from ghost_dist.pipeline.candidates import Candidate
+from ghost_dist.pipeline.fitting import Fitted, RidgeFits, read_down
+from ghost_dist.pipeline.inputs import RunInputs
+from ghost_dist.pipeline.offloading import layers_of
+from ghost_dist.pipeline.texts import fold_of_window
+from ghost_dist.progress import Reporter
+from ghost_dist.solver.least_squares import Detail, Fit
 from ghost_dist.spans import Span
-from ghost_dist.statistics.moments import Moments, MomentsAccumulator
+from ghost_dist.statistics.moments import Moments
 from ghost_dist.statistics.span_sums import Regressors, SpanCollector, sums_key
 
 
@@ -76,16 +84,12 @@ def walk_steps(spans: Sequence[Span], refits: Collection[Span]) -> list[Step]:
 
 @dataclass
 class LayerWalk:
-    """Streams of all windows in host memory, on their way through the layers, one at hand a time.
-
-    ``judge`` is the fold that nothing is fitted on.
-    """
+    """Streams of all windows, in host memory, on their way through the layers, one at a time."""
 
     layers: LayerwiseModel
     tokens: Tokens
     batch: int
     fold_of_window: Sequence[int]
-    judge: int
 
     def take(self, steps: Sequence[Step], advance: Callable[[int], None]) -> None:
         """Do steps; ``advance`` is called after each."""
@@ -131,31 +135,6 @@ class LayerWalk:
                 for rows in zip(target.to(x_BTC.device), x_BTC, *inner, strict=True):
                     yield window, *rows
                     window += 1
-
-    def _new_weight(
-        self, where: str, run: RunLayer, module: Any, streams: list[Tensor], targets: list[Tensor]
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Another W (in, C), after which a layer's streams are nearer the targets, and a record.
-
-        None: on the judge no other is better.
-        """
-        weight_FC: Tensor = module.weight.T.double()
-        accumulators = [
-            MomentsAccumulator(weight_FC.shape[0], weight_FC.shape[1], self.layers.device)
-            for _ in range(max(self.fold_of_window) + 1)
-        ]
-        taken = self._taken_apart(run, module, streams, targets)
-        for window, y_TC, x_TC, h_TF, product_TC in taken:
-            wide = torch.promote_types(y_TC.dtype, torch.float32)
-            # A: the recovered stream without that product; what is left for it is Y - A.
-            a_TC = x_TC.to(wide) - product_TC.to(wide)
-            accumulators[self.fold_of_window[window]].add((h_TF,), y_TC.to(wide) - a_TC)
-        folds = [accumulator.result() for accumulator in accumulators]
-        # Towards the original: with a residual above 1 that is the better one on the judge.
-        new_FC, fit = fit_least_squares(where, folds, weight_FC, "auto", judge=self.judge)
-        better = fit.residual < 1
-        row = {"residual": fit.residual, "relative_ridge": fit.relative_ridge, "kept": better}
-        return (new_FC if better else None), row
 
 
 @dataclass(kw_only=True)
@@ -248,3 +227,66 @@ class Walk(LayerWalk):
                 collector(span.start, window, x_TC)
                 collector(span.stop, window, y_TC)
         return [collector.result()[sums_key(span, kind)] for collector in collectors]
+
+
+def walk_behind(
+    inputs: RunInputs,
+    tokens: TokenWindows,
+    reporter: Reporter,
+    fitted: Mapping[Span, Fitted],
+    chosen: Candidate,
+    known: Mapping[Span, Fit | None] | None = None,
+) -> Walk:
+    """Fit every span but the first once more, behind fits without the last fold.
+
+    ``known``: fits of such a walk, whose ridges are taken; then all folds are fitted on, and no fit
+    says how good it is.
+
+    Raises
+    ------
+    NotHeldOutError
+        If a fit has seen the last fold.
+    """
+    judge = inputs.config.folds - 1
+    for span, one in fitted.items() if known is None else ():
+        check_held_out(one.folds, [judge], f"The stream behind {span}")
+    with layers_of(inputs, tokens.tokens.shape, 2) as layers:
+        walk = Walk(
+            layers=layers,
+            tokens=tokens.tokens,
+            batch=inputs.batch,
+            spans=tuple(fitted),
+            operators={span: one.repair for span, one in fitted.items()},
+            fold_of_window=fold_of_window(inputs, tokens),
+            refittable=inputs.refittable,
+            refits=_refits(inputs, tuple(fitted), chosen, known),
+        )
+        with reporter.stage("refit", len(walk.steps), "layers") as advance:
+            walk.take(walk.steps, advance)
+    return walk
+
+
+def _refits(
+    inputs: RunInputs,
+    spans: Sequence[Span],
+    chosen: Candidate,
+    known: Mapping[Span, Fit | None] | None,
+) -> dict[Span, Refit]:
+    """How every span but the first is fitted on the recovered stream."""
+    architecture, refits = inputs.architecture, dict[Span, Refit]()
+    judge = inputs.config.folds - 1 if known is None else None
+    detail: Detail = "all" if known is None else "map"
+
+    def fit(here: Candidate, span: Span, folds: Sequence[Moments]) -> tuple[Repair, Fit | None]:
+        down_FC = None
+        if here.kind() == "joint":
+            down_FC = read_down(inputs.source, architecture, span.start - 1, inputs.device)
+        ridges, picked = RidgeFits(architecture.norm_eps), tuple(range(len(folds)))
+        repair, found = ridges.fit(here, span, folds, down_FC, picked, judge, detail)
+        return repair.to(torch.device("cpu")), found
+
+    for span in spans[1:]:
+        here = chosen.at(span, inputs.refittable).with_ridge_of((known or {}).get(span))
+        if (kind := here.kind()) is not None:
+            refits[span] = Refit(kind, partial(fit, here, span))
+    return refits

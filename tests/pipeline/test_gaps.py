@@ -23,7 +23,9 @@ def variant_of(text, spans=()):
 def closed(loaded, family, variant, tokens=TOKENS, folds=FOLDS):
     model, architecture = loaded
     layers = LayerwiseModel(model, architecture)
-    closing = CloseGaps(layers, tokens.numpy().astype(np.int32), 4, folds, JUDGE, variant=variant)
+    closing = CloseGaps(
+        layers, tokens.numpy().astype(np.int32), 4, folds, judge=JUDGE, variant=variant
+    )
     told = []
     steps = gap_steps(variant, architecture)
     closing.take(steps, told.append)

@@ -27,7 +27,6 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
         spans=spans,
         operators=dict(operators),
         fold_of_window=folds,
-        judge=max(folds),
         refittable=refittable,
         **arguments,
     )
