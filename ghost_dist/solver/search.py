@@ -12,7 +12,7 @@ the same decisions without scoring again what it holds, and goes on where that o
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +110,19 @@ class Search:
             unimproved += 1
             if self._better(other := self._climbed(mutant), best):
                 best, unimproved = other, 0
-        return self._found(best)
+        return Found(
+            best,
+            self._mean(best),
+            tuple(self._of_sources(best)),
+            self.evaluations,
+            sum(map(bool, self._asked.values())),
+            tuple(self._generations),
+        )
 
     def _greedy(self) -> Removal:
         removal: Removal = ()
         while len(removal) < self.rules.remove:
-            candidates = self._likely(removal, self._one_more(removal))
+            candidates = self._one_more(removal)
             if not candidates:
                 raise ConfigError(
                     f"The search came to {removal}, and none of the removals of "
@@ -132,16 +139,19 @@ class Search:
                 self._cost[unit] = self._mean(candidate, part) - base
         return removal
 
-    def _likely(self, base: Removal, removals: Iterable[Removal]) -> list[Removal]:
-        """Those that can be, or as many as ``width`` of what they add to a removal costs least."""
-        possible = [removal for removal in removals if self._counts(removal)]
-        if self._width is None or not self._cost:
-            return possible
-
-        def cost(removal: Removal) -> float:
-            return sum(self._cost.get(unit, math.inf) for unit in set(removal) - set(base))
-
-        return sorted(sorted(possible, key=lambda r: (cost(r), r))[: self._width])
+    def _one_more(self, base: Removal, but: Removal = ()) -> list[Removal]:
+        """A removal and one unit more, all that can be ``but`` one, or as many as ``width`` of
+        those whose unit cost least when it was last looked at.
+        """
+        found = []
+        for unit in range(self.rules.num_units):
+            if unit not in base and unit not in self.rules.protect:
+                more = tuple(sorted((*base, unit)))
+                if more != but and self.rules.allow(more) and self._counts(more):
+                    found.append((self._cost.get(unit, math.inf), more))
+        if self._width is not None and self._cost:
+            found = sorted(found)[: self._width]
+        return sorted(more for _, more in found)
 
     def _climbed(self, removal: Removal) -> Removal:
         while (better := self._swapped(removal)) is not None:
@@ -158,7 +168,7 @@ class Search:
         fewer.sort(key=lambda removal: (self._mean(removal, part), removal))
         self._tell("return", fewer[0], part)
         for base in fewer:
-            swaps = self._likely(base, (c for c in self._one_more(base) if c != removal))
+            swaps = self._one_more(base, but=removal)
             if not self._affords(swaps):
                 return None
             if swaps and self._better(found := self._generation("swap", swaps), removal):
@@ -182,13 +192,6 @@ class Search:
         if not mutants or not self._affords(list(mutants)):
             return None
         return self._generation("mutate", list(mutants))
-
-    def _one_more(self, removal: Removal) -> Iterator[Removal]:
-        for unit in range(self.rules.num_units):
-            if unit not in removal and unit not in self.rules.protect:
-                more = tuple(sorted((*removal, unit)))
-                if self.rules.allow(more):
-                    yield more
 
     def _counts(self, removal: Removal) -> bool:
         return len(removal) < self.rules.remove or self._possible(removal)
@@ -259,16 +262,6 @@ class Search:
             }
         )
         self._told(self._generations[-1])
-
-    def _found(self, best: Removal) -> Found:
-        return Found(
-            best,
-            self._mean(best),
-            tuple(self._of_sources(best)),
-            self.evaluations,
-            sum(map(bool, self._asked.values())),
-            tuple(self._generations),
-        )
 
 
 def greedy_counts(rules: Rules, width: int | None = None) -> list[int]:
