@@ -169,11 +169,10 @@ def samples_of(
     """The sums that all candidates together need; the stream's follow from ``joint`` ones."""
     samples = []
     for span in spans:
-        kinds = {candidate.at(span, refittable).kind() for candidate in candidates}
-        for kind in sorted(kind for kind in kinds if kind is not None):
-            derived = kind == "stream" and "joint" in kinds
-            if not derived:
-                samples.append((span, kind))
+        kinds = {kind for one in candidates if (kind := one.at(span, refittable).kind())}
+        if "joint" in kinds:
+            kinds.discard("stream")
+        samples += [(span, kind) for kind in sorted(kinds)]
     return samples
 
 

@@ -143,7 +143,6 @@ class Walk(LayerWalk):
 
     spans: Sequence[Span]
     operators: dict[Span, Repair]
-    refittable: frozenset[int]
     refits: Mapping[Span, Refit] = field(default_factory=dict)
     fits: dict[Span, Fit | None] = field(default_factory=dict)
 
@@ -194,35 +193,30 @@ class Walk(LayerWalk):
     def _refit(self, span: Span) -> None:
         """Fit a span anew; the dense stream is behind it, the other before layer ``start - 1``."""
         refit = self.refits[span]
-        folds = self._sums(span, refit.kind, self._recovered, self._dense)
-        self.operators[span], self.fits[span] = refit.fit(folds)
+        self.operators[span], self.fits[span] = refit.fit(self._sums(span, refit.kind))
         self._run(span.start - 1, dense=False)
         self._apply(span)
 
-    def _sums(
-        self, span: Span, kind: Regressors, streams: list[Tensor], targets: list[Tensor]
-    ) -> list[Moments]:
-        """Sums of each fold: what a span's streams make of the layer before it, and its targets."""
+    def _sums(self, span: Span, kind: Regressors) -> list[Moments]:
+        """Sums of each fold: what the layer before a span makes of the recovered stream, against
+        the dense one behind it."""
         layer = span.start - 1
-        inner = {}
-        if kind == "joint":
-            inner = {layer: self.layers.down_projection(layer).in_features}
+        module = self.layers.down_projection(layer) if kind == "joint" else None
         collectors = [
             SpanCollector(
                 [(span, kind)],
                 self.layers.hidden_size,
                 self.layers.device,
-                inner_size=inner,
+                inner_size={} if module is None else {layer: module.in_features},
                 norm_eps=self.layers.architecture.norm_eps,
             )
             for _ in range(max(self.fold_of_window) + 1)
         ]
-        module = self.layers.down_projection(layer) if layer in self.refittable else None
-        with self.layers.running(layer, self._inputs(streams), tapped=True) as run:
-            taken = self._taken_apart(run, module, streams, targets)
+        with self.layers.running(layer, self._inputs(self._recovered), tapped=True) as run:
+            taken = self._taken_apart(run, module, self._recovered, self._dense)
             for window, y_TC, x_TC, h_TF, product_TC in taken:
                 collector = collectors[self.fold_of_window[window]]
-                if kind == "joint":
+                if module is not None:
                     collector.take_mlp(layer, window, h_TF, product_TC)
                 collector(span.start, window, x_TC)
                 collector(span.stop, window, y_TC)
@@ -258,7 +252,6 @@ def walk_behind(
             spans=tuple(fitted),
             operators={span: one.repair for span, one in fitted.items()},
             fold_of_window=fold_of_window(inputs, tokens),
-            refittable=inputs.refittable,
             refits=_refits(inputs, tuple(fitted), chosen, known),
         )
         with reporter.stage("refit", len(walk.steps), "layers") as advance:

@@ -6,7 +6,7 @@ import torch
 from families import CUTS, HIDDEN, oracle, random_repairs, random_tokens
 
 from ghost_dist.checkpoint.repair import Repair
-from ghost_dist.engines.layerwise import LayerwiseModel, adds_mlp_output
+from ghost_dist.engines.layerwise import LayerwiseModel
 from ghost_dist.pipeline.walking import Refit, Walk
 from ghost_dist.spans import Span
 
@@ -19,7 +19,6 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
     """A walk that was run, and how many layers it said it passed."""
     passed = []
     layers = LayerwiseModel(model, architecture)
-    refittable = frozenset(n for n in architecture.down_projections if adds_mlp_output(layers, n))
     walk = Walk(
         layers=layers,
         tokens=tokens.numpy().astype(np.int32),
@@ -27,7 +26,6 @@ def walked(model, architecture, spans, operators, tokens=TOKENS, folds=FOLDS, **
         spans=spans,
         operators=dict(operators),
         fold_of_window=folds,
-        refittable=refittable,
         **arguments,
     )
     walk.take(walk.steps, passed.append)
