@@ -1,6 +1,5 @@
 """Which removals of units (layers) there are: sorted tuples of the numbers of those that go."""
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -57,11 +56,3 @@ class Rules:
 def single_spans(rules: Rules) -> list[Removal]:
     starts = range(rules.num_units - rules.remove + 1)
     return [tuple(range(start, start + rules.remove)) for start in starts]
-
-
-def exhaustive(rules: Rules, score: Score, windows: Sequence[int]) -> list[tuple[float, Removal]]:
-    """Every removal that the rules allow with its score, the best first."""
-    free = [unit for unit in range(rules.num_units) if unit not in rules.protect]
-    removals = [r for r in itertools.combinations(free, rules.remove) if rules.allow(r)]
-    scores = score(removals, windows)
-    return sorted((math.fsum(s) / len(windows), r) for s, r in zip(scores, removals, strict=True))

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from all_removals import exhaustive
 
 from ghost_dist.calibration.split import spread
 from ghost_dist.checkpoint.variant import Variant
@@ -29,7 +33,7 @@ from ghost_dist.pipeline.search_effort import EFFORTS
 from ghost_dist.pipeline.stages import Stages
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.removals import Rules, exhaustive, single_spans
+from ghost_dist.solver.removals import Rules, single_spans
 from ghost_dist.solver.search import Search
 from ghost_dist.spans import Span, check_spans
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from all_removals import exhaustive
 from rich.console import Console
 
 from ghost_dist.calibration.windows import load_windows
@@ -24,7 +25,7 @@ from ghost_dist.pipeline.recover import recover, run_stage_again
 from ghost_dist.planning.plan import plan_run
 from ghost_dist.progress import Reporter
 from ghost_dist.run_folder import RunFolder
-from ghost_dist.solver.removals import Rules, exhaustive
+from ghost_dist.solver.removals import Rules
 from ghost_dist.spans import Span
 
 QUIET = Reporter(console=Console(quiet=True))

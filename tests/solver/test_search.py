@@ -5,9 +5,10 @@ import math
 import random
 
 import pytest
+from all_removals import exhaustive
 
 from ghost_dist.errors import ConfigError
-from ghost_dist.solver.removals import Rules, exhaustive
+from ghost_dist.solver.removals import Rules
 from ghost_dist.solver.search import Judges, Search, table_as_plain, table_from_plain
 
 
