@@ -184,19 +184,21 @@ class Solver:
         tried, config = list(map(Tried, candidates)), self._inputs.config.operator
         best = tried[0]
         if len(candidates) > 1:
-            best = least(self._rate(tried))
+            self._rate(tried)
+            best = least(tried)
             # Around the best one the ridge is looked at more closely.
             if searches_ridge(config) and best.candidate.kind() is not None:
                 shifts = [best.candidate.shift + d for d in FINE_SHIFTS]
                 near = [Tried(replace(best.candidate, shift=shift)) for shift in shifts]
-                tried += self._rate(near, float(best.scores[0]))
+                self._rate(near, float(best.scores[0]))
+                tried += near
                 best = least(tried)
             best = strongest_ridge(tried, best) if config.choose == "kl" else best
         for one in tried:
             one.row["chosen"] = one is best
         return best, [one.row for one in tried]
 
-    def _rate(self, tried: list[Tried], than: float = math.inf) -> list[Tried]:
+    def _rate(self, tried: Sequence[Tried], than: float = math.inf) -> None:
         """Fit candidates, and score them by KL divergence on every source, or piece of one, that
         was left out of the fit, or by residual of every span.
 
@@ -209,7 +211,7 @@ class Solver:
                 # By definition 1 where nothing is fitted: the plain cut.
                 residuals = one.row.get("residual", ())
                 one.scores = torch.tensor([1.0 if r is None else r for r in residuals])
-            return tried
+            return
         names, running = config.left_out_names, tried
         what = "compare" if math.isinf(than) else "compare ridges"
         for number, (name, judges) in enumerate(zip(names, config.left_out, strict=True)):
@@ -235,7 +237,6 @@ class Solver:
             one.row["kl"] = finite(float(one.scores.mean() if one in running else one.scores[0]))
             if one not in running:
                 one.row["dropped"] = True
-        return tried
 
     def _judged(self, tried: Sequence[Tried], judges: Sequence[int], stage: str) -> list[Scores]:
         """Scores of the dense model and of candidates on some folds, fitted on the others."""
