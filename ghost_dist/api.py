@@ -10,7 +10,7 @@ A call that was stopped, by whatever, is continued by the same call; so is one o
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from ghost_dist.config import Config
 from ghost_dist.config_file import Spans, make_config
 from ghost_dist.errors import ConfigError, RunFolderError
 from ghost_dist.export.operator_files import load_operator as _load_operator
-from ghost_dist.pipeline.recover import Stage
 from ghost_dist.pipeline.recover import recover as _recover
 from ghost_dist.planning.plan import Plan, plan_run
 from ghost_dist.progress import Reporter
@@ -144,7 +143,7 @@ def recover(
     """
     config = _config(model, out, remove, spans, operator, settings)
     reporter = None if progress else Reporter(console=Console(quiet=True))
-    run_config(config, reporter)
+    runner(config)(config, reporter)
     return RecoveredRun(Path(config.output.path).expanduser())
 
 
@@ -234,16 +233,14 @@ def load_operator(run: str | Path, span: Span | Sequence[int] | str | None = Non
     return _load_operator(*files[str(wanted)])
 
 
-def run_config(
-    config: Config, reporter: Reporter | None = None, *, again: Stage | None = None
-) -> dict[str, Any]:
-    """As :func:`ghost_dist.pipeline.recover.recover`, or on Ray where the configuration says so."""
+def runner(config: Config) -> Callable[..., dict[str, Any]]:
+    """:func:`ghost_dist.pipeline.recover.recover`, or the same on Ray where that is needed."""
     if not config.on_cluster:
-        return _recover(config, reporter, again=again)
+        return _recover
     check_ray("engine.tensor_parallel, engine.replicas and cluster.address need")
     from ghost_dist.cluster.session import recover_on_cluster
 
-    return recover_on_cluster(config, reporter, again=again)
+    return recover_on_cluster
 
 
 def check_ray(who_needs: str) -> None:

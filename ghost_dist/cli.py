@@ -97,12 +97,12 @@ def recover(
         from ghost_dist.devices import warm_up
 
         warm_up(config.engine.device)  # beside the imports, which take as long
-    from ghost_dist.api import run_config
+    from ghost_dist.api import runner
     from ghost_dist.progress import Reporter, StatusFile
     from ghost_dist.report.terminal import print_result
 
     reporter = Reporter(listeners=[] if status is None else [StatusFile(status)])
-    print_result(run_config(config, reporter), Path(config.output.path))
+    print_result(runner(config)(config, reporter), Path(config.output.path))
 
 
 @app.command()
@@ -268,11 +268,11 @@ def _add_stage(stage: Any) -> None:
     """Define the command that does one stage of a finished or stopped run again."""
 
     def command(run: Run, assignments: Set = None, as_json: Json = False) -> None:
-        from ghost_dist.api import run_config
+        from ghost_dist.api import runner
         from ghost_dist.pipeline.recover import run_stage_again
         from ghost_dist.report.terminal import print_stage
 
-        done = run_stage_again(run, stage, assignments or (), run=run_config)
+        done = run_stage_again(run, stage, assignments or (), runner=runner)
         show(done, as_json, lambda _: print_stage(run, stage))
 
     command.__doc__ = f"Do the {stage} stage again, on what RUN already holds."

@@ -97,18 +97,7 @@ def recover(
         program, *arguments = sys.argv
         command = shlex.join([Path(program).name, *arguments])
         reporter.event("run-start", version=__version__, command=command)
-        with reporter.waiting("opening the model and the texts"):
-            inputs = open_inputs(
-                config,
-                reporter,
-                evaluates=again not in ("select", "calibrate", "solve") or not run.outputs(ENGINE),
-                worker_device=None if workers is None else workers.device,
-                times=kept_times(run.path),
-                measure=request_seconds if workers is None else workers.request_seconds,
-            )
-        if inputs.config.selection.searches:
-            search_shape(inputs)  # refused before any work
-        inputs = with_engine(inputs, run, reporter)
+        inputs = _opened(config, run, reporter, again, workers)
         if again is not None:
             run.forget(again)
         collect = fit_spans = scorer = None
@@ -152,14 +141,35 @@ def recover(
         reporter.tell_taken()
         stages.flush()
         result = _result(inputs, run, solution, evaluation, statistics.fingerprint)
-        content = json_bytes(result)
-        write_bytes(run.checkpoint / RESULT, content)
-        write_bytes(run.result, content)
+        for file in (run.checkpoint / RESULT, run.result):
+            write_bytes(file, json_bytes(result))
         card = model_card(inputs.source, config, stages.as_exported(solution), result)
         write_bytes(run.checkpoint / CARD, card.encode())
         reporter.event("run-end", perplexity=result["perplexity"])
         _report(run, inputs.device, reporter)
         return result
+
+
+def _opened(
+    config: Config,
+    run: RunFolder,
+    reporter: Reporter,
+    again: Stage | None,
+    workers: Workers | None,
+) -> RunInputs:
+    """The inputs of a run and its engine, all of them checked."""
+    with reporter.waiting("opening the model and the texts"):
+        inputs = open_inputs(
+            config,
+            reporter,
+            evaluates=again not in ("select", "calibrate", "solve") or not run.outputs(ENGINE),
+            worker_device=None if workers is None else workers.device,
+            times=kept_times(run.path),
+            measure=request_seconds if workers is None else workers.request_seconds,
+        )
+    if inputs.config.selection.searches:
+        search_shape(inputs)  # refused before any work
+    return with_engine(inputs, run, reporter)
 
 
 def _report(run: RunFolder, device: torch.device, reporter: Reporter) -> None:
@@ -272,21 +282,21 @@ def run_stage_again(
     stage: Stage,
     assignments: Sequence[str],
     reporter: Reporter | None = None,
-    run: Callable[..., dict[str, Any]] = recover,
+    runner: Callable[[Config], Callable[..., dict[str, Any]]] = lambda _: recover,
 ) -> dict[str, Any]:
     """Do a stage again, with changes to the fields in :data:`OPEN_FIELDS`.
 
     Earlier stages are only run where they are missing. The changed configuration becomes the
-    run's own, so ``recover`` afterwards redoes what depends on it and nothing else. ``run`` is what
-    does it: :func:`recover`, or the same on a cluster.
+    run's own, so ``recover`` afterwards redoes what depends on it and nothing else. ``runner``
+    gives what does it: :func:`recover`, or the same on a cluster.
     """
     stored = RunFolder.stored_config(path)
     config = _changed(stored, stage, assignments)
     if config == stored:
-        return run(config, reporter, again=stage)
+        return runner(config)(config, reporter, again=stage)
     _store(path, stored, config)
     try:
-        return run(config, reporter, again=stage)
+        return runner(config)(config, reporter, again=stage)
     except GhostDistError:
         _store(path, config, stored)  # what cannot be done does not stay in the run
         raise

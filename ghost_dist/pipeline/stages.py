@@ -5,14 +5,12 @@ outputs enter the fingerprint of the next. Nothing that a later stage needs live
 """
 
 import contextlib
-import resource
 import shutil
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,7 +18,7 @@ from ghost_dist.calibration.windows import TokenWindows, load_windows, save_wind
 from ghost_dist.checkpoint.architecture import check_cut, exported_sizes
 from ghost_dist.checkpoint.variant import Variant
 from ghost_dist.config_file import config_tree
-from ghost_dist.devices import peak_bytes, release_cached, reset_peak, watched_idle
+from ghost_dist.devices import release_cached
 from ghost_dist.durable import fingerprint
 from ghost_dist.errors import ConfigError, CorruptStoreError
 from ghost_dist.export.operator_files import Solution, load_operators, save_operators
@@ -35,17 +33,16 @@ from ghost_dist.pipeline.inputs import RunInputs, check_disk_space, disk_needs, 
 from ghost_dist.pipeline.kept_scores import KeptScores
 from ghost_dist.pipeline.searching import Scorer, search_spans
 from ghost_dist.pipeline.selecting import PaperScores
-from ghost_dist.pipeline.solving import Solver, check_store, finite, fit_row
+from ghost_dist.pipeline.solving import Solved, Solver, check_store, finite, fit_row
+from ghost_dist.pipeline.stage_records import StageRecords
 from ghost_dist.pipeline.texts import calibration_windows, unlike, windows_of_folds
 from ghost_dist.progress import Reporter
 from ghost_dist.refine.distill import Refined, distill
-from ghost_dist.run_folder import STAGES, RunFolder, done_words
+from ghost_dist.run_folder import RunFolder
 from ghost_dist.spans import Span, Sublayer, pairs_of, parse_sublayers
 from ghost_dist.statistics.at_hand import StoreAtHand
 from ghost_dist.statistics.store import remove_store
 from ghost_dist.statistics.store_plan import StatisticsPlan, stored_plan
-
-_T = TypeVar("_T")
 
 
 class Stages:
@@ -72,8 +69,7 @@ class Stages:
         self._collect = collect or CollectHere(inputs, reporter, run.path)
         self._fit_spans, self._scorer = fit_spans, scorer
         self._store: StoreAtHand | None = None
-        self._seconds = 0.0  # of all stages so far
-        self._told = set[str]()  # stages that were done here, or told as taken from RUN
+        self._stage = StageRecords(inputs, run, reporter)
         self.cut = Variant()  # what goes; known behind select
 
     def tokens(self) -> TokenWindows:
@@ -84,15 +80,6 @@ class Stages:
             "model": inputs.model_fingerprint,
         }
 
-        def work() -> dict[str, Any]:
-            needed = calibration.windows * calibration.window_length
-            with self._reporter.stage("calibration text", needed, "tokens") as advance:
-                windows = calibration_windows(inputs, advance)
-            for said in unlike(windows, inputs.evaluation):
-                self._reporter.warn(said)
-            save_windows(self._run.tokens, windows)
-            return {"fingerprint": windows.fingerprint, "num_tokens": int(windows.tokens.size)}
-
         def load(recorded: dict[str, Any]) -> TokenWindows:
             windows = load_windows(self._run.tokens)
             if windows.fingerprint != recorded["fingerprint"]:
@@ -101,7 +88,18 @@ class Stages:
                 )
             return windows
 
-        return self._loaded("tokens", wanted, work, load)
+        with self._stage("tokens", wanted, load) as stage:
+            if stage.todo:
+                needed = calibration.windows * calibration.window_length
+                with self._reporter.stage("calibration text", needed, "tokens") as advance:
+                    windows = calibration_windows(inputs, advance)
+                for said in unlike(windows, inputs.evaluation):
+                    self._reporter.warn(said)
+                save_windows(self._run.tokens, windows)
+                num_tokens = int(windows.tokens.size)
+                stage.outputs = {"fingerprint": windows.fingerprint, "num_tokens": num_tokens}
+        packed: TokenWindows = stage.found
+        return packed
 
     def select(self, tokens: TokenWindows) -> tuple[Span, ...]:
         """The spans to remove: as given, or as the criterion finds them.
@@ -109,8 +107,7 @@ class Stages:
         A search judges with operators if there will be any. But a run that gets others by a later
         stage keeps its layers.
         """
-        inputs, selection = self._inputs, self._inputs.config.selection
-        path = self._run.path / "selection.zarr"
+        inputs, path = self._inputs, self._run.path / "selection.zarr"
         wanted = {
             "selection": config_tree(inputs.config)["selection"],
             "model": inputs.model_fingerprint,
@@ -119,32 +116,36 @@ class Stages:
             **inputs.numerics,
         }
 
-        def work() -> dict[str, Any]:
-            scores: dict[str, Any] = {}
-            halves: tuple[Sublayer, ...] = ()
-            if selection.given:
-                spans, halves = selection.removal(inputs.architecture.num_layers)
-            elif selection.searches:
-                given = (inputs, tokens, self._run, self._reporter, self._scorer)
-                spans, scores = search_spans(*given)
-                release_cached(inputs.device)  # of a cluster, its ranks begin there now
-            else:
-                spans, scores = self.by_paper(tokens, path)
-                check_cut(inputs.architecture, inputs.source.config, spans)
-            return {
-                "spans": pairs_of(spans),
-                "sublayers": list(map(str, halves)),
-                "num_layers": inputs.architecture.num_layers,
-                **scores,
-            }
-
-        recorded = self._stage("select", wanted, work)
+        with self._stage("select", wanted) as stage:
+            if stage.todo:
+                stage.outputs = self._selected(tokens, path)
+        recorded = stage.found
         remove_store(path)  # all is in the record
         spans = tuple(Span(start, stop) for start, stop in recorded["spans"])
         self.cut = Variant(spans, sublayers=parse_sublayers(",".join(recorded["sublayers"])))
         without = {one.layer for one in self.cut.sublayers if one.part == "mlp"}
         self._inputs = replace(inputs, refittable=inputs.refittable - without)
         return spans
+
+    def _selected(self, tokens: TokenWindows, path: Path) -> dict[str, Any]:
+        inputs, selection = self._inputs, self._inputs.config.selection
+        scores: dict[str, Any] = {}
+        halves: tuple[Sublayer, ...] = ()
+        if selection.given:
+            spans, halves = selection.removal(inputs.architecture.num_layers)
+        elif selection.searches:
+            given = (inputs, tokens, self._run, self._reporter, self._scorer)
+            spans, scores = search_spans(*given)
+            release_cached(inputs.device)  # of a cluster, its ranks begin there now
+        else:
+            spans, scores = self.by_paper(tokens, path)
+            check_cut(inputs.architecture, inputs.source.config, spans)
+        return {
+            "spans": pairs_of(spans),
+            "sublayers": list(map(str, halves)),
+            "num_layers": inputs.architecture.num_layers,
+            **scores,
+        }
 
     def by_paper(self, tokens: TokenWindows, path: Path) -> tuple[tuple[Span, ...], dict[str, Any]]:
         """The span, and the scores behind the choice, from sums in a store of their own."""
@@ -191,26 +192,25 @@ class Stages:
         if sums.samples and (there := len(plan.ranges) - len(missing)):
             self._reporter.taken(f"sums of {there} of {len(plan.ranges)} ranges")
 
-        def work() -> dict[str, Any]:
-            nbytes = len(missing) * sums.stored_bytes(plan.blocks)
-            of_layers = exported_sizes(inputs.source, inputs.architecture)
-            cut = sum(of_layers[layer] for layer in self.cut.removed)
-            kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
-            if self._again in ("calibrate", "solve"):
-                kept = 0  # nothing is exported this time
-            check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
-            if self._export is not None:
-                self._export.copy(self.cut)
-            if not sums.samples:
-                return {"ranges": 0, "ranges_this_time": 0}  # the plain cut needs no statistics
-            self._collect(store, tokens, sums, "calibrate", to_fit=True)
-            return {"ranges": len(plan.ranges), "ranges_this_time": len(missing)}
-
         if missing:
             self._run.forget("calibrate")
         else:  # a kill may have come between the last commit and this
             shutil.rmtree(self._run.path / "streams-calibrate", ignore_errors=True)
-        self._stage("calibrate", {"plan": plan.fingerprint}, work)
+        with self._stage("calibrate", {"plan": plan.fingerprint}) as stage:
+            if stage.todo:
+                nbytes = len(missing) * sums.stored_bytes(plan.blocks)
+                of_layers = exported_sizes(inputs.source, inputs.architecture)
+                cut = sum(of_layers[layer] for layer in self.cut.removed)
+                kept, width = inputs.source.bytes_once_read - cut, inputs.architecture.hidden_size
+                if self._again in ("calibrate", "solve"):
+                    kept = 0  # nothing is exported this time
+                check_disk_space(self._run.path, disk_needs(nbytes, len(spans), width, kept))
+                if self._export is not None:
+                    self._export.copy(self.cut)
+                if sums.samples:
+                    self._collect(store, tokens, sums, "calibrate", to_fit=True)
+                ranges = len(plan.ranges) if sums.samples else 0  # a plain cut needs none
+                stage.outputs = {"ranges": ranges, "ranges_this_time": len(missing)}
         self._store = store
         return store
 
@@ -227,41 +227,44 @@ class Stages:
         }
         kept = KeptScores(self._run, fingerprint(wanted))
 
-        def work() -> dict[str, Any]:
-            store = self.calibrate(tokens, spans)
-            if kept.count:
-                self._reporter.taken(f"comparisons of candidates: {kept.count}")
-            who = (self._reporter, self._fit_spans, kept)
-            solved = nothing_solved(inputs.config.folds)
-            if spans:
-                solved = Solver(inputs, spans, store, tokens, *who).solve()
-            variant = replace(self.cut, operators=solved.operators)
-            folder = self._run.operators
-            fits = {span: fit for span, fit in solved.fits.items() if fit is not None}
-            return {
-                "operator": solved.candidate.operator,
-                "chosen": solved.candidate.described(),
-                "candidates": solved.table,
-                "fits": [fit_row(span, fit) for span, fit in fits.items()],
-                "r2_channels": [
-                    {"span": [span.start, span.stop], "r2": [finite(r2) for r2 in fit.r2_channels]}
-                    for span, fit in fits.items()
-                ],
-                "folds": solved.folds,
-                "files": save_operators(folder, solved.operators),
-                "refit": solved.refit,
-                **close_gaps(inputs, variant, tokens, folder, self._reporter),
-            }
-
         load = partial(Solution.load, self._run.operators, self.cut)
         try:
-            solution = self._loaded("solve", wanted, work, load)
+            with self._stage("solve", wanted, load) as stage:
+                if stage.todo:
+                    store = self.calibrate(tokens, spans)
+                    if kept.count:
+                        self._reporter.taken(f"comparisons of candidates: {kept.count}")
+                    solved = nothing_solved(inputs.config.folds)
+                    if spans:
+                        who = (self._reporter, self._fit_spans, kept)
+                        solved = Solver(inputs, spans, store, tokens, *who).solve()
+                    stage.outputs = self._solved(tokens, solved)
             kept.forget()
+            solution: Solution = stage.found
             return solution
         finally:
             self._collect.release()  # not before: who ran the windows may fit the spans
             if self._store is not None:
                 self._store.release()
+
+    def _solved(self, tokens: TokenWindows, solved: Solved) -> dict[str, Any]:
+        """Operators in their files, gaps of half a layer closed, and what is said of them."""
+        folder, fits = self._run.operators, {s: fit for s, fit in solved.fits.items() if fit}
+        variant = replace(self.cut, operators=solved.operators)
+        return {
+            "operator": solved.candidate.operator,
+            "chosen": solved.candidate.described(),
+            "candidates": solved.table,
+            "fits": [fit_row(span, fit) for span, fit in fits.items()],
+            "r2_channels": [
+                {"span": [span.start, span.stop], "r2": [finite(r2) for r2 in fit.r2_channels]}
+                for span, fit in fits.items()
+            ],
+            "folds": solved.folds,
+            "files": save_operators(folder, solved.operators),
+            "refit": solved.refit,
+            **close_gaps(self._inputs, variant, tokens, folder, self._reporter),
+        }
 
     def flush(self) -> None:
         """Wait until the statistics are on the disk."""
@@ -290,23 +293,23 @@ class Stages:
             **inputs.numerics,
         }
 
-        def work() -> dict[str, Any]:
-            state = self._run.path / "refine.pt"
-            folds = solution.record["folds"]
-            given = (solution.variant, tokens, folds, state, wanted, self._reporter)
-            refined = train(inputs, *given)
-            files = save_operators(folder, refined.operators)
-            losses = [{**look, "loss": finite(look["loss"])} for look in refined.losses]
-            return {"files": files, "losses": losses, "improved": refined.improved}
-
         def load(recorded: dict[str, Any]) -> Solution:
             operators = load_operators(folder, self.cut.spans, recorded["files"])
             variant = replace(solution.variant, operators=operators)
             return replace(solution, variant=variant, files=[recorded["files"], solution.files[1]])
 
-        refined = self._loaded("refine", wanted, work, load)
-        (self._run.path / "refine.pt").unlink(missing_ok=True)
-        return refined
+        state = self._run.path / "refine.pt"
+        with self._stage("refine", wanted, load) as stage:
+            if stage.todo:
+                folds = solution.record["folds"]
+                given = (solution.variant, tokens, folds, state, wanted, self._reporter)
+                refined = train(inputs, *given)
+                files = save_operators(folder, refined.operators)
+                losses = [{**look, "loss": finite(look["loss"])} for look in refined.losses]
+                stage.outputs = {"files": files, "losses": losses, "improved": refined.improved}
+        state.unlink(missing_ok=True)
+        refinement: Solution = stage.found
+        return refinement
 
     def export(self, solution: Solution) -> None:
         """Write the recovered checkpoint; a fresh process reloads it before it gets its name.
@@ -325,8 +328,10 @@ class Stages:
         if file_sizes(self._run.checkpoint) != self._run.outputs("export").get("files"):
             self._run.forget("export")
         assert self._export is not None
-        beside = partial(self.evaluate, solution) if not inputs.tasks else None
-        self._stage("export", wanted, partial(self._export.write, recovered, beside))
+        with self._stage("export", wanted) as stage:
+            if stage.todo:
+                beside = partial(self.evaluate, solution) if not inputs.tasks else None
+                stage.outputs = self._export.write(recovered, beside)
         self._export.end()
 
     def evaluate(self, solution: Solution) -> dict[str, Any]:
@@ -345,7 +350,11 @@ class Stages:
         if not inputs.evaluation and not inputs.tasks:
             return {"perplexity": {}, "agreement": {}, **NOT_USED}
         given = (inputs, self._run, self._reporter, self.as_exported(solution), decisive)
-        return self._stage("evaluate", wanted, Evaluation(*given).measure)
+        with self._stage("evaluate", wanted) as stage:
+            if stage.todo:
+                stage.outputs = Evaluation(*given).measure()
+        measured: dict[str, Any] = stage.found
+        return measured
 
     def as_exported(self, solution: Solution) -> Variant:
         """The recovered model in the dtypes of the checkpoint."""
@@ -358,60 +367,9 @@ class Stages:
         return {"spans": pairs_of(cut.spans), "sublayers": list(map(str, cut.sublayers))}
 
     @property
-    def _parts(self) -> list[str]:
-        """The stages that this run has."""
-        texts = self._inputs.evaluation or self._inputs.tasks
-        wanted = {"refine": self._inputs.config.refine.steps, "evaluate": texts}
-        return [stage for stage in STAGES if wanted.get(stage, True)]
-
-    @property
     def _operator_dtype(self) -> torch.dtype:
         wide = self._inputs.config.operator.dtype == "float32"
         return torch.float32 if wide else self._inputs.source.dtype
-
-    def _loaded(
-        self,
-        name: str,
-        wanted: dict[str, Any],
-        work: Callable[[], dict[str, Any]],
-        load: Callable[[dict[str, Any]], _T],
-    ) -> _T:
-        """What a stage left on the disk; where that is damaged the stage is done again."""
-        recorded = self._stage(name, wanted, work)
-        try:
-            return load(recorded)
-        except CorruptStoreError as error:
-            self._reporter.warn(f"{error} It is made again now.")
-            self._run.forget(name)
-            return load(self._stage(name, wanted, work))
-
-    def _stage(
-        self, name: str, wanted: dict[str, Any], work: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Run a stage unless it is done; returns its outputs with seconds and peak bytes."""
-        inputs = fingerprint(wanted)
-        recorded = self._run.record(name, inputs)
-        if recorded is not None:
-            if name not in self._told and (taken := done_words(name, recorded)):
-                self._reporter.taken(taken)
-            self._told.add(name)
-            return recorded
-        self._told.add(name)
-        reset_peak(self._inputs.device)
-        began, within = time.monotonic(), self._seconds
-        part = f"{self._parts.index(name) + 1}/{len(self._parts)} "
-        with self._reporter.at(part), watched_idle(self._inputs.device) as idle:
-            outputs = work()
-            share = idle()
-        seconds = time.monotonic() - began - (self._seconds - within)  # but those of stages within
-        self._seconds += seconds
-        outputs["seconds"] = round(seconds, 3)
-        if share is not None and not self._inputs.config.on_cluster:  # the ranks' GPUs work there
-            outputs["gpu_idle"] = round(share, 3)
-        outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
-        self._run.finish(name, inputs, outputs)
-        return self._run.outputs(name)  # as a later process will read it
 
 
 def train(
