@@ -24,7 +24,7 @@ from ghost_dist.statistics.store import StatisticsStore, WrittenBlock
 class CollectOnCluster:
     """Fills stores on the replicas of a cluster; the ``Collect`` of a run.
 
-    Replicas stay between stages that need the same layers or fewer, until :meth:`release`.
+    Replicas stay between stages that need the same layers or fewer, until ``release``.
     """
 
     def __init__(self, pool: Pool) -> None:
