@@ -98,6 +98,7 @@ class Evaluation:
             for row, figures in self._tasks(model, variant).items():
                 tasks.setdefault(row, {})[variant] = figures
         goes_on = said.get("continues texts", {})
+        first = asked[: len(dict(asked))] if goes_on else []  # of each text, before the others
 
         def decode(ids: torch.Tensor) -> str:
             return printable(inputs.tokenizer.decode(ids))
@@ -109,8 +110,7 @@ class Evaluation:
                 "ids": ids.tolist(),
                 **{variant: decode(found[number]) for variant, found in goes_on.items()},
             }
-            for number, (name, ids) in enumerate(asked if goes_on else [])
-            if name not in [before for before, _ in asked[:number]]
+            for number, (name, ids) in enumerate(first)
         ]
         answers = said.get("answers probes", {})
         short = [name for name, right in answers.get("dense", {}).items() if not right]

@@ -1,12 +1,9 @@
 """The recovered checkpoint of a finished run, onto the Hugging Face Hub."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ghost_dist.checkpoint.reader import open_checkpoint
 from ghost_dist.config import Config
@@ -15,8 +12,6 @@ from ghost_dist.export.model_card import CARD
 from ghost_dist.pipeline.bench_serving import exported
 from ghost_dist.report.record import RunRecord
 from ghost_dist.run_folder import RunFolder, recover_command
-
-_FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -31,6 +26,7 @@ class Upload:
 
 def prepare_upload(run: Path, repo_id: str) -> Upload:
     """Check a finished run's checkpoint and say what would be sent; nothing is."""
+    from huggingface_hub import metadata_load
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -49,11 +45,9 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
     of_checkpoint = folder / "result.json"
     if not of_checkpoint.exists() or exported(of_checkpoint) != exported(run / "result.json"):
         raise RunFolderError(f"{folder} does not belong to {run / 'result.json'}. {again}")
-    card = (folder / CARD).read_text(encoding="utf-8")
-    front = _FRONT_MATTER.match(card)
-    if front is None:
+    metadata = metadata_load(folder / CARD)
+    if metadata is None:
         raise RunFolderError(f"{folder / CARD} has no metadata at its beginning. {again}")
-    metadata = yaml.safe_load(front[1])
     files = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
