@@ -7,7 +7,6 @@ module, an attention that adds the residual itself), the family has no halves th
 """
 
 import contextlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,14 +48,18 @@ def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
 
     of_kind = with_small_model(source, architecture, 1, found)
     whole = empty_model(architecture.causal_lm_class, read_config(source.config))
-    of_layer = _tensors_of_layers(source, architecture, whole)
+    of_layer: dict[str, dict[str, str]] = {}  # by layer: names in the files, and paths in it
+    for name, place in renamed(whole, source).items():
+        number, _, path = place.target.removeprefix(f"{architecture.layers}.").partition(".")
+        of_layer.setdefault(number, {})[name] = path
     halves: dict[int, dict[Part, Half]] = {}
-    for number, layer in enumerate(whole.get_submodule(architecture.layers)):
+    for index, layer in enumerate(whole.get_submodule(architecture.layers)):
         of_this = of_kind.get(_kind(layer), "no small layer is like it")
         if isinstance(of_this, str):
             continue
-        halves[number] = {
-            part: _with_tensors(half, of_layer.get(number, {}), source, architecture.hidden_size)
+        paths = of_layer.get(str(index), {})
+        halves[index] = {
+            part: _with_tensors(half, paths, source, architecture.hidden_size)
             for part, half in of_this.items()
         }
     if not halves:
@@ -70,18 +73,6 @@ def with_halves(source: Checkpoint, architecture: Architecture) -> Architecture:
 
 def _kind(layer: nn.Module) -> _Kind:
     return tuple((name, type(child).__name__) for name, child in layer.named_children())
-
-
-def _tensors_of_layers(
-    source: Checkpoint, architecture: Architecture, model: Any
-) -> dict[int, dict[str, str]]:
-    """By layer: tensors of the files to their path in the layer."""
-    number = re.compile(re.escape(architecture.layers) + r"\.(\d+)\.(.*)")
-    found: dict[int, dict[str, str]] = {}
-    for name, place in renamed(model, source).items():
-        if match := number.fullmatch(place.target):
-            found.setdefault(int(match[1]), {})[name] = match[2]
-    return found
 
 
 def _with_tensors(half: Half, paths: dict[str, str], source: Checkpoint, width: int) -> Half:

@@ -63,8 +63,7 @@ class OffloadedModel(LayerwiseModel):
             config = truncated_config(checkpoint, architecture, num_layers)
         model = shapes_only(model_class, config, dtype)
         del model.get_submodule(architecture.layers)[num_layers:]
-        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        restore_buffers(model, buffers, device)
+        restore_buffers(model, dict(model.named_buffers()), device)
         super().__init__(model, architecture)
         self._checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._empty = dict(self.model.named_parameters(remove_duplicate=False))

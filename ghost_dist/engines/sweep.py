@@ -84,7 +84,7 @@ def sweep(
     streams = _Streams(model, variants, tokens.shape, batch, taps, streams_WTC)
     for first in range(0, max(1, len(tokens)), chunk):
         part = tokens[first : first + chunk]
-        streams.begin(first, len(part))
+        streams.begin(first, part.shape)
         told = 0
         with model.through(groups) as at_hand:
             for group in at_hand:
@@ -209,11 +209,10 @@ class _Streams:
         # decide how it rounds.
         enough = 0 if model.routes else _ENOUGH_TOKENS.get(model.device.type, 0)
         self._together = max(1, min(batch, enough // max(1, shape[1])) // max(1, shape[0]))
-        self._length = shape[1]
 
-    def begin(self, first: int, count: int) -> None:
-        """Windows that go together: so many, the first of which has that number."""
-        self._first, self._shape = first, (count, self._length, self._model.hidden_size)
+    def begin(self, first: int, shape: tuple[int, int]) -> None:
+        """Take windows (W, T) that go together, the first of which has that number."""
+        self._first, self._shape = first, (*shape, self._model.hidden_size)
         self._streams = {0: self._empty() if self._dense_WTC is None else self._dense_WTC}
 
     def embed(self, tokens: Tokens) -> None:
