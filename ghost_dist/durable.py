@@ -80,8 +80,9 @@ def create_bytes(path: Path, content: bytes) -> bool:
 
 def sweep_partial(folder: Path) -> None:
     """Remove what killed writers left in a folder that nobody writes to."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # the latter are of safetensors itself
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -114,6 +114,15 @@ def test_half_written_record_means_not_done(tmp_path):
         assert run.record("solve", "abc") is None
 
 
+def test_what_killed_writers_left_is_removed(tmp_path):
+    with RunFolder(config(tmp_path / "run")) as run:
+        run.begin()
+        for name in (".5-8.safetensors.ghost-partial", ".tmpA1b2C3", "5-8.safetensors"):
+            (run.operators / name).touch()
+    with RunFolder(config(tmp_path / "run")) as run:
+        assert [path.name for path in run.operators.iterdir()] == ["5-8.safetensors"]
+
+
 def test_not_a_run_folder(tmp_path):
     with pytest.raises(RunFolderError, match="not a RUN folder"):
         RunFolder.stored_config(tmp_path)
