@@ -23,7 +23,6 @@ from ghost_dist.cluster.leases import (
     LeaseQueue,
     Node,
     Shape,
-    Worker,
     left_out,
     may_go_on,
 )
@@ -98,22 +97,27 @@ class Pool:
     def work_off(
         self,
         queue: LeaseQueue[Any],
-        lease: Callable[[Replica], None],
         items: Items,
-        *,
-        ranks: int = 1,
+        begin: Callable[[Replica, Lease[Any]], None],
         show: Callable[[], int | None] = lambda: None,
     ) -> None:
         """The driver's loop: take what replicas have finished, give them more, until all is done.
 
-        ``lease`` gives one replica something to do; ``ranks``: items that a replica does at a time.
-        ``show`` tells the tokens that count, where items have such.
+        ``begin`` has an item done, and tells :meth:`finished`. ``show`` tells the tokens that
+        count, where items have such.
         """
-        self._queue = queue
+        self._queue, workers = queue, 1 if self.num_layers else self.shape.ranks
+
+        def give(replica: Replica) -> None:
+            for worker in replica.free:
+                lease = queue.lease(worker, time.monotonic())
+                if lease is not None:
+                    begin(replica, lease)
+
         while not queue.done:
             # More replicas than there is to do would be idle.
-            self.grow(-(-(queue.num_pending + len(queue.leases)) // ranks))
-            self.poll(lease)
+            self.grow(-(-(queue.num_pending + len(queue.leases)) // workers))
+            self.poll(give)
             committed = show()
             self._metrics.show(items, queue, committed)
             self.reporter.at_work["committed"] = committed
@@ -129,21 +133,18 @@ class Pool:
         asked: Callable[[Replica, Lease[Any]], tuple[Any, ...]],
         take: Callable[[Lease[Any], Any], None],
     ) -> None:
-        """The same for items of single ranks: a ``method`` of theirs is ``asked`` for one."""
+        """The same by single ranks: a ``method`` of theirs, ``asked`` for an item."""
 
         def done(lease: Lease[Any], found: Any) -> None:
-            queue.finished(lease, time.monotonic())
-            self.progressed(lease.worker.replica)
-            take(lease, found)
+            if lease in queue.leases:  # else another one was first
+                self.finished(lease)
+                take(lease, found)
 
-        def give(replica: Replica) -> None:
-            for rank in replica.free_ranks:
-                lease = queue.lease(Worker(replica.number, rank), time.monotonic())
-                if lease is not None:
-                    then = partial(done, lease)
-                    replica.ask(rank, method, *asked(replica, lease), then=then)
+        def begin(replica: Replica, lease: Lease[Any]) -> None:
+            arguments, then = asked(replica, lease), partial(done, lease)
+            replica.ask(lease.worker.rank, method, *arguments, then=then)
 
-        self.work_off(queue, give, items, ranks=self.shape.ranks)
+        self.work_off(queue, items, begin)
 
     def poll(self, then: Callable[[Replica], None] = lambda _: None) -> None:
         """Look what has come back from every replica; the lost ones go."""
@@ -170,11 +171,12 @@ class Pool:
         else:
             time.sleep(POLL_S)
 
-    def progressed(self, replica: int) -> None:
-        """A replica has finished something: what was lost before it does not count."""
+    def finished(self, lease: Lease[Any]) -> None:
+        """An item is done: what was lost before it does not count."""
+        self._queue.finished(lease, time.monotonic())
         self._failures.clear()
         self._full.clear()
-        for node in self.replicas[replica].node_ids:
+        for node in self.replicas[lease.worker.replica].node_ids:
             self._losses[node] = 0
 
     def grow(self, useful: int) -> None:

@@ -24,7 +24,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ghost_dist.cluster.leases import Failure, Lease, Shape
+from ghost_dist.cluster.leases import Failure, Lease, Shape, Worker
 from ghost_dist.cluster.rank import EngineSpec, Place, remote_rank, versions
 from ghost_dist.errors import ConfigError, GhostDistError
 from ghost_dist.pipeline.collectors import RangeTimes
@@ -126,9 +126,13 @@ class Replica:
         return [(lease, tokens.get(lease.attempt)) for lease in self._leases]
 
     @property
-    def free_ranks(self) -> list[int]:
+    def free(self) -> list[Worker]:
+        """Who can begin something: with the model all ranks together, without it each alone."""
+        if self.state == "idle":
+            return [Worker(self.number)]
         ranks = range(len(self._ranks)) if self.state == "unloaded" else ()
-        return [rank for rank in ranks if all(call.rank != rank for call in self._calls)]
+        busy = {call.rank for call in self._calls}
+        return [Worker(self.number, rank) for rank in ranks if rank not in busy]
 
     def poll(self) -> None:
         """Hand on what has come back. Raises ReplicaLost, or what every replica would meet."""
@@ -183,7 +187,7 @@ class Replica:
 
     def ask(self, rank: int, method: str, *arguments: Any, then: Callable[[Any], None]) -> None:
         """Begin a task of one rank: a method that takes the task's name, then the arguments."""
-        assert rank in self.free_ranks
+        assert self.state == "unloaded"
         task = uuid.uuid4().hex
         self._ask(method, task, *arguments, then=lambda got: then(got[0]), task=task, rank=rank)
 

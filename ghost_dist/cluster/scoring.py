@@ -43,8 +43,7 @@ def scoring_on_cluster(
             return *search, [removals[number] for number in parts[lease.item]], windows, on_host
 
         def take(lease: Lease[int], scores: list[list[float]]) -> None:
-            if parts[lease.item][0] not in found:
-                scored(len(scores) * len(windows))
+            scored(len(scores) * len(windows))
             found.update(zip(parts[lease.item], scores, strict=True))
 
         reporter.doing(f"scoring {len(removals):,}")

@@ -27,6 +27,7 @@ from trace_files import check_format, named
 from ghost_dist.cluster import failures
 from ghost_dist.cluster import replica as replica_module
 from ghost_dist.cluster import session as session_module
+from ghost_dist.cluster.leases import LeaseQueue, Worker
 from ghost_dist.cluster.pool import Pool
 from ghost_dist.cluster.rank import Rank
 from ghost_dist.cluster.session import recover_on_cluster
@@ -457,7 +458,9 @@ def test_a_loss_is_of_one_node_or_of_none(nodes, rank, blamed):
 def test_what_a_node_finishes_makes_up_for_its_losses():
     pool = SimpleNamespace(_failures=Counter(), _full=set(), _losses=Counter("AC"))
     pool.replicas = {7: SimpleNamespace(node_ids=["A", "B"])}
-    Pool.progressed(pool, 7)
+    pool._queue = LeaseQueue([0])
+    Pool.finished(pool, pool._queue.lease(Worker(7), 0.0))
+    assert pool._queue.done
     assert +pool._losses == Counter("C")
 
 
