@@ -188,7 +188,7 @@ def test_resident_replicas_give_the_bits_of_one_process(
     make_config, cluster, tmp_path, monkeypatch
 ):
     watched = contextlib.nullcontext(lambda: 0.5)  # as a GPU of this process
-    monkeypatch.setattr("ghost_dist.pipeline.stages.watched_idle", lambda _: watched)
+    monkeypatch.setattr("ghost_dist.pipeline.stage_records.watched_idle", lambda _: watched)
     config = make_config(
         cluster__address=cluster.address, engine__kind="resident", engine__replicas=2
     )

@@ -68,7 +68,7 @@ def expected_of(source, names):
 def test_work_waits_for_the_weights(checkpoint, device, monkeypatch):
     source = checkpoint("llama")[0]
     names = sorted(source.tensors)[:4]
-    with reader_whose_copies_are_late(source, device, monkeypatch) as reader:
+    with contextlib.closing(reader_whose_copies_are_late(source, device, monkeypatch)) as reader:
         got = {name: tensor.clone() for name, tensor in reader.start(names).wait().items()}
     for name, expected in expected_of(source, names).items():
         assert got[name].device == device
@@ -97,7 +97,7 @@ def test_weights_wait_for_earlier_work_on_their_memory(checkpoint, device):
 def test_a_reading_that_is_given_up_leaves_its_memory_alone(checkpoint, device, monkeypatch):
     source = checkpoint("llama")[0]
     name = max(source.tensors, key=lambda name: source.tensors[name].nbytes)
-    with reader_whose_copies_are_late(source, device, monkeypatch) as reader:
+    with contextlib.closing(reader_whose_copies_are_late(source, device, monkeypatch)) as reader:
         reader.start([name]).wait()
         devices.synchronize(device)
         torch.cuda.empty_cache()
