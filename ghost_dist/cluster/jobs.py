@@ -233,17 +233,21 @@ def _check_secrets(env: Iterable[str]) -> None:
 
 def _check_paths(config: Config) -> None:
     """A job starts in a folder of its own, so a relative path would mean another file there."""
-    relative = {"output.path": config.output.path}
+    given = {
+        "output.path": config.output.path,
+        "output.callback": config.output.callback,
+        "selection.layer_times": config.selection.layer_times,
+    }
     here = {"model.path": config.model.path, "calibration.source": config.calibration.source}
     here |= {
         f"calibration.sources[{number}]": path
         for number, path in enumerate(config.calibration.sources)
     }
     here |= {f"evaluation.corpora.{k}": path for k, path in config.evaluation.corpora.items()}
-    relative |= {name: path for name, path in here.items() if Path(path).exists()}
-    relative |= {"output.callback": config.output.callback} if config.output.callback else {}
-    for name, path in relative.items():
-        if not path.startswith("/"):
+    here |= {f"evaluation.tasks[{n}]": task for n, task in enumerate(config.evaluation.tasks)}
+    given |= {name: path for name, path in here.items() if Path(path).exists()}
+    for name, path in given.items():
+        if path and not path.startswith("/"):
             raise ConfigError(
                 f"{name}={path} is a relative path, which means another file in the job's folder "
                 "on the cluster. Give an absolute path that all nodes of the cluster see."

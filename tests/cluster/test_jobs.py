@@ -323,7 +323,8 @@ def open_dashboard():
         server.shutdown()
 
 
-def test_relative_paths_are_refused(submit):
-    refused = submit("--set", "output.path=runs/x")
+@pytest.mark.parametrize("field", ["output.path", "selection.layer_times"])
+def test_relative_paths_are_refused(submit, field):
+    refused = submit("--set", f"{field}=runs/x")
     assert refused.returncode == 2
-    assert "output.path=runs/x is a relative path" in refused.stderr
+    assert f"{field}=runs/x is a relative path" in refused.stderr
