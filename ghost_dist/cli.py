@@ -5,6 +5,7 @@ stopped by Ctrl-C and SIGTERM. Whatever stopped a run, the same command continue
 """
 
 import difflib
+import itertools
 import re
 import signal
 import sys
@@ -286,7 +287,7 @@ for _stage in ("select", "calibrate", "solve", "export", "evaluate"):
 @app.command("export-deci")
 def export_deci(
     run: Run,
-    out: Annotated[Path, Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
+    out: Annotated[Path, Argument(metavar="FOLDER", help="A new or empty folder.")],
 ) -> None:
     """Write a Llama's recovered checkpoint in DeciLM's layout, for llama.cpp's converter."""
     from ghost_dist.export.deci import export_deci
@@ -334,8 +335,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _check_quotes(arguments: Sequence[str]) -> None:
     """Refuse the first part of a value that the shell took apart at its blanks."""
-    for argument in arguments:
-        if "={" in argument and argument.count("{") > argument.count("}"):
+    for option, argument in itertools.pairwise(arguments):
+        open_brace = "={" in argument and argument.count("{") > argument.count("}")
+        if option == "--set" and open_brace and not argument.endswith("}"):
             raise ConfigError(
                 f"{argument} ends within its braces: the shell takes a value apart at blanks. Put "
                 f"it in quotes, as in --set 'evaluation.corpora={{name: FILE}}'."

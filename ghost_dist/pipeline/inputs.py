@@ -192,15 +192,8 @@ def open_inputs(
         limit=config.evaluation.limit,
     )
     chooses = config.selection.searches or searches_ridge(config.operator)
-    run = Path(config.output.path).expanduser().absolute()
-    # Said once; and the demo's texts, which lie in RUN, are nobody's choice.
-    said = (run / "stages/tokens.json").exists() or run in Path(config.calibration.source).parents
-    if len(config.calibration.sources) < 2 and not any_operator and chooses and not said:
-        reporter.warn(
-            "There is one source of calibration text, so what is chosen is judged on pieces of it, "
-            "each left out of the fit, and on no other text. Give several, of the kinds in use: "
-            "--set 'calibration.sources={FILE: 0.5, OTHER: 0.5}'."
-        )
+    if len(config.calibration.sources) < 2 and not any_operator and chooses:
+        _say_once_that_there_is_one_source(config, reporter)
     refittable = refittable_layers(config, source, architecture, any_operator=any_operator)
     if not any_operator:
         _say_if_few_tokens(config, architecture, refittable, reporter)
@@ -345,6 +338,21 @@ def check_disk_space(folder: Path, needs: Mapping[str, int]) -> None:
             f"{free / 1e9:.2f} GB free. Free some, choose another --out, or give fewer "
             "calibration.ranges."
         )
+
+
+def _say_once_that_there_is_one_source(config: Config, reporter: Reporter) -> None:
+    """But not of the demo's texts, which lie in RUN and are nobody's choice."""
+    run, said = Path(config.output.path).expanduser().absolute(), "There is one source of "
+    events = run / "events.jsonl"
+    if run in Path(config.calibration.source).parents or (
+        events.exists() and said in events.read_text(encoding="utf-8", errors="replace")
+    ):
+        return
+    reporter.warn(
+        f"{said}calibration text, so what is chosen is judged on pieces of it, each left out of "
+        "the fit, and on no other text. Give several, of the kinds in use: "
+        "--set 'calibration.sources={FILE: 0.5, OTHER: 0.5}'."
+    )
 
 
 def _say_if_few_tokens(

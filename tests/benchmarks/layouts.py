@@ -59,6 +59,7 @@ SHAPES = {
         "num_attention_heads": 64,
     },
 }
+CHARACTERS_PER_TOKEN = 8  # at most, of all windows together
 COLUMNS = ("whole s", "start s", "load s", "tokens/s", "forward", "sums", "weights GB", "ranks")
 
 
@@ -86,7 +87,9 @@ def main():
         **sizes,
     )
     torch.cuda.empty_cache()
-    (given.folder / "text.txt").write_text(stdlib_text(CALIBRATION_MODULES))
+    text = stdlib_text(CALIBRATION_MODULES)
+    times = given.windows * given.length * CHARACTERS_PER_TOKEN // len(text) + 1
+    (given.folder / "text.txt").write_text(text * times)
     given.last = json.loads((given.model / "config.json").read_bytes())["num_hidden_layers"]
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     print(

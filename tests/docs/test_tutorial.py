@@ -117,7 +117,7 @@ def test_the_second_time_nothing_is_computed(checkout, printed):
     events = [json.loads(line)["event"] for line in lines]
     _, first, second = "".join(f"{event} " for event in events).split("run-start ")
     assert "stage-start" in first
-    # A wait is for what opens the model and the texts; that there is one source was said before.
+    # A wait is for what opens the model and the texts.
     assert [event for event in second.split() if event != "waited"] == ["run-end"]
 
 
