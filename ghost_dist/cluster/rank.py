@@ -120,7 +120,7 @@ class Rank:
         self._engine: ResidentEngine | OffloadedEngine | None = None
         self._inputs: RunInputs  # once it is loaded
         self._device = torch.device("cpu")
-        self._work: tuple[StoreOfRun, StatisticsStore] | None = None
+        self._work: tuple[StoreOfRun, bool, StatisticsStore] | None = None
         self._unwritten: dict[str, tuple[StatisticsStore, dict[str, Sums]]] = {}
         self._running: RunningSums | None = None
         self._unacknowledged: dict[str, dict[str, Sums]] = {}
@@ -205,10 +205,10 @@ class Rank:
         """Run a range from zero, to the device's end; its sums wait on the host for ``write``."""
         assert self._engine is not None, "run comes after load"
         self._heartbeat = (attempt, 0)
-        if self._work is None or self._work[0] != work.store:
-            self._work = (work.store, work.store.open())
+        if self._work is None or self._work[:2] != (work.store, work.keep):
+            self._work = (work.store, work.keep, work.store.open())
             self._running = RunningSums(self._inputs.config.folds) if work.keep else None
-        _, store = self._work
+        store = self._work[2]
         windows = store.plan.ranges[range_id]
         given = (work.tokens, windows, work.collectors, self._advance, self._block)
         with torch.inference_mode():

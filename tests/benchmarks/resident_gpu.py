@@ -75,7 +75,7 @@ def main():
                 if last < 32:
                     hook = decoder.layers[last].register_forward_pre_hook(stop)
                 with contextlib.suppress(Stopped):
-                    decoder.model(ids)
+                    decoder.model(ids, use_cache=False)
                 if hook:
                     hook.remove()
 
