@@ -82,7 +82,8 @@ def sweep_partial(folder: Path) -> None:
     """Remove what killed writers left in a folder that nobody writes to."""
     for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # the latter are of safetensors itself
         for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def json_bytes(value: Any) -> bytes:

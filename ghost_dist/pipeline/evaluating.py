@@ -56,7 +56,11 @@ class Evaluation:
         inputs = self._inputs
         if inputs.streaming:
             return {**_figures(self._scores(inputs)), **NOT_USED, "unasked": [_STREAMED]}
-        figures = _figures(self._scores(replace(inputs, keeps=True)))
+        try:
+            figures = _figures(self._scores(replace(inputs, keeps=True)))
+        except BaseException:
+            inputs.loaded.clear()  # what goes on has the room
+            raise
         return {**figures, **self._used(open_causal_lm(inputs, own=True))}
 
     def _scores(self, inputs: RunInputs) -> dict[str, list[Scores]]:

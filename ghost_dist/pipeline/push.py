@@ -45,7 +45,10 @@ def prepare_upload(run: Path, repo_id: str) -> Upload:
     of_checkpoint = folder / "result.json"
     if not of_checkpoint.exists() or exported(of_checkpoint) != exported(run / "result.json"):
         raise RunFolderError(f"{folder} does not belong to {run / 'result.json'}. {again}")
-    metadata = metadata_load(folder / CARD)
+    try:
+        metadata = metadata_load(folder / CARD)
+    except ValueError:  # no mapping
+        metadata = None
     if metadata is None:
         raise RunFolderError(f"{folder / CARD} has no metadata at its beginning. {again}")
     files = {

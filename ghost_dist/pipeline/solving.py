@@ -250,7 +250,8 @@ class Solver:
 
         The first ones say how good they are; on other folds their ridges are taken.
         """
-        spans, first = self._spans, not any(one.fits for one in tried)
+        spans = self._spans
+        first = not any(one.fits or "failed" in one.row for one in tried)
         pairs = [
             (one.candidate.with_ridge_of(one.fits.get(span)), span)
             for one in tried

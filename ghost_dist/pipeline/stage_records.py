@@ -75,4 +75,8 @@ class StageRecords:
         outputs["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         outputs["peak_device_bytes"] = peak_bytes(self._inputs.device)
         self._run.finish(name, inputs, outputs)
-        doing.found = load(self._run.outputs(name))  # as a later process will read it
+        try:
+            doing.found = load(self._run.outputs(name))  # as a later process will read it
+        except CorruptStoreError:
+            self._run.forget(name)
+            raise

@@ -8,6 +8,7 @@ but are shown one after the other. The rest, until the driver knew and gave more
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class _Trace:
             case "stage-end" | "stage-failed":
                 self._stage(event["stage"], now)
             case "waited":
-                self._stages[event["what"]] = now - event["seconds"]
+                # Both are rounded: what began with the run does not begin before it.
+                began = max(now - event["seconds"], self._stages.get("run", -math.inf))
+                self._stages[event["what"]] = began
                 self._stage(event["what"], now)
             case "replica-start":
                 self._ranks[event["replica"]] = event["ranks"]

@@ -106,6 +106,17 @@ def test_a_run_that_was_killed_and_continued():
     assert tracks["replica 1", "rank 0"][0] == ("start", 1, 16)
 
 
+def test_nothing_begins_before_its_run_by_rounding():
+    events = [
+        {"event": "run-start", "time": 7.0, "version": "0.1.0", "command": "c"},
+        {"event": "waited", "time": 7.066, "what": "opening", "seconds": 0.067},
+        {"event": "run-end", "time": 8.0, "perplexity": {}},
+    ]
+    tracks = named(trace_of(events))
+    assert tracks["driver", "run"] == [("run", 0, 1)]
+    assert tracks["driver", "stages"] == [("opening", 0, pytest.approx(0.066))]
+
+
 @pytest.mark.model
 def test_trace_of_a_real_run(make_config, tmp_path, capsys):
     config = make_config(selection__spans=None, selection__remove=1)
