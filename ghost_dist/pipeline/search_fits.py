@@ -300,7 +300,7 @@ class SequentialFits:
             moments = sums.result()
             change = replace(moments, cross_ZC=moments.cross_ZC - moments.gram_ZZ)
             penalty_C = ridge * ridge_scale(moments.gram_ZZ)
-            weight_CC, _ = solve(str(spans[-1]), change, penalty_C)
+            weight_CC = solve(str(spans[-1]), change, penalty_C)
             weight_CC.diagonal().add_(1)
             found.append(self._dense.stored(weight_CC))
         self._fitted[spans] = found

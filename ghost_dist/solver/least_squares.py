@@ -283,12 +283,12 @@ def held_out_errors(
     return {c: errors[c] for c, failure in zip(candidates, failures, strict=True) if not failure}
 
 
-def solve(where: str, moments: Moments, penalty_Z: Tensor) -> tuple[Tensor, Tensor]:
-    """M = (G + diag(penalty))^-1 K, and the lower Cholesky factor."""
+def solve(where: str, moments: Moments, penalty_Z: Tensor) -> Tensor:
+    """M = (G + diag(penalty))^-1 K, (Z, C); SingularGramError if there is no factor."""
     factor_ZZ, info = cholesky_factor(moments.gram_ZZ, penalty_Z)
     if int(info):
         raise singular(where, moments, float(penalty_Z[0]))
-    return torch.cholesky_solve(moments.cross_ZC, factor_ZZ), factor_ZZ
+    return torch.cholesky_solve(moments.cross_ZC, factor_ZZ)
 
 
 def map_error(moments: Moments, map_ZC: Tensor) -> Tensor:
